@@ -1,0 +1,61 @@
+# Everything here works from a fresh clone: the first target makes .venv and installs the pinned versions into it.
+#   make quickstart ARGS="--trainer.max_steps 20"    options after the config
+#   make test PYTHON=python3.12                      another interpreter for .venv
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+# One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
+	$(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow check format-check lint types tensorboard clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+quickstart: $(INSTALLED) ## pretrain a small model through all stages, on this machine (ARGS="…" adds options)
+	@$(BIN)/python -m lightning_danube fit --config configs/quickstart.yaml $(ARGS)
+
+test: $(INSTALLED) ## run the fast tests (ARGS="…" goes to pytest)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(INSTALLED_DEV) ## run the slow tests, the notebooks among them
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: format-check lint types ## check format, lint and types
+
+format-check: $(INSTALLED_DEV) ## check the format only
+	@$(BIN)/ruff format --check --quiet --diff
+
+lint: $(INSTALLED_DEV) ## check lint only
+	@$(BIN)/ruff check --quiet
+
+types: $(INSTALLED_DEV) ## check types only
+	@$(BIN)/mypy
+
+tensorboard: $(INSTALLED) ## open TensorBoard on runs/
+	@$(BIN)/tensorboard --logdir runs $(ARGS)
+
+clean: ## remove caches and build outputs; runs/ and .venv stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov build dist *.egg-info
+	@find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "lightning-danube needs Python 3.11 or newer, and \"$(PYTHON)\" is not: name one with make PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	@echo "installing lightning-danube into .venv (once, about 2 min)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "installing the development tools into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,134 @@
+"""What holds for every test: no network, no downloads, two threads."""
+
+import os
+
+# Before anything imports a Hugging Face library: they read these once, at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import ipaddress
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def is_local(host: Any) -> bool:
+    """Whether a host, as socket calls take it, is this machine. A name other than its own counts as remote: looking
+    it up would already ask the network."""
+    if isinstance(host, bytes | bytearray):
+        host = host.decode("ascii", "replace")
+    if host in (None, "", "localhost", socket.gethostname()):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def refuse_remote(host: Any) -> None:
+    # Not an OSError: clients take those for a bad line, try again, and go on without what they came for.
+    if not is_local(host):
+        raise RuntimeError(f"tests have no network: {host!r} is not this machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Refuse each connection of this process that leaves the machine; subprocesses have only the offline variables."""
+    connect, connect_ex, sendto = socket.socket.connect, socket.socket.connect_ex, socket.socket.sendto
+    getaddrinfo = socket.getaddrinfo
+
+    def check(sock: socket.socket, address: Any) -> None:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            refuse_remote(address[0])
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        check(self, address)
+        connect(self, address)
+
+    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
+        check(self, address)
+        return connect_ex(self, address)
+
+    def guarded_sendto(self: socket.socket, data: Any, *flags_and_address: Any) -> int:
+        check(self, flags_and_address[-1])
+        return sendto(self, data, *flags_and_address)
+
+    def guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_remote(host)
+        return getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        patch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+        patch.setattr(socket.socket, "sendto", guarded_sendto)
+        patch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+        yield
+
+
+WORDS = ("river", "stone", "light", "under", "seven", "green", "mountain", "walks", "slowly", "because", "the", "of")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A directory with two small sources and `tiny.yaml`, a run of 26 steps that takes about two seconds."""
+    for source, step in (("web", 3), ("wiki", 5)):
+        with (tmp_path / f"{source}.jsonl").open("w") as file:
+            for n in range(300):
+                words = [WORDS[(n * step + k * k) % len(WORDS)] for k in range(30)]
+                file.write(json.dumps({"text": f"{source} {n}: {' '.join(words)}."}) + "\n")
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("TMP", str(tmp_path)))
+    return tmp_path
+
+
+TINY = """
+name: tiny
+runs: TMP/runs
+seed_everything: 3
+data:
+  class_path: lightning_danube.data.CurriculumData
+  init_args:
+    context_length: 32
+    batch_tokens: 256
+    micro_batch_size: 8
+    seed: ${seed_everything}
+    held_out: 0.05
+    validation_rows: 8
+    cache_dir: TMP/cache
+    processes: 1
+    sources:
+      web: {path: TMP/web.jsonl}
+      wiki: {path: TMP/wiki.jsonl}
+    stages:
+      - {name: foundation, tokens: 3K, mix: {web: 90.6, wiki: 9.4}}
+      - {name: refinement, tokens: 2K, mix: {web: 81.7, wiki: 18.3}}
+      - {name: finish, tokens: 1.5K, mix: {web: 51.6, wiki: 48.4}}
+model:
+  class_path: lightning_danube.tasks.Pretraining
+  init_args:
+    decoder:
+      {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 4, num_key_value_heads: 2}
+    learning_rate: {peak: 1.0e-2, final: 1.0e-3, warmup: 1K}
+trainer:
+  accelerator: cpu
+  log_every_n_steps: 1
+  callbacks:
+    - class_path: callbacks.Progress
+    - class_path: callbacks.PretrainingSummary
+    - class_path: callbacks.CurriculumStages
+    - class_path: callbacks.TokenLedger
+    - class_path: callbacks.Throughput
+      init_args: {peak_flops: 1.0e12}
+    - class_path: callbacks.TextSamples
+      init_args: {prompts: ["The river"], max_new_tokens: 8}
+    - class_path: callbacks.Checkpoints
+      init_args: {every_n_steps: 5}
+"""

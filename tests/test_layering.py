@@ -1,0 +1,164 @@
+"""Who may import whom. Imports are read from the source, those inside functions too: nothing has to be importable."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("lightning_danube/model", "lightning_danube/data", "lightning_danube/tasks", "callbacks")
+# Kept apart from the rules: these folders may be absent.
+OTHERS = ("benchmarks", "notebooks")
+
+MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model"})
+CHECKPOINTS_MAY_ALSO_IMPORT = frozenset({"safetensors", "transformers", "gguf", "numpy"})
+TASKS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks")})
+DATA_MUST_NOT_IMPORT = frozenset({"lightning_danube.model", "lightning_danube.tasks"})
+NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
+
+
+def imported_names(path: PurePosixPath, source: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of all that a file imports; `from a import b` counts as a.b."""
+    for node in ast.walk(ast.parse(source, filename=str(path))):
+        match node:
+            case ast.Import():
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            case ast.ImportFrom():
+                package = list(path.parent.parts)
+                package = package[: len(package) - node.level + 1] if node.level else []
+                base = ".".join([*package, *([node.module] if node.module else [])])
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
+
+
+def is_within(name: str, modules: frozenset[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def violations(path: PurePosixPath, source: str) -> list[str]:
+    """The layering rules that a file at `path`, relative to the repository, breaks."""
+    found = []
+    for line, name in imported_names(path, source):
+        broken = broken_rule(path, name)
+        if broken:
+            found.append(f"{path}:{line}: imports {name}: {broken}")
+    return found
+
+
+def broken_rule(path: PurePosixPath, name: str) -> str | None:
+    folders = path.parts
+    ours = is_within(name, frozenset({"lightning_danube"}))
+    if is_within(name, frozenset({"lightning_danube.cli"})):
+        allowed = folders[0] == "tests" or folders[:2] in (
+            ("lightning_danube", "__main__.py"),
+            ("lightning_danube", "cli.py"),
+        )
+        return None if allowed else "only __main__ and tests import the command line"
+    if folders[0] == "lightning_danube" and is_within(name, frozenset({"callbacks"})):
+        return "the package never imports callbacks; YAML names them"
+    if folders[:2] == ("lightning_danube", "model"):
+        may = MODEL_MAY_IMPORT
+        if path.name == "checkpoints.py":
+            may |= CHECKPOINTS_MAY_ALSO_IMPORT
+        if name.split(".")[0] not in sys.stdlib_module_names and not is_within(name, may):
+            return f"the model imports the standard library and {', '.join(sorted(may))} only"
+    if folders[:2] == ("lightning_danube", "data") and is_within(name, DATA_MUST_NOT_IMPORT):
+        return "data knows neither models nor tasks"
+    if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
+        return "of ours, tasks import model, optim and durations only; facts about data arrive as arguments"
+    return None
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_has_files(layer: str) -> None:
+    assert python_files(layer), f"no Python file under {layer}: the rules about it check nothing"
+
+
+def test_every_import_keeps_to_the_layers() -> None:
+    files = [file for folder in ("lightning_danube", "callbacks", *OTHERS) for file in python_files(folder)]
+    assert files, "no Python file found: the rules check nothing"
+    found = [
+        violation
+        for file in files
+        for violation in violations(PurePosixPath(file.relative_to(ROOT).as_posix()), file.read_text("utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_file_is_named_after_what_lives_in_it() -> None:
+    files = [file for folder in ("lightning_danube", "callbacks", "tests", *OTHERS) for file in python_files(folder)]
+    assert files, "no Python file found: the rule checks nothing"
+    found = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if NAMES_THAT_SAY_NOTHING.intersection(file.relative_to(ROOT).with_suffix("").parts)
+    ]
+    assert not found, f"named after nothing: {', '.join(found)}"
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "rule"),
+    [
+        ("lightning_danube/model/decoder.py", "import lightning", "standard library and"),
+        ("lightning_danube/model/decoder.py", "import numpy as np", "standard library and"),
+        (
+            "lightning_danube/model/decoder.py",
+            "def f():\n    from transformers import AutoModel",
+            "standard library and",
+        ),
+        ("lightning_danube/model/decoder.py", "from ..optim import schedule", "standard library and"),
+        ("lightning_danube/model/decoder.py", "import torchmetrics", "standard library and"),
+        ("lightning_danube/model/deep/er.py", "from ... import data", "standard library and"),
+        ("lightning_danube/model/checkpoints.py", "import lightning", "standard library and"),
+        ("lightning_danube/data/chat.py", "from lightning_danube.model.config import DecoderConfig", "data knows"),
+        ("lightning_danube/data/chat.py", "from lightning_danube import tasks", "data knows"),
+        (
+            "lightning_danube/data/chat.py",
+            "import importlib\nimportlib.import_module('lightning_danube.model')",
+            "data",
+        ),
+        ("lightning_danube/tasks/chat.py", "from ..data.chat import Chat", "tasks import"),
+        ("lightning_danube/tasks/chat.py", "if TYPE_CHECKING:\n    import lightning_danube.data.chat", "tasks import"),
+        ("lightning_danube/optim.py", "import callbacks", "never imports callbacks"),
+        ("lightning_danube/data/chat.py", "from callbacks.curriculum import Curriculum", "never imports callbacks"),
+        ("lightning_danube/data/chat.py", "from lightning_danube.cli import main", "the command line"),
+        ("lightning_danube/tasks/chat.py", "from .. import cli", "the command line"),
+        ("callbacks/samples.py", "from lightning_danube.cli import main", "the command line"),
+    ],
+)
+def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
+    (found,) = violations(PurePosixPath(path), source)
+    assert rule in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "lightning_danube/model/decoder.py",
+            "import math, torch\nfrom torch import nn\nfrom .config import DecoderConfig",
+        ),
+        ("lightning_danube/model/checkpoints.py", "import gguf, numpy, safetensors.torch, transformers"),
+        ("lightning_danube/data/chat.py", "import datasets\nfrom .tokenizer import Tokenizer"),
+        (
+            "lightning_danube/tasks/chat.py",
+            "import lightning\nfrom lightning_danube import model, optim\nfrom . import pretraining",
+        ),
+        ("lightning_danube/cli.py", "from .data import chat\nfrom .tasks import chat as task"),
+        ("lightning_danube/__main__.py", "from lightning_danube.cli import main"),
+        ("tests/test_cli.py", "from lightning_danube.cli import main"),
+        ("callbacks/samples.py", "import lightning\nfrom lightning_danube.model.generation import generate"),
+    ],
+)
+def test_an_allowed_import_passes(path: str, source: str) -> None:
+    assert violations(PurePosixPath(path), source) == []

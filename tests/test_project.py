@@ -1,0 +1,179 @@
+"""The files around the code agree with each other (requirements, pins, environment, documents); the fence holds."""
+
+import re
+import socket
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+# The stack that the project promises to be built on.
+STACK = {
+    "bitsandbytes",
+    "datasets",
+    "lightning",
+    "omegaconf",
+    "peft",
+    "tensorboard",
+    "torch",
+    "torchmetrics",
+    "transformers",
+}
+FOLDERS = ("lightning_danube", "callbacks", "configs", "notebooks", "benchmarks", "tests", "docs", r"\.ci")
+
+
+def by_name(requirements: list[str]) -> dict[str, Requirement]:
+    parsed = [Requirement(requirement) for requirement in requirements]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def declared() -> dict[str, Requirement]:
+    """Every requirement of pyproject.toml, extras included; an extra that names the project itself adds nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    requirements = by_name([*project["dependencies"], *extras])
+    requirements.pop(canonicalize_name(project["name"]), None)
+    return requirements
+
+
+def pinned() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    return by_name([line for line in lines if line and not line.startswith("#")])
+
+
+def environment_pip_lines() -> list[str]:
+    (pip,) = [
+        entry["pip"]
+        for entry in OmegaConf.load(ROOT / "environment.yml").dependencies
+        if "pip" in entry and entry != "pip"
+    ]
+    return list(pip)
+
+
+def environment() -> dict[str, Requirement]:
+    return by_name([line for line in environment_pip_lines() if not line.startswith("-")])
+
+
+def test_the_stack_is_required_without_any_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert by_name(project["dependencies"]).keys() >= STACK
+
+
+def test_every_requirement_is_pinned_to_a_version_it_allows() -> None:
+    pins = pinned()
+    for name, requirement in declared().items():
+        assert name in pins, f"constraints.txt does not pin {name}"
+        (pin,) = pins[name].specifier
+        assert requirement.specifier.contains(pin.version), f"pyproject.toml asks for {requirement}, the pin is {pin}"
+
+
+def test_every_constraint_is_one_exact_version_of_any_build() -> None:
+    for name, requirement in pinned().items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "==", f"{name} is not pinned exactly: {requirement}"
+        # torch==2.13.0+cpu would exclude the CUDA build of the same version.
+        assert "+" not in pin.version, f"{name} is pinned to one build: {requirement}"
+
+
+def test_the_environment_lists_what_pyproject_declares_at_the_pinned_versions() -> None:
+    pins, listed, wanted = pinned(), environment(), declared()
+    assert listed.keys() >= STACK
+    assert listed.keys() == wanted.keys()
+    for name, requirement in listed.items():
+        assert requirement.specifier == pins[name].specifier, f"environment.yml has {requirement}"
+        assert requirement.extras == wanted[name].extras, f"environment.yml has {requirement}"
+
+
+def test_the_environment_installs_the_project_under_the_constraints() -> None:
+    assert {"-c constraints.txt", "-e ."} <= set(environment_pip_lines())
+
+
+def test_the_environments_python_is_one_that_the_project_supports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    dependencies = OmegaConf.load(ROOT / "environment.yml").dependencies
+    (python,) = [entry.removeprefix("python=") for entry in dependencies if str(entry).startswith("python=")]
+    assert Requirement(f"python{project['requires-python']}").specifier.contains(python)
+
+
+def mentioned_paths(text: str) -> Iterator[str]:
+    """Relative targets of links and images in Markdown or HTML, and paths into our folders, in code or prose."""
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", text)
+    targets += re.findall(r"^\s*\[[^\]]+\]:\s*<?([^\s>]+)", text, flags=re.MULTILINE)
+    targets += re.findall(r"""(?:href|src|srcset)\s*=\s*["']([^"'\s]+)""", text)
+    for target in targets:
+        path = unquote(target.split("#")[0])
+        if path and not re.match(r"[a-z][a-z0-9+.-]*:|//", path, flags=re.IGNORECASE):
+            yield path
+    # Not after a slash or a letter: those are parts of addresses and of other paths.
+    for path in re.findall(rf"(?<![\w./-])(?:\./)?(?:{'|'.join(FOLDERS)})/[\w./-]*", text):
+        # Up to the folder where a placeholder follows, as in configs/<task>/… or notebooks/*.ipynb.
+        yield path.rstrip(".")
+
+
+def missing_paths(text: str) -> list[str]:
+    return sorted({path for path in mentioned_paths(text) if not (ROOT / path).exists()})
+
+
+def missing_targets(text: str) -> list[str]:
+    """`make` targets that a text tells its reader to run and that the Makefile does not have."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    asked = re.findall(r"(?:`|^\s*\$?\s*|&& )make ([a-z][\w-]*)", text, flags=re.MULTILINE)
+    return sorted(target for target in set(asked) if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_what_a_document_mentions_exists(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    assert missing_paths(text) == []
+    assert missing_targets(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see [this](nowhere.md)",
+        "see [this](nowhere.md#part)",
+        "![figure](docs/nowhere.png)",
+        "see [this]\n\n[this]: nowhere.md",
+        '<img width="400" src="nowhere.png">',
+        "run it with `--config configs/nowhere.yaml`",
+        "the class lives in tests/nowhere.py.",
+    ],
+)
+def test_a_mention_of_nothing_is_found(text: str) -> None:
+    (missing,) = missing_paths(text)
+    assert "nowhere" in missing
+
+
+def test_a_mention_of_something_passes() -> None:
+    text = (
+        "[a](LICENSE) [b](https://example.org/nowhere) [c](#part) `tests/conftest.py` `tests/…/nowhere` [d](./tests/)"
+    )
+    assert missing_paths(text) == []
+
+
+def test_a_make_target_of_nothing_is_found() -> None:
+    assert missing_targets("`make nowhere`, then\n    make test\nand make peace") == ["nowhere"]
+
+
+def test_the_network_is_out_of_reach() -> None:
+    # 192.0.2.0/24 is set aside for documentation (RFC 5737): nothing answers there, should the fence be down.
+    with socket.socket() as sock, pytest.raises(RuntimeError, match=r"tests have no network: '192\.0\.2\.1'"):
+        sock.connect(("192.0.2.1", 80))
+    with pytest.raises(RuntimeError, match=r"tests have no network: 'example\.org'"):
+        socket.create_connection(("example.org", 80), timeout=1)
+
+
+def test_this_machine_is_within_reach() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        assert client.getpeername() == server.getsockname()
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"here")
+        assert right.recv(4) == b"here"
