@@ -1,0 +1,30 @@
+"""The Danube decoder in plain PyTorch: shape, network, loss, generation, checkpoints."""
+
+from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
+from .checkpoints import load_checkpoint, load_hf, save_hf
+from .config import PRESETS, DecoderConfig, DecoderShape
+from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
+from .generation import KVCache, generate, sample
+from .loss import next_token_loss, token_losses
+
+__all__ = [
+    "PRESETS",
+    "Backbone",
+    "Block",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderShape",
+    "GroupedQueryAttention",
+    "KVCache",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+    "document_mask",
+    "generate",
+    "load_checkpoint",
+    "load_hf",
+    "next_token_loss",
+    "sample",
+    "save_hf",
+    "token_losses",
+]

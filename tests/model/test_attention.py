@@ -1,0 +1,140 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_danube.model import Decoder, DecoderConfig, GroupedQueryAttention, RotaryEmbedding, document_mask
+from lightning_danube.model import attention as attention_module
+from lightning_danube.model.attention import causal_mask, inverse_frequencies, repeat_heads, rotary_tables, rotate
+
+CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
+
+
+def exact_decoder(config: DecoderConfig = CONFIG) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(config).double().eval()
+
+
+def use_exact_angles(decoder: Decoder) -> None:
+    """Without the float32 rounding of angles that the reference has, relative positions hold to float64."""
+    head_dim = decoder.config.head_dim
+    assert head_dim is not None
+    decoder.model.rotary_emb.frequencies = inverse_frequencies(head_dim, decoder.config.rope_theta, torch.float64)
+
+
+def test_scores_depend_only_on_relative_position() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
+    frequencies = inverse_frequencies(16, 100.0, torch.float64)
+
+    def score(query_position: int, key_position: int) -> Tensor:
+        turned = [
+            rotate(x, *rotary_tables(torch.tensor([[position]]), frequencies))
+            for x, position in ((q, query_position), (k, key_position))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    # Angles up to 8000 radians, rounded at 1e-16 of that, give 1e-12; sixteen products of order one add up to it.
+    assert abs(score(7, 3) - score(8007, 8003)) < 1e-10
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_shifting_all_positions_changes_no_logit() -> None:
+    decoder = exact_decoder()
+    use_exact_angles(decoder)
+    ids, positions = torch.randint(0, 101, (2, 20)), torch.arange(20)[None]
+    # As above: rounded angles of up to 5000 radians are good to 1e-12.
+    assert (decoder(ids) - decoder(ids, position_ids_BT=positions + 5000)).abs().max() < 1e-9
+    assert (decoder(ids) - decoder(ids, position_ids_BT=2 * positions)).abs().max() > 1e-3
+
+
+def test_rotation_keeps_lengths_and_leaves_position_0_alone() -> None:
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    turned = rotate(x, *rotary_tables(torch.arange(5)[None], inverse_frequencies(8, 1e5, torch.float64)))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, 0], x[:, 0])
+
+
+def test_as_many_kv_heads_as_query_heads_is_multi_head_attention() -> None:
+    """Repeating the weights of the key-value heads gives a multi-head layer with the same output."""
+    torch.manual_seed(0)
+    grouped = GroupedQueryAttention(64, heads=4, kv_heads=2, head_dim=16).double()
+    multi = GroupedQueryAttention(64, heads=4, kv_heads=4, head_dim=16).double()
+    multi.load_state_dict(
+        {
+            name: weight.view(2, 1, 16, 64).expand(2, 2, 16, 64).reshape(64, 64) if name[0] in "kv" else weight
+            for name, weight in grouped.state_dict().items()
+        }
+    )
+    hidden = torch.randn(2, 9, 64, dtype=torch.float64)
+    cos, sin = RotaryEmbedding(16, 1e5)(torch.arange(9)[None], torch.float64)
+    # The same sums, in whatever order: 64 products of order one.
+    torch.testing.assert_close(grouped(hidden, cos, sin), multi(hidden, cos, sin), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeating_heads_equals_handing_them_over_grouped(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that CUDA takes where its fused kernels know no groups."""
+    decoder = exact_decoder()
+    ids = torch.randint(0, 101, (2, 12))
+    documents = torch.tensor([0, 1]).repeat_interleave(6).expand(2, 12) if masked else None
+    grouped = decoder(ids, document_ids_BT=documents)
+    monkeypatch.setattr(attention_module, "takes_grouped_heads", lambda q, mask: False)
+    # Same arithmetic on copies.
+    torch.testing.assert_close(decoder(ids, document_ids_BT=documents), grouped, rtol=0, atol=1e-12)
+
+
+def test_repeat_heads_keeps_groups_together() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(repeat_heads(x, 2), x.repeat_interleave(2, dim=1))
+
+
+def test_masks() -> None:
+    documents = torch.tensor([[7, 7, 8]])
+    assert document_mask(documents).int().tolist() == [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
+    assert causal_mask(2, 2, torch.device("cpu")).int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    decoder = exact_decoder()
+    lengths = (5, 1, 9)
+    texts = [torch.randint(0, 101, (1, length)) for length in lengths]
+    packed = torch.cat(texts, dim=1)
+    documents = torch.repeat_interleave(torch.tensor([3, 1, 2]), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = decoder(packed, position_ids_BT=positions, document_ids_BT=documents)
+    alone = torch.cat([decoder(text) for text in texts], dim=1)
+    # The same numbers from sums of other lengths (masked scores add exact zeros).
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    assert (together - decoder(packed)).abs().max() > 1e-3
+
+
+def test_one_document_is_the_plain_causal_case() -> None:
+    decoder = exact_decoder()
+    ids = torch.randint(0, 101, (2, 11))
+    # Two kernels, one sum.
+    torch.testing.assert_close(decoder(ids, document_ids_BT=torch.zeros_like(ids)), decoder(ids), rtol=0, atol=1e-12)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    decoder = exact_decoder(dataclasses.replace(CONFIG, attention_dropout=0.5))
+    ids = torch.randint(0, 101, (1, 11))
+    assert torch.equal(decoder(ids), decoder(ids))
+    decoder.train()
+    assert not torch.equal(decoder(ids), decoder(ids))
+
+
+@pytest.mark.parametrize("move", ["bfloat16", "float64", "to_empty"])
+def test_rotary_tables_survive_moves(move: str) -> None:
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(16, 1e5)
+    if move == "to_empty":
+        rotary.to_empty(device="cpu")
+    else:
+        rotary.to(getattr(torch, move))
+    assert not rotary.state_dict()
+    cos, sin = rotary(torch.tensor([[5]]), torch.bfloat16)
+    expected_cos, expected_sin = rotary_tables(torch.tensor([[5]]), inverse_frequencies(16, 1e5))
+    assert cos.dtype == torch.float32
+    assert torch.equal(cos, expected_cos) and torch.equal(sin, expected_sin)
