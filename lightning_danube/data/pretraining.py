@@ -1,0 +1,381 @@
+"""The data of a pre-training run: sources, their shards, and a loader whose whole state is one integer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_danube.data.corpora import Source
+from lightning_danube.data.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
+from lightning_danube.data.shards import TokenShards, TokenStream, open_or_write_shards
+from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.durations import parse_tokens
+
+IGNORE_INDEX = -100
+
+
+def default_cache_dir() -> Path:
+    """$LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory."""
+    if explicit := os.environ.get("LIGHTNING_DANUBE_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-danube"
+
+
+class CurriculumData(LightningDataModule):
+    """Documents of several sources, mixed in stages.
+
+    Args:
+        sources: name → source. The order numbers the sources in logs and tables.
+        stages: the curriculum, in order.
+        context_length: tokens a training row predicts.
+        batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
+        micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
+        tokenizer: "mistral" (Danube3's 32,000 pieces), a directory or a hub id.
+        seed: of the order of rows.
+        held_out: share of each source's documents kept for validation, chosen by a hash of the text.
+        validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
+        max_passes: how often the run may go through a source before this is an error. Repeating a text up to about
+            four times costs little (Muennighoff et al. 2023, arXiv 2305.16264).
+        document_masks: keep the packed documents of a row from seeing each other.
+        workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
+        cache_dir: where shards are kept.
+        processes: how many tokenize; all cores by default.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        stages: list[Stage],
+        context_length: int,
+        batch_tokens: int | str,
+        micro_batch_size: int = 8,
+        tokenizer: str = MISTRAL,
+        seed: int = 0,
+        held_out: float = 0.01,
+        validation_rows: int = 64,
+        max_passes: float = 4.0,
+        document_masks: bool = False,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        processes: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not 0 < held_out < 1:
+            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
+        check_stages(stages, list(sources))
+        self.sources, self.stages = sources, stages
+        self.context_length = context_length
+        self.batch_tokens = parse_tokens(batch_tokens, "data.batch_tokens")
+        if self.batch_tokens % context_length:
+            near = max(1, round(self.batch_tokens / context_length)) * context_length
+            raise ValueError(
+                f"data.batch_tokens is {self.batch_tokens}, not a multiple of data.context_length ({context_length}): "
+                f"{near} would be"
+            )
+        self.batch_samples = self.batch_tokens // context_length
+        self.micro_batch_size = micro_batch_size
+        self.seed, self.held_out = seed, held_out
+        self.validation_rows, self.max_passes = validation_rows, max_passes
+        self.document_masks, self.workers = document_masks, workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.processes = processes or len(os.sched_getaffinity(0))
+        self.tokenizer = DocumentTokenizer(tokenizer)
+        self.vocab_size = self.tokenizer.vocab_size
+        # Known from the stages alone, so that the schedule does not wait for the data.
+        self.total_tokens = context_length * sum(
+            stage_samples(stage, context_length, self.batch_samples) for stage in stages
+        )
+        self.samples_done = 0
+        self.seconds_to_prepare: dict[str, float] = {}
+
+    # --- shards -------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        for name in self.sources:
+            _, self.seconds_to_prepare[name] = self._open(name)
+
+    def _open(self, name: str) -> tuple[TokenShards, float]:
+        return open_or_write_shards(
+            name,
+            self.sources[name],
+            self.tokenizer,
+            held_out=self.held_out,
+            cache_dir=self.cache_dir,
+            processes=self.processes,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Opens the shards and, for training, lays out the run.
+
+        Raises:
+            ValueError: a source is too small for one row or would be repeated too often, or the batch does not divide.
+        """
+        self.shards = {name: self._open(name)[0] for name in self.sources}
+        self._validation = {name: shards.tokens("validation") for name, shards in self.shards.items()}
+        for name, stream in self._validation.items():
+            if len(stream) < 2:
+                documents = self.shards[name].counts("train").documents
+                raise ValueError(
+                    f"source {name!r} has {documents} documents, none of them held out: raise data.held_out "
+                    f"(now {self.held_out})"
+                )
+        if stage != "fit":
+            return
+        train = {name: shards.tokens("train") for name, shards in self.shards.items()}
+        for name, stream in train.items():
+            if not stream.rows(self.context_length):
+                raise ValueError(
+                    f"source {name!r} has {len(stream)} tokens of training text, fewer than one row of "
+                    f"data.context_length + 1 = {self.context_length + 1}"
+                )
+        self.train_streams = train
+        self.curriculum = Curriculum(
+            self.stages,
+            {name: stream.rows(self.context_length) for name, stream in train.items()},
+            context_length=self.context_length,
+            batch_samples=self.batch_samples,
+            seed=self.seed,
+        )
+        self._check_passes()
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = self._accumulation()
+
+    def _check_passes(self) -> None:
+        for name, passes in self.curriculum.passes().items():
+            if passes > self.max_passes:
+                raise ValueError(
+                    f"source {name!r} would be read {passes:.1f} times ({len(self.train_streams[name]):,} tokens), "
+                    f"more than data.max_passes = {self.max_passes:g}: add text, lower its share or raise it"
+                )
+
+    def _replicas(self) -> tuple[int, int]:
+        """Number of data-parallel replicas and this one's; `global_rank` would be wrong under tensor parallelism."""
+        if self.trainer is None:
+            return 1, 0
+        replicas = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return int(replicas["num_replicas"]), int(replicas["rank"])
+
+    def _accumulation(self) -> int:
+        """Micro-batches of one optimizer step on each replica."""
+        replicas, _ = self._replicas()
+        held = replicas * self.micro_batch_size
+        if self.batch_samples % held:
+            fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
+            numbers = f"data.micro_batch_size = {_listed(fits)} would" if fits else "no micro_batch_size would"
+            raise ValueError(
+                f"a step of {self.batch_samples} rows (data.batch_tokens / data.context_length) does not divide into "
+                f"{replicas} device(s) × {self.micro_batch_size} rows: {numbers}"
+            )
+        return self.batch_samples // held
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {
+            "samples": self.trainer.global_step * self.batch_samples,
+            "tokenizer": self.tokenizer.identity(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        made_with = state_dict["tokenizer"]
+        if made_with["fingerprint"] != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"the checkpoint was trained with the tokenizer {made_with['name']!r} ({made_with['fingerprint']}), "
+                f"data.tokenizer is {self.tokenizer.name!r} ({self.tokenizer.fingerprint}): use the same one"
+            )
+        self.samples_done = int(state_dict["samples"])
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        replicas, replica = self._replicas()
+        sampler = CurriculumSampler(
+            self.curriculum,
+            micro_batch_size=self.micro_batch_size,
+            replicas=replicas,
+            replica=replica,
+            start=self.samples_done,
+        )
+        rows = TrainingRows(
+            [self.train_streams[name] for name in self.curriculum.sources], self.context_length, self._document_end()
+        )
+        return ResumableLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(self.validation_rows)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
+        """One loader a source. Each replica gets the same number of batches, so that sharded models stay in step."""
+        replicas, replica = self._replicas()
+        loaders = []
+        for name, stream in self._validation.items():
+            rows = np.arange(evaluation_rows(stream, self.context_length, limit))
+            per_replica = -(-len(rows) // replicas)
+            mine = rows[replica::replicas].tolist()
+            mine += [-1] * (per_replica - len(mine))
+            batches = [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+            dataset = EvaluationBatches(
+                name, stream, batches, self.context_length, self.tokenizer.eos_id, self._document_end()
+            )
+            loaders.append(DataLoader(dataset, batch_size=None))
+        return loaders
+
+    def _document_end(self) -> int | None:
+        return self.tokenizer.eos_id if self.document_masks else None
+
+    def evaluation_tokens(self, limit: int | None) -> dict[str, int]:
+        """Tokens predicted in each source's held-out rows, at most `limit` rows."""
+        return {
+            name: min(evaluation_rows(stream, self.context_length, limit) * self.context_length, len(stream) - 1)
+            for name, stream in self._validation.items()
+        }
+
+    def unigram_losses(self) -> dict[str, float]:
+        """Nats a token of a unigram model of each source (training counts plus one) on its validation rows.
+
+        What a model has to beat before it can be said to have learned more than how frequent words are.
+        """
+        losses = {}
+        for name, stream in self._validation.items():
+            counts = self.shards[name].tokens("train").token_counts(self.vocab_size) + 1
+            nats = np.log(counts.sum()) - np.log(counts)
+            rows = evaluation_rows(stream, self.context_length, self.validation_rows)
+            labels = stream.read(1, min(rows * self.context_length + 1, len(stream)))
+            losses[name] = float(nats[labels].mean())
+        return losses
+
+
+def evaluation_rows(stream: TokenStream, context_length: int, limit: int | None) -> int:
+    """Rows of a held-out stream, the last one possibly short; at most `limit`."""
+    rows = math.ceil((len(stream) - 1) / context_length)
+    return rows if limit is None else min(rows, limit)
+
+
+class CurriculumSampler(Sampler[list[SampleKey]]):
+    """Keys of this replica's micro-batches, from sample `start` to the end of the run.
+
+    An optimizer step is a run of consecutive samples; micro-batch after micro-batch is dealt to the replicas in turn.
+    So neither the micro-batch nor the number of replicas changes which samples a step holds.
+    """
+
+    def __init__(
+        self, curriculum: Curriculum, *, micro_batch_size: int, replicas: int, replica: int, start: int = 0
+    ) -> None:
+        assert start % curriculum.batch_samples == 0, "training starts at an optimizer step"
+        assert curriculum.batch_samples % (micro_batch_size * replicas) == 0
+        self.curriculum, self.start = curriculum, start
+        self.micro_batch_size, self.replicas, self.replica = micro_batch_size, replicas, replica
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, wherever it starts: the trainer counts those before as done."""
+        return self.curriculum.total_samples // (self.micro_batch_size * self.replicas)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        stride = self.micro_batch_size * self.replicas
+        chunk = stride * max(1, 4096 // stride)
+        for begin in range(self.start, self.curriculum.total_samples, chunk):
+            keys = self.curriculum.samples(begin, min(begin + chunk, self.curriculum.total_samples))
+            for first in range(self.replica * self.micro_batch_size, len(keys), stride):
+                yield keys[first : first + self.micro_batch_size]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that need not be rewound: the data module starts its sampler where the checkpoint stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        pass
+
+
+class TrainingRows(Dataset[Any]):
+    """Reads whole micro-batches by key: input_ids and labels, (rows, context), int64."""
+
+    def __init__(self, streams: Sequence[TokenStream], context_length: int, document_end: int | None) -> None:
+        self.streams, self.context_length, self.document_end = streams, context_length, document_end
+
+    def __getitems__(self, keys: list[SampleKey]) -> dict[str, Any]:
+        ids = np.stack([self.streams[key.source].row(key.row, self.context_length) for key in keys])
+        batch = _inputs_and_labels(torch.from_numpy(ids.astype(np.int64)), self.document_end)
+        return batch | {"keys": keys}
+
+
+class EvaluationBatches(Dataset[Any]):
+    """Micro-batches of one held-out stream; row -1 and the end of a short last row count nothing."""
+
+    def __init__(
+        self,
+        source: str,
+        stream: TokenStream,
+        batches: list[list[int]],
+        context_length: int,
+        padding: int,
+        document_end: int | None,
+    ) -> None:
+        self.source, self.stream, self.batches, self.context_length = source, stream, batches, context_length
+        self.padding, self.document_end = padding, document_end
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows = self.batches[number]
+        ids = np.full((len(rows), self.context_length + 1), self.padding, dtype=np.int64)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        for place, row in enumerate(rows):
+            if row >= 0:
+                tokens = self.stream.row(row, self.context_length)
+                ids[place, : len(tokens)] = tokens
+                lengths[place] = len(tokens) - 1
+        batch = _inputs_and_labels(torch.from_numpy(ids), self.document_end)
+        places = torch.arange(self.context_length)
+        batch["labels"] = batch["labels"].masked_fill(places >= torch.from_numpy(lengths)[:, None], IGNORE_INDEX)
+        return batch | {"source": self.source, "rows": rows}
+
+
+def _inputs_and_labels(ids: Tensor, document_end: int | None) -> dict[str, Any]:
+    batch: dict[str, Any] = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    if document_end is not None:
+        ends = batch["input_ids"] == document_end
+        # A document's end belongs to it; what follows is the next one.
+        batch["document_ids"] = ends.cumsum(1) - ends.long()
+    return batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers[-6:]]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]

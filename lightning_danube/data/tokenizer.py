@@ -1,0 +1,153 @@
+"""Tokenizers: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1) without a hub, or any Hugging Face one.
+
+The vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
+because one object then serves training, the export and every tool that reads it. The rebuilding follows Llama's own
+conversion: prepend "▁", replace spaces, merge by piece score, fall back to bytes. What transformers 5.23 makes of the
+same file gives other ids where spaces lead a text or follow each other: it prepends nothing before a leading space, and
+it merges by id instead of score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MISTRAL = "mistral"
+
+
+class DocumentTokenizer:
+    """Encodes documents for pre-training and names itself, so that shards and checkpoints can check it.
+
+    Args:
+        name: "mistral", a directory with tokenizer files, or a hub id.
+
+    Raises:
+        ValueError: nothing of that name can be loaded, or it has no token that ends a document.
+    """
+
+    def __init__(self, name: str = MISTRAL) -> None:
+        self.name = name
+        self.hf = load_hf_tokenizer(name)
+        if self.hf.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {name!r} has no end-of-sequence token, which ends documents: set eos_token in its files"
+            )
+        self.vocab_size = len(self.hf)
+        self.eos_id = int(self.hf.eos_token_id)
+        bos = self.hf.bos_token_id
+        # GPT-type tokenizers use one token for both ends: then the previous document's end is the next one's start.
+        self.bos_id = int(bos) if bos is not None and bos != self.eos_id else None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Smallest unsigned type for the ids."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which ids a text gets."""
+        digest = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode())
+        digest.update(f"{self.bos_id}/{self.eos_id}".encode())
+        return digest.hexdigest()[:16]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
+        backend = self.hf.backend_tokenizer
+        backend.encode_special_tokens = True
+        try:
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+        head = [] if self.bos_id is None else [self.bos_id]
+        return [np.array([*head, *encoding.ids, self.eos_id], dtype=self.dtype) for encoding in encodings]
+
+    def identity(self) -> dict[str, Any]:
+        """What is written beside ids made with this tokenizer."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+        }
+
+
+@lru_cache(maxsize=4)
+def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The Hugging Face tokenizer of a name: "mistral", a local directory, or a hub id.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+    """
+    if name == MISTRAL:
+        return _mistral_v1()
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no tokenizer directory {name!r}: give 'mistral', a directory or a hub id")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        where = "has no readable tokenizer files" if os.path.isdir(name) else "was found neither on disk nor on the hub"
+        raise ValueError(
+            f"tokenizer {name!r} {where} ({_first_line(error)}): give 'mistral', a directory or a hub id"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
+    return tokenizer  # type: ignore[return-value]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
+
+
+def mistral_model_file() -> Path:
+    """SentencePiece model of Mistral v1 inside the installed package `mistral-common`."""
+    for file in importlib.metadata.files("mistral-common") or []:
+        if file.name == "tokenizer.model.v1":
+            return Path(str(file.locate()))
+    raise ValueError("the package mistral-common has no tokenizer.model.v1: reinstall it, or name another tokenizer")
+
+
+def _mistral_v1() -> PreTrainedTokenizerFast:
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    scores = [pieces.get_score(i) for i in range(pieces.vocab_size())]
+    # The score says which merge comes first, not the id: "▁▁" has the lowest id of all and merges late.
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(vocabulary, key=lambda piece: -scores[vocabulary[piece]]):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(known, key=lambda pair: (len(pair[0]), len(pair[1])))
+
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        # Danube3 pads with id 0, as its config.json says.
+        pad_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )

@@ -1,0 +1,166 @@
+import csv
+import gzip
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from lightning_danube.data.corpora import Document, Source, read_documents
+
+ROWS = [{"text": "First, with a comma and ü.", "id": 1}, {"text": 'Second "quoted"\nover two lines.', "id": 2}]
+
+
+def read(path: Path | str, **options: object) -> list[Document]:
+    return list(read_documents("src", Source(str(path), **options), Path("unused")))  # type: ignore[arg-type]
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n")
+
+
+def write_json_array(path: Path) -> None:
+    path.write_text(json.dumps(ROWS, indent=1))
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "id"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "compression"),
+    [
+        *itertools.product(["a.jsonl"], [write_jsonl], ["", ".gz", ".zst"]),
+        *itertools.product(["a.json"], [write_json_array], ["", ".gz", ".zst"]),
+        *itertools.product(["a.csv", "a.tsv"], [write_csv], ["", ".gz", ".zst"]),
+        ("a.parquet", write_parquet, ""),
+    ],
+)
+def test_every_format_gives_the_same_documents(
+    tmp_path: Path, name: str, write: Callable[[Path], None], compression: str
+) -> None:
+    plain = tmp_path / name
+    write(plain)
+    path = plain
+    if compression:
+        path = tmp_path / (name + compression)
+        data = plain.read_bytes()
+        path.write_bytes(gzip.compress(data) if compression == ".gz" else zstandard.ZstdCompressor().compress(data))
+    assert read(path) == [Document(str(row["text"]), str(path), n) for n, row in enumerate(ROWS, 1)]
+
+
+def test_text_files_are_one_document_or_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("One\n\nTwo\n<|end|>Three\n<|end|> \n")
+    assert [d.text for d in read(path)] == ["One\n\nTwo\n<|end|>Three\n<|end|> \n"]
+    assert [d.text for d in read(path, separator="<|end|>")] == ["One\n\nTwo\n", "Three\n"]
+    assert [(d.text, d.row) for d in read(path, separator="\n")][:2] == [("One", 1), ("Two", 3)]
+
+
+def test_separators_and_characters_may_lie_across_pieces(tmp_path: Path) -> None:
+    """Files are read in pieces of 1 MiB; this one has a two-byte character and a separator on the border."""
+    path = tmp_path / "a.txt"
+    first = "a" * ((1 << 20) - 1) + "ü"
+    path.write_text(first + "|||" + "b" * (1 << 20) + "|||c")
+    assert [d.text for d in read(path, separator="|||")] == [first, "b" * (1 << 20), "c"]
+
+
+def test_directories_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [d.text for d in read(tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert [d.text for d in read(tmp_path / "*.txt")] == ["a.txt", "b.txt"]
+
+
+def test_what_datasets_saved_is_read_by_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert [d.text for d in read(tmp_path / "saved")] == [row["text"] for row in ROWS]
+
+
+def test_empty_rows_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n\n{"text": null}\n{"text": "  "}\n{"text": "x"}\n')
+    assert read(path) == [Document("x", str(path), 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, row 2: not JSON \(Expecting value at character \d+\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a\.jsonl, row 2: there is no column 'text', only body"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, row 1: column 'text' holds int, not text"),
+        ("a.jsonl", b'"text"\n', r"a\.jsonl, row 1: expected an object with the column 'text', found str"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, row 2: byte 11 of the row \(0xff\) is not UTF-8"),
+        ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json, row 2: not JSON"),
+        ("a.csv", b"text,id\na,1\nb,2,3\n", r"a\.csv, row 2: more fields than the header's 2"),
+        ("a.csv", b'text,id\n"a,1\n', r"a\.csv, line \d: not CSV \(unexpected end of data\)"),
+        ("a.csv", b"text\na\nb\xff\n", r"a\.csv, line 3: byte 2 of the row \(0xff\) is not UTF-8"),
+        ("a.csv", b"body,id\na,1\n", r"a\.csv, row 1: there is no column 'text', only body, id"),
+        ("a.txt", b"abc\xffdef", r"a\.txt, near byte 4: not UTF-8"),
+        ("a.txt", b"abc\xc3", r"a\.txt ends inside a character"),
+        ("a.parquet", b"PAR1 and nothing", r"a\.parquet is not a whole parquet file, after row 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:-12], r"a\.jsonl\.gz is not a whole compressed file"),
+        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz is not a whole compressed file"),
+        ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst is not a whole compressed file"),
+    ],
+)
+def test_damage_is_named_with_file_and_row(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_truncated_zst_file_is_not_a_short_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    text = "".join(json.dumps({"text": f"document {n} {n * 7919}"}) + "\n" for n in range(50_000)).encode()
+    path.write_bytes(zstandard.ZstdCompressor().compress(text)[:-5000])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./missing.jsonl", r"source 'src': there is no file \./missing\.jsonl"),
+        ("missing.jsonl", r"source 'src': there is no file missing\.jsonl"),
+        ("no/such/*.txt", r"source 'src': there is no file no/such/\*\.txt"),
+        (
+            "documentation:poems",
+            r"source 'src' asks for 'documentation:poems': the embedded texts are documentation:web",
+        ),
+        ("nobody/nothing", r"source 'src': nobody/nothing cannot be loaded"),
+    ],
+)
+def test_what_is_not_there_is_named(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_unknown_formats_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a\.docx has no known format"):
+        read(tmp_path / "a.docx")
+    with pytest.raises(ValueError, match="holds no file of a known format"):
+        read(tmp_path)
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="separator is empty"):
+        Source("a.txt", separator="")
+    with pytest.raises(ValueError, match="max_tokens is 'many': give a positive number of tokens"):
+        Source("a.txt", max_tokens="many")

@@ -1,0 +1,130 @@
+import math
+from collections import Counter
+
+import pytest
+
+from lightning_danube.data.curriculum import Curriculum, Stage
+from lightning_danube.durations import parse_tokens
+
+STAGES = [
+    Stage("first", 40_000, {"web": 90.6, "wiki": 9.4}),
+    Stage("second", 25_000, {"web": 81.7, "wiki": 18.3}),
+    Stage("third", 9_000, {"wiki": 48.4, "web": 51.6}),
+]
+ROWS = {"web": 300, "wiki": 20}
+
+
+def curriculum(**changes: object) -> Curriculum:
+    arguments = {"context_length": 64, "batch_samples": 16, "seed": 0, **changes}
+    return Curriculum(STAGES, ROWS, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [
+        (1024, 1024),
+        ("1024", 1024),
+        ("1_000", 1000),
+        (1e6, 1_000_000),
+        ("700k", 700_000),
+        ("1.18M", 1_180_000),
+        ("4.6T", 4_600_000_000_000),
+    ],
+)
+def test_tokens_are_read_as_people_write_them(written: int | str, tokens: int) -> None:
+    assert parse_tokens(written) == tokens
+
+
+@pytest.mark.parametrize("written", ["", "lots", -5, 0, "-1M", "1.5X", float("nan"), float("inf"), "0.0001"])
+def test_what_is_no_number_of_tokens_is_refused(written: int | str) -> None:
+    with pytest.raises(ValueError, match=r"tokens of stage 'x' is .*: give a positive number of tokens such as"):
+        Stage("x", written, {"web": 1})
+
+
+def test_stages_end_with_whole_steps() -> None:
+    spans = curriculum().spans
+    assert [span.samples for span in spans] == [
+        math.ceil(tokens / (64 * 16)) * 16 for tokens in (40_000, 25_000, 9_000)
+    ]
+    assert curriculum().total_steps * 16 == spans[-1].stop == curriculum().total_samples
+
+
+def test_shares_of_every_stage_are_met_within_one_sample() -> None:
+    run = curriculum()
+    for span, stage in zip(run.spans, STAGES, strict=True):
+        keys = run.samples(span.start, span.stop)
+        seen = Counter(run.sources[key.source] for key in keys)
+        for name, share in stage.mix.items():
+            assert abs(seen[name] - span.samples * share / 100) < 1
+            assert seen[name] == span.samples_by_source[name]
+
+
+def test_a_pass_is_finished_before_the_next_begins_also_across_stages() -> None:
+    run = curriculum()
+    visits: dict[int, list[tuple[int, int]]] = {0: [], 1: []}
+    for key in run.samples(0, run.total_samples):
+        visits[key.source].append((key.epoch, key.row))
+    for source, size in enumerate(ROWS.values()):
+        for begin in range(0, len(visits[source]), size):
+            one_pass = visits[source][begin : begin + size]
+            assert {epoch for epoch, _ in one_pass} == {begin // size}
+            assert len({row for _, row in one_pass}) == len(one_pass)
+    assert run.passes()["wiki"] == len(visits[1]) / 20
+
+
+def test_a_sample_does_not_depend_on_where_reading_starts() -> None:
+    run = curriculum()
+    everything = run.samples(0, run.total_samples)
+    assert [run[i] for i in range(run.total_samples)] == everything
+    assert run.samples(617, 900) == everything[617:900]
+
+
+def test_a_longer_future_does_not_change_the_past() -> None:
+    longer = Curriculum(
+        [*STAGES[:2], Stage("third", 90_000, {"wiki": 1.0})], ROWS, context_length=64, batch_samples=16, seed=0
+    )
+    past = curriculum().spans[1].stop
+    assert longer.samples(0, past) == curriculum().samples(0, past)
+
+
+def test_the_papers_run_needs_no_memory_and_no_time() -> None:
+    """The 4B's 6T tokens: a sample in the last stage is as cheap as the first, and the shares stay exact."""
+    stages = [
+        Stage("1", "4.6T", {"web": 90.6, "rest": 9.4}),
+        Stage("2", "1.35T", {"web": 81.7, "rest": 18.3}),
+        Stage("3", "0.05T", {"web": 51.6, "rest": 48.4}),
+    ]
+    run = Curriculum(stages, {"web": 10**9, "rest": 10**7}, context_length=8192, batch_samples=144, seed=0)
+    assert run.total_tokens == pytest.approx(6e12, rel=1e-6)
+    assert run[run.total_samples - 1].stage == 2
+    for span, stage in zip(run.spans, stages, strict=True):
+        assert abs(span.samples_by_source["web"] - span.samples * stage.mix["web"] / 100) < 1
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({}, "stage 's' has an empty mix"),
+        ({"web": -1.0, "wiki": 2.0}, "gives source 'web' the share -1.0: shares are finite and not negative"),
+        ({"web": float("nan")}, "gives source 'web' the share nan"),
+        ({"web": float("inf")}, "gives source 'web' the share inf"),
+        ({"web": 0.0, "wiki": 0.0}, "all shares of stage 's' are 0"),
+    ],
+)
+def test_impossible_mixes_are_refused(mix: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stage("s", 1000, mix)
+
+
+def test_unknown_source_is_answered_with_a_suggestion() -> None:
+    with pytest.raises(ValueError, match="stage 's' mixes the unknown source 'wikis': did you mean 'wiki'"):
+        Curriculum([Stage("s", 1000, {"wikis": 1})], ROWS, context_length=64, batch_samples=1, seed=0)
+    with pytest.raises(ValueError, match=r"unknown source 'xyz': data\.sources has web, wiki"):
+        Curriculum([Stage("s", 1000, {"xyz": 1})], ROWS, context_length=64, batch_samples=1, seed=0)
+
+
+def test_stage_lists_that_make_no_run_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.stages is empty"):
+        Curriculum([], ROWS, context_length=64, batch_samples=1, seed=0)
+    with pytest.raises(ValueError, match="two stages are called 'first'"):
+        Curriculum([STAGES[0], STAGES[0]], ROWS, context_length=64, batch_samples=1, seed=0)
