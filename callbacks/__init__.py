@@ -1,0 +1,21 @@
+"""Trainer callbacks, each about one thing. YAML names them; lightning_danube never imports them."""
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.curriculum import CurriculumStages
+from callbacks.ledger import TokenLedger
+from callbacks.predictions import Predictions
+from callbacks.progress import Progress
+from callbacks.samples import TextSamples
+from callbacks.summary import PretrainingSummary
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "Checkpoints",
+    "CurriculumStages",
+    "Predictions",
+    "PretrainingSummary",
+    "Progress",
+    "TextSamples",
+    "Throughput",
+    "TokenLedger",
+]

@@ -1,0 +1,65 @@
+"""Enters the stages of a curriculum: announces each, has each validated at its end, and tells where the run stands.
+
+The data need no switch: their loader computes the stage from the sample's number. An attribute switched on a dataset
+that loader processes hold would arrive late, or never.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.position import curriculum_of, finished_stage, samples_done
+from callbacks.progress import say
+from lightning_danube.durations import parse_tokens
+
+
+class CurriculumStages(Callback):
+    """Announces stages and plans validation for the end of each.
+
+    Args:
+        validate_every: also validate every so many tokens ("100M"), rounded up to optimizer steps.
+    """
+
+    def __init__(self, validate_every: int | str | None = None) -> None:
+        self.validate_every = None if validate_every is None else parse_tokens(validate_every, "validate_every")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._plan_validation(trainer)
+        _, curriculum = curriculum_of(trainer)
+        if samples_done(trainer) < curriculum.total_samples:
+            self._announce(trainer, resumed=trainer.global_step > 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._plan_validation(trainer)
+        k = finished_stage(trainer)
+        if k is not None:
+            _, curriculum = curriculum_of(trainer)
+            say(trainer, f"stage {k + 1} done: {curriculum.stages[k].name}")
+            if k + 1 < len(curriculum.stages):
+                self._announce(trainer, resumed=False)
+
+    def _plan_validation(self, trainer: Trainer) -> None:
+        """Tells the trainer the micro-batch after which to validate next: a stage's end, or an interval's."""
+        data, curriculum = curriculum_of(trainer)
+        done = samples_done(trainer)
+        ends = [span.stop for span in curriculum.spans]
+        if self.validate_every:
+            interval = -(-self.validate_every // data.batch_tokens) * data.batch_samples
+            ends.append((done // interval + 1) * interval)
+        ahead = [end for end in ends if end > done]
+        if ahead:
+            trainer.val_check_batch = min(ahead) // data.batch_samples * trainer.accumulate_grad_batches
+
+    def _announce(self, trainer: Trainer, resumed: bool) -> None:
+        data, curriculum = curriculum_of(trainer)
+        k = curriculum.stage_index(samples_done(trainer))
+        span, stage = curriculum.spans[k], curriculum.stages[k]
+        total = sum(stage.mix.values())
+        mix = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in stage.mix.items() if share)
+        tokens = span.samples * data.context_length
+        verb = "going on with" if resumed else "entering"
+        say(trainer, f"{verb} stage {k + 1} of {len(curriculum.stages)}: {stage.name}, {tokens:,} tokens: {mix}")
+        for logger in trainer.loggers:
+            logger.log_metrics({"curriculum/stage": float(k + 1)}, step=trainer.global_step)

@@ -1,0 +1,94 @@
+"""Counts which tokens the model has seen: a ledger by stage and source, kept in the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.position import at_logged_step, curriculum_of, samples_done
+
+
+class TokenLedger(Callback):
+    """Counts the samples of the batches that were really trained on, over all replicas.
+
+    Logs, for the current stage, `stage_share/<source>` (share of the stage's tokens so far) and
+    `tokens_seen/<source>` (of the whole run).
+    """
+
+    def __init__(self) -> None:
+        self._samples: Tensor | None = None  # (stages, sources), all replicas, at the last synchronisation
+        self._since: Tensor | None = None  # the same, this replica, since then
+        self._sources: list[str] = []
+        self._stages: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _, curriculum = curriculum_of(trainer)
+        self._sources = list(curriculum.sources)
+        self._stages = [s.name for s in curriculum.stages]
+        self._samples = torch.zeros(len(self._stages), len(self._sources), dtype=torch.int64)
+        self._since = torch.zeros_like(self._samples)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._since is not None
+        for key in batch["keys"]:
+            self._since[key.stage, key.source] += 1
+        if at_logged_step(trainer, batch_idx):
+            self._log(trainer)
+
+    def samples(self, trainer: Trainer) -> Tensor:
+        """Samples seen, (stages, sources); a collective call: every rank has to make it."""
+        assert self._samples is not None and self._since is not None
+        since = self._since.to(trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(since)
+        self._samples += since.cpu()
+        self._since.zero_()
+        return self._samples
+
+    def tokens_by_source(self, trainer: Trainer) -> list[dict[str, int]]:
+        """Tokens seen in each stage from each source."""
+        data, _ = curriculum_of(trainer)
+        return [
+            {name: int(n) * data.context_length for name, n in zip(self._sources, row, strict=True)}
+            for row in self.samples(trainer).tolist()
+        ]
+
+    def _log(self, trainer: Trainer) -> None:
+        data, curriculum = curriculum_of(trainer)
+        samples = self.samples(trainer)
+        current = samples[curriculum.stage_index(max(0, samples_done(trainer) - 1))]
+        values = {}
+        for s, name in enumerate(self._sources):
+            values[f"stage_share/{name}"] = float(current[s] / current.sum())
+            values[f"tokens_seen/{name}"] = float(samples[:, s].sum() * data.context_length)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        data, _ = curriculum_of(trainer)
+        checkpoint["token_ledger"] = {
+            "stages": self._stages,
+            "sources": self._sources,
+            "samples": self.samples(trainer).clone(),
+            "context_length": data.context_length,
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("token_ledger")
+        if saved is None or self._samples is None:
+            return
+        if saved["stages"] != self._stages or saved["sources"] != self._sources:
+            raise ValueError(
+                f"the checkpoint counted stages {saved['stages']} and sources {saved['sources']}, the config has "
+                f"{self._stages} and {self._sources}: a run goes on with the stages and sources it began with"
+            )
+        assert self._since is not None
+        self._samples = saved["samples"].clone()
+        self._since.zero_()

@@ -1,0 +1,45 @@
+"""Where a pre-training run stands: what several callbacks ask."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_danube.data.curriculum import Curriculum
+from lightning_danube.data.pretraining import CurriculumData
+
+
+def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
+    """The data module of the run and its curriculum.
+
+    Raises:
+        ValueError: the run has other data.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, CurriculumData):
+        raise ValueError("this callback counts the stages of CurriculumData: remove it, or use that data module")
+    return data, data.curriculum
+
+
+def samples_done(trainer: Trainer) -> int:
+    """Samples consumed by finished optimizer steps."""
+    data, _ = curriculum_of(trainer)
+    return trainer.global_step * data.batch_samples
+
+
+def finished_stage(trainer: Trainer) -> int | None:
+    """Number of the stage that ends exactly here, if one does."""
+    _, curriculum = curriculum_of(trainer)
+    done = samples_done(trainer)
+    return next((k for k, span in enumerate(curriculum.spans) if span.stop == done), None)
+
+
+def stage_name(trainer: Trainer) -> str:
+    """Name of the stage in which the next sample lies."""
+    _, curriculum = curriculum_of(trainer)
+    return curriculum.stages[curriculum.stage_index(samples_done(trainer))].name
+
+
+def at_logged_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch ended an optimizer step that is logged."""
+    at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return at_step and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""One line that tells how far a run is: tokens, tokens a second, time left, loss, stage."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from callbacks.position import curriculum_of, samples_done, stage_name
+
+BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+
+
+def say(trainer: Trainer, text: str) -> None:
+    """Prints a line from rank zero without tearing the progress bar."""
+    if trainer.is_global_zero:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, Progress):
+            bar.print(text)
+        else:
+            print(text, flush=True)
+
+
+class Progress(ProgressBar):
+    """A bar over the tokens of the run on a terminal; a plain line now and then elsewhere (logs, CI).
+
+    Args:
+        seconds_between_lines: how often a line is written where there is no terminal.
+    """
+
+    def __init__(self, seconds_between_lines: float = 30.0) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+        self._last_line = 0.0
+        self._start: tuple[float, int] = (0.0, 0)
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    @property
+    def _on_terminal(self) -> bool:
+        return sys.stderr.isatty()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        text = " ".join(map(str, args))
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        total, done = self._tokens(trainer)
+        self._start = (time.monotonic(), done)
+        self._last_line = time.monotonic()
+        if self._on_terminal:
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                unit=" tokens",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format=BAR,
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        if now - self._last_line < (0.5 if self._on_terminal else self.seconds_between_lines):
+            return
+        self._last_line = now
+        total, done = self._tokens(trainer)
+        loss = trainer.callback_metrics.get("train/loss")
+        if self._bar is not None:
+            self._bar.set_description(f"stage {stage_name(trainer)}", refresh=False)
+            if loss is not None:
+                self._bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        else:
+            seconds, at = self._start
+            rate = (done - at) / max(now - seconds, 1e-9)
+            left = (total - done) / rate if rate else float("nan")
+            said = "" if loss is None else f", loss {float(loss):.3f}"
+            print(
+                f"  {done:,} of {total:,} tokens{said}, {rate:,.0f} tokens/s, {tqdm.format_interval(left)} left",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.n = self._tokens(trainer)[1]
+            self._bar.refresh()
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @staticmethod
+    def _tokens(trainer: Trainer) -> tuple[int, int]:
+        data, curriculum = curriculum_of(trainer)
+        return curriculum.total_tokens, samples_done(trainer) * data.context_length

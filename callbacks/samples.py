@@ -1,0 +1,62 @@
+"""Lets the model continue a few prompts after each validation, so that a person can read how it learns."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.position import curriculum_of
+from lightning_danube.model import generate
+
+
+class TextSamples(Callback):
+    """Writes continuations as text to TensorBoard.
+
+    Args:
+        prompts: texts to continue.
+        max_new_tokens: length of a continuation.
+        temperature: 0 takes the likeliest token; small models then repeat themselves.
+        top_k: sample among so many likeliest tokens.
+    """
+
+    def __init__(
+        self, prompts: list[str], max_new_tokens: int = 48, temperature: float = 0.7, top_k: int | None = 50
+    ) -> None:
+        self.prompts, self.max_new_tokens = prompts, max_new_tokens
+        self.temperature, self.top_k = temperature, top_k
+        self.latest: dict[str, str] = {}
+        """prompt → prompt and continuation, of the last validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.world_size > 1:
+            return
+        data, _ = curriculum_of(trainer)
+        tokenizer = data.tokenizer
+        for prompt in self.prompts:
+            head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            ids = head + tokenizer.hf(prompt, add_special_tokens=False).input_ids
+            room = data.context_length - len(ids)
+            if room < 1:
+                raise ValueError(
+                    f"the sample prompt {prompt!r} has {len(ids)} tokens, the context {data.context_length}"
+                )
+            # A generator of its own: sampling must not move the random state of training.
+            generator = torch.Generator(pl_module.device).manual_seed(0)
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                out = generate(
+                    pl_module.decoder,  # type: ignore[arg-type]
+                    torch.tensor([ids], device=pl_module.device),
+                    min(self.max_new_tokens, room),
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    eos_id=tokenizer.eos_id,
+                    generator=generator,
+                )
+            self.latest[prompt] = str(tokenizer.hf.decode(out[0], skip_special_tokens=True))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for number, prompt in enumerate(self.prompts, start=1):
+                    # Four spaces make it a block of code in TensorBoard, which keeps line breaks.
+                    text = "\n".join("    " + line for line in self.latest[prompt].splitlines())
+                    logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)

@@ -1,0 +1,197 @@
+"""What a pre-training run was and what came of it: a table before, a table after, and summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.ledger import TokenLedger
+from callbacks.position import curriculum_of, finished_stage
+from callbacks.progress import say
+from callbacks.samples import TextSamples
+from callbacks.throughput import Throughput
+from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.tables import text_table
+
+
+class PretrainingSummary(Callback):
+    """Prints the plan and the result of a run and writes `summary.json` after every stage.
+
+    `summary.json` of `fit` holds tokens, steps, parameters, seconds (all of the run, over its sessions),
+    tokens_per_second (of training alone), and for each stage its tokens, the shares and tokens seen by source, and the
+    held-out loss by source in nats a token; unigram_loss is the same for a model that only knows how frequent each
+    token is. That of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
+    """
+
+    def __init__(self) -> None:
+        self._stage_losses: list[dict[str, float]] = []
+        self._seconds_before = 0.0
+        self._began = time.monotonic()
+        self._unigram: dict[str, float] = {}
+
+    # --- fit ----------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, curriculum = curriculum_of(trainer)
+        self._unigram = data.unigram_losses()
+        config: Any = pl_module.config
+        say(
+            trainer,
+            f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
+            f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
+            f"{config.parameters:,} parameters",
+        )
+        passes = curriculum.passes()
+        rows = []
+        for name, shards in data.shards.items():
+            train, held_out = shards.counts("train"), shards.counts("validation")
+            rows.append(
+                [name, f"{train.documents:,}", f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"]
+            )
+        say(trainer, text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
+        accumulation = trainer.accumulate_grad_batches
+        say(
+            trainer,
+            f"run: {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps of {data.batch_tokens:,} "
+            f"({trainer.world_size} × {accumulation} × {data.micro_batch_size} rows of {data.context_length}), "
+            f"into {trainer.log_dir}",
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._report_evaluation(trainer, data.validation_rows)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        k = finished_stage(trainer)
+        if k is None:
+            return
+        self._stage_losses = [*self._stage_losses[:k], held_out_losses(trainer)]
+        summary = self._fit_summary(trainer, pl_module)
+        if trainer.is_global_zero:
+            write_json(Path(str(trainer.log_dir)) / "summary.json", summary)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        summary = self._fit_summary(trainer, pl_module)
+        if not trainer.is_global_zero or not self._stage_losses:
+            return
+        write_json(Path(str(trainer.log_dir)) / "summary.json", summary)
+        sources = list(self._stage_losses[0])
+        rows = [["unigram baseline", *(f"{self._unigram[name]:.3f}" for name in sources)]]
+        for stage in summary["stages"]:
+            if stage["val_loss"]:
+                rows.append([f"after {stage['name']}", *(f"{stage['val_loss'][name]:.3f}" for name in sources)])
+        lines = ["", text_table(["held-out loss, nats a token", *sources], rows), ""]
+        shares = [
+            [s["name"], f"{s['tokens']:,}", *(f"{100 * s['mix'][n]:.1f} %" for n in sources)] for s in summary["stages"]
+        ]
+        lines += [text_table(["tokens seen", "tokens", *sources], shares), ""]
+        samples = next((c for c in trainer.callbacks if isinstance(c, TextSamples)), None)  # type: ignore[attr-defined]
+        prompt = "The"
+        if samples is not None and samples.latest:
+            prompt = samples.prompts[0]
+            lines += ["sample: " + " ".join(samples.latest[prompt].split()), ""]
+        minutes, seconds = divmod(round(summary["seconds"]), 60)
+        lines += [
+            f"{summary['tokens']:,} tokens in {minutes} min {seconds:02d} s, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s in training",
+            f"run:  {trainer.log_dir}",
+            f'next: python -m lightning_danube generate --weights {trainer.log_dir} --prompt "{prompt}"',
+            f"      tensorboard --logdir {Path(str(trainer.log_dir)).parent}",
+        ]
+        say(trainer, "\n".join(lines))
+
+    def _fit_summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        data, curriculum = curriculum_of(trainer)
+        ledger = next((c for c in trainer.callbacks if isinstance(c, TokenLedger)), None)  # type: ignore[attr-defined]
+        if ledger is None:
+            raise ValueError(
+                "PretrainingSummary reads the TokenLedger: name callbacks.TokenLedger in trainer.callbacks"
+            )
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        seen = ledger.tokens_by_source(trainer)
+        tokens = sum(sum(by_source.values()) for by_source in seen)
+        stages = []
+        for k, (stage, by_source) in enumerate(zip(curriculum.stages, seen, strict=True)):
+            total = sum(by_source.values())
+            stages.append(
+                {
+                    "name": stage.name,
+                    "tokens": total,
+                    "mix": {name: n / total if total else 0.0 for name, n in by_source.items()},
+                    "tokens_by_source": by_source,
+                    "val_loss": self._stage_losses[k] if k < len(self._stage_losses) else {},
+                }
+            )
+        return {
+            "tokens": tokens,
+            "steps": trainer.global_step,
+            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "seconds": round(self._seconds(), 3),
+            "tokens_per_second": round(tokens / throughput.seconds, 1) if throughput and throughput.seconds else None,
+            "stages": stages,
+            "val_loss": self._stage_losses[-1] if self._stage_losses else {},
+            "val_tokens": data.evaluation_tokens(data.validation_rows),
+            "unigram_loss": self._unigram,
+        }
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stage_losses": self._stage_losses, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stage_losses = state_dict["stage_losses"]
+        self._seconds_before = state_dict["seconds"]
+
+    # --- validate and test --------------------------------------------------------------------------------------------
+
+    def _report_evaluation(self, trainer: Trainer, limit: int | None) -> None:
+        """Prints and writes the result of `validate` (limited rows) or `test` (all)."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, CurriculumData)
+        losses, tokens = held_out_losses(trainer), data.evaluation_tokens(limit)
+        summary = {
+            "weights": str(trainer.ckpt_path),
+            "val_loss": losses,
+            "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+            "val_tokens": tokens,
+        }
+        if trainer.is_global_zero:
+            path = Path(str(trainer.log_dir)) / "summary.json"
+            write_json(path, summary)
+            rows = [
+                [name, f"{tokens[name]:,}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] for name, loss in losses.items()
+            ]
+            say(trainer, text_table(["held-out text", "tokens", "nats a token", "perplexity"], rows))
+            say(trainer, f"written to {path}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report_evaluation(trainer, None)
+
+
+def held_out_losses(trainer: Trainer) -> dict[str, float]:
+    """Source → nats a token, of the last validation."""
+    return {
+        name.removeprefix("val_loss/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val_loss/")
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes beside the target and renames, so that the file is whole or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

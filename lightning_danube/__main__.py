@@ -1,0 +1,112 @@
+"""`python -m lightning_danube <verb> …`: finds the verb before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_danube.commands import COMMANDS
+
+TRAINER_VERBS = {
+    "fit": "train",
+    "validate": "loss on held-out text, the rows that training watches",
+    "test": "loss on all held-out text",
+    "predict": "loss of every held-out row, written to a file",
+}
+_OURS = tuple(
+    str(Path(__file__).resolve().parent.parent / package) + os.sep for package in ("lightning_danube", "callbacks")
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0 only when what was asked is done, 2 for a user's mistake."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = user_message(error)
+        if debug or message is None:
+            traceback.print_exc()
+            return 1 if message is None else 2
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else 2
+    verb = args[0]
+    if verb == "--version":
+        print(importlib.metadata.version("lightning-danube"))
+        return 0
+    if verb in TRAINER_VERBS:
+        from lightning_danube import cli
+
+        return cli.main(args)
+    if verb in COMMANDS:
+        command = importlib.import_module(f"lightning_danube.commands.{verb}")
+        parser = _Parser(prog=f"python -m lightning_danube {verb}", description=command.__doc__)
+        command.add_arguments(parser)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.run(parser.parse_args(args[1:]))
+        return 0
+    close = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join([*TRAINER_VERBS, *COMMANDS])}"
+    raise ValueError(f"unknown command {verb!r}: {hint}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake like every other: one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _overview() -> str:
+    verbs = {**TRAINER_VERBS, **COMMANDS}
+    width = max(map(len, verbs))
+    lines = ["usage: python -m lightning_danube <command> --config configs/….yaml [--key value …]", ""]
+    lines += [f"  {verb:<{width}}  {what}" for verb, what in verbs.items()]
+    lines += [
+        "",
+        "  <command> --help         all options of a command",
+        "  fit --config X --print_config   the whole configuration that would run",
+        "  --debug                  show the traceback of an error",
+        "",
+        "first steps: python -m lightning_danube fit --config configs/quickstart.yaml",
+    ]
+    return "\n".join(lines)
+
+
+def user_message(error: BaseException) -> str | None:
+    """One line for a user's mistake; None for a fault of ours, which deserves its traceback.
+
+    A ValueError that this project raises itself is a user's mistake by the house rule; so is what the argument parser
+    rejects, and a file system that refuses.
+    """
+    if hasattr(error, "user_message"):
+        return str(error.user_message)
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""
+    if isinstance(error, ValueError) and os.path.realpath(raised_in).startswith(_OURS):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

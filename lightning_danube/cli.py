@@ -1,0 +1,204 @@
+"""LightningCLI for every task: fit, validate, test, predict."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_danube.allocator import keep_freed_memory
+from lightning_danube.config_errors import explain
+from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.runs import read_step, resolve_checkpoint
+
+FACTS_OF_DATA = {
+    "vocab_size": "data.tokenizer",
+    "context_length": "data.context_length",
+    "max_position_embeddings": "data.context_length",
+    "batch_tokens": "data.batch_tokens",
+    "total_tokens": "data.stages",
+}
+"""Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
+
+LINKED = ("vocab_size", "context_length", "batch_tokens", "total_tokens")
+"""Attributes of a data module that reach the task of that parameter name."""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
+
+
+class DanubeCLI(LightningCLI):
+    """`<verb> --config <yaml> [--overrides]` for any task of `lightning_danube.tasks`.
+
+    Beyond LightningCLI: facts of the data reach the model by links; a run's directory is `<runs>/<name>/version_<n>`;
+    `--ckpt_path last` goes on in the newest version that has a checkpoint, and a checkpoint's own hyperparameters never
+    override what the user asked for.
+
+    Raises:
+        ValueError: for a user's mistake, in one line.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    # --- parsing ------------------------------------------------------------------------------------------------------
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**{"exit_on_error": False, "parser_mode": "omegaconf+", **kwargs})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="Name of the run: <runs>/<name>/version_<n>.")
+        parser.add_argument("--runs", type=str, default="runs", help="Directory of all runs.")
+        for fact in LINKED:
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        check_config_files(args)
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), config_files(args), FACTS_OF_DATA)) from error
+        except OmegaConfBaseException as error:
+            key = re.search(r"key '\.*([^']+)' not found", str(error))
+            what = f"${{{key[1]}}} refers to a key that no config states" if key else str(error).splitlines()[0]
+            raise ValueError(f"{' + '.join(config_files(args))}: {what}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters override the config here; the config decides."""
+
+    # --- the run's place ----------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        self.place = resolve_checkpoint(
+            self.subcommand,
+            self._get(self.config, "runs"),
+            self._get(self.config, "name"),
+            self._get(self.config, "ckpt_path"),
+        )
+        if self.place.checkpoint is not None:
+            self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
+        if self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available():
+            keep_freed_memory()
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a class says of its arguments arrives wrapped in the union "the class, or null".
+            if str(error).startswith("Does not validate"):
+                raise ValueError(explain(str(error), [], FACTS_OF_DATA)) from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.subcommand is not None
+        if self._get(self.config_init, "trainer")["logger"] in (None, True):
+            directory, name, version = self.place.logger_place()
+            purge = None
+            if self.place.continues and self.place.checkpoint is not None:
+                # Steps logged after the checkpoint are trained again: TensorBoard drops their first version.
+                purge = read_step(self.place.checkpoint) + 1
+            kwargs["logger"] = TensorBoardLogger(directory, name=name, version=version, purge_step=purge)
+        if self._get(self.config_init, "trainer")["default_root_dir"] is None:
+            kwargs["default_root_dir"] = str(self.place.directory)
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
+            done = read_step(self.place.checkpoint)
+            steps = self.datamodule.total_tokens // self.datamodule.batch_tokens
+            if done >= steps:
+                print(
+                    f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
+                )
+                return
+        super()._run_subcommand(subcommand)
+
+
+def config_files(args: list[str]) -> list[str]:
+    """Files that a command line names by --config or -c."""
+    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
+    return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+
+
+def check_config_files(args: list[str]) -> None:
+    """Raises ValueError for a config that is no YAML mapping, or that states a fact of the data again for the model.
+
+    jsonargparse would override the latter by the link without a word, and would not name the file of the former.
+    """
+    for file in config_files(args):
+        if not Path(file).is_file():
+            raise ValueError(f"there is no config file {file}")
+        try:
+            config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            raise ValueError(f"{file}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+        if not isinstance(config, dict):
+            found = "is empty" if config is None else f"holds a {type(config).__name__}"
+            raise ValueError(f"{file} {found}: a configuration is a mapping of keys such as data, model, trainer")
+        model = config.get("model")
+        init_args = model.get("init_args") if isinstance(model, dict) else None
+        for fact in LINKED:
+            if isinstance(init_args, dict) and fact in init_args:
+                raise ValueError(
+                    f"{file}: model.init_args.{fact} is taken from {FACTS_OF_DATA[fact]}: leave it out here"
+                )
+    for arg in args:
+        match = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
+        if match and match[1] in LINKED:
+            raise ValueError(f"{arg.partition('=')[0]} is taken from {FACTS_OF_DATA[match[1]]}: set that instead")
+
+
+def _quieten_lightning() -> None:
+    """Drops what Lightning says at every start and what has no meaning here; real warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 asks torch >= 2.12 in a way that torch deprecates.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def main(args: list[str]) -> int:
+    """Runs one of the trainer's verbs; returns the exit code."""
+    _quieten_lightning()
+    DanubeCLI(args)
+    return 0

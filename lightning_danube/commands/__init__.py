@@ -1,0 +1,9 @@
+"""Verbs beside the trainer's: one file each, with `add_arguments(parser)` and `run(arguments)`."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "generate": "continue a prompt with a trained model",
+    "export": "write a trained model for other programs",
+}
+"""Verb → what it does. A verb's module bears its name."""

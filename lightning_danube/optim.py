@@ -1,0 +1,106 @@
+"""AdamW's parameter groups and learning-rate schedules stated in tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_danube.durations import parse_tokens
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW as the H2O-Danube-1.8B report states it (arXiv 2401.16818); Danube3's own values are not published.
+
+    Args:
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: on the matrices only; not on embeddings, norms and biases.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def build(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
+        """The optimizer of all parameters that train, with the fused kernel where there is one."""
+        return torch.optim.AdamW(
+            parameter_groups(module, self.weight_decay), lr=lr, betas=self.betas, eps=self.eps, fused=True
+        )
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the parameters that train: matrices with decay; embeddings, norms and biases without."""
+    embeddings = {
+        id(parameter)
+        for layer in module.modules()
+        if isinstance(layer, nn.Embedding)
+        for parameter in layer.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate as a function of the tokens seen.
+
+    Args:
+        peak: rate after the warm-up.
+        final: rate at the end of the run.
+        warmup: tokens of linear rise from 0 ("2.36B").
+        shape: "cosine" falls from the peak to the end; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395)
+            stays at the peak and falls linearly over the last `decay` tokens.
+        decay: tokens of the fall, for "wsd" only.
+
+    Raises:
+        ValueError: for a value out of range, or `decay` with the wrong shape.
+    """
+
+    peak: float
+    final: float
+    warmup: int | str
+    shape: Literal["cosine", "wsd"] = "cosine"
+    decay: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final <= self.peak or not math.isfinite(self.peak) or self.peak == 0:
+            raise ValueError(
+                f"learning rate falls from peak {self.peak} to final {self.final}: 0 <= final <= peak is needed"
+            )
+        warmup = 0 if self.warmup in (0, "0") else parse_tokens(self.warmup, "warmup")
+        object.__setattr__(self, "warmup", warmup)
+        if (self.shape == "wsd") != (self.decay is not None):
+            raise ValueError(f"decay is {self.decay} with shape {self.shape!r}: it belongs to 'wsd', which needs it")
+        if self.decay is not None:
+            object.__setattr__(self, "decay", parse_tokens(self.decay, "decay"))
+
+    def check(self, total_tokens: int) -> None:
+        """Raises ValueError when warm-up and decay do not fit into the run."""
+        needed = int(self.warmup) + int(self.decay or 0)
+        if needed > total_tokens:
+            raise ValueError(
+                f"warm-up ({int(self.warmup):,}) and decay ({int(self.decay or 0):,}) take {needed:,} tokens, the run "
+                f"has {total_tokens:,}: shorten them"
+            )
+
+    def at(self, tokens: float, total_tokens: int) -> float:
+        """Rate for the optimizer step that *ends* after `tokens` tokens."""
+        warmup = int(self.warmup)
+        if tokens < warmup:
+            return self.peak * tokens / warmup
+        if self.shape == "cosine":
+            progress = min(1.0, (tokens - warmup) / max(1, total_tokens - warmup))
+            return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        decay = int(self.decay or 0)
+        left = max(0.0, (total_tokens - tokens) / decay)
+        return self.peak if left >= 1 else self.final + (self.peak - self.final) * left

@@ -1,0 +1,5 @@
+"""One LightningModule a task; they differ in their loss and in what trains."""
+
+from lightning_danube.tasks.pretraining import Pretraining
+
+__all__ = ["Pretraining"]

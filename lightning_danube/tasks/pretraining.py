@@ -1,0 +1,178 @@
+"""Pre-training as a Lightning system around the plain decoder: its loss, its optimizer, its metrics."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.model import Decoder, DecoderConfig, DecoderShape, next_token_loss, token_losses
+from lightning_danube.optim import AdamW, LearningRate
+
+
+class Pretraining(LightningModule):
+    """Next-token prediction with the Danube decoder.
+
+    Args:
+        decoder: the shape, or the name of a preset ("danube3-500m", "danube3-4b"). Vocabulary and context length are
+            taken from the data.
+        learning_rate: schedule in tokens.
+        optimizer: AdamW's other settings.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
+
+    Logs `train/loss` (nats a token, mean over the optimizer step), `train/gradient_norm` (before clipping),
+    `train/learning_rate`, and after each validation `val_loss/<source>` (nats a token, mean over the source's tokens).
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderShape | str,
+        learning_rate: LearningRate,
+        vocab_size: int,
+        context_length: int,
+        batch_tokens: int,
+        total_tokens: int,
+        optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = DecoderConfig.preset(decoder) if isinstance(decoder, str) else decoder
+        self.config = shape.with_data(vocab_size, context_length)
+        self.learning_rate, self.optimizer_settings = learning_rate, optimizer
+        self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
+        learning_rate.check(self.total_tokens)
+        self.decoder = Decoder(self.config)
+        self.decoder.activation_checkpointing = activation_checkpointing
+        self._losses: list[Tensor] = []
+        self._gradient_norm: Tensor | None = None
+        self._rate = 0.0
+        self._evaluation_losses: dict[str, MeanMetric] = {}
+        self._seed = torch.initial_seed()
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if self.config.attention_dropout:
+            self._seed_dropout(batch_idx)
+        total, count = self._sum_of_losses(batch)
+        loss = total / count
+        self._losses.append(loss.detach())
+        return loss
+
+    def _sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        hidden = self.decoder.hidden_states(batch["input_ids"], document_ids_BT=batch.get("document_ids"))
+        return next_token_loss(hidden, self.decoder.lm_head.weight, batch["labels"])
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Dropout depends on (seed, micro-batch, replica) alone: a resumed run draws what the first would have."""
+        replica = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+        digest = hashlib.blake2b(f"{self._seed}/{micro_batch}/{replica}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm here, because Lightning 2.6 refuses fused AdamW with clipping under bf16-mixed."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}: only 'norm' is supported"
+            )
+        limit = gradient_clip_val if gradient_clip_val else float("inf")
+        self._rate = optimizer.param_groups[0]["lr"]
+        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if len(self._losses) < self.trainer.accumulate_grad_batches:
+            return
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        step = self.trainer.global_step
+        if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+            if self.trainer.world_size > 1:
+                loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+            values = {
+                "train/loss": float(loss),
+                "train/learning_rate": self._rate,
+                "train/tokens": float(step * self.batch_tokens),
+            }
+            if self._gradient_norm is not None:
+                values["train/gradient_norm"] = float(self._gradient_norm)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=step)
+            self.trainer.callback_metrics["train/loss"] = loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_settings.build(self, lr=1.0)
+
+        def rate(step: int) -> float:
+            return self.learning_rate.at((step + 1) * self.batch_tokens, self.total_tokens)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        total, count = self._sum_of_losses(batch)
+        self._loss_of(batch["source"]).update(total / count.clamp(min=1), weight=count)
+
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation_losses.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        losses = {f"val_loss/{name}": metric.compute() for name, metric in self._evaluation_losses.items()}
+        self.log_dict(losses, logger=False)
+        # Straight to the loggers: Lightning counts their steps anew after a resume at a stage's end.
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: float(loss) for name, loss in losses.items()}, step=self.trainer.global_step)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """For each held-out row: its source, number, tokens and mean loss (nats a token)."""
+        hidden = self.decoder.hidden_states(batch["input_ids"], document_ids_BT=batch.get("document_ids"))
+        nats = token_losses(hidden, self.decoder.lm_head.weight, batch["labels"]).double().sum(1).tolist()
+        tokens = (batch["labels"] >= 0).sum(1).tolist()
+        return [
+            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n}
+            for row, n, loss in zip(batch["rows"], tokens, nats, strict=True)
+            if n
+        ]
+
+    def _loss_of(self, source: str) -> MeanMetric:
+        # A plain dict: these are made anew for each validation, and belong to no checkpoint.
+        if source not in self._evaluation_losses:
+            self._evaluation_losses[source] = MeanMetric().to(self.device)
+        return self._evaluation_losses[source]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["decoder_config"] = asdict(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses another decoder by the fields that differ, before torch lists every tensor.
+
+        Raises:
+            ValueError: the checkpoint's decoder is not this one.
+        """
+        saved, mine = checkpoint.get("decoder_config"), asdict(self.config)
+        if saved is None:
+            raise ValueError("the checkpoint holds no decoder of lightning-danube")
+        if saved != mine:
+            different = [f"{key} {saved.get(key)} (here {mine[key]})" for key in mine if saved.get(key) != mine[key]]
+            raise ValueError(f"the checkpoint holds another decoder than the config: {', '.join(different)}")
