@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.config_errors import explain
 from lightning_danube.data.pretraining import CurriculumData
-from lightning_danube.runs import read_step, resolve_checkpoint
+from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 
 FACTS_OF_DATA = {
     "vocab_size": "data.tokenizer",
@@ -146,7 +146,19 @@ class DanubeCLI(LightningCLI):
                     f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
                 )
                 return
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if not self.place.continues:
+                remove_unused_version(self.trainer)
+            raise
+
+
+def remove_unused_version(trainer: Trainer) -> None:
+    """A run that failed before its first step leaves no version behind."""
+    if trainer.global_step == 0 and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        trainer.logger.finalize("failed")
+        remove_if_unused(Path(trainer.logger.log_dir))
 
 
 def config_files(args: list[str]) -> list[str]:

@@ -78,12 +78,15 @@ def _deepest_branch(message: str) -> tuple[list[str], str | None, list[str], str
 def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str, str]) -> str:
     first = reasons[0]
     if match := re.search(r"[Oo]ption '([^']+)'", first):
-        option = match[1]
-        if option.split(".")[-1] in facts_of_data:
-            return f"{option!r} is taken from {facts_of_data[option.split('.')[-1]]}: leave it out here"
-        known, owner = _options(first, class_path)
-        known = [name for name in known if name not in facts_of_data]
-        close = get_close_matches(option.split(".")[-1], known, n=1, cutoff=0.5)
+        group, _, option = match[1].rpartition(".")
+        if class_path is None and (group == "trainer" or "Group 'trainer'" in first):
+            class_path = "lightning.pytorch.Trainer"
+        known, owner = _options(class_path)
+        if not str(class_path).startswith("lightning_danube.data"):
+            if option in facts_of_data:
+                return f"{option!r} is taken from {facts_of_data[option]}: leave it out here"
+            known = [name for name in known if name not in facts_of_data]
+        close = get_close_matches(option, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
         return f"{option!r} is not an option of {owner}: {hint}"
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", first):
@@ -107,16 +110,14 @@ def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str,
         return "give a configuration, for example --config configs/quickstart.yaml"
     if match := re.match(r"(?:Unrecognized|unrecognized) arguments: (.*)", first):
         flag = match[1].split()[0]
-        known, owner = _options("", None)
+        known, owner = _options(None)
         close = get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
         return f"{flag} is not an option of {owner}" + (f": did you mean --{close[0]}?" if close else ", see --help")
-    return " ".join(" ".join(reasons).split())
+    return " ".join(first.split())
 
 
-def _options(reason: str, class_path: str | None) -> tuple[list[str], str]:
-    """Options of the class or group that refused one, and its name."""
-    if class_path is None and "Group 'trainer'" in reason:
-        class_path = "lightning.pytorch.Trainer"
+def _options(class_path: str | None) -> tuple[list[str], str]:
+    """Options of the class that refused one, and its name."""
     if class_path is None:
         return list(TOP_LEVEL), "this command"
     module, _, name = class_path.rpartition(".")

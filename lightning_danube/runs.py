@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,3 +89,16 @@ def read_step(checkpoint: Path) -> int:
     """Optimizer steps after which a checkpoint was saved, from its name; 0 if the name does not say."""
     match = re.search(r"step_(\d+)$", checkpoint.stem)
     return int(match[1]) if match else 0
+
+
+def remove_if_unused(version: Path) -> None:
+    """Removes a version's directory that holds nothing but what every start writes, and its parents if that was all."""
+    if not version.is_dir():
+        return
+    files = [path for path in version.rglob("*") if not path.is_dir()]
+    if all(path.name in ("config.yaml", "hparams.yaml") or path.name.startswith("events.out") for path in files):
+        shutil.rmtree(version)
+        for parent in version.parents[:2]:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()

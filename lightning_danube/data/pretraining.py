@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ class CurriculumData(LightningDataModule):
                 raise ValueError(f"data.{name} is {value}: it must be at least 1")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
+        for name in sources:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a source is called {name!r}: use letters, digits, - and _")
         check_stages(stages, list(sources))
         self.sources, self.stages = sources, stages
         self.context_length = context_length

@@ -1,0 +1,76 @@
+"""What the callbacks do beyond what tests/test_pretraining_run.py sees in whole runs."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from callbacks import Checkpoints, CurriculumStages, Throughput
+from callbacks.summary import write_json
+from lightning_danube.__main__ import main
+from lightning_danube.allocator import keep_freed_memory
+from lightning_danube.tables import text_table
+
+
+def test_other_data_is_refused_by_name() -> None:
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[CurriculumStages()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="this callback counts the stages of CurriculumData"):
+        trainer.fit(BoringModel())
+
+
+@pytest.mark.parametrize("flops", [0.0, -1.0])
+def test_a_peak_that_is_none_is_refused(flops: float) -> None:
+    with pytest.raises(ValueError, match=r"peak_flops is .*: give the device's dense peak in FLOP/s, such as 989e12"):
+        Throughput(peak_flops=flops)
+
+
+def test_intervals_that_never_come_are_refused() -> None:
+    with pytest.raises(ValueError, match="every_n_steps is 0 and keep is 1: both must be at least 1"):
+        Checkpoints(every_n_steps=0)
+    with pytest.raises(ValueError, match="validate_every is 'often': give a positive number of tokens"):
+        CurriculumStages(validate_every="often")
+
+
+def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny / "tiny.yaml"
+    config.write_text(config.read_text().replace("    - class_path: callbacks.TokenLedger\n", ""))
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "name callbacks.TokenLedger in trainer.callbacks" in capsys.readouterr().err
+
+
+def test_a_sample_prompt_longer_than_the_context_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny / "tiny.yaml"
+    config.write_text(config.read_text().replace("The river", "The river " * 40))
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "tokens, the context 32" in capsys.readouterr().err
+
+
+def test_old_checkpoints_go_and_stage_ends_stay(tiny: Path) -> None:
+    config = tiny / "tiny.yaml"
+    config.write_text(config.read_text().replace("every_n_steps: 5", "every_n_steps: 2, keep: 2"))
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "19"]) == 0
+    names = sorted(path.name for path in (tiny / "runs/tiny/version_0/checkpoints").iterdir())
+    assert names == ["stage_1_foundation_step_00000012.ckpt", "step_00000016.ckpt", "step_00000018.ckpt"]
+
+
+def test_a_json_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "x.json", {"n": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a" / "x.json", {"n": object()})
+    assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ['{\n  "n": 1\n}\n']
+
+
+def test_tables_align() -> None:
+    assert text_table(["a", "n"], [["long", "1"], ["b", "1,000"]]) == (
+        "a         n\n───────────\nlong      1\nb     1,000"
+    )
+
+
+def test_the_allocator_is_told_where_there_is_one() -> None:
+    import platform
+
+    assert keep_freed_memory() is (platform.libc_ver()[0] == "glibc")

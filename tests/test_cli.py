@@ -1,0 +1,297 @@
+"""What a person reads when a command line or a config is wrong: one line, exit code 2, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_danube.__main__ import main
+from lightning_danube.commands import COMMANDS
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a wrong command line prints."""
+    assert main(list(args)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "trainer: {max_epoch: 3}",
+            "bad.yaml, line 1: 'max_epoch' is not an option of Trainer: did you mean 'max_epochs'?",
+        ),
+        (
+            "trainer: {max_epochs: abc}",
+            "bad.yaml, line 1: trainer.max_epochs: expected a whole number or null, not abc",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: callbacks.Checkpoints, init_args: {every: 3}}]}",
+            "trainer.callbacks: 'every' is not an option of Checkpoints: did you mean 'every_n_steps'?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: callbacks.Checkpoint}]}",
+            "there is no class 'Checkpoint' in callbacks: did you mean callbacks.Checkpoints?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: nothing.Checkpoint}]}",
+            "the class 'nothing.Checkpoint' cannot be imported (No module named 'nothing')",
+        ),
+        (
+            "model: {init_args: {decoder: {hiden_size: 3}}}",
+            "bad.yaml, line 1: model.decoder: 'hiden_size' is not an option of DecoderShape: did you mean 'hidden_size'?",
+        ),
+        (
+            "model: {init_args: {decoder: {hidden_size: x}}}",
+            "model.decoder.hidden_size: expected a whole number, not x",
+        ),
+        (
+            "model: {init_args: {decoder: {vocab_size: 5}}}",
+            "'vocab_size' is taken from data.tokenizer: leave it out here",
+        ),
+        (
+            "model: {init_args: {decoder: {max_position_embeddings: 5}}}",
+            "'max_position_embeddings' is taken from data.context_length: leave it out here",
+        ),
+        (
+            "model: {init_args: {total_tokens: 5}}",
+            "bad.yaml: model.init_args.total_tokens is taken from data.stages: leave it out here",
+        ),
+        (
+            "model: {init_args: {learning_rate: {shape: linear}}}",
+            "model.learning_rate.shape: expected one of 'cosine', 'wsd', not linear",
+        ),
+        (
+            "model: {init_args: {decoder: danube3-500M}}",
+            "no preset is called 'danube3-500M'; did you mean danube3-500m?",
+        ),
+        (
+            "model: {init_args: {decoder: {num_key_value_heads: 3}}}",
+            "num_key_value_heads 3 does not divide num_attention_heads 4; these do: 1, 2, 4",
+        ),
+        (
+            "model: {init_args: {learning_rate: {warmup: 10M}}}",
+            "warm-up (10,000,000) and decay (0) take 10,000,000 tokens, the run has 6,656: shorten them",
+        ),
+        (
+            "data: {init_args: {context_lenght: 64}}",
+            "'context_lenght' is not an option of CurriculumData: did you mean 'context_length'?",
+        ),
+        ("data: {init_args: {context_length: [1]}}", "data.context_length: expected a whole number, not [1]"),
+        ("data: {init_args: {context_length: 0}}", "data.context_length is 0: it must be at least 1"),
+        (
+            "data: {init_args: {batch_tokens: 250}}",
+            "data.batch_tokens is 250, not a multiple of data.context_length (32): 256 would be",
+        ),
+        (
+            "data: {init_args: {micro_batch_size: 3}}",
+            "a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 1 device(s) × 3 rows: "
+            "data.micro_batch_size = 1, 2, 4 or 8 would",
+        ),
+        ("data: {init_args: {held_out: 1.5}}", "data.held_out is 1.5: give a share between 0 and 1"),
+        (
+            "data: {init_args: {held_out: 0.00001}}",
+            "source 'web' has 300 documents, none of them held out: raise data.held_out",
+        ),
+        (
+            "data: {init_args: {max_passes: 0.1}}",
+            "more than data.max_passes = 0.1: add text, lower its share or raise it",
+        ),
+        (
+            "data: {init_args: {context_length: 32768, batch_tokens: 32768, micro_batch_size: 1}, }",
+            "fewer than one row of data.context_length + 1 = 32769",
+        ),
+        (
+            "data: {init_args: {sources: {web: {pth: x}}}}",
+            "data.sources: 'pth' is not an option of Source: did you mean 'path'?",
+        ),
+        ("data: {init_args: {sources: {web: 3}}}", "data.sources: expected a mapping of the options of Source, not 3"),
+        (
+            "data: {init_args: {sources: {'a/b': {path: x.txt}}}}",
+            "a source is called 'a/b': use letters, digits, - and _",
+        ),
+        (
+            "data: {init_args: {stages: [{nam: x, tokens: 5, mix: {web: 1}}]}}",
+            "data.stages: 'nam' is not an option of Stage: did you mean 'name'?",
+        ),
+        (
+            "data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: abc}}]}}",
+            "data.stages.mix: expected a number, not abc",
+        ),
+        ("data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: -1}}]}}", "gives source 'web' the share -1.0"),
+        ("data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: .nan}}]}}", "gives source 'web' the share nan"),
+        ("data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: 0}}]}}", "all shares of stage 'x' are 0"),
+        (
+            "data: {init_args: {stages: [{name: x, tokens: 5K, mix: {wbe: 1}}]}}",
+            "stage 'x' mixes the unknown source 'wbe': did you mean 'web'?",
+        ),
+        ("data: {init_args: {stages: []}}", "data.stages is empty"),
+        ("data: {init_args: {tokenizer: ./nowhere}}", "there is no tokenizer directory './nowhere'"),
+        ('data: {init_args: {seed: "${nothing}"}}', "${nothing} refers to a key that no config states"),
+        (
+            "data: {init_args: {sources: {web: {path: missing.jsonl}, wiki: {path: missing.jsonl}}}}",
+            "source 'web': there is no file missing.jsonl",
+        ),
+        ("seed_everything: abc", "seed_everything: expected true or false or a whole number, not abc"),
+        ("naem: x", "bad.yaml, line 1: 'naem' is not an option of this command: did you mean 'name'?"),
+        ("- 1", "bad.yaml holds a list: a configuration is a mapping of keys such as data, model, trainer"),
+        ("", "bad.yaml is empty: a configuration is a mapping"),
+        ("data: [1", "bad.yaml, line 1: not YAML (expected ',' or ']', but got '<stream end>')"),
+    ],
+)
+def test_wrong_configs_are_answered_in_one_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    (tiny / "bad.yaml").write_text(change)
+    said = error_of(capsys, "fit", "--config", str(tiny / "tiny.yaml"), "--config", str(tiny / "bad.yaml"))
+    assert message in said
+    assert not (tiny / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fti"], "unknown command 'fti': did you mean 'fit'?"),
+        (["xyz"], "unknown command 'xyz': there are fit, validate, test, predict"),
+        (["fit"], "give a configuration, for example --config configs/quickstart.yaml"),
+        (["fit", "--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
+        (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),
+        (["fit", "--config", "TINY", "--ckpt_path", "last"], "there is no checkpoint under"),
+        (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),
+        (["fit", "--config", "TINY", "--ckpt_path", "DIRECTORY"], "the directory has no checkpoints/*.ckpt"),
+        (["validate", "--config", "TINY"], "validate needs a trained model: give --ckpt_path last"),
+        (["generate"], "the following arguments are required: --weights, --prompt"),
+        (
+            ["generate", "--weights", "nowhere", "--prompt", "x"],
+            "--weights nowhere: there is no such file or directory",
+        ),
+        (
+            ["generate", "--weights", "DIRECTORY", "--prompt", "x"],
+            "neither a Hugging Face directory (config.json) nor a run",
+        ),
+        (["generate", "--weights", "TINY", "--prompt", "x"], "truncated, or no checkpoint"),
+        (
+            ["generate", "--weights", "x", "--prompt", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens is 0: it must be at least 1",
+        ),
+        (
+            ["generate", "--weights", "x", "--prompt", "x", "--temperature", "-1"],
+            "--temperature is -1.0: it must not be negative",
+        ),
+        (["export", "--weights", "nowhere", "--out", "x"], "--weights nowhere: there is no such file or directory"),
+        (
+            ["export", "--weights", "nowhere", "--out", "x", "--format", "xyz"],
+            "argument --format: invalid choice: 'xyz'",
+        ),
+    ],
+)
+def test_wrong_command_lines_are_answered_in_one_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    places = {"TINY": str(tiny / "tiny.yaml"), "DIRECTORY": str(tiny)}
+    assert message in error_of(capsys, *[places.get(arg, arg) for arg in args])
+
+
+def test_bad_rows_are_named_with_file_and_row(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tiny / "wiki.jsonl").open("a") as file:
+        file.write('{"text": "unfinished\n')
+    said = error_of(capsys, "fit", "--config", str(tiny / "tiny.yaml"))
+    assert f"{tiny / 'wiki.jsonl'}, row 301: not JSON" in said
+
+
+def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_danube.data.tokenizer import DocumentTokenizer
+
+    config = ["--config", str(tiny / "tiny.yaml")]
+    assert main(["fit", *config]) == 0
+    capsys.readouterr()
+    said = error_of(capsys, "validate", *config, "--ckpt_path", "last", "--model.init_args.decoder.hidden_size", "64")
+    assert "another decoder than the config: hidden_size 32 (here 64)" in said
+
+    hf = DocumentTokenizer().hf
+    hf.backend_tokenizer.normalizer = None
+    hf.save_pretrained(tiny / "other")
+    said = error_of(
+        capsys, "validate", *config, "--ckpt_path", "last", "--data.init_args.tokenizer", str(tiny / "other")
+    )
+    assert "the checkpoint was trained with the tokenizer 'mistral'" in said
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fti", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_our_own_faults_keep_their_traceback(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("lightning_danube.tasks.pretraining.Pretraining.training_step", broken)
+    assert main(["fit", "--config", str(tiny / "tiny.yaml")]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_print_config_round_trips(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(file: Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(file), "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    first = printed(tiny / "tiny.yaml")
+    (tiny / "again.yaml").write_text(first)
+    assert printed(tiny / "again.yaml") == first
+    assert yaml.safe_load(first)["data"]["init_args"]["seed"] == 3  # ${seed_everything}, resolved
+
+
+def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "model.yaml").write_text("model: {init_args: {decoder: {num_key_value_heads: 1}}}")
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(tiny / "tiny.yaml"), "-c", str(tiny / "model.yaml"), "--name=other", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    decoder = config["model"]["init_args"]["decoder"]
+    assert (decoder["num_key_value_heads"], decoder["num_attention_heads"], config["name"]) == (1, 4, "other")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {verb} " in said for verb in ["fit", "validate", "test", "predict", *COMMANDS])
+    assert main([]) == 2
+    for verb in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """The overview stays fast by what it leaves out, which can be asserted without a clock."""
+    code = (
+        "import sys; from lightning_danube.__main__ import main; main(['--help']);"
+        "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_real_process_ends_with_the_right_exit_code(tiny: Path) -> None:
+    command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(tiny / "tiny.yaml")]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads((tiny / "runs/tiny/version_0/summary.json").read_text())["seconds"] < time.monotonic() - began
+    wrong = subprocess.run([*command, "--nmae", "x"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (2, "", 1)

@@ -1,0 +1,76 @@
+"""Every configuration of the tree is a real one, and those of the paper hold the paper's figures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube.cli import DanubeCLI
+from lightning_danube.data import CurriculumData
+from lightning_danube.data.curriculum import Curriculum
+from lightning_danube.tasks import Pretraining
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+class Instantiated(DanubeCLI):
+    """The command line up to the point where it would begin to work."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def instantiate(config: Path, *options: str) -> Instantiated:
+    with torch.device("meta"):  # 4 B parameters weigh nothing there
+        return Instantiated(["fit", "--config", str(config), "--trainer.accelerator", "cpu", *options])
+
+
+def test_there_are_configs() -> None:
+    assert {"quickstart.yaml", "danube3-500m.yaml", "danube3-4b.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_is_instantiated(config: Path, tmp_path: Path) -> None:
+    cli = instantiate(config, "--runs", str(tmp_path))
+    assert cli.trainer is not None and cli.model is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "stages"),
+    [
+        ("danube3-500m", 513_590_784, [("2.8T", 90.6), ("1.15T", 81.7), ("0.05T", 51.6)]),
+        ("danube3-4b", 3_961_839_360, [("4.6T", 90.6), ("1.35T", 81.7), ("0.05T", 51.6)]),
+    ],
+)
+def test_the_papers_runs_are_the_papers(
+    name: str, parameters: int, stages: list[tuple[str, float]], tmp_path: Path
+) -> None:
+    cli = instantiate(ROOT / "configs" / "pretrain" / f"{name}.yaml", "--runs", str(tmp_path))
+    data, task = cli.datamodule, cli.model
+    assert isinstance(data, CurriculumData) and isinstance(task, Pretraining)
+    assert sum(parameter.numel() for parameter in task.parameters()) == parameters
+    assert (data.context_length, data.vocab_size) == (8192, 32_000)
+    published = [(float(tokens[:-1]) * 1e12, web) for tokens, web in stages]
+    assert [(stage.tokens, stage.mix["web"]) for stage in data.stages] == published
+    for stage in data.stages:
+        assert sum(stage.mix.values()) == pytest.approx(100)
+    # A billion rows a source: the walk through the whole run is arithmetic.
+    run = Curriculum(
+        data.stages,
+        dict.fromkeys(data.sources, 10**9),
+        context_length=8192,
+        batch_samples=data.batch_samples,
+        seed=1,
+    )
+    assert run.total_tokens == pytest.approx(sum(tokens for tokens, _ in published), rel=1e-6)
+
+
+def test_the_quickstart_has_the_papers_web_shares_and_a_million_tokens(tmp_path: Path) -> None:
+    cli: Any = instantiate(ROOT / "configs" / "quickstart.yaml", "--runs", str(tmp_path))
+    assert [stage.mix["web"] for stage in cli.datamodule.stages] == [90.6, 81.7, 51.6]
+    assert cli.datamodule.total_tokens >= 1_000_000
+    c = cli.model.config
+    # So that every quantization type of llama.cpp, which takes blocks of 256, applies to every matrix.
+    assert c.hidden_size % 256 == c.intermediate_size % 256 == c.num_attention_heads * c.head_dim % 256 == 0

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.optim import AdamW, LearningRate, parameter_groups
+
+
+def test_cosine_goes_through_hand_computed_values() -> None:
+    rate = LearningRate(peak=2e-4, final=1e-5, warmup=100)
+    assert rate.at(0, 1100) == 0
+    assert rate.at(50, 1100) == pytest.approx(1e-4)
+    assert rate.at(100, 1100) == pytest.approx(2e-4)
+    assert rate.at(600, 1100) == pytest.approx((2e-4 + 1e-5) / 2)  # half of the way down
+    assert rate.at(350, 1100) == pytest.approx(1e-5 + 1.9e-4 * (1 + math.sqrt(0.5)) / 2)  # a quarter
+    assert rate.at(1100, 1100) == pytest.approx(1e-5)
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
+    rate = LearningRate(peak=1e-3, final=1e-4, warmup="0.1K", shape="wsd", decay=200)
+    assert [rate.at(t, 1000) for t in (100, 500, 800)] == pytest.approx([1e-3] * 3)
+    assert rate.at(900, 1000) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rate.at(1000, 1000) == pytest.approx(1e-4)
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert LearningRate(peak=1e-3, final=0.0, warmup=0).at(0, 100) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peak": 1e-4, "final": 1e-3, "warmup": 1}, "learning rate falls from peak 0.0001 to final 0.001"),
+        ({"peak": 0.0, "final": 0.0, "warmup": 1}, "learning rate falls from peak 0.0"),
+        ({"peak": float("nan"), "final": 0.0, "warmup": 1}, "learning rate falls from peak nan"),
+        ({"peak": 1.0, "final": 0.0, "warmup": "many"}, "warmup is 'many': give a positive number of tokens"),
+        ({"peak": 1.0, "final": 0.0, "warmup": 1, "decay": 5}, "decay is 5 with shape 'cosine'"),
+        ({"peak": 1.0, "final": 0.0, "warmup": 1, "shape": "wsd"}, "decay is None with shape 'wsd'"),
+    ],
+)
+def test_impossible_schedules_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearningRate(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_schedule_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"take 150 tokens, the run has 100"):
+        LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50).check(100)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_decay_and_embeddings_and_norms_do_not(tied: bool) -> None:
+    decoder = Decoder(DecoderConfig(16, 32, 2, 2, 1, vocab_size=50, tie_word_embeddings=tied))
+    decayed, others = parameter_groups(decoder, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    assert all("proj" in names[id(p)] or names[id(p)] == "lm_head.weight" for p in decayed["params"])
+    assert all("norm" in names[id(p)] or "embed" in names[id(p)] for p in others["params"])
+    counted = len(decayed["params"]) + len(others["params"])
+    assert counted == len(names) == len({id(p) for p in [*decayed["params"], *others["params"]]})
+
+
+def test_what_is_frozen_is_not_optimized() -> None:
+    decoder = Decoder(DecoderConfig(16, 32, 2, 2, 1, vocab_size=50))
+    decoder.model.embed_tokens.requires_grad_(False)
+    optimizer = AdamW().build(decoder, lr=0.1)
+    assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.95)
