@@ -48,7 +48,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {decoder: {hiden_size: 3}}}",
-            "bad.yaml, line 1: model.decoder: 'hiden_size' is not an option of DecoderShape: did you mean 'hidden_size'?",
+            "line 1: model.decoder: 'hiden_size' is not an option of DecoderShape: did you mean 'hidden_size'",
         ),
         (
             "model: {init_args: {decoder: {hidden_size: x}}}",

@@ -39,6 +39,10 @@ FORMATS = {
 }
 
 
+_PATTERN = re.compile(r"\{([^{}]+)\}")
+"""A column's name inside a pattern."""
+
+
 class Document(NamedTuple):
     """One text and where it stands: rows count from 1, as an editor shows them."""
 
@@ -55,7 +59,8 @@ class Source:
         path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), a file, a directory or a
             glob of files, a directory written by `datasets` `save_to_disk`, or a hub id such as
             "HuggingFaceFW/fineweb-edu".
-        text: the column that holds the text; of no meaning for plain text files.
+        text: the column that holds the text, or a pattern of several, such as "{question}\\n{answer}"; of no meaning for
+            plain text files.
         name: configuration of a hub data set, for example "sample-10BT".
         split: split of a hub data set.
         revision: commit or tag of a hub data set; state it, and the source can be made again later.
@@ -163,6 +168,8 @@ def _text_of(values: Any, column: str, where: str) -> str:
     """The text of a row, "" for one without any."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected an object with the column {column!r}, found {type(values).__name__}")
+    if "{" in column:
+        return _PATTERN.sub(lambda match: _text_of(values, match[1], where), column)
     if column not in values:
         raise ValueError(f"{where}: there is no column {column!r}, only {', '.join(map(str, values)) or 'none'}")
     text = values[column]

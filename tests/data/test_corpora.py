@@ -91,6 +91,14 @@ def test_what_datasets_saved_is_read_by_datasets(tmp_path: Path) -> None:
     assert [d.text for d in read(tmp_path / "saved")] == [row["text"] for row in ROWS]
 
 
+def test_columns_are_joined_by_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "Why?", "a": "Because {so}."}\n{"q": "How?", "a": null}\n')
+    assert [d.text for d in read(path, text="Q: {q}\nA: {a}")] == ["Q: Why?\nA: Because {so}.", "Q: How?\nA: "]
+    with pytest.raises(ValueError, match=r"row 1: there is no column 'b', only q, a"):
+        read(path, text="{q} {b}")
+
+
 def test_empty_rows_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n\n{"text": null}\n{"text": "  "}\n{"text": "x"}\n')
