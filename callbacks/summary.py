@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ class PretrainingSummary(Callback):
             f"{summary['tokens']:,} tokens in {minutes} min {seconds:02d} s, "
             f"{summary['tokens_per_second']:,.0f} tokens/s in training",
             f"run:  {trainer.log_dir}",
-            f'next: python -m lightning_danube generate --weights {trainer.log_dir} --prompt "{prompt}"',
-            f"      tensorboard --logdir {Path(str(trainer.log_dir)).parent}",
+            f'next: {program("python")} -m lightning_danube generate --weights {trainer.log_dir} --prompt "{prompt}"',
+            f"      {program('tensorboard')} --logdir {Path(str(trainer.log_dir)).parent}",
         ]
         say(trainer, "\n".join(lines))
 
@@ -178,6 +179,13 @@ class PretrainingSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report_evaluation(trainer, None)
+
+
+def program(name: str) -> str:
+    """How to type a program of this environment: by its path when the environment is not activated."""
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        return name
+    return os.path.relpath(Path(sys.prefix) / "bin" / name)
 
 
 def held_out_losses(trainer: Trainer) -> dict[str, float]:

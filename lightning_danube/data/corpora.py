@@ -59,7 +59,7 @@ class Source:
         path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), a file, a directory or a
             glob of files, a directory written by `datasets` `save_to_disk`, or a hub id such as
             "HuggingFaceFW/fineweb-edu".
-        text: the column that holds the text, or a pattern of several, such as "{question}\\n{answer}"; of no meaning for
+        text: the column that holds the text, or a pattern of several, such as "{question} {answer}"; of no meaning for
             plain text files.
         name: configuration of a hub data set, for example "sample-10BT".
         split: split of a hub data set.
