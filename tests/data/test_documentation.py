@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.data import documentation
-from lightning_danube.data.documentation import ROLES, Environment, Fact, Seen
+from lightning_danube.data import docstrings, documentation, made_text
+from lightning_danube.data.docstrings import Environment, Seen
+from lightning_danube.data.documentation import ROLES
+from lightning_danube.data.made_text import Fact
 
 SHARED = """Balance a tree whose leaves carry weights.
 
@@ -133,15 +135,15 @@ def test_a_class_is_one_document_with_its_methods_under_their_signatures(
 def test_no_docstring_stands_in_full_in_two_sources(environment: Environment, tmp_path: Path) -> None:
     files = collect(environment, tmp_path / "cache")
     texts = texts_of(files)
-    docstrings = [
-        documentation.clean(doc)
+    all_docs = [
+        docstrings.clean(doc)
         for source in environment.sources()
         for node in ast.walk(ast.parse(Path(source.path).read_bytes()))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (doc := ast.get_docstring(node))
     ]
-    assert len(docstrings) > 50
+    assert len(all_docs) > 50
     made = texts["synthetic"] + texts["instruct"]
-    for doc in docstrings:
+    for doc in all_docs:
         found = sum(text.count(doc) for text in texts.values())
         is_one_sentence = "\n" not in doc
         assert found <= 1
@@ -195,7 +197,7 @@ def test_unreadable_files_are_skipped_and_counted(environment: Environment, tmp_
     write(bad / "syntax.py", text + "def (:\n")
     write(bad / "null.py", text.encode() + b"\x00")
     write(bad / "latin.py", text.replace("docstring", "d\u00f6cstring").encode("latin-1"))
-    write(bad / "large.py", text + "#" * documentation.LARGEST_FILE)
+    write(bad / "large.py", text + "#" * docstrings.LARGEST_FILE)
     write(bad / "plain.py", "x = 1\n")
     os.symlink(bad / "nowhere.py", bad / "dangling.py")
     files = collect(environment, tmp_path / "cache")
@@ -261,7 +263,7 @@ def test_another_version_or_format_is_another_environment(
     metadata = environment.packages[0] / "alpha-1.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
     prints.add(environment.fingerprint())
-    monkeypatch.setattr(documentation, "FORMAT", documentation.FORMAT + 1)
+    monkeypatch.setattr(docstrings, "FORMAT", docstrings.FORMAT + 1)
     prints.add(environment.fingerprint())
     assert len(prints) == 3
 
@@ -333,8 +335,8 @@ cross = _add_docstr(_linalg.linalg_cross, "Computes the cross product of two vec
 add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
 '''
     write(tmp_path / "c.py", source)
-    module = documentation.read_source(documentation.Source(str(tmp_path / "c.py"), "torch", "torch._torch_docs"))
-    assert isinstance(module, documentation.Module)
+    module = docstrings.read_source(docstrings.Source(str(tmp_path / "c.py"), "torch", "torch._torch_docs"))
+    assert isinstance(module, docstrings.Module)
     hypot, cross, transposed = module.entries
     assert (hypot.name, cross.name, transposed.name) == ("torch.hypot", "cross", "ndarray.T")
     assert hypot.sentence == "Given the legs of a right triangle, return its hypotenuse."
@@ -350,11 +352,11 @@ add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
         ("torch.nn.functional_extra", "torch", "web"),
         ("torch.utils.data", "torch", "web"),
         ("numpy", "numpy", "academic"),
-        ("statistics", documentation.STANDARD_LIBRARY, "wiki"),
+        ("statistics", docstrings.STANDARD_LIBRARY, "wiki"),
     ],
 )
 def test_roles_go_by_whole_names(module: str, package: str, role: str) -> None:
-    assert documentation.role_of(documentation.Module(package, module, ())) == role
+    assert docstrings.role_of(docstrings.Module(package, module, ())) == role
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_roles_go_by_whole_names(module: str, package: str, role: str) -> None:
     ],
 )
 def test_prose_is_mostly_words(text: str, expected: bool) -> None:
-    assert documentation.is_prose(text) is expected
+    assert docstrings.is_prose(text) is expected
 
 
 @pytest.mark.parametrize(
@@ -393,7 +395,7 @@ def test_prose_is_mostly_words(text: str, expected: bool) -> None:
     ],
 )
 def test_first_sentences_can_stand_alone(doc: str, sentence: str | None) -> None:
-    assert documentation.first_sentence(doc) == sentence
+    assert docstrings.first_sentence(doc) == sentence
 
 
 @pytest.mark.parametrize(
@@ -408,7 +410,7 @@ def test_first_sentences_can_stand_alone(doc: str, sentence: str | None) -> None
     ],
 )
 def test_imperatives_become_predicates(sentence: str, expected: str | None) -> None:
-    assert documentation.predicate(sentence) == expected
+    assert docstrings.predicate(sentence) == expected
 
 
 def test_a_readme_ends_at_its_change_log_and_has_no_badges() -> None:
@@ -416,29 +418,29 @@ def test_a_readme_ends_at_its_change_log_and_has_no_badges() -> None:
         "# Alpha\n\n[![build](https://ci/badge.svg)](https://ci)\n<p align='center'><b>Alpha</b> folds paper.</p>\n\n"
         "Change this freely.\n\n## Changelog\n\n- 1.0: it folds.\n"
     )
-    assert documentation.clean_readme(readme) == "# Alpha\n\nAlpha folds paper.\n\nChange this freely."
+    assert docstrings.clean_readme(readme) == "# Alpha\n\nAlpha folds paper.\n\nChange this freely."
 
 
 def test_long_texts_are_cut_before_headings_only() -> None:
     part = "word " * 500
     text = f"First\n=====\n\n{part}\n\nSecond\n======\n\n{part}\n\n## Third\n\n```\n# no heading\n{part}\n```\n"
-    parts = documentation.split_at_headings(text)
+    parts = docstrings.split_at_headings(text)
     assert [part.split("\n")[0] for part in parts] == ["First", "Second", "## Third"]
     assert "".join("".join(parts).split()) == "".join(text.split())
 
 
 def test_variants_are_decided_by_the_key_alone() -> None:
     variants = "a {x}\nb {x}\nc {x}"
-    said = {documentation.say(variants, str(key), x="y") for key in range(50)}
+    said = {made_text.say(variants, str(key), x="y") for key in range(50)}
     assert said == {"a y", "b y", "c y"}
-    assert documentation.say(variants, "key", x="1")[0] == documentation.say(variants, "key", x="2")[0]
+    assert made_text.say(variants, "key", x="1")[0] == made_text.say(variants, "key", x="2")[0]
 
 
 def test_this_interpreter_has_the_packages_that_the_sources_name() -> None:
     environment = Environment.running()
     modules = {source.module for source in environment.sources()}
     optional = ("scipy", "sklearn", "statsmodels")
-    missing = [name for name in documentation.ACADEMIC if name not in (*modules, *optional)]
+    missing = [name for name in docstrings.ACADEMIC if name not in (*modules, *optional)]
     assert not missing, f"named in ACADEMIC but not installed: {missing}"
     assert {"textwrap", "pydoc_data.topics", "transformers.trainer"} <= modules
     assert not {name for name in modules if ".tests." in name or "._vendor." in name}

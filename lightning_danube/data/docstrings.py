@@ -1,0 +1,549 @@
+"""Reads docstrings and READMEs out of installed packages, and tells prose from the rest. Nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import re
+import string
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from email import message_from_string
+from itertools import pairwise
+from pathlib import Path
+
+FORMAT = 1
+"""Raise it with every change that changes the collected bytes: caches of other formats are then left alone."""
+
+ACADEMIC = (
+    *("mpmath", "networkx", "numpy", "scipy", "sklearn", "statsmodels", "sympy", "torchmetrics"),
+    *("torch._linalg_utils", "torch._lobpcg", "torch._tensor_docs", "torch._torch_docs", "torch.autograd"),
+    *("torch.distributions", "torch.fft", "torch.functional", "torch.func", "torch.linalg", "torch.optim"),
+    *("torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.utils"),
+    *("torch.signal", "torch.sparse", "torch.special"),
+)
+"""Packages and modules of the source `academic`, where installed; what lies below a module belongs to it."""
+
+OURS = ("lightning_danube", "callbacks", "lightning-danube")
+"""Left out: this project changes without changing its version, which the cache is keyed by."""
+
+SHORTEST = 80
+"""Characters of the shortest docstring that goes to a documents source."""
+USUAL_LONGEST = 4000
+"""Docstrings are joined up to this length; a longer one is a document of its own."""
+LARGEST_FILE = 2_000_000
+"""Bytes; larger sources are generated tables."""
+UNREADABLE = "..."
+"""Stands for default values that are long."""
+STANDARD_LIBRARY = "python"
+"""Package name in the origins of the standard library."""
+
+_SKIPPED_FOLDERS = frozenset(
+    {
+        *("__pycache__", "_internal", "_vendor", "_vendored", "_vendored_packages", "dist-packages", "node_modules"),
+        *("site-packages", "test", "tests"),
+    }
+)
+_SKIPPED_OF_STDLIB = frozenset({"ensurepip", "idlelib", "lib2to3", "turtledemo", "lib-dynload", "__phello__"})
+_HAS_DOCSTRING = re.compile(rb'"""|\'\'\'')
+_NO_LETTERS = dict.fromkeys(map(ord, string.ascii_letters))
+_LONG_RUN = re.compile(r"\S{241}")
+_SPECIAL = re.compile(r"</s>|<\|(?:prompt|answer)\|>")
+
+
+# --- What is read from a file -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    name: str  # with its stars
+    default: str | None
+    annotation: str | None
+
+    @property
+    def optional(self) -> bool:
+        return self.default is not None or self.name.startswith("*")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A docstring and what it documents."""
+
+    kind: str  # module, class, function, method, property
+    name: str  # qualified inside its module; empty for the module
+    doc: str  # empty if it is no text for a document
+    sentence: str | None
+    parameters: tuple[Parameter, ...] | None = None  # None: unknown
+    returns: str | None = None
+    bases: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    package: str
+    name: str
+    entries: tuple[Entry, ...]
+    topics: bool = False  # the language reference, not docstrings
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A Python file to read. The path is not part of what is collected, so that homes do not differ."""
+
+    path: str
+    package: str
+    module: str
+
+
+Reading = Module | str
+"""A module, or why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    name: str
+    version: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where the documentation lies."""
+
+    packages: tuple[Path, ...]
+    stdlib: Path | None
+
+    @classmethod
+    def running(cls) -> Environment:
+        """That of this interpreter; folders it merely has on its path are not its environment."""
+        paths = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
+        return cls(tuple(dict.fromkeys(paths)), Path(sysconfig.get_path("stdlib")))
+
+    def distributions(self) -> list[Distribution]:
+        """In order of name; one of those that share a name, as an interrupted upgrade leaves two."""
+        found: dict[str, Distribution] = {}
+        for installed in importlib.metadata.distributions(path=[str(path) for path in self.packages]):
+            metadata = message_from_string(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
+            name, version = metadata.get("Name", ""), metadata.get("Version", "")
+            key = re.sub(r"[-_.]+", "-", name).lower()
+            if name and key not in OURS and (key not in found or version < found[key].version):
+                description = metadata.get("Description") or metadata.get_payload()
+                found[key] = Distribution(name, version, str(description or ""))
+        return [found[key] for key in sorted(found)]
+
+    def fingerprint(self) -> str:
+        """Of everything that decides what is collected."""
+        facts = [f"format {FORMAT}", f"python {platform.python_version()}"]
+        facts += [f"{distribution.name}=={distribution.version}" for distribution in self.distributions()]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+    def sources(self) -> list[Source]:
+        """The Python files, in an order that does not depend on the file system."""
+        found: dict[tuple[str, ...], Source] = {}
+        for root in self.packages:
+            for parts in _python_files(root):
+                if parts[0] not in OURS:
+                    package = parts[0].removesuffix(".py")
+                    found.setdefault(parts, Source(str(root.joinpath(*parts)), package, _module_name(parts)))
+        ordered = [found[parts] for parts in sorted(found)]
+        if self.stdlib is not None:
+            ordered += [
+                Source(str(self.stdlib.joinpath(*parts)), STANDARD_LIBRARY, _module_name(parts))
+                for parts in sorted(_python_files(self.stdlib))
+                if parts[0] not in _SKIPPED_OF_STDLIB and not parts[0].startswith(("config-", "_sysconfigdata"))
+            ]
+        return ordered
+
+
+def _python_files(root: Path) -> Iterator[tuple[str, ...]]:
+    for folder, subfolders, files in os.walk(root):
+        # Names with a dash or a dot are no packages: metadata, libraries, other environments.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and re.fullmatch(r"\w+", name)]
+        parts = Path(folder).relative_to(root).parts
+        for name in files:
+            if name.endswith(".py") and not name.startswith("test_") and name != "conftest.py":
+                yield (*parts, name)
+
+
+def _module_name(parts: Sequence[str]) -> str:
+    names = [*parts[:-1], parts[-1].removesuffix(".py")]
+    return ".".join(names[:-1] if names[-1] == "__init__" and len(names) > 1 else names)
+
+
+def read_source(source: Source) -> Reading:
+    """Documented entries of a file, in its order, or the cause for which it is skipped."""
+    try:
+        if os.path.getsize(source.path) > LARGEST_FILE:
+            return "larger than 2 MB"
+        content = Path(source.path).read_bytes()
+    except OSError:
+        return "unreadable"
+    is_topics = source.package == STANDARD_LIBRARY and source.module == "pydoc_data.topics"
+    if not is_topics and not _HAS_DOCSTRING.search(content):
+        return "no docstring"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+        entries = tuple(_topics(tree) if is_topics else _entries(tree))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "not parsable"
+    return Module(source.package, source.module, entries, is_topics) if entries else "no docstring"
+
+
+def read_all(sources: Sequence[Source]) -> list[Reading]:
+    return [read_source(source) for source in sources]
+
+
+def _topics(tree: ast.Module) -> Iterator[Entry]:
+    """The language reference is a dictionary from title to text. The longest come first: the small ones repeat them."""
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="topics")], value=ast.Dict() as literal):
+                topics = ast.literal_eval(literal)
+                for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+                    yield from (Entry("topic", name, part, None) for part in split_at_headings(clean(topics[name])))
+
+
+def _entries(tree: ast.Module) -> Iterator[Entry]:
+    if doc := ast.get_docstring(tree, clean=False):
+        yield _entry("module", "", clean(doc))
+    yield from _documented(tree.body, "")
+
+
+def _entry(kind: str, name: str, doc: str) -> Entry:
+    sentence = first_sentence(doc)
+    # The made sources would repeat all of a docstring that is one sentence: it is left to them.
+    is_document = len(doc) >= SHORTEST and (sentence is None or len(doc) > len(sentence) + 40) and is_prose(doc)
+    return Entry(kind, name, doc if is_document else "", sentence)
+
+
+def _documented(body: Iterable[ast.stmt], prefix: str) -> Iterator[Entry]:
+    for node in body:
+        match node:
+            case ast.ClassDef():
+                yield from _class(node, prefix)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                if doc := ast.get_docstring(node, clean=False):
+                    yield _function(node, prefix, clean(doc))
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call):
+                yield from _added(call, name)
+            case ast.Expr(value=ast.Call() as call):
+                yield from _added(call, None)
+            case ast.If() | ast.Try():
+                for branch in (node.body, node.orelse, getattr(node, "finalbody", [])):
+                    yield from _documented(branch, prefix)
+
+
+def _class(node: ast.ClassDef, prefix: str) -> Iterator[Entry]:
+    functions = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+    if doc := ast.get_docstring(node, clean=False):
+        constructor = next((item for item in functions if item.name == "__init__"), None)
+        yield replace(
+            _entry("class", prefix + node.name, clean(doc)),
+            parameters=_parameters(constructor, bound=True) if constructor else None,
+            bases=tuple(ast.unparse(base) for base in node.bases if isinstance(base, ast.Name | ast.Attribute)),
+            methods=tuple(dict.fromkeys(item.name for item in functions if not item.name.startswith("_"))),
+        )
+    yield from _documented(node.body, f"{prefix}{node.name}.")
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, doc: str) -> Entry:
+    decorators = {ast.unparse(decorator).split("(")[0].split(".")[-1] for decorator in node.decorator_list}
+    kind = "method" if prefix else "function"
+    if decorators & {"property", "cached_property", "setter", "lazyproperty"}:
+        kind = "property"
+    parameters = _parameters(node, bound=bool(prefix) and "staticmethod" not in decorators)
+    return replace(_entry(kind, prefix + node.name, doc), parameters=parameters, returns=_short(node.returns))
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool) -> tuple[Parameter, ...]:
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    rows = list(zip(positional, [*defaults, *arguments.defaults], strict=True))[1 if bound else 0 :]
+    found = [Parameter(arg.arg, _default(default), _short(arg.annotation)) for arg, default in rows]
+    if arguments.vararg:
+        found.append(Parameter(f"*{arguments.vararg.arg}", None, None))
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    found += [Parameter(arg.arg, _default(default), _short(arg.annotation)) for arg, default in keywords]
+    if arguments.kwarg:
+        found.append(Parameter(f"**{arguments.kwarg.arg}", None, None))
+    return tuple(found)
+
+
+def _default(node: ast.expr | None) -> str | None:
+    return None if node is None else _short(node) or UNREADABLE
+
+
+def _short(node: ast.expr | None) -> str | None:
+    """The source of an expression, if it can stand in a sentence."""
+    text = "" if node is None else ast.unparse(node)
+    return text if 0 < len(text) <= 40 and "`" not in text and not _SPECIAL.search(text) else None
+
+
+def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
+    """Documentation of what is written in C: `add_docstr(torch.abs, ...)` of torch, `add_newdoc("numpy", ...)`."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if not function.endswith(("add_docstr", "add_newdoc")) or len(call.args) < 2:
+        return
+    strings = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    doc = max(strings, key=len, default="")
+    if name is None and isinstance(call.args[0], ast.Constant):
+        name = ".".join(text for text in strings[1:] if text.isidentifier())
+    if any(isinstance(node, ast.Attribute) and node.attr == "format" for node in ast.walk(call)):
+        # Fields stand for paragraphs about parameters that many functions share.
+        doc = re.sub(r"(?m)^[ \t]*\{\w+\}[ \t]*$", "", doc).replace("{{", "{").replace("}}", "}")
+    if doc := clean(doc):
+        yield _entry("function", name or ast.unparse(call.args[0]), doc)
+
+
+# --- Text ---------------------------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """Indentation, trailing blanks, blank lines in a row, control characters and halves of surrogate pairs removed."""
+    text = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8")
+    text = re.sub(r"[^\S\n]+$", "", text.replace("\r\n", "\n").replace("\xa0", " "), flags=re.MULTILINE)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", "", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def is_prose(text: str) -> bool:
+    """Whether a text is mostly words. Base64, tables of numbers and other scripts are not, nor is template markup.
+
+    Of the characters that are not blank, more than half are ASCII letters and 95 % are ASCII; no unbroken run is longer
+    than 240 characters; and no chat template's marker is spelled out, as those belong to fine-tuning alone.
+    """
+    size = len("".join(text.split()))
+    return (
+        len(text.translate(_NO_LETTERS)) < len(text) - 0.5 * size
+        and len(text.encode("ascii", "ignore")) >= len(text) - 0.05 * size
+        and not _LONG_RUN.search(text)
+        and not _SPECIAL.search(text)
+    )
+
+
+_HEADING = re.compile(r"\n(?=#{1,4} \S)|\n(?=[^\n]{3,}\n([=*~^-])\1{3,}\n)")
+_LAST_HEADING = re.compile(
+    r"\n(?:#{1,4} *|(?=[^\n]+\n[=*~^-]{4}))[^\w\n]*"
+    r"(?:change ?log|changes|history|release|what's new|news|contribut|licen[sc]e|copyright|sponsor|credits|citation)",
+    re.IGNORECASE,
+)
+
+
+def split_at_headings(text: str) -> list[str]:
+    """Parts of a long text, cut before Markdown or underlined headings, joined again up to the usual length."""
+    # In a code block, # begins a comment.
+    headings = [match.start() for match in _HEADING.finditer(text) if text.count("```", 0, match.start()) % 2 == 0]
+    cuts = [0, *headings, len(text)]
+    parts: list[str] = []
+    for start, end in pairwise(cuts):
+        piece = text[start:end]
+        if parts and len(parts[-1]) + len(piece) <= USUAL_LONGEST:
+            parts[-1] += piece
+        else:
+            parts.append(piece)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def clean_readme(text: str) -> str:
+    """A README up to its change log, without badges, pictures and HTML."""
+    if found := _LAST_HEADING.search(text):
+        text = text[: found.start()]
+    text = re.sub(r"<!--.*?-->", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    text = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?", "", text)
+    text = re.sub(r"</?[a-zA-Z][^<>\n]*>", "", text)
+    text = re.sub(r"(?m)^\.\. (image|\||_[^\n]*:|figure|raw|contents)[^\n]*(\n[ \t]+[^\n]+)*$", "", text)
+    text = re.sub(r"(?m)^[ \t]*(\|[\w -]+\|[ \t]*)+$|^[\s|•·*>-]*$|^\[[^\]]+\]: [^\n]*$", "", text)
+    return clean(text)
+
+
+_VERBS = """
+accept accumulate add adjust aggregate allow append apply ask assert assign attempt bind build calculate call cancel
+cast change check choose clean clear close collect combine compare compile compute concatenate configure construct
+convert copy count create decide decode decompose decorate define delete destroy detect determine differentiate disable
+dispatch display divide download draw drop dump emit enable encode ensure escape estimate evaluate execute expand export
+extend extract factor fetch fill filter find flatten flush form format fuse gather generate get give group guess handle
+identify implement import indicate infer initialize insert install instantiate integrate invoke iterate join list load
+locate log look make map mark match measure merge modify move multiply negate normalize obtain open pack pad parse
+partition perform permute pick plot pop populate prepare prevent print process produce provide push put query raise read
+rebuild receive recognize reconstruct record reduce register release reload remove rename render reorder replace report
+represent reset reshape resize resolve restore retrieve return reverse rewrite rotate round run sample save scale search
+select send serialize set shift show shuffle simplify slice solve sort specify split start stop store subtract sum swap
+switch take test track transform translate transpose traverse trim truncate try turn undo unpack update upload use
+validate verify visit wait walk warn wrap write yield
+"""
+
+
+def _third_person(verb: str) -> str:
+    if verb.endswith(("s", "sh", "ch", "x", "z")):
+        return f"{verb}es"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return f"{verb[:-1]}ies"
+    return f"{verb}s"
+
+
+_PREDICATES = {form: _third_person(verb) for verb in _VERBS.split() for form in (verb, _third_person(verb))}
+_SIGNATURE = re.compile(r"[\w.\[\], =]+\(.*\)(\s*(->|=)\s*.*)?(\s*# .*)?", re.DOTALL)
+_SENTENCE_END = re.compile(
+    r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\betc)(?<![ .]\w)[.!?](?=\s+[A-Z`*:\"'(\[]|\s*$)"
+)
+
+
+def first_sentence(doc: str) -> str | None:
+    """The sentence that a docstring opens with, without markup, if it has one that can stand alone."""
+    for paragraph in doc.split("\n\n"):
+        lines = [line.strip() for line in paragraph.split("\n")]
+        text = " ".join(lines)
+        if _SIGNATURE.fullmatch(text) or re.match(r"(\.\. |[=*~^-]{3})", text):
+            continue
+        if len(lines) > 1 and re.fullmatch(r"[=*~^-]{3,}", lines[1]):
+            continue
+        text = re.sub(r":\w+(?::\w+)*:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"`\1`", text)
+        text = re.sub(r"\[`+~?([^`\]]+)`+\](\([^)]*\))?", r"`\1`", text).replace("``", "`")
+        text = re.sub(r"\s*\[\d+\]_", "", re.sub(r"`([^`]+)`__?(?!\w)", r"\1", text))
+        end = _SENTENCE_END.search(text)
+        text = " ".join((text[: end.end()] if end else text).split())
+        text = text if text.endswith((".", "!", "?")) else f"{text}."
+        return text if _stands_alone(text) else None
+    return None
+
+
+_CANNOT_STAND_ALONE = re.compile(
+    r"^(See|Alias|Same|Like|Note|TODO|Args|Parameters|Internal)\b|^\w+:|>>>|::|@|\\\\|\$|https?:|\S/\S+/\S|:(param|return|type)"
+    r"|\b(an?|and|as|at|by|e\.g|etc|follows?|following|for|form|from|i\.e|in|is|of|or|that|the|thus|to|where|with)[.:]$|[,:]\.$"
+)
+
+
+def _stands_alone(sentence: str) -> bool:
+    return (
+        20 <= len(sentence) <= 280
+        and len(sentence.split()) >= 4
+        and sentence[0].isupper()
+        and sentence.count("`") % 2 == 0
+        and sentence.count("(") == sentence.count(")")
+        and not _CANNOT_STAND_ALONE.search(sentence)
+        and is_prose(sentence)
+    )
+
+
+def predicate(sentence: str) -> str | None:
+    """What something does, to follow its name: "Return the mean." → "returns the mean"."""
+    first, _, rest = sentence.partition(" ")
+    verb = _PREDICATES.get(first.lower())
+    return f"{verb} {rest[:-1]}" if verb and sentence.endswith(".") else None
+
+
+# --- Documents ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str
+    package: str
+    origin: str  # after the package
+
+
+class Seen:
+    """Tells repetition: a docstring met before, or one of which most lines were.
+
+    Packages copy from each other and from themselves, with a name or a number changed here and there. Only lines of at
+    least 30 characters are compared, as short ones repeat by nature.
+    """
+
+    def __init__(self) -> None:
+        self._docs: set[bytes] = set()
+        self._lines: set[bytes] = set()
+        self.exact = self.near = 0
+
+    def repeats(self, doc: str) -> bool:
+        """Whether the text repeats earlier ones; remembers it if it does not."""
+        if (key := digest(" ".join(doc.split()))) in self._docs:
+            self.exact += 1
+            return True
+        self._docs.add(key)
+        lines = [(len(line), digest(line)) for line in map(str.strip, doc.split("\n")) if len(line) >= 30]
+        known = sum(length for length, line in lines if line in self._lines)
+        if 2 * known > sum(length for length, _ in lines):
+            self.near += 1
+            return True
+        self._lines.update(line for _, line in lines)
+        return False
+
+
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def signature(entry: Entry, longest: int = 120) -> str:
+    """The entry as it is called; parameters that do not fit become an ellipsis."""
+    if entry.parameters is None or entry.kind == "property":
+        return entry.name
+    written = [p.name if p.default is None else f"{p.name}={p.default}" for p in entry.parameters]
+    shown: list[str] = []
+    for text in written:
+        if len(entry.name) + sum(len(part) + 2 for part in [*shown, text]) > longest:
+            shown.append("...")
+            break
+        shown.append(text)
+    return f"{entry.name}({', '.join(shown)})"
+
+
+def role_of(module: Module) -> str:
+    """The documents source that a module's docstrings belong to."""
+    if module.package == STANDARD_LIBRARY:
+        return "wiki"
+    dotted = f"{module.name}."
+    return "academic" if any(dotted.startswith(f"{name}.") for name in ACADEMIC) else "web"
+
+
+def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
+    """A class with its methods is a document, and so are a module's opening and the functions that follow one another.
+
+    Each starts anew where it would grow beyond the usual length.
+    """
+    group, title, blocks, origin = "", "", [""], ""
+    for entry in module.entries:
+        if not entry.doc or seen.repeats(entry.doc):
+            continue
+        if module.topics:
+            yield Document(entry.doc, module.package, f"{module.name}.{entry.name}")
+            continue
+        own_group = entry.name if entry.kind == "class" else ""
+        if entry.kind in ("method", "property"):
+            own_group = entry.name.rpartition(".")[0]
+        is_title = entry.kind in ("class", "module")
+        block = entry.doc if is_title else f"{signature(entry)}\n\n{entry.doc}"
+        length = sum(len(part) + 2 for part in blocks)
+        if not blocks[0] or own_group != group or length + len(block) > USUAL_LONGEST:
+            if blocks[0]:
+                yield Document("\n\n".join(blocks), module.package, origin)
+            group = own_group
+            title = f"Class {module.name}.{own_group}" if own_group else f"Module {module.name}"
+            if entry.kind == "class":
+                title = f"Class {module.name}.{signature(entry)}"
+            blocks, origin = [title, block], f"{module.name}.{entry.name}".rstrip(".")
+        else:
+            blocks.append(block)
+    if blocks[0]:
+        yield Document("\n\n".join(blocks), module.package, origin)
+
+
+def readmes(environment: Environment) -> Iterator[Document]:
+    """Parts of the long descriptions of the installed distributions."""
+    for distribution in environment.distributions():
+        for part in split_at_headings(clean_readme(distribution.description)):
+            if len(part) >= SHORTEST and is_prose(part):
+                yield Document(part, distribution.name, "README")
