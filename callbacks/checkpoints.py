@@ -26,16 +26,18 @@ class Checkpoints(Checkpoint):
         if every_n_steps < 1 or keep < 1:
             raise ValueError(f"every_n_steps is {every_n_steps} and keep is {keep}: both must be at least 1")
         self.every_n_steps, self.keep = every_n_steps, keep
-        self._directory = Path()
+        self._directory: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert trainer.log_dir is not None
             self._directory = Path(trainer.log_dir) / "checkpoints"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._directory is None:
+            return
         step = trainer.global_step
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # The end of a stage is saved after its validation, so that a resumed run never leaves one out.
@@ -46,7 +48,7 @@ class Checkpoints(Checkpoint):
                     old.unlink()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None:
             return
         k = finished_stage(trainer)
         if k is not None:

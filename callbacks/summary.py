@@ -78,14 +78,19 @@ class PretrainingSummary(Callback):
             return
         self._stage_losses = [*self._stage_losses[:k], held_out_losses(trainer)]
         summary = self._fit_summary(trainer, pl_module)
-        if trainer.is_global_zero:
-            write_json(Path(str(trainer.log_dir)) / "summary.json", summary)
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            write_json(Path(trainer.log_dir) / "summary.json", summary)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         summary = self._fit_summary(trainer, pl_module)
-        if not trainer.is_global_zero or not self._stage_losses:
+        if not trainer.is_global_zero or trainer.log_dir is None:
             return
-        write_json(Path(str(trainer.log_dir)) / "summary.json", summary)
+        write_json(Path(trainer.log_dir) / "summary.json", summary)
+        _, curriculum = curriculum_of(trainer)
+        if trainer.global_step < curriculum.total_steps:
+            say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps")
+        if not self._stage_losses:
+            return
         sources = list(self._stage_losses[0])
         rows = [["unigram baseline", *(f"{self._unigram[name]:.3f}" for name in sources)]]
         for stage in summary["stages"]:

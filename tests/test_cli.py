@@ -142,6 +142,19 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "source 'web': there is no file missing.jsonl",
         ),
         ("seed_everything: abc", "seed_everything: expected true or false or a whole number, not abc"),
+        ("trainer: {max_epochs: 3}", "trainer.max_epochs is 3: a curriculum is one pass; make its stages longer"),
+        (
+            "trainer: {accumulate_grad_batches: 4}",
+            "trainer.accumulate_grad_batches is 4: it follows from data.batch_tokens and data.micro_batch_size",
+        ),
+        (
+            "trainer: {val_check_interval: 5}",
+            "trainer.val_check_interval is 5: validation comes at the end of each stage",
+        ),
+        (
+            "trainer: {gradient_clip_algorithm: value}",
+            "trainer.gradient_clip_algorithm is 'value': only 'norm' is supported",
+        ),
         ("naem: x", "bad.yaml, line 1: 'naem' is not an option of this command: did you mean 'name'?"),
         ("- 1", "bad.yaml holds a list: a configuration is a mapping of keys such as data, model, trainer"),
         ("", "bad.yaml is empty: a configuration is a mapping"),

@@ -242,3 +242,19 @@ def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).touch()
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step_00000100.ckpt"
+
+
+def test_a_run_cut_short_says_where_it_stopped(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(tiny, "--trainer.limit_train_batches", "3") == 0
+    assert "stopped after 3 of 26 steps" in capsys.readouterr().out
+    assert json.loads((run_directory(tiny) / "summary.json").read_text())["tokens"] == 3 * 256
+
+
+def test_fast_dev_run_writes_nothing(tiny: Path) -> None:
+    assert fit(tiny, "--trainer.fast_dev_run", "true") == 0
+    assert not (tiny / "runs").exists()
+
+
+def test_without_a_logger_the_run_has_its_place_all_the_same(tiny: Path) -> None:
+    assert fit(tiny, "--trainer.logger", "false") == 0
+    assert {path.name for path in (tiny / "runs" / "tiny").iterdir()} == {"checkpoints", "config.yaml", "summary.json"}

@@ -157,6 +157,7 @@ class CurriculumData(LightningDataModule):
         )
         self._check_passes()
         if self.trainer is not None:
+            self._check_trainer()
             self.trainer.accumulate_grad_batches = self._accumulation()
 
     def _check_passes(self) -> None:
@@ -166,6 +167,24 @@ class CurriculumData(LightningDataModule):
                     f"source {name!r} would be read {passes:.1f} times ({len(self.train_streams[name]):,} tokens), "
                     f"more than data.max_passes = {self.max_passes:g}: add text, lower its share or raise it"
                 )
+
+    def _check_trainer(self) -> None:
+        """Refuses what the curriculum decides and the trainer would decide otherwise."""
+        assert self.trainer is not None
+        if self.trainer.max_epochs not in (1, -1, None):
+            raise ValueError(
+                f"trainer.max_epochs is {self.trainer.max_epochs}: a curriculum is one pass; make its stages longer"
+            )
+        if self.trainer.accumulate_grad_batches not in (1, self._accumulation()):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: it follows from "
+                "data.batch_tokens and data.micro_batch_size; leave it out"
+            )
+        if self.trainer.val_check_interval not in (1.0, None):
+            raise ValueError(
+                f"trainer.val_check_interval is {self.trainer.val_check_interval}: validation comes at the end of each "
+                "stage; for more, give callbacks.CurriculumStages validate_every in tokens"
+            )
 
     def _replicas(self) -> tuple[int, int]:
         """Number of data-parallel replicas and this one's; `global_rank` would be wrong under tensor parallelism."""

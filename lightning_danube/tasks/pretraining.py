@@ -84,9 +84,8 @@ class Pretraining(LightningModule):
     ) -> None:
         """Clips by the global norm here, because Lightning 2.6 refuses fused AdamW with clipping under bf16-mixed."""
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}: only 'norm' is supported"
-            )
+            name = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
+            raise ValueError(f"trainer.gradient_clip_algorithm is {name!r}: only 'norm' is supported")
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         self._rate = optimizer.param_groups[0]["lr"]
         self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
