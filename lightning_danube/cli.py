@@ -69,7 +69,7 @@ class DanubeCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            parser_kwargs={"prog": "python -m lightning_danube"},
             auto_configure_optimizers=False,
             args=args,
         )
