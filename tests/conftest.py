@@ -80,6 +80,20 @@ WORDS = ("river", "stone", "light", "under", "seven", "green", "mountain", "walk
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A directory with two small sources and `tiny.yaml`, a run of 26 steps that takes about two seconds."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished tiny run, for tests that only read it."""
+    from lightning_danube.__main__ import main
+
+    directory = write_tiny(tmp_path_factory.mktemp("tiny_run"))
+    assert main(["fit", "--config", str(directory / "tiny.yaml")]) == 0
+    return directory / "runs" / "tiny" / "version_0"
+
+
+def write_tiny(tmp_path: Path) -> Path:
     for source, step in (("web", 3), ("wiki", 5)):
         with (tmp_path / f"{source}.jsonl").open("w") as file:
             for n in range(300):

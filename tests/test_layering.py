@@ -8,13 +8,20 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("lightning_danube/model", "lightning_danube/data", "lightning_danube/tasks", "callbacks")
+LAYERS = (
+    "lightning_danube/model",
+    "lightning_danube/data",
+    "lightning_danube/tasks",
+    "lightning_danube/reports",
+    "callbacks",
+)
 # Kept apart from the rules: these folders may be absent.
 OTHERS = ("benchmarks", "notebooks")
 
 MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model"})
 CHECKPOINTS_MAY_ALSO_IMPORT = frozenset({"safetensors", "transformers", "gguf", "numpy"})
 TASKS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks")})
+REPORTS_MAY_IMPORT_OF_OURS = frozenset({"lightning_danube.durations", "lightning_danube.reports"})
 DATA_MUST_NOT_IMPORT = frozenset({"lightning_danube.model", "lightning_danube.tasks"})
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
 
@@ -60,6 +67,11 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
             ("lightning_danube", "cli.py"),
         )
         return None if allowed else "only __main__ and tests import the command line"
+    if is_within(name, frozenset({"lightning_danube.reports"})):
+        allowed = folders[0] in ("tests", "notebooks") or folders[:2] == ("lightning_danube", "reports")
+        return None if allowed else "only notebooks and tests import reports, whose matplotlib is an extra"
+    if folders[:2] == ("lightning_danube", "reports") and ours and not is_within(name, REPORTS_MAY_IMPORT_OF_OURS):
+        return "reports read the files of runs; of ours they import durations only"
     if folders[0] == "lightning_danube" and is_within(name, frozenset({"callbacks"})):
         return "the package never imports callbacks; YAML names them"
     if folders[:2] == ("lightning_danube", "model"):
@@ -134,6 +146,9 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("lightning_danube/data/chat.py", "from lightning_danube.cli import main", "the command line"),
         ("lightning_danube/tasks/chat.py", "from .. import cli", "the command line"),
         ("callbacks/samples.py", "from lightning_danube.cli import main", "the command line"),
+        ("callbacks/samples.py", "from lightning_danube.reports import runs", "only notebooks and tests"),
+        ("lightning_danube/tables.py", "from lightning_danube import reports", "only notebooks and tests"),
+        ("lightning_danube/reports/runs.py", "from lightning_danube.data import CurriculumData", "reports read"),
     ],
 )
 def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
@@ -157,6 +172,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
         ("lightning_danube/cli.py", "from .data import chat\nfrom .tasks import chat as task"),
         ("lightning_danube/__main__.py", "from lightning_danube.cli import main"),
         ("tests/test_cli.py", "from lightning_danube.cli import main"),
+        ("lightning_danube/reports/figures.py", "import matplotlib\nfrom lightning_danube.reports import runs"),
         ("callbacks/samples.py", "import lightning\nfrom lightning_danube.model.generation import generate"),
     ],
 )

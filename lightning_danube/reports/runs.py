@@ -1,0 +1,288 @@
+"""What a pre-training run left behind, as pandas frames: plan, curves over tokens, held-out losses, text samples.
+
+Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events): no model is loaded, and a
+run that is still going on, or was stopped, reads as far as it came.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_danube.durations import parse_tokens
+
+PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
+"""Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
+
+LOGGED_BY = {
+    "curriculum": "callbacks.CurriculumStages",
+    "samples": "callbacks.TextSamples",
+    "throughput": "callbacks.Throughput",
+    "tokens_seen": "callbacks.TokenLedger",
+}
+"""Group of a TensorBoard tag → the callback to name in `trainer.callbacks`. The task itself logs the other groups."""
+
+
+class MissingResult(ValueError):
+    """A result that is not there; the message names the command that makes it."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython's hook: a notebook then shows this line alone instead of the stack that led to it.
+        return [f"Missing: {self}"]
+
+
+@dataclass(frozen=True)
+class PretrainingRun:
+    """The files of one run.
+
+    Args:
+        directory: `<runs>/<name>/version_<n>`.
+        config: of `config.yaml`.
+        summary: of `summary.json`; empty before the end of the first stage.
+        curves: one column a TensorBoard tag, one row an optimizer step at which any of them was logged.
+        texts: TensorBoard tag → optimizer step → text.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    curves: pd.DataFrame
+    texts: dict[str, dict[int, str]]
+
+    @property
+    def title(self) -> str:
+        """Where the run lies, from its runs directory on."""
+        return "/".join(self.directory.absolute().parts[-3:])
+
+    @property
+    def data(self) -> dict[str, Any]:
+        options: dict[str, Any] = self.config["data"]["init_args"]
+        return options
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.data["sources"])
+
+    @property
+    def batch_tokens(self) -> int:
+        return parse_tokens(self.data["batch_tokens"], "batch_tokens")
+
+    @property
+    def way_on(self) -> str:
+        """The command that continues the run."""
+        return f"`python -m lightning_danube fit --config {self.title}/config.yaml --ckpt_path last`"
+
+    def curve(self, tag: str) -> pd.Series:
+        """Values of a tag over the tokens trained on.
+
+        Raises:
+            MissingResult: the run did not log it.
+        """
+        if tag not in self.curves:
+            raise MissingResult(f"{self.title} logged no {tag}: {way_to_log(tag)}")
+        values = self.curves[tag].dropna()
+        values.index = pd.Index(values.index * self.batch_tokens, name="tokens")
+        return values
+
+    def finished(self, key: str) -> Any:
+        """An entry of the summary.
+
+        Raises:
+            MissingResult: there is no summary yet.
+        """
+        if not self.summary:
+            raise MissingResult(f"{self.title} has no summary.json, for no stage has ended: {self.way_on} goes on")
+        return self.summary[key]
+
+
+def way_to_log(tag: str) -> str:
+    callback = LOGGED_BY.get(tag.split("/")[0])
+    if callback is None:
+        return "it stopped before the first step that is logged (trainer.log_every_n_steps)"
+    return f"name {callback} in trainer.callbacks and train again"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def newest_run(runs: str | Path, name: str) -> Path:
+    """Directory of the newest version under `<runs>/<name>`.
+
+    A relative `runs` is looked for here and then one level up, since Jupyter starts a notebook in its own folder.
+
+    Raises:
+        MissingResult: there is none.
+    """
+    for directory in (Path(runs) / name, Path("..") / runs / name):
+        versions = {int(match[1]): path for path in directory.glob("*/") if (match := VERSION.fullmatch(path.name))}
+        begun = [number for number, path in versions.items() if (path / "config.yaml").is_file()]
+        if begun:
+            return versions[max(begun)]
+    command = "make quickstart"
+    if name != "quickstart":
+        command = f"python -m lightning_danube fit --config configs/….yaml --name {name}"
+    raise MissingResult(f"there is no run under {Path(runs) / name}: `{command}` makes one")
+
+
+VERSION = re.compile(r"version_(\d+)")
+
+
+def read_run(directory: Path) -> PretrainingRun:
+    """Reads a run's files.
+
+    Raises:
+        ValueError: the run is not one of pre-training.
+    """
+    config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    if "stages" not in config["data"]["init_args"]:
+        raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
+    summary_path = directory / "summary.json"
+    summary = json.loads(summary_path.read_text("utf-8")) if summary_path.is_file() else {}
+    # 0 keeps all points; TensorBoard's own default thins a long curve by chance.
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
+    # After a resume it drops what the stopped session logged beyond its checkpoint, as it should, and warns of it.
+    logger = logging.getLogger("tensorboard")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        events.Reload()
+    finally:
+        logger.setLevel(level)
+    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    texts = {
+        tag.removesuffix("/text_summary"): {
+            e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
+        }
+        for tag in events.Tags()["tensors"]
+        if tag.endswith("/text_summary")
+    }
+    frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
+    frame.index.name = "step"
+    return PretrainingRun(directory, config, summary, frame, texts)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def overview(run: PretrainingRun) -> pd.DataFrame:
+    """What was trained, and what it took."""
+    decoder = run.config["model"]["init_args"]["decoder"]
+    shape = decoder
+    if not isinstance(decoder, str):
+        shape = f"{decoder['num_hidden_layers']} layers × {decoder['hidden_size']} hidden"
+    rate = run.finished("tokens_per_second")
+    facts = {
+        "run": run.title,
+        "decoder": shape,
+        "parameters": f"{run.finished('parameters'):,}",
+        "tokens": f"{run.finished('tokens'):,}",
+        "optimizer steps": f"{run.finished('steps'):,}",
+        "minutes": f"{run.finished('seconds') / 60:.1f}",
+        "tokens a second, in training": "–" if rate is None else f"{rate:,.0f}",
+        "accelerator, precision": f"{run.config['trainer']['accelerator']}, {run.config['trainer']['precision']}",
+    }
+    return pd.DataFrame({"": facts})
+
+
+def stage_spans(run: PretrainingRun) -> pd.DataFrame:
+    """The stages that were entered: begin and end in tokens, the last one up to where the run stands."""
+    numbers = run.curve("curriculum/stage").astype(int)
+    # A resumed run announces its stage once more: the first time counts.
+    begins = {k: int(numbers.index[numbers == k].min()) for k in sorted(set(numbers))}
+    reached = max(int(run.curves.index.max()) * run.batch_tokens, run.summary.get("tokens", 0))
+    names = [run.data["stages"][k - 1]["name"] for k in begins]
+    ends = [*list(begins.values())[1:], reached]
+    return pd.DataFrame({"begin": list(begins.values()), "end": ends}, index=pd.Index(names, name="stage"))
+
+
+def planned_mix(run: PretrainingRun) -> pd.DataFrame:
+    """Share of each source in each stage as the config has it."""
+    rows = {}
+    for stage in run.data["stages"]:
+        total = sum(stage["mix"].values())
+        rows[stage["name"]] = {source: stage["mix"].get(source, 0.0) / total for source in run.sources}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
+
+
+def seen_mix(run: PretrainingRun) -> pd.DataFrame:
+    """Share of each source in the tokens that each stage was trained on; NaN for a stage not begun."""
+    rows = {
+        stage["name"]: {source: stage["mix"][source] if stage["tokens"] else float("nan") for source in run.sources}
+        for stage in run.finished("stages")
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
+
+
+def web_shares(run: PretrainingRun) -> pd.DataFrame:
+    """Tokens and share of the source `web` in each stage, planned and seen, beside the paper's."""
+    planned, seen = planned_mix(run), seen_mix(run)
+    stages = run.data["stages"]
+    paper = [*PAPER_WEB_SHARES, *[float("nan")] * len(stages)][: len(stages)]
+    if "web" not in run.sources:
+        raise MissingResult(f"{run.title} has no source named web, whose share the paper publishes")
+    return pd.DataFrame(
+        {
+            "tokens planned": [parse_tokens(stage["tokens"]) for stage in stages],
+            "tokens seen": [stage["tokens"] for stage in run.finished("stages")],
+            "web %, paper": [100 * share for share in paper],
+            "web %, planned": 100 * planned["web"],
+            "web %, seen": 100 * seen["web"],
+        },
+        index=planned.index,
+    )
+
+
+def mix_over_tokens(run: PretrainingRun) -> pd.DataFrame:
+    """Share of each source in the tokens since the row before."""
+    seen = pd.DataFrame({source: run.curve(f"tokens_seen/{source}") for source in run.sources})
+    news = seen.diff()
+    news.iloc[0] = seen.iloc[0]
+    return news.div(news.sum(axis=1), axis=0)
+
+
+def held_out_losses(run: PretrainingRun) -> pd.DataFrame:
+    """Held-out loss by source, nats a token: of the unigram baseline, then after each stage that ended."""
+    rows = {"unigram baseline": run.finished("unigram_loss")}
+    for stage in run.finished("stages"):
+        if stage["val_loss"]:
+            rows[f"after {stage['name']}"] = stage["val_loss"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=run.sources)
+
+
+def text_samples(run: PretrainingRun) -> pd.DataFrame:
+    """One row a validation and prompt: prompt, stage, tokens trained on, text.
+
+    Raises:
+        MissingResult: the run wrote none.
+    """
+    if not run.texts:
+        raise MissingResult(f"{run.title} holds no text samples: {way_to_log('samples/1')}")
+    spans = stage_spans(run)
+    callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
+    rows = []
+    for number, prompt in enumerate(callbacks[LOGGED_BY["samples"]]["prompts"], start=1):
+        for step, text in run.texts.get(f"samples/{number}", {}).items():
+            tokens = step * run.batch_tokens
+            stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])
+            # TextSamples indents by four spaces, which TensorBoard takes for a block of code.
+            lines = [line.removeprefix("    ") for line in text.splitlines()]
+            rows.append({"prompt": prompt, "stage": stage, "tokens": tokens, "text": "\n".join(lines)})
+    return pd.DataFrame(rows).sort_values("tokens", kind="stable", ignore_index=True)
+
+
+def samples_markdown(samples: pd.DataFrame) -> str:
+    """Samples as Markdown, each in a block of code that nothing in its text can close."""
+    parts = []
+    for row in samples.itertuples():
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", str(row.text))), default=0))
+        head = f"**{row.stage}**, after {row.tokens:,} tokens; prompt: *{row.prompt}*"
+        parts.append(f"{head}\n\n{fence}text\n{row.text}\n{fence}")
+    return "\n\n".join(parts)

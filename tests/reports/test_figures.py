@@ -1,0 +1,143 @@
+"""Figures show the run's numbers, with units on the axes and colours that everybody can tell apart."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from lightning_danube.reports import figures, runs
+from lightning_danube.reports.runs import PretrainingRun
+
+DRAWN = [
+    figures.stage_mixes,
+    figures.mix_over_tokens,
+    figures.training_loss,
+    figures.held_out_losses,
+    figures.optimization,
+    figures.throughput,
+]
+
+
+@pytest.fixture
+def run(tiny_run: Path) -> PretrainingRun:
+    return runs.read_run(tiny_run)
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_every_figure_can_be_drawn_and_every_axis_says_what_it_shows(
+    draw: Callable[[PretrainingRun], Figure], run: PretrainingRun, tmp_path: Path
+) -> None:
+    figure = draw(run)
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size < 80_000  # six of them stay far below what a repository can bear
+    for ax in figure.axes:
+        across, up = ax.get_subplotspec().get_geometry()[:2] if ax.get_subplotspec() else (1, 1)  # type: ignore[union-attr]
+        categories = any(text.get_text() in ("foundation", "foundation, seen") for text in ax.get_xticklabels())
+        assert ax.get_xlabel() or across > 1 or categories
+        assert ax.get_ylabel() or up > 1 or ax.get_yticklabels()[0].get_text().startswith("foundation, ")
+
+
+def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: PretrainingRun) -> None:
+    (ax,) = figures.training_loss(run).axes
+    loss = run.curve("train/loss")
+    assert np.array_equal(ax.lines[0].get_xydata(), np.column_stack([loss.index, loss]))
+    assert ax.get_ylabel() == "training loss, nats a token"
+    assert [stage.get_text() for stage in ax.texts] == ["foundation", "refinement", "finish"]
+    assert [line.get_xdata()[0] for line in ax.lines[1:]] == [12 * 256, 20 * 256]  # type: ignore[index]
+
+
+def test_bars_are_as_long_as_the_shares(run: PretrainingRun) -> None:
+    (ax,) = figures.stage_mixes(run).axes
+    widths = [bar.get_width() for bar in ax.patches if bar.get_width()]  # type: ignore[attr-defined]
+    planned, seen = runs.planned_mix(run), runs.seen_mix(run)
+    expected = [mix.loc[stage, source] for stage in planned.index for mix in (planned, seen) for source in run.sources]
+    assert widths == pytest.approx(expected)
+    marks = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata())]  # type: ignore[arg-type,index]
+    assert marks == list(runs.PAPER_WEB_SHARES)
+
+
+def test_a_panel_a_source_shows_its_losses_against_the_baseline(run: PretrainingRun) -> None:
+    axes = figures.held_out_losses(run).axes
+    assert [ax.get_title() for ax in axes] == run.sources
+    for ax, source in zip(axes, run.sources, strict=True):
+        assert ax.lines[0].get_ydata()[0] == run.summary["unigram_loss"][source]  # type: ignore[index]
+        assert list(ax.lines[1].get_ydata()) == [s["val_loss"][source] for s in run.summary["stages"]]  # type: ignore[arg-type]
+
+
+def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: PretrainingRun) -> None:
+    assert len(figures.throughput(run).axes) == 2
+    del run.curves["throughput/mfu"]
+    assert len(figures.throughput(run).axes) == 1
+
+
+def test_a_figure_of_nothing_says_what_is_missing(run: PretrainingRun) -> None:
+    del run.curves["throughput/tokens_per_second"]
+    with pytest.raises(runs.MissingResult, match=r"name callbacks\.Throughput in trainer\.callbacks and train again"):
+        figures.throughput(run)
+
+
+def test_a_run_that_is_going_on_is_drawn_as_far_as_it_came(run: PretrainingRun, tmp_path: Path) -> None:
+    stage = run.summary["stages"][2]
+    stage["tokens"], stage["val_loss"] = 0, {}
+    for draw in DRAWN:
+        draw(run).savefig(tmp_path / "figure.png")
+
+
+def test_a_source_keeps_its_colour_whatever_stands_beside_it() -> None:
+    one = figures.source_colours(["web", "instruct"])
+    other = figures.source_colours(["instruct", "forum", "web", *(f"more_{n}" for n in range(9))])
+    assert one["web"] == other["web"] and one["instruct"] == other["instruct"]
+    assert len(set(other.values())) == len(other)
+
+
+# How a colour looks with red-, green- and blue-blindness (Machado et al. 2009, severity 1), in linear RGB.
+BLIND = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(colour: str, blindness: str) -> np.ndarray:
+    """CIE L*a*b* (D65) of a colour as an eye sees it; a distance of about 2 can just be noticed."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(BLIND[blindness]) @ linear, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ seen / (to_xyz @ np.ones(3))
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("blindness", BLIND)
+def test_colours_can_be_told_apart_with_any_colour_vision(blindness: str) -> None:
+    seen = {name: lab(colour, blindness) for name, colour in figures.COLOURS.items()}
+    apart = {(a, b): float(np.linalg.norm(seen[a] - seen[b])) for a, b in itertools.combinations(seen, 2)}
+    # Ten is several times what can just be noticed, enough for two areas that touch.
+    assert min(apart.values()) > 10, min(apart, key=lambda pair: apart[pair])
+
+
+def test_numbers_on_bars_have_contrast() -> None:
+    assert figures.readable_on("#0072B2") == "white"
+    assert figures.readable_on("#F0E442") == figures.readable_on("0.85") == "black"
+    assert figures.readable_on("0.25") == "white"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"), [(0, "0"), (512, "512"), (643_000, "643K"), (1.5e6, "1.5M"), (2.8e12, "2.8T")]
+)
+def test_tokens_are_counted_as_configs_write_them(tokens: float, said: str) -> None:
+    assert figures.count(tokens) == said
+
+
+def test_a_table_shows_what_is_missing_as_a_dash(run: PretrainingRun) -> None:
+    frame = runs.web_shares(run)
+    frame.loc["finish", "web %, seen"] = float("nan")
+    html = figures.table(frame, "shares").to_html()
+    assert "3,072" in html and "90.6" in html and "–" in html
+    assert figures.table(frame, "shares").to_html() == html

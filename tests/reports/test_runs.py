@@ -1,0 +1,209 @@
+"""What is read from a run's files is what the run wrote, and what is missing is said."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_danube.__main__ import main
+from lightning_danube.reports import runs
+
+STAGES = ["foundation", "refinement", "finish"]
+ENDS = [12 * 256, 20 * 256, 26 * 256]
+
+
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A run that a test may change."""
+    target = tmp_path / "runs" / "tiny" / "version_0"
+    shutil.copytree(tiny_run, target, ignore=shutil.ignore_patterns("checkpoints"))
+    return target
+
+
+def test_the_newest_version_that_began_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("version_2", "version_10", "version_11"):
+        (tmp_path / "runs" / "tiny" / version).mkdir(parents=True)
+    for version in ("version_2", "version_10"):
+        (tmp_path / "runs" / "tiny" / version / "config.yaml").touch()
+    assert runs.newest_run(tmp_path / "runs", "tiny").name == "version_10"
+    # From the root of the repository, and from the folder of the notebook.
+    (tmp_path / "notebooks").mkdir()
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert runs.newest_run("runs", "tiny").absolute().samefile(tmp_path / "runs" / "tiny" / "version_10")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("quickstart", "`make quickstart` makes one"), ("other", r"fit --config configs/….yaml --name other` makes one")],
+)
+def test_a_missing_run_names_the_command_that_makes_it(tmp_path: Path, name: str, command: str) -> None:
+    with pytest.raises(runs.MissingResult, match=rf"no run under {tmp_path}/{name}: .*{command}") as caught:
+        runs.newest_run(tmp_path, name)
+    # A notebook shows one line.
+    assert caught.value._render_traceback_() == [f"Missing: {caught.value}"]
+
+
+def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {class_path: lightning_danube.data.ChatData, init_args: {}}")
+    with pytest.raises(ValueError, match=r"is no pre-training run: data\.stages is missing"):
+        runs.read_run(tmp_path)
+
+
+def test_stages_lie_where_the_run_changed_them(tiny_run: Path) -> None:
+    spans = runs.stage_spans(runs.read_run(tiny_run))
+    assert list(spans.index) == STAGES
+    assert list(spans["begin"]) == [0, *ENDS[:2]]
+    assert list(spans["end"]) == ENDS
+
+
+def test_curves_run_over_tokens(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    loss = run.curve("train/loss")
+    assert list(loss.index) == [256 * step for step in range(1, 27)]
+    # TensorBoard keeps float32.
+    assert list(run.curve("val_loss/web")) == pytest.approx([s["val_loss"]["web"] for s in run.summary["stages"]])
+
+
+def test_planned_and_seen_mix_stand_beside_the_papers(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    shares = runs.web_shares(run)
+    assert list(shares.index) == STAGES
+    assert list(shares["tokens planned"]) == [3000, 2000, 1500]
+    assert list(shares["tokens seen"]) == list(np.diff([0, *ENDS]))
+    assert list(shares["web %, paper"]) == pytest.approx([90.6, 81.7, 51.6])
+    assert list(shares["web %, planned"]) == pytest.approx([90.6, 81.7, 51.6])
+    for stage in run.summary["stages"]:
+        assert shares.loc[stage["name"], "web %, seen"] == 100 * stage["tokens_by_source"]["web"] / stage["tokens"]
+
+
+def test_shares_in_any_unit_are_normalised(copied_run: Path) -> None:
+    config = OmegaConf.load(copied_run / "config.yaml")
+    config.data.init_args.stages[0].mix = {"web": 3, "wiki": 1}
+    config.data.init_args.stages[1].mix = {"wiki": 5}
+    OmegaConf.save(config, copied_run / "config.yaml")
+    planned = runs.planned_mix(runs.read_run(copied_run))
+    assert planned.loc["foundation"].to_dict() == {"web": 0.75, "wiki": 0.25}
+    assert planned.loc["refinement"].to_dict() == {"web": 0.0, "wiki": 1.0}
+
+
+def test_the_mix_over_tokens_adds_up_to_what_each_stage_saw(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    mix = runs.mix_over_tokens(run)
+    assert list(mix.index) == [256 * step for step in range(1, 27)]
+    assert mix.sum(axis=1).to_numpy() == pytest.approx(1)
+    for stage, (begin, end) in zip(run.summary["stages"], runs.stage_spans(run).to_numpy(), strict=True):
+        within = mix[(mix.index > begin) & (mix.index <= end)]
+        assert within["web"].mean() == pytest.approx(stage["mix"]["web"])
+
+
+def test_held_out_losses_follow_the_baseline(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    losses = runs.held_out_losses(run)
+    assert list(losses.index) == ["unigram baseline", *(f"after {stage}" for stage in STAGES)]
+    assert losses.loc["unigram baseline"].to_dict() == run.summary["unigram_loss"]
+    assert losses.loc["after finish"].to_dict() == run.summary["val_loss"]
+
+
+def test_samples_come_with_their_stage_and_prompt(tiny_run: Path) -> None:
+    samples = runs.text_samples(runs.read_run(tiny_run))
+    assert list(samples["stage"]) == STAGES
+    assert list(samples["tokens"]) == ENDS
+    assert set(samples["prompt"]) == {"The river"}
+    assert samples["text"].str.startswith("The river").all()
+
+
+def test_no_sample_can_leave_its_block_of_code() -> None:
+    frame = pd.DataFrame([{"prompt": "Say", "stage": "one", "tokens": 1000, "text": "Say ````\n# not a title"}])
+    assert runs.samples_markdown(frame) == (
+        "**one**, after 1,000 tokens; prompt: *Say*\n\n`````text\nSay ````\n# not a title\n`````"
+    )
+
+
+def test_the_overview_says_what_was_trained(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    facts = runs.overview(run)[""]
+    assert facts["run"] == "runs/tiny/version_0"
+    assert facts["decoder"] == "2 layers × 32 hidden"
+    assert facts["tokens"] == f"{26 * 256:,}"
+
+
+def test_a_resumed_run_reads_like_one_that_never_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("curriculum/stage", 1.0, 0)
+        writer.add_scalar("curriculum/stage", 2.0, 12)
+        for step in (16, 17, 25):
+            writer.add_scalar("train/loss", 9.0, step)
+    with SummaryWriter(str(tmp_path), purge_step=17) as writer:
+        writer.add_scalar("curriculum/stage", 2.0, 16)
+        for step in (17, 18):
+            writer.add_scalar("train/loss", 1.0, step)
+    config = {
+        "trainer": {"callbacks": []},
+        "data": {
+            "init_args": {
+                "batch_tokens": 10,
+                "sources": {"web": {}},
+                "stages": [{"name": name, "tokens": 120, "mix": {"web": 1}} for name in STAGES],
+            }
+        },
+    }
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    run = runs.read_run(tmp_path)
+    assert run.curve("train/loss").to_dict() == {160: 9.0, 170: 1.0, 180: 1.0}
+    assert capfd.readouterr().err == ""
+    spans = runs.stage_spans(run)
+    assert spans.to_dict("index") == {"foundation": {"begin": 0, "end": 120}, "refinement": {"begin": 120, "end": 180}}
+
+
+def test_a_run_that_stopped_early_reads_as_far_as_it_came(tiny: Path) -> None:
+    assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "14"]) == 0
+    run = runs.read_run(runs.newest_run(tiny / "runs", "tiny"))
+    assert list(runs.stage_spans(run).index) == STAGES[:2]
+    assert list(runs.held_out_losses(run).index) == ["unigram baseline", "after foundation"]
+    seen = runs.seen_mix(run)
+    assert seen.loc["refinement"].notna().all() and seen.loc["finish"].isna().all()
+
+
+def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
+    (copied_run / "summary.json").unlink()
+    for events in copied_run.glob("events*"):
+        events.unlink()
+    run = runs.read_run(copied_run)
+    going_on = (
+        r"no summary\.json, .*`python -m lightning_danube fit --config runs/tiny/version_0/config\.yaml --ckpt_path"
+    )
+    for part in (runs.overview, runs.held_out_losses, runs.seen_mix, runs.web_shares):
+        with pytest.raises(runs.MissingResult, match=going_on):
+            part(run)
+    for ask, answer in (
+        (runs.stage_spans, r"logged no curriculum/stage: name callbacks\.CurriculumStages in trainer\.callbacks"),
+        (runs.mix_over_tokens, r"logged no tokens_seen/web: name callbacks\.TokenLedger"),
+        (runs.text_samples, r"no text samples: name callbacks\.TextSamples"),
+    ):
+        with pytest.raises(runs.MissingResult, match=answer):
+            ask(run)
+    with pytest.raises(runs.MissingResult, match=r"logged no train/loss: it stopped before the first step"):
+        run.curve("train/loss")
+
+
+def test_a_run_without_a_source_named_web_has_nothing_beside_the_papers(copied_run: Path) -> None:
+    for path in (copied_run / "config.yaml", copied_run / "summary.json"):
+        path.write_text(path.read_text().replace("web", "net"))
+    assert json.loads((copied_run / "summary.json").read_text())["val_loss"].keys() == {"net", "wiki"}
+    with pytest.raises(runs.MissingResult, match="no source named web"):
+        runs.web_shares(runs.read_run(copied_run))
+
+
+def test_callbacks_named_by_the_messages_exist() -> None:
+    import callbacks
+
+    here = SimpleNamespace(**{name: getattr(callbacks, name) for name in callbacks.__all__})
+    for path in runs.LOGGED_BY.values():
+        assert hasattr(here, path.removeprefix("callbacks."))

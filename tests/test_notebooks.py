@@ -1,0 +1,93 @@
+"""Every notebook runs from top to bottom on a real run, and defines no logic of its own."""
+
+import ast
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If, ast.Try)
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execute(path: Path, runs: Path, name: str) -> Any:
+    """Executes a notebook on the runs under `<runs>/<name>`, in its own folder as Jupyter does."""
+    notebook = read(path)
+    parameters = code_cells(notebook)[0]
+    for variable, value in (("RUNS", str(runs)), ("NAME", name)):
+        parameters.source, replaced = re.subn(rf'(?m)^{variable} = ".*?"', f"{variable} = {value!r}", parameters.source)
+        assert replaced == 1, f"{path.name}: the first code cell sets no {variable}"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    return notebook
+
+
+def outputs(notebook: Any, kind: str) -> list[Any]:
+    return [output for cell in code_cells(notebook) for output in cell.outputs if output.output_type == kind]
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS, f"no notebook in {FOLDER}: the tests of this file check nothing"
+
+
+@notebooks
+def test_cells_only_call(path: Path) -> None:
+    for cell in code_cells(read(path)):
+        tree = ast.parse(re.sub(r"(?m)^%.*$", "", cell.source))
+        logic = [node for node in ast.walk(tree) if isinstance(node, LOGIC)]
+        assert not logic, f"{path.name} defines logic, which belongs into lightning_danube/reports: {cell.source}"
+
+
+@notebooks
+def test_the_committed_notebook_shows_a_whole_run(path: Path) -> None:
+    notebook = read(path)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert outputs(notebook, "error") == [] and outputs(notebook, "stream") == []
+    assert any("image/png" in output.data for output in outputs(notebook, "execute_result"))
+    assert path.stat().st_size < 500_000
+    # Paths of the machine that executed it are nobody's business.
+    assert not re.search(r"/(home|work|root|tmp)/", path.read_text("utf-8"))
+
+
+@pytest.mark.slow
+@notebooks
+def test_it_runs_on_a_finished_run(path: Path, tiny_run: Path) -> None:
+    executed = execute(path, tiny_run.parent.parent, tiny_run.parent.name)
+    assert outputs(executed, "error") == [] and outputs(executed, "stream") == []
+    committed = [len(cell.outputs) for cell in code_cells(read(path))]
+    assert [len(cell.outputs) for cell in code_cells(executed)] == committed
+
+
+@pytest.mark.slow
+@notebooks
+def test_without_a_run_it_stops_with_one_line_that_says_how_to_get_one(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CellExecutionError, match=r"no run under .*quickstart: `make quickstart` makes one"):
+        execute(path, tmp_path, "quickstart")
+
+
+@pytest.mark.slow
+@notebooks
+def test_what_a_run_lacks_is_said_in_one_line_and_the_rest_is_shown(path: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny" / "version_0"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
+    executed = execute(path, tmp_path, "tiny")
+    errors = outputs(executed, "error")
+    assert errors and all(error.ename == "MissingResult" for error in errors)
+    assert all(len(error.traceback) == 1 and "no summary.json" in error.traceback[0] for error in errors)
+    assert outputs(executed, "execute_result")
