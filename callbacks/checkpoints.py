@@ -1,61 +1,121 @@
-"""Checkpoints at optimizer steps and at the end of each stage."""
+"""Checkpoints at optimizer steps, at the end of each stage, and when the run is told to stop."""
 
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.position import curriculum_of, finished_stage, samples_done
+from lightning_danube.checkpoint_files import prepare_directory
+from lightning_danube.runs import read_step
+from lightning_danube.stopping import EXIT_STOPPED, Stopped, StopSignals, requeue_slurm_job
 
 
 class Checkpoints(Checkpoint):
     """Saves `checkpoints/step_<n>.ckpt` now and then and `checkpoints/stage_<k>_<name>_step_<n>.ckpt` for good.
 
-    Only at optimizer steps: a checkpoint holds no half-accumulated gradient.
+    Only at optimizer steps: a checkpoint holds no half-accumulated gradient. On SIGTERM, SIGUSR1 and Ctrl-C the run
+    saves at the next one and ends with exit code 75; under SLURM, SIGUSR1 requeues the job as well.
 
     Args:
         every_n_steps: optimizer steps between two of the former.
-        keep: how many of them stay; those at the end of a stage all do.
+        keep: how many of them stay; those at the end of a stage all do. With one alone, there is no other to fall back
+            on should it be damaged.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 1) -> None:
+    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
             raise ValueError(f"every_n_steps is {every_n_steps} and keep is {keep}: both must be at least 1")
         self.every_n_steps, self.keep = every_n_steps, keep
-        self._directory: Path | None = None
+        self._directory: Path | None = None  # None: nothing is kept, as in a fast_dev_run
+        self._signals = StopSignals()
+        self._requeue_signal: int | None = None
+        self._stopping = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert trainer.log_dir is not None
             self._directory = Path(trainer.log_dir) / "checkpoints"
+            if trainer.is_global_zero:
+                # A directory that can not be written is refused now, not after the first hours.
+                prepare_directory(self._directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning has taken the signals just before: its SIGTERM leaves within an accumulation and saves nothing, its
+        # SLURM signal saves wherever the step happens to be. It restores what was there before when the trainer ends.
+        if self._directory is None:
+            return
+        self._signals, self._stopping, self._requeue_signal = StopSignals(), False, None
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, self._requeue_signal}
+        self._signals.listen(number for number in signals if number is not None)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Here and not where it was saved: by now everybody's end of the last step is over.
+        if self._stopping:
+            lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
+            if self._signals.received == self._requeue_signal and trainer.is_global_zero:
+                lines.append(requeue_slurm_job())
+            # Lightning kills the first process when one that it launched ends with another code than 0.
+            raise Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._directory is None:
             return
-        step = trainer.global_step
-        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # The end of a stage is saved after its validation, so that a resumed run never leaves one out.
-        if at_step and step % self.every_n_steps == 0 and finished_stage(trainer) is None:
-            trainer.save_checkpoint(self._directory / f"step_{step:08d}.ckpt")
-            if trainer.is_global_zero:
-                for old in sorted(self._directory.glob("step_*.ckpt"))[: -self.keep]:
-                    old.unlink()
+        # Where validation follows it is saved after that, so that a resumed run never leaves one out.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not validation_follows(trainer):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None:
             return
         k = finished_stage(trainer)
-        if k is not None:
-            _, curriculum = curriculum_of(trainer)
-            name = re.sub(r"[^\w.-]+", "-", curriculum.stages[k].name)
-            step = trainer.global_step
-            trainer.save_checkpoint(self._directory / f"stage_{k + 1}_{name}_step_{step:08d}.ckpt")
-            if trainer.is_global_zero and samples_done(trainer) == curriculum.total_samples:
-                for old in self._directory.glob("step_*.ckpt"):
-                    old.unlink()
+        if k is None:
+            self._save_if_due(trainer)
+            return
+        _, curriculum = curriculum_of(trainer)
+        name = re.sub(r"[^\w.-]+", "-", curriculum.stages[k].name)
+        trainer.save_checkpoint(self._directory / f"stage_{k + 1}_{name}_step_{trainer.global_step:08d}.ckpt")
+        if samples_done(trainer) == curriculum.total_samples:
+            self._prune(trainer, keep=0)
+        else:
+            self._stopping = self._told_to_stop(trainer)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        assert self._directory is not None
+        step = trainer.global_step
+        self._stopping = self._told_to_stop(trainer)
+        if self._stopping or step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self._directory / f"step_{step:08d}.ckpt")
+            self._prune(trainer, self.keep)
+
+    def _prune(self, trainer: Trainer, keep: int) -> None:
+        """Removes older checkpoints. Called after one was saved: that returns when it is on the disk."""
+        assert self._directory is not None
+        # Later steps than this one are there when the run went back to before a damaged checkpoint: they count for
+        # nothing, and would push out what is whole.
+        done = [path for path in self._directory.glob("step_*.ckpt") if read_step(path) <= trainer.global_step]
+        for old in sorted(done, key=read_step)[: len(done) - keep]:
+            trainer.strategy.remove_checkpoint(old)
+
+    def _told_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any rank was told to stop: a collective call."""
+        told = self._signals.received is not None
+        return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the trainer validates after this micro-batch."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import signal
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,17 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_danube.allocator import keep_freed_memory
+from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.config_errors import explain
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
+from lightning_danube.stopping import Stopped, tell
 
 FACTS_OF_DATA = {
     "vocab_size": "data.tokenizer",
@@ -74,6 +80,11 @@ class DanubeCLI(LightningCLI):
             args=args,
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Checkpoints are always read as plain data: the switch that would run their code is not offered."""
+        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+
     # --- parsing ------------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -110,6 +121,9 @@ class DanubeCLI(LightningCLI):
             self._get(self.config, "name"),
             self._get(self.config, "ckpt_path"),
         )
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            for warning in self.place.warnings:
+                tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
         if self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available():
@@ -135,7 +149,16 @@ class DanubeCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(directory, name=name, version=version, purge_step=purge)
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.place.directory)
+        kwargs["plugins"] = self._plugins()
         return super().instantiate_trainer(**kwargs)
+
+    def _plugins(self) -> list[Any]:
+        """The user's plugins, and ours for checkpoints unless they or their strategy bring one."""
+        trainer = self._get(self.config_init, "trainer")
+        plugins = trainer["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
+        return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
@@ -212,5 +235,13 @@ def _quieten_lightning() -> None:
 def main(args: list[str]) -> int:
     """Runs one of the trainer's verbs; returns the exit code."""
     _quieten_lightning()
-    DanubeCLI(args)
+    try:
+        DanubeCLI(args)
+    except Stopped as stop:
+        if stop.message:
+            tell(stop.message)
+        return int(stop.code or 0)
+    except SIGTERMException:
+        # Lightning's own, where no callback saves when told to stop.
+        return 128 + signal.SIGTERM
     return 0

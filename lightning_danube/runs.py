@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from lightning_danube.checkpoint_files import damage, refuse_address
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,13 @@ class RunPlace:
         directory: `<runs>/<name>`.
         checkpoint: file to load, if any.
         continues: the run goes on in the checkpoint's own version instead of a new one.
+        warnings: lines that the user has to see: what was passed over.
     """
 
     directory: Path
     checkpoint: Path | None
     continues: bool
+    warnings: Sequence[str] = ()
 
     def logger_place(self) -> tuple[str, str, str | None]:
         """save_dir, name and version for a Lightning logger; version None means the next free one."""
@@ -35,10 +40,11 @@ def resolve_checkpoint(verb: str, runs: str, name: str, ckpt_path: str | None) -
     """What `--ckpt_path` means: nothing, a file, a run's directory, or "last".
 
     `fit` with "last" goes on in the same version; anything else begins a new one. Evaluation writes beside the runs, to
-    `<runs>/<name>-<verb>`.
+    `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded: of a run the one before it is taken, with a warning; a
+    file that was asked for by name has no substitute.
 
     Raises:
-        ValueError: the checkpoint is not there, or evaluation was asked for without one.
+        ValueError: there is no checkpoint, none that is whole, or evaluation was asked for without one.
     """
     directory = Path(runs) / name
     place = directory if verb == "fit" else Path(runs) / f"{name}-{verb}"
@@ -49,40 +55,67 @@ def resolve_checkpoint(verb: str, runs: str, name: str, ckpt_path: str | None) -
             )
         return RunPlace(place, None, continues=False)
     if ckpt_path == "last":
-        last = last_checkpoint(directory)
-        if last is None:
+        versions = sorted(directory.glob("version_*"), key=_version_number, reverse=True)
+        with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
+        if not with_checkpoint:
             raise ValueError(
                 f"there is no checkpoint under {directory} to go on from: leave out --ckpt_path last to begin, "
                 "or name the run with --name"
             )
-        return RunPlace(place, last, continues=verb == "fit")
+        last = with_checkpoint[0]
+        checkpoint, warnings = newest_whole_checkpoint(last)
+        for version in versions[: versions.index(last)]:
+            warnings.insert(0, f"{version} has no checkpoint yet: taking {last}, which began before it")
+        return RunPlace(place, checkpoint, verb == "fit", warnings)
+    refuse_address(ckpt_path)
     path = Path(ckpt_path)
     if path.is_dir():
-        checkpoint = newest_checkpoint(path)
-        if checkpoint is None:
+        if newest_checkpoint(path) is None:
             raise ValueError(f"--ckpt_path {ckpt_path}: the directory has no checkpoints/*.ckpt")
-        path = checkpoint
+        checkpoint, warnings = newest_whole_checkpoint(path)
+        return RunPlace(place, checkpoint, False, warnings)
     if not path.is_file():
         raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
+    if wrong := damage(path):
+        raise ValueError(
+            f"--ckpt_path {ckpt_path} is damaged: {wrong}; name another checkpoint, or the run's directory for the "
+            "newest that is whole"
+        )
     return RunPlace(place, path, continues=False)
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """Newest checkpoint of the newest version under `<runs>/<name>` that has one."""
-    versions = {
-        int(match[1]): path for path in directory.glob("version_*") if (match := re.search(r"_(\d+)$", path.name))
-    }
-    for number in sorted(versions, reverse=True):
-        checkpoint = newest_checkpoint(versions[number])
-        if checkpoint is not None:
-            return checkpoint
-    return None
+def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
+    """The checkpoint of the most optimizer steps in a run's directory that is not damaged, and a line for each that is.
+
+    Raises:
+        ValueError: there is none, with what is wrong with each.
+    """
+    damaged: list[str] = []
+    for checkpoint in _newest_first(run):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            warnings = [f"damaged checkpoint {name}" for name in damaged]
+            return checkpoint, [*warnings, f"going on from {checkpoint} instead"] if damaged else []
+        damaged.append(f"{checkpoint}: {wrong}")
+    raise ValueError(
+        f"no checkpoint under {run} is whole: {'; '.join(damaged)}. Restore one from a copy, or leave out --ckpt_path "
+        "to begin anew"
+    )
+
+
+def _version_number(version: Path) -> int:
+    match = re.search(r"_(\d+)$", version.name)
+    return int(match[1]) if match else -1
+
+
+def _newest_first(run: Path) -> list[Path]:
+    paths = [path for path in (run / "checkpoints").glob("*.ckpt") if re.search(r"step_\d+$", path.stem)]
+    return sorted(paths, key=lambda path: (read_step(path), path.name), reverse=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the most optimizer steps in a run's directory, if there is one."""
-    paths = [path for path in (run / "checkpoints").glob("*.ckpt") if re.search(r"step_\d+$", path.stem)]
-    return max(paths, key=lambda path: (read_step(path), path.name)) if paths else None
+    return next(iter(_newest_first(run)), None)
 
 
 def read_step(checkpoint: Path) -> int:

@@ -91,6 +91,10 @@ class Pretraining(LightningModule):
         self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._log_step()
+
+    def _log_step(self) -> None:
+        """Logs an optimizer step once, when all its micro-batches are done."""
         if len(self._losses) < self.trainer.accumulate_grad_batches:
             return
         loss = torch.stack(self._losses).mean()
@@ -161,6 +165,10 @@ class Pretraining(LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What a checkpoint counts as done is on the disk before it: a run killed just after goes on without a gap.
+        self._log_step()
+        for logger in self.trainer.loggers:
+            logger.save()
         checkpoint["decoder_config"] = asdict(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

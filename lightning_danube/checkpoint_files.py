@@ -1,0 +1,217 @@
+"""Checkpoint files that are whole or not there, and that are known again by size and hash.
+
+A file is written beside its place, synced, renamed, and only then listed in `manifest.json` of its directory. So a name
+without the temporary ending is always a whole file, wherever the process was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+
+
+class HashingWriter:
+    """What `torch.save` asks of a file. Hashes what was meant to be written, not what a disk gives back."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+        self.size = 0
+        # torch reports a failed write as an internal error of its archive; this is the reason behind it.
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        size = memoryview(data).nbytes
+        self._hash.update(data)
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None:
+    """Has `write` fill a checkpoint and lists it; when this returns, both survive a power cut.
+
+    Raises:
+        OSError: with the file's name and what to do. The checkpoints that were there before still are.
+    """
+    writer: HashingWriter | None = None
+    try:
+        prepare_directory(path.parent)
+        with _temporary(path).open("wb") as file:
+            writer = HashingWriter(file)
+            write(writer)
+            file.flush()
+            os.fsync(file.fileno())
+        listed = read_manifest(path.parent)
+        if path.name in listed:
+            # A file of that name is replaced: killed in between, its old hash would call the new one damaged.
+            _write_manifest(path.parent, {name: entry for name, entry in listed.items() if name != path.name})
+        os.replace(_temporary(path), path)
+        _sync(path.parent)
+        _write_manifest(
+            path.parent, read_manifest(path.parent) | {path.name: {"bytes": writer.size, "sha256": writer.sha256()}}
+        )
+    except BaseException as error:
+        for temporary in (_temporary(path), _temporary(path.parent / MANIFEST)):
+            # Not there, or on a disk that refuses this as well.
+            _remove_quietly(temporary)
+        cause = writer.error if writer is not None and writer.error is not None else error
+        if isinstance(cause, OSError):
+            what = f"checkpoint not written: {_way_out(cause)}, then go on with --ckpt_path last"
+            raise OSError(cause.errno, what, str(path)) from error
+        raise
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, of Lightning's sharded kind (a directory) as well; the manifest forgets it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        return
+    path.unlink(missing_ok=True)
+    listed = read_manifest(path.parent)
+    if listed.pop(path.name, None) is not None:
+        _write_manifest(path.parent, listed)
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes a directory for checkpoints and removes what a killed write left there.
+
+    Raises:
+        OSError: nothing can be written there, with its name and what to do.
+    """
+    try:
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            _sync(directory.parent)
+        for leftover in directory.glob(f".*{TEMPORARY}"):
+            leftover.unlink()
+        probe = directory / f".probe{TEMPORARY}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"checkpoints can not be written here: {_way_out(error)}", str(directory)) from error
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's file, or None.
+
+    A file that its manifest does not list was copied there, or its writer was killed between renaming and listing it:
+    the checksums inside the archive speak for it. A directory is Lightning's sharded kind and is not looked into.
+    """
+    if checkpoint.is_dir():
+        return None
+    try:
+        entry = read_manifest(checkpoint.parent).get(checkpoint.name)
+        if entry is None:
+            return _archive_damage(checkpoint)
+        size = checkpoint.stat().st_size
+        if size != entry["bytes"]:
+            return f"{size:,} bytes, {entry['bytes']:,} were saved"
+        with checkpoint.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            return f"its content changed since it was saved (SHA-256 {found[:12]}…, not {entry['sha256'][:12]}…)"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def refuse_address(path: str) -> None:
+    """Raises ValueError for a URL: what comes over a network has no hash to check it by."""
+    if re.match(r"[A-Za-z][\w+.-]*:/", path):
+        raise ValueError(f"{path}: checkpoints are read and written as files of this machine only; copy it here first")
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """Name → bytes and sha256 of the checkpoints in a directory; empty if there is no manifest or it is unreadable."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["checkpoints"]
+        return {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in listed.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # The checkpoints are then judged by their own checksums.
+        return {}
+
+
+def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    path = directory / MANIFEST
+    there = {name: dict(entry) for name, entry in sorted(listed.items()) if (directory / name).exists()}
+    with _temporary(path).open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"checkpoints": there}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_temporary(path), path)
+    _sync(directory)
+
+
+def _archive_damage(checkpoint: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        return f"truncated or no checkpoint ({error})"
+    return None if broken is None else f"its content changed since it was saved (checksum of {broken})"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}{TEMPORARY}")
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def _sync(directory: Path) -> None:
+    """Makes a rename in a directory survive a power cut, on file systems that know how."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _way_out(error: OSError) -> str:
+    todo = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EROFS: "make the file system writable or name another place with --runs",
+        errno.EACCES: "change the permissions or name another place with --runs",
+        errno.EPERM: "change the permissions or name another place with --runs",
+        errno.EEXIST: "move what is there out of the way",
+        errno.ENOTDIR: "move what is there out of the way",
+        errno.EISDIR: "move what is there out of the way",
+    }
+    what = todo.get(error.errno or 0, "see to it")
+    return f"{(error.strerror or str(error)).lower()}; {what}"
