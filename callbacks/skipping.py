@@ -100,12 +100,12 @@ class SkipBadSteps(Callback):
                 event = torch.cuda.Event()
                 event.record()
             self._unread.append((trainer.global_step, latest, event))
-            self._read(trainer, all_but=0 if event is None else 1)
+            self.read(trainer, all_but=0 if event is None else 1)
         if at_logged_step(trainer, batch_idx):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(self.skipped)}, step=trainer.global_step)
 
-    def _read(self, trainer: Trainer, all_but: int = 0) -> None:
+    def read(self, trainer: Trainer, all_but: int = 0) -> None:
         """Takes note of the steps decided so far, save the newest `all_but`; every rank reads the same."""
         while len(self._unread) > all_but:
             step, values, event = self._unread.popleft()
@@ -158,13 +158,13 @@ class SkipBadSteps(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._read(trainer)
+            self.read(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._read(trainer)
+        self.read(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._read(trainer)
+        self.read(trainer)
         checkpoint["skipped_steps"] = {
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
@@ -192,5 +192,7 @@ def _json_number(value: float) -> float | str:
 
 def skipped_steps(trainer: Trainer) -> int:
     """Steps skipped in the run so far; 0 where nothing skips."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return sum(callback.skipped for callback in callbacks if isinstance(callback, SkipBadSteps))
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, SkipBadSteps)]  # type: ignore[attr-defined]
+    for callback in callbacks:
+        callback.read(trainer)
+    return sum(callback.skipped for callback in callbacks)

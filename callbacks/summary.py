@@ -24,10 +24,11 @@ from lightning_danube.tables import text_table
 class PretrainingSummary(Callback):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
-    `summary.json` of `fit` holds tokens, steps, skipped_steps (of those, without effect on the model), parameters, seconds (all of the run, over its sessions),
-    tokens_per_second (of training alone), and for each stage its tokens, the shares and tokens seen by source, and the
-    held-out loss by source in nats a token; unigram_loss is the same for a model that only knows how frequent each
-    token is. That of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
+    `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
+    parameters, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
+    its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
+    same for a model that only knows how frequent each token is. That of `validate` and `test` holds val_loss and
+    perplexity with the tokens they were measured on.
     """
 
     def __init__(self) -> None:

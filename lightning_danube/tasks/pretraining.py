@@ -189,7 +189,9 @@ class Pretraining(LightningModule):
         # A plain dict: these are made anew for each validation, and belong to no checkpoint.
         if source not in self._evaluation_losses:
             # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
-            self._evaluation_losses[source] = MeanMetric().set_dtype(torch.float64).to(self.device)
+            metric = MeanMetric().to(self.device)
+            metric.set_dtype(torch.float64)
+            self._evaluation_losses[source] = metric
         return self._evaluation_losses[source]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
