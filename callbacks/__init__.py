@@ -6,6 +6,7 @@ from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.samples import TextSamples
+from callbacks.skipping import SkipBadSteps
 from callbacks.summary import PretrainingSummary
 from callbacks.throughput import Throughput
 
@@ -15,6 +16,7 @@ __all__ = [
     "Predictions",
     "PretrainingSummary",
     "Progress",
+    "SkipBadSteps",
     "TextSamples",
     "Throughput",
     "TokenLedger",

@@ -84,11 +84,15 @@ class TokenLedger(Callback):
         saved = checkpoint.get("token_ledger")
         if saved is None or self._samples is None:
             return
-        if saved["stages"] != self._stages or saved["sources"] != self._sources:
-            raise ValueError(
-                f"the checkpoint counted stages {saved['stages']} and sources {saved['sources']}, the config has "
-                f"{self._stages} and {self._sources}: a run goes on with the stages and sources it began with"
-            )
         assert self._since is not None
-        self._samples = saved["samples"].clone()
         self._since.zero_()
+        self._samples.zero_()
+        # By name: a changed config may have other stages ahead, and sources that only they draw from.
+        for k, s in saved["samples"].nonzero().tolist():
+            stage, source = saved["stages"][k], saved["sources"][s]
+            if stage not in self._stages or source not in self._sources:
+                raise ValueError(
+                    f"the checkpoint counted tokens of source {source!r} in stage {stage!r}, the config has the stages "
+                    f"{self._stages} and the sources {self._sources}: what has begun keeps its name"
+                )
+            self._samples[self._stages.index(stage), self._sources.index(source)] = saved["samples"][k, s]

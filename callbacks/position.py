@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.data.curriculum import Curriculum
 from lightning_danube.data.pretraining import CurriculumData
@@ -31,6 +34,16 @@ def finished_stage(trainer: Trainer) -> int | None:
     _, curriculum = curriculum_of(trainer)
     done = samples_done(trainer)
     return next((k for k, span in enumerate(curriculum.spans) if span.stop == done), None)
+
+
+def run_directory(trainer: Trainer) -> Path:
+    """Directory of this run, for use on rank zero alone.
+
+    `trainer.log_dir` is a broadcast: asked by one rank only, it waits for the others for ever.
+    """
+    assert trainer.is_global_zero, "other ranks have not agreed on the version: use trainer.log_dir on all of them"
+    logger = trainer.logger
+    return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else trainer.default_root_dir)
 
 
 def stage_name(trainer: Trainer) -> str:

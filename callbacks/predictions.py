@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from callbacks.progress import say
+
 
 class Predictions(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run's directory while predicting; with several ranks, one file a rank."""
@@ -44,4 +46,5 @@ class Predictions(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._file.close()
-        print(f"{self._rows:,} rows written to {self._path}")
+        where = self._path if trainer.world_size == 1 else f"{self._path} and those of the other ranks"
+        say(trainer, f"{self._rows:,} rows written to {where}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from callbacks.position import curriculum_of
 from lightning_danube.model import generate
 
 
 class TextSamples(Callback):
-    """Writes continuations as text to TensorBoard.
+    """Writes continuations as text to TensorBoard, where rank zero holds the whole model (one device, or DDP).
 
     Args:
         prompts: texts to continue.
@@ -29,7 +30,10 @@ class TextSamples(Callback):
         """prompt → prompt and continuation, of the last validation."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.world_size > 1:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        # Rank zero alone can run a model that it holds whole; a sharded one would wait for the other ranks for ever.
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             return
         data, _ = curriculum_of(trainer)
         tokenizer = data.tokenizer

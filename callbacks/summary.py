@@ -13,9 +13,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.ledger import TokenLedger
-from callbacks.position import curriculum_of, finished_stage
+from callbacks.position import curriculum_of, finished_stage, run_directory
 from callbacks.progress import say
 from callbacks.samples import TextSamples
+from callbacks.skipping import skipped_steps
 from callbacks.throughput import Throughput
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.tables import text_table
@@ -24,10 +25,11 @@ from lightning_danube.tables import text_table
 class PretrainingSummary(Callback):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
-    `summary.json` of `fit` holds tokens, steps, parameters, seconds (all of the run, over its sessions),
-    tokens_per_second (of training alone), and for each stage its tokens, the shares and tokens seen by source, and the
-    held-out loss by source in nats a token; unigram_loss is the same for a model that only knows how frequent each
-    token is. That of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
+    `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
+    parameters, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
+    its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
+    same for a model that only knows how frequent each token is. That of `validate` and `test` holds val_loss and
+    perplexity with the tokens they were measured on.
     """
 
     def __init__(self) -> None:
@@ -60,11 +62,12 @@ class PretrainingSummary(Callback):
             )
         say(trainer, text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
         accumulation = trainer.accumulate_grad_batches
+        directory = trainer.log_dir  # a broadcast, so on every rank
         say(
             trainer,
             f"run: {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps of {data.batch_tokens:,} "
             f"({trainer.world_size} × {accumulation} × {data.micro_batch_size} rows of {data.context_length}), "
-            f"into {trainer.log_dir}",
+            f"into {directory}",
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,26 +79,31 @@ class PretrainingSummary(Callback):
         k = finished_stage(trainer)
         if k is None:
             return
-        self._stage_losses = [*self._stage_losses[:k], held_out_losses(trainer)]
+        # A stage that a changed config ended at the place of the resume has no validation of its own.
+        before = (self._stage_losses + [{}] * k)[:k]
+        self._stage_losses = [*before, held_out_losses(trainer)]
         summary = self._fit_summary(trainer, pl_module)
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            write_json(Path(trainer.log_dir) / "summary.json", summary)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_json(run_directory(trainer) / "summary.json", summary)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         summary = self._fit_summary(trainer, pl_module)
-        if not trainer.is_global_zero or trainer.log_dir is None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        write_json(Path(trainer.log_dir) / "summary.json", summary)
+        directory = run_directory(trainer)
+        write_json(directory / "summary.json", summary)
         _, curriculum = curriculum_of(trainer)
         if trainer.global_step < curriculum.total_steps:
             say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps")
         if not self._stage_losses:
             return
-        sources = list(self._stage_losses[0])
+        sources = list(curriculum.sources)
         rows = [["unigram baseline", *(f"{self._unigram[name]:.3f}" for name in sources)]]
         for stage in summary["stages"]:
-            if stage["val_loss"]:
-                rows.append([f"after {stage['name']}", *(f"{stage['val_loss'][name]:.3f}" for name in sources)])
+            if losses := stage["val_loss"]:
+                # A source that joined later was not measured then.
+                shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in sources)
+                rows.append([f"after {stage['name']}", *shown])
         lines = ["", text_table(["held-out loss, nats a token", *sources], rows), ""]
         shares = [
             [s["name"], f"{s['tokens']:,}", *(f"{100 * s['mix'][n]:.1f} %" for n in sources)] for s in summary["stages"]
@@ -110,9 +118,9 @@ class PretrainingSummary(Callback):
         lines += [
             f"{summary['tokens']:,} tokens in {minutes} min {seconds:02d} s, "
             f"{summary['tokens_per_second']:,.0f} tokens/s in training",
-            f"run:  {trainer.log_dir}",
-            f'next: {program("python")} -m lightning_danube generate --weights {trainer.log_dir} --prompt "{prompt}"',
-            f"      {program('tensorboard')} --logdir {Path(str(trainer.log_dir)).parent}",
+            f"run:  {directory}",
+            f'next: {program("python")} -m lightning_danube generate --weights {directory} --prompt "{prompt}"',
+            f"      {program('tensorboard')} --logdir {directory.parent}",
         ]
         say(trainer, "\n".join(lines))
 
@@ -141,6 +149,7 @@ class PretrainingSummary(Callback):
         return {
             "tokens": tokens,
             "steps": trainer.global_step,
+            "skipped_steps": skipped_steps(trainer),
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             "seconds": round(self._seconds(), 3),
             "tokens_per_second": round(tokens / throughput.seconds, 1) if throughput and throughput.seconds else None,
@@ -174,7 +183,7 @@ class PretrainingSummary(Callback):
             "val_tokens": tokens,
         }
         if trainer.is_global_zero:
-            path = Path(str(trainer.log_dir)) / "summary.json"
+            path = run_directory(trainer) / "summary.json"
             write_json(path, summary)
             rows = [
                 [name, f"{tokens[name]:,}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] for name, loss in losses.items()

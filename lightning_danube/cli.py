@@ -26,6 +26,7 @@ from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.config_errors import explain
 from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.history import append_history, differences, read_config
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.stopping import Stopped, tell
 
@@ -52,6 +53,46 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml`, and a line of `history.jsonl` each time the run goes on.
+
+    `fit` writes when the checkpoint has been accepted: a resume that is refused must not replace the config that the
+    run was really trained with, which the next one is compared to.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        resumed_from: Path | None = None,
+        changes: dict[str, tuple[Any, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed_from, self.changes = resumed_from, changes or {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """On rank zero alone, after the config: nothing collective may be called here."""
+        if stage != "fit":
+            return
+        directory = (
+            trainer.logger.log_dir if isinstance(trainer.logger, TensorBoardLogger) else trainer.default_root_dir
+        )
+        append_history(
+            Path(str(directory)) / "history.jsonl",
+            step=read_step(self.resumed_from) if self.resumed_from else 0,
+            checkpoint=str(self.resumed_from) if self.resumed_from else None,
+            devices=trainer.world_size,
+            differences={key: list(pair) for key, pair in self.changes.items()},
+        )
+
+
 class DanubeCLI(LightningCLI):
     """`<verb> --config <yaml> [--overrides]` for any task of `lightning_danube.tasks`.
 
@@ -71,7 +112,7 @@ class DanubeCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -126,8 +167,36 @@ class DanubeCLI(LightningCLI):
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
+        self._note_changes()
         if self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available():
             keep_freed_memory()
+
+    def _note_changes(self) -> None:
+        """Compares the config with the one saved beside the checkpoint, before anything of it is replaced."""
+        assert self.subcommand is not None
+        checkpoint = self.place.checkpoint
+        changes: dict[str, tuple[Any, Any]] = {}
+        if self.subcommand == "fit" and checkpoint is not None:
+            saved = read_config(checkpoint.parent.parent / "config.yaml")
+            new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+            if saved is not None:
+                changes = differences(saved, new)
+            self.save_config_kwargs |= {"resumed_from": checkpoint, "changes": changes}
+        self.changes = changes
+
+    def _show_changes(self) -> None:
+        """Says what is different from when the run stopped, and what that means for the schedule."""
+        if not self.changes or not self.trainer.is_global_zero:
+            return
+        assert self.place.checkpoint is not None
+        step = read_step(self.place.checkpoint)
+        print(f"the config has changed since {self.place.checkpoint}, step {step}:")
+        for key, (old, new) in self.changes.items():
+            print(f"  {key}: {_shown(old)} → {_shown(new)}")
+        if any(key.startswith(("data.stages", "data.batch_tokens")) for key in self.changes):
+            total = getattr(self.datamodule, "total_tokens", None)
+            if total is not None:
+                print(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
 
     def instantiate_classes(self) -> None:
         try:
@@ -169,6 +238,7 @@ class DanubeCLI(LightningCLI):
                     f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
                 )
                 return
+        self._show_changes()
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
@@ -182,6 +252,10 @@ def remove_unused_version(trainer: Trainer) -> None:
     if trainer.global_step == 0 and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
         trainer.logger.finalize("failed")
         remove_if_unused(Path(trainer.logger.log_dir))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def config_files(args: list[str]) -> list[str]:

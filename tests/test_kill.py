@@ -1,4 +1,4 @@
-"""Real runs, killed by SIGKILL at chosen and at random moments: they must end as if nothing had happened."""
+"""SIGKILL to real runs, then `--ckpt_path last` until they are done: the result is the uninterrupted run's, bitwise.
 
 The moments come from outside: lines that a callback prints (it does nothing else) and the files in `checkpoints/`.
 """

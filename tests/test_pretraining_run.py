@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     # A vocabulary of 14 words: far below the uniform ln 32000 = 10.4 after 26 steps, and below the first stage's end.
     assert summary["val_loss"]["web"] < summary["stages"][0]["val_loss"]["web"] < 10
 
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))
     assert names == ["stage_1_foundation_step_00000012.ckpt", "stage_2_refinement_step_00000020.ckpt", LAST]
     for text in (
         "entering stage 1 of 3: foundation",

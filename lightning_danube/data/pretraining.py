@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.data.corpora import Source
 from lightning_danube.data.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
+from lightning_danube.data.mixture import whole_counts
+from lightning_danube.data.order import OrderFacts, check_order, stream_identity
 from lightning_danube.data.shards import TokenShards, TokenStream, open_or_write_shards
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.durations import parse_tokens
@@ -213,7 +216,22 @@ class CurriculumData(LightningDataModule):
         return {
             "samples": self.trainer.global_step * self.batch_samples,
             "tokenizer": self.tokenizer.identity(),
+            "order": asdict(self.order_facts()),
         }
+
+    def order_facts(self) -> OrderFacts:
+        """What decides which tokens stand at each position of the run."""
+        return OrderFacts(
+            seed=self.seed,
+            context_length=self.context_length,
+            batch_samples=self.batch_samples,
+            stages=[
+                # In the order of the sources, as the mixture takes them: it decides ties.
+                (stage.name, span.samples, whole_counts({name: stage.mix.get(name, 0.0) for name in self.sources}))
+                for stage, span in zip(self.stages, self.curriculum.spans, strict=True)
+            ],
+            sources={name: stream_identity(stream) for name, stream in self.train_streams.items()},
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         made_with = state_dict["tokenizer"]
@@ -222,7 +240,12 @@ class CurriculumData(LightningDataModule):
                 f"the checkpoint was trained with the tokenizer {made_with['name']!r} ({made_with['fingerprint']}), "
                 f"data.tokenizer is {self.tokenizer.name!r} ({self.tokenizer.fingerprint}): use the same one"
             )
-        self.samples_done = int(state_dict["samples"])
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        samples = int(state_dict["samples"])
+        if "order" in state_dict:
+            check_order(OrderFacts(**state_dict["order"]), self.order_facts(), samples)
+        self.samples_done = samples
 
     # --- loaders ------------------------------------------------------------------------------------------------------
 

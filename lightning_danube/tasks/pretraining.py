@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -52,6 +53,12 @@ class Pretraining(LightningModule):
         self.decoder.activation_checkpointing = activation_checkpointing
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
+        self._step_loss: Tensor | None = None
+        self.step_verdict: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Set by a callback: (loss of the step, gradient norm) → whether to leave the step out, on the device.
+
+        Both are means over the ranks, so that all ranks decide alike: what is not finite on one is not finite here.
+        """
         self._rate = 0.0
         self._evaluation_losses: dict[str, MeanMetric] = {}
         self._seed = torch.initial_seed()
@@ -89,20 +96,35 @@ class Pretraining(LightningModule):
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         self._rate = optimizer.param_groups[0]["lr"]
         self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self._step_loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        if self.step_verdict is not None:
+            together = torch.stack([self._step_loss, self._gradient_norm.to(self._step_loss)])
+            together = self._mean_over_ranks(together)
+            self._step_loss = together[0]
+            # The fused kernel leaves weights, moments and step counts alone where this is 1, as it does for a gradient
+            # scaler. It reads the flag on the device: the host neither waits for it nor knows it yet.
+            optimizer.found_inf = self.step_verdict(together[0], together[1]).float()  # type: ignore[attr-defined]
+
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
+            assert isinstance(reduced, Tensor)
+            return reduced
+        return values
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._log_step()
 
     def _log_step(self) -> None:
         """Logs an optimizer step once, when all its micro-batches are done."""
-        if len(self._losses) < self.trainer.accumulate_grad_batches:
+        if self._step_loss is None:  # in the middle of an accumulation, or logged already
             return
-        loss = torch.stack(self._losses).mean()
-        self._losses.clear()
+        loss, self._step_loss = self._step_loss, None
         step = self.trainer.global_step
         if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
-            if self.trainer.world_size > 1:
-                loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+            if self.step_verdict is None:
+                loss = self._mean_over_ranks(loss)
             values = {
                 "train/loss": float(loss),
                 "train/learning_rate": self._rate,
@@ -114,20 +136,30 @@ class Pretraining(LightningModule):
                 logger.log_metrics(values, step=step)
             self.trainer.callback_metrics["train/loss"] = loss
 
+    def on_train_start(self) -> None:
+        """Lets the config decide the optimizer's settings: a loaded optimizer brings those it was saved with, and the
+        rate of its next step from the old schedule."""
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
+                group.update(settings)
+                group["lr"] = self._rate_of_step(scheduler.scheduler.last_epoch)
+
+    def _rate_of_step(self, step: int) -> float:
+        return self.learning_rate.at((step + 1) * self.batch_tokens, self.total_tokens)
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_settings.build(self, lr=1.0)
-
-        def rate(step: int) -> float:
-            return self.learning_rate.at((step + 1) * self.batch_tokens, self.total_tokens)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_of_step)
+        self._group_settings = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         total, count = self._sum_of_losses(batch)
-        self._loss_of(batch["source"]).update(total / count.clamp(min=1), weight=count)
+        self._loss_of(batch["source"]).update(total.double() / count.clamp(min=1), weight=count.double())
 
     def on_validation_epoch_start(self) -> None:
         self._evaluation_losses.clear()
@@ -159,7 +191,10 @@ class Pretraining(LightningModule):
     def _loss_of(self, source: str) -> MeanMetric:
         # A plain dict: these are made anew for each validation, and belong to no checkpoint.
         if source not in self._evaluation_losses:
-            self._evaluation_losses[source] = MeanMetric().to(self.device)
+            # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
+            metric = MeanMetric().to(self.device)
+            metric.set_dtype(torch.float64)
+            self._evaluation_losses[source] = metric
         return self._evaluation_losses[source]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -170,16 +205,50 @@ class Pretraining(LightningModule):
         for logger in self.trainer.loggers:
             logger.save()
         checkpoint["decoder_config"] = asdict(self.config)
+        checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses another decoder by the fields that differ, before torch lists every tensor.
 
         Raises:
-            ValueError: the checkpoint's decoder is not this one.
+            ValueError: the checkpoint's decoder is not this one, or training would go on with another seed.
         """
         saved, mine = checkpoint.get("decoder_config"), asdict(self.config)
         if saved is None:
             raise ValueError("the checkpoint holds no decoder of lightning-danube")
         if saved != mine:
-            different = [f"{key} {saved.get(key)} (here {mine[key]})" for key in mine if saved.get(key) != mine[key]]
-            raise ValueError(f"the checkpoint holds another decoder than the config: {', '.join(different)}")
+            different = [
+                f"{_OPTION_OF_FIELD.get(key, key)} {saved.get(key)} (here {mine[key]})"
+                for key in mine
+                if saved.get(key) != mine[key]
+            ]
+            raise ValueError(
+                f"the checkpoint holds another decoder than the config: {', '.join(different)}: set what differs back, "
+                "or begin a new run without --ckpt_path"
+            )
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if checkpoint.get("seed", self._seed) != self._seed:
+            raise ValueError(
+                f"seed_everything is {self._seed}, the run began with {checkpoint['seed']}: set it back, or begin a "
+                "new run without --ckpt_path"
+            )
+        _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+_OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_size": "vocabulary of data.tokenizer"}
+
+
+def _restate_micro_batches(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Brings the trainer's count of micro-batches to the present accumulation.
+
+    The trainer takes its place in the epoch from that count; made with another micro-batch or number of devices, it
+    would end the run early or late.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = checkpoint["global_step"] * accumulation
+    for counts in (progress["total"], progress["current"]):
+        # A save while a batch ends finds "completed" one behind: these are differences, not sizes.
+        ahead = counts["ready"]
+        for name in ("ready", "started", "processed", "completed"):
+            counts[name] += done - ahead
