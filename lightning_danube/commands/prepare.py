@@ -68,7 +68,7 @@ def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule
 
-    from lightning_danube.config_errors import TOP_LEVEL, parse, read_config
+    from lightning_danube.config_errors import TOP_LEVEL, explain, parse, read_config
     from lightning_danube.data import CurriculumData
 
     for config in configs:
@@ -81,7 +81,13 @@ def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     flags = [flag for config in configs for flag in ("--config", config)]
     parsed = parse(parser, [*flags, *_known(overrides)], configs, {})
-    data = parser.instantiate_classes(parsed).data
+    try:
+        data = parser.instantiate(parsed).data
+    except ValueError as error:
+        # What a class says of its arguments arrives wrapped in the types that were tried.
+        if str(error).startswith("Does not validate"):
+            raise ValueError(explain(str(error), configs, {})) from error
+        raise
     if not isinstance(data, CurriculumData):
         raise ValueError(
             f"data is {type(data).__name__}, which reads its files when it runs: only CurriculumData has shards"

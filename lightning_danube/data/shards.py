@@ -120,6 +120,24 @@ class SplitWriter:
             os.fsync(file.fileno())
             self._files[-1]["bytes"] = os.fstat(file.fileno()).st_size
             self._files[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self._files[-1]["edges"] = _edges(_map_tokens(path))
+
+
+def _map_tokens(path: Path) -> list[NDArray[Any]]:
+    """The tokens of a file, memory-mapped: the values as they lie, not through the documents' offsets."""
+    import pyarrow as pa
+
+    column = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column("input_ids")
+    column.validate()
+    return [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+
+
+def _edges(chunks: list[NDArray[Any]]) -> str:
+    """Hash of the first and the last tokens of every chunk: where damage has moved them, they are others."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk[:64].tobytes() + chunk[-64:].tobytes())
+    return digest.hexdigest()[:16]
 
 
 _REMEDY = "delete {} and it will be made again"
@@ -207,17 +225,16 @@ class TokenShards:
         for file in self._files(split):
             path = self.directory / file["name"]
             try:
-                column = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column("input_ids")
-                column.validate()
-                # The values as they lie, not through the documents' offsets: those may be damaged, too.
-                chunks = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+                chunks = _map_tokens(path)
             except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError, MemoryError) as error:
                 raise ValueError(
                     f"{path} is damaged ({str(error).strip()}): {_REMEDY.format(self.directory)}"
                 ) from error
-            if sum(map(len, chunks)) != file["tokens"] or any(chunk.dtype != self._dtype for chunk in chunks):
+            same = sum(map(len, chunks)) == file["tokens"] and all(chunk.dtype == self._dtype for chunk in chunks)
+            if not same or _edges(chunks) != file["edges"]:
                 raise ValueError(
-                    f"{path} is damaged (it does not hold {file['tokens']} tokens): {_REMEDY.format(self.directory)}"
+                    f"{path} is damaged (it does not hold the {file['tokens']:,} tokens that were written): "
+                    f"{_REMEDY.format(self.directory)}"
                 )
             segments += chunks
             files += [path] * len(chunks)

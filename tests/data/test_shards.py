@@ -190,9 +190,8 @@ def test_a_flipped_byte_anywhere_in_the_layout_is_refused_or_harmless(
             assert "train-00000.arrow is damaged" in str(error)
             refused += 1
             continue
-        # Elsewhere in the file lie the documents' offsets, which training does not read.
-        moved = not np.array_equal(found, expected)
-        assert not moved or place < 1024
+        # What may be damaged without harm: names and padding, and the documents' offsets, which training does not read.
+        assert np.array_equal(found, expected), place
     assert refused > 10
 
 
