@@ -62,7 +62,12 @@ def _dispatch(args: list[str]) -> int:
         parser = _Parser(prog=f"python -m lightning_danube {verb}", description=command.__doc__)
         command.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.run(parser.parse_args(args[1:]))
+        arguments, rest = parser.parse_known_args(args[1:])
+        if hasattr(arguments, "overrides"):
+            arguments.overrides = rest
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command.run(arguments)
         return 0
     close = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join([*TRAINER_VERBS, *COMMANDS])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import signal
@@ -20,13 +19,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf.errors import OmegaConfBaseException
 
 from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.config_errors import explain
+from lightning_danube.config_errors import explain, parse, read_config
 from lightning_danube.data.pretraining import CurriculumData
-from lightning_danube.history import append_history, differences, read_config
+from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.stopping import Stopped, tell
 
@@ -140,14 +138,7 @@ class DanubeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         check_config_files(args)
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            raise ValueError(explain(str(error), config_files(args), FACTS_OF_DATA)) from error
-        except OmegaConfBaseException as error:
-            key = re.search(r"key '\.*([^']+)' not found", str(error))
-            what = f"${{{key[1]}}} refers to a key that no config states" if key else str(error).splitlines()[0]
-            raise ValueError(f"{' + '.join(config_files(args))}: {what}") from error
+        self.config = parse(parser, args, config_files(args), FACTS_OF_DATA)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters override the config here; the config decides."""
@@ -177,7 +168,7 @@ class DanubeCLI(LightningCLI):
         checkpoint = self.place.checkpoint
         changes: dict[str, tuple[Any, Any]] = {}
         if self.subcommand == "fit" and checkpoint is not None:
-            saved = read_config(checkpoint.parent.parent / "config.yaml")
+            saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
             new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
             if saved is not None:
                 changes = differences(saved, new)
@@ -270,19 +261,7 @@ def check_config_files(args: list[str]) -> None:
     jsonargparse would override the latter by the link without a word, and would not name the file of the former.
     """
     for file in config_files(args):
-        if not Path(file).is_file():
-            raise ValueError(f"there is no config file {file}")
-        try:
-            config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            raise ValueError(f"{file}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
-        if not isinstance(config, dict):
-            found = "is empty" if config is None else f"holds a {type(config).__name__}"
-            raise ValueError(f"{file} {found}: a configuration is a mapping of keys such as data, model, trainer")
+        config = read_config(file)
         model = config.get("model")
         init_args = model.get("init_args") if isinstance(model, dict) else None
         for fact in LINKED:

@@ -6,14 +6,57 @@ that went deepest is the one the user meant.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf.errors import OmegaConfBaseException
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The mapping that a configuration file holds.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML mapping.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"there is no config file {file}")
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{file}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(config, dict):
+        found = "is empty" if config is None else f"holds a {type(config).__name__}"
+        raise ValueError(f"{file} {found}: a configuration is a mapping of keys such as data, model, trainer")
+    return config
+
+
+def parse(parser: Any, args: list[str], config_files: Sequence[str], facts_of_data: dict[str, str]) -> Any:
+    """What a jsonargparse parser makes of a command line.
+
+    Raises:
+        ValueError: it refuses; in one line.
+    """
+    try:
+        return parser.parse_args(args)
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), config_files, facts_of_data)) from error
+    except OmegaConfBaseException as error:
+        key = re.search(r"key '\.*([^']+)' not found", str(error))
+        what = f"${{{key[1]}}} refers to a key that no config states" if key else str(error).splitlines()[0]
+        raise ValueError(f"{' + '.join(config_files)}: {what}") from error
 
 
 def explain(message: str, config_files: Sequence[str], facts_of_data: dict[str, str]) -> str:

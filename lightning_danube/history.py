@@ -17,7 +17,7 @@ _SAY_NOTHING = {"ckpt_path", "config"}
 _PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
+def read_saved_config(path: Path) -> dict[str, Any] | None:
     """A saved config; None if there is none or it cannot be read, as beside a checkpoint that was moved."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

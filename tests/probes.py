@@ -60,8 +60,9 @@ class Poison(Callback):
         def training_step(batch: Any, batch_idx: int) -> Any:
             if not self._now(trainer, batch_idx):
                 return step(batch, batch_idx)
-            loss = step(batch, batch_idx) * factor
-            pl_module._losses[-1] = loss.detach()  # type: ignore[index, operator, union-attr]
+            loss: Any = step(batch, batch_idx)
+            loss = loss * factor
+            pl_module._losses[-1] = loss.detach()  # type: ignore[operator, union-attr]
             return loss
 
         pl_module.training_step = training_step  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "prepare": "make the token shards of a configuration's data, so that fit starts at once",
     "generate": "continue a prompt with a trained model",
     "export": "write a trained model for other programs",
 }

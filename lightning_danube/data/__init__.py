@@ -1,5 +1,19 @@
 """Text, tokens, mixtures and the data modules that serve them; knows no model."""
 
-from lightning_danube.data.pretraining import CurriculumData
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_danube.data.pretraining import CurriculumData
 
 __all__ = ["CurriculumData"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the processes that tokenize need neither torch nor Lightning, which take seconds to import.
+    if name == "CurriculumData":
+        from lightning_danube.data.pretraining import CurriculumData
+
+        return CurriculumData
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,54 +1,25 @@
-"""Sources of text: what a person names in YAML, and an iterator over its documents that knows file and row.
+"""Sources of text: what a person names in YAML, and where its documents come from.
 
-Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read here, because an error has to name the file
-and the row; everything else that `datasets` can load (hub ids, directories of `save_to_disk`) comes through `datasets`,
+Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error has to name the
+file and the row; everything else that `datasets` can load (hub ids, directories of `save_to_disk`) comes through it,
 streamed, so that a slice of a huge set never lands on the disk whole.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import glob
-import gzip
-import io
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal
 
 from lightning_danube.data.documentation import ROLES, collect_documentation
+from lightning_danube.data.reading import FORMATS, BadRow, DamagedFile, Document, documents_of, format_of, read_file
 from lightning_danube.durations import parse_tokens
 
 DOCUMENTATION = "documentation:"
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".raw": "text",
-}
-
-
-_PATTERN = re.compile(r"\{([^{}]+)\}")
-"""A column's name inside a pattern."""
-
-
-class Document(NamedTuple):
-    """One text and where it stands: rows count from 1, as an editor shows them."""
-
-    text: str
-    file: str
-    row: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +37,10 @@ class Source:
         revision: commit or tag of a hub data set; state it, and the source can be made again later.
         separator: what ends a document inside a plain text file, for example "\\n" for one document a line. Without it
             a file is one document.
-        max_tokens: stop after about so many tokens ("10B"): for hub sets larger than the run needs.
+        max_tokens: stop after about so many tokens ("10B", duplicates counted): for hub sets larger than the run needs.
+        on_bad_row: "error" refuses a source with a row that cannot be read, and names file and row; "skip" goes on and
+            writes the rejected rows to rejected.jsonl beside the shards.
+        filters: whether `data.filters` judges this source; they are made for prose, so say false for code.
     """
 
     path: str
@@ -76,6 +50,8 @@ class Source:
     revision: str | None = None
     separator: str | None = None
     max_tokens: int | str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    filters: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -92,7 +68,7 @@ class Source:
         """An id like owner/name; a path that exists, or that is written as a path or a file, is local."""
         if self.is_documentation or os.path.exists(self.path):
             return False
-        looks_local = self.path.startswith((".", "/", "~")) or _format(self.path) or glob.has_magic(self.path)
+        looks_local = self.path.startswith((".", "/", "~")) or format_of(self.path) or glob.has_magic(self.path)
         return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) is not None
 
 
@@ -112,7 +88,7 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
         return [str(collect_documentation(cache_dir)[role])]
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
-        files = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file() and _format(file.name)]
+        files = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file() and format_of(file.name)]
         if not files:
             raise ValueError(
                 f"source {name!r}: the directory {source.path} holds no file of a known format "
@@ -124,7 +100,7 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
     if not files:
         raise ValueError(f"source {name!r}: there is no file {source.path}")
     for file in files:
-        if not _format(file):
+        if not format_of(file):
             raise ValueError(
                 f"source {name!r}: {file} has no known format ({', '.join(sorted(FORMATS))}, plain or with .gz or .zst)"
             )
@@ -143,160 +119,28 @@ def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Docum
         ValueError: with file and row, for bytes that are not UTF-8, a row that does not parse, a text that is missing
             or not a string; with the name of the source for what cannot be opened.
     """
-    if source.is_hub or is_saved_dataset(source):
-        yield from _read_with_datasets(name, source)
-        return
-    for file in local_files(name, source, cache_dir):
-        kind = _format(file)
-        if kind == "text":
-            yield from _read_text(file, source.separator)
-            continue
-        for row, values in {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(kind, _read_csv)(file):
-            text = _text_of(values, source.text, f"{file}, row {row}")
-            if text:
-                yield Document(text, file, row)
+    if is_streamed(source):
+        rows = read_stream(name, source)
+    else:
+        files = local_files(name, source, cache_dir)
+        rows = (row for file in files for row in read_file(file, source.text, source.separator))
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise DamagedFile(row.message)
+        yield row
 
 
-def _format(path: str) -> str:
-    stem, suffix = os.path.splitext(path)
-    if suffix in (".gz", ".zst"):
-        suffix = os.path.splitext(stem)[1]
-    return FORMATS.get(suffix.lower(), "")
+def is_streamed(source: Source) -> bool:
+    """Whether `datasets` reads the source, row after row."""
+    return source.is_hub or is_saved_dataset(source)
 
 
-def _text_of(values: Any, column: str, where: str) -> str:
-    """The text of a row, "" for one without any."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected an object with the column {column!r}, found {type(values).__name__}")
-    if "{" in column:
-        return _PATTERN.sub(lambda match: _text_of(values, match[1], where), column)
-    if column not in values:
-        raise ValueError(f"{where}: there is no column {column!r}, only {', '.join(map(str, values)) or 'none'}")
-    text = values[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
-    return text if text.strip() else ""
+def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
+    """The rows of a source that `datasets` reads.
 
-
-@contextmanager
-def _open_bytes(file: str) -> Iterator[BinaryIO]:
-    """Opens a plain or compressed file; damage in the compression names the file."""
-    import zstandard
-
-    try:
-        with open(file, "rb") as raw:
-            if file.endswith(".gz"):
-                with gzip.open(raw) as unpacked:
-                    yield io.BufferedReader(unpacked)
-            elif file.endswith(".zst"):
-                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as unpacked:
-                    yield io.BufferedReader(unpacked)
-            else:
-                yield raw
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(f"{file} is not a whole compressed file ({error}): fetch it again") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {error.start + 1} of the row (0x{line[error.start]:02x}) is not UTF-8: convert the file"
-        ) from error
-
-
-def _read_jsonl(file: str) -> Iterator[tuple[int, Any]]:
-    with _open_bytes(file) as lines:
-        for row, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            text = _decode(line, f"{file}, row {row}").removeprefix("\ufeff")
-            if row == 1 and text.lstrip().startswith("["):
-                yield from _read_json_array(file)
-                return
-            try:
-                yield row, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, row {row}: not JSON ({error.msg} at character {error.pos + 1})") from error
-
-
-def _read_json_array(file: str) -> Iterator[tuple[int, Any]]:
-    with _open_bytes(file) as raw:
-        text = _decode(raw.read(), f"{file}, row 1").removeprefix("\ufeff")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, row {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    yield from enumerate(rows, start=1)
-
-
-def _read_csv(file: str) -> Iterator[tuple[int, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with _open_bytes(file) as raw:
-            lines = (_decode(line, f"{file}, line {n}") for n, line in enumerate(raw, start=1))
-            reader = csv.DictReader(lines, delimiter="\t" if _format(file) == "tsv" else ",", strict=True)
-            try:
-                for row, values in enumerate(reader, start=1):
-                    if None in values:
-                        raise ValueError(f"{file}, row {row}: more fields than the header's {len(values) - 1}")
-                    yield row, values
-            except csv.Error as error:
-                raise ValueError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(file: str) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
-                    row += 1
-                    yield row, values
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file} is not a whole parquet file, after row {row} ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _read_text(file: str, separator: str | None) -> Iterator[Document]:
-    """Documents of a text file, read piece by piece; `row` is the document's number."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    buffer, number, offset = "", 0, 0
-    with _open_bytes(file) as raw:
-        while piece := raw.read(1 << 20):
-            try:
-                buffer += decoder.decode(piece)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file}, near byte {offset + error.start + 1}: not UTF-8: convert the file first"
-                ) from error
-            offset += len(piece)
-            if separator:
-                *whole, buffer = buffer.split(separator)
-                for text in whole:
-                    number += 1
-                    if text.strip():
-                        yield Document(text, file, number)
-    try:
-        buffer += decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} ends inside a character: not UTF-8, or cut off") from error
-    if buffer.strip():
-        yield Document(buffer.removeprefix("\ufeff"), file, number + 1)
-
-
-def _read_with_datasets(name: str, source: Source) -> Iterator[Document]:
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     import datasets
 
     where = source.path if source.name is None else f"{source.path} ({source.name})"
@@ -312,6 +156,4 @@ def _read_with_datasets(name: str, source: Source) -> Iterator[Document]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
         raise ValueError(f"source {name!r}: {where} cannot be loaded ({reason})") from error
     for row, values in enumerate(rows, start=1):
-        text = _text_of(values, source.text, f"source {name!r}: {where}, row {row}")
-        if text:
-            yield Document(text, where, row)
+        yield from documents_of(values, source.text, where, row, f"source {name!r}: {where}, row {row}")

@@ -20,7 +20,9 @@ from lightning_danube.data.corpora import Source
 from lightning_danube.data.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
 from lightning_danube.data.mixture import whole_counts
 from lightning_danube.data.order import OrderFacts, check_order, stream_identity
-from lightning_danube.data.shards import TokenShards, TokenStream, open_or_write_shards
+from lightning_danube.data.preparation import Part, open_or_prepare, prepare
+from lightning_danube.data.quality import Deduplicate, Filters, Quality
+from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory, source_fingerprint
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.durations import parse_tokens
 
@@ -53,6 +55,11 @@ class CurriculumData(LightningDataModule):
         workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
         cache_dir: where shards are kept.
         processes: how many tokenize; all cores by default.
+        deduplicate: "exact" drops documents whose text stood earlier in the same source, "near" also those that share
+            about four fifths of their five-word shingles with an earlier one. Sources are not compared with each other.
+        filters: rules for prose that every document of a source has to pass (`{}` for the defaults).
+        decontaminate: jsonl or parquet files of evaluation sets. Documents that share 13 words in a row with a text of
+            them are dropped, and counted for each file.
 
     Raises:
         ValueError: for every mistake in the above, with the key's name.
@@ -74,6 +81,9 @@ class CurriculumData(LightningDataModule):
         workers: int = 0,
         cache_dir: str | None = None,
         processes: int | None = None,
+        deduplicate: Deduplicate = "none",
+        filters: Filters | None = None,
+        decontaminate: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
@@ -100,7 +110,10 @@ class CurriculumData(LightningDataModule):
         self.validation_rows, self.max_passes = validation_rows, max_passes
         self.document_masks, self.workers = document_masks, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        if processes is not None and processes < 1:
+            raise ValueError(f"data.processes is {processes}: it must be at least 1")
         self.processes = processes or len(os.sched_getaffinity(0))
+        self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
         self.tokenizer = DocumentTokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         # Known from the stages alone, so that the schedule does not wait for the data.
@@ -113,18 +126,39 @@ class CurriculumData(LightningDataModule):
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        for name in self.sources:
-            _, self.seconds_to_prepare[name] = self._open(name)
+        self.seconds_to_prepare = self.prepare()
 
-    def _open(self, name: str) -> tuple[TokenShards, float]:
-        return open_or_write_shards(
+    def prepare(self, part: Part | None = None) -> dict[str, float]:
+        """Makes the shards that are missing, or one part of them; the seconds that each source took."""
+        return prepare(
+            self.sources,
+            self.tokenizer,
+            held_out=self.held_out,
+            quality=self.quality,
+            cache_dir=self.cache_dir,
+            processes=self.processes,
+            part=part,
+        )
+
+    def shards_directories(self) -> dict[str, Path]:
+        """Where the shards of each source are, or will be."""
+        directories = {}
+        for name, source in self.sources.items():
+            fingerprint = source_fingerprint(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
+            directories[name] = shards_directory(self.cache_dir, name, fingerprint)
+        return directories
+
+    def _open(self, name: str) -> TokenShards:
+        shards, _ = open_or_prepare(
             name,
             self.sources[name],
             self.tokenizer,
             held_out=self.held_out,
             cache_dir=self.cache_dir,
             processes=self.processes,
+            quality=self.quality,
         )
+        return shards
 
     def setup(self, stage: str) -> None:
         """Opens the shards and, for training, lays out the run.
@@ -132,7 +166,7 @@ class CurriculumData(LightningDataModule):
         Raises:
             ValueError: a source is too small for one row or would be repeated too often, or the batch does not divide.
         """
-        self.shards = {name: self._open(name)[0] for name in self.sources}
+        self.shards = {name: self._open(name) for name in self.sources}
         self._validation = {name: shards.tokens("validation") for name, shards in self.shards.items()}
         for name, stream in self._validation.items():
             if len(stream) < 2:

@@ -2,7 +2,8 @@
 
 A shard directory holds, for each split, Arrow files in the stream format of `datasets` (one row a document, column
 `input_ids`, uint16 while the vocabulary allows) and `shards.json`: the tokenizer's identity, counts, and every file's
-size. The directory appears by a rename when it is complete, so what can be seen is whole.
+size and checksum. The directory appears by a rename when it is complete, so what can be seen is whole. Sizes are
+checked whenever it is opened, ids whenever a row is read, checksums when somebody asks (`prepare --verify`).
 
 A training row is a window of `context_length` tokens over the concatenated documents, so that the context length can
 change without new shards.
@@ -12,117 +13,82 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import math
 import os
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.data.corpora import Document, Source, is_saved_dataset, local_files, read_documents
+from lightning_danube.data.corpora import Source, is_saved_dataset, local_files
+from lightning_danube.data.quality import Quality, text_hash
 from lightning_danube.data.tokenizer import DocumentTokenizer
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 1 << 26
 """Tokens after which a new file is begun (128 MiB of uint16)."""
-_BATCH_DOCUMENTS = 256
+BATCH_TOKENS = 1 << 24
+"""Tokens that are held in memory before they are written (32 MiB of uint16)."""
 
 
-def source_fingerprint(name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, cache: Path) -> str:
-    """Hash of all that decides the tokens: a changed file, tokenizer or split makes new shards."""
-    digest = hashlib.sha256(json.dumps([FORMAT, asdict(source), tokenizer.fingerprint, held_out]).encode())
-    if not source.is_hub and not is_saved_dataset(source):
+def source_fingerprint(
+    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache: Path
+) -> str:
+    """Hash of all that decides the tokens: a changed file, tokenizer, split or rule of quality makes new shards."""
+    facts = [FORMAT, asdict(source), tokenizer.fingerprint, held_out, quality.identity(source.filters)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    if is_saved_dataset(source):
+        digest.update((Path(source.path).expanduser() / "state.json").read_bytes())
+    elif not source.is_hub:
         for file in local_files(name, source, cache):
             status = os.stat(file)
             digest.update(f"{os.path.abspath(file)}/{status.st_size}/{status.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]
 
 
+def held_out_below(share: float) -> int:
+    """A document whose `text_hash` is smaller belongs to the held-out split: by its content, so copies of it never
+    stand on both sides."""
+    return math.ceil(share * 2**64)
+
+
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out split: by its content, so copies of it never stand on both sides."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) < share * 2**64
+    return text_hash(text) < held_out_below(share)
 
 
-def write_shards(
-    directory: Path,
-    name: str,
-    source: Source,
-    tokenizer: DocumentTokenizer,
-    *,
-    held_out: float,
-    cache_dir: Path,
-    processes: int,
-    shard_tokens: int = SHARD_TOKENS,
-) -> None:
-    """Tokenizes a source into `directory`. The bytes do not depend on the number of processes.
-
-    Raises:
-        ValueError: the source cannot be read (see `read_documents`), or holds no text.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        writers = {split: _SplitWriter(building, split, tokenizer.dtype, shard_tokens) for split in SPLITS}
-        limit = source.max_tokens
-        tokens = 0
-        documents = read_documents(name, source, cache_dir)
-        for texts, encoded in _encode_in_order(documents, tokenizer.name, processes, name):
-            for text, ids in zip(texts, encoded, strict=True):
-                writers["validation" if is_held_out(text, held_out) else "train"].add(ids)
-                tokens += len(ids)
-            if limit is not None and tokens >= int(limit):
-                break
-        if not tokens:
-            raise ValueError(f"source {name!r} ({source.path}) holds no text")
-        meta = {
-            "format": FORMAT,
-            "source": asdict(source),
-            "held_out": held_out,
-            "dtype": tokenizer.dtype.name,
-            "tokenizer": tokenizer.identity(),
-            "splits": {split: writer.close() for split, writer in writers.items()},
-        }
-        (building / "shards.json").write_text(json.dumps(meta, indent=1) + "\n")
-        try:
-            os.rename(building, directory)
-        except OSError:  # another process has finished the same shards meanwhile
-            if not (directory / "shards.json").exists():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-class _SplitWriter:
+class SplitWriter:
     """Writes the documents of one split, a new Arrow file every `shard_tokens` tokens."""
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self._directory, self._split, self._dtype, self._shard_tokens = directory, split, dtype, shard_tokens
         self._pending: list[NDArray[Any]] = []
         self._pending_tokens = 0
+        self._writer: Any = None
         self._files: list[dict[str, Any]] = []
 
     def add(self, ids: NDArray[Any]) -> None:
         self._pending.append(ids)
         self._pending_tokens += len(ids)
-        if self._pending_tokens >= self._shard_tokens:
+        full = self._in_file("tokens") + self._pending_tokens >= self._shard_tokens
+        if full or self._pending_tokens >= BATCH_TOKENS:
             self._flush()
+        if full:
+            self._close_file()
 
     def close(self) -> dict[str, Any]:
         self._flush()
+        self._close_file()
         return {
             "documents": sum(file["documents"] for file in self._files),
             "tokens": sum(file["tokens"] for file in self._files),
             "files": self._files,
         }
+
+    def _in_file(self, what: str) -> int:
+        return int(self._files[-1][what]) if self._writer is not None else 0
 
     def _flush(self) -> None:
         if not self._pending:
@@ -131,82 +97,50 @@ class _SplitWriter:
         from datasets import Features, List, Value
         from datasets.arrow_writer import ArrowWriter
 
-        path = self._directory / f"{self._split}-{len(self._files):05d}.arrow"
+        if self._writer is None:
+            name = f"{self._split}-{len(self._files):05d}.arrow"
+            self._files.append({"name": name, "bytes": 0, "documents": 0, "tokens": 0})
+            features = Features({"input_ids": List(Value(self._dtype.name))})
+            self._writer = ArrowWriter(path=str(self._directory / name), features=features)
         values = pa.array(np.concatenate(self._pending))
         ends = np.cumsum([0, *map(len, self._pending)])
-        column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), values)
-        if ends[-1] < 2**31:
-            column = column.cast(pa.list_(values.type))
-        features = Features({"input_ids": List(Value(self._dtype.name))})
-        with ArrowWriter(path=str(path), features=features) as writer:
-            writer.write_table(pa.table({"input_ids": column}))
-            writer.finalize()
-        self._files.append(
-            {
-                "name": path.name,
-                "bytes": path.stat().st_size,
-                "documents": len(self._pending),
-                "tokens": self._pending_tokens,
-            }
-        )
+        column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), values).cast(pa.list_(values.type))
+        self._writer.write_table(pa.table({"input_ids": column}), writer_batch_size=len(self._pending))
+        self._files[-1]["documents"] += len(self._pending)
+        self._files[-1]["tokens"] += self._pending_tokens
         self._pending, self._pending_tokens = [], 0
 
-
-_worker_tokenizer: DocumentTokenizer | None = None
-
-
-def _start_worker(name: str) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = DocumentTokenizer(name)
-
-
-def _encode(texts: list[str]) -> list[NDArray[Any]]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode_documents(texts)
-
-
-def _encode_in_order(
-    documents: Iterable[Document], tokenizer_name: str, processes: int, name: str
-) -> Iterator[tuple[list[str], list[NDArray[Any]]]]:
-    """Batches of texts with their ids, in the order of the documents."""
-    from tqdm import tqdm
-
-    rows = iter(documents)
-    batches = iter(lambda: [document.text for document in islice(rows, _BATCH_DOCUMENTS)], [])
-    if processes > 1:  # a small source is done before a pool of processes has started
-        first = list(islice(batches, 16))
-        if len(first) < 16:
-            batches, processes = iter(first), 1
-        else:
-            batches = _chain(first, batches)
-    with tqdm(
-        desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        if processes <= 1:
-            _start_worker(tokenizer_name)
-            for texts in batches:
-                encoded = _encode(texts)
-                bar.update(sum(map(len, encoded)))
-                yield texts, encoded
+    def _close_file(self) -> None:
+        if self._writer is None:
             return
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(processes, initializer=_start_worker, initargs=(tokenizer_name,)) as pool:
-            waiting: list[tuple[list[str], Any]] = []
-            for texts in batches:
-                waiting.append((texts, pool.apply_async(_encode, (texts,))))
-                if len(waiting) >= 4 * processes:
-                    texts, result = waiting.pop(0)
-                    encoded = result.get()
-                    bar.update(sum(map(len, encoded)))
-                    yield texts, encoded
-            for texts, result in waiting:
-                yield texts, result.get()
+        self._writer.finalize()
+        self._writer = None
+        path = self._directory / self._files[-1]["name"]
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+            self._files[-1]["bytes"] = os.fstat(file.fileno()).st_size
+            self._files[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self._files[-1]["edges"] = _edges(_map_tokens(path))
 
 
-def _chain(first: list[list[str]], rest: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield from first
-    yield from rest
+def _map_tokens(path: Path) -> list[NDArray[Any]]:
+    """The tokens of a file, memory-mapped: the values as they lie, not through the documents' offsets."""
+    import pyarrow as pa
+
+    column = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column("input_ids")
+    column.validate()
+    return [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+
+
+def _edges(chunks: list[NDArray[Any]]) -> str:
+    """Hash of the first and the last tokens of every chunk: where damage has moved them, they are others."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk[:64].tobytes() + chunk[-64:].tobytes())
+    return digest.hexdigest()[:16]
+
+
+_REMEDY = "delete {} and it will be made again"
 
 
 @dataclass(frozen=True)
@@ -226,49 +160,92 @@ class TokenShards:
     """
 
     def __init__(self, directory: Path, tokenizer: DocumentTokenizer) -> None:
-        self.directory = directory
+        self.directory, self._vocab_size = directory, tokenizer.vocab_size
         path = directory / "shards.json"
         try:
-            self._meta = json.loads(path.read_text())
-            version = self._meta["format"]
+            self.meta = json.loads(path.read_text())
+            version = self.meta["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory} is no shard directory: {path} is missing or damaged") from error
         if version != FORMAT:
             raise ValueError(f"{directory} has the shard format {version}, this version reads {FORMAT}: make it again")
-        made_with = self._meta["tokenizer"]
-        if made_with["fingerprint"] != tokenizer.fingerprint:
+        try:
+            made_with = self.meta["tokenizer"]
+            another = made_with["fingerprint"] != tokenizer.fingerprint
+            expected = {file["name"]: file["bytes"] for split in SPLITS for file in self._files(split)}
+            self._dtype = np.dtype(self.meta["dtype"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {_REMEDY.format(directory)}") from error
+        if another:
             raise ValueError(
                 f"{directory} was made with the tokenizer {made_with['name']!r} ({made_with['fingerprint']}), "
                 f"the run uses {tokenizer.name!r} ({tokenizer.fingerprint}): make the shards again"
             )
-        for split in SPLITS:
-            for file in self._meta["splits"][split]["files"]:
-                shard = directory / file["name"]
-                size = shard.stat().st_size if shard.exists() else None
-                if size != file["bytes"]:
-                    found = "is missing" if size is None else f"has {size} bytes instead of {file['bytes']}"
-                    raise ValueError(f"{shard} {found}: delete {directory} and it will be made again")
+        for name, size in expected.items():
+            shard = directory / name
+            found = shard.stat().st_size if shard.exists() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise ValueError(f"{shard} {what}: {_REMEDY.format(directory)}")
+
+    def _files(self, split: str) -> list[dict[str, Any]]:
+        files: list[dict[str, Any]] = self.meta["splits"][split]["files"]
+        return files
 
     def counts(self, split: str) -> ShardCounts:
-        meta = self._meta["splits"][split]
+        meta = self.meta["splits"][split]
         return ShardCounts(meta["documents"], meta["tokens"])
 
-    def tokens(self, split: str) -> TokenStream:
-        """The concatenated documents of a split."""
-        from datasets import Dataset
+    def verify(self) -> None:
+        """Reads every file and compares its checksum.
 
-        segments = []
-        for file in self._meta["splits"][split]["files"]:
-            column = Dataset.from_file(str(self.directory / file["name"])).data.column("input_ids")
-            segments += [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-        return TokenStream(segments, np.dtype(self._meta["dtype"]))
+        Raises:
+            ValueError: a file does not hold what was written.
+        """
+        for split in SPLITS:
+            for file in self._files(split):
+                path = self.directory / file["name"]
+                with open(path, "rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+                if digest != file["sha256"]:
+                    raise ValueError(
+                        f"{path} does not hold what was written (sha256 {digest[:12]}… instead of "
+                        f"{file['sha256'][:12]}…): {_REMEDY.format(self.directory)}"
+                    )
+
+    def tokens(self, split: str) -> TokenStream:
+        """The concatenated documents of a split.
+
+        Raises:
+            ValueError: a file is damaged where it says how its content is laid out.
+        """
+        import pyarrow as pa
+
+        segments, files = [], []
+        for file in self._files(split):
+            path = self.directory / file["name"]
+            try:
+                chunks = _map_tokens(path)
+            except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError, MemoryError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({str(error).strip()}): {_REMEDY.format(self.directory)}"
+                ) from error
+            same = sum(map(len, chunks)) == file["tokens"] and all(chunk.dtype == self._dtype for chunk in chunks)
+            if not same or _edges(chunks) != file["edges"]:
+                raise ValueError(
+                    f"{path} is damaged (it does not hold the {file['tokens']:,} tokens that were written): "
+                    f"{_REMEDY.format(self.directory)}"
+                )
+            segments += chunks
+            files += [path] * len(chunks)
+        return TokenStream(segments, self._dtype, self._vocab_size, files)
 
 
 class TokenStream:
     """Tokens of many memory-mapped segments as one sequence; reading a window touches only its own pages."""
 
-    def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any]) -> None:
-        self._segments = segments
+    def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int, files: list[Path]) -> None:
+        self._segments, self._vocab_size, self._files = segments, vocab_size, files
         self._ends = np.cumsum([0, *map(len, segments)], dtype=np.int64)
         self._dtype = dtype
 
@@ -294,42 +271,38 @@ class TokenStream:
         return max(0, len(self) - 1) // context_length
 
     def row(self, number: int, context_length: int) -> NDArray[Any]:
-        """Row `number`, (context_length + 1,): inputs and, shifted by one, labels. The last row may be shorter."""
+        """Row `number`, (context_length + 1,): inputs and, shifted by one, labels. The last row may be shorter.
+
+        Raises:
+            ValueError: an id is none of the vocabulary, so the file was damaged: an embedding must never see it.
+        """
         start = number * context_length
-        return self.read(start, min(start + context_length + 1, len(self)))
+        row = self.read(start, min(start + context_length + 1, len(self)))
+        if len(row) and row.max() >= self._vocab_size:
+            self._refuse(start + int(np.argmax(row >= self._vocab_size)))
+        return row
+
+    def _refuse(self, position: int) -> NoReturn:
+        segment = int(np.searchsorted(self._ends, position, side="right")) - 1
+        value, path = self.read(position, position + 1)[0], self._files[segment]
+        place = position - self._ends[self._files.index(path)]
+        raise ValueError(
+            f"{path} is damaged: token {place:,} of it is {value}, the vocabulary has "
+            f"{self._vocab_size}: {_REMEDY.format(path.parent)}"
+        )
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each id occurs, (vocab_size,)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
-        for segment in self._segments:
+        for number, segment in enumerate(self._segments):
             for begin in range(0, len(segment), 1 << 24):
-                counts += np.bincount(segment[begin : begin + (1 << 24)], minlength=vocab_size)
+                part = segment[begin : begin + (1 << 24)]
+                if part.max() >= self._vocab_size:
+                    place = int(np.argmax(part >= self._vocab_size))
+                    self._refuse(int(self._ends[number]) + begin + place)
+                counts += np.bincount(part, minlength=vocab_size)
         return counts
 
 
 def shards_directory(cache_dir: Path, name: str, fingerprint: str) -> Path:
     return cache_dir / "shards" / f"{name}-{fingerprint}"
-
-
-def open_or_write_shards(
-    name: str,
-    source: Source,
-    tokenizer: DocumentTokenizer,
-    *,
-    held_out: float,
-    cache_dir: Path,
-    processes: int,
-) -> tuple[TokenShards, float]:
-    """The shards of a source and the seconds it took to make them (0 when they were there).
-
-    Raises:
-        ValueError: see `write_shards` and `TokenShards`.
-    """
-    began = time.monotonic()
-    fingerprint = source_fingerprint(name, source, tokenizer, held_out, cache_dir)
-    directory = shards_directory(cache_dir, name, fingerprint)
-    seconds = 0.0
-    if not directory.exists():
-        write_shards(directory, name, source, tokenizer, held_out=held_out, cache_dir=cache_dir, processes=processes)
-        seconds = time.monotonic() - began
-    return TokenShards(directory, tokenizer), seconds

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 MISTRAL = "mistral"
@@ -63,14 +64,7 @@ class DocumentTokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
-        backend = self.hf.backend_tokenizer
-        backend.encode_special_tokens = True
-        try:
-            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        finally:
-            backend.encode_special_tokens = False
-        head = [] if self.bos_id is None else [self.bos_id]
-        return [np.array([*head, *encoding.ids, self.eos_id], dtype=self.dtype) for encoding in encodings]
+        return encode_documents(self.hf.backend_tokenizer, texts, self.bos_id, self.eos_id, self.dtype)
 
     def identity(self) -> dict[str, Any]:
         """What is written beside ids made with this tokenizer."""
@@ -81,6 +75,19 @@ class DocumentTokenizer:
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
         }
+
+
+def encode_documents(
+    backend: Tokenizer, texts: Sequence[str], bos_id: int | None, eos_id: int, dtype: np.dtype[Any]
+) -> list[NDArray[Any]]:
+    """Ids of whole documents by the tokenizer itself, for processes that never load transformers around it."""
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
+    head = [] if bos_id is None else [bos_id]
+    return [np.array([*head, *encoding.ids, eos_id], dtype=dtype) for encoding in encodings]
 
 
 @lru_cache(maxsize=4)

@@ -69,11 +69,11 @@ def test_text_files_are_one_document_or_split(tmp_path: Path) -> None:
 
 
 def test_separators_and_characters_may_lie_across_pieces(tmp_path: Path) -> None:
-    """Files are read in pieces of 1 MiB; this one has a two-byte character and a separator on the border."""
+    """Files are read in pieces of 512 KiB; this one has a two-byte character and a separator on the border."""
     path = tmp_path / "a.txt"
-    first = "a" * ((1 << 20) - 1) + "ü"
-    path.write_text(first + "|||" + "b" * (1 << 20) + "|||c")
-    assert [d.text for d in read(path, separator="|||")] == [first, "b" * (1 << 20), "c"]
+    first = "a" * ((1 << 19) - 1) + "ü"
+    path.write_text(first + "|||" + "b" * (1 << 19) + "|||c")
+    assert [d.text for d in read(path, separator="|||")] == [first, "b" * (1 << 19), "c"]
 
 
 def test_directories_and_globs_are_read_in_order(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,13 +109,17 @@ def test_a_changed_past_is_refused_with_its_key(changed: OrderFacts, done: int, 
     assert "or begin a new run without --ckpt_path" in str(caught.value)
 
 
+def stream(*segments: Any) -> TokenStream:
+    return TokenStream(list(segments), segments[0].dtype, 977, [Path(f"{n}.arrow") for n in range(len(segments))])
+
+
 def test_a_source_is_told_by_its_tokens_not_by_its_files() -> None:
     tokens = np.arange(500_000, dtype=np.uint16) % 977
-    whole = TokenStream([tokens], tokens.dtype)
-    parts = TokenStream([tokens[:1000], tokens[1000:]], tokens.dtype)
+    whole = stream(tokens)
+    parts = stream(tokens[:1000], tokens[1000:])
     assert stream_identity(whole) == stream_identity(parts)
     changed = np.roll(tokens, 1)
-    assert stream_identity(TokenStream([changed], tokens.dtype)) != stream_identity(whole)
-    assert stream_identity(TokenStream([tokens[:-1]], tokens.dtype)) != stream_identity(whole)
-    short = TokenStream([tokens[:5]], tokens.dtype)
+    assert stream_identity(stream(changed)) != stream_identity(whole)
+    assert stream_identity(stream(tokens[:-1])) != stream_identity(whole)
+    short = stream(tokens[:5])
     assert stream_identity(short)["tokens"] == 5

@@ -1,13 +1,19 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lightning_danube.data import preparation
 from lightning_danube.data.corpora import Source
-from lightning_danube.data.shards import TokenShards, is_held_out, open_or_write_shards, write_shards
+from lightning_danube.data.preparation import open_or_prepare
+from lightning_danube.data.quality import Filters, Quality
+from lightning_danube.data.shards import TokenShards, is_held_out
 from lightning_danube.data.tokenizer import DocumentTokenizer
 
+Make = Callable[..., TokenShards]
 TEXTS = [f"Document number {n} is about {n * n} things; it has {'many ' * (n % 7)}words." for n in range(400)]
 
 
@@ -23,14 +29,21 @@ def source(tmp_path: Path) -> Source:
     return Source(str(path))
 
 
-def make(directory: Path, source: Source, tokenizer: DocumentTokenizer, **options: int) -> TokenShards:
-    arguments = {"processes": 1, **options}
-    write_shards(directory, "src", source, tokenizer, held_out=0.1, cache_dir=directory.parent, **arguments)
-    return TokenShards(directory, tokenizer)
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes the shards of a source in a cache of its own."""
+
+    def made(source: Source, cache: str = "cache", *, shard_tokens: int = 1 << 26, processes: int = 1) -> TokenShards:
+        monkeypatch.setattr(preparation, "SHARD_TOKENS", shard_tokens)
+        monkeypatch.setattr(preparation, "WORTH_PROCESSES", 1)
+        options = {"held_out": 0.1, "cache_dir": tmp_path / cache, "processes": processes}
+        return open_or_prepare("src", source, tokenizer, **options)[0]  # type: ignore[arg-type]
+
+    return made
 
 
-def test_shards_hold_every_document_once_in_order(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
-    shards = make(tmp_path / "shards", source, tokenizer)
+def test_shards_hold_every_document_once_in_order(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
+    shards = make(source)
     for split, held_out in (("train", False), ("validation", True)):
         expected = tokenizer.encode_documents([text for text in TEXTS if is_held_out(text, 0.1) is held_out])
         stream = shards.tokens(split)
@@ -42,23 +55,21 @@ def test_shards_hold_every_document_once_in_order(tmp_path: Path, source: Source
 
 
 def test_they_are_ordinary_files_of_datasets_in_16_bit(
-    tmp_path: Path, source: Source, tokenizer: DocumentTokenizer
+    make: Make, source: Source, tokenizer: DocumentTokenizer
 ) -> None:
     import datasets
 
-    make(tmp_path / "shards", source, tokenizer)
-    rows = datasets.Dataset.from_file(str(tmp_path / "shards" / "train-00000.arrow"))
+    rows = datasets.Dataset.from_file(str(make(source).directory / "train-00000.arrow"))
     assert rows.features["input_ids"].feature.dtype == "uint16"
     first = next(text for text in TEXTS if not is_held_out(text, 0.1))
     assert rows[0]["input_ids"] == tokenizer.encode_documents([first])[0].tolist()
 
 
 @pytest.mark.parametrize("context_length", [7, 64, 1000])
-def test_rows_cover_the_stream_across_files(
-    tmp_path: Path, source: Source, tokenizer: DocumentTokenizer, context_length: int
-) -> None:
-    stream = make(tmp_path / "shards", source, tokenizer, shard_tokens=500).tokens("train")
-    assert len(list((tmp_path / "shards").glob("train-*.arrow"))) > 3
+def test_rows_cover_the_stream_across_files(make: Make, source: Source, context_length: int) -> None:
+    shards = make(source, shard_tokens=500)
+    stream = shards.tokens("train")
+    assert len(list(shards.directory.glob("train-*.arrow"))) > 3
     everything = stream.read(0, len(stream))
     rows = [stream.row(n, context_length) for n in range(stream.rows(context_length))]
     assert all(len(row) == context_length + 1 for row in rows)
@@ -68,57 +79,50 @@ def test_rows_cover_the_stream_across_files(
     assert len(stream) - covered <= context_length
 
 
-def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{n} {TEXTS[n % 400]}"}) + "\n" for n in range(6000)))
-    make(tmp_path / "one", Source(str(path)), tokenizer, processes=1, shard_tokens=50_000)
-    make(tmp_path / "two", Source(str(path)), tokenizer, processes=2, shard_tokens=50_000)
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert len(files) > 3
-    for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
-def test_max_tokens_stops_reading(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{n} {TEXTS[n % 400]}"}) + "\n" for n in range(4000)))
-    shards = make(tmp_path / "shards", Source(str(path), max_tokens="10K"), tokenizer)
-    total = shards.counts("train").tokens + shards.counts("validation").tokens
-    assert 10_000 <= total < 25_000  # one batch of documents more at most
-
-
 def test_the_cache_notices_what_changed(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
-    def directory(held_out: float = 0.1) -> Path:
-        shards, _ = open_or_write_shards(
-            "src", source, tokenizer, held_out=held_out, cache_dir=tmp_path / "cache", processes=1
-        )
-        return shards.directory
+    def directory(held_out: float = 0.1, **quality: Any) -> Path:
+        options: dict[str, Any] = {"quality": Quality(**quality), "cache_dir": tmp_path / "cache"}
+        return open_or_prepare("src", source, tokenizer, held_out=held_out, processes=1, **options)[0].directory
 
+    benchmark = tmp_path / "benchmark.jsonl"
+    benchmark.write_text(json.dumps({"question": "one two three four five six seven eight nine"}))
     first = directory()
     assert directory() == first
-    assert directory(0.2) != first
+    others = [
+        directory(0.2),
+        directory(deduplicate="exact"),
+        directory(deduplicate="near"),
+        directory(filters=Filters(min_words=5)),
+        directory(filters=Filters(min_words=6)),
+        directory(decontaminate=(str(benchmark),)),
+    ]
+    benchmark.write_text(json.dumps({"question": "ten two three four five six seven eight nine"}))
+    others.append(directory(decontaminate=(str(benchmark),)))
     Path(source.path).write_text(json.dumps({"text": "another text " * 20}) + "\n")
-    assert directory() != first
+    others.append(directory())
+    assert len({first, *others}) == 1 + len(others)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, make: Make, source: Source) -> None:
     with open(source.path, "a") as file:
         file.write('{"text": \n')
     with pytest.raises(ValueError, match="row 401: not JSON"):
-        make(tmp_path / "cache" / "shards", source, tokenizer)
-    assert list((tmp_path / "cache").iterdir()) == []
+        make(source)
+    assert list((tmp_path / "cache" / "shards").iterdir()) == []
 
 
-def test_a_source_without_text_is_refused(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+def test_a_source_without_text_is_refused(tmp_path: Path, make: Make) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("")
-    with pytest.raises(ValueError, match=r"source 'src' \(.*empty\.jsonl\) holds no text"):
-        make(tmp_path / "shards", Source(str(path)), tokenizer)
+    with pytest.raises(ValueError, match=r"source 'src' \(.*empty\.jsonl\) holds no text$"):
+        make(Source(str(path)))
+    path.write_text("{\n" * 3)
+    with pytest.raises(ValueError, match=r"holds no text that may be kept: 3 rows were rejected or removed"):
+        make(Source(str(path), on_bad_row="skip"))
 
 
-def test_damaged_shards_are_named(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
-    directory = tmp_path / "shards"
-    make(directory, source, tokenizer)
+def test_truncated_and_missing_shards_are_named(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
+    directory = make(source).directory
     shard = directory / "train-00000.arrow"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
@@ -129,25 +133,89 @@ def test_damaged_shards_are_named(tmp_path: Path, source: Source, tokenizer: Doc
         TokenShards(directory, tokenizer)
 
 
-def test_shards_of_another_tokenizer_or_format_are_refused(
-    tmp_path: Path, source: Source, tokenizer: DocumentTokenizer
+def test_a_flipped_byte_is_found_by_verify(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
+    shards = make(source)
+    shards.verify()
+    shard = shards.directory / "train-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train-00000\.arrow does not hold what was written \(sha256 .* delete"):
+        TokenShards(shards.directory, tokenizer).verify()
+
+
+def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(
+    make: Make, source: Source, tokenizer: DocumentTokenizer
 ) -> None:
-    directory = tmp_path / "shards"
-    make(directory, source, tokenizer)
+    """32,000 pieces in 16 bits: the highest bit of any token leaves the vocabulary, and an embedding would crash."""
+    shards = make(source)
+    shard = shards.directory / "train-00000.arrow"
+    tokens = shards.tokens("train")
+    place = shard.read_bytes().find(tokens.read(0, len(tokens)).tobytes())
+    assert place > 0
+    del tokens
+    data = bytearray(shard.read_bytes())
+    data[place + 2 * 100 + 1] |= 0x80
+    shard.write_bytes(data)
+    stream = TokenShards(shards.directory, tokenizer).tokens("train")
+    assert len(stream.row(0, 64)) == 65
+    message = r"train-00000\.arrow is damaged: token 100 of it is \d+, the vocabulary has 32000: delete"
+    with pytest.raises(ValueError, match=message):
+        stream.row(1, 64)
+    with pytest.raises(ValueError, match=message):
+        stream.token_counts(32_000)
+
+
+def test_a_flipped_byte_anywhere_in_the_layout_is_refused_or_harmless(
+    make: Make, source: Source, tokenizer: DocumentTokenizer
+) -> None:
+    """Not one of them may crash, shorten an epoch, or give other tokens without a word; --verify finds them all."""
+    shards = make(source)
+    shard = shards.directory / "train-00000.arrow"
+    whole = shard.read_bytes()
+    stream = shards.tokens("train")
+    expected = stream.read(0, len(stream)).copy()
+    begin = whole.find(expected.tobytes())
+    layout = [*range(0, begin, 7), *range(begin + 2 * len(expected), len(whole))]
+    refused = 0
+    for place in layout:
+        data = bytearray(whole)
+        data[place] ^= 0xFF
+        shard.write_bytes(data)
+        try:
+            stream = TokenShards(shards.directory, tokenizer).tokens("train")
+            assert len(stream) == len(expected)
+            found = stream.read(0, len(stream))
+        except ValueError as error:
+            assert "train-00000.arrow is damaged" in str(error)
+            refused += 1
+            continue
+        # What may be damaged without harm: names and padding, and the documents' offsets, which training does not read.
+        assert np.array_equal(found, expected), place
+    assert refused > 10
+
+
+def test_shards_of_another_tokenizer_or_format_are_refused(
+    make: Make, source: Source, tokenizer: DocumentTokenizer
+) -> None:
+    directory = make(source).directory
     meta = json.loads((directory / "shards.json").read_text())
     (directory / "shards.json").write_text(json.dumps(meta | {"tokenizer": meta["tokenizer"] | {"fingerprint": "0"}}))
     with pytest.raises(ValueError, match=r"was made with the tokenizer 'mistral' \(0\), the run uses 'mistral'"):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(ValueError, match="has the shard format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has the shard format 99, this version reads 2"):
+        TokenShards(directory, tokenizer)
+    (directory / "shards.json").write_text(json.dumps(meta | {"splits": {}}))
+    with pytest.raises(ValueError, match=r"shards\.json is damaged \('train'\): delete"):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text("{")
     with pytest.raises(ValueError, match=r"is no shard directory: .*shards\.json is missing or damaged"):
         TokenShards(directory, tokenizer)
 
 
-def test_token_counts_are_those_of_the_stream(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
-    stream = make(tmp_path / "shards", source, tokenizer, shard_tokens=500).tokens("train")
+def test_token_counts_are_those_of_the_stream(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
+    stream = make(source, shard_tokens=500).tokens("train")
     counts = stream.token_counts(tokenizer.vocab_size)
     assert counts.sum() == len(stream)
     assert counts[tokenizer.eos_id] == sum(not is_held_out(text, 0.1) for text in TEXTS)

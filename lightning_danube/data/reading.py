@@ -1,0 +1,567 @@
+"""Documents out of files, whole or a span of a file at a time, in bounded memory and with the place of each mistake.
+
+A *span* is what one process reads of a file: bytes [start, stop) of the uncompressed content, or row groups of a
+parquet file. `spans` cuts a file where rows begin, so that the rows of all spans are the rows of the file, each once. A
+mistake in a row comes out as a `BadRow` among the documents, for the caller to refuse or to set aside; damage to a
+whole file is a `DamagedFile` and is raised.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+LONGEST_DOCUMENT = 1 << 20
+"""Bytes. A longer text is cut here, at white space, into documents of their own."""
+LONGEST_ROW = 1 << 26
+"""Bytes of one line of jsonl or csv. A longer one is a bad row: reading it would take any amount of memory."""
+LONGEST_ARRAY = 1 << 28
+"""Bytes of a file that is one JSON array, which cannot be read in parts."""
+_BLOCK = 1 << 19
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".raw": "text",
+}
+_COMPRESSIONS = (".gz", ".zst")
+_PATTERN = re.compile(r"\{([^{}]+)\}")
+"""A column's name inside a pattern."""
+
+
+class Document(NamedTuple):
+    """One text and where it stands: rows count from 1, as an editor shows them."""
+
+    text: str
+    file: str
+    row: int
+
+
+class BadRow(NamedTuple):
+    """A row without a usable text. `cause` is one of a few, to be counted; `message` names file, row and way out."""
+
+    file: str
+    row: int
+    cause: str
+    message: str
+
+
+class DamagedFile(ValueError):
+    """What cannot be read whatever the policy about rows is."""
+
+
+class Span(NamedTuple):
+    """A part of a file that begins where row `row` begins; `weight` is its share of the work, in bytes."""
+
+    file: str
+    start: int
+    stop: int
+    row: int
+    weight: int
+
+
+def format_of(path: str) -> str:
+    """Format by the file's name, "" for an unknown one."""
+    stem, suffix = os.path.splitext(path)
+    if suffix in _COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    return FORMATS.get(suffix.lower(), "")
+
+
+def read_file(file: str, column: str, separator: str | None) -> Iterator[Document | BadRow]:
+    """All rows of a file."""
+    for span in spans(file, separator, 1 << 62):
+        yield from read_span(span, column, separator)
+
+
+def read_span(span: Span, column: str, separator: str | None) -> Iterator[Document | BadRow]:
+    """The rows of a span in order. Rows whose text is null or blank are left out; a text longer than
+    `LONGEST_DOCUMENT` comes in pieces.
+
+    Raises:
+        DamagedFile: the file as a whole cannot be read.
+    """
+    kind = format_of(span.file)
+    if kind == "text":
+        yield from _read_text(span, separator)
+        return
+    if kind == "parquet":
+        rows = _parquet_rows(span, column)
+    elif kind == "jsonl":
+        rows = _json_array_rows(span) if _is_json_array(span.file) else _jsonl_rows(span)
+    else:
+        rows = _csv_rows(span)
+    for row, values in rows:
+        yield from documents_of(values, column, span.file, row, f"{span.file}, row {row}")
+
+
+def documents_of(values: Any, column: str, file: str, row: int, where: str) -> Iterator[Document | BadRow]:
+    """The documents of one row: none if its text is blank, several if it is long."""
+    found = values if isinstance(values, BadRow) else text_of(values, column, file, row, where)
+    if isinstance(found, BadRow):
+        yield found
+    elif found.strip():
+        yield from (Document(piece, file, row) for piece in cut(found))
+
+
+def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | BadRow:
+    """The text of a row, "" for one without any."""
+    if not isinstance(values, Mapping):
+        message = f"{where}: expected an object with the column {column!r}, found {type(values).__name__}"
+        return BadRow(file, row, "not an object", message)
+    if "{" in column:
+        parts = {name: text_of(values, name, file, row, where) for name in _PATTERN.findall(column)}
+        bad = next((part for part in parts.values() if isinstance(part, BadRow)), None)
+        return bad or _PATTERN.sub(lambda match: str(parts[match[1]]), column)
+    if column not in values:
+        message = f"{where}: there is no column {column!r}, only {', '.join(map(str, values)) or 'none'}"
+        return BadRow(file, row, "no such column", message)
+    text = values[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        return BadRow(file, row, "not text", f"{where}: column {column!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: column {column!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), not text"
+        return BadRow(file, row, "not UTF-8", message)
+    return text
+
+
+def cut(text: str) -> list[str]:
+    """A text as documents of at most `LONGEST_DOCUMENT` bytes, cut behind white space."""
+    if len(text) * 4 <= LONGEST_DOCUMENT:
+        return [text]
+    data, pieces, at = text.encode(), [], 0
+    while len(data) - at > LONGEST_DOCUMENT:
+        end = _place_to_cut(data, at)
+        pieces.append(data[at:end].decode())
+        at = end
+    pieces.append(data[at:].decode())
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _place_to_cut(data: bytes, at: int) -> int:
+    """End of the piece that begins at `at`: behind the last white space of its second half, else between characters."""
+    end = at + LONGEST_DOCUMENT
+    behind = max(data.rfind(mark, at + LONGEST_DOCUMENT // 2, end) for mark in (b" ", b"\n", b"\t")) + 1
+    if behind:
+        return behind
+    while (data[end] & 0xC0) == 0x80:  # inside a character
+        end -= 1
+    return end
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+class _Cursor:
+    """A compressed file that was left open where the last span ended: the next one is mostly further on."""
+
+    def __init__(self) -> None:
+        self.file, self.stream, self.position = "", io.BytesIO(), 0
+
+
+_cursor = _Cursor()
+
+
+class Bytes:
+    """Content of a plain or compressed file from `start` on; `position` counts uncompressed bytes."""
+
+    def __init__(self, file: str, start: int) -> None:
+        self.file, self.position = file, start
+        if not file.endswith(_COMPRESSIONS):
+            self._stream: Any = open(file, "rb")  # noqa: SIM115
+            self._stream.seek(start)
+            return
+        if _cursor.file == file and _cursor.position <= start:
+            self._stream, self.position = _cursor.stream, _cursor.position
+        else:
+            self._stream, self.position = _decompressed(file), 0
+        _cursor.file = ""
+        while self.position < start:
+            self.read(min(_BLOCK, start - self.position))
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.position += len(data)
+        return data
+
+    def readline(self, limit: int) -> bytes:
+        line: bytes = self._stream.readline(limit)
+        self.position += len(line)
+        return line
+
+    def skip_line(self) -> None:
+        while (line := self.readline(_BLOCK)) and not line.endswith(b"\n"):
+            pass
+
+    def close(self) -> None:
+        if self.file.endswith(_COMPRESSIONS):
+            _cursor.file, _cursor.stream, _cursor.position = self.file, self._stream, self.position
+        else:
+            self._stream.close()
+
+
+def _decompressed(file: str) -> Any:
+    if file.endswith(".gz"):
+        return gzip.open(file)
+    import pyarrow as pa
+
+    # The reader of `zstandard` takes a file that ends inside a frame for a shorter one; Arrow's notices.
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"), _BLOCK)
+
+
+@contextmanager
+def open_bytes(file: str, start: int = 0) -> Iterator[Bytes]:
+    """Opens a file at a place; damage in the compression names the file.
+
+    Raises:
+        DamagedFile: the file cannot be read to its end.
+    """
+    opened = None
+    try:
+        opened = Bytes(file, start)
+        yield opened
+        opened.close()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DamagedFile(f"{file} is not a whole compressed file ({error}): fetch it again") from error
+    except OSError as error:
+        if error.errno is None:
+            raise DamagedFile(f"{file} is not a whole compressed file ({error}): fetch it again") from error
+        raise DamagedFile(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+def spans(file: str, separator: str | None, size: int) -> list[Span]:
+    """A file in parts of about `size` bytes that begin where rows do; reads it once.
+
+    Raises:
+        DamagedFile: the file cannot be read to its end.
+    """
+    kind = format_of(file)
+    if kind == "parquet":
+        return _parquet_spans(file, size)
+    if kind == "jsonl" and _is_json_array(file):
+        with open_bytes(file) as content:
+            while content.position <= LONGEST_ARRAY and content.read(_BLOCK):
+                pass
+            if content.position > LONGEST_ARRAY:
+                raise DamagedFile(
+                    f"{file} is one JSON array of more than {LONGEST_ARRAY >> 20} MiB, which has to be read at once: "
+                    "write it as one object a line (.jsonl)"
+                )
+            return [Span(file, 0, content.position, 1, content.position)]
+    begins = {"text": _text_begins, "jsonl": _line_begins}.get(kind, _csv_begins)(file, separator, size)
+    return [Span(file, start, stop, row, stop - start) for (start, row), (stop, _) in pairwise(begins)]
+
+
+def _line_begins(file: str, separator: str | None, size: int) -> list[tuple[int, int]]:
+    """(offset, row) of the first line at or after every `size` bytes, and of the end."""
+    begins, row, goal = [(0, 1)], 1, size
+    with open_bytes(file) as content:
+        position = 0
+        while block := content.read(_BLOCK):
+            while behind := block.find(b"\n", max(0, goal - 1 - position)) + 1:
+                begins.append((position + behind, row + block.count(b"\n", 0, behind)))
+                goal = begins[-1][0] + size
+            row += block.count(b"\n")
+            position += len(block)
+    if begins[-1][0] == position:
+        begins.pop()
+    return [*begins, (position, row)]
+
+
+def _text_begins(file: str, separator: str | None, size: int) -> list[tuple[int, int]]:
+    begins, end = [(0, 1)], 0
+    with open_bytes(file) as content:
+        for position, number, _, end in _pieces(content, separator, 1):  # noqa: B007
+            if position >= begins[-1][0] + size:
+                begins.append((position, number))
+    return [*begins, (end, 0)]
+
+
+def _csv_begins(file: str, separator: str | None, size: int) -> list[tuple[int, int]]:
+    begins: list[tuple[int, int]] = []
+    with open_bytes(file) as content:
+        lines = _Lines(content)
+        reader = _csv_reader(file, lines)
+        try:
+            next(reader, None)
+            begins.append((content.position, 1))
+        except (csv.Error, BadLine):
+            return [(0, 1), (os.stat(file).st_size, 1)]
+        row = 1
+        while True:
+            start = content.position
+            try:
+                values = next(reader)
+            except StopIteration:
+                break
+            except (csv.Error, BadLine):
+                values = ["bad"]
+            if start >= begins[-1][0] + size:
+                begins.append((start, row))
+            row += bool(values)
+        return [*begins, (content.position, row)]
+
+
+def _parquet_spans(file: str, size: int) -> list[Span]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFile(f"{file} is not a whole parquet file, after row 0 ({str(error).splitlines()[0]})") from error
+    found: list[Span] = []
+    start, first, row, weight = 0, 1, 1, 0
+    for group in range(metadata.num_row_groups):
+        row += metadata.row_group(group).num_rows
+        weight += metadata.row_group(group).total_byte_size
+        if weight >= size or group == metadata.num_row_groups - 1:
+            found.append(Span(file, start, group + 1, first, weight))
+            start, first, weight = group + 1, row, 0
+    return found
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class BadLine(ValueError):
+    """A line of csv that is no text; carries the message."""
+
+
+def _jsonl_rows(span: Span) -> Iterator[tuple[int, Any]]:
+    file, row = span.file, span.row - 1
+    with open_bytes(file, span.start) as content:
+        while content.position < span.stop and (line := content.readline(LONGEST_ROW + 1)):
+            row += 1
+            where = f"{file}, row {row}"
+            if len(line) > LONGEST_ROW:
+                content.skip_line()
+                yield row, _too_long(file, row, where)
+                continue
+            if not line.strip():
+                continue
+            text = _decode(line, where)
+            if text is None:
+                yield row, BadRow(file, row, "not UTF-8", _not_utf8(line, where))
+                continue
+            try:
+                values = json.loads(text.removeprefix("\ufeff"))
+            except json.JSONDecodeError as error:
+                values = BadRow(file, row, "not JSON", f"{where}: not JSON ({error.msg} at character {error.pos + 1})")
+            except RecursionError:
+                values = BadRow(file, row, "not JSON", f"{where}: not JSON (nested too deep)")
+            yield row, values
+
+
+def _is_json_array(file: str) -> bool:
+    return _begins_with_bracket(file, os.stat(file).st_mtime_ns)
+
+
+@lru_cache(64)
+def _begins_with_bracket(file: str, modified: int) -> bool:
+    with open_bytes(file) as content:
+        begin = content.readline(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return begin.startswith(b"[")
+
+
+def _json_array_rows(span: Span) -> Iterator[tuple[int, Any]]:
+    with open_bytes(span.file) as content:
+        data = content.read(span.stop)
+    text = _decode(data, span.file)
+    if text is None:
+        raise DamagedFile(_not_utf8(data, f"{span.file}, row 1"))
+    try:
+        rows = json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        # One mistake anywhere leaves nothing of an array.
+        raise DamagedFile(f"{span.file}, row {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    yield from enumerate(rows, start=1)
+
+
+class _Lines:
+    """Decoded lines for the csv reader, which goes on behind a line that it could not have."""
+
+    def __init__(self, content: Bytes) -> None:
+        self.content, self.number = content, 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.content.readline(LONGEST_ROW + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        where = f"{self.content.file}, line {self.number}"
+        if len(line) > LONGEST_ROW:
+            self.content.skip_line()
+            raise BadLine(_too_long(self.content.file, self.number, where).message)
+        text = _decode(line, where)
+        if text is None:
+            raise BadLine(_not_utf8(line, where))
+        return text.removeprefix("\ufeff") if self.number == 1 else text
+
+
+def _csv_reader(file: str, lines: _Lines) -> Any:
+    csv.field_size_limit(LONGEST_ROW)
+    return csv.reader(lines, delimiter="\t" if format_of(file) == "tsv" else ",", strict=True)
+
+
+@lru_cache(64)
+def _csv_header(file: str, modified: int) -> tuple[list[str], int]:
+    """Names of the columns and the number of lines that they take."""
+    with open_bytes(file) as content:
+        lines = _Lines(content)
+        try:
+            return next(_csv_reader(file, lines), []), lines.number
+        except (csv.Error, BadLine) as error:
+            raise DamagedFile(f"{file}, line 1: the header is not CSV ({error})") from error
+
+
+def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
+    file = span.file
+    header, first_line = _csv_header(file, os.stat(file).st_mtime_ns)
+    with open_bytes(file, span.start) as content:
+        lines = _Lines(content)
+        # Line numbers of a later span would need another pass over the file: they are told for the first one only.
+        lines.number = first_line if span.row == 1 else 1 << 40
+        reader, row = _csv_reader(file, lines), span.row - 1
+        while content.position < span.stop:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, BadLine) as error:
+                row += 1
+                place = f"line {lines.number}" if lines.number < 1 << 40 else f"row {row}"
+                if isinstance(error, BadLine):
+                    cause = "too long" if "longer than" in str(error) else "not UTF-8"
+                    message = re.sub(r"line \d+", place, str(error), count=1)
+                else:
+                    cause, message = "not CSV", f"{file}, {place}: not CSV ({error})"
+                yield row, BadRow(file, row, cause, message)
+                continue
+            if not fields:
+                continue
+            row += 1
+            if len(fields) > len(header):
+                message = f"{file}, row {row}: more fields than the header's {len(header)}"
+                yield row, BadRow(file, row, "not CSV", message)
+            else:
+                yield row, dict.fromkeys(header) | dict(zip(header, fields, strict=False))
+
+
+def _parquet_rows(span: Span, column: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = span.row - 1
+    try:
+        with pq.ParquetFile(span.file, buffer_size=_BLOCK, pre_buffer=False) as parquet:
+            known = parquet.schema_arrow.names
+            wanted = _PATTERN.findall(column) if "{" in column else [column]
+            missing = [name for name in wanted if name not in known]
+            if missing:
+                raise DamagedFile(
+                    f"{span.file}, row {span.row}: there is no column {missing[0]!r}, only {', '.join(known)}"
+                )
+            groups = list(range(span.start, span.stop))
+            for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=wanted):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield row, values
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFile(
+            f"{span.file} is not a whole parquet file, after row {row} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _read_text(span: Span, separator: str | None) -> Iterator[Document | BadRow]:
+    """Documents of a text file; `row` is the document's number."""
+    with open_bytes(span.file, span.start) as content:
+        for position, number, data, end in _pieces(content, separator, span.row, span.stop):
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                message = f"{span.file}, near byte {position + error.start + 1}: not UTF-8: convert the file first"
+                if error.end == len(data) and error.reason == "unexpected end of data" and end == position + len(data):
+                    message = f"{span.file} ends inside a character: not UTF-8, or cut off"
+                yield BadRow(span.file, number, "not UTF-8", message)
+                continue
+            if position == 0:
+                text = text.removeprefix("\ufeff")
+            if text.strip():
+                yield Document(text, span.file, number)
+
+
+def _pieces(
+    content: Bytes, separator: str | None, number: int, stop: int = 1 << 62
+) -> Iterator[tuple[int, int, bytes, int]]:
+    """(position, number of the document, content, position of the next) of what separators or the longest length end.
+
+    Where a piece ends depends only on where it begins, so reading can start at any of them.
+    """
+    mark = separator.encode() if separator else b""
+    position, buffer, at, ended = content.position, b"", 0, False
+    while True:
+        if not ended and len(buffer) - at <= LONGEST_DOCUMENT + len(mark):
+            block = content.read(min(_BLOCK, stop - content.position))
+            ended = not block
+            buffer, at = buffer[at:] + block, 0
+            continue
+        if at >= len(buffer):
+            return
+        end = buffer.find(mark, at, at + LONGEST_DOCUMENT + len(mark)) if mark else -1
+        following, after = number, end
+        if end >= 0:
+            following, after = number + 1, end + len(mark)
+        elif len(buffer) - at <= LONGEST_DOCUMENT:
+            after = end = len(buffer)
+        else:
+            after = end = _place_to_cut(buffer, at)
+        yield position, number, buffer[at:end], position + after - at
+        position, number, at = position + after - at, following, after
+
+
+def _decode(data: bytes, where: str) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _not_utf8(data: bytes, where: str) -> str:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"{where}: byte {error.start + 1} of the row (0x{data[error.start]:02x}) is not UTF-8: convert the file"
+    raise AssertionError("called for bytes that are not UTF-8")
+
+
+def _too_long(file: str, row: int, where: str) -> BadRow:
+    message = f"{where}: longer than {LONGEST_ROW >> 20} MiB, the most a row may have: cut its text into several rows"
+    return BadRow(file, row, "too long", message)
