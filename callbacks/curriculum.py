@@ -6,9 +6,11 @@ that loader processes hold would arrive late, or never.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.position import curriculum_of, finished_stage, samples_done
+from callbacks.position import at_logged_step, curriculum_of, finished_stage, samples_done
 from callbacks.progress import say
 from lightning_danube.durations import parse_tokens
 
@@ -28,6 +30,12 @@ class CurriculumStages(Callback):
         _, curriculum = curriculum_of(trainer)
         if samples_done(trainer) < curriculum.total_samples:
             self._announce(trainer, resumed=trainer.global_step > 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if at_logged_step(trainer, batch_idx):
+            self._log_stage(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -61,5 +69,12 @@ class CurriculumStages(Callback):
         tokens = span.samples * data.context_length
         verb = "going on with" if resumed else "entering"
         say(trainer, f"{verb} stage {k + 1} of {len(curriculum.stages)}: {stage.name}, {tokens:,} tokens: {mix}")
+        self._log_stage(trainer)
+
+    def _log_stage(self, trainer: Trainer) -> None:
+        """Number of the stage of the next sample: TensorBoard would draw a slope between entries alone."""
+        _, curriculum = curriculum_of(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics({"curriculum/stage": float(k + 1)}, step=trainer.global_step)
+            logger.log_metrics(
+                {"mix/stage": float(curriculum.stage_index(samples_done(trainer)) + 1)}, step=trainer.global_step
+            )

@@ -8,19 +8,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.position import at_logged_step, curriculum_of, samples_done
+from callbacks.position import at_logged_step, curriculum_of
 
 
 class TokenLedger(Callback):
     """Counts the samples of the batches that were really trained on, over all replicas.
 
-    Logs, for the current stage, `stage_share/<source>` (share of the stage's tokens so far) and
-    `tokens_seen/<source>` (of the whole run).
+    Logs `mix/<source>` (share of the tokens since the last logged step) and `tokens_seen/<source>` (of the whole run).
     """
 
     def __init__(self) -> None:
         self._samples: Tensor | None = None  # (stages, sources), all replicas, at the last synchronisation
         self._since: Tensor | None = None  # the same, this replica, since then
+        self._logged: Tensor | None = None  # (sources,), at the last logged step
         self._sources: list[str] = []
         self._stages: list[str] = []
 
@@ -32,6 +32,7 @@ class TokenLedger(Callback):
         self._stages = [s.name for s in curriculum.stages]
         self._samples = torch.zeros(len(self._stages), len(self._sources), dtype=torch.int64)
         self._since = torch.zeros_like(self._samples)
+        self._logged = torch.zeros(len(self._sources), dtype=torch.int64)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,23 +62,26 @@ class TokenLedger(Callback):
         ]
 
     def _log(self, trainer: Trainer) -> None:
-        data, curriculum = curriculum_of(trainer)
-        samples = self.samples(trainer)
-        current = samples[curriculum.stage_index(max(0, samples_done(trainer) - 1))]
-        values = {}
-        for s, name in enumerate(self._sources):
-            values[f"stage_share/{name}"] = float(current[s] / current.sum())
-            values[f"tokens_seen/{name}"] = float(samples[:, s].sum() * data.context_length)
+        data, _ = curriculum_of(trainer)
+        seen = self.samples(trainer).sum(0)
+        assert self._logged is not None
+        since, self._logged = seen - self._logged, seen
+        values = {f"mix/{name}": float(n / since.sum()) for name, n in zip(self._sources, since, strict=True)}
+        values |= {
+            f"tokens_seen/{name}": float(n * data.context_length) for name, n in zip(self._sources, seen, strict=True)
+        }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         data, _ = curriculum_of(trainer)
+        assert self._logged is not None
         checkpoint["token_ledger"] = {
             "stages": self._stages,
             "sources": self._sources,
             "samples": self.samples(trainer).clone(),
             "context_length": data.context_length,
+            "logged": dict(zip(self._sources, self._logged.tolist(), strict=True)),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -87,6 +91,7 @@ class TokenLedger(Callback):
         assert self._since is not None
         self._since.zero_()
         self._samples.zero_()
+        self._logged = torch.tensor([saved["logged"].get(name, 0) for name in self._sources])
         # By name: a changed config may have other stages ahead, and sources that only they draw from.
         for k, s in saved["samples"].nonzero().tolist():
             stage, source = saved["stages"][k], saved["sources"][s]

@@ -85,7 +85,7 @@ class Progress(ProgressBar):
             return
         self._last_line = now
         total, done = self._tokens(trainer)
-        loss = trainer.callback_metrics.get("train/loss")
+        loss = trainer.callback_metrics.get("loss/train")
         if self._bar is not None:
             self._bar.set_description(f"stage {stage_name(trainer)}", refresh=False)
             if loss is not None:

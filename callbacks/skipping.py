@@ -39,7 +39,7 @@ class SkipBadSteps(Callback):
             `spike_window` losses that counted. Off by default.
         spike_window: steps of that mean and deviation; nothing is a spike before they are full.
 
-    Logs `train/skipped_steps`, of the whole run.
+    Logs `optimizer/skipped_steps`, of the whole run.
     """
 
     def __init__(self, stop_after: int = 5, spike_deviations: float | None = None, spike_window: int = 128) -> None:
@@ -103,7 +103,7 @@ class SkipBadSteps(Callback):
             self.read(trainer, all_but=0 if event is None else 1)
         if at_logged_step(trainer, batch_idx):
             for logger in trainer.loggers:
-                logger.log_metrics({"train/skipped_steps": float(self.skipped)}, step=trainer.global_step)
+                logger.log_metrics({"optimizer/skipped_steps": float(self.skipped)}, step=trainer.global_step)
 
     def read(self, trainer: Trainer, all_but: int = 0) -> None:
         """Takes note of the steps decided so far, save the newest `all_but`; every rank reads the same."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.ledger import TokenLedger
 from callbacks.position import curriculum_of, finished_stage, run_directory
@@ -47,12 +48,11 @@ class PretrainingSummary(Callback):
         data, curriculum = curriculum_of(trainer)
         self._unigram = data.unigram_losses()
         config: Any = pl_module.config
-        say(
-            trainer,
+        lines = [
             f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
             f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
-            f"{config.parameters:,} parameters",
-        )
+            f"{config.parameters:,} parameters"
+        ]
         passes = curriculum.passes()
         rows = []
         for name, shards in data.shards.items():
@@ -60,15 +60,17 @@ class PretrainingSummary(Callback):
             rows.append(
                 [name, f"{train.documents:,}", f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"]
             )
-        say(trainer, text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
-        accumulation = trainer.accumulate_grad_batches
-        directory = trainer.log_dir  # a broadcast, so on every rank
-        say(
-            trainer,
+        lines.append(text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
+        lines.append(
             f"run: {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps of {data.batch_tokens:,} "
-            f"({trainer.world_size} × {accumulation} × {data.micro_batch_size} rows of {data.context_length}), "
-            f"into {directory}",
+            f"({trainer.world_size} × {trainer.accumulate_grad_batches} × {data.micro_batch_size} rows of "
+            f"{data.context_length}), into {trainer.log_dir}"  # a broadcast, so on every rank
         )
+        say(trainer, "\n".join(lines))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                card = "\n".join("    " + line for line in "\n".join(lines).splitlines())
+                logger.experiment.add_text("run/plan", card, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -205,9 +207,9 @@ def program(name: str) -> str:
 def held_out_losses(trainer: Trainer) -> dict[str, float]:
     """Source → nats a token, of the last validation."""
     return {
-        name.removeprefix("val_loss/"): float(value)
+        name.removeprefix("loss/held_out_"): float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith("val_loss/")
+        if name.startswith("loss/held_out_")
     }
 
 

@@ -62,7 +62,7 @@ class Poison(Callback):
                 return step(batch, batch_idx)
             loss: Any = step(batch, batch_idx)
             loss = loss * factor
-            pl_module._losses[-1] = loss.detach()  # type: ignore[operator, union-attr]
+            pl_module._losses[-1] = loss.detach()  # type: ignore[operator]
             return loss
 
         pl_module.training_step = training_step  # type: ignore[method-assign]

@@ -168,9 +168,9 @@ def mismatches(full: Path, resumed: Path) -> list[str]:
             found.append(part)
     left, right = logged(full), logged(resumed)
     # A resumed run says again in which stage it is: more points, none of them different.
-    stages, stages_again = left.pop("curriculum/stage"), right.pop("curriculum/stage")
+    stages, stages_again = left.pop("mix/stage"), right.pop("mix/stage")
     if not stages.items() <= stages_again.items():
-        found.append("curriculum/stage")
+        found.append("mix/stage")
     found += [tag for tag in sorted(left.keys() | right.keys()) if left.get(tag) != right.get(tag)]
     summaries = [json.loads((run / "summary.json").read_text())["stages"] for run in (full, resumed)]
     return found + ([] if summaries[0] == summaries[1] else ["summary.json"])

@@ -110,7 +110,7 @@ def mix_over_tokens(run: PretrainingRun) -> Figure:
 
 def training_loss(run: PretrainingRun) -> Figure:
     """Loss of the training batches over tokens."""
-    loss = run.curve("train/loss")
+    loss = run.curve("loss/train")
     figure, (ax,) = new_figure(3.4)
     line(ax, loss)
     ax.set_ylabel("training loss, nats a token")
@@ -153,7 +153,7 @@ def held_out_losses(run: PretrainingRun) -> Figure:
 
 def optimization(run: PretrainingRun) -> Figure:
     """Learning rate and gradient norm over tokens."""
-    rate, norm = run.curve("train/learning_rate"), run.curve("train/gradient_norm")
+    rate, norm = run.curve("optimizer/learning_rate"), run.curve("optimizer/gradient_norm")
     figure, (top, bottom) = new_figure(4.6, rows=2, sharex=True)
     line(top, rate)
     top.set_ylabel("learning rate")

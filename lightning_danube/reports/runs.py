@@ -194,7 +194,7 @@ def overview(run: PretrainingRun) -> pd.DataFrame:
 
 def stage_spans(run: PretrainingRun) -> pd.DataFrame:
     """The stages that were entered: begin and end in tokens, the last one up to where the run stands."""
-    numbers = run.curve("curriculum/stage").astype(int)
+    numbers = run.curve("mix/stage").astype(int)
     # A resumed run announces its stage once more: the first time counts.
     begins = {k: int(numbers.index[numbers == k].min()) for k in sorted(set(numbers))}
     reached = max(int(run.curves.index.max()) * run.batch_tokens, run.summary.get("tokens", 0))

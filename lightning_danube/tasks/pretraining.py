@@ -28,8 +28,9 @@ class Pretraining(LightningModule):
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
 
-    Logs `train/loss` (nats a token, mean over the optimizer step), `train/gradient_norm` (before clipping),
-    `train/learning_rate`, and after each validation `val_loss/<source>` (nats a token, mean over the source's tokens).
+    Logs `loss/train` (nats a token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
+    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats a token, mean over the source's
+    tokens).
     """
 
     def __init__(
@@ -126,15 +127,14 @@ class Pretraining(LightningModule):
             if self.step_verdict is None:
                 loss = self._mean_over_ranks(loss)
             values = {
-                "train/loss": float(loss),
-                "train/learning_rate": self._rate,
-                "train/tokens": float(step * self.batch_tokens),
+                "loss/train": float(loss),
+                "optimizer/learning_rate": self._rate,
             }
             if self._gradient_norm is not None:
-                values["train/gradient_norm"] = float(self._gradient_norm)
+                values["optimizer/gradient_norm"] = float(self._gradient_norm)
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=step)
-            self.trainer.callback_metrics["train/loss"] = loss
+            self.trainer.callback_metrics["loss/train"] = loss
 
     def on_train_start(self) -> None:
         """Lets the config decide the optimizer's settings: a loaded optimizer brings those it was saved with, and the
@@ -165,7 +165,7 @@ class Pretraining(LightningModule):
         self._evaluation_losses.clear()
 
     def on_validation_epoch_end(self) -> None:
-        losses = {f"val_loss/{name}": metric.compute() for name, metric in self._evaluation_losses.items()}
+        losses = {f"loss/held_out_{name}": metric.compute() for name, metric in self._evaluation_losses.items()}
         self.log_dict(losses, logger=False)
         # Straight to the loggers: Lightning counts their steps anew after a resume at a stage's end.
         for logger in self.trainer.loggers:

@@ -43,7 +43,7 @@ def test_every_figure_can_be_drawn_and_every_axis_says_what_it_shows(
 
 def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: PretrainingRun) -> None:
     (ax,) = figures.training_loss(run).axes
-    loss = run.curve("train/loss")
+    loss = run.curve("loss/train")
     assert np.array_equal(ax.lines[0].get_xydata(), np.column_stack([loss.index, loss]))
     assert ax.get_ylabel() == "training loss, nats a token"
     assert [stage.get_text() for stage in ax.texts] == ["foundation", "refinement", "finish"]

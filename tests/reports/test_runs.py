@@ -65,10 +65,10 @@ def test_stages_lie_where_the_run_changed_them(tiny_run: Path) -> None:
 
 def test_curves_run_over_tokens(tiny_run: Path) -> None:
     run = runs.read_run(tiny_run)
-    loss = run.curve("train/loss")
+    loss = run.curve("loss/train")
     assert list(loss.index) == [256 * step for step in range(1, 27)]
     # TensorBoard keeps float32.
-    assert list(run.curve("val_loss/web")) == pytest.approx([s["val_loss"]["web"] for s in run.summary["stages"]])
+    assert list(run.curve("loss/held_out_web")) == pytest.approx([s["val_loss"]["web"] for s in run.summary["stages"]])
 
 
 def test_planned_and_seen_mix_stand_beside_the_papers(tiny_run: Path) -> None:
@@ -136,14 +136,14 @@ def test_the_overview_says_what_was_trained(tiny_run: Path) -> None:
 
 def test_a_resumed_run_reads_like_one_that_never_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_scalar("curriculum/stage", 1.0, 0)
-        writer.add_scalar("curriculum/stage", 2.0, 12)
+        writer.add_scalar("mix/stage", 1.0, 0)
+        writer.add_scalar("mix/stage", 2.0, 12)
         for step in (16, 17, 25):
-            writer.add_scalar("train/loss", 9.0, step)
+            writer.add_scalar("loss/train", 9.0, step)
     with SummaryWriter(str(tmp_path), purge_step=17) as writer:
-        writer.add_scalar("curriculum/stage", 2.0, 16)
+        writer.add_scalar("mix/stage", 2.0, 16)
         for step in (17, 18):
-            writer.add_scalar("train/loss", 1.0, step)
+            writer.add_scalar("loss/train", 1.0, step)
     config = {
         "trainer": {"callbacks": []},
         "data": {
@@ -156,7 +156,7 @@ def test_a_resumed_run_reads_like_one_that_never_stopped(tmp_path: Path, capfd: 
     }
     OmegaConf.save(config, tmp_path / "config.yaml")
     run = runs.read_run(tmp_path)
-    assert run.curve("train/loss").to_dict() == {160: 9.0, 170: 1.0, 180: 1.0}
+    assert run.curve("loss/train").to_dict() == {160: 9.0, 170: 1.0, 180: 1.0}
     assert capfd.readouterr().err == ""
     spans = runs.stage_spans(run)
     assert spans.to_dict("index") == {"foundation": {"begin": 0, "end": 120}, "refinement": {"begin": 120, "end": 180}}
@@ -183,14 +183,14 @@ def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
         with pytest.raises(runs.MissingResult, match=going_on):
             part(run)
     for ask, answer in (
-        (runs.stage_spans, r"logged no curriculum/stage: name callbacks\.CurriculumStages in trainer\.callbacks"),
+        (runs.stage_spans, r"logged no mix/stage: name callbacks\.CurriculumStages in trainer\.callbacks"),
         (runs.mix_over_tokens, r"logged no tokens_seen/web: name callbacks\.TokenLedger"),
         (runs.text_samples, r"no text samples: name callbacks\.TextSamples"),
     ):
         with pytest.raises(runs.MissingResult, match=answer):
             ask(run)
-    with pytest.raises(runs.MissingResult, match=r"logged no train/loss: it stopped before the first step"):
-        run.curve("train/loss")
+    with pytest.raises(runs.MissingResult, match=r"logged no loss/train: it stopped before the first step"):
+        run.curve("loss/train")
 
 
 def test_a_run_without_a_source_named_web_has_nothing_beside_the_papers(copied_run: Path) -> None:
