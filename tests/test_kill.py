@@ -1,4 +1,4 @@
-"""SIGKILL to real runs, then `--ckpt_path last` until they are done: the result equals the uninterrupted run's, bitwise.
+"""SIGKILL to real runs, then `--ckpt_path last` until they are done: what they end with equals the uninterrupted run's.
 
 The moments come from outside: lines that a callback prints (it does nothing else) and the files in `checkpoints/`.
 """
