@@ -20,7 +20,7 @@ from lightning_danube.runs import newest_checkpoint, resolve_checkpoint
 from lightning_danube.stopping import StopSignals, requeue_slurm_job
 
 IO = DurableCheckpointIO()
-CONTENT = {"weights": torch.arange(250_000, dtype=torch.float32), "step": 3}
+CONTENT: dict[str, Any] = {"weights": torch.arange(250_000, dtype=torch.float32), "step": 3}
 
 
 def fit(tiny: Path, *options: str) -> int:
@@ -271,14 +271,14 @@ def test_the_newest_that_is_whole_is_taken_and_the_damaged_are_named(tmp_path: P
 def test_without_a_whole_one_nothing_starts(tmp_path: Path) -> None:
     for path in checkpoints_of_a_run(tmp_path, 5, 10):
         truncate(path)
-    with pytest.raises(ValueError, match="no checkpoint under .* is whole: .*10.ckpt: .*; .*05.ckpt: .*copy"):
+    with pytest.raises(ValueError, match=r"no checkpoint under .* is whole: .*10.ckpt: .*; .*05.ckpt: .*copy"):
         resolve_checkpoint("fit", str(tmp_path), "run", "last")
 
 
 def test_a_damaged_file_asked_for_by_name_is_an_error(tmp_path: Path) -> None:
     _, newest = checkpoints_of_a_run(tmp_path, 5, 10)
     truncate(newest)
-    with pytest.raises(ValueError, match="00000010.ckpt is damaged: .* bytes, .* were saved"):
+    with pytest.raises(ValueError, match=r"00000010.ckpt is damaged: .* bytes, .* were saved"):
         resolve_checkpoint("fit", str(tmp_path), "run", str(newest))
 
 
