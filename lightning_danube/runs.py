@@ -129,7 +129,10 @@ def remove_if_unused(version: Path) -> None:
     if not version.is_dir():
         return
     files = [path for path in version.rglob("*") if not path.is_dir()]
-    if all(path.name in ("config.yaml", "hparams.yaml") or path.name.startswith("events.out") for path in files):
+    if all(
+        path.name in ("config.yaml", "hparams.yaml", "history.jsonl") or path.name.startswith("events.out")
+        for path in files
+    ):
         shutil.rmtree(version)
         for parent in version.parents[:2]:
             if any(parent.iterdir()):

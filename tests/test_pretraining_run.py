@@ -264,4 +264,9 @@ def test_fast_dev_run_writes_nothing(tiny: Path) -> None:
 
 def test_without_a_logger_the_run_has_its_place_all_the_same(tiny: Path) -> None:
     assert fit(tiny, "--trainer.logger", "false") == 0
-    assert {path.name for path in (tiny / "runs" / "tiny").iterdir()} == {"checkpoints", "config.yaml", "summary.json"}
+    assert {path.name for path in (tiny / "runs" / "tiny").iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "history.jsonl",
+        "summary.json",
+    }

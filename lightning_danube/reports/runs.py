@@ -23,12 +23,13 @@ PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
 
 LOGGED_BY = {
-    "curriculum": "callbacks.CurriculumStages",
+    "mix": "callbacks.TokenLedger",
+    "mix/stage": "callbacks.CurriculumStages",
     "samples": "callbacks.TextSamples",
     "throughput": "callbacks.Throughput",
     "tokens_seen": "callbacks.TokenLedger",
 }
-"""Group of a TensorBoard tag → the callback to name in `trainer.callbacks`. The task itself logs the other groups."""
+"""TensorBoard tag, or its group → the callback to name in `trainer.callbacks`. The task itself logs the other groups."""
 
 
 class MissingResult(ValueError):
@@ -104,7 +105,7 @@ class PretrainingRun:
 
 
 def way_to_log(tag: str) -> str:
-    callback = LOGGED_BY.get(tag.split("/")[0])
+    callback = LOGGED_BY.get(tag, LOGGED_BY.get(tag.split("/")[0]))
     if callback is None:
         return "it stopped before the first step that is logged (trainer.log_every_n_steps)"
     return f"name {callback} in trainer.callbacks and train again"
