@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.runs import newest_checkpoint, resolve_checkpoint
 from lightning_danube.stopping import StopSignals, requeue_slurm_job
 
+ROOT = Path(__file__).resolve().parents[1]
 IO = DurableCheckpointIO()
 CONTENT: dict[str, Any] = {"weights": torch.arange(250_000, dtype=torch.float32), "step": 3}
 
@@ -327,13 +329,16 @@ import os
 from lightning.pytorch import Callback
 
 class Sender(Callback):
-    def __init__(self, numbers: list[int], micro_batch: int | None = None, validation: int | None = None) -> None:
+    def __init__(
+        self, numbers: list[int], micro_batch: int | None = None, validation: int | None = None, group: bool = False
+    ) -> None:
+        self.group = group
         self.numbers, self.micro_batch, self.validation = numbers, micro_batch, validation
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == self.micro_batch:
+        if batch_idx == self.micro_batch and trainer.is_global_zero:
             for number in self.numbers:
-                os.kill(os.getpid(), number)
+                os.kill(0 if self.group else os.getpid(), number)
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.global_step == self.validation:
@@ -388,6 +393,41 @@ def test_a_run_told_to_stop_within_an_accumulation_ends_as_if_it_was_not(tiny: P
 def test_told_while_the_last_step_is_validated_the_run_is_done(tiny: Path, signalled: Any) -> None:
     assert signalled([signal.SIGTERM], validation=26) == 0
     assert (tiny / "runs" / "told" / "version_0" / "summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [
+        ({"micro_batch": 7, "group": True}, ["--data.init_args.workers", "2"]),
+        ({"micro_batch": 7}, ["--trainer.devices", "2", "--trainer.strategy", "ddp"]),
+    ],
+)
+def test_processes_that_belong_to_the_run_do_not_keep_it_from_saving(
+    tiny: Path, moment: dict[str, Any], options: list[str]
+) -> None:
+    """Loader processes, which the signal of a group reaches as well; ranks, which one rank's signal does not reach."""
+    (tiny / "sender.py").write_text(SENDER)
+    arguments = json.dumps({"numbers": [signal.SIGTERM], **moment})
+    config = (tiny / "tiny.yaml").read_text().replace("micro_batch_size: 8", "micro_batch_size: 4")
+    (tiny / "told.yaml").write_text(f"{config}    - class_path: sender.Sender\n      init_args: {arguments}\n")
+    command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(tiny / "told.yaml"), *options]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tiny}", "OMP_NUM_THREADS": "1"}
+
+    def exit_code(*more: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, *more], env=environment, cwd=tiny, timeout=240, capture_output=True, text=True, process_group=0
+        )
+        return done.returncode, done.stderr
+
+    code, said = exit_code()
+    assert code == 75, said
+    newest = newest_checkpoint(tiny / "runs" / "tiny" / "version_0")
+    assert newest is not None and damage(newest) is None
+    # Micro-batch 7 is in step 4 of one device, in step 8 of two.
+    assert newest.name == ("step_00000008.ckpt" if "ddp" in options else "step_00000004.ckpt")
+    code, said = exit_code("--ckpt_path", "last", "--trainer.max_steps", "10")
+    assert code == 0, said
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

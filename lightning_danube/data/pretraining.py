@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -301,6 +302,7 @@ class CurriculumData(LightningDataModule):
             collate_fn=_as_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -450,6 +452,13 @@ def _inputs_and_labels(ids: Tensor, document_end: int | None) -> dict[str, Any]:
         # A document's end belongs to it; what follows is the next one.
         batch["document_ids"] = ends.cumsum(1) - ends.long()
     return batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole process group (`timeout`, a shell, a terminal) must not take the loaders away from a run
+    that is about to save."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

@@ -29,7 +29,7 @@ LOGGED_BY = {
     "throughput": "callbacks.Throughput",
     "tokens_seen": "callbacks.TokenLedger",
 }
-"""TensorBoard tag, or its group → the callback to name in `trainer.callbacks`. The task itself logs the other groups."""
+"""TensorBoard tag, or its group → the callback to name in `trainer.callbacks`. The task logs the other groups."""
 
 
 class MissingResult(ValueError):
