@@ -172,7 +172,10 @@ class TokenShards:
         try:
             made_with = self.meta["tokenizer"]
             another = made_with["fingerprint"] != tokenizer.fingerprint
-            expected = {file["name"]: file["bytes"] for split in SPLITS for file in self._files(split)}
+            files = [file for split in SPLITS for file in self._files(split)]
+            expected = {file["name"]: file["bytes"] for file in files}
+            if not all(file.keys() >= {"tokens", "sha256", "edges"} for file in files):
+                raise KeyError("sha256")
             self._dtype = np.dtype(self.meta["dtype"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): {_REMEDY.format(directory)}") from error
