@@ -1,6 +1,9 @@
-"""Callbacks that only tests name: one writes down what was trained on, the other poisons a step."""
+"""Callbacks that only tests name: they write down what was trained on and what came of it, or spoil a step."""
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,33 @@ def samples_of_steps(directory: Path) -> list[list[list[int]]]:
     for step, _, _, keys in sorted(lines, key=lambda line: line[:3]):
         steps.setdefault(step, []).extend(keys)
     return [steps[step] for step in sorted(steps)]
+
+
+class LossesOfSteps(Callback):
+    """Writes the loss of each step to `<directory>/losses.jsonl` in full; TensorBoard keeps float32."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self._written: int | None = None
+
+    def _write(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if self._written is not None and step > self._written and trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / "losses.jsonl").open("a") as file:
+                file.write(json.dumps([step, float(trainer.callback_metrics["loss/train"])]) + "\n")
+        self._written = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+
+def losses_of_steps(directory: Path) -> dict[int, float]:
+    """Step, from 1 → its loss."""
+    return dict(map(json.loads, (directory / "losses.jsonl").read_text().splitlines()))
 
 
 class Poison(Callback):
@@ -75,3 +105,26 @@ class Poison(Callback):
             gradient = next(pl_module.parameters()).grad
             assert gradient is not None
             gradient.view(-1)[0] = float("inf")
+
+
+class Fail(Callback):
+    """Makes one rank, or each, fail before a micro-batch.
+
+    Args:
+        what: "disk" raises what a file system does, which is a user's to mend; "fault" what a mistake in the code
+            does; "kill" is the SIGKILL of a system without memory.
+        micro_batch: number of the micro-batch, from 0.
+        rank: the only rank that fails.
+    """
+
+    def __init__(self, what: str, micro_batch: int, rank: int | None = None) -> None:
+        self.what, self.micro_batch, self.rank = what, micro_batch, rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx != self.micro_batch or self.rank not in (None, trainer.global_rank):
+            return
+        if self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "disk":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "web.arrow")
+        raise RuntimeError("a fault of ours")

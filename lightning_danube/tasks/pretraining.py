@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -210,6 +211,9 @@ class Pretraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses another decoder by the fields that differ, before torch lists every tensor.
 
+        Lightning makes the module a double one after it has loaded the weights: here it is made one before, so that
+        float64 weights are not rounded on their way in.
+
         Raises:
             ValueError: the checkpoint's decoder is not this one, or training would go on with another seed.
         """
@@ -226,7 +230,11 @@ class Pretraining(LightningModule):
                 f"the checkpoint holds another decoder than the config: {', '.join(different)}: set what differs back, "
                 "or begin a new run without --ckpt_path"
             )
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if self._trainer is None:
+            return
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()
+        if self.trainer.state.fn != "fit":
             return
         if checkpoint.get("seed", self._seed) != self._seed:
             raise ValueError(
