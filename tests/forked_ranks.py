@@ -1,4 +1,4 @@
-"""Runs command lines in turn, each by so many ranks: `python -m tests.forked_ranks '[[2, ["fit", …]], [1, ["fit", …]]]'`.
+"""Runs command lines in turn, each by so many ranks: `python -m tests.forked_ranks '[[2, ["fit", …]], [1, …]]'`.
 
 The ranks are forked from a process that has imported what they need and done nothing else, so that a test of several
 sessions pays for the imports once. They are told who they are as torchrun tells its own. Ends with the first exit code
