@@ -224,7 +224,9 @@ class DanubeCLI(LightningCLI):
         if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
             done = read_step(self.place.checkpoint)
             steps = self.datamodule.total_tokens // self.datamodule.batch_tokens
-            if done >= steps:
+            # Steps of another size tell nothing about it, and fewer than are done are refused with the reason.
+            same_size = not {"data.batch_tokens", "data.context_length"} & self.changes.keys()
+            if done == steps and same_size:
                 print(
                     f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
                 )

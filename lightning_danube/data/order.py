@@ -82,11 +82,11 @@ def check_order(saved: OrderFacts, now: OrderFacts, samples_done: int) -> None:
                 f"tokens, {_WAY_OUT}"
             )
         start += samples
-    for name in drawn:
+    kept = [name for name in saved.sources if name in drawn]
+    for name in kept:
         if name not in now.sources:
             raise ValueError(f"data.sources: {name!r} has been read and is gone: put it back, {_WAY_OUT}")
         _same_source(name, saved.sources[name], now.sources[name])
-    kept = [name for name in saved.sources if name in drawn]
     if kept != [name for name in now.sources if name in drawn]:
         raise ValueError(
             f"data.sources: the order of the sources decides the order of samples: keep {', '.join(kept)} in this "
