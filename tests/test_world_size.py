@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
+from lightning_danube.data.corpora import Source
+from lightning_danube.data.curriculum import Stage
+from lightning_danube.data.pretraining import CurriculumData
 from tests.probes import losses_of_steps, samples_of_steps
 from tests.test_pretraining_run import scalars
 
@@ -22,7 +26,7 @@ ROUNDING = 1e-12
 
 
 class Sessions:
-    """Writes the command line of each session of a run in float64 that notes its samples and losses."""
+    """Writes the config of each session of a run in float64 that notes its samples and losses."""
 
     def __init__(self, tiny: Path) -> None:
         self.tiny = tiny
@@ -37,11 +41,14 @@ class Sessions:
     def run(self, name: str) -> Path:
         return self.tiny / "runs" / name / "version_0"
 
-    def command(self, session: str, name: str, micro_batch: int, *options: str) -> list[str]:
+    def config(self, session: str) -> Path:
         file = self.tiny / f"{session}.yaml"
         file.write_text(self._config.replace("NOTES", str(self.notes(session))))
+        return file
+
+    def command(self, session: str, name: str, micro_batch: int, *options: str) -> list[str]:
         rows = ["--data.init_args.micro_batch_size", str(micro_batch)]
-        return ["fit", "--config", str(file), "--name", name, *rows, *options]
+        return ["fit", "--config", str(self.config(session)), "--name", name, *rows, *options]
 
 
 @pytest.fixture
@@ -76,16 +83,20 @@ def assert_close(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_same_run(sessions: Sessions, name: str, parts: dict[str, tuple[int, int]]) -> None:
-    """The run `name` is the run "full"; `parts` has the steps (after, up to) of each of its sessions."""
+def assert_same_run(sessions: Sessions, name: str, *parts: tuple[str, int]) -> None:
+    """The run `name` is the run "full"; `parts` has its sessions, and the steps that were done before each."""
     full, other = sessions.run("full"), sessions.run(name)
     samples = samples_of_steps(sessions.notes("full"))
     losses = losses_of_steps(sessions.notes("full"))
     assert len(samples) == len(losses) == 26 and all(len(step) == 8 for step in samples)
-    for session, (after, up_to) in parts.items():
-        assert samples_of_steps(sessions.notes(session)) == samples[after:up_to], session
+    for session, done in parts:
+        # Up to the last, in the middle of which the session may have been killed.
+        *whole, last = samples_of_steps(sessions.notes(session))
+        assert whole == samples[done : done + len(whole)]
+        assert last == samples[done + len(whole)][: len(last)]
         noted = losses_of_steps(sessions.notes(session))
-        assert noted == pytest.approx({step: losses[step] for step in range(after + 1, up_to + 1)}, rel=ROUNDING)
+        assert len(noted) >= len(whole) > 1 and min(noted) == done + 1
+        assert noted == pytest.approx({step: losses[step] for step in noted}, rel=ROUNDING)
     a, b = (torch.load(run / LAST, weights_only=True) for run in (full, other))
     assert {tensor.dtype for tensor in a["state_dict"].values()} == {torch.float64}
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "CurriculumData", "token_ledger", "global_step"):
@@ -96,6 +107,10 @@ def assert_same_run(sessions: Sessions, name: str, parts: dict[str, tuple[int, i
     for stage, again in zip(*summaries, strict=True):
         assert again.pop("val_loss") == pytest.approx(stage.pop("val_loss"), rel=ROUNDING)
         assert again == stage
+    history = [json.loads(line) for line in (other / "history.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["devices"]) for line in history] == [
+        (done, devices) for (_, done), devices in zip(parts, (2, 1, 2), strict=True)
+    ]
 
 
 def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) -> None:
@@ -107,4 +122,33 @@ def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) 
         (1, sessions.command("second", "moved", 8, *last, "--trainer.max_steps", "16")),
         (2, sessions.command("third", "moved", 1, *last)),
     )
-    assert_same_run(sessions, "moved", {"first": (0, 8), "second": (5, 16), "third": (15, 26)})
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), ("third", 15))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "micro_batch", "numbers"),
+    [
+        (2, 8, "2 device(s) × 8 rows: data.micro_batch_size = 1, 2 or 4 would"),
+        (8, 2, "8 device(s) × 2 rows: data.micro_batch_size = 1 would"),
+        (
+            3,
+            1,
+            "3 device(s) × 1 rows: no data.micro_batch_size would, a multiple of 3 rows does: data.batch_tokens = 288",
+        ),
+        (64, 1, "no data.micro_batch_size would, a multiple of 64 rows does: data.batch_tokens = 2048"),
+    ],
+)
+def test_a_step_that_does_not_divide_is_refused_with_numbers_that_would(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, micro_batch: int, numbers: str
+) -> None:
+    """One process is enough to see the words; tests/test_ranks.py has two, which say them once."""
+    data = CurriculumData(
+        {"web": Source(str(tiny / "web.jsonl"))},
+        [Stage("a", 5_000, {"web": 1.0})],
+        context_length=32,
+        batch_tokens=256,
+        micro_batch_size=micro_batch,
+    )
+    monkeypatch.setattr(data, "_replicas", lambda: (replicas, 0))
+    with pytest.raises(ValueError, match=re.escape(numbers)):
+        data._accumulation()

@@ -237,7 +237,12 @@ class CurriculumData(LightningDataModule):
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:
             fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
-            numbers = f"data.micro_batch_size = {_listed(fits)} would" if fits else "no micro_batch_size would"
+            whole = max(1, round(self.batch_samples / replicas)) * replicas * self.context_length
+            numbers = (
+                f"data.micro_batch_size = {_listed(fits)} would"
+                if fits
+                else f"no data.micro_batch_size would, a multiple of {replicas} rows does: data.batch_tokens = {whole}"
+            )
             raise ValueError(
                 f"a step of {self.batch_samples} rows (data.batch_tokens / data.context_length) does not divide into "
                 f"{replicas} device(s) × {self.micro_batch_size} rows: {numbers}"
