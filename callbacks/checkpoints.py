@@ -64,7 +64,7 @@ class Checkpoints(Checkpoint):
             lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
             if self._signals.received == self._requeue_signal and trainer.is_global_zero:
                 lines.append(requeue_slurm_job())
-            # Lightning kills the first process when one that it launched ends with another code than 0.
+            # A rank that rank zero has started, and that ends with another code than 0, counts as failed.
             raise Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
 
     def on_train_batch_end(

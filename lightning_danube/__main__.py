@@ -41,7 +41,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug or message is None:
             traceback.print_exc()
             return 1 if message is None else 2
-        print(f"error: {message}", file=sys.stderr)
+        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("on rank ")]
+        print(" ".join(["error:", message, *(f"({note})" for note in notes)]), file=sys.stderr)
         return 2
 
 

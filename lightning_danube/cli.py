@@ -25,6 +25,7 @@ from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.config_errors import explain, parse, read_config
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.history import append_history, differences, read_saved_config
+from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.stopping import Stopped, tell
 
@@ -210,7 +211,9 @@ class DanubeCLI(LightningCLI):
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.place.directory)
         kwargs["plugins"] = self._plugins()
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        RankLauncher.install(trainer)
+        return trainer
 
     def _plugins(self) -> list[Any]:
         """The user's plugins, and ours for checkpoints unless they or their strategy bring one."""
@@ -283,6 +286,8 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The means of a validation are over all ranks before they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # Lightning 2.6 asks torch >= 2.12 in a way that torch deprecates.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
@@ -290,6 +295,7 @@ def _quieten_lightning() -> None:
 def main(args: list[str]) -> int:
     """Runs one of the trainer's verbs; returns the exit code."""
     _quieten_lightning()
+    end_with_launcher()
     try:
         DanubeCLI(args)
     except Stopped as stop:
@@ -299,4 +305,7 @@ def main(args: list[str]) -> int:
     except SIGTERMException:
         # Lightning's own, where no callback saves when told to stop.
         return 128 + signal.SIGTERM
+    except Exception as error:
+        let_rank_zero_speak(rank_zero_only.rank, error)  # type: ignore[attr-defined]
+        raise
     return 0

@@ -19,6 +19,7 @@ from lightning_danube.checkpoint_files import damage, prepare_directory, read_ma
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.runs import newest_checkpoint, resolve_checkpoint
 from lightning_danube.stopping import StopSignals, requeue_slurm_job
+from tests.test_ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[1]
 IO = DurableCheckpointIO()
@@ -211,6 +212,19 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny: Path, small_disk: Path, caps
         "then go on with --ckpt_path last"
     )
     assert sorted(path.name for path in checkpoints.iterdir()) == ["manifest.json", "step_00000005.ckpt"]
+    assert damage(checkpoints / "step_00000005.ckpt") is None
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks(tiny: Path, small_disk: Path) -> None:
+    """Those that do not write wait for the one that does."""
+    code, said = TwoRanks(tiny).fit("--runs", str(small_disk))
+    assert code == 2
+    checkpoints = small_disk / "tiny" / "version_0" / "checkpoints"
+    assert said == (
+        f"error: {checkpoints}/step_00000010.ckpt: checkpoint not written: no space left on device; free some space, "
+        "then go on with --ckpt_path last\n"
+    )
     assert damage(checkpoints / "step_00000005.ckpt") is None
 
 
