@@ -80,17 +80,19 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL_SECONDS):
-            for rank, process in enumerate(self.procs, start=1):
+            for local_rank, process in enumerate(self.procs, start=1):
                 if process.poll():
-                    self._end_because_of(rank, process.returncode)
+                    self._end_because_of(local_rank, process.returncode)
 
-    def _end_because_of(self, rank: int, code: int) -> NoReturn:
+    def _end_because_of(self, local_rank: int, code: int) -> NoReturn:
         """Ends this process, whose main thread may be waiting for ever, and all that it started."""
         with self._ending:
             self.kill(signal.SIGKILL)
             sys.stdout.flush()
             if code < 0:  # else it has said why
-                tell(f"error: rank {rank} of {self.num_processes} {_ended_by(signal.Signals(-code))}")
+                rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
+                ranks = self.num_nodes * self.num_processes
+                tell(f"error: rank {rank} of {ranks} {_ended_by(signal.Signals(-code))}")
             os._exit(code if code > 0 else 128 - code)
 
     def _end_the_others(self, error: BaseException) -> None:
@@ -110,14 +112,14 @@ class RankLauncher(_SubprocessScriptLauncher):
         last_resort.start()
 
     def _wait_for_the_others(self) -> None:
-        for rank, process in enumerate(self.procs, start=1):
+        for local_rank, process in enumerate(self.procs, start=1):
             try:
                 code = process.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 code = 0  # what was asked is done
                 process.kill()
             if code:
-                self._end_because_of(rank, code)
+                self._end_because_of(local_rank, code)
         self._over.set()
 
 

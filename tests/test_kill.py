@@ -22,7 +22,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.__main__ import main
 from lightning_danube.runs import newest_checkpoint
 from tests.test_world_size import Sessions, assert_same_run
 
@@ -229,21 +228,22 @@ def test_killed_between_two_processes_one_and_two_nothing_changes(watched: Path)
     """SIGKILL of the first process, within an accumulation and right at a stage's end; the others are to end by
     themselves."""
     sessions = Sessions(watched)
-    run = Run(watched, "moved")
+    full, run = Run(watched, "full"), Run(watched, "moved")
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
-    def begin(session: str, micro_batch: int, *options: str) -> None:
+    def begin(run: Run, session: str, micro_batch: int, *options: str) -> None:
         sessions.config(session).replace(watched / "tiny.yaml")
         run.options = ("--data.init_args.micro_batch_size", str(micro_batch), *options)
 
-    begin("first", 2, *two)
+    begin(full, "full", 8)
+    full.finish()
+    begin(run, "first", 2, *two)
     assert run.kill_when("within an accumulation", run.micro_batch(2 * 7 + 1))
-    begin("second", 8)
+    begin(run, "second", 8)
     assert run.kill_when("after a stage's checkpoint", run.written("stage_2_*"))
-    begin("third", 1, *two, "--data.init_args.workers", "1")
+    begin(run, "third", 1, *two, "--data.init_args.workers", "1")
     run.finish()
     assert run.orphans() == []
-    assert main(sessions.command("full", "full", 8)) == 0
     assert_same_run(sessions, "moved", ("first", 0), ("second", 6), ("third", 20))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lightning_danube import ranks
@@ -165,6 +166,14 @@ class Launcher(RankLauncher):
 def first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would make this process a rank that others have started."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def test_it_takes_the_place_of_lightnings() -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    for devices, launcher in ((2, RankLauncher), (1, type(None))):
+        trainer = Trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", **options)
+        RankLauncher.install(trainer)
+        assert type(trainer.strategy.launcher) is launcher
 
 
 def exit_code_of(function: Callable[[], Any]) -> int:
