@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lightning_danube.__main__ import main
@@ -107,7 +108,8 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     run = version(tmp_path / "runs")
     change = yaml.safe_load(stages("finish, tokens: 1.5K", "end, tokens: 3K"))
     change["data"]["init_args"] |= {"micro_batch_size": 4, "workers": 1}
-    change["model"] = {"init_args": {"learning_rate": {"peak": 0.02, "final": 0.001, "warmup": "1K"}}}
+    rate = {"peak": 0.02, "final": 0.001, "warmup": "1K"}
+    change["model"] = {"init_args": {"learning_rate": rate, "optimizer": {"betas": [0.9, 0.99]}}}
     change["trainer"] = {"log_every_n_steps": 2}
     change["runs"] = str(tmp_path / "runs")
     capsys.readouterr()
@@ -130,6 +132,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
         "  data.stages.end.mix.web: not set → 51.6",
         "  data.stages.end.mix.wiki: not set → 48.4",
         "  model.learning_rate.peak: 0.01 → 0.02",
+        "  model.optimizer.betas: [0.9, 0.95] → [0.9, 0.99]",
         "  trainer.log_every_n_steps: 1 → 2",
         "  trainer.max_steps: 15 → -1",
     }
@@ -147,6 +150,10 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     assert rates[15] == pytest.approx(LearningRate(0.01, 0.001, "1K").at(15 * 256, 6656), rel=1e-6)  # float32
     assert rates[16] == pytest.approx(new.at(16 * 256, 8192), rel=1e-6)
     assert rates[32] == pytest.approx(0.001, rel=1e-6)
+    last = torch.load(run / "checkpoints" / "stage_3_end_step_00000032.ckpt", weights_only=True)
+    (optimizer,) = last["optimizer_states"]
+    assert {tuple(group["betas"]) for group in optimizer["param_groups"]} == {(0.9, 0.99)}
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {32}  # the moments have gone on
     summary = json.loads((run / "summary.json").read_text())
     assert [(stage["name"], stage["tokens"]) for stage in summary["stages"]] == [
         ("foundation", 3072),
