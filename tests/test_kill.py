@@ -110,7 +110,7 @@ class Run:
 
     def finish(self) -> None:
         process, output = self.start()
-        assert process.wait(timeout=240) == 0, output.read_text()
+        assert process.wait(timeout=900) == 0, output.read_text()  # a busy machine
 
     # --- moments ------------------------------------------------------------------------------------------------------
 
