@@ -1,7 +1,7 @@
 """Sampling with a key-value cache: `TokenStream` gives the tokens of a batch step by step, `generate` all of them.
 
-Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, L layers, G key-value heads, S capacity of
-the cache in tokens, K channels of a head.
+Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, E tokens that end a row; of the cache: L
+layers, G key-value heads, S tokens that fit, K channels of a head.
 """
 
 import math
