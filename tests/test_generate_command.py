@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.commands.weights import load_model
 from lightning_danube.data.chat import encode_chat
 from lightning_danube.data.tokenizer import load_hf_tokenizer
 from lightning_danube.model import Decoder, DecoderConfig, Sampling, generate, save_hf
 from lightning_danube.model.packing import pack_linears
+from lightning_danube.weights import load_model
 
 PROMPTS = ["The river", "Seven green mountains walk slowly under", "x"]
 

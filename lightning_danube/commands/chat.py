@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from lightning_danube.commands.sampling import add_sampling_arguments, sampling_of
-from lightning_danube.commands.weights import add_weights_argument, load_model
+from lightning_danube.weights import add_weights_arguments, load_model
 
 if TYPE_CHECKING:
     from lightning_danube.conversation import Conversation
@@ -17,7 +17,7 @@ COMMANDS = "/reset begins anew, /system TEXT too with a system message, /exit or
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_weights_argument(parser)
+    add_weights_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message, where the chat template has one")
     parser.add_argument(
         "--max-new-tokens",
@@ -38,7 +38,9 @@ def run(arguments: Namespace) -> None:
     from lightning_danube.model.packing import pack_linears
 
     sampling = sampling_of(arguments)
-    decoder, tokenizer = load_model(arguments.weights)
+    decoder, tokenizer = load_model(
+        arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
+    )
     decoder.eval()
     pack_linears(decoder)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_danube.commands.sampling import add_sampling_arguments, sampling_of
-from lightning_danube.commands.weights import add_weights_argument, load_model
+from lightning_danube.weights import add_weights_arguments, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_weights_argument(parser)
+    add_weights_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
     )
@@ -78,7 +78,9 @@ def run(arguments: Namespace) -> None:
     from lightning_danube.text_generation import TextGeneration
 
     sampling = sampling_of(arguments)
-    decoder, tokenizer = load_model(arguments.weights)
+    decoder, tokenizer = load_model(
+        arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
+    )
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
     pack_linears(decoder, min(arguments.batch_size, len(prompts)))

@@ -283,7 +283,7 @@ def test_modules_return_to_the_mode_they_were_in() -> None:
 def test_probabilities_are_those_of_transformers(options: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(5, 101, dtype=dtype)
-    texts = torch.randint(0, 101, (5, 12))
+    texts: Any = torch.randint(0, 101, (5, 12))
     sampling = Sampling(**({"temperature": 1.0} | options))
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
     processors.append(TemperatureLogitsWarper(sampling.temperature))
@@ -291,7 +291,8 @@ def test_probabilities_are_those_of_transformers(options: dict[str, Any], dtype:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p is not None:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    expected = processors(texts, logits).softmax(-1)
+    scores: Any = logits
+    expected = processors(texts, scores).softmax(-1)
 
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, texts, True)
     probabilities, ids = candidates(penalize(logits, seen, sampling.repetition_penalty), sampling)
