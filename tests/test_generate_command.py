@@ -10,7 +10,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.data.chat import encode_chat
 from lightning_danube.data.tokenizer import load_hf_tokenizer
 from lightning_danube.model import Decoder, DecoderConfig, Sampling, generate, save_hf
-from lightning_danube.model.packing import pack_linears
+from lightning_danube.model.packing import pack_for_generation
 from lightning_danube.weights import load_model
 
 PROMPTS = ["The river", "Seven green mountains walk slowly under", "x"]
@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def expected(weights: str, prompt_ids: list[int], new_tokens: int, sampling: Sampling, seed: int = 0) -> str:
     """The continuation, by the model alone, one prompt at a time."""
     decoder, tokenizer = load_model(weights)
-    pack_linears(decoder)
+    pack_for_generation(decoder)
     (new,) = generate(decoder, [prompt_ids], new_tokens, sampling=sampling, seeds=[seed])
     return str(tokenizer.decode(prompt_ids + new))[len(str(tokenizer.decode(prompt_ids))) :]
 

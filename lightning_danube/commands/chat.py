@@ -35,14 +35,14 @@ def run(arguments: Namespace) -> None:
     import torch
 
     from lightning_danube.conversation import Conversation
-    from lightning_danube.model.packing import pack_linears
+    from lightning_danube.model.packing import pack_for_generation
 
     sampling = sampling_of(arguments)
     decoder, tokenizer = load_model(
         arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
     )
     decoder.eval()
-    pack_linears(decoder)
+    pack_for_generation(decoder)
     with torch.inference_mode():
         conversation = Conversation(
             decoder,

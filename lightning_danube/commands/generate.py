@@ -74,7 +74,7 @@ def run(arguments: Namespace) -> None:
     import torch
 
     from lightning_danube.data.chat import end_ids
-    from lightning_danube.model.packing import pack_linears
+    from lightning_danube.model.packing import pack_for_generation
     from lightning_danube.text_generation import TextGeneration
 
     sampling = sampling_of(arguments)
@@ -83,7 +83,7 @@ def run(arguments: Namespace) -> None:
     )
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
-    pack_linears(decoder, min(arguments.batch_size, len(prompts)))
+    pack_for_generation(decoder, min(arguments.batch_size, len(prompts)))
     with torch.inference_mode():
         for start in range(0, len(prompts), arguments.batch_size):
             rows = range(start, min(start + arguments.batch_size, len(prompts)))

@@ -117,9 +117,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """Without a mask the attention is causal and no T x S tensor is made; a mask says all by itself."""
         B, T, _ = hidden_BTD.shape
-        q_BTHK = rotate(self.q_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
-        k_BTGK = rotate(self.k_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
-        v_BTGK = self.v_proj(hidden_BTD).view(B, T, -1, self.head_dim)
+        q_BTHK, k_BTGK, v_BTGK = self.project(hidden_BTD, cos_BT1K, sin_BT1K)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if past is not None:
             k_BGSK, v_BGSK = past.extend(k_BGSK, v_BGSK)
@@ -141,6 +139,13 @@ class GroupedQueryAttention(nn.Module):
             enable_gqa=grouped,
         )
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+    def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, the first two turned to their positions."""
+        B, T, _ = hidden_BTD.shape
+        q_BTHK = rotate(self.q_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
+        k_BTGK = rotate(self.k_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
+        return q_BTHK, k_BTGK, self.v_proj(hidden_BTD).view(B, T, -1, self.head_dim)
 
 
 def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor | None) -> Tensor:

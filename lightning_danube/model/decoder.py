@@ -33,10 +33,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.dtype == hidden_BTD.dtype:
+            return F.rms_norm(hidden_BTD, weight.shape, weight, self.eps)
         # 16-bit activations with float32 gains (a quantized base, say) would leave the fused path with a warning.
-        dtype = torch.promote_types(hidden_BTD.dtype, self.weight.dtype)
-        normed = F.rms_norm(hidden_BTD.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-        return normed.to(hidden_BTD.dtype)
+        dtype = torch.promote_types(hidden_BTD.dtype, weight.dtype)
+        return F.rms_norm(hidden_BTD.to(dtype), weight.shape, weight.to(dtype), self.eps).to(hidden_BTD.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -245,10 +245,12 @@ class TokenStream(Iterator[Tensor]):
         if step == self.max_new_tokens or (step and self.can_finish and bool(self.finished_B.all())):
             raise StopIteration
         logits_BV = self.decoder.lm_head(self._hidden())
+        if logits_BV.dtype != torch.float64:
+            logits_BV = logits_BV.float()
         if not step and not bool(logits_BV.isfinite().all()):
             raise ValueError(
-                f"the model gives logits that are no finite numbers: its weights are damaged, or {logits_BV.dtype} is "
-                "too narrow for them"
+                "the model gives logits that are no finite numbers: its weights are damaged, or "
+                f"{self.decoder.model.norm.weight.dtype} is too narrow for them"
             )
         if self.sampling.repetition_penalty != 1:
             logits_BV = penalize(logits_BV, self.seen_BV, self.sampling.repetition_penalty)
@@ -352,7 +354,7 @@ def evaluation_mode(decoder: "Decoder") -> Iterator[None]:
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor | None = None) -> Tensor:
-    """One token a row, (B,); `uniforms_B` in (0, 1] say which, where one is drawn.
+    """One token a row, (B,), from logits in float32 or float64; `uniforms_B` in (0, 1] say which, where one is drawn.
 
     A row's token is the one at which the sum of probabilities reaches its number: unlike torch.multinomial, this
     depends on the row's own logits and number, and on nothing else in the batch.
@@ -371,8 +373,6 @@ def sample(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor | None = No
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Probabilities to draw with, up to a factor, and whose they are: (B, C) each, the likeliest first, or (B, V) and
     None, in the order of the vocabulary. Ties at the k-th place are cut, where transformers keeps them all."""
-    if logits_BV.dtype != torch.float64:
-        logits_BV = logits_BV.float()
     logits_BC, ids_BC = logits_BV / sampling.temperature, None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         logits_BC, ids_BC = logits_BC.topk(sampling.top_k)
