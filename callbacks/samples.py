@@ -8,7 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from callbacks.position import curriculum_of
-from lightning_danube.model import generate
+from lightning_danube.model import Sampling, generate
+from lightning_danube.text_generation import encode_prompt
 
 
 class TextSamples(Callback):
@@ -38,26 +39,22 @@ class TextSamples(Callback):
         data, _ = curriculum_of(trainer)
         tokenizer = data.tokenizer
         for prompt in self.prompts:
-            head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            ids = head + tokenizer.hf(prompt, add_special_tokens=False).input_ids
+            ids = encode_prompt(tokenizer.hf, prompt)
             room = data.context_length - len(ids)
             if room < 1:
                 raise ValueError(
                     f"the sample prompt {prompt!r} has {len(ids)} tokens, the context {data.context_length}"
                 )
-            # A generator of its own: sampling must not move the random state of training.
-            generator = torch.Generator(pl_module.device).manual_seed(0)
+            # Its draws have a source of their own: sampling must not move the random state of training.
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                out = generate(
+                (new,) = generate(
                     pl_module.decoder,  # type: ignore[arg-type]
-                    torch.tensor([ids], device=pl_module.device),
+                    [ids],
                     min(self.max_new_tokens, room),
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    eos_id=tokenizer.eos_id,
-                    generator=generator,
+                    sampling=Sampling(temperature=self.temperature, top_k=self.top_k),
+                    eos_ids=[tokenizer.eos_id],
                 )
-            self.latest[prompt] = str(tokenizer.hf.decode(out[0], skip_special_tokens=True))
+            self.latest[prompt] = str(tokenizer.hf.decode(ids + new, skip_special_tokens=True))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, prompt in enumerate(self.prompts, start=1):

@@ -183,7 +183,7 @@ def test_wrong_configs_are_answered_in_one_line(
         (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),
         (["fit", "--config", "TINY", "--ckpt_path", "DIRECTORY"], "the directory has no checkpoints/*.ckpt"),
         (["validate", "--config", "TINY"], "validate needs a trained model: give --ckpt_path last"),
-        (["generate"], "the following arguments are required: --weights, --prompt"),
+        (["generate"], "the following arguments are required: --weights"),
         (
             ["generate", "--weights", "nowhere", "--prompt", "x"],
             "--weights nowhere: there is no such file or directory",
@@ -199,7 +199,7 @@ def test_wrong_configs_are_answered_in_one_line(
         ),
         (
             ["generate", "--weights", "x", "--prompt", "x", "--temperature", "-1"],
-            "--temperature is -1.0: it must not be negative",
+            "temperature is -1.0; it has to be at least 0 (0 takes the likeliest token)",
         ),
         (["export", "--weights", "nowhere", "--out", "x"], "--weights nowhere: there is no such file or directory"),
         (

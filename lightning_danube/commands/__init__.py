@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "prepare": "make the token shards of a configuration's data, so that fit starts at once",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk with a trained model in the terminal",
     "export": "write a trained model for other programs",
 }
 """Verb → what it does. A verb's module bears its name."""

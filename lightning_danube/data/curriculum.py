@@ -8,7 +8,7 @@ alone. The state of the training data is therefore one integer: how many samples
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -147,32 +147,36 @@ class Curriculum:
 
     def samples(self, start: int, stop: int) -> list[SampleKey]:
         """Keys of the samples [start, stop); their cost does not depend on `start`."""
-        return [key for chunk in self._chunks(start, stop) for key in chunk]
+        return list(map(SampleKey._make, self.keys(start, stop).tolist()))
 
     def __getitem__(self, sample: int) -> SampleKey:
         return self.samples(sample, sample + 1)[0]
 
-    def _chunks(self, start: int, stop: int) -> Iterator[list[SampleKey]]:
+    def keys(self, start: int, stop: int) -> IntArray:
+        """The same as an array, (samples, 4), in the order of the fields of `SampleKey`."""
         assert 0 <= start <= stop <= self.total_samples
-        while start < stop:
-            k = self.stage_index(start)
+        keys = np.empty((stop - start, len(SampleKey._fields)), dtype=np.int64)
+        at = start
+        while at < stop:
+            k = self.stage_index(at)
             end = min(stop, int(self._starts[k + 1]))
-            yield self._stage_samples(k, np.arange(start, end, dtype=np.int64) - self._starts[k])
-            start = end
+            self._stage_keys(k, np.arange(at, end) - self._starts[k], keys[at - start : end - start])
+            at = end
+        return keys
 
-    def _stage_samples(self, k: int, positions: IntArray) -> list[SampleKey]:
+    def _stage_keys(self, k: int, positions: IntArray, keys: IntArray) -> None:
+        """Writes the keys of positions of one stage, (positions, 4)."""
         mixture = self._mixtures[k]
         sources = mixture.sources_at(positions)
         here = np.arange(len(positions))
         ordinals = (self._taken[k] + mixture.taken_before(positions))[here, sources]
         epochs, places = np.divmod(ordinals, self._rows[sources])
-        rows = np.empty_like(places)
+        keys[:, 0], keys[:, 1], keys[:, 2] = k, sources, epochs
         for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
             chosen = (sources == source) & (epochs == epoch)
-            rows[chosen] = permute(
+            keys[chosen, 3] = permute(
                 places[chosen], int(self._rows[source]), seed=self.seed, stream=self.sources[source], epoch=epoch
             )
-        return [SampleKey(k, *key) for key in zip(sources.tolist(), epochs.tolist(), rows.tolist(), strict=True)]
 
 
 def stage_samples(stage: Stage, context_length: int, batch_samples: int) -> int:

@@ -42,7 +42,7 @@ from lightning_danube.data.shards import (
     source_fingerprint,
 )
 from lightning_danube.data.tokenizer import DocumentTokenizer
-from lightning_danube.data.units import Job, load_part, load_unit, make_unit
+from lightning_danube.data.units import Job, can_encode_in_parts, load_part, load_unit, make_unit
 
 UNIT_BYTES = 1 << 22
 """Text of a unit, about a second of work. A source of more than `MOST_UNITS` times that has larger ones."""
@@ -117,6 +117,7 @@ class Preparation:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             dtype=tokenizer.dtype.name,
+            in_parts=can_encode_in_parts(self.tokenizer_json()),
             filters=quality.filters if source.filters else None,
             near=quality.deduplicate == "near",
             benchmarks=bool(quality.decontaminate),

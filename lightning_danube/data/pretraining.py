@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.data.corpora import Source
 from lightning_danube.data.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
-from lightning_danube.data.mixture import whole_counts
+from lightning_danube.data.mixture import IntArray, whole_counts
 from lightning_danube.data.order import OrderFacts, check_order, stream_identity
 from lightning_danube.data.preparation import Part, open_or_prepare, prepare
 from lightning_danube.data.quality import Deduplicate, Filters, Quality
@@ -301,15 +301,7 @@ class CurriculumData(LightningDataModule):
         rows = TrainingRows(
             [self.train_streams[name] for name in self.curriculum.sources], self.context_length, self._document_end()
         )
-        return ResumableLoader(
-            rows,
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return ResumableLoader(rows, sampler, self.workers)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_rows)
@@ -367,8 +359,8 @@ def evaluation_rows(stream: TokenStream, context_length: int, limit: int | None)
     return rows if limit is None else min(rows, limit)
 
 
-class CurriculumSampler(Sampler[list[SampleKey]]):
-    """Keys of this replica's micro-batches, from sample `start` to the end of the run.
+class CurriculumSampler(Sampler[Any]):
+    """Keys of this replica's micro-batches, (rows, 4) each, from sample `start` to the end of the run.
 
     An optimizer step is a run of consecutive samples; micro-batch after micro-batch is dealt to the replicas in turn.
     So neither the micro-batch nor the number of replicas changes which samples a step holds.
@@ -386,35 +378,83 @@ class CurriculumSampler(Sampler[list[SampleKey]]):
         """Micro-batches of the whole run, wherever it starts: the trainer counts those before as done."""
         return self.curriculum.total_samples // (self.micro_batch_size * self.replicas)
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[IntArray]:
         stride = self.micro_batch_size * self.replicas
         chunk = stride * max(1, 4096 // stride)
         for begin in range(self.start, self.curriculum.total_samples, chunk):
-            keys = self.curriculum.samples(begin, min(begin + chunk, self.curriculum.total_samples))
+            keys = self.curriculum.keys(begin, min(begin + chunk, self.curriculum.total_samples))
             for first in range(self.replica * self.micro_batch_size, len(keys), stride):
                 yield keys[first : first + self.micro_batch_size]
 
 
+class TrainingRows(Dataset[Any]):
+    """Reads whole micro-batches by key, in any process, and makes tensors of them in the one that trains.
+
+    Between the two they are arrays, ids as small as they are stored, and go through a pipe: a tensor would go through
+    shared memory, whose setting up costs a loader process many times what it takes to read the rows.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], context_length: int, document_end: int | None) -> None:
+        self.streams, self.context_length, self.document_end = streams, context_length, document_end
+        self._pinned = torch.cuda.is_available()
+
+    def __getitems__(self, keys: IntArray) -> tuple[NDArray[Any], IntArray] | ValueError:
+        """The rows of the keys, (rows, context + 1), and the keys; or why there are none, for `batch` to raise, as
+        an error raised in a loader process would arrive wrapped into its traceback."""
+        try:
+            return self._read(keys.tolist()), keys
+        except ValueError as error:
+            return error
+
+    def _read(self, keys: list[list[int]]) -> NDArray[Any]:
+        width = self.context_length + 1
+        ids = np.empty((len(keys), width), dtype=self.streams[0].dtype)
+        for place, (_, source, _, row) in enumerate(keys):
+            start = row * self.context_length
+            ids[place] = self.streams[source].read(start, start + width)
+        if ids.max() >= self.streams[0].vocab_size:
+            for _, source, _, row in keys:
+                self.streams[source].row(row, self.context_length)
+        return ids
+
+    def batch(self, rows: tuple[NDArray[Any], IntArray] | ValueError) -> dict[str, Any]:
+        """input_ids and labels, (rows, context), int64, and the keys.
+
+        Raises:
+            ValueError: an id is none of the vocabulary, see `TokenStream.row`.
+        """
+        if isinstance(rows, ValueError):
+            raise rows
+        ids, keys = rows
+        batch = inputs_and_labels(ids, self.document_end, pinned=self._pinned)
+        return batch | {"keys": list(map(SampleKey._make, keys.tolist()))}
+
+
 class ResumableLoader(DataLoader[Any]):
     """A loader that need not be rewound: the data module starts its sampler where the checkpoint stands."""
+
+    dataset: TrainingRows
+    batch_sampler: CurriculumSampler
+
+    def __init__(self, rows: TrainingRows, sampler: CurriculumSampler, workers: int) -> None:
+        super().__init__(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
+        )
+
+    def __iter__(self) -> Any:
+        rows: Any = super().__iter__() if self.num_workers else map(self.dataset.__getitems__, self.batch_sampler)
+        return map(self.dataset.batch, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         pass
-
-
-class TrainingRows(Dataset[Any]):
-    """Reads whole micro-batches by key: input_ids and labels, (rows, context), int64."""
-
-    def __init__(self, streams: Sequence[TokenStream], context_length: int, document_end: int | None) -> None:
-        self.streams, self.context_length, self.document_end = streams, context_length, document_end
-
-    def __getitems__(self, keys: list[SampleKey]) -> dict[str, Any]:
-        ids = np.stack([self.streams[key.source].row(key.row, self.context_length) for key in keys])
-        batch = _inputs_and_labels(torch.from_numpy(ids.astype(np.int64)), self.document_end)
-        return batch | {"keys": keys}
 
 
 class EvaluationBatches(Dataset[Any]):
@@ -444,14 +484,18 @@ class EvaluationBatches(Dataset[Any]):
                 tokens = self.stream.row(row, self.context_length)
                 ids[place, : len(tokens)] = tokens
                 lengths[place] = len(tokens) - 1
-        batch = _inputs_and_labels(torch.from_numpy(ids), self.document_end)
+        batch = inputs_and_labels(ids, self.document_end)
         places = torch.arange(self.context_length)
         batch["labels"] = batch["labels"].masked_fill(places >= torch.from_numpy(lengths)[:, None], IGNORE_INDEX)
         return batch | {"source": self.source, "rows": rows}
 
 
-def _inputs_and_labels(ids: Tensor, document_end: int | None) -> dict[str, Any]:
-    batch: dict[str, Any] = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bool = False) -> dict[str, Any]:
+    """Both of (rows, context) from (rows, context + 1) ids; pinned if a device is going to copy them."""
+    both = torch.empty((2, len(ids), ids.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
+    into = both.numpy()
+    into[0], into[1] = ids[:, :-1], ids[:, 1:]
+    batch: dict[str, Any] = dict(zip(("input_ids", "labels"), both.unbind(), strict=True))
     if document_end is not None:
         ends = batch["input_ids"] == document_end
         # A document's end belongs to it; what follows is the next one.

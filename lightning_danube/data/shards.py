@@ -15,7 +15,9 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -248,26 +250,26 @@ class TokenStream:
     """Tokens of many memory-mapped segments as one sequence; reading a window touches only its own pages."""
 
     def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int, files: list[Path]) -> None:
-        self._segments, self._vocab_size, self._files = segments, vocab_size, files
-        self._ends = np.cumsum([0, *map(len, segments)], dtype=np.int64)
-        self._dtype = dtype
+        self._segments, self.vocab_size, self._files = segments, vocab_size, files
+        self._ends = list(accumulate(map(len, segments), initial=0))
+        self.dtype = dtype
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens [start, stop)."""
         assert 0 <= start <= stop <= len(self)
-        first = int(np.searchsorted(self._ends, start, side="right")) - 1
+        first = bisect_right(self._ends, start) - 1
         if first < len(self._segments) and stop <= self._ends[first + 1]:
-            offset = int(self._ends[first])
+            offset = self._ends[first]
             return self._segments[first][start - offset : stop - offset]
         pieces = []
         while start < stop:
-            offset, end = int(self._ends[first]), min(stop, int(self._ends[first + 1]))
+            offset, end = self._ends[first], min(stop, self._ends[first + 1])
             pieces.append(self._segments[first][start - offset : end - offset])
             start, first = end, first + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self._dtype)
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.dtype)
 
     def rows(self, context_length: int) -> int:
         """Whole training rows: each predicts `context_length` tokens and shares one token with the next row."""
@@ -281,17 +283,17 @@ class TokenStream:
         """
         start = number * context_length
         row = self.read(start, min(start + context_length + 1, len(self)))
-        if len(row) and row.max() >= self._vocab_size:
-            self._refuse(start + int(np.argmax(row >= self._vocab_size)))
+        if len(row) and row.max() >= self.vocab_size:
+            self._refuse(start + int(np.argmax(row >= self.vocab_size)))
         return row
 
     def _refuse(self, position: int) -> NoReturn:
-        segment = int(np.searchsorted(self._ends, position, side="right")) - 1
+        segment = bisect_right(self._ends, position) - 1
         value, path = self.read(position, position + 1)[0], self._files[segment]
         place = position - self._ends[self._files.index(path)]
         raise ValueError(
             f"{path} is damaged: token {place:,} of it is {value}, the vocabulary has "
-            f"{self._vocab_size}: {_REMEDY.format(path.parent)}"
+            f"{self.vocab_size}: {_REMEDY.format(path.parent)}"
         )
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
@@ -300,9 +302,9 @@ class TokenStream:
         for number, segment in enumerate(self._segments):
             for begin in range(0, len(segment), 1 << 24):
                 part = segment[begin : begin + (1 << 24)]
-                if part.max() >= self._vocab_size:
-                    place = int(np.argmax(part >= self._vocab_size))
-                    self._refuse(int(self._ends[number]) + begin + place)
+                if part.max() >= self.vocab_size:
+                    place = int(np.argmax(part >= self.vocab_size))
+                    self._refuse(self._ends[number] + begin + place)
                 counts += np.bincount(part, minlength=vocab_size)
         return counts
 

@@ -4,10 +4,11 @@ from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
 from .checkpoints import load_checkpoint, load_hf, save_hf
 from .config import PRESETS, DecoderConfig, DecoderShape
 from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
-from .generation import KVCache, generate, sample
+from .generation import GREEDY, KVCache, Sampling, TokenStream, evaluation_mode, generate, sample
 from .loss import next_token_loss, token_losses
 
 __all__ = [
+    "GREEDY",
     "PRESETS",
     "Backbone",
     "Block",
@@ -18,8 +19,11 @@ __all__ = [
     "KVCache",
     "RMSNorm",
     "RotaryEmbedding",
+    "Sampling",
     "SwiGLU",
+    "TokenStream",
     "document_mask",
+    "evaluation_mode",
     "generate",
     "load_checkpoint",
     "load_hf",

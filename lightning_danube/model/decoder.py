@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import GroupedQueryAttention, Past, RotaryEmbedding, causal_mask, document_mask
+from .attention import GroupedQueryAttention, Past, RotaryEmbedding, document_mask
 from .config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -33,10 +33,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.dtype == hidden_BTD.dtype:
+            return F.rms_norm(hidden_BTD, weight.shape, weight, self.eps)
         # 16-bit activations with float32 gains (a quantized base, say) would leave the fused path with a warning.
-        dtype = torch.promote_types(hidden_BTD.dtype, self.weight.dtype)
-        normed = F.rms_norm(hidden_BTD.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-        return normed.to(hidden_BTD.dtype)
+        dtype = torch.promote_types(hidden_BTD.dtype, weight.dtype)
+        return F.rms_norm(hidden_BTD.to(dtype), weight.shape, weight.to(dtype), self.eps).to(hidden_BTD.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -89,27 +91,31 @@ class Backbone(nn.Module):
         cache: "KVCache | None",
         recompute: bool,
     ) -> Tensor:
-        T, past = input_ids_BT.shape[1], cache.length if cache else 0
-        if position_ids_BT is None:
-            position_ids_BT = torch.arange(past, past + T, device=input_ids_BT.device)[None]
+        T = input_ids_BT.shape[1]
         mask = None
-        if document_ids_BT is not None:
-            assert cache is None, "packed documents are for training; a cache holds one text a row"
-            mask = document_mask(document_ids_BT)
-        elif past and T > 1:
-            mask = causal_mask(T, past, input_ids_BT.device)
+        if cache is not None:
+            assert document_ids_BT is None, "packed documents are for training; a cache holds one text a row"
+            cache.reserve(T)
+            mask = cache.mask(T)
+            if position_ids_BT is None:
+                position_ids_BT = cache.positions(T)
+        else:
+            if document_ids_BT is not None:
+                mask = document_mask(document_ids_BT)
+            if position_ids_BT is None:
+                position_ids_BT = torch.arange(T, device=input_ids_BT.device)[None]
 
         hidden_BTD = self.embed_tokens(input_ids_BT)
         cos, sin = self.rotary_emb(position_ids_BT, hidden_BTD.dtype)
         for index, block in enumerate(self.layers):
             if cache is not None:
-                hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index, T))
+                hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
             elif recompute:
                 hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False)
             else:
                 hidden_BTD = block(hidden_BTD, cos, sin, mask)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(hidden_BTD)
 
 

@@ -77,6 +77,8 @@ def test_a_sample_does_not_depend_on_where_reading_starts() -> None:
     everything = run.samples(0, run.total_samples)
     assert [run[i] for i in range(run.total_samples)] == everything
     assert run.samples(617, 900) == everything[617:900]
+    assert run.keys(617, 900).tolist() == [list(key) for key in everything[617:900]]
+    assert run.samples(900, 900) == []
 
 
 def test_a_longer_future_does_not_change_the_past() -> None:

@@ -29,7 +29,7 @@ def steps(micro_batch_size: int, replicas: int, start: int = 0) -> list[list[Sam
     per_step = run.batch_samples // (micro_batch_size * replicas)
     assert len(samplers[0]) % per_step == 0
     return [
-        [key for k in range(first, first + per_step) for sampler in samplers for key in sampler[k]]
+        [SampleKey(*key) for k in range(first, first + per_step) for sampler in samplers for key in sampler[k].tolist()]
         for first in range(0, len(samplers[0]), per_step)
     ]
 
@@ -81,6 +81,29 @@ def test_batches_hold_the_rows_of_their_keys(data: Callable[..., CurriculumData]
             tokens = module.train_streams[("web", "wiki")[key.source]].row(key.row, 16).astype(np.int64)
             assert batch["input_ids"][row].tolist() == tokens[:-1].tolist()
             assert batch["labels"][row].tolist() == tokens[1:].tolist()
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert batch["input_ids"].is_contiguous() and batch["labels"].is_contiguous()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_id_stops_the_run_by_name(data: Callable[..., CurriculumData], workers: int) -> None:
+    module = data(workers=workers)
+    key = module.curriculum[module.curriculum.total_samples // 2]
+    name, token = ("web", "wiki")[key.source], key.row * 16 + 5
+    shard = module.shards[name].directory / "train-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[content.find(module.train_streams[name].read(0, 1000).tobytes()) + 2 * token + 1] |= 0x80
+    shard.write_bytes(content)
+    module.setup("fit")
+    seen = 0
+    # The message is the whole of it, also from a loader process: the command line tells it in one line.
+    message = (
+        rf"\S+train-00000\.arrow is damaged: token {token:,} of it is \d+, the vocabulary has 32000: delete \S+ .*"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        for batch in module.train_dataloader():
+            seen += len(batch["keys"])
+    assert 0 < seen <= module.curriculum.total_samples // 2
 
 
 def test_held_out_rows_are_counted_once_each(data: Callable[..., CurriculumData]) -> None:

@@ -1,0 +1,290 @@
+"""Tokens a second of generation on the CPU beside transformers and llama.cpp, and what grouped queries save.
+
+    python benchmarks/generation.py [--weights smollm2] [--rounds 5] [--threads 2]
+    python benchmarks/generation.py --grouped-queries
+
+First form: one prompt of random ids, greedy, batch 1, with the same weights in every program; random ones of the shape
+of SmolLM2-135M unless `--weights` names others. Contestants are
+
+* danube: what `generate` runs: TokenStream on packed linear layers;
+* unpacked: the same without packing, as while training;
+* transformers: `generate` with its defaults, tokens taken by a streamer;
+* llama.cpp: a GGUF file of the same type, `Llama.generate` with its greedy sampler, keys and values in 16 bits as by
+  default (with float32 weights: in float32).
+
+All live in one process with the same number of threads. In each round every contestant runs once, one after the other,
+each round begins with another one, and the first round is not counted. Prefill is the time to the first token, decode
+that from the first to the last; ratios are medians of the rounds' ratios. CPU seconds are those of the process.
+
+Second form: decoders of the size and shape of Danube3-500M with 16, 8 (the paper's), 4 and 1 key-value heads, the
+feed-forward layers so much wider that all have the same number of parameters, in bfloat16 with random weights. Decoding
+is timed with a cache that holds so many tokens; what they are changes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described, write_result
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from lightning_danube.llama_cpp import import_llama_cpp
+from lightning_danube.model import PRESETS, Decoder, DecoderConfig, KVCache, TokenStream
+from lightning_danube.model.gguf_files import save_gguf
+from lightning_danube.model.packing import pack_for_generation
+
+SMOLLM2 = DecoderConfig(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_HEADS = (16, 8, 4, 1)
+
+Times = list[float]
+"""When generation began, and when each token was there."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="as for generate; random ones of SmolLM2's shape if not given")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--grouped-queries", action="store_true", help="the second form")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with torch.inference_mode():
+        if arguments.grouped_queries:
+            grouped_queries(arguments)
+        else:
+            contest(arguments)
+
+
+def contest(arguments: argparse.Namespace) -> None:
+    packages = ["torch", "transformers"]
+    rows, notes = [], []
+    for name in arguments.dtypes:
+        with tempfile.TemporaryDirectory() as directory:
+            contestants, missing = open_contestants(arguments, DTYPES[name], Path(directory))
+            if missing:
+                notes.append(missing)
+            else:
+                packages.append("llama-cpp-python")
+            for length in arguments.prompt_tokens:
+                prompt = torch.randint(3, 30000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+                rows += rows_of(name, length, measured(contestants, prompt, arguments), arguments.new_tokens)
+        del contestants
+        gc.collect()
+    lines = [
+        described(*dict.fromkeys(packages)),
+        f"{arguments.threads} threads, {arguments.new_tokens} new tokens, {arguments.rounds} rounds, medians "
+        f"(least to most); weights: {arguments.weights or 'random, SmolLM2-135M'}",
+        *dict.fromkeys(notes),
+        "",
+        "| weights | prompt | | prefill, tokens/s | × transformers | decode, tokens/s | × transformers | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    write_result("generation", "\n".join(lines))
+
+
+def open_contestants(
+    arguments: argparse.Namespace, dtype: torch.dtype, directory: Path
+) -> tuple[dict[str, Callable[[list[int], int], Times]], str]:
+    """Name → what generates so many tokens after a prompt; and a line about who is not there."""
+    unpacked = decoder_of(arguments.weights, dtype)
+    packed = decoder_of(None, dtype, unpacked.config)
+    packed.load_state_dict(unpacked.state_dict())
+    pack_for_generation(packed)
+    context = max(arguments.prompt_tokens) + arguments.new_tokens
+    config = LlamaConfig.from_dict(unpacked.config.to_hf(None, None, None))
+    theirs: Any = LlamaForCausalLM(config).to(dtype).eval()  # type: ignore[call-arg]
+    theirs.load_state_dict(unpacked.state_dict())
+    contestants = {
+        "danube": lambda prompt, n: ours(packed, prompt, n),
+        "unpacked": lambda prompt, n: ours(unpacked, prompt, n),
+        "transformers": lambda prompt, n: transformers(theirs, prompt, n),
+    }
+    try:
+        llama_cpp = import_llama_cpp()
+    except ValueError as error:
+        return contestants, f"llama.cpp is left out: {error}"
+    file = directory / "model.gguf"
+    save_gguf(unpacked, file, dtype=dtype)
+    kind = 0 if dtype == torch.float32 else 1  # GGML_TYPE_F32 and F16
+    llama = llama_cpp.Llama(
+        str(file),
+        n_ctx=context,
+        n_threads=arguments.threads,
+        n_threads_batch=arguments.threads,
+        type_k=kind,
+        type_v=kind,
+        verbose=False,
+    )
+    contestants["llama.cpp"] = lambda prompt, n: llamas(llama, prompt, n)
+    return contestants, ""
+
+
+def decoder_of(weights: str | None, dtype: torch.dtype, config: DecoderConfig = SMOLLM2) -> Decoder:
+    if weights is not None:
+        from lightning_danube.weights import load_decoder
+
+        return load_decoder(weights, dtype=dtype).eval()
+    torch.manual_seed(0)
+    return Decoder(config).to(dtype).eval()
+
+
+def ours(decoder: Decoder, prompt: list[int], new_tokens: int) -> Times:
+    times = [time.perf_counter()]
+    for ids in TokenStream(decoder, [prompt], new_tokens):
+        ids.tolist()
+        times.append(time.perf_counter())
+    return times
+
+
+class Clock(BaseStreamer):
+    def __init__(self) -> None:
+        self.times: Times = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def transformers(model: Any, prompt: list[int], new_tokens: int) -> Times:
+    clock = Clock()
+    began = time.perf_counter()
+    ids = torch.tensor([prompt])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    return [began, *clock.times[1:]]  # the first thing it is handed is the prompt
+
+
+def llamas(llama: Any, prompt: list[int], new_tokens: int) -> Times:
+    llama.reset()
+    times = [time.perf_counter()]
+    for _ in llama.generate(prompt, temp=0.0):
+        times.append(time.perf_counter())
+        if len(times) > new_tokens:
+            break
+    return times
+
+
+def measured(
+    contestants: Mapping[str, Callable[[list[int], int], Times]], prompt: list[int], arguments: argparse.Namespace
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Name → for each round tokens a second of prefill and decode, and CPU seconds."""
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contestants}
+    for number in range(arguments.rounds + 1):
+        for name in in_turn(list(contestants), number):
+            cpu = time.process_time()
+            times = contestants[name](prompt, arguments.new_tokens)
+            cpu = time.process_time() - cpu
+            assert len(times) == arguments.new_tokens + 1, (name, len(times))
+            prefill, decode = len(prompt) / (times[1] - times[0]), (len(times) - 2) / (times[-1] - times[1])
+            if number:
+                results[name].append((prefill, decode, cpu))
+            print(f"round {number}, {name}: {prefill:,.0f} and {decode:.1f} tokens/s, {cpu:.1f} CPU s", flush=True)
+    return results
+
+
+def in_turn(names: list[str], number: int) -> Iterator[str]:
+    return iter(names[number % len(names) :] + names[: number % len(names)])
+
+
+def rows_of(
+    dtype: str, prompt_tokens: int, results: Mapping[str, list[tuple[float, float, float]]], new_tokens: int
+) -> list[str]:
+    rows = []
+    for name, rounds in results.items():
+        cells = []
+        for place in range(2):
+            values = [values[place] for values in rounds]
+            pairs = zip(rounds, results["transformers"], strict=True)
+            ratio = statistics.median(mine[place] / theirs[place] for mine, theirs in pairs)
+            cells += [f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})", f"{ratio:.2f}"]
+        cpu = statistics.median(values[2] for values in rounds)
+        rows.append(f"| {dtype} | {prompt_tokens:,} | {name} | {' | '.join(cells)} | {cpu:.2f} |")
+    return rows
+
+
+def grouped_queries(arguments: argparse.Namespace) -> None:
+    """Cache bytes and speed by the number of key-value heads at equal parameters."""
+    shape = PRESETS["danube3-500m"]
+    assert shape.head_dim is not None
+    configs = {}
+    for kv_heads in KV_HEADS:
+        # Two matrices a layer lose hidden x head_dim for each head that goes; three gain hidden for each channel.
+        freed, rest = divmod(2 * shape.head_dim * (shape.num_key_value_heads - kv_heads), 3)
+        assert rest == 0
+        configs[kv_heads] = dataclasses.replace(
+            shape, num_key_value_heads=kv_heads, intermediate_size=shape.intermediate_size + freed
+        )
+    assert {config.parameters for config in configs.values()} == {shape.parameters}
+
+    decoders = {}
+    for kv_heads, config in configs.items():
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        decoders[kv_heads] = decoder.bfloat16().to_empty(device="cpu").eval()
+        decoders[kv_heads].init_weights()
+        pack_for_generation(decoders[kv_heads])
+    rows = []
+    for context in arguments.contexts:
+        results: dict[int, list[tuple[float, float]]] = {kv_heads: [] for kv_heads in configs}
+        for number in range(arguments.rounds + 1):
+            for name in in_turn([str(kv_heads) for kv_heads in configs], number):
+                speeds = prefill_and_decode(decoders[int(name)], context, arguments.new_tokens)
+                if number:
+                    results[int(name)].append(speeds)
+                print(f"context {context}, round {number}, {name} heads: {speeds[0]:,.0f}, {speeds[1]:.1f}", flush=True)
+        for kv_heads, rounds in results.items():
+            prefill, decode = (statistics.median(values) for values in zip(*rounds, strict=True))
+            pairs = list(zip(rounds, results[KV_HEADS[0]], strict=True))
+            ratios = [statistics.median(mine[place] / multi[place] for mine, multi in pairs) for place in range(2)]
+            size = configs[kv_heads].cache_bytes(context)
+            rows.append(
+                f"| {context:,} | {kv_heads} | {size / 2**20:,.0f} | {prefill:,.0f} | {ratios[0]:.2f} | {decode:.1f} | "
+                f"{ratios[1]:.2f} |"
+            )
+    widths = ", ".join(f"{kv_heads}: {config.intermediate_size}" for kv_heads, config in configs.items())
+    lines = [
+        described("torch"),
+        f"{arguments.threads} threads, bfloat16, batch 1, {arguments.rounds} rounds, medians; "
+        f"{shape.parameters:,} parameters, {shape.num_attention_heads} query heads of {shape.head_dim}, "
+        f"{shape.num_hidden_layers} layers; feed-forward width by key-value heads: {widths}",
+        "",
+        f"| context | key-value heads | cache, MiB | prefill, tokens/s | × {KV_HEADS[0]} heads | decode, tokens/s | "
+        f"× {KV_HEADS[0]} heads |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    write_result("grouped-queries", "\n".join(lines))
+
+
+def prefill_and_decode(decoder: Decoder, context: int, new_tokens: int) -> tuple[float, float]:
+    """Tokens a second of reading a context, and of the last `new_tokens` steps of one that gets so long."""
+    cache = KVCache.for_decoder(decoder, 1, context)
+    ids = torch.randint(0, decoder.config.vocab_size, (1, context))
+    began = time.perf_counter()
+    decoder.lm_head(decoder.hidden_states(ids, cache=cache)[:, -1])
+    read = time.perf_counter()
+    cache.truncate(context - new_tokens)
+    for step in range(new_tokens):
+        decoder.lm_head(decoder.hidden_states(ids[:, step : step + 1], cache=cache)[:, -1]).argmax(-1).tolist()
+    return context / (read - began), new_tokens / (time.perf_counter() - read)
+
+
+if __name__ == "__main__":
+    main()

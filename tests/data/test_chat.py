@@ -1,0 +1,95 @@
+from typing import Any
+
+import pytest
+
+from lightning_danube.data.chat import Message, chat_template_of, encode_chat, end_ids, render_chat
+from lightning_danube.data.tokenizer import load_hf_tokenizer
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture
+def mistral() -> Any:
+    return load_hf_tokenizer("mistral")
+
+
+@pytest.fixture
+def chatml() -> Any:
+    """A small tokenizer whose template closes turns with another token than its end of text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(sorted(alphabet))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    ends = [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+    backend.add_special_tokens(ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHATML,
+    )
+
+
+def test_danubes_template_renders_danubes_format(mistral: Any) -> None:
+    turns = [user(" Why is\nit so?\n"), assistant("  Because.  "), user("Really? {{ 7 * 7 }} é")]
+    assert render_chat(mistral, turns[:2], False) == "<|prompt|>Why is\nit so?</s><|answer|>Because.</s>"
+    assert (
+        render_chat(mistral, turns, True)
+        == "<|prompt|>Why is\nit so?</s><|answer|>Because.</s><|prompt|>Really? {{ 7 * 7 }} é</s><|answer|>"
+    )
+
+
+def test_ids_are_those_of_the_text_without_a_begin_token(mistral: Any) -> None:
+    ids = encode_chat(mistral, [user("Hi"), assistant("Hello")], False)
+    assert ids == mistral("<|prompt|>Hi</s><|answer|>Hello</s>", add_special_tokens=False).input_ids
+    assert mistral.bos_token_id not in ids
+    assert ids.count(mistral.eos_token_id) == 2 and ids[-1] == mistral.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [{"role": "system", "content": "Be kind."}, user("x")],
+            "the chat template refuses this conversation: there is no system role: say it in the first message",
+        ),
+        ([user("x"), user("y")], "message 2 is by user: user and assistant take turns, and the user begins"),
+        ([assistant("x")], "message 1 is by assistant: user and assistant take turns"),
+        ([user("x"), {"role": "tool", "content": "y"}], "message 2 is by tool"),
+    ],
+)
+def test_what_danubes_template_has_no_place_for_is_refused(mistral: Any, messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_chat(mistral, messages, True)
+
+
+def test_the_tokenizers_own_template_comes_first(mistral: Any, chatml: Any) -> None:
+    assert "<|prompt|>" in chat_template_of(mistral)
+    assert chat_template_of(chatml) == CHATML
+    messages: list[Message] = [{"role": "system", "content": "Be kind."}, user("Hi")]
+    assert (
+        render_chat(chatml, messages, True)
+        == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_answer_ends_with_the_end_of_text_or_of_its_turn(mistral: Any, chatml: Any) -> None:
+    assert end_ids(mistral) == [mistral.eos_token_id]
+    assert end_ids(chatml) == chatml.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    # A template that closes turns with plain text names no token.
+    chatml.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    assert end_ids(chatml) == [chatml.eos_token_id]
