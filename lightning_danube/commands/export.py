@@ -1,33 +1,164 @@
-"""`export`: writes a trained model as a Hugging Face directory."""
+"""`export`: writes a trained model for other programs: Hugging Face, llama.cpp, PEFT."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_danube.commands.weights import add_weights_argument, load_model
+from lightning_danube.weights import Weights, add_weights_arguments, load_decoder, load_tokenizer, locate_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = ("hf", "gguf", "peft")
+DEFAULT_TYPE = "F16"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_weights_argument(parser)
+    add_weights_arguments(parser, device=False)
     parser.add_argument(
-        "--format", choices=["hf"], default="hf", help="hf: config.json, safetensors, tokenizer (default)"
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="hf: config.json, safetensors, tokenizer, model card (default); gguf: one file for llama.cpp; "
+        "peft: the adapter alone, checked against the model",
     )
-    parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
-    parser.add_argument("--overwrite", action="store_true", help="replace the directory if it exists")
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        help="of a GGUF file: F32, F16, BF16, or one that llama.cpp quantizes to, such as Q8_0 or Q4_K_M "
+        f"({DEFAULT_TYPE})",
+    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="directory to create; for gguf a file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
 
 def run(arguments: Namespace) -> None:
-    from lightning_danube.model import save_hf
+    _check(arguments)
+    if arguments.format == "gguf":
+        _export_gguf(arguments)
+    elif arguments.format == "peft":
+        _export_adapter(arguments)
+    else:
+        _export_hf(arguments)
 
-    decoder, tokenizer = load_model(arguments.weights)
+
+def _check(arguments: Namespace) -> None:
+    """Refuses options that would change nothing."""
+    if arguments.format == "gguf":
+        if arguments.dtype is not None:
+            raise ValueError("--dtype is for --format hf: the type of a GGUF file is --type")
+        if not arguments.out.endswith(".gguf"):
+            raise ValueError(f"--out {arguments.out}: a GGUF file is looked for by its ending, so add .gguf")
+    elif arguments.type is not None:
+        raise ValueError(f"--type is for --format gguf: the type of --format {arguments.format} is --dtype")
+    if arguments.format == "peft":
+        if arguments.adapter is None:
+            raise ValueError("--format peft writes an adapter: name it with --adapter")
+        if arguments.dtype is not None:
+            raise ValueError("--dtype is for --format hf: an adapter is written as it is")
+
+
+def _export_hf(arguments: Namespace) -> None:
+    from lightning_danube.model import save_hf
+    from lightning_danube.model.checkpoints import EXPORTED_FILES, check_target, read_json
+    from lightning_danube.model_card import model_card
+
+    out = Path(arguments.out)
+    # Before minutes of reading.
+    check_target(out, EXPORTED_FILES, arguments.overwrite)
+    weights = locate_weights(arguments.weights)
+    tokenizer = load_tokenizer(weights)
+    decoder = load_decoder(weights, adapter=arguments.adapter, dtype=arguments.dtype)
+    generation = weights.path / "generation_config.json"
     save_hf(
         decoder,
-        arguments.out,
-        tokenizer=tokenizer,
+        out,
+        tokenizer=tokenizer if weights.kind == "hf" else _adding_bos(tokenizer),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        generation=read_json(generation) if weights.kind == "hf" and generation.is_file() else None,
+        card=model_card(out.resolve().name, decoder, tokenizer, arguments.weights, weights, arguments.adapter),
         overwrite=arguments.overwrite,
     )
-    print(f"{decoder.config.parameters:,} parameters written to {arguments.out}", file=sys.stderr)
+    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
+
+
+def _adding_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
+
+    Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
+    """
+    if tokenizer.bos_token is None or tokenizer.bos_token == tokenizer.eos_token:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def _export_gguf(arguments: Namespace) -> None:
+    import torch
+
+    from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
+    from lightning_danube.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
+    from lightning_danube.model.checkpoints import partial_name, remove_leftovers
+    from lightning_danube.model.gguf_files import check_target, save_gguf
+
+    file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), Path(arguments.out).absolute()
+    if file_type not in UNQUANTIZED:
+        import_llama_cpp()
+    # All of this before minutes of reading and rounding.
+    check_target(out, arguments.overwrite)
+    weights = locate_weights(arguments.weights)
+    fields = gguf_tokenizer_fields(load_tokenizer(weights))
+    decoder = load_decoder(weights, adapter=arguments.adapter)
+    name = _model_name(arguments.weights, weights)
+    written_as = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if file_type in UNQUANTIZED:
+        save_gguf(decoder, out, dtype=written_as[file_type], tokenizer_fields=fields, name=name, overwrite=True)
+        content = measure(out)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        whole = partial_name(out)
+        try:
+            # Beside the target, not in $TMPDIR, which may be memory; in the type the weights have, so that they are
+            # rounded once.
+            dtype = decoder.model.embed_tokens.weight.dtype
+            save_gguf(decoder, whole, dtype=dtype, tokenizer_fields=fields, name=name)
+            del decoder
+            content = quantize(whole, out, file_type)
+        finally:
+            whole.unlink(missing_ok=True)
+    print(f"{file_type} written to {arguments.out}: {content.describe()}", file=sys.stderr)
+
+
+def _export_adapter(arguments: Namespace) -> None:
+    from lightning_danube.adapters import load_adapter, read_settings, save_adapter
+    from lightning_danube.model_card import adapter_card
+    from lightning_danube.weights import locate_adapter
+
+    directory, weights = locate_adapter(arguments.adapter), locate_weights(arguments.weights)
+    decoder = load_decoder(weights)
+    load_adapter(decoder, directory, trainable=True)
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    settings = read_settings(directory)
+    # A name that transformers can load: a checkpoint or a GGUF file of ours is none.
+    base = arguments.weights if weights.kind == "hf" else settings.get("base_model_name_or_path")
+    out = Path(arguments.out)
+    card = adapter_card(out.resolve().name, base, settings, parameters)
+    save_adapter(decoder, out, base=base, card=card, overwrite=arguments.overwrite)
+    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+
+
+def _model_name(name: str, weights: Weights) -> str:
+    """What a program that reads the file shows: the run, or what the weights were called."""
+    if weights.kind == "checkpoint":
+        run = weights.path.parent.parent
+        return f"{run.parent.name}/{run.name}"
+    return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from lightning_danube.commands.weights import add_weights_argument, load_model
+from lightning_danube.weights import add_weights_arguments, load_model
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_weights_argument(parser)
+    add_weights_arguments(parser)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="length of the continuation (64)")
     parser.add_argument(

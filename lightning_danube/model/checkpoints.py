@@ -4,12 +4,15 @@ A wrong file is refused in one line that names it. Nothing here unpickles anythi
 safetensors is imported inside the functions, so that importing the model stays cheap.
 """
 
+import functools
 import json
 import os
 import pickle
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +37,10 @@ EXPORTED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    "README.md",
 )
+# How a safetensors file names the types that a parameter can have; any other is a quantized weight.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class SavesPretrained(Protocol):
@@ -51,34 +57,52 @@ def save_hf(
     bos_id: int | None = 1,
     eos_id: int | None = 2,
     pad_id: int | None = 0,
+    generation: Mapping[str, Any] | None = None,
+    card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
     """Write a directory that AutoModelForCausalLM loads with the same logits, in the types the parameters have.
 
-    It is written beside its place and renamed when complete. With `overwrite`, an export that is there already is
-    replaced; a directory that holds anything else is left alone.
+    `generation` goes into generation_config.json beside the ids, `card` into README.md. The directory is written beside
+    its place and renamed when complete. With `overwrite`, an export that is there already is replaced; a directory that
+    holds anything else is left alone.
     """
-    target = Path(directory).absolute()
-    check_target(target, overwrite)
     tensors = plain_tensors(decoder)
     config = decoder.config.to_hf(bos_id, eos_id, pad_id)
     config["dtype"] = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, not $TMPDIR: a rename within one filesystem is all or nothing.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex}.replaced")
-    partial.mkdir()
-    try:
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    with replaced_directory(directory, EXPORTED_FILES, overwrite) as partial:
         write_json(partial / "config.json", config)
-        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-        write_json(partial / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+        known = {key: value for key, value in ids.items() if value is not None}
+        write_json(partial / "generation_config.json", known | dict(generation or {}))
         write_shards(partial, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-        for file in (*partial.rglob("*"), partial):
+        if card is not None:
+            (partial / "README.md").write_text(card, "utf-8")
+
+
+@contextmanager
+def replaced_directory(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
+    """An empty directory to write into; it takes its place when all is written and on the disk, or not at all.
+
+    `known`: patterns of the files that `overwrite` may replace.
+    """
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    check_target(target, known, overwrite)
+    partial, replaced = partial_name(target), target.with_name(f".{target.name}.{uuid.uuid4().hex}.replaced")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                # safetensors makes files that only their owner can read.
+                file.chmod(partial.stat().st_mode & 0o666)
             synchronize(file)
+        synchronize(partial)
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
@@ -90,10 +114,30 @@ def save_hf(
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def partial_name(target: Path) -> Path:
+    """Where to write what is to become `target`. A sibling, not $TMPDIR: a rename within one filesystem is all or
+    nothing."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what earlier writes of the same target left beside it when they were killed; what one had just set aside
+    to take its place comes back."""
+    pattern = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{32}}\.(partial|replaced))+")
+    for leftover in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+        if leftover.suffix == ".replaced" and not target.exists():
+            leftover.rename(target)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def load_hf(
     directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Decoder:
-    """A decoder from a directory that save_hf or transformers wrote, in the type of the files unless `dtype` is given.
+    """A decoder from a directory that save_hf or transformers wrote, in the type of the files unless `dtype` is given;
+    of several types, the one that holds them all.
 
     Only safetensors files are read: a .bin is a pickle, which can run anything. Tensors are taken over one by one, so
     two copies are never held. The decoder is in training mode, like any new module: Lightning leaves submodules in the
@@ -101,9 +145,15 @@ def load_hf(
     """
     source = Path(directory)
     config = read_config(source)
-    tensors: dict[str, Tensor] = {}
+    stored: dict[str, tuple[Path, torch.dtype]] = {}
     for file in weight_files(source):
-        tensors |= read_tensors(file, dtype, device)
+        types = tensor_types(file)
+        if twice := stored.keys() & types.keys():
+            raise ValueError(f"{source}: {len(twice)} tensors stand in two of its files: {some(twice)}")
+        stored |= {name: (file, stored_as) for name, stored_as in types.items()}
+    if dtype is None and stored:
+        dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
+    tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in stored.items()}
     # transformers up to 4.31 saved these tables, too.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
@@ -117,10 +167,29 @@ def load_hf(
     return assemble(config, tensors, source).to(device)
 
 
-def load_checkpoint(path: str | Path) -> Decoder:
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Decoder:
     """The decoder inside a Lightning checkpoint of ours: `decoder_config`, a plain dict, and the `decoder.` part of
-    `state_dict`. On the CPU, in training mode as after load_hf."""
+    `state_dict`. In training mode, as after load_hf."""
     file = Path(path)
+    checkpoint = read_checkpoint(file)
+    try:
+        config = DecoderConfig(**checkpoint["decoder_config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: decoder_config: {error}") from None
+    prefix = "decoder."
+    tensors = {
+        # A copy of each, as in read_tensor. Pages of the map are the system's to drop, so still only one copy is held.
+        name.removeprefix(prefix): tensor.to(device=device, dtype=dtype, copy=True)
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    return assemble(config, tensors, file).to(device)
+
+
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """What a checkpoint of ours holds, its tensors mapped, not read."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -133,19 +202,7 @@ def load_checkpoint(path: str | Path) -> Decoder:
         ) from None
     if not isinstance(checkpoint, Mapping) or not {"decoder_config", "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{file}: not a checkpoint of this project: no decoder_config and state_dict in it")
-    try:
-        config = DecoderConfig(**checkpoint["decoder_config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: decoder_config: {error}") from None
-    prefix = "decoder."
-    tensors = {
-        # A copy of each: the file may be replaced or cut while the model lives. Pages of the map are the system's to
-        # drop, so still only one copy is held.
-        name.removeprefix(prefix): tensor.clone()
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(prefix)
-    }
-    return assemble(config, tensors, file)
+    return checkpoint
 
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
@@ -183,7 +240,7 @@ def plain_tensors(decoder: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, known: Sequence[str], overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -191,7 +248,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     names = sorted(entry.name for entry in target.iterdir())
     if names and not overwrite:
         raise ValueError(f"{target} is not empty ({some(names)}); choose another directory, or overwrite")
-    foreign = [n for n in names if (target / n).is_dir() or not any(fnmatch(n, known) for known in EXPORTED_FILES)]
+    foreign = [n for n in names if (target / n).is_dir() or not any(fnmatch(n, pattern) for pattern in known)]
     if foreign:
         raise ValueError(f"{target} holds more than an exported model ({some(foreign)}); it is not overwritten")
 
@@ -255,14 +312,33 @@ def weight_files(directory: Path) -> list[Path]:
     raise ValueError(f"{directory}: no {SINGLE} and no {INDEX} in it")
 
 
-def read_tensors(file: Path, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
+def tensor_types(file: Path) -> dict[str, torch.dtype]:
+    """Name → type of the tensors in a safetensors file, from its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt", device=str(device or "cpu")) as opened:
-            return {name: opened.get_tensor(name).to(dtype) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        with safe_open(file, framework="pt") as opened:
+            types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated, or no safetensors file ({error})") from None
+    if quantized := [f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS]:
+        raise ValueError(
+            f"{file}: {len(quantized)} tensors are quantized or no floats ({some(quantized)}); load the unquantized "
+            "weights"
+        )
+    return {name: FLOATS[kind] for name, kind in types.items()}
+
+
+def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """One tensor of a safetensors file, as a copy: the file may be replaced or cut while the model lives.
+
+    The file is mapped for each tensor anew (0.1 ms): mapped once for all, its pages would stand beside the copies, and
+    loading would need the memory of two models.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""llama.cpp, through the ctypes interface of the package llama-cpp-python, an optional extra.
+
+Its quantization is used rather than our own code: what is measured and shipped is then what every other program that
+reads GGUF files runs. This is the one file that imports the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.extras import pip_command
+from lightning_danube.gguf_header import read_gguf_header
+from lightning_danube.model.checkpoints import partial_name, synchronize
+
+# The letters of llama.cpp's own program for its mixtures.
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class GGUFContent:
+    """What a GGUF file holds, measured from its tensors: the name of its type says little about either.
+
+    `fallbacks`: type → how many tensors got it because their rows do not fit the one that the file's type has for them.
+    """
+
+    file_bytes: int
+    tensor_bytes: int
+    weights: int
+    tensors: Mapping[str, int]
+    fallbacks: Mapping[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.weights
+
+    def describe(self) -> str:
+        lines = [
+            f"{self.file_bytes:,} bytes, {self.weights:,} weights at {self.bits_per_weight:.2f} bits: "
+            f"{_counted(self.tensors)}"
+        ]
+        if self.fallbacks:
+            lines.append(
+                f"{sum(self.fallbacks.values())} of {sum(self.tensors.values())} tensors have rows that the type "
+                f"cannot hold, and fell back to {_counted(self.fallbacks)}"
+            )
+        return "\n".join(lines)
+
+
+def file_types() -> dict[str, int]:
+    """Name → number of the types that llama.cpp gives whole files."""
+    from gguf import LlamaFileType
+
+    types = {
+        kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(kind)
+        for kind in LlamaFileType
+        if kind != LlamaFileType.GUESSED
+    }
+    return types | {alias: types[name] for alias, name in ALIASES.items()}
+
+
+def check_file_type(name: str) -> str:
+    """The name of a file type as it is written; in any case of letters."""
+    types = file_types()
+    if name.upper() in types:
+        return name.upper()
+    close = get_close_matches(name.upper(), types, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"--type {name}: {hint}there are {', '.join(types)}")
+
+
+def import_llama_cpp() -> ModuleType:
+    """The package llama-cpp-python.
+
+    Raises:
+        ValueError: it is not installed; with the command that does it.
+    """
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        command = pip_command("-e '.[llama-cpp]'")
+        raise ValueError(
+            f"llama.cpp is not installed; type (it is compiled: some minutes, with a C++ compiler): {command}"
+        ) from None
+    return llama_cpp
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    type: str,
+    imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+) -> GGUFContent:
+    """Have llama.cpp write a GGUF file again in another type.
+
+    The target is written beside its place and renamed when complete; one that is there is replaced.
+
+    Args:
+        source: a file with F32, F16 or BF16 tensors.
+        type: one of `file_types()`.
+        imatrix: name of a tensor in the file → how much each column matters. The types of 1 to 3 bits need it.
+
+    Raises:
+        ValueError: llama.cpp refuses, with what it says.
+    """
+    llama_cpp = import_llama_cpp()
+    target = Path(target).absolute()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_types()[check_file_type(type)]
+    if imatrix is not None:
+        # Rows are handed over by address: `columns` keeps them alive until the call is done.
+        columns = {name: np.ascontiguousarray(values, np.float32) for name, values in imatrix.items()}
+        # The last one, all null, ends the list.
+        entries = (llama_cpp.llama_model_imatrix_data * (len(columns) + 1))()
+        for entry, (name, values) in zip(entries, columns.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        parameters.imatrix = entries
+    partial = partial_name(target)
+    try:
+        with _captured_log(llama_cpp) as log:
+            failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
+        if failed:
+            raise _refusal(source, target, type, "".join(log))
+        content = measure(partial, "".join(log))
+        synchronize(partial)
+        partial.replace(target)
+        synchronize(target.parent)
+        return content
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def measure(path: str | Path, log: str = "") -> GGUFContent:
+    """What a GGUF file holds; fallbacks are known from llama.cpp's log alone."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    header = read_gguf_header(path)
+    tensor_bytes = weights = end = 0
+    types: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        kind = GGMLQuantizationType(tensor.type)
+        elements = int(np.prod(tensor.shape, dtype=np.int64))
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        size = elements // block * block_bytes
+        types[kind.name] += 1
+        tensor_bytes, weights, end = tensor_bytes + size, weights + elements, max(end, tensor.offset + size)
+    if end > header.file_size:
+        # Its stream keeps silent about a write that failed.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    fallbacks = Counter(match[1].upper() for match in re.finditer(r"falling back to\s+(\w+)", log))
+    return GGUFContent(header.file_size, tensor_bytes, weights, types, fallbacks)
+
+
+@contextmanager
+def _captured_log(llama_cpp: ModuleType) -> Iterator[list[str]]:
+    """Collects what llama.cpp would print to the terminal: a line for each tensor, and the reason of a failure."""
+    log: list[str] = []
+
+    def collect(level: int, text: bytes, _: Any) -> None:
+        log.append(text.decode("utf-8", "replace"))
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield log
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _refusal(source: str | Path, target: Path, type: str, log: str) -> Exception:
+    if "iostream error" in log or "No space" in log:
+        return OSError(errno.EIO, "llama.cpp could not write it: is the disk full?", str(target))
+    reasons = re.findall(r"failed to quantize: (.+)", log) or ["no reason given"]
+    reason = reasons[-1].strip().rstrip("!")
+    if "matri" in reason:
+        reason += ", which this command has none of: take a type of more bits"
+    return ValueError(f"llama.cpp does not make {type} of {source}: {reason}")
+
+
+def _counted(tensors: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(tensors.items(), key=lambda item: (-item[1], item[0])))

