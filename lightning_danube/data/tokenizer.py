@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,23 +129,13 @@ def mistral_model_file() -> Path:
 
 def _mistral_v1() -> PreTrainedTokenizerFast:
     import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
-    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
-    scores = [pieces.get_score(i) for i in range(pieces.vocab_size())]
-    # The score says which merge comes first, not the id: "▁▁" has the lowest id of all and merges late.
-    merges: list[tuple[str, str]] = []
-    for piece in sorted(vocabulary, key=lambda piece: -scores[vocabulary[piece]]):
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(known, key=lambda pair: (len(pair[0]), len(pair[1])))
-
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend = sentencepiece_backend(
+        {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())},
+        [pieces.get_score(i) for i in range(pieces.vocab_size())],
     )
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
     return PreTrainedTokenizerFast(
@@ -158,3 +148,35 @@ def _mistral_v1() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
     )
+
+
+def sentencepiece_backend(
+    vocabulary: dict[str, int],
+    scores: Sequence[float],
+    *,
+    unknown: str | None = "<unk>",
+    add_space_prefix: bool = True,
+    never_merged: Collection[str] = (),
+) -> Tokenizer:
+    """A SentencePiece BPE model as a tokenizer of the library `tokenizers`, without its special tokens.
+
+    Args:
+        scores: by id; of two possible merges, the one into the piece of the higher score comes first.
+        never_merged: pieces of the vocabulary that text never becomes part by part, such as control tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    # The score says which merge comes first, not the id: "▁▁" has the lowest id of all and merges late.
+    known = vocabulary.keys() - set(never_merged)
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(known, key=lambda piece: (-scores[vocabulary[piece]], vocabulary[piece])):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        possible = [pair for pair in splits if pair[0] in known and pair[1] in known]
+        merges += sorted(possible, key=lambda pair: (len(pair[0]), len(pair[1])))
+
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if add_space_prefix else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return backend
