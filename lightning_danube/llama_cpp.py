@@ -137,7 +137,11 @@ def quantize(
             failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
         if failed:
             raise _refusal(source, target, type, "".join(log))
-        content = measure(partial, "".join(log))
+        try:
+            content = measure(partial, "".join(log))
+        except ValueError as error:
+            # Its stream may keep silent about a write that failed.
+            raise OSError(errno.EIO, f"not written by llama.cpp as a whole ({error})", str(target)) from error
         synchronize(partial)
         partial.replace(target)
         synchronize(target.parent)
@@ -161,8 +165,7 @@ def measure(path: str | Path, log: str = "") -> GGUFContent:
         types[kind.name] += 1
         tensor_bytes, weights, end = tensor_bytes + size, weights + elements, max(end, tensor.offset + size)
     if end > header.file_size:
-        # Its stream keeps silent about a write that failed.
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise ValueError(f"{path}: truncated: its tensors end beyond its {header.file_size:,} bytes")
     fallbacks = Counter(match[1].upper() for match in re.finditer(r"falling back to\s+(\w+)", log))
     return GGUFContent(header.file_size, tensor_bytes, weights, types, fallbacks)
 
@@ -185,7 +188,7 @@ def _captured_log(llama_cpp: ModuleType) -> Iterator[list[str]]:
 
 def _refusal(source: str | Path, target: Path, type: str, log: str) -> Exception:
     if "iostream error" in log or "No space" in log:
-        return OSError(errno.EIO, "llama.cpp could not write it: is the disk full?", str(target))
+        return OSError(errno.EIO, "not written by llama.cpp: is the disk full?", str(target))
     reasons = re.findall(r"failed to quantize: (.+)", log) or ["no reason given"]
     reason = reasons[-1].strip().rstrip("!")
     if "matri" in reason:

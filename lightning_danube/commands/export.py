@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -38,12 +39,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     _check(arguments)
-    if arguments.format == "gguf":
-        _export_gguf(arguments)
-    elif arguments.format == "peft":
-        _export_adapter(arguments)
-    else:
-        _export_hf(arguments)
+    export = {"hf": _export_hf, "gguf": _export_gguf, "peft": _export_adapter}[arguments.format]
+    try:
+        export(arguments)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # numpy says how much of a tensor it has written, and nothing else.
+        raise OSError(error.errno or errno.EIO, f"not written: {error}; is the disk full?", arguments.out) from error
 
 
 def _check(arguments: Namespace) -> None:
@@ -118,13 +121,13 @@ def _export_gguf(arguments: Namespace) -> None:
     fields = gguf_tokenizer_fields(load_tokenizer(weights))
     decoder = load_decoder(weights, adapter=arguments.adapter)
     name = _model_name(arguments.weights, weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     written_as = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if file_type in UNQUANTIZED:
         save_gguf(decoder, out, dtype=written_as[file_type], tokenizer_fields=fields, name=name, overwrite=True)
         content = measure(out)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
         whole = partial_name(out)
         try:
             # Beside the target, not in $TMPDIR, which may be memory; in the type the weights have, so that they are

@@ -4,6 +4,7 @@ A wrong file is refused in one line that names it. Nothing here unpickles anythi
 safetensors is imported inside the functions, so that importing the model stays cheap.
 """
 
+import errno
 import functools
 import json
 import os
@@ -107,6 +108,13 @@ def replaced_directory(directory: str | Path, known: Sequence[str], overwrite: b
             target.rename(replaced)
         partial.rename(target)
         synchronize(target.parent)
+    except Exception as error:
+        # Libraries report a disk that refuses in types of their own, and name the file that is not there any more.
+        if isinstance(error, OSError) or "(os error " in str(error):
+            reason = getattr(error, "strerror", None) or str(error)
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(target)) from error
+        raise
     finally:
         if replaced.exists() and not target.exists():
             replaced.rename(target)
