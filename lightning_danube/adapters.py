@@ -119,7 +119,8 @@ def save_adapter(
 
     if not hasattr(decoder, "peft_config"):
         raise ValueError("the decoder has no adapter to save")
-    config = decoder.peft_config["default"]
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     content |= {"base_model_name_or_path": base, "inference_mode": True}
     content["task_type"] = content["task_type"] or "CAUSAL_LM"

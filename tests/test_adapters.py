@@ -50,7 +50,7 @@ def save_theirs(base: Path, **settings: Any) -> Path:
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    peft_model.save_pretrained(base.parent / "adapter")
+    peft_model.save_pretrained(str(base.parent / "adapter"))
     return base.parent / "adapter"
 
 
