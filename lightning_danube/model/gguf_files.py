@@ -171,8 +171,9 @@ def save_gguf(
         partial.replace(target)
         synchronize(target.parent)
     finally:
-        writer.close()
+        # In this order: on a full disk closing fails once more.
         partial.unlink(missing_ok=True)
+        writer.close()
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:

@@ -29,7 +29,7 @@ CONFIGS = {
 IDS = torch.arange(30).view(2, 15)
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(params=list(CONFIGS.values()), ids=list(CONFIGS))
 def config(request: pytest.FixtureRequest) -> DecoderConfig:
     return request.param
 
@@ -391,10 +391,10 @@ def test_no_damage_ends_in_anything_but_one_line(tmp_path: Path) -> None:
     generator = random.Random(0)
     damaged = [whole[:length] for length in range(0, len(whole), 17)]
     for _ in range(600):
-        content = bytearray(whole)
+        changed = bytearray(whole)
         for _ in range(generator.randrange(1, 4)):
-            content[generator.randrange(first)] = generator.randrange(256)
-        damaged.append(bytes(content))
+            changed[generator.randrange(first)] = generator.randrange(256)
+        damaged.append(bytes(changed))
     refused = 0
     for content in damaged:
         file.write_bytes(content)
@@ -408,7 +408,7 @@ def test_no_damage_ends_in_anything_but_one_line(tmp_path: Path) -> None:
 
 
 def test_tokens_are_made_up_to_the_size_of_the_embedding(decoder: Decoder, tmp_path: Path) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁a"],
         "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0],
@@ -466,6 +466,20 @@ def test_a_failed_save_leaves_nothing_and_spoils_nothing(
         save_gguf(decoder, written, dtype=torch.float16, overwrite=True)
     assert [path.name for path in written.parent.iterdir()] == ["model.gguf"]
     assert_same_parameters(load_gguf(written), before)
+
+
+def test_a_full_disk_leaves_nothing_and_spoils_nothing(
+    decoder: Decoder, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    before = written.read_bytes()
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_gguf(decoder, written, dtype=torch.float16, overwrite=True)
+    assert [path.name for path in written.parent.iterdir()] == ["model.gguf"]
+    assert written.read_bytes() == before
 
 
 def test_only_three_types_are_written(decoder: Decoder, tmp_path: Path) -> None:

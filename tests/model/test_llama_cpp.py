@@ -331,13 +331,14 @@ def smollm2_exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 def question(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
     return ids_of(tokenizer, text, special=True)
 
 
 @pytest.mark.slow
 def test_smollm2_is_the_model_that_transformers_reads() -> None:
     decoder, tokenizer = load_gguf(smollm2()).eval(), load_gguf_tokenizer(smollm2())
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2().parent, gguf_file=smollm2().name, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(smollm2().parent, gguf_file=smollm2().name, dtype=torch.float32)
     weights = dict(theirs.named_parameters())
     assert all(torch.equal(parameter, weights[name]) for name, parameter in decoder.named_parameters())
     ids = question(tokenizer)
@@ -354,7 +355,10 @@ def test_smollm2_is_the_model_that_transformers_reads() -> None:
 @pytest.mark.slow
 @pytest.mark.llama_cpp
 def test_smollm2_ids_are_equal_in_llama_cpp(smollm2_exports: dict[str, Path]) -> None:
-    texts = [*HARD, *random_texts(3000, known=True)]
+    # Its vocabulary lacks the bytes of six control characters. Both leave these out of the ids, but Hugging Face's
+    # library before it merges what stands around them, and llama.cpp afterwards.
+    lacking = set("\x04\x06\x13\x14\x16\x1d")
+    texts = [text for text in (*HARD, *random_texts(3000, known=True)) if not lacking & set(text)]
     for file in (smollm2(), smollm2_exports["F16"]):
         assert_same_ids(load_gguf_tokenizer(file), file, texts)
         with opened(file, vocab_only=True) as llama:
@@ -394,7 +398,7 @@ def test_smollm2_says_the_same_in_llama_cpp(smollm2_exports: dict[str, Path]) ->
         "Q4_1": (1e-1, 3e-2),
     }
     for name, (relative, perplexity_bound) in bounds.items():
-        with opened(smollm2_exports.get(name, smollm2()), n_threads=2) as llama:
+        with opened(smollm2_exports.get(name, smollm2())) as llama:
             theirs = [its_logits(llama, row.tolist()) for row in windows]
             error = relative_error(torch.stack(theirs), torch.stack(ours))
             perplexity = math.exp(sum(map(surprise, theirs, windows)) / counted)
