@@ -1,4 +1,5 @@
 import io
+import json
 import random
 from collections.abc import Callable
 from itertools import combinations
@@ -29,6 +30,7 @@ HARD = [
     "",
     " ",
     "  a",
+    "one zqx",
     "a  ",
     "\n\n",
     "a<|end|>b</s> <unk> <|user|>c",
@@ -60,7 +62,8 @@ def write(path: Path, fields: dict[str, Any]) -> Path:
 
 
 def byte_level(split: WordSplit) -> PreTrainedTokenizerFast:
-    """A small tokenizer of GPT-2's kind with control tokens and one that is part of plain text."""
+    """A small tokenizer of GPT-2's kind with control tokens, one that is part of plain text, and one for a word that no
+    merges lead to."""
     backend = Tokenizer(models.BPE(ignore_merges=split.ignore_merges))
     backend.pre_tokenizer = split.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
@@ -73,6 +76,9 @@ def byte_level(split: WordSplit) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    content = json.loads(backend.to_str())
+    content["model"]["vocab"]["Ġzqx"] = len(content["model"]["vocab"])
+    backend = Tokenizer.from_str(json.dumps(content))
     backend.add_tokens([AddedToken("<|user|>", normalized=False, special=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>"
@@ -120,6 +126,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str, special: bool) -> list
 def assert_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> None:
     generator = random.Random(0)
     parts = [
+        " zqx",
         "a",
         "E",
         " ",

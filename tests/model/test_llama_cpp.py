@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import json
 import math
 import os
 import random
@@ -173,6 +174,7 @@ HARD = (
     "<|prompt|>hi</s><|answer|>x</s> <s> <unk>",
     "<|im_start|>user\nhi<|im_end|> <|endoftext|>",
     "don't DON'T y'all'll 'ſ",
+    "one zqx",
     "def f(x):\n    return x ** 2  # über\n",
     *("a" + " " * count + "b" for count in (2, 3, 5, 15, 16, 17, 33, 100)),
 )
@@ -303,6 +305,10 @@ def test_byte_level_ids_are_equal_for_each_split_into_words(split: WordSplit, tm
             show_progress=False,
         ),
     )
+    # A word that no merges lead to.
+    content = json.loads(backend.to_str())
+    content["model"]["vocab"]["Ġzqx"] = len(content["model"]["vocab"])
+    backend = Tokenizer.from_str(json.dumps(content))
     backend.add_tokens([AddedToken("<|user|>", normalized=False, special=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
     config = DecoderConfig(32, 32, 1, 2, 1, vocab_size=1600)
