@@ -206,12 +206,16 @@ def _locate_in(directory: Path, weights: str) -> Weights:
         for warning in warnings:
             tell(f"warning: {warning}")
         return Weights("checkpoint", checkpoint)
-    inside = [file for file in sorted(directory.iterdir()) if file.suffix == ".gguf" or newest_checkpoint(file)]
+    inside = [file for file in directory.iterdir() if file.suffix == ".gguf" or newest_checkpoint(file)]
     if inside:
-        raise ValueError(f"--weights {weights} holds {len(inside)} models: name one, such as {inside[-1]}")
+        raise ValueError(f"--weights {weights} holds {len(inside)} models: name one, such as {_newest(inside)}")
     raise ValueError(
         f"--weights {weights}: neither a Hugging Face directory (config.json) nor a run (checkpoints/*.ckpt)"
     )
+
+
+def _newest(paths: Sequence[Path]) -> Path:
+    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 def _locate_file(file: Path, weights: str) -> Weights:

@@ -487,7 +487,7 @@ def test_types_that_need_an_importance_matrix(tmp_path: Path, capsys: pytest.Cap
     base, file = save_tiny(tmp_path / "base", WIDE), tmp_path / "model.gguf"
     refused(
         capsys,
-        r"llama.cpp does not make IQ2_XXS of .*: .*matrix.*, which this command has none of: take a type of more bits",
+        r"error: llama.cpp does not quantize to IQ2_XXS: .* \(importance matrix\), and none was given: take a type of more",
         *("--weights", base, "--format", "gguf", "--type", "IQ2_XXS", "--out", file),
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
@@ -513,7 +513,7 @@ def test_types_that_need_an_importance_matrix(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.llama_cpp
 def test_what_llama_cpp_refuses_is_told(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_text("no GGUF file")
-    with pytest.raises(ValueError, match=r"llama.cpp does not make Q8_0 of .*no.gguf: .*failed to load model"):
+    with pytest.raises(ValueError, match=r"llama.cpp does not quantize to Q8_0: .*failed to load model"):
         quantize(tmp_path / "no.gguf", tmp_path / "out.gguf", "Q8_0")
     assert [path.name for path in tmp_path.iterdir()] == ["no.gguf"]
 
