@@ -19,20 +19,11 @@ LAYERS = (
 OTHERS = ("benchmarks", "notebooks")
 
 MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model"})
-<<<<<<< HEAD
-# The files that read and write formats of others, and what each needs for it.
-FORMATS = {
-    "checkpoints.py": frozenset({"safetensors"}),
-    "gguf_files.py": frozenset({"gguf", "numpy", "lightning_danube.gguf_header"}),
-}
+FILES_OF_FORMATS = frozenset({"checkpoints.py", "gguf_files.py"})
+FORMATS = frozenset({"safetensors", "transformers", "gguf", "numpy", "lightning_danube.gguf_header"})
 TASKS_MAY_IMPORT_OF_OURS = frozenset(
     {f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks", "weights", "adapters")}
 )
-=======
-FILES_OF_FORMATS = frozenset({"checkpoints.py", "gguf_files.py"})
-FORMATS = frozenset({"safetensors", "transformers", "gguf", "numpy", "lightning_danube.gguf_header"})
-TASKS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks")})
->>>>>>> gguf
 REPORTS_MAY_IMPORT_OF_OURS = frozenset({"lightning_danube.durations", "lightning_danube.reports"})
 DATA_MUST_NOT_IMPORT = frozenset({f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters")})
 # Libraries that one file of the package deals with, for all others.
