@@ -210,7 +210,7 @@ def _check_shapes(
 ) -> None:
     made_for = f" (made for {config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     if missing := expected.keys() - tensors.keys():
-        raise ValueError(f"{source}: {len(missing)} tensors of the adapter are missing: {some(missing)}")
+        raise ValueError(f"{source}: {len(missing)} tensors of the adapter{made_for} are missing: {some(missing)}")
     if surplus := tensors.keys() - expected.keys():
         raise ValueError(
             f"{source}: {len(surplus)} tensors of the adapter{made_for} have no place in this model: {some(surplus)}"

@@ -215,7 +215,7 @@ def _locate_in(directory: Path, weights: str) -> Weights:
 
 
 def _newest(paths: Sequence[Path]) -> Path:
-    return max(paths, key=lambda path: path.stat().st_mtime)
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _locate_file(file: Path, weights: str) -> Weights:

@@ -221,7 +221,9 @@ def test_tables_of_old_versions_are_no_surplus(exported: Path, decoder: Decoder)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_tensors_are_refused(dtype: torch.dtype, exported: Path) -> None:
     change_tensors(exported, **{"lm_head.weight": torch.zeros(101, 64).to(dtype)})
-    with pytest.raises(ValueError, match=r"model.safetensors: 1 tensors are quantized or no floats \(lm_head.weight \w+"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: 1 tensors are quantized or no floats \(lm_head.weight \w+"
+    ):
         load_hf(exported)
     config = json.loads((exported / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (exported / "config.json").write_text(json.dumps(config))
