@@ -119,7 +119,8 @@ def save_adapter(
 
     if not hasattr(decoder, "peft_config"):
         raise ValueError("the decoder has no adapter to save")
-    config = decoder.peft_config["default"]
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     content |= {"base_model_name_or_path": base, "inference_mode": True}
     content["task_type"] = content["task_type"] or "CAUSAL_LM"
@@ -209,7 +210,7 @@ def _check_shapes(
 ) -> None:
     made_for = f" (made for {config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     if missing := expected.keys() - tensors.keys():
-        raise ValueError(f"{source}: {len(missing)} tensors of the adapter are missing: {some(missing)}")
+        raise ValueError(f"{source}: {len(missing)} tensors of the adapter{made_for} are missing: {some(missing)}")
     if surplus := tensors.keys() - expected.keys():
         raise ValueError(
             f"{source}: {len(surplus)} tensors of the adapter{made_for} have no place in this model: {some(surplus)}"

@@ -100,7 +100,7 @@ class _HeaderReader:
 
         fields: dict[str, Any] = {}
         for _ in range(field_count):
-            key = self.string("a key")
+            key = self.name("a key")
             if key in fields:
                 raise ValueError(f"{self.path}: the key {key} is there twice")
             fields[key] = self.value(self.scalar("I", key), key)
@@ -117,7 +117,7 @@ class _HeaderReader:
         return GGUFHeader(self.path, self.end, fields, tensors)
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string("a tensor's name")
+        name = self.name("a tensor's name")
         dimensions = self.scalar("I", name)
         if dimensions > MOST_DIMENSIONS:
             raise ValueError(f"{self.path}: {name} has {dimensions} dimensions; at most {MOST_DIMENSIONS} are possible")
@@ -154,6 +154,13 @@ class _HeaderReader:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{self.path}: {what} is not UTF-8: {raw[:40]!r}") from None
+
+    def name(self, what: str) -> str:
+        """A text that messages may show: a damaged one could hold line breaks, or codes that a terminal obeys."""
+        name = self.string(what)
+        if not name.isprintable():
+            raise ValueError(f"{self.path}: {what} is not printable: {name[:40]!r}")
+        return name
 
     def unpack(self, layout: str, what: str) -> tuple[Any, ...]:
         size = struct.calcsize(layout)

@@ -136,7 +136,7 @@ def quantize(
         with _captured_log(llama_cpp) as log:
             failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
         if failed:
-            raise _refusal(source, target, type, "".join(log))
+            raise _refusal(target, type, "".join(log))
         try:
             content = measure(partial, "".join(log))
         except ValueError as error:
@@ -186,14 +186,14 @@ def _captured_log(llama_cpp: ModuleType) -> Iterator[list[str]]:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def _refusal(source: str | Path, target: Path, type: str, log: str) -> Exception:
+def _refusal(target: Path, type: str, log: str) -> Exception:
     if "iostream error" in log or "No space" in log:
         return OSError(errno.EIO, "not written by llama.cpp: is the disk full?", str(target))
     reasons = re.findall(r"failed to quantize: (.+)", log) or ["no reason given"]
     reason = reasons[-1].strip().rstrip("!")
     if "matri" in reason:
-        reason += ", which this command has none of: take a type of more bits"
-    return ValueError(f"llama.cpp does not make {type} of {source}: {reason}")
+        reason += " (importance matrix), and none was given: take a type of more bits"
+    return ValueError(f"llama.cpp does not quantize to {type}: {reason}")
 
 
 def _counted(tensors: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from lightning_danube.history import read_saved_config
 from lightning_danube.weights import Weights, hub_id, tokenizer_identity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from lightning_danube.model import Decoder
 
@@ -34,7 +34,7 @@ GGUF_FACTS = {
 def model_card(
     title: str,
     decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     name: str,
     weights: Weights,
     adapter: str | None = None,
@@ -252,7 +252,7 @@ def _of_gguf(weights: Weights) -> tuple[str, str | None, None]:
     return "\n\n".join(sections), str(licence) if licence else None, None
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase, weights: Weights) -> str:
+def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Weights) -> str:
     facts: list[tuple[str, Any]] = [("tokens", f"{len(tokenizer):,}")]
     if weights.kind == "checkpoint":
         from lightning_danube.model.checkpoints import read_checkpoint

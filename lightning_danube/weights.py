@@ -16,7 +16,7 @@ from lightning_danube.stopping import tell
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from lightning_danube.model import Decoder
 
@@ -62,7 +62,7 @@ def load_model(
     adapter: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Decoder, PreTrainedTokenizerBase]:
+) -> tuple[Decoder, PreTrainedTokenizerFast]:
     """Model and tokenizer; arguments as in `load_decoder`.
 
     Raises:
@@ -109,7 +109,7 @@ def load_decoder(
     return decoder
 
 
-def load_tokenizer(weights: Weights) -> PreTrainedTokenizerBase:
+def load_tokenizer(weights: Weights) -> PreTrainedTokenizerFast:
     """The tokenizer that belongs to a model."""
     from lightning_danube.data.gguf_tokenizer import load_gguf_tokenizer
     from lightning_danube.data.tokenizer import DocumentTokenizer, load_hf_tokenizer
@@ -206,12 +206,16 @@ def _locate_in(directory: Path, weights: str) -> Weights:
         for warning in warnings:
             tell(f"warning: {warning}")
         return Weights("checkpoint", checkpoint)
-    inside = [file for file in sorted(directory.iterdir()) if file.suffix == ".gguf" or newest_checkpoint(file)]
+    inside = [file for file in directory.iterdir() if file.suffix == ".gguf" or newest_checkpoint(file)]
     if inside:
-        raise ValueError(f"--weights {weights} holds {len(inside)} models: name one, such as {inside[-1]}")
+        raise ValueError(f"--weights {weights} holds {len(inside)} models: name one, such as {_newest(inside)}")
     raise ValueError(
         f"--weights {weights}: neither a Hugging Face directory (config.json) nor a run (checkpoints/*.ckpt)"
     )
+
+
+def _newest(paths: Sequence[Path]) -> Path:
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _locate_file(file: Path, weights: str) -> Weights:

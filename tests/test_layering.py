@@ -24,9 +24,13 @@ FORMATS = {
     "checkpoints.py": frozenset({"safetensors"}),
     "gguf_files.py": frozenset({"gguf", "numpy", "lightning_danube.gguf_header"}),
 }
-TASKS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks")})
+TASKS_MAY_IMPORT_OF_OURS = frozenset(
+    {f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks", "weights", "adapters")}
+)
 REPORTS_MAY_IMPORT_OF_OURS = frozenset({"lightning_danube.durations", "lightning_danube.reports"})
-DATA_MUST_NOT_IMPORT = frozenset({"lightning_danube.model", "lightning_danube.tasks"})
+DATA_MUST_NOT_IMPORT = frozenset({f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters")})
+# Libraries that one file of the package deals with, for all others.
+IN_ONE_FILE = {"peft": "lightning_danube/adapters.py", "llama_cpp": "lightning_danube/llama_cpp.py"}
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
 
 
@@ -78,6 +82,9 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return "reports read the files of runs; of ours they import durations only"
     if folders[0] == "lightning_danube" and is_within(name, frozenset({"callbacks"})):
         return "the package never imports callbacks; YAML names them"
+    only = IN_ONE_FILE.get(name.split(".")[0])
+    if only is not None and folders[0] in ("lightning_danube", "callbacks") and str(path) != only:
+        return f"only {only} imports {name.split('.')[0]}"
     if folders[:2] == ("lightning_danube", "model"):
         may = MODEL_MAY_IMPORT | FORMATS.get(path.name, frozenset())
         if name.split(".")[0] not in sys.stdlib_module_names and not is_within(name, may):
@@ -85,7 +92,10 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
     if folders[:2] == ("lightning_danube", "data") and is_within(name, DATA_MUST_NOT_IMPORT):
         return "data knows neither models nor tasks"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
-        return "of ours, tasks import model, optim and durations only; facts about data arrive as arguments"
+        return (
+            "of ours, tasks import model, weights, adapters, optim and durations only; facts about data arrive as "
+            "arguments"
+        )
     return None
 
 
@@ -136,6 +146,7 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("lightning_danube/model/checkpoints.py", "import lightning", "standard library and"),
         ("lightning_danube/model/checkpoints.py", "import gguf", "standard library and"),
         ("lightning_danube/model/gguf_files.py", "import safetensors", "standard library and"),
+        ("lightning_danube/model/decoder.py", "import gguf", "standard library and"),
         ("lightning_danube/model/gguf_files.py", "from ..data.gguf_tokenizer import KEY", "standard library and"),
         ("lightning_danube/model/decoder.py", "from ..gguf_header import GGUFHeader", "standard library and"),
         ("lightning_danube/data/chat.py", "from lightning_danube.model.config import DecoderConfig", "data knows"),
@@ -147,7 +158,14 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ),
         ("lightning_danube/tasks/chat.py", "from ..data.chat import Chat", "tasks import"),
         ("lightning_danube/tasks/chat.py", "if TYPE_CHECKING:\n    import lightning_danube.data.chat", "tasks import"),
+        ("lightning_danube/data/chat.py", "from lightning_danube.weights import load_model", "data knows"),
         ("lightning_danube/optim.py", "import callbacks", "never imports callbacks"),
+        (
+            "lightning_danube/tasks/chat.py",
+            "from peft import LoraConfig",
+            "only lightning_danube/adapters.py imports peft",
+        ),
+        ("lightning_danube/weights.py", "import llama_cpp", "only lightning_danube/llama_cpp.py imports llama_cpp"),
         ("lightning_danube/data/chat.py", "from callbacks.curriculum import Curriculum", "never imports callbacks"),
         ("lightning_danube/data/chat.py", "from lightning_danube.cli import main", "the command line"),
         ("lightning_danube/tasks/chat.py", "from .. import cli", "the command line"),
@@ -170,13 +188,20 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
             "import math, torch\nfrom torch import nn\nfrom .config import DecoderConfig",
         ),
         ("lightning_danube/model/checkpoints.py", "import json, safetensors.torch"),
-        ("lightning_danube/model/gguf_files.py", "import gguf, numpy\nfrom lightning_danube.gguf_header import is_gguf"),
+        (
+            "lightning_danube/model/gguf_files.py",
+            "import gguf, numpy\nfrom lightning_danube.gguf_header import is_gguf",
+        ),
         ("lightning_danube/data/gguf_tokenizer.py", "from lightning_danube.gguf_header import read_gguf_header"),
         ("lightning_danube/data/chat.py", "import datasets\nfrom .tokenizer import Tokenizer"),
         (
             "lightning_danube/tasks/chat.py",
             "import lightning\nfrom lightning_danube import model, optim\nfrom . import pretraining",
         ),
+        ("lightning_danube/tasks/chat.py", "from ..weights import load_decoder\nfrom ..adapters import load_adapter"),
+        ("lightning_danube/adapters.py", "import peft"),
+        ("lightning_danube/llama_cpp.py", "import llama_cpp"),
+        ("benchmarks/speed.py", "import llama_cpp"),
         ("lightning_danube/cli.py", "from .data import chat\nfrom .tasks import chat as task"),
         ("lightning_danube/__main__.py", "from lightning_danube.cli import main"),
         ("tests/test_cli.py", "from lightning_danube.cli import main"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_danube.weights import Weights, add_weights_arguments, load_decoder, load_tokenizer, locate_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 FORMATS = ("hf", "gguf", "peft")
 DEFAULT_TYPE = "F16"
@@ -92,7 +92,7 @@ def _export_hf(arguments: Namespace) -> None:
     print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
 
 
-def _adding_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
 
     Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
@@ -100,7 +100,7 @@ def _adding_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.bos_token is None or tokenizer.bos_token == tokenizer.eos_token:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_bos_token = True
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
     return tokenizer
 
 

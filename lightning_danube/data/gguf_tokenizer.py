@@ -75,8 +75,7 @@ class WordSplit:
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# Those of models of the llama architecture, each compared with llama.cpp.
+# Those for which llama.cpp cuts every text as the original tokenizers do; for "tekken", say, it only comes close.
 WORD_SPLITS = (
     WordSplit(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "exaone4", "granite-docling")),
     WordSplit(
@@ -92,13 +91,6 @@ WORD_SPLITS = (
     WordSplit(
         ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "kormo", "solar-open"),
         rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
-    ),
-    WordSplit(
-        ("tekken",),
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ignore_merges=True,
-        add_bos=True,
     ),
 )
 # Tells the splits apart: whatever two of them treat differently is in here.

@@ -9,7 +9,8 @@ functions, so that importing the model stays cheap.
 
 import math
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ KNOWN_KEYS = frozenset(
 # No decoder has more of anything, and a damaged number costs no more than this to check.
 MOST = 2**24
 LARGEST_FLOAT16 = 65504.0
+# Dequantizing takes several times what it works on in between, hence not much at a time.
+PIECE_VALUES = 2**20
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Decoder:
@@ -168,8 +171,9 @@ def save_gguf(
         partial.replace(target)
         synchronize(target.parent)
     finally:
-        writer.close()
+        # In this order: on a full disk closing fails once more.
         partial.unlink(missing_ok=True)
+        writer.close()
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
@@ -263,7 +267,7 @@ def refuse_what_is_not_computed(fields: Mapping[str, Any], tensors: Mapping[str,
     window, context = fields.get("attention.sliding_window") or 0, whole(fields, "context_length")
     if window and window < context:
         raise ValueError(
-            f"{prefixed('attention.sliding_window')} is {window}; this decoder attends to its context of {context} whole"
+            f"{prefixed('attention.sliding_window')} is {window}; this decoder attends to its whole context, {context}"
         )
     for key, value in fields.items():
         # Settings that are off, and the other settings of a scaling that is off, change nothing.
@@ -281,7 +285,7 @@ def whole(fields: Mapping[str, Any], key: str, default: int | None = None) -> in
         raise ValueError(f"no {prefixed(key)} in it")
     if not isinstance(value, int) or isinstance(value, bool):
         # A list has a number a layer: layers of different shapes.
-        raise ValueError(f"{prefixed(key)} is {str(value)[:40]}, not one whole number")
+        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not one whole number")
     if not 0 <= value <= MOST:
         raise ValueError(f"{prefixed(key)} is {value}, and cannot be above {MOST}")
     return value
@@ -292,7 +296,7 @@ def real(fields: Mapping[str, Any], key: str, default: float | None = None) -> f
     if value is None:
         raise ValueError(f"no {prefixed(key)} in it")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{prefixed(key)} is {str(value)[:40]}, not a number")
+        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not a number")
     # The file holds a float32, and 1e-5 comes back as 9.999999747378752e-06: the shortest number of the same float32 is
     # what was meant.
     import numpy as np
@@ -417,19 +421,20 @@ def type_name(kind: int) -> str:
     return gguf.GGMLQuantizationType(kind).name if kind in set(gguf.GGMLQuantizationType) else f"number {kind}"
 
 
-def readable_types() -> set[int]:
+@lru_cache(maxsize=1)
+def readable_types() -> frozenset[int]:
     """The types that the package dequantizes."""
     import gguf
     import numpy as np
 
-    readable: set[int] = set()
+    readable = set()
     for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
         try:
             gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
         except NotImplementedError:
             continue
         readable.add(int(kind))
-    return readable
+    return frozenset(readable)
 
 
 def block_size(entry: TensorEntry) -> int:
@@ -461,29 +466,21 @@ def read_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
     import gguf
     import numpy as np
 
-    raw = content[entry.offset : entry.offset + tensor_bytes(entry)]
-    stored = {
+    kind = gguf.GGMLQuantizationType(entry.type)
+    plain = {
         gguf.GGMLQuantizationType.F32: torch.float32,
         gguf.GGMLQuantizationType.F16: torch.float16,
         gguf.GGMLQuantizationType.BF16: torch.bfloat16,
     }
-    if entry.type in stored:
-        return (
-            torch.from_numpy(np.array(raw))
-            .view(stored[gguf.GGMLQuantizationType(entry.type)])
-            .view(entry.shape)
-            .to(dtype)
-        )
     tensor = torch.empty(entry.shape, dtype=dtype)
-    rows = raw.reshape(math.prod(entry.shape[:-1]), -1)
-    for start, piece in row_pieces(rows):
-        values = gguf.dequantize(np.array(piece), gguf.GGMLQuantizationType(entry.type))
-        tensor.view(-1, entry.shape[-1])[start : start + len(piece)] = torch.from_numpy(values)
+    rows = tensor.view(-1, entry.shape[-1])
+    bytes_of_rows = content[entry.offset : entry.offset + tensor_bytes(entry)].reshape(len(rows), -1)
+    together = max(1, PIECE_VALUES // entry.shape[-1])
+    for start in range(0, len(rows), together):
+        piece = np.array(bytes_of_rows[start : start + together])
+        if kind in plain:
+            values = torch.from_numpy(piece).view(plain[kind])
+        else:
+            values = torch.from_numpy(gguf.dequantize(piece, kind))
+        rows[start : start + together] = values
     return tensor
-
-
-def row_pieces(rows: Any, megabytes: int = 4) -> Iterator[tuple[int, Any]]:
-    """Rows in pieces of a few megabytes: dequantizing takes several times the piece in between."""
-    count = max(1, megabytes * 2**20 // max(1, rows.shape[1]))
-    for start in range(0, len(rows), count):
-        yield start, rows[start : start + count]

@@ -97,6 +97,22 @@ def test_loading_in_another_type(exported: Path, decoder: Decoder) -> None:
     assert_same_parameters(load_hf(exported, dtype=torch.bfloat16, device="cpu"), decoder.bfloat16())
 
 
+def test_of_several_types_the_one_that_holds_them_all(exported: Path, decoder: Decoder) -> None:
+    change_tensors(exported, **{name: t.bfloat16() for name, t in load_file(exported / "model.safetensors").items()})
+    assert_same_parameters(load_hf(exported), decoder.bfloat16())
+    change_tensors(exported, **{"model.norm.weight": torch.ones(64, dtype=torch.float16)})
+    loaded = load_hf(exported)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded(IDS), decoder.float()(IDS))
+
+
+def test_the_model_does_not_live_on_the_files(exported: Path, decoder: Decoder) -> None:
+    loaded = load_hf(exported)
+    for file in exported.glob("*.safetensors"):
+        file.write_bytes(b"")
+    assert_same_parameters(loaded, decoder)
+
+
 def test_ids_and_tokenizer_go_along(decoder: Decoder, tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, save_directory: str) -> None:
@@ -110,6 +126,15 @@ def test_ids_and_tokenizer_go_along(decoder: Decoder, tmp_path: Path) -> None:
         "eos_token_id": 6,
     }
     assert (tmp_path / "export/tokenizer.json").exists()
+
+
+def test_settings_of_generation_and_a_card_go_along(decoder: Decoder, tmp_path: Path) -> None:
+    save_hf(decoder, tmp_path / "export", generation={"eos_token_id": [2, 7], "temperature": 0.5}, card="# A card\n")
+    settings = json.loads((tmp_path / "export/generation_config.json").read_text())
+    assert settings == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.5}
+    assert (tmp_path / "export/README.md").read_text() == "# A card\n"
+    save_hf(decoder, tmp_path / "export", overwrite=True)
+    assert not (tmp_path / "export/README.md").exists()
 
 
 def test_a_failed_save_leaves_nothing_and_spoils_nothing(decoder: Decoder, exported: Path) -> None:
@@ -191,6 +216,29 @@ def test_surplus_tensors_are_refused(exported: Path) -> None:
 def test_tables_of_old_versions_are_no_surplus(exported: Path, decoder: Decoder) -> None:
     change_tensors(exported, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     assert_same_parameters(load_hf(exported), decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused(dtype: torch.dtype, exported: Path) -> None:
+    change_tensors(exported, **{"lm_head.weight": torch.zeros(101, 64).to(dtype)})
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: 1 tensors are quantized or no floats \(lm_head.weight \w+"
+    ):
+        load_hf(exported)
+    config = json.loads((exported / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json: quantization_config is set; load the unquantized weights"):
+        load_hf(exported)
+
+
+def test_a_tensor_that_two_files_have_is_refused(decoder: Decoder, tmp_path: Path) -> None:
+    save_hf(decoder, tmp_path / "export", max_shard_bytes=SHARD)
+    first, second, *_ = sorted((tmp_path / "export").glob("*.safetensors"))
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file({**load_file(second), name: tensors[name] + 1}, second)
+    with pytest.raises(ValueError, match=rf"export: 1 tensors stand in two of its files: {name}$"):
+        load_hf(tmp_path / "export")
 
 
 def test_wrong_shapes_are_refused(exported: Path) -> None:
@@ -275,6 +323,8 @@ def test_our_checkpoints_load(config: DecoderConfig, tmp_path: Path) -> None:
     assert loaded.config == config
     assert_same_parameters(loaded, decoder)
     assert torch.equal(loaded(IDS), decoder(IDS))
+    torch.save(lightning_checkpoint(decoder), tmp_path / "last.ckpt")
+    assert_same_parameters(load_checkpoint(tmp_path / "last.ckpt", torch.bfloat16, "cpu"), decoder.bfloat16())
 
 
 def test_foreign_checkpoints_are_refused(decoder: Decoder, tmp_path: Path) -> None:
