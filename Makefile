@@ -7,13 +7,14 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
+INSTALLED_BENCHMARK := .venv/.installed-benchmark
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow check format-check lint types tensorboard clean
+.PHONY: help quickstart test test-slow check format-check lint types benchmark tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -38,6 +39,10 @@ lint: $(INSTALLED_DEV) ## check lint only
 types: $(INSTALLED_DEV) ## check types only
 	@$(BIN)/mypy
 
+benchmark: $(INSTALLED_BENCHMARK) ## measure data loading and prepare beside their peers, about 15 min
+	@$(BIN)/python benchmarks/loader.py
+	@$(BIN)/python benchmarks/prepare.py $(ARGS)
+
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 	@$(BIN)/tensorboard --logdir runs $(ARGS)
 
@@ -58,4 +63,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing the development tools into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(INSTALLED_BENCHMARK): $(INSTALLED) benchmarks/peers.txt
+	@echo "installing the peers of the benchmarks into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[benchmark]'
+	@$(PIP_INSTALL) --no-deps -r benchmarks/peers.txt
 	@touch $@

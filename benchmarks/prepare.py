@@ -1,20 +1,23 @@
 """Tokens a second of `prepare` beside `datasets.map` and datatrove, with one tokenizer on the same texts.
 
-    python benchmarks/prepare.py --texts FILE.jsonl [--processes 2] [--rounds 3]
+    python benchmarks/prepare.py [--texts FILE.jsonl] [--processes 2] [--rounds 3]
 
-Each round runs every contestant once, in a new process and with empty outputs, one after the other; a round's start is
-rotated. What counts is the wall time of the whole process, imports included, as a person waits for it; and the same
-less the start, which is the median time of the same process on ten of the rows.
+The texts are a jsonl file with a column `text`; without one, the embedded documentation that plays the web.
+Each round runs every contestant once, in a new process and with empty outputs, one after the other; each round begins
+with another. Seconds are those of the whole process, imports included, as a person waits for it, and the CPU seconds
+of it and all its children, which say more on a machine that others use, too. Of both the start is taken off for the
+rates: the median of the same process on ten of the rows. All tokenize with the same file, to ids of 16 bits; `prepare`
+also checks every row, splits off the held-out documents, syncs the files to the disk and hashes them.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import ctypes
 import importlib.metadata
 import json
 import os
-import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -22,8 +25,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT, described, write_result
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 CONFIG = """
 data:
@@ -78,15 +84,24 @@ if __name__ == "__main__":
 """
 
 
+class Took(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=Path, required=True, help="a jsonl file with a column text")
+    parser.add_argument("--texts", type=Path, help="a jsonl file with a column text")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    become_reaper()
 
+    from lightning_danube.data.documentation import collect_documentation
+    from lightning_danube.data.pretraining import default_cache_dir
     from lightning_danube.data.tokenizer import DocumentTokenizer
 
+    arguments.texts = arguments.texts or collect_documentation(default_cache_dir())["web"]
     tokenizer = DocumentTokenizer()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.hf.save_pretrained(f"{scratch}/tokenizer")
@@ -95,18 +110,18 @@ def main() -> None:
         try:
             importlib.metadata.version("datatrove")
         except importlib.metadata.PackageNotFoundError:
-            print("datatrove is not installed (pip install -c constraints.txt -e '.[benchmark]'): left out")
+            print("datatrove is left out: pip install -c constraints.txt -e '.[benchmark]'")
             del contestants["datatrove"]
         few = Path(scratch, "few.jsonl")
         few.write_bytes(b"".join(arguments.texts.read_bytes().splitlines(keepends=True)[:10]))
         few_parts = split(few, Path(scratch, "few"), arguments.processes)
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        starts: dict[str, list[float]] = {name: [] for name in contestants}
+        took: dict[str, list[Took]] = {name: [] for name in contestants}
+        starts: dict[str, list[Took]] = {name: [] for name in contestants}
         tokens = 0
         for number in range(arguments.rounds):
             names = list(contestants)
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                for texts, folder, times in ((few, few_parts, starts), (arguments.texts, parts, seconds)):
+                for texts, folder, times in ((few, few_parts, starts), (arguments.texts, parts, took)):
                     out = Path(scratch, "out")
                     out.mkdir()
                     (out / "prepare.yaml").write_text(CONFIG.format(out=out, texts=texts.resolve()))
@@ -117,8 +132,8 @@ def main() -> None:
                         (report,) = out.glob("shards/*/report.json")
                         tokens = json.loads(report.read_text())["tokens"]
                     shutil.rmtree(out)
-                print(f"round {number + 1}, {name}: {starts[name][-1]:.1f}, {seconds[name][-1]:.1f} s", flush=True)
-    write(seconds, starts, tokens, arguments)
+                print(f"round {number + 1}, {name}: {took[name][-1].seconds:.1f} s", flush=True)
+    write(took, starts, tokens, arguments)
 
 
 def split(texts: Path, directory: Path, count: int) -> Path:
@@ -130,54 +145,67 @@ def split(texts: Path, directory: Path, count: int) -> Path:
     return directory
 
 
-def timed(script: str, out: Path) -> float:
+def timed(script: str, out: Path) -> Took:
     path = out / "contestant.py"
     path.write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    wait_for_all()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Took(seconds, cpu_seconds)
+
+
+def become_reaper() -> None:
+    """Lets processes whose parents are gone become children of this one, as those of a fork server do: else their CPU
+    seconds would be nobody's."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def wait_for_all() -> None:
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
 
 
 def write(
-    seconds: dict[str, list[float]], starts: dict[str, list[float]], tokens: int, arguments: argparse.Namespace
+    took: dict[str, list[Took]], starts: dict[str, list[Took]], tokens: int, arguments: argparse.Namespace
 ) -> None:
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    versions = {name: importlib.metadata.version(name) for name in ("datasets", "tokenizers", "pyarrow")}
-    if "datatrove" in seconds:
-        versions["datatrove"] = importlib.metadata.version("datatrove")
     size = arguments.texts.stat().st_size
     lines = [
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        described("datasets", "tokenizers", "pyarrow", *(["datatrove"] if "datatrove" in took else [])),
         f"{tokens:,} tokens of {size / 1e6:.1f} MB jsonl, {arguments.processes} processes, {arguments.rounds} rounds",
         "",
-        "| | seconds (median) | least to most | start (median) | tokens/s | tokens/s after the start | × prepare |",
-        "|---|---|---|---|---|---|---|",
+        "| | seconds | least to most | of them to start | CPU s | tokens/s | tokens/CPU s | prepare ×, by the clock "
+        "| prepare ×, by CPU |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    begun = {name: statistics.median(values) for name, values in starts.items()}
-    rates = {name: tokens / (medians[name] - begun[name]) for name in medians}
-    for name, median in medians.items():
-        span = f"{min(seconds[name]):.1f} to {max(seconds[name]):.1f}"
-        lines.append(
-            f"| {name} | {median:.1f} | {span} | {begun[name]:.1f} | {tokens / median:,.0f} | {rates[name]:,.0f} "
-            f"| {rates[name] / rates['prepare']:.2f} |"
+    whole, start = ({name: medians(times) for name, times in both.items()} for both in (took, starts))
+    rates = {
+        name: (
+            tokens / (whole[name].seconds - start[name].seconds),
+            tokens / (whole[name].cpu_seconds - start[name].cpu_seconds),
         )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"prepare-{datetime.date.today()}.md").write_text(text)
+        for name in took
+    }
+    for name, times in took.items():
+        span = f"{min(one.seconds for one in times):.1f} to {max(one.seconds for one in times):.1f}"
+        ahead = " | ".join(f"{ours / rate:.2f}" for ours, rate in zip(rates["prepare"], rates[name], strict=True))
+        lines.append(
+            f"| {name} | {whole[name].seconds:.1f} | {span} | {start[name].seconds:.1f} "
+            f"| {whole[name].cpu_seconds:.1f} | {rates[name][0]:,.0f} | {rates[name][1]:,.0f} | {ahead} |"
+        )
+    write_result("prepare", "\n".join(lines))
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def medians(times: list[Took]) -> Took:
+    return Took(*(statistics.median(values) for values in zip(*times, strict=True)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -270,6 +271,20 @@ def test_finished_units_are_not_made_again(
     prepare_small(source, tokenizer, tmp_path / "cache")
     assert asked[:6] == [0, 1, 2, 3, 4, 4] and asked[5:] == list(range(4, asked[-1] + 1))
     assert report(made(tmp_path / "cache"))["documents"] == 1000
+
+
+@pytest.mark.usefixtures("small_units")
+def test_progress_names_rates_and_the_time_left(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preparation._Progress, "EVERY", 0.0)
+    write_jsonl(tmp_path / "many.jsonl", texts(300))
+    prepare_small(Source(str(tmp_path / "many.jsonl")), tokenizer, tmp_path / "cache")
+    lines = capsys.readouterr().err.splitlines()
+    number, rates = r"[\d,]+", r"\([\d,]+ documents/s, [\d,]+ tokens/s\), \d+ s left"
+    found = [re.fullmatch(rf"tokenizing src: (\d+)%, ({number}) documents, {number} tokens {rates}", x) for x in lines]
+    assert len(found) > 2 and all(found)
+    assert [match[1] for match in found if match][-1] == "100" and [match[2] for match in found if match][-1] == "300"
 
 
 @pytest.mark.usefixtures("small_units")
