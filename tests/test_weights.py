@@ -402,6 +402,6 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     decoder, tokenizer = load_model(weights.SMOLLM2)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
-    out = generate(decoder.eval(), ids, 16, eos_id=tokenizer.eos_token_id)
-    assert "Paris" in str(tokenizer.decode(out[0, ids.shape[1] :]))
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    (new,) = generate(decoder, [ids], 16, eos_ids=[tokenizer.eos_token_id])
+    assert "Paris" in str(tokenizer.decode(new))

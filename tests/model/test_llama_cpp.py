@@ -89,7 +89,8 @@ def our_logits(decoder: Decoder, ids_T: list[int]) -> Tensor:
 
 
 def our_greedy_ids(decoder: Decoder, ids_T: list[int], count: int, eos_id: int | None = None) -> list[int]:
-    return generate(decoder, torch.tensor([ids_T]), count, eos_id=eos_id)[0, len(ids_T) :].tolist()
+    (new,) = generate(decoder, [ids_T], count, eos_ids=[] if eos_id is None else [eos_id])
+    return new
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
