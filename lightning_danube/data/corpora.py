@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,24 +136,35 @@ def is_streamed(source: Source) -> bool:
 
 
 def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
-    """The rows of a source that `datasets` reads.
+    """The documents of a source that `datasets` reads.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    where = stream_name(source)
+    for row, values in enumerate(open_stream(name, source), start=1):
+        yield from documents_of(values, source.text, where, row, f"source {name!r}: {where}, row {row}")
+
+
+def stream_name(source: Source) -> str:
+    """How messages call a set that `datasets` reads."""
+    return source.path if source.name is None else f"{source.path} ({source.name})"
+
+
+def open_stream(name: str, source: Source) -> Iterable[Any]:
+    """The rows of a source that `datasets` reads, as mappings.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     import datasets
 
-    where = source.path if source.name is None else f"{source.path} ({source.name})"
     try:
-        rows: Any
         if is_saved_dataset(source):
-            rows = datasets.load_from_disk(os.path.expanduser(source.path))
-        else:
-            rows = datasets.load_dataset(
-                source.path, source.name, split=source.split, revision=source.revision, streaming=True
-            )
+            return datasets.load_from_disk(os.path.expanduser(source.path))
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=True
+        )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
-        raise ValueError(f"source {name!r}: {where} cannot be loaded ({reason})") from error
-    for row, values in enumerate(rows, start=1):
-        yield from documents_of(values, source.text, where, row, f"source {name!r}: {where}, row {row}")
+        raise ValueError(f"source {name!r}: {stream_name(source)} cannot be loaded ({reason})") from error

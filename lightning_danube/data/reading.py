@@ -98,18 +98,34 @@ def read_span(span: Span, column: str, separator: str | None) -> Iterator[Docume
     Raises:
         DamagedFile: the file as a whole cannot be read.
     """
-    kind = format_of(span.file)
-    if kind == "text":
+    if format_of(span.file) == "text":
         yield from _read_text(span, separator)
         return
-    if kind == "parquet":
-        rows = _parquet_rows(span, column)
-    elif kind == "jsonl":
-        rows = _json_array_rows(span) if _is_json_array(span.file) else _jsonl_rows(span)
-    else:
-        rows = _csv_rows(span)
-    for row, values in rows:
+    columns = _PATTERN.findall(column) if "{" in column else [column]
+    for row, values in _rows_of_span(span, columns):
         yield from documents_of(values, column, span.file, row, f"{span.file}, row {row}")
+
+
+def read_rows(file: str) -> Iterator[tuple[int, Any]]:
+    """Number and content of each row of a jsonl, csv, tsv or parquet file: a mapping, or a `BadRow`.
+
+    Raises:
+        DamagedFile: the file as a whole cannot be read, or is plain text.
+    """
+    if format_of(file) == "text":
+        raise DamagedFile(f"{file} is plain text, which has no columns: give jsonl, csv, tsv or parquet")
+    for span in spans(file, None, 1 << 62):
+        yield from _rows_of_span(span, None)
+
+
+def _rows_of_span(span: Span, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
+    """Rows of a span with, at least, the named columns; with all of them for None."""
+    kind = format_of(span.file)
+    if kind == "parquet":
+        return _parquet_rows(span, columns)
+    if kind == "jsonl":
+        return _json_array_rows(span) if _is_json_array(span.file) else _jsonl_rows(span)
+    return _csv_rows(span)
 
 
 def documents_of(values: Any, column: str, file: str, row: int, where: str) -> Iterator[Document | BadRow]:
@@ -475,7 +491,7 @@ def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
                 yield row, dict.fromkeys(header) | dict(zip(header, fields, strict=False))
 
 
-def _parquet_rows(span: Span, column: str) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(span: Span, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -483,7 +499,7 @@ def _parquet_rows(span: Span, column: str) -> Iterator[tuple[int, Any]]:
     try:
         with pq.ParquetFile(span.file, buffer_size=_BLOCK, pre_buffer=False) as parquet:
             known = parquet.schema_arrow.names
-            wanted = _PATTERN.findall(column) if "{" in column else [column]
+            wanted = known if columns is None else columns
             missing = [name for name in wanted if name not in known]
             if missing:
                 raise DamagedFile(
