@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,152 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
 ) -> list[int]:
-    """Token ids of a conversation. Special tokens are those that the template writes, so none is added, and text that
-    spells one becomes one."""
-    text = render_chat(tokenizer, messages, add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """Token ids of a conversation. Special tokens are those that the template writes: none is added, and a message that
+    spells one is text, not that token."""
+    return ChatEncoder(tokenizer).encode(messages, add_generation_prompt).ids
+
+
+class EncodedChat(NamedTuple):
+    """Token ids of a conversation, and for each whether it belongs to an answer that is to be learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+class NotLearnable(ValueError):
+    """Why nothing can be learned by a chat template."""
+
+
+class ChatEncoder:
+    """Conversations as token ids, and which of these are answers, by the tokenizer's template alone.
+
+    A template is a program. What it writes around the contents is found by rendering it with marks in place of them;
+    so no template needs a description of its own, and a mark of the template is told from one that a user has typed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._special = {str(token): int(i) for i, token in self._backend.get_added_tokens_decoder().items()}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._around: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+
+    def check_learnable(self) -> None:
+        """Checks on a small conversation that answers can be told from the rest, and end with a token of their own.
+
+        Raises:
+            NotLearnable: they can not, or do not.
+        """
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        if not self._special_pattern.search(self._rendered_around(turns, False)[-1]):
+            raise NotLearnable(
+                "the chat template ends an answer with no special token of the tokenizer, so a model could not learn "
+                "to stop: give a tokenizer whose template does"
+            )
+        text = render_chat(self.tokenizer, turns, False)
+        opened = render_chat(self.tokenizer, turns[:1], True)
+        if not text.startswith(opened + "answer"):
+            raise NotLearnable(
+                f"the chat template opens an answer to come by other text than one that is there ({opened!r}, "
+                f"{text!r}): what is learned would not be what is asked for"
+            )
+        ids = self.encode(turns, False).ids
+        if ids != list(self.tokenizer(text, add_special_tokens=False).input_ids):
+            raise NotLearnable("special tokens of the tokenizer take in the space around them, which is not supported")
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> EncodedChat:
+        """Ids of a conversation; learned are the tokens of every answer and the special token that ends it. A token
+        that begins before its answer (a mark and a first letter can be one) is not learned.
+
+        Raises:
+            ValueError: the template has no place for such messages.
+        """
+        text = render_chat(self.tokenizer, messages, add_generation_prompt)
+        try:
+            around = self._rendered_around(messages, add_generation_prompt)
+            contents = contents_within(text, around, messages)
+        except NotLearnable:
+            # Templates that rewrite what was said (that drop the thoughts of earlier answers, say) can still be asked.
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            return EncodedChat(ids, [False] * len(ids))
+        return self._encode_parts(around, contents, [message["role"] == "assistant" for message in messages])
+
+    def _encode_parts(self, around: Sequence[str], contents: Sequence[str], answers: Sequence[bool]) -> EncodedChat:
+        encoded = EncodedChat([], [])
+        run, answer_start = "", None
+        learned: list[tuple[int, int]] = []
+
+        def flush() -> None:
+            nonlocal run, learned
+            if run:
+                self._encode_run(run, learned, encoded)
+            run, learned = "", []
+
+        for number, literal in enumerate(around):
+            place = 0
+            for mark in self._special_pattern.finditer(literal):
+                run += literal[place : mark.start()]
+                if answer_start is not None:
+                    learned.append((answer_start, len(run)))
+                flush()
+                encoded.ids.append(self._special[mark[0]])
+                encoded.learned.append(answer_start is not None)
+                answer_start, place = None, mark.end()
+            run += literal[place:]
+            if number < len(contents):
+                answer_start = len(run) if answers[number] else None
+                run += contents[number]
+        flush()
+        return encoded
+
+    def _encode_run(self, run: str, learned: list[tuple[int, int]], encoded: EncodedChat) -> None:
+        """Text between two special tokens, in which none is one."""
+        self._backend.encode_special_tokens = True
+        try:
+            encoding = self._backend.encode(run, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = False
+        encoded.ids.extend(encoding.ids)
+        encoded.learned.extend(
+            any(begin <= start and end <= stop for begin, stop in learned) for start, end in encoding.offsets
+        )
+
+    def _rendered_around(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+        """What the template writes before, between and after the contents: one more than there are messages."""
+        roles = tuple(message["role"] for message in messages)
+        key = add_generation_prompt, roles
+        if key not in self._around:
+            marked = [{"role": role, "content": f"{_MARK}{number}{_MARK}"} for number, role in enumerate(roles)]
+            parts = render_chat(self.tokenizer, marked, add_generation_prompt).split(_MARK)
+            if parts[1::2] != [str(number) for number in range(len(roles))]:
+                raise NotLearnable("the chat template leaves out, repeats or reorders messages")
+            self._around[key] = parts[::2]
+        return self._around[key]
+
+
+_MARK = "\ue000"
+"""A character for private use: no template asks for it, no tokenizer needs it."""
+
+
+def contents_within(text: str, around: Sequence[str], messages: Sequence[Message]) -> list[str]:
+    """The contents as a template has written them, as they are or without the space around them.
+
+    Raises:
+        NotLearnable: it has changed them otherwise.
+    """
+    contents = []
+    place = len(around[0])
+    for number, message in enumerate(messages):
+        forms = (message["content"], message["content"].strip())
+        content = next((form for form in forms if text.startswith(form + around[number + 1], place)), None)
+        if content is None or not text.startswith(around[0]):
+            raise NotLearnable(f"the chat template changes what message {number + 1} says")
+        contents.append(content)
+        place += len(content) + len(around[number + 1])
+    if place != len(text):
+        raise NotLearnable("the chat template writes other text for these contents than for others")
+    return contents
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
