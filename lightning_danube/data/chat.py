@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,12 @@ class ChatEncoder:
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._around: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the ids of a conversation."""
+        parts = (self._backend.to_str(), chat_template_of(self.tokenizer), str(self.tokenizer.special_tokens_map))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
     def check_learnable(self) -> None:
         """Checks on a small conversation that answers can be told from the rest, and end with a token of their own.
 
@@ -112,9 +119,14 @@ class ChatEncoder:
         if ids != list(self.tokenizer(text, add_special_tokens=False).input_ids):
             raise NotLearnable("special tokens of the tokenizer take in the space around them, which is not supported")
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> EncodedChat:
-        """Ids of a conversation; learned are the tokens of every answer and the special token that ends it. A token
-        that begins before its answer (a mark and a first letter can be one) is not learned.
+    def encode(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        answers: Literal["all", "last"] = "all",
+    ) -> EncodedChat:
+        """Ids of a conversation; learned are the tokens of all answers, or of the last, and the special tokens that end
+        them. A token that begins before its answer (a mark and a first letter can be one) is not learned.
 
         Raises:
             ValueError: the template has no place for such messages.
@@ -127,7 +139,10 @@ class ChatEncoder:
             # Templates that rewrite what was said (that drop the thoughts of earlier answers, say) can still be asked.
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return EncodedChat(ids, [False] * len(ids))
-        return self._encode_parts(around, contents, [message["role"] == "assistant" for message in messages])
+        learned = [message["role"] == "assistant" for message in messages]
+        if answers == "last":
+            learned = [is_answer and not any(learned[n + 1 :]) for n, is_answer in enumerate(learned)]
+        return self._encode_parts(around, contents, learned)
 
     def _encode_parts(self, around: Sequence[str], contents: Sequence[str], answers: Sequence[bool]) -> EncodedChat:
         encoded = EncodedChat([], [])

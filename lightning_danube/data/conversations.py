@@ -80,7 +80,8 @@ class ConversationSource:
                 raise ValueError(f"columns names the part {part!r}: the parts{of} are {', '.join(known)}")
 
     @property
-    def _texts(self) -> Source:
+    def texts(self) -> Source:
+        """The same place as a source of documents, which finds and identifies its files."""
         return Source(self.path, name=self.name, split=self.split, revision=self.revision)
 
 
@@ -117,7 +118,7 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
 
 
 def _rows(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
-    texts = source._texts
+    texts = source.texts
     if texts.is_documentation:
         raise ValueError(f"source {name!r}: {source.path} holds documents, not conversations")
     empty = True

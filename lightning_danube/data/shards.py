@@ -42,13 +42,18 @@ def source_fingerprint(
     """Hash of all that decides the tokens: a changed file, tokenizer, split or rule of quality makes new shards."""
     facts = [FORMAT, asdict(source), tokenizer.fingerprint, held_out, quality.identity(source.filters)]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    if is_saved_dataset(source):
-        digest.update((Path(source.path).expanduser() / "state.json").read_bytes())
-    elif not source.is_hub:
-        for file in local_files(name, source, cache):
-            status = os.stat(file)
-            digest.update(f"{os.path.abspath(file)}/{status.st_size}/{status.st_mtime_ns}".encode())
+    digest.update(files_identity(name, source, cache))
     return digest.hexdigest()[:12]
+
+
+def files_identity(name: str, source: Source, cache: Path) -> bytes:
+    """What tells that the files of a source have changed; nothing for a hub set, whose revision does."""
+    if is_saved_dataset(source):
+        return (Path(source.path).expanduser() / "state.json").read_bytes()
+    if source.is_hub:
+        return b""
+    states = ((os.path.abspath(file), os.stat(file)) for file in local_files(name, source, cache))
+    return "".join(f"{path}/{state.st_size}/{state.st_mtime_ns}" for path, state in states).encode()
 
 
 def held_out_below(share: float) -> int:

@@ -1,0 +1,491 @@
+"""The data of supervised fine-tuning: conversations, encoded once, in rows whose whole state is the number of steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_danube.data.chat import ChatEncoder
+from lightning_danube.data.conversations import Conversation, ConversationSource, read_conversations
+from lightning_danube.data.pretraining import IGNORE_INDEX, ResumableLoader, default_cache_dir
+from lightning_danube.data.quality import text_hash
+from lightning_danube.data.reading import BadRow
+from lightning_danube.data.rows_of_chats import LAYOUTS, DoesNotFit, FittedChat, Learned, Pass, Policy, fit_chat
+from lightning_danube.data.shards import files_identity, held_out_below
+from lightning_danube.data.tokenizer import MISTRAL, load_hf_tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+SHOWN_BAD_ROWS = 3
+TOO_LONG = "too long"
+
+
+@dataclass(frozen=True)
+class EncodedChats:
+    """Conversations of one split, one after the other: `ids` and `learned` (tokens,), `ends` (conversations + 1,)."""
+
+    ids: NDArray[Any]
+    learned: NDArray[np.bool_]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Places that each takes in a row: its last token is only a label."""
+        return np.diff(self.ends) - 1
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Tokens of each that the loss counts."""
+        counted = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+        # The first token of a conversation is nobody's label.
+        first = self.learned[self.ends[:-1]] if len(self.ids) else np.zeros(0, dtype=np.int64)
+        result: NDArray[np.int64] = np.diff(counted[self.ends]) - first
+        return result
+
+    def row(self, chats: Sequence[int], length: int) -> dict[str, Tensor]:
+        """One row of `length` places: inputs, labels, and for each place the conversation (from 1; 0 for none) and the
+        position in it."""
+        row = {name: torch.zeros(length, dtype=torch.int64) for name in ("input_ids", "document_ids", "position_ids")}
+        row["labels"] = torch.full((length,), IGNORE_INDEX)
+        place = 0
+        for number, chat in enumerate(chats, start=1):
+            start, end = int(self.ends[chat]), int(self.ends[chat + 1])
+            ids = torch.from_numpy(self.ids[start:end].astype(np.int64))
+            learned = torch.from_numpy(self.learned[start + 1 : end].copy())
+            here = slice(place, place + len(ids) - 1)
+            row["input_ids"][here] = ids[:-1]
+            row["labels"][here] = ids[1:].masked_fill(~learned, IGNORE_INDEX)
+            row["document_ids"][here] = number
+            row["position_ids"][here] = torch.arange(len(ids) - 1)
+            place = here.stop
+        return row
+
+
+class ChatData(LightningDataModule):
+    """Conversations of several sources, for `SupervisedFineTuning`.
+
+    Args:
+        sources: name → source. All conversations of all of them are in each pass.
+        context_length: places of a row.
+        batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
+        micro_batch_size: rows a device holds at once.
+        tokenizer: "mistral", a directory, a hub id or a GGUF file; its chat template is used, or Danube's where it has
+            none.
+        epochs: passes over the conversations.
+        layout: "packed" puts several conversations into a row, which do not see each other; "bucketed" one, and
+            conversations of similar length into a step.
+        learned: the answers that the loss counts, "all" of a conversation or the "last".
+        too_long: "drop_turns" leaves out the oldest question and answer of a conversation until the rest fits; "cut"
+            cuts its end; "skip" leaves it out.
+        held_out: share of the conversations kept for validation, chosen by a hash of the first question.
+        validation_conversations: of each source, on which `fit` and `validate` report; `test` takes all held out.
+        seed: of the order.
+        workers: loader processes.
+        cache_dir: where encoded conversations are kept.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, ConversationSource],
+        context_length: int,
+        batch_rows: int = 8,
+        micro_batch_size: int = 8,
+        tokenizer: str = MISTRAL,
+        epochs: int = 1,
+        layout: Literal["packed", "bucketed"] = "packed",
+        learned: Learned = "all",
+        too_long: Policy = "drop_turns",
+        held_out: float = 0.02,
+        validation_conversations: int = 64,
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "context_length": context_length,
+            "batch_rows": batch_rows,
+            "micro_batch_size": micro_batch_size,
+            "epochs": epochs,
+            "validation_conversations": validation_conversations,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not sources:
+            raise ValueError("data.sources is empty: name at least one")
+        if not 0 < held_out < 1:
+            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.02")
+        self.sources, self.context_length = sources, context_length
+        self.batch_rows, self.micro_batch_size, self.epochs = batch_rows, micro_batch_size, epochs
+        self.layout, self.learned, self.too_long = layout, learned, too_long
+        self.held_out, self.validation_conversations = held_out, validation_conversations
+        self.seed, self.workers = seed, workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer_name, self.tokenizer = tokenizer, load_hf_tokenizer(tokenizer)
+        self.encoder = ChatEncoder(self.tokenizer)
+        self.encoder.check_learnable()
+        self.vocab_size = len(self.tokenizer)
+        self.steps_done = 0
+
+    # --- encoding -----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        for name in self.sources:
+            if not self._directory(name).exists():
+                self._encode(name)
+
+    def fingerprint(self, name: str) -> str:
+        """Hash of all that decides a source's encoded conversations."""
+        source = self.sources[name]
+        facts = [
+            FORMAT,
+            asdict(source),
+            self.encoder.fingerprint,
+            self.context_length,
+            self.learned,
+            self.too_long,
+            self.held_out,
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(files_identity(name, source.texts, self.cache_dir))
+        return digest.hexdigest()[:12]
+
+    def _directory(self, name: str) -> Path:
+        return self.cache_dir / "conversations" / f"{name}-{self.fingerprint(name)}"
+
+    def _encode(self, name: str) -> None:
+        """Encodes a source and writes it beside its place, which appears by a rename when it is whole.
+
+        Raises:
+            ValueError: the source cannot be read, or holds a row to learn nothing from, unless those may be skipped.
+        """
+        source, least = self.sources[name], held_out_below(self.held_out)
+        report, left_out = Counter[str](), Counter[str]()
+        examples: list[str] = []
+        chats: dict[str, list[FittedChat]] = {split: [] for split in SPLITS}
+        for found in read_conversations(name, source, self.cache_dir):
+            chat = found if isinstance(found, BadRow) else self._fitted(found)
+            if isinstance(chat, BadRow):
+                # What is too long is left out by the policy that the user has declared: it is no mistake of the data.
+                if source.on_bad_row == "error" and chat.cause != TOO_LONG:
+                    raise ValueError(f"source {name!r}: {chat.message}; on_bad_row: skip leaves such rows out")
+                left_out[chat.cause] += 1
+                examples += [chat.message] * (len(examples) < SHOWN_BAD_ROWS)
+                continue
+            assert isinstance(found, Conversation)
+            question = next(message["content"] for message in found.messages if message["role"] == "user")
+            split = "validation" if text_hash(question) < least else "train"
+            chats[split].append(chat)
+            report["conversations"] += 1
+            report["conversations_held_out"] += split == "validation"
+            report["tokens"] += len(chat.ids)
+            report["answer_tokens"] += int(chat.learned.sum())
+            report["shortened_conversations"] += bool(chat.dropped_turns or chat.cut_tokens)
+            report["dropped_turns"] += chat.dropped_turns
+            report["cut_tokens"] += chat.cut_tokens
+        if not report["conversations"]:
+            raise ValueError(f"source {name!r} holds no conversation to learn from: {'; '.join(examples)}")
+        self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": examples})
+
+    def _fitted(self, found: Conversation) -> FittedChat | BadRow:
+        where = f"{found.file}, row {found.row}"
+        try:
+            return fit_chat(self.encoder, found.messages, self.context_length, self.too_long, self.learned)
+        except DoesNotFit as error:
+            return BadRow(found.file, found.row, TOO_LONG, f"{where}: {error}")
+        except ValueError as error:
+            return BadRow(found.file, found.row, "refused by the template", f"{where}: {error}")
+
+    def _write(self, name: str, chats: dict[str, list[FittedChat]], report: dict[str, Any]) -> None:
+        directory = self._directory(name)
+        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+        building.mkdir(parents=True)
+        try:
+            for split, members in chats.items():
+                dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+                # Begun with nothing, so that a split of no conversations is an array as well.
+                ids = np.concatenate([np.zeros(0, int), *(chat.ids for chat in members)], dtype=dtype, casting="unsafe")
+                learned = np.concatenate([np.zeros(0, bool), *(chat.learned for chat in members)])
+                ends = np.cumsum([0, *(len(chat.ids) for chat in members)], dtype=np.int64)
+                for what, array in {"ids": ids, "learned": learned, "ends": ends}.items():
+                    np.save(building / f"{split}-{what}.npy", array)
+            (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            for file in building.iterdir():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            if not directory.exists():
+                building.rename(directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """Of each source: conversations, tokens, what was shortened and what was left out, by cause."""
+        return {
+            name: json.loads((self._directory(name) / "report.json").read_text(encoding="utf-8"))
+            for name in self.sources
+        }
+
+    def setup(self, stage: str) -> None:
+        """Opens the encoded conversations and, for training, plans the passes.
+
+        Raises:
+            ValueError: a split is empty, or the batch does not divide over the devices.
+        """
+        opened = {name: {split: self._open(name, split) for split in SPLITS} for name in self.sources}
+        self._validation = {name: splits["validation"] for name, splits in opened.items()}
+        for name, chats in self._validation.items():
+            if not len(chats):
+                raise ValueError(
+                    f"source {name!r} has {len(opened[name]['train'])} conversations, none of them held out: raise "
+                    f"data.held_out (now {self.held_out})"
+                )
+        if stage != "fit":
+            return
+        self.train_chats = joined([splits["train"] for splits in opened.values()])
+        if not len(self.train_chats):
+            raise ValueError("all conversations are held out: lower data.held_out, or add conversations")
+        lay_out = LAYOUTS[self.layout]
+        self.passes: list[Pass] = [
+            lay_out(self.train_chats.places, self.context_length, self.batch_rows, self.seed, number)
+            for number in range(self.epochs)
+        ]
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = self._accumulation()
+
+    def _open(self, name: str, split: str) -> EncodedChats:
+        directory = self._directory(name)
+        try:
+            ids, learned, ends = (
+                np.load(directory / f"{split}-{what}.npy", mmap_mode="r") for what in ("ids", "learned", "ends")
+            )
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"source {name!r}: {directory} is damaged ({error}): remove it, and it is made anew"
+            ) from error
+        if not len(ids) == len(learned) == ends[-1]:
+            raise ValueError(f"source {name!r}: {directory} is damaged: remove it, and it is made anew")
+        return EncodedChats(ids, learned, np.asarray(ends))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(one.steps for one in self.passes)
+
+    def fill(self) -> float:
+        """Share of the places of all rows that hold a token: the rest is padding."""
+        places = sum(len(one.rows) for one in self.passes) * self.context_length
+        if self.layout == "bucketed":
+            places = sum(
+                int(self.train_chats.places[[chat for row in step for chat in row]].max()) * self.batch_rows
+                for one in self.passes
+                for step in steps_of(one)
+            )
+        return float(self.train_chats.places.sum()) * self.epochs / places
+
+    # --- devices and state --------------------------------------------------------------------------------------------
+
+    def _replicas(self) -> tuple[int, int]:
+        """Number of data-parallel replicas and this one's."""
+        replicas = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return int(replicas["num_replicas"]), int(replicas["rank"])
+
+    def _accumulation(self) -> int:
+        replicas, _ = self._replicas()
+        held = replicas * self.micro_batch_size
+        if self.batch_rows % held:
+            near = max(1, round(self.batch_rows / held)) * held
+            raise ValueError(
+                f"data.batch_rows is {self.batch_rows}, which {replicas} device(s) × data.micro_batch_size "
+                f"{self.micro_batch_size} do not divide: {near} would work"
+            )
+        return self.batch_rows // held
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"steps": self.trainer.global_step, "tokenizer": {"name": self.tokenizer_name}, "order": self._order()}
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that decides which conversations stand in which step."""
+        return {
+            "sources": {name: self.fingerprint(name) for name in self.sources},
+            "seed": self.seed,
+            "batch_rows": self.batch_rows,
+            "layout": self.layout,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved, now = state_dict["order"], self._order()
+        for key in now:
+            if saved[key] != now[key]:
+                raise ValueError(
+                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back (sources stand for their "
+                    "files and all that encodes them), or begin a new run without --ckpt_path"
+                )
+        self.steps_done = int(state_dict["steps"])
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        replicas, replica = self._replicas()
+        return ResumableLoader(
+            ChatRows(self.train_chats, self.context_length, packed=self.layout == "packed"),
+            batch_sampler=StepSampler(
+                self.passes,
+                self.train_chats.labels,
+                micro_batch_size=self.micro_batch_size,
+                replicas=replicas,
+                replica=replica,
+                start=self.steps_done,
+            ),
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(self.validation_conversations)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
+        """One loader a source; each replica has the same number of batches, the last of them possibly empty rows."""
+        replicas, replica = self._replicas()
+        loaders = []
+        for name, chats in self._validation.items():
+            longest_first = np.argsort(-chats.places[: limit or len(chats)], kind="stable").tolist()
+            mine: list[list[int]] = [[chat] for chat in longest_first[replica::replicas]]
+            mine += [[] for _ in range(-(-len(longest_first) // replicas) - len(mine))]
+            batches = [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+            loaders.append(DataLoader(HeldOutChats(name, chats, batches, self.context_length), batch_size=None))
+        return loaders
+
+    def evaluation_tokens(self, limit: int | None) -> dict[str, int]:
+        """Answer tokens behind each source's held-out loss."""
+        return {name: int(chats.labels[: limit or len(chats)].sum()) for name, chats in self._validation.items()}
+
+
+def joined(parts: Sequence[EncodedChats]) -> EncodedChats:
+    """Several sources as one; a single one stays on the disk."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+    ends = [part.ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    dtype = np.result_type(*(part.ids.dtype for part in parts))
+    return EncodedChats(
+        np.concatenate([part.ids.astype(dtype) for part in parts]),
+        np.concatenate([part.learned for part in parts]),
+        np.concatenate([np.zeros(1, dtype=np.int64), *ends]),
+    )
+
+
+def steps_of(one: Pass) -> Iterator[list[list[int]]]:
+    """The rows of each step of a pass."""
+    for first, behind in pairwise(range(0, len(one.rows) + 1, one.batch_rows)):
+        yield one.rows[first:behind]
+
+
+class StepRows(list[list[int]]):
+    """Rows of a micro-batch, and what its optimizer step counts in all: the loss is a mean over the whole step, however
+    unevenly its answers are dealt to micro-batches and devices."""
+
+    step_labels: int = 0
+
+
+class StepSampler(Sampler[StepRows]):
+    """This replica's micro-batches from step `start` on; micro-batch after micro-batch is dealt to the replicas."""
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        labels: NDArray[np.int64],
+        *,
+        micro_batch_size: int,
+        replicas: int,
+        replica: int,
+        start: int = 0,
+    ) -> None:
+        self.passes, self.labels, self.start = passes, labels, start
+        self.micro_batch_size, self.replicas, self.replica = micro_batch_size, replicas, replica
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, wherever it starts: the trainer counts those before as done."""
+        return sum(len(one.rows) for one in self.passes) // (self.micro_batch_size * self.replicas)
+
+    def __iter__(self) -> Iterator[StepRows]:
+        steps = (step for one in self.passes for step in steps_of(one))
+        for number, rows in enumerate(steps):
+            if number < self.start:
+                continue
+            step_labels = int(self.labels[[chat for row in rows for chat in row]].sum())
+            stride = self.micro_batch_size * self.replicas
+            for first in range(self.replica * self.micro_batch_size, len(rows), stride):
+                mine = StepRows(rows[first : first + self.micro_batch_size])
+                mine.step_labels = step_labels
+                yield mine
+
+
+class ChatRows(Dataset[Any]):
+    """Micro-batches by the conversations of their rows: input_ids, labels and, packed, document_ids and position_ids,
+    (rows, places) int64; `step_labels`, the tokens that the whole optimizer step counts."""
+
+    def __init__(self, chats: EncodedChats, context_length: int, packed: bool) -> None:
+        self.chats, self.context_length, self.packed = chats, context_length, packed
+
+    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
+        return batch_of(self.chats, rows, self.context_length, self.packed) | {"step_labels": rows.step_labels}
+
+
+class HeldOutChats(Dataset[Any]):
+    """Micro-batches of one source's held-out conversations, one a row."""
+
+    def __init__(self, source: str, chats: EncodedChats, batches: list[list[list[int]]], context_length: int) -> None:
+        self.source, self.chats, self.batches, self.context_length = source, chats, batches, context_length
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows = self.batches[number]
+        return batch_of(self.chats, rows, self.context_length, packed=False) | {"source": self.source}
+
+
+def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> dict[str, Any]:
+    """Rows as tensors; one conversation a row is padded only to the longest, behind its end, where causal attention
+    keeps it from being seen."""
+    length = context_length
+    if not packed:
+        length = max([int(chats.places[chat]) for row in rows for chat in row], default=1)
+    tensors = [chats.row(row, length) for row in rows]
+    names = list(tensors[0]) if packed else ["input_ids", "labels"]
+    return {name: torch.stack([row[name] for row in tensors]) for name in names}
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

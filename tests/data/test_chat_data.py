@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_danube.data.chat_data import ChatData, StepSampler
+from lightning_danube.data.conversations import ConversationSource
+from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
+
+
+def write(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        for n in range(count):
+            turns = []
+            for turn in range(1 + n % 3):
+                turns += [
+                    {"role": "user", "content": f"question {n}.{turn} " + "why " * (n % 11)},
+                    {"role": "assistant", "content": f"answer {n}.{turn} " + "so " * (n % 7)},
+                ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def data(tmp_path: Path, count: int = 60, **options: Any) -> ChatData:
+    sources = {"talk": ConversationSource(str(write(tmp_path / "talk.jsonl", count)))}
+    options = {"context_length": 96, "batch_rows": 4, "micro_batch_size": 2, "held_out": 0.2} | options
+    module = ChatData(sources, cache_dir=str(tmp_path / "cache"), **options)
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+def batches(module: ChatData) -> list[dict[str, Any]]:
+    return list(module.train_dataloader())
+
+
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+def test_each_answer_is_learned_once_in_a_pass(tmp_path: Path, layout: str) -> None:
+    module = data(tmp_path, layout=layout)
+    found = sum(int((batch["labels"] >= 0).sum()) for batch in batches(module))
+    assert found == module.train_chats.labels.sum() > 0
+    report = module.reports()["talk"]
+    held_out = module.evaluation_tokens(None)["talk"]
+    assert found + held_out == report["answer_tokens"]
+    assert report["conversations"] == 60 and 0 < report["conversations_held_out"] < 30
+    text = module.tokenizer.decode(torch.cat([b["labels"][b["labels"] >= 0] for b in batches(module)]))
+    assert "answer" in text and "question" not in text and "<|prompt|>" not in text
+
+
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+def test_a_step_counts_the_same_however_it_is_dealt(tmp_path: Path, layout: str) -> None:
+    module = data(tmp_path, layout=layout)
+    labels = module.train_chats.labels
+    dealt = {}
+    for micro_batch, replicas in [(4, 1), (1, 1), (2, 2), (1, 4)]:
+        samplers = [
+            StepSampler(module.passes, labels, micro_batch_size=micro_batch, replicas=replicas, replica=replica)
+            for replica in range(replicas)
+        ]
+        assert len({len(sampler) for sampler in samplers}) == 1
+        turns = [micro for turn in zip(*samplers, strict=True) for micro in turn]
+        assert len(turns) == len(samplers[0]) * replicas
+        rows = [row for micro in turns for row in micro]
+        dealt[micro_batch, replicas] = rows
+        for first in range(0, len(rows), 4):
+            in_step = int(labels[[chat for row in rows[first : first + 4] for chat in row]].sum())
+            per_turn = 4 // micro_batch
+            assert {m.step_labels for m in turns[first // 4 * per_turn :][:per_turn]} == {in_step}
+    assert all(rows == dealt[4, 1] for rows in dealt.values())
+
+
+def test_going_on_starts_at_the_next_step(tmp_path: Path) -> None:
+    module = data(tmp_path, epochs=2)
+    assert module.total_steps == sum(one.steps for one in module.passes)
+    full = batches(module)
+    module.steps_done = 3
+    for left, right in zip(full[6:], batches(module), strict=True):
+        assert torch.equal(left["input_ids"], right["input_ids"])
+
+
+def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations(tmp_path: Path) -> None:
+    """In float64, so that the order of sums leaves 1e-12 of anything that is really different."""
+    packed, single = (data(tmp_path, layout=layout, batch_rows=2) for layout in ("packed", "bucketed"))
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(32, 48, 2, 4, 2, vocab_size=packed.vocab_size, max_position_embeddings=96)).double()
+    row = next(row for row in packed.passes[0].rows if len(row) > 1)
+    together = packed.train_chats.row(row, 96)
+    results = []
+    for rows in ([together], [single.train_chats.row([chat], 96) for chat in row]):
+        decoder.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for one in rows:
+            ids, positions, documents, labels = (
+                one[name][None] for name in ("input_ids", "position_ids", "document_ids", "labels")
+            )
+            hidden = decoder.hidden_states(ids, positions, documents)
+            total = total + next_token_loss(hidden, decoder.lm_head.weight, labels)[0]
+        total.backward()
+        results.append((float(total.detach()), [p.grad.clone() for p in decoder.parameters() if p.grad is not None]))
+    (packed_loss, packed_gradients), (single_loss, single_gradients) = results
+    assert packed_loss == pytest.approx(single_loss, rel=1e-12)
+    for left, right in zip(packed_gradients, single_gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+
+def test_encoding_happens_once_and_anew_for_other_files(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    again = data(tmp_path, layout="bucketed")
+    # write() replaced the file by the same content at another time: that is another file.
+    assert len(list((tmp_path / "cache" / "conversations").iterdir())) == 2
+    assert np.array_equal(module.train_chats.ids, again.train_chats.ids)
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "talk.jsonl", 30)
+    with path.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+        file.write(
+            json.dumps({"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}) + "\n"
+        )
+        file.write(json.dumps({"messages": [{"role": r, "content": "y " * 200} for r in ("user", "assistant")]}) + "\n")
+    options: dict[str, Any] = {"context_length": 96, "held_out": 0.2, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"row 31: the last message is not the assistant's; on_bad_row: skip leaves"):
+        ChatData({"talk": ConversationSource(str(path))}, **options).prepare_data()
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    module = ChatData({"talk": ConversationSource(str(path), on_bad_row="skip")}, **options)
+    module.prepare_data()
+    report = module.reports()["talk"]
+    assert report["left_out"] == {"last turn not the assistant's": 1, "refused by the template": 1, "too long": 1}
+    assert "there is no system role" in report["first_left_out"][1]
+    assert "no answer within the first 97" in report["first_left_out"][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 0.0}, r"data.held_out is 0.0: give a share between 0 and 1"),
+        ({"context_length": 0}, r"data.context_length is 0: it must be at least 1"),
+        ({"epochs": 0}, r"data.epochs is 0: it must be at least 1"),
+        ({"held_out": 1e-9}, r"none of them held out: raise data.held_out"),
+        ({"context_length": 4}, r"holds no conversation to learn from: .*no answer within the first 5"),
+        ({"tokenizer": "/nowhere"}, r"no tokenizer directory '/nowhere'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(tmp_path, **options)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    (path,) = (tmp_path / "cache").rglob("train-ids.npy")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"is damaged .*: remove it, and it is made anew"):
+        module.setup("fit")
