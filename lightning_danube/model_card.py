@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.history import read_saved_config
-from lightning_danube.weights import Weights, hub_id, tokenizer_identity
+from lightning_danube.weight_files import Weights, hub_id, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -255,9 +255,7 @@ def _of_gguf(weights: Weights) -> tuple[str, str | None, None]:
 def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Weights) -> str:
     facts: list[tuple[str, Any]] = [("tokens", f"{len(tokenizer):,}")]
     if weights.kind == "checkpoint":
-        from lightning_danube.model.checkpoints import read_checkpoint
-
-        identity = tokenizer_identity(read_checkpoint(weights.path)) or {}
+        identity = tokenizer_identity(weights.path) or {}
         if name := identity.get("name"):
             shown = "Mistral v1, the SentencePiece pieces of Danube3" if name == "mistral" else f"`{name}`"
             facts.insert(0, ("name", shown))

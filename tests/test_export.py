@@ -23,7 +23,8 @@ from lightning_danube.llama_cpp import check_file_type, file_types, measure, qua
 from lightning_danube.model import generate, load_hf
 from lightning_danube.model.checkpoints import EXPORTED_FILES, replaced_directory
 from lightning_danube.model.gguf_files import load_gguf, save_gguf
-from lightning_danube.weights import SMOLLM2, load_decoder, load_model, locate_weights
+from lightning_danube.weight_files import SMOLLM2, locate_weights
+from lightning_danube.weights import load_decoder, load_model
 from tests.test_weights import save_tiny_adapter
 from tests.tiny_models import CONFIG, TEMPLATE, save_tiny, tiny_decoder, tiny_tokenizer
 

@@ -9,7 +9,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_danube.weights import Weights, add_weights_arguments, load_decoder, load_tokenizer, locate_weights
+from lightning_danube.weight_files import Weights, load_tokenizer, locate_weights
+from lightning_danube.weights import add_weights_arguments, load_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +145,7 @@ def _export_gguf(arguments: Namespace) -> None:
 def _export_adapter(arguments: Namespace) -> None:
     from lightning_danube.adapters import load_adapter, read_settings, save_adapter
     from lightning_danube.model_card import adapter_card
-    from lightning_danube.weights import locate_adapter
+    from lightning_danube.weight_files import locate_adapter
 
     directory, weights = locate_adapter(arguments.adapter), locate_weights(arguments.weights)
     decoder = load_decoder(weights)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MISTRAL = "mistral"
 
@@ -46,9 +46,7 @@ class DocumentTokenizer:
             )
         self.vocab_size = len(self.hf)
         self.eos_id = int(self.hf.eos_token_id)
-        bos = self.hf.bos_token_id
-        # GPT-type tokenizers use one token for both ends: then the previous document's end is the next one's start.
-        self.bos_id = int(bos) if bos is not None and bos != self.eos_id else None
+        self.bos_id = begin_token(self.hf)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -57,10 +55,7 @@ class DocumentTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which ids a text gets."""
-        digest = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode())
-        digest.update(f"{self.bos_id}/{self.eos_id}".encode())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.hf)
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
@@ -75,6 +70,20 @@ class DocumentTokenizer:
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
         }
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that begins a document. GPT-type tokenizers use one token for both ends: then the previous document's
+    end is the next one's start."""
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and bos != tokenizer.eos_token_id else None
+
+
+def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(f"{begin_token(tokenizer)}/{tokenizer.eos_token_id}".encode())
+    return digest.hexdigest()[:16]
 
 
 def encode_documents(
