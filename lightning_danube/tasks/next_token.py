@@ -1,0 +1,249 @@
+"""What all tasks of next-token prediction share: the optimizer step and what is logged of it, held-out losses, what a
+checkpoint says about its decoder. They differ in their loss and in what trains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import DoublePrecision
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_danube.model import Decoder, next_token_loss, token_losses
+from lightning_danube.optim import AdamW, LearningRate
+
+
+class NextTokenTask(LightningModule):
+    """A decoder, its optimizer and a learning rate in tokens. A task adds `training_step`, which appends the detached
+    loss of each micro-batch to `self._losses`.
+
+    Logs `loss/train` (nats a token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
+    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats a token, mean over the source's
+    tokens).
+    """
+
+    def __init__(self, decoder: Decoder, learning_rate: LearningRate, optimizer: AdamW) -> None:
+        super().__init__()
+        self.decoder, self.config = decoder, decoder.config
+        self.learning_rate, self.optimizer_settings = learning_rate, optimizer
+        self._losses: list[Tensor] = []
+        self._gradient_norm: Tensor | None = None
+        self._step_loss: Tensor | None = None
+        self.step_verdict: Callable[[Tensor, Tensor], Tensor] | None = None
+        """Set by a callback: (loss of the step, gradient norm) → whether to leave the step out, on the device.
+
+        Both are means over the ranks, so that all ranks decide alike: what is not finite on one is not finite here.
+        """
+        self._rate = 0.0
+        self._evaluation_losses: dict[str, MeanMetric] = {}
+        self._seed = torch.initial_seed()
+
+    def length_in_tokens(self) -> tuple[int, int]:
+        """Tokens of an optimizer step and of the whole run: what the learning rate goes by."""
+        raise AssertionError("a task says how long it is")
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """(B, T, D) after the last norm."""
+        return self.decoder.hidden_states(
+            batch["input_ids"],
+            position_ids_BT=batch.get("position_ids"),
+            document_ids_BT=batch.get("document_ids"),
+        )
+
+    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of nats, and the number of counted tokens."""
+        return next_token_loss(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def seed_dropout(self, micro_batch: int) -> None:
+        """Dropout depends on (seed, micro-batch, replica) alone: a resumed run draws what the first would have."""
+        replica = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+        digest = hashlib.blake2b(f"{self._seed}/{micro_batch}/{replica}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm here, because Lightning 2.6 refuses fused AdamW with clipping under bf16-mixed."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            name = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
+            raise ValueError(f"trainer.gradient_clip_algorithm is {name!r}: only 'norm' is supported")
+        limit = gradient_clip_val if gradient_clip_val else float("inf")
+        self._rate = optimizer.param_groups[0]["lr"]
+        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self._step_loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        if self.step_verdict is not None:
+            together = torch.stack([self._step_loss, self._gradient_norm.to(self._step_loss)])
+            together = self._mean_over_ranks(together)
+            self._step_loss = together[0]
+            # The fused kernel leaves weights, moments and step counts alone where this is 1, as it does for a gradient
+            # scaler. It reads the flag on the device: the host neither waits for it nor knows it yet.
+            optimizer.found_inf = self.step_verdict(together[0], together[1]).float()  # type: ignore[attr-defined]
+
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
+            assert isinstance(reduced, Tensor)
+            return reduced
+        return values
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._log_step()
+
+    def _log_step(self) -> None:
+        """Logs an optimizer step once, when all its micro-batches are done."""
+        if self._step_loss is None:  # in the middle of an accumulation, or logged already
+            return
+        loss, self._step_loss = self._step_loss, None
+        step = self.trainer.global_step
+        if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+            if self.step_verdict is None:
+                loss = self._mean_over_ranks(loss)
+            values = {
+                "loss/train": float(loss),
+                "optimizer/learning_rate": self._rate,
+            }
+            if self._gradient_norm is not None:
+                values["optimizer/gradient_norm"] = float(self._gradient_norm)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=step)
+            self.trainer.callback_metrics["loss/train"] = loss
+
+    def on_train_start(self) -> None:
+        """Lets the config decide the optimizer's settings: a loaded optimizer brings those it was saved with, and the
+        rate of its next step from the old schedule."""
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
+                group.update(settings)
+                group["lr"] = self._rate_of_step(scheduler.scheduler.last_epoch)
+
+    def _rate_of_step(self, step: int) -> float:
+        batch_tokens, total_tokens = self.length_in_tokens()
+        return self.learning_rate.at((step + 1) * batch_tokens, total_tokens)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_settings.build(self, lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_of_step)
+        self._group_settings = [
+            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+        ]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        total, count = self.sum_of_losses(batch)
+        self._loss_of(batch["source"]).update(total.double() / count.clamp(min=1), weight=count.double())
+
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation_losses.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        losses = {f"loss/held_out_{name}": metric.compute() for name, metric in self._evaluation_losses.items()}
+        self.log_dict(losses, logger=False)
+        # Straight to the loggers: Lightning counts their steps anew after a resume at a stage's end.
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: float(loss) for name, loss in losses.items()}, step=self.trainer.global_step)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """For each held-out row: its source, number, tokens and mean loss (nats a token)."""
+        nats = (
+            token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
+            .double()
+            .sum(1)
+            .tolist()
+        )
+        tokens = (batch["labels"] >= 0).sum(1).tolist()
+        return [
+            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n}
+            for row, n, loss in zip(batch["rows"], tokens, nats, strict=True)
+            if n
+        ]
+
+    def _loss_of(self, source: str) -> MeanMetric:
+        # A plain dict: these are made anew for each validation, and belong to no checkpoint.
+        if source not in self._evaluation_losses:
+            # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
+            metric = MeanMetric().to(self.device)
+            metric.set_dtype(torch.float64)
+            self._evaluation_losses[source] = metric
+        return self._evaluation_losses[source]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What a checkpoint counts as done is on the disk before it: a run killed just after goes on without a gap.
+        self._log_step()
+        for logger in self.trainer.loggers:
+            logger.save()
+        checkpoint["decoder_config"] = asdict(self.config)
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses another decoder by the fields that differ, before torch lists every tensor.
+
+        Lightning makes the module a double one after it has loaded the weights: here it is made one before, so that
+        float64 weights are not rounded on their way in.
+
+        Raises:
+            ValueError: the checkpoint's decoder is not this one, or training would go on with another seed.
+        """
+        saved, mine = checkpoint.get("decoder_config"), asdict(self.config)
+        if saved is None:
+            raise ValueError("the checkpoint holds no decoder of lightning-danube")
+        if saved != mine:
+            different = [
+                f"{_OPTION_OF_FIELD.get(key, key)} {saved.get(key)} (here {mine[key]})"
+                for key in mine
+                if saved.get(key) != mine[key]
+            ]
+            raise ValueError(
+                f"the checkpoint holds another decoder than the config: {', '.join(different)}: set what differs back, "
+                "or begin a new run without --ckpt_path"
+            )
+        if self._trainer is None:
+            return
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()
+        if self.trainer.state.fn != "fit":
+            return
+        if checkpoint.get("seed", self._seed) != self._seed:
+            raise ValueError(
+                f"seed_everything is {self._seed}, the run began with {checkpoint['seed']}: set it back, or begin a "
+                "new run without --ckpt_path"
+            )
+        _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+_OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_size": "vocabulary of data.tokenizer"}
+
+
+def _restate_micro_batches(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Brings the trainer's count of micro-batches to the present accumulation.
+
+    The trainer takes its place in the epoch from that count; made with another micro-batch or number of devices, it
+    would end the run early or late.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = checkpoint["global_step"] * accumulation
+    for counts in (progress["total"], progress["current"]):
+        # A save while a batch ends finds "completed" one behind: these are differences, not sizes.
+        ahead = counts["ready"]
+        for name in ("ready", "started", "processed", "completed"):
+            counts[name] += done - ahead
