@@ -99,7 +99,7 @@ def write_danube(tokens: NDArray[np.uint16], directory: Path, context: int) -> N
 
 def danube_loader(directory: Path, context: int, workers: int, start: int = 0, stages: Any = None) -> Any:
     from lightning_danube.data.curriculum import Curriculum, Stage
-    from lightning_danube.data.pretraining import CurriculumSampler, ResumableLoader, TrainingRows
+    from lightning_danube.data.pretraining import CurriculumLoader, CurriculumSampler, TrainingRows
     from lightning_danube.data.shards import TokenShards
 
     stream = TokenShards(directory, RandomTokens()).tokens("train")  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def danube_loader(directory: Path, context: int, workers: int, start: int = 0, s
     one_pass = [Stage("pass", rows // ROWS * ROWS * context, {"random": 1})]
     curriculum = Curriculum(stages or one_pass, {"random": rows}, context_length=context, batch_samples=ROWS, seed=0)
     sampler = CurriculumSampler(curriculum, micro_batch_size=ROWS, replicas=1, replica=0, start=start)
-    return ResumableLoader(TrainingRows([stream], context, None), sampler, workers)
+    return CurriculumLoader(TrainingRows([stream], context, None), sampler, workers)
 
 
 def read_danube(directory: Path, context: int, workers: int) -> Batches:

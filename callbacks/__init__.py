@@ -1,5 +1,6 @@
 """Trainer callbacks, each about one thing. YAML names them; lightning_danube never imports them."""
 
+from callbacks.chat_summary import ChatSummary
 from callbacks.checkpoints import Checkpoints
 from callbacks.curriculum import CurriculumStages
 from callbacks.ledger import TokenLedger
@@ -11,6 +12,7 @@ from callbacks.summary import PretrainingSummary
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "ChatSummary",
     "Checkpoints",
     "CurriculumStages",
     "Predictions",

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from callbacks.position import curriculum_of, finished_stage, samples_done
+from callbacks.position import curriculum_of, finished_stage, is_done
 from lightning_danube.checkpoint_files import prepare_directory
 from lightning_danube.runs import read_step
 from lightning_danube.stopping import EXIT_STOPPED, Stopped, StopSignals, requeue_slurm_job
@@ -86,7 +86,7 @@ class Checkpoints(Checkpoint):
         _, curriculum = curriculum_of(trainer)
         name = re.sub(r"[^\w.-]+", "-", curriculum.stages[k].name)
         trainer.save_checkpoint(self._directory / f"stage_{k + 1}_{name}_step_{trainer.global_step:08d}.ckpt")
-        if samples_done(trainer) == curriculum.total_samples:
+        if is_done(trainer):
             self._prune(trainer, keep=0)
         else:
             self._stopping = self._told_to_stop(trainer)
@@ -95,7 +95,7 @@ class Checkpoints(Checkpoint):
         assert self._directory is not None
         step = trainer.global_step
         self._stopping = self._told_to_stop(trainer)
-        if self._stopping or step % self.every_n_steps == 0:
+        if self._stopping or step % self.every_n_steps == 0 or is_done(trainer):
             trainer.save_checkpoint(self._directory / f"step_{step:08d}.ckpt")
             self._prune(trainer, self.keep)
 

@@ -1,8 +1,9 @@
-"""Where a pre-training run stands: what several callbacks ask."""
+"""Where a run stands: what several callbacks ask."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,6 +24,30 @@ def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
     return data, data.curriculum
 
 
+class TokenData(Protocol):
+    """What every data module of next-token prediction knows about the length of a run."""
+
+    context_length: int
+    batch_tokens: int
+    total_tokens: int
+
+
+def data_of(trainer: Trainer) -> TokenData:
+    """The data module of the run."""
+    data: TokenData = trainer.datamodule  # type: ignore[attr-defined]
+    return data
+
+
+def tokens_done(trainer: Trainer) -> int:
+    """Tokens of finished optimizer steps."""
+    return trainer.global_step * data_of(trainer).batch_tokens
+
+
+def is_done(trainer: Trainer) -> bool:
+    """Whether the last step of the run is over."""
+    return tokens_done(trainer) >= data_of(trainer).total_tokens
+
+
 def samples_done(trainer: Trainer) -> int:
     """Samples consumed by finished optimizer steps."""
     data, _ = curriculum_of(trainer)
@@ -30,7 +55,9 @@ def samples_done(trainer: Trainer) -> int:
 
 
 def finished_stage(trainer: Trainer) -> int | None:
-    """Number of the stage that ends exactly here, if one does."""
+    """Number of the stage that ends exactly here, if one does; of data without stages, none does."""
+    if not isinstance(trainer.datamodule, CurriculumData):  # type: ignore[attr-defined]
+        return None
     _, curriculum = curriculum_of(trainer)
     done = samples_done(trainer)
     return next((k for k, span in enumerate(curriculum.spans) if span.stop == done), None)
@@ -46,8 +73,10 @@ def run_directory(trainer: Trainer) -> Path:
     return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else trainer.default_root_dir)
 
 
-def stage_name(trainer: Trainer) -> str:
-    """Name of the stage in which the next sample lies."""
+def stage_name(trainer: Trainer) -> str | None:
+    """Name of the stage in which the next sample lies, of data that have stages."""
+    if not isinstance(trainer.datamodule, CurriculumData):  # type: ignore[attr-defined]
+        return None
     _, curriculum = curriculum_of(trainer)
     return curriculum.stages[curriculum.stage_index(samples_done(trainer))].name
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from callbacks.position import curriculum_of, samples_done, stage_name
+from callbacks.position import data_of, stage_name, tokens_done
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
@@ -87,7 +87,8 @@ class Progress(ProgressBar):
         total, done = self._tokens(trainer)
         loss = trainer.callback_metrics.get("loss/train")
         if self._bar is not None:
-            self._bar.set_description(f"stage {stage_name(trainer)}", refresh=False)
+            if (stage := stage_name(trainer)) is not None:
+                self._bar.set_description(f"stage {stage}", refresh=False)
             if loss is not None:
                 self._bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
             self._bar.n = done
@@ -118,5 +119,4 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _tokens(trainer: Trainer) -> tuple[int, int]:
-        data, curriculum = curriculum_of(trainer)
-        return curriculum.total_tokens, samples_done(trainer) * data.context_length
+        return data_of(trainer).total_tokens, tokens_done(trainer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,46 @@ FREE = {
     "use_dora",
     "use_rslora",
 }
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685); the defaults are the paper's settings for classification.
+
+    Args:
+        rank: of the update of each layer.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, in training.
+        targets: linear layers of the blocks that get one.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LINEAR_LAYERS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora has rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank at least 1, alpha above "
+                "0, dropout from 0 to below 1"
+            )
+        unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
+        if unknown or not self.targets:
+            known = ", ".join(LINEAR_LAYERS)
+            raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
+
+    def settings(self) -> dict[str, Any]:
+        """The same for peft.LoraConfig."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(self.targets),
+        }
 
 
 def add_adapter(decoder: Decoder, **settings: Any) -> None:

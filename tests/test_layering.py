@@ -30,7 +30,10 @@ TASKS_MAY_IMPORT_OF_OURS = frozenset(
 REPORTS_MAY_IMPORT_OF_OURS = frozenset({"lightning_danube.durations", "lightning_danube.reports"})
 DATA_MUST_NOT_IMPORT = frozenset({f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters")})
 # Libraries that one file of the package deals with, for all others.
-IN_ONE_FILE = {"peft": "lightning_danube/adapters.py", "llama_cpp": "lightning_danube/llama_cpp.py"}
+IN_ONE_FILE = {
+    "llama_cpp": "lightning_danube/llama_cpp.py",
+    "peft": "lightning_danube/adapters.py",
+}
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_danube.data.chat_data import ChatData
     from lightning_danube.data.pretraining import CurriculumData
 
-__all__ = ["CurriculumData"]
+__all__ = ["ChatData", "CurriculumData"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from lightning_danube.data.pretraining import CurriculumData
 
         return CurriculumData
+    if name == "ChatData":
+        from lightning_danube.data.chat_data import ChatData
+
+        return ChatData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,8 @@ from lightning_danube.data.quality import text_hash
 from lightning_danube.data.reading import BadRow
 from lightning_danube.data.rows_of_chats import LAYOUTS, DoesNotFit, FittedChat, Learned, Pass, Policy, fit_chat
 from lightning_danube.data.shards import files_identity, held_out_below
-from lightning_danube.data.tokenizer import MISTRAL, load_hf_tokenizer
+from lightning_danube.data.tokenizer import MISTRAL, fingerprint_of
+from lightning_danube.weight_files import tokenizer_of
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -89,8 +90,8 @@ class ChatData(LightningDataModule):
         context_length: places of a row.
         batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
         micro_batch_size: rows a device holds at once.
-        tokenizer: "mistral", a directory, a hub id or a GGUF file; its chat template is used, or Danube's where it has
-            none.
+        tokenizer: "mistral", a directory, a hub id, or any name of a model, whose tokenizer is then taken; its chat
+            template is used, or Danube's where it has none.
         epochs: passes over the conversations.
         layout: "packed" puts several conversations into a row, which do not see each other; "bucketed" one, and
             conversations of similar length into a step.
@@ -145,7 +146,7 @@ class ChatData(LightningDataModule):
         self.held_out, self.validation_conversations = held_out, validation_conversations
         self.seed, self.workers = seed, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.tokenizer_name, self.tokenizer = tokenizer, load_hf_tokenizer(tokenizer)
+        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
         self.encoder = ChatEncoder(self.tokenizer)
         self.encoder.check_learnable()
         self.vocab_size = len(self.tokenizer)
@@ -294,6 +295,16 @@ class ChatData(LightningDataModule):
     def total_steps(self) -> int:
         return sum(one.steps for one in self.passes)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Places of one optimizer step."""
+        return self.batch_rows * self.context_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Places of the run, padding included."""
+        return self.total_steps * self.batch_tokens
+
     def fill(self) -> float:
         """Share of the places of all rows that hold a token: the rest is padding."""
         places = sum(len(one.rows) for one in self.passes) * self.context_length
@@ -325,7 +336,11 @@ class ChatData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        return {"steps": self.trainer.global_step, "tokenizer": {"name": self.tokenizer_name}, "order": self._order()}
+        return {
+            "steps": self.trainer.global_step,
+            "tokenizer": {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)},
+            "order": self._order(),
+        }
 
     def _order(self) -> dict[str, Any]:
         """Everything that decides which conversations stand in which step."""
@@ -352,26 +367,24 @@ class ChatData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         replicas, replica = self._replicas()
-        return ResumableLoader(
-            ChatRows(self.train_chats, self.context_length, packed=self.layout == "packed"),
-            batch_sampler=StepSampler(
-                self.passes,
-                self.train_chats.labels,
-                micro_batch_size=self.micro_batch_size,
-                replicas=replicas,
-                replica=replica,
-                start=self.steps_done,
-            ),
-            collate_fn=_as_is,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        sampler = StepSampler(
+            self.passes,
+            self.train_chats.labels,
+            micro_batch_size=self.micro_batch_size,
+            replicas=replicas,
+            replica=replica,
+            start=self.steps_done,
         )
+        rows = ChatRows(self.train_chats, self.context_length, packed=self.layout == "packed")
+        return ResumableLoader(rows, sampler, self.workers, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_conversations)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(None)
 
     def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
@@ -473,7 +486,10 @@ class HeldOutChats(Dataset[Any]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         rows = self.batches[number]
-        return batch_of(self.chats, rows, self.context_length, packed=False) | {"source": self.source}
+        return batch_of(self.chats, rows, self.context_length, packed=False) | {
+            "source": self.source,
+            "rows": [row[0] if row else -1 for row in rows],
+        }
 
 
 def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> dict[str, Any]:
@@ -485,7 +501,3 @@ def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length:
     tensors = [chats.row(row, length) for row in rows]
     names = list(tensors[0]) if packed else ["input_ids", "labels"]
     return {name: torch.stack([row[name] for row in tensors]) for name in names}
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning_danube.data.corpora import Source, is_streamed, local_files, open_stream, stream_name
+from lightning_danube.data.corpora import DOCUMENTATION, Source, is_streamed, local_files, open_stream, stream_name
+from lightning_danube.data.made_text import turns_of
 from lightning_danube.data.reading import BadRow, read_rows
 
 Message = dict[str, str]
@@ -52,12 +53,14 @@ class ConversationSource:
     """A source of conversations.
 
     Args:
-        path: a file, a directory or a glob of files (jsonl, csv, tsv, parquet; plain, .gz or .zst), a directory written
-            by `datasets` `save_to_disk`, or a hub id such as "HuggingFaceH4/no_robots".
+        path: "documentation:instruct" (the embedded questions and answers), a file, a directory or a glob of files
+            (jsonl, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub
+            id such as "HuggingFaceH4/no_robots".
         shape: "messages" (a list of {role, content}), "sharegpt" (a list of {from, value}), "instruction" (instruction,
             input, output) or "pairs" (prompt, response); told from the first row's columns when left out.
         columns: part → column, where a column has another name: {prompt: question, response: best_answer}.
         name, split, revision: configuration, split and commit of a hub data set.
+        max_conversations: stop after so many: for sets larger than the run needs.
         on_bad_row: "error" refuses the source at the first row that is no conversation to learn from, "skip" leaves
             such rows out and counts them by cause.
     """
@@ -68,9 +71,12 @@ class ConversationSource:
     name: str | None = None
     split: str = "train"
     revision: str | None = None
+    max_conversations: int | None = None
     on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
+        if self.max_conversations is not None and self.max_conversations < 1:
+            raise ValueError(f"max_conversations is {self.max_conversations}: it must be at least 1")
         known = sorted({part for parts in (*COLUMNS.values(), *OPTIONAL.values()) for part in parts})
         if self.shape is not None:
             known = [*COLUMNS[self.shape], *OPTIONAL[self.shape]]
@@ -100,7 +106,10 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
         ValueError: the source cannot be opened, has no row, or has none of the known shapes.
     """
     found: Layout | None = None
+    taken = 0
     for file, row, values in _rows(name, source, cache_dir):
+        if taken == source.max_conversations:
+            return
         where = f"{file}, row {row}"
         if isinstance(values, BadRow):
             yield values
@@ -114,13 +123,15 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
             except NoConversation as error:
                 yield BadRow(file, row, error.cause, f"{where}: {error}")
             else:
+                taken += 1
                 yield Conversation(messages, file, row)
 
 
 def _rows(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
     texts = source.texts
     if texts.is_documentation:
-        raise ValueError(f"source {name!r}: {source.path} holds documents, not conversations")
+        yield from _questions_about_packages(name, texts, cache_dir)
+        return
     empty = True
     if is_streamed(texts):
         for row, values in enumerate(open_stream(name, texts), start=1):
@@ -133,6 +144,20 @@ def _rows(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[tu
                 yield file, row, values
     if empty:
         raise ValueError(f"source {name!r}: {source.path} holds no rows")
+
+
+def _questions_about_packages(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+    if texts.path != f"{DOCUMENTATION}instruct":
+        raise ValueError(
+            f"source {name!r}: {texts.path} holds documents, not conversations: {DOCUMENTATION}instruct holds "
+            "questions and answers"
+        )
+    (file,) = local_files(name, texts, cache_dir)
+    for row, values in read_rows(file):
+        turns: list[Message] = []
+        for asked, answered in turns_of(values["text"]):
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        yield file, row, {"messages": turns}
 
 
 class NoConversation(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,6 +102,12 @@ def quoted(names: Sequence[str], last: str = "and") -> str:
 def _ask(fact: Fact, questions: str, answers: str, **more: str) -> str:
     fields = {**fact.fields(), **more}
     return f"Question: {say(questions, fact.full, **fields)}\nAnswer: {say(answers, fact.full, **fields)}"
+
+
+def turns_of(text: str) -> list[tuple[str, str]]:
+    """The questions and answers of a document of `questions_about`."""
+    parts = re.split(r"^(?:Question|Answer): ", text, flags=re.MULTILINE)[1:]
+    return [(asked.strip(), answered.strip()) for asked, answered in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _what(fact: Fact) -> str:

@@ -301,7 +301,7 @@ class CurriculumData(LightningDataModule):
         rows = TrainingRows(
             [self.train_streams[name] for name in self.curriculum.sources], self.context_length, self._document_end()
         )
-        return ResumableLoader(rows, sampler, self.workers)
+        return CurriculumLoader(rows, sampler, self.workers)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_rows)
@@ -433,10 +433,7 @@ class TrainingRows(Dataset[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A loader that need not be rewound: the data module starts its sampler where the checkpoint stands."""
 
-    dataset: TrainingRows
-    batch_sampler: CurriculumSampler
-
-    def __init__(self, rows: TrainingRows, sampler: CurriculumSampler, workers: int) -> None:
+    def __init__(self, rows: Dataset[Any], sampler: Sampler[Any], workers: int, *, pin_memory: bool = False) -> None:
         super().__init__(
             rows,
             batch_sampler=sampler,
@@ -444,17 +441,25 @@ class ResumableLoader(DataLoader[Any]):
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_trainer,
+            pin_memory=pin_memory,
         )
-
-    def __iter__(self) -> Any:
-        rows: Any = super().__iter__() if self.num_workers else map(self.dataset.__getitems__, self.batch_sampler)
-        return map(self.dataset.batch, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         pass
+
+
+class CurriculumLoader(ResumableLoader):
+    """Training rows, as tensors only in the process that trains."""
+
+    dataset: TrainingRows
+    batch_sampler: CurriculumSampler
+
+    def __iter__(self) -> Any:
+        rows: Any = super().__iter__() if self.num_workers else map(self.dataset.__getitems__, self.batch_sampler)
+        return map(self.dataset.batch, rows)
 
 
 class EvaluationBatches(Dataset[Any]):

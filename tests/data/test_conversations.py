@@ -141,8 +141,15 @@ def test_plain_text_and_documents_are_no_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Hi")
     with pytest.raises(ValueError, match="plain text, which has no columns"):
         read(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="holds documents, not conversations"):
+    with pytest.raises(ValueError, match="documentation:web holds documents, not conversations: documentation:instr"):
         list(read_conversations("src", ConversationSource("documentation:web"), tmp_path))
+
+
+def test_a_part_of_a_large_set_is_enough(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[{"messages": TALK}] * 5)
+    assert [one.row for one in read(path, max_conversations=3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="max_conversations is 0: it must be at least 1"):
+        ConversationSource("a.jsonl", max_conversations=0)
 
 
 def test_an_unknown_part_is_refused() -> None:
