@@ -96,6 +96,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             os._exit(code if code > 0 else 128 - code)
 
     def _end_the_others(self, error: BaseException) -> None:
+        """Ends them at once, and this process should it not end by itself."""
         if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
             # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile.
             time.sleep(SECONDS_OF_DOUBT)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,8 @@ def exit_code_of(function: Callable[[], Any]) -> int:
         try:
             function()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -218,9 +221,13 @@ def test_an_error_of_rank_zero_ends_the_others() -> None:
     def fail() -> None:
         raise ValueError("wrong")
 
-    with pytest.raises(ValueError, match="wrong"):
-        launcher.launch(fail)
-    assert [process.wait(5) for process in launcher.procs] == [-signal.SIGKILL] * 2
+    def ended() -> None:
+        with pytest.raises(ValueError, match="wrong"):
+            launcher.launch(fail)
+        assert [process.wait(5) for process in launcher.procs] == [-signal.SIGKILL] * 2
+
+    # In a process of its own: one that has failed is ended before long.
+    assert exit_code_of(ended) == 0
 
 
 def test_an_error_that_keeps_rank_zero_from_ending_is_said_and_it_ends(
