@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from machine import described, write_result
@@ -297,36 +297,52 @@ def write_tokens(name: str, tokens: int, directory: Path, context: int) -> None:
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def positions(directory: Path, context: int, seconds: float) -> list[tuple[int, float, float, float]]:
-    """(tokens before, µs of CPU a sample, the same for its key alone, ms from nothing to the first batch) in the
-    paper's longest run, 6T tokens in three stages, on a source of the size that is there, read again and again."""
+class Cost(NamedTuple):
+    """Of samples at one place of a run: µs of CPU for a sample and for its key alone, ms of CPU from opening the
+    files to the first batch."""
+
+    tokens_before: int
+    sample: float
+    key: float
+    first_batch: float
+
+
+def positions(directory: Path, context: int, seconds: float) -> list[Cost]:
+    """Costs in a run of the paper's longest, 6T tokens in three stages, over the tokens that are there, again and
+    again."""
+    quiet()
+    end = long_run(directory, context, 0).batch_sampler.curriculum.total_samples
+    return [
+        cost_at(directory, context, tokens // context // ROWS * ROWS, seconds)
+        for tokens in (*POSITIONS, (end - (1 << 17)) * context)
+    ]
+
+
+def cost_at(directory: Path, context: int, start: int, seconds: float) -> Cost:
+    opened = time.process_time()
+    loader = long_run(directory, context, start)
+    batches = iter(loader)
+    next(batches)
+    first_batch = time.process_time() - opened
+    began = clock = time.process_time()
+    samples = 0
+    while clock - began < seconds and (batch := next(batches, None)) is not None:
+        samples += len(batch["keys"])
+        clock = time.process_time()
+    sample = (clock - began) / samples
+    began = time.process_time()
+    for chunk in range(start, start + (1 << 16), 4096):
+        loader.batch_sampler.curriculum.keys(chunk, chunk + 4096)
+    key = (time.process_time() - began) / (1 << 16)
+    return Cost(start * context, sample * 1e6, key * 1e6, first_batch * 1e3)
+
+
+def long_run(directory: Path, context: int, start: int) -> Any:
     from lightning_danube.data.curriculum import Stage
 
-    quiet()
     lengths = {"foundation": "4.6T", "refinement": "1.35T", "finish": "0.05T"}
     stages = [Stage(name, length, {"random": 1.0}) for name, length in lengths.items()]
-    end = danube_loader(directory, context, 0, stages=stages).batch_sampler.curriculum.total_samples
-    found = []
-    for tokens in (*POSITIONS, (end - (1 << 17)) * context):
-        start = tokens // context // ROWS * ROWS
-        opened = time.process_time()
-        loader = danube_loader(directory, context, 0, start, stages)
-        batches = iter(loader)
-        next(batches)
-        first = time.process_time() - opened
-        began = clock = time.process_time()
-        samples = 0
-        while clock - began < seconds and (batch := next(batches, None)) is not None:
-            samples += len(batch["keys"])
-            clock = time.process_time()
-        each = (clock - began) / samples
-        curriculum = loader.batch_sampler.curriculum
-        began = time.process_time()
-        for chunk in range(16):
-            curriculum.keys(start + 4096 * chunk, start + 4096 * (chunk + 1))
-        key = (time.process_time() - began) / (16 * 4096)
-        found.append((tokens, each * 1e6, key * 1e6, first * 1e3))
-    return found
+    return danube_loader(directory, context, 0, start, stages)
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -364,14 +380,16 @@ def table(measured: dict[tuple[int, int, str], list[Measurement]], names: list[s
     return lines
 
 
-def position_table(costs: dict[int, list[tuple[int, float, float, float]]]) -> list[str]:
+def position_table(costs: dict[int, list[Cost]]) -> list[str]:
     lines = [
         "| context | tokens before | CPU µs a sample | of them for its key | CPU ms to the first batch |",
         "|---|---|---|---|---|",
     ]
     for context, found in costs.items():
-        for tokens, each, key, first in found:
-            lines.append(f"| {context} | {tokens:,} | {each:.2f} | {key:.2f} | {first:.1f} |")
+        lines += [
+            f"| {context} | {at.tokens_before:,} | {at.sample:.2f} | {at.key:.2f} | {at.first_batch:.1f} |"
+            for at in found
+        ]
     return lines
 
 

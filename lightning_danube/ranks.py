@@ -84,18 +84,21 @@ class RankLauncher(_SubprocessScriptLauncher):
                 if process.poll():
                     self._end_because_of(local_rank, process.returncode)
 
-    def _end_because_of(self, local_rank: int, code: int) -> NoReturn:
+    def _end_because_of(self, local_rank: int, code: int) -> None:
         """Ends this process, whose main thread may be waiting for ever, and all that it started."""
         with self._ending:
+            if self._over.is_set():
+                return  # ended by this process
             self.kill(signal.SIGKILL)
             sys.stdout.flush()
             if code < 0:  # else it has said why
                 rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
                 ranks = self.num_nodes * self.num_processes
-                tell(f"error: rank {rank} of {ranks} {_ended_by(signal.Signals(-code))}")
+                tell(f"error: rank {rank} of {ranks} {_ended_by(-code)}")
             os._exit(code if code > 0 else 128 - code)
 
     def _end_the_others(self, error: BaseException) -> None:
+        """Ends them at once, and this process should it not end by itself."""
         if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
             # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile.
             time.sleep(SECONDS_OF_DOUBT)
@@ -112,15 +115,18 @@ class RankLauncher(_SubprocessScriptLauncher):
         last_resort.start()
 
     def _wait_for_the_others(self) -> None:
+        deadline = time.monotonic() + SECONDS_TO_END
         for local_rank, process in enumerate(self.procs, start=1):
             try:
-                code = process.wait(SECONDS_TO_END)
+                code = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                code = 0  # what was asked is done
-                process.kill()
+                break
             if code:
                 self._end_because_of(local_rank, code)
-        self._over.set()
+        with self._ending:
+            self._over.set()
+            # What was asked is done: who does not end by now is not waited for.
+            self.kill(signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
@@ -146,7 +152,8 @@ def let_rank_zero_speak(rank: int, error: Exception) -> None:
         error.add_note(f"on rank {rank}")
 
 
-def _ended_by(number: signal.Signals | None) -> str:
-    by = "" if number is None else f" by {number.name}"
+def _ended_by(number: int | None) -> str:
+    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+    by = "" if number is None else f" by {name}"
     memory = ", as when memory runs out" if number in (None, signal.SIGKILL) else ""
     return f"was ended{by}{memory}, and the other ranks with it: go on from the last checkpoint with --ckpt_path last"

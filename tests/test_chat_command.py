@@ -199,6 +199,7 @@ def test_a_system_message_is_used_where_the_template_has_one(
     ("args", "message"),
     [
         (["--max-new-tokens", "128"], "max_new_tokens is 128; it has to be at least 1 and below the context of 128"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; it has to be at least 1"),
         (["--system", "Be kind."], "the chat template refuses this conversation: there is no system role"),
         (["--temperature", "-1"], "temperature is -1.0; it has to be at least 0"),
     ],

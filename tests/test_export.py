@@ -556,11 +556,15 @@ def test_smollm2_says_the_same_everywhere(tmp_path: Path) -> None:
 
     export("--weights", SMOLLM2, "--format", "gguf", "--out", tmp_path / "F16.gguf")
     assert greedy_text(tmp_path / "F16.gguf", prompt, 24) == text
-    export("--weights", SMOLLM2, "--format", "gguf", "--type", "Q8_0", "--out", tmp_path / "Q8_0.gguf")
-    assert "Paris" in greedy_text(tmp_path / "Q8_0.gguf", prompt, 24)
-    # Rounded to four bits for the second time, it names another city, but still answers the question.
-    export("--weights", SMOLLM2, "--format", "gguf", "--type", "Q4_K_M", "--out", tmp_path / "Q4_K_M.gguf")
-    assert "capital of France" in greedy_text(tmp_path / "Q4_K_M.gguf", prompt, 24)
+    # Below 16 bits the answer's first token is a toss: "The" has 15.2 %, "L" (of L'Étoile) 14.0 %. So distributions are
+    # compared, in nats, with three times what docs/export.md has for longer texts.
+    with torch.no_grad():
+        wanted = decoder.eval()(torch.tensor([prompt])).log_softmax(-1)
+    for file_type, most in (("Q8_0", 0.015), ("Q4_K_M", 0.2)):
+        file = tmp_path / f"{file_type}.gguf"
+        export("--weights", SMOLLM2, "--format", "gguf", "--type", file_type, "--out", file)
+        found = their_logits(file, torch.tensor([prompt])).log_softmax(-1)
+        assert (wanted.exp() * (wanted - found)).sum(-1).mean() < most
 
     export("--weights", SMOLLM2, "--out", tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

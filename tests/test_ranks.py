@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,8 @@ def exit_code_of(function: Callable[[], Any]) -> int:
         try:
             function()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -212,15 +215,21 @@ def test_a_rank_that_does_not_end_when_all_is_done_is_ended(monkeypatch: pytest.
     assert launcher.procs[0].wait(5) == -signal.SIGKILL
 
 
-def test_an_error_of_rank_zero_ends_the_others() -> None:
+def test_an_error_of_rank_zero_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     launcher = Launcher("sleep 60", "sleep 60")
 
     def fail() -> None:
         raise ValueError("wrong")
 
-    with pytest.raises(ValueError, match="wrong"):
-        launcher.launch(fail)
-    assert [process.wait(5) for process in launcher.procs] == [-signal.SIGKILL] * 2
+    def ended() -> None:
+        with pytest.raises(ValueError, match="wrong"):
+            launcher.launch(fail)
+        assert [process.wait(5) for process in launcher.procs] == [-signal.SIGKILL] * 2
+        time.sleep(0.5)  # time to take their ends for failures of theirs
+
+    # In a process of its own: one that has failed is ended before long.
+    assert exit_code_of(ended) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_an_error_that_keeps_rank_zero_from_ending_is_said_and_it_ends(
@@ -251,6 +260,7 @@ def test_an_error_that_keeps_rank_zero_from_ending_is_said_and_it_ends(
             "error: rank 2 of 3 was ended by SIGKILL, as when memory runs out, and the other ranks",
         ),
         ("kill -11 $$", 128 + 11, "error: rank 2 of 3 was ended by SIGSEGV, and the other ranks with it: go on from"),
+        ("kill -35 $$", 128 + 35, "error: rank 2 of 3 was ended by signal 35, and the other ranks with it: go on from"),
         ("exit 2", 2, ""),  # it has said why
     ],
 )

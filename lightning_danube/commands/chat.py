@@ -43,11 +43,14 @@ def run(arguments: Namespace) -> None:
     )
     decoder.eval()
     pack_for_generation(decoder)
+    longest = arguments.max_new_tokens
+    if longest is None:
+        longest = min(1024, decoder.config.max_position_embeddings // 2)
     with torch.inference_mode():
         conversation = Conversation(
             decoder,
             tokenizer,
-            max_new_tokens=arguments.max_new_tokens or min(1024, decoder.config.max_position_embeddings // 2),
+            max_new_tokens=longest,
             sampling=sampling,
             seed=arguments.seed,
             system=arguments.system,

@@ -139,7 +139,8 @@ def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, floa
                 f"{duplicates['exact'] + duplicates['near']:,}",
                 f"{report['contaminated']:,}",
                 f"{report['seconds']:.1f}" if made else "there",
-                f"{report['tokens'] / report['seconds']:,.0f}" if made else "",
+                # Sources overlap, so the time that processes spent on one is what tells its speed.
+                f"{report['tokens'] / report['seconds_of_all_processes']:,.0f}" if made else "",
             ]
         )
         notes += [f"{name}: {os.path.relpath(directory) if _is_near(directory) else directory}"]
@@ -156,7 +157,7 @@ def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, floa
                     f"{file['documents']:,} documents, now removed"
                 )
     header = ["source", "documents", "tokens", "bytes/token", "rejected", "filtered", "duplicates", "contaminated"]
-    return "\n".join([text_table([*header, "seconds", "tokens/s"], rows), *notes])
+    return "\n".join([text_table([*header, "seconds", "tokens/s a process"], rows), *notes])
 
 
 def _is_near(directory: Path) -> bool:
