@@ -226,6 +226,7 @@ class Preparation:
         found_rows: set[int] = set()
         found_in: Counter[str] = Counter()
         first: list[BadRow] = []
+        last: list[Any] | None = None  # file and row where the unit before ended
         seconds = 0.0
         rejections = open(building / "rejected.jsonl", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
         with rejections:
@@ -240,6 +241,8 @@ class Preparation:
                 total["bytes"] += int(unit.sizes[keep].sum())
                 for name in ("read", "cut", "contaminated"):
                     total[name] += account[name]
+                total["cut"] += account["first"] is not None and account["first"] == last
+                last = account["last"] or last
                 filtered.update(account["filtered"])
                 found_rows.update(account["found_rows"])
                 found_in.update(account["found_in"])

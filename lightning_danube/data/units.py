@@ -92,6 +92,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     hashes: list[int] = []
     drawn: list[NDArray[np.uint32]] = []
     read = pieces = contaminated = 0
+    first: tuple[str, int] | None = None
     last: tuple[str, int] | None = None
 
     def keep(texts: list[str]) -> None:
@@ -114,6 +115,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         read += 1
         pieces += last == (row.file, row.row)
         last = (row.file, row.row)
+        first = first or last
         rule = job.filters.against(row.text) if job.filters is not None else None
         if rule is not None:
             filtered[rule] += 1
@@ -133,6 +135,8 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     account = {
         "read": read,
         "cut": pieces,
+        "first": first,
+        "last": last,
         "filtered": dict(sorted(filtered.items())),
         "rejected": rejected,
         "contaminated": contaminated,

@@ -322,6 +322,7 @@ def test_a_long_document_is_cut_at_white_space(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "LONGEST_DOCUMENT", 1000)
+    monkeypatch.setattr(preparation, "UNIT_BYTES", 3000)  # so a document goes through several units
     long = " ".join(texts(100)).replace("\n", " ").replace("r", "ü")
     for name in ("a.txt", "a.jsonl"):
         if name == "a.txt":
