@@ -170,7 +170,7 @@ class DanubeCLI(LightningCLI):
         changes: dict[str, tuple[Any, Any]] = {}
         if self.subcommand == "fit" and checkpoint is not None:
             saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
-            new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+            new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
             if saved is not None:
                 changes = differences(saved, new)
             self.save_config_kwargs |= {"resumed_from": checkpoint, "changes": changes}
