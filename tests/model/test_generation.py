@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -385,3 +387,15 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
     torch.nn.init.constant_(decoder.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match=r"no finite numbers: its weights are damaged, or torch.float32 is too narrow"):
         generate(decoder, [[1]], 1)
+
+
+def test_a_cache_lets_its_memory_go_at_once(decoder: Decoder) -> None:
+    stream = TokenStream(decoder, [[1, 2], [3]], 3)
+    list(stream)
+    keys = weakref.ref(stream.cache.keys_LBGSK)
+    gc.disable()
+    try:
+        del stream
+        assert keys() is None, "something refers to the cache in a circle"
+    finally:
+        gc.enable()
