@@ -136,6 +136,10 @@ def test_greedy_generation_equals_the_uncached_loop_and_transformers(decoder: De
     theirs: Any = LlamaForCausalLM(LlamaConfig.from_dict(CONFIG.to_hf(None, None, None))).double()
     theirs.load_state_dict(decoder.state_dict())
     assert ours == theirs.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False)[:, 5:].tolist()
+    # What was generated counts as repeated, too.
+    ours = generate(decoder, prompts, 20, sampling=Sampling(repetition_penalty=1.5))
+    penalized = theirs.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
+    assert ours == penalized[:, 5:].tolist()
 
 
 @pytest.mark.parametrize("config", [CONFIG, MHA, MQA], ids=["gqa", "mha", "mqa"])
