@@ -60,6 +60,7 @@ class KVCache:
 
     def layer(self, index: int) -> Past:
         """What one layer's attention adds its keys and values to."""
+        # Made for each step: were it kept here, it and the cache would keep each other, and their memory, alive.
         return LayerOfCache(self, self.keys_LBGSK[index], self.values_LBGSK[index])
 
     def reserve(self, tokens: int) -> None:

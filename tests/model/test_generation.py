@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +136,10 @@ def test_greedy_generation_equals_the_uncached_loop_and_transformers(decoder: De
     theirs: Any = LlamaForCausalLM(LlamaConfig.from_dict(CONFIG.to_hf(None, None, None))).double()
     theirs.load_state_dict(decoder.state_dict())
     assert ours == theirs.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False)[:, 5:].tolist()
+    # What was generated counts as repeated, too.
+    ours = generate(decoder, prompts, 20, sampling=Sampling(repetition_penalty=1.5))
+    penalized = theirs.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
+    assert ours == penalized[:, 5:].tolist()
 
 
 @pytest.mark.parametrize("config", [CONFIG, MHA, MQA], ids=["gqa", "mha", "mqa"])
@@ -385,3 +391,15 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
     torch.nn.init.constant_(decoder.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match=r"no finite numbers: its weights are damaged, or torch.float32 is too narrow"):
         generate(decoder, [[1]], 1)
+
+
+def test_a_cache_lets_its_memory_go_at_once(decoder: Decoder) -> None:
+    stream = TokenStream(decoder, [[1, 2], [3]], 3)
+    list(stream)
+    keys = weakref.ref(stream.cache.keys_LBGSK)
+    gc.disable()
+    try:
+        del stream
+        assert keys() is None, "something refers to the cache in a circle"
+    finally:
+        gc.enable()
