@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.__main__ import main
 from lightning_danube.data.corpora import Source
 from lightning_danube.data.curriculum import Stage
 from lightning_danube.data.pretraining import CurriculumData
@@ -115,9 +114,9 @@ def assert_same_run(sessions: Sessions, name: str, *parts: tuple[str, int]) -> N
 
 def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) -> None:
     """Each session ends between two checkpoints; the second and the third begin inside a stage and cross its end."""
-    assert main(sessions.command("full", "full", 8)) == 0
     last = ["--ckpt_path", "last"]
     run_in_ranks(
+        (1, sessions.command("full", "full", 8)),
         (2, sessions.command("first", "moved", 2, "--trainer.max_steps", "8")),
         (1, sessions.command("second", "moved", 8, *last, "--trainer.max_steps", "16")),
         (2, sessions.command("third", "moved", 1, *last)),
