@@ -83,7 +83,7 @@ def run(arguments: Namespace) -> None:
     )
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
-    pack_for_generation(decoder, min(arguments.batch_size, len(prompts)))
+    pack_for_generation(decoder)
     with torch.inference_mode():
         for start in range(0, len(prompts), arguments.batch_size):
             rows = range(start, min(start + arguments.batch_size, len(prompts)))

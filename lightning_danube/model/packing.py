@@ -1,10 +1,10 @@
 """Decoders that only generate, with their matrices as a CPU's kernels read them best.
 
 A decoding step at batch 1 reads every weight once and computes next to nothing, so what counts is how fast a kernel
-streams a matrix, and what each call costs besides. Through F.linear a core streams 17 GB/s (EPYC with AVX-512; it calls
-MKL for float32, and oneDNN for bfloat16 with the matrix as it lies). From oneDNN's own blocked layout it is 32 GB/s in
-float32 and 38 in bfloat16. torch.compile does the same when it freezes a model, with a C++ compiler at hand; these are
-the operators that it calls. As a call of theirs costs 8 us more than F.linear, matrices that share an input become one.
+streams a matrix, and what each call costs besides. F.linear calls MKL for float32, and oneDNN for bfloat16 with the
+matrix as it lies. From oneDNN's own blocked layout both stream about twice as fast, and other numbers of rows gain, too
+(see `LAYOUT_ROWS`). torch.compile does the same when it freezes a model, with a C++ compiler at hand; these are the
+operators that it calls. As a call of theirs costs 8 us more than F.linear, matrices that share an input become one.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,27 @@ from .attention import GroupedQueryAttention, rotate
 from .decoder import Block, Decoder, SwiGLU
 
 OPERATORS = torch.ops.mkldnn
+LAYOUT_ROWS = 16
+"""The number of rows to choose a layout for. From 2 to 256 it is the same one, which serves every number; for 1 oneDNN
+chooses another, which is slower in float32 and no faster in bfloat16.
+
+ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with AVX-512):
+
+    rows                            1     2     4     8    32   128
+    float32, F.linear            17.5  31.7  27.3  32.5  77.7   240
+    float32, this layout          9.6  10.7  11.1  16.8  41.5    90
+    float32, the one for 1 row   14.1  19.0  19.5  22.8  38.1   103
+    bfloat16, F.linear           10.6  14.9  10.7  20.7  37.1    97
+    bfloat16, this layout         6.0   6.2   6.0  11.9  28.7    89
+"""
 
 
-def pack_for_generation(decoder: Decoder, rows: int = 1) -> bool:
+def pack_for_generation(decoder: Decoder) -> bool:
     """Pack the matrices of a decoder, where that gains anything: on the CPU, in float32 and bfloat16. Whether it did.
 
     A packed decoder can neither be trained nor saved nor moved. Each matrix is let go when its packed copy is there, so
-    memory stays the same but for a tied embedding, which is still needed as it is. `rows` is how many tokens a step
-    reads at once: any number works, this one works best. Layers that are more than plain matrices (quantized ones,
-    adapters) stay as they are.
+    memory stays the same but for a tied embedding, which is still needed as it is. Layers that are more than plain
+    matrices (quantized ones, adapters) stay as they are.
     """
     if not isinstance(decoder.lm_head, nn.Linear) or not can_pack(decoder.lm_head.weight):
         return False
@@ -33,11 +45,11 @@ def pack_for_generation(decoder: Decoder, rows: int = 1) -> bool:
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
         if are_plain(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            block.self_attn = PackedAttention(attention, rows)
+            block.self_attn = PackedAttention(attention)
         if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            block.mlp = PackedSwiGLU(mlp, rows)
+            block.mlp = PackedSwiGLU(mlp)
     if are_plain(decoder.lm_head):
-        decoder.lm_head = PackedLinear([decoder.lm_head], rows)  # type: ignore[assignment]
+        decoder.lm_head = PackedLinear([decoder.lm_head])  # type: ignore[assignment]
     return True
 
 
@@ -59,11 +71,11 @@ def are_plain(*layers: nn.Module) -> bool:
 class PackedLinear(nn.Module):
     """Linear layers that share an input, as one: their outputs one behind the other."""
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])
         # A plain attribute: the layout is opaque, there is nothing that a state_dict could take.
-        self.packed = OPERATORS._reorder_linear_weight(weight, rows)
+        self.packed = OPERATORS._reorder_linear_weight(weight, LAYOUT_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = OPERATORS._linear_pointwise(x, self.packed, None, "none", [], "")
@@ -71,12 +83,12 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(GroupedQueryAttention):
-    def __init__(self, plain: GroupedQueryAttention, rows: int) -> None:
+    def __init__(self, plain: GroupedQueryAttention) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.groups, self.dropout = plain.head_dim, plain.groups, plain.dropout
         self.kv_heads = plain.k_proj.out_features // plain.head_dim
-        self.qkv_proj = PackedLinear([plain.q_proj, plain.k_proj, plain.v_proj], rows)
-        self.o_proj = PackedLinear([plain.o_proj], rows)  # type: ignore[assignment]
+        self.qkv_proj = PackedLinear([plain.q_proj, plain.k_proj, plain.v_proj])
+        self.o_proj = PackedLinear([plain.o_proj])  # type: ignore[assignment]
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = hidden_BTD.shape
@@ -88,10 +100,10 @@ class PackedAttention(GroupedQueryAttention):
 
 
 class PackedSwiGLU(SwiGLU):
-    def __init__(self, plain: SwiGLU, rows: int) -> None:
+    def __init__(self, plain: SwiGLU) -> None:
         nn.Module.__init__(self)
-        self.gate_up_proj = PackedLinear([plain.gate_proj, plain.up_proj], rows)
-        self.down_proj = PackedLinear([plain.down_proj], rows)  # type: ignore[assignment]
+        self.gate_up_proj = PackedLinear([plain.gate_proj, plain.up_proj])
+        self.down_proj = PackedLinear([plain.down_proj])  # type: ignore[assignment]
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden_BTD).chunk(2, dim=-1)
