@@ -158,11 +158,13 @@ def test_the_word_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         locate_weights("smollm2")
 
 
-def test_without_the_package_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_command_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
+    # Away from the repository, whose environment would be named by a shorter path.
+    monkeypatch.chdir(tmp_path)
     version = torch.__version__.partition("+")[0]
     with pytest.raises(ValueError) as caught:
         locate_weights("smollm2")
