@@ -75,7 +75,7 @@ class ChatSummary(Callback):
             self._before = held_out_losses(trainer)
             self._answers_before = self._answer(trainer, pl_module)
         elif trainer.state.fn == "validate":
-            self._report_evaluation(trainer, chat_data_of(trainer).validation_conversations)
+            self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         after = held_out_losses(trainer)
@@ -163,18 +163,23 @@ class ChatSummary(Callback):
     # --- validate and test --------------------------------------------------------------------------------------------
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_evaluation(trainer, None)
+        self._report_evaluation(trainer, pl_module, None)
 
-    def _report_evaluation(self, trainer: Trainer, limit: int | None) -> None:
+    def _report_evaluation(self, trainer: Trainer, pl_module: LightningModule, limit: int | None) -> None:
         data, losses = chat_data_of(trainer), held_out_losses(trainer)
         if not trainer.is_global_zero:
             return
         tokens = data.evaluation_tokens(limit)
         path = run_directory(trainer) / "summary.json"
-        write_json(path, {"weights": str(trainer.ckpt_path), "val_loss": losses, "val_tokens": tokens})
+        write_json(path, {"weights": evaluated_weights(trainer, pl_module), "val_loss": losses, "val_tokens": tokens})
         rows = [[name, f"{tokens[name]:,}", f"{loss:.4f}"] for name, loss in losses.items()]
         say(trainer, text_table(["held-out answers", "tokens", "nats a token"], rows))
         say(trainer, f"written to {path}")
+
+
+def evaluated_weights(trainer: Trainer, pl_module: LightningModule) -> str:
+    """The checkpoint that is evaluated, or the model that the task begins with."""
+    return str(trainer.ckpt_path or pl_module.weights)
 
 
 def chat_data_of(trainer: Trainer) -> ChatData:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from lightning_danube.model.checkpoints import (
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+# bitsandbytes, which peft imports, looks for a kernel on the hub on some processors, and warns that there is none. Said
+# here, because jsonargparse runs the import above to know the types.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # PeftModel is a wrapper around the model's wrapper; on disk every name begins so.
@@ -67,12 +71,14 @@ class Lora:
         alpha: the update is scaled by alpha / rank.
         dropout: on the adapter's input, in training.
         targets: linear layers of the blocks that get one.
+        quantization: "nf4" holds the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314).
     """
 
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.05
     targets: tuple[str, ...] = LINEAR_LAYERS
+    quantization: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -85,6 +91,18 @@ class Lora:
         if unknown or not self.targets:
             known = ", ".join(LINEAR_LAYERS)
             raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
+
+    def apply(self, decoder: Decoder) -> None:
+        """Put a fresh adapter onto a decoder, in place, on weights of the type that is asked for.
+
+        Raises:
+            ValueError: the decoder has an adapter.
+        """
+        if self.quantization is not None:
+            from lightning_danube.quantized_linear import quantize_linear_layers
+
+            quantize_linear_layers(decoder, self.quantization)
+        add_adapter(decoder, **self.settings())
 
     def settings(self) -> dict[str, Any]:
         """The same for peft.LoraConfig."""
@@ -125,13 +143,24 @@ def load_adapter(decoder: Decoder, directory: str | Path, *, trainable: bool = F
     set_peft_model_state_dict(decoder, tensors)
 
 
-def merge_adapter(decoder: Decoder) -> None:
+def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
     """Add the adapter to the weights, in place: a plain decoder again, in the type it had.
 
     In 16-bit weights the sum is rounded to 16 bits: load the base as float32 where that matters.
+
+    Args:
+        dequantize: merge into plain layers what was trained on 4-bit ones. Rounded to 4 bits, the sum would be another
+            model than the one that was trained.
+
+    Raises:
+        ValueError: the sum is not finite, or the base is in 4 bits and may not be dequantized.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if getattr(decoder, "is_loaded_in_4bit", False):
+        if not dequantize:
+            raise ValueError("the adapter's base is in 4 bits, which cannot hold the sum: merge with dequantize=True")
+        _onto_plain_layers(decoder)
     for name, module in list(decoder.named_modules()):
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -143,6 +172,25 @@ def merge_adapter(decoder: Decoder) -> None:
         setattr(decoder.get_submodule(parent), child, module.get_base_layer())
     del decoder.peft_config
     decoder.requires_grad_(True)
+
+
+def _onto_plain_layers(decoder: Decoder) -> None:
+    """Moves the adapter from 4-bit layers onto the plain ones that those compute as."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from lightning_danube.quantized_linear import dequantize_linear_layers
+
+    adapters: Any = decoder.peft_config
+    config, state = adapters["default"], get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, module.get_base_layer())
+    del decoder.peft_config
+    dequantize_linear_layers(decoder)
+    _inject(decoder, config, "the adapter")
+    set_peft_model_state_dict(decoder, state)
 
 
 def save_adapter(
@@ -268,7 +316,6 @@ def _check_shapes(
 
 
 def _lora_config(settings: Mapping[str, Any], where: str) -> LoraConfig:
-    _quieten()
     from peft import LoraConfig
 
     try:
@@ -292,12 +339,6 @@ def _inject(decoder: Decoder, config: LoraConfig, where: str) -> None:
 
 
 def _peft_defaults() -> dict[str, Any]:
-    _quieten()
     from peft import LoraConfig
 
     return LoraConfig().to_dict()
-
-
-def _quieten() -> None:
-    # bitsandbytes, which peft imports, wants to download a kernel on some processors, and warns that it cannot.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

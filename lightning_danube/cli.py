@@ -153,6 +153,8 @@ class DanubeCLI(LightningCLI):
             self._get(self.config, "runs"),
             self._get(self.config, "name"),
             self._get(self.config, "ckpt_path"),
+            # A task that begins with a trained model can evaluate that one.
+            has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
         )
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             for warning in self.place.warnings:

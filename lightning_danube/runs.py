@@ -36,7 +36,9 @@ class RunPlace:
         return str(self.directory.parent), self.directory.name, version
 
 
-def resolve_checkpoint(verb: str, runs: str, name: str, ckpt_path: str | None) -> RunPlace:
+def resolve_checkpoint(
+    verb: str, runs: str, name: str, ckpt_path: str | None, *, has_weights: bool = False
+) -> RunPlace:
     """What `--ckpt_path` means: nothing, a file, a run's directory, or "last".
 
     `fit` with "last" goes on in the same version; anything else begins a new one. Evaluation writes beside the runs, to
@@ -44,12 +46,13 @@ def resolve_checkpoint(verb: str, runs: str, name: str, ckpt_path: str | None) -
     file that was asked for by name has no substitute.
 
     Raises:
-        ValueError: there is no checkpoint, none that is whole, or evaluation was asked for without one.
+        ValueError: there is no checkpoint, none that is whole, or evaluation was asked for without one, of a model that
+            does not have weights from elsewhere.
     """
     directory = Path(runs) / name
     place = directory if verb == "fit" else Path(runs) / f"{name}-{verb}"
     if ckpt_path is None:
-        if verb != "fit":
+        if verb != "fit" and not has_weights:
             raise ValueError(
                 f"{verb} needs a trained model: give --ckpt_path last, a checkpoint file or a run's directory"
             )

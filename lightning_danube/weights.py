@@ -74,8 +74,7 @@ def load_decoder(
     directory = None if adapter is None else locate_adapter(adapter)
     trained_on = adapter_base(weights)
     if trained_on is not None:
-        decoder = load_decoder(trained_on, dtype=dtype, device=device)
-        _merge_trained_adapter(decoder, weights.path)
+        decoder = _load_with_trained_adapter(trained_on, weights.path, dtype, device)
     else:
         load = {"checkpoint": load_checkpoint, "hf": load_hf, "gguf": load_gguf}[weights.kind]
         decoder = load(weights.path, dtype=dtype, device=device)
@@ -97,18 +96,25 @@ def adapter_base(weights: Weights) -> str | None:
     return str(checkpoint["base_weights"]) if "lora" in checkpoint else None
 
 
-def _merge_trained_adapter(decoder: Decoder, path: Path) -> None:
-    from lightning_danube.adapters import Lora, add_adapter, merge_adapter
+def _load_with_trained_adapter(
+    base: str, path: Path, dtype: torch.dtype | None, device: torch.device | None
+) -> Decoder:
+    """The model that was trained: a base in 4 bits is dequantized, and the adapter added to what comes of it."""
+    from lightning_danube.adapters import Lora, merge_adapter
     from lightning_danube.model.checkpoints import read_checkpoint
 
     checkpoint = read_checkpoint(path)
-    add_adapter(decoder, **Lora(**checkpoint["lora"]).settings())
+    lora = Lora(**checkpoint["lora"])
+    # Training quantized them from float32: from another type, some would come out differently.
+    decoder = load_decoder(base, dtype="float32" if lora.quantization else dtype, device=device)
+    lora.apply(decoder)
     state = {name.removeprefix("decoder."): tensor for name, tensor in checkpoint["state_dict"].items()}
     trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     if state.keys() != trained:
         raise ValueError(f"{path}: its adapter does not fit {checkpoint['base_weights']}, on which it was trained")
     decoder.load_state_dict(state, strict=False)
-    merge_adapter(decoder)
+    merge_adapter(decoder, dequantize=True)
+    return decoder.to(dtype=dtype)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

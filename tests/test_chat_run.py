@@ -1,5 +1,6 @@
 """Fine-tuning through the command line: what a run writes, that it goes on exactly, and that its model can be used."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from lightning_danube.__main__ import main
 from lightning_danube.weights import load_decoder
 from tests.test_world_size import run_in_ranks
+from tests.tiny_models import CONFIG as TINY_CONFIG
+from tests.tiny_models import save_tiny
 
 CONFIG = """
 name: talk
@@ -122,6 +125,29 @@ def test_an_adapter_is_all_that_trains_and_all_that_is_saved(talk: Path, tiny_ru
     assert torch.equal(base.lm_head.weight, tuned.lm_head.weight)
 
 
+def test_an_adapter_on_a_4_bit_base_goes_on_exactly_and_is_the_model_that_was_evaluated(talk: Path) -> None:
+    base = save_tiny(talk / "base", dataclasses.replace(TINY_CONFIG, intermediate_size=128))
+    (base / "chat_template.jinja").unlink()
+    options = [*LORA, "--model.init_args.weights", str(base), "--data.init_args.context_length", "128"]
+    options += ["--model.init_args.lora.quantization", "nf4", "--data.init_args.batch_rows", "8"]
+    assert fit(talk, *options) == 0
+    # Each validation and each answer is an evaluation, after which training goes on.
+    options += ["--trainer.val_check_interval", "2", "--name", "stopped"]
+    assert fit(talk, *options, "--trainer.max_steps", "4") == 0
+    assert fit(talk, *options, "--ckpt_path", "last") == 0
+    assert same_weights(run_directory(talk), run_directory(talk, "stopped"))
+    summary = json.loads((run_directory(talk) / "summary.json").read_text())
+    assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"] - 0.1
+    assert all(".lora_" in name for name in last_checkpoint(run_directory(talk))["state_dict"])
+    # As a model of its own it has the loss that the run reported, which the unquantized base would not have.
+    options = ["--data.init_args.context_length", "128", "--name", "again"]
+    options += ["--model.init_args.weights", str(run_directory(talk)), "--data.init_args.tokenizer", str(base)]
+    assert main(["validate", "--config", str(talk / "talk.yaml"), *options]) == 0
+    again = json.loads((run_directory(talk, "again-validate") / "summary.json").read_text())
+    # Means over some hundred tokens of float32 losses near 5; quantization changes them by 1e-2.
+    assert abs(again["val_loss"]["talk"] - summary["val_loss"]["talk"]) < 1e-5
+
+
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Path) -> None:
     """Answers are dealt unevenly to them, so means of means would be off by far more than rounding (1e-16, which ten
     steps of Adam make 1e-13)."""
@@ -141,6 +167,14 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
     ("options", "message"),
     [
         (("--model.init_args.lora.targets", "[q_proj, head]"), "lora.targets names head: the layers are q_proj"),
+        (
+            ("--model.init_args.lora.quantization", "nf4"),
+            "quantization nf4 needs layers whose input is a multiple of 64;",
+        ),
+        (
+            ("--model.init_args.lora.quantization", "nf5"),
+            "model.lora.quantization: expected one of 'nf4' or null, not nf5",
+        ),
         (("--model.init_args.lora.rank", "0"), "rank 0, alpha 32.0, dropout 0.05: rank at least 1"),
         (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
         (("--data.init_args.context_length", "64"), "data.context_length is 64, the model of"),

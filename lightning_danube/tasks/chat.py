@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_danube.adapters import Lora, add_adapter
+from lightning_danube.adapters import Lora
 from lightning_danube.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
 from lightning_danube.weights import load_decoder
@@ -42,7 +42,7 @@ class SupervisedFineTuning(NextTokenTask):
         self.weights, self.lora = weights, lora
         self.decoder.activation_checkpointing = activation_checkpointing
         if lora is not None:
-            add_adapter(self.decoder, **lora.settings())
+            lora.apply(self.decoder)
             # A checkpoint holds nothing of the frozen weights; what it must hold is checked when it is loaded.
             self.strict_loading = False
 
@@ -65,6 +65,8 @@ class SupervisedFineTuning(NextTokenTask):
             )
         if stage == "fit":
             self.learning_rate.check(data.total_tokens)
+            # A run on few conversations is shorter than the usual interval, and the trainer would warn of it.
+            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, data.total_steps)  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if self.config.attention_dropout or (self.lora and self.lora.dropout):

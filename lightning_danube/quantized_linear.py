@@ -1,0 +1,94 @@
+"""Frozen linear layers in 4 bits, for adapters to train on (QLoRA; Dettmers et al. 2023, arXiv 2305.14314).
+
+The one file that imports bitsandbytes, which takes a second: import it where it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_danube.model import Decoder
+
+# On some processors its import looks for a kernel on the hub, and warns that there is none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from bitsandbytes.functional import dequantize_4bit  # noqa: E402  (the line above comes first)
+from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
+
+BLOCK = 64
+"""Weights that share a scale."""
+
+
+class FrozenLinear4bit(Linear4bit):
+    """`Linear4bit` that trains right after an evaluation, and follows autocast.
+
+    In evaluation on a CPU with bfloat16 instructions, bitsandbytes turns the weights, for good, into a layout whose
+    product has no gradient, with rounded scales: training would go on after a validation with no gradient behind the
+    layer, and without a word. And it computes in the type of the first input that it ever sees, whatever autocast says.
+    """
+
+    def __init__(self, layer: nn.Linear, quantization: str) -> None:
+        assert layer.bias is None
+        super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
+        weight = Params4bit(layer.weight.data, quant_type=quantization, module=self)
+        # Moving is what quantizes.
+        self.weight = weight.to(layer.weight.device)
+        self.support_avx512bf16_for_cpu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # It knows 32 and 16 bits.
+        self.compute_dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+        self.compute_type_is_set = True
+        result: Tensor = super().forward(x)
+        return result
+
+
+def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
+    """Hold the linear layers of the blocks in 4 bits, in place: a scale for each 64 weights, itself in 8 bits.
+
+    Embedding, head and norms stay as they are.
+
+    Args:
+        quantization: "nf4", whose steps are made for weights that are normally distributed.
+
+    Raises:
+        ValueError: a layer's input is no multiple of 64; the decoder is then as it was.
+    """
+    layers = {name: layer for name, layer in decoder.model.layers.named_modules() if isinstance(layer, nn.Linear)}
+    # bitsandbytes 0.50 on a CPU takes a block's scale for that of its row's beginning.
+    if uneven := {layer.in_features for layer in layers.values() if layer.in_features % BLOCK}:
+        raise ValueError(
+            f"quantization {quantization} needs layers whose input is a multiple of {BLOCK}; this model has some of "
+            f"{', '.join(map(str, sorted(uneven)))}: train its adapter on unquantized weights"
+        )
+    for name, layer in layers.items():
+        _replace(decoder.model.layers, name, FrozenLinear4bit(layer, quantization))
+    # PEFT asks the model for this before it looks at its layers.
+    decoder.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def dequantize_linear_layers(decoder: Decoder) -> None:
+    """Make plain layers of the quantized ones, in place, with the weights that those compute with."""
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, FrozenLinear4bit):
+            _replace(decoder, name, dequantized(layer))
+    decoder.is_loaded_in_4bit = False  # type: ignore[assignment]
+
+
+def dequantized(layer: FrozenLinear4bit) -> nn.Linear:
+    weight: Any = layer.weight
+    values = dequantize_4bit(weight.data, weight.quant_state)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(values)
+    return plain
+
+
+def _replace(parent: nn.Module, name: str, layer: nn.Module) -> None:
+    where, _, child = name.rpartition(".")
+    setattr(parent.get_submodule(where), child, layer)
