@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -26,7 +27,8 @@ class ChatSummary(Callback):
     Before training it needs the trainer's check of validation: `num_sanity_val_steps: -1`.
 
     Args:
-        questions: answered before and after, with the likeliest token each time, for a person to compare.
+        questions: answered before training and after each validation, with the likeliest token each time, for a person
+            to compare: side by side in TensorBoard, and the first and last ones in the end.
         max_new_tokens: most tokens of such an answer.
     """
 
@@ -34,6 +36,8 @@ class ChatSummary(Callback):
         self.questions, self.max_new_tokens = questions or [], max_new_tokens
         self._before: dict[str, float] = {}
         self._answers_before: list[str] = []
+        self._validated_step = 0
+        self._answers: tuple[int, list[str]] = (-1, [])
         self._seconds_before = 0.0
         self._began = time.monotonic()
 
@@ -74,6 +78,9 @@ class ChatSummary(Callback):
         if trainer.sanity_checking:
             self._before = held_out_losses(trainer)
             self._answers_before = self._answer(trainer, pl_module)
+        elif trainer.state.fn == "fit":
+            self._validated_step = trainer.global_step
+            self._answer(trainer, pl_module)
         elif trainer.state.fn == "validate":
             self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
 
@@ -102,13 +109,14 @@ class ChatSummary(Callback):
             "sources": data.reports(),
             "val_loss_before": self._before,
             "val_loss": after,
+            "val_step": self._validated_step,
             "val_tokens": data.evaluation_tokens(data.validation_conversations),
             "answers": compared,
         }
         write_json(directory / "summary.json", summary)
         rows = [
             [when, *(f"{losses[name]:.3f}" if name in losses else "–" for name in data.sources)]
-            for when, losses in (("before", self._before), ("after", after))
+            for when, losses in (("before", self._before), (f"after step {self._validated_step:,}", after))
         ]
         lines = ["", text_table(["held-out answers, nats a token", *data.sources], rows), ""]
         for answered in compared:
@@ -123,32 +131,35 @@ class ChatSummary(Callback):
         say(trainer, "\n".join(lines))
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Rank zero's answers, where it holds the whole model."""
+        """Rank zero's answers at this step, where it holds the whole model; written to TensorBoard."""
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if not self.questions or not whole or not trainer.is_global_zero:
             return []
+        if self._answers[0] != trainer.global_step:
+            answers = [self._answer_one(trainer, pl_module, question) for question in self.questions]
+            self._answers = (trainer.global_step, answers)
+            self._show(trainer, answers)
+        return self._answers[1]
+
+    def _answer_one(self, trainer: Trainer, pl_module: LightningModule, question: str) -> str:
         tokenizer = chat_data_of(trainer).tokenizer
         decoder: Any = pl_module.decoder
-        answers = []
-        for question in self.questions:
-            ids = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-            room = decoder.config.max_position_embeddings - len(ids)
-            if room < 1:
-                raise ValueError(f"the question {question!r} has {len(ids)} tokens, more than the context holds")
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                (new,) = generate(
-                    decoder,
-                    [ids],
-                    min(self.max_new_tokens, room),
-                    eos_ids=end_ids(tokenizer),
-                )
-            answers.append(str(tokenizer.decode(new, skip_special_tokens=True)))
+        ids = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        room = decoder.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise ValueError(f"the question {question!r} has {len(ids)} tokens, more than the context holds")
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            (new,) = generate(decoder, [ids], min(self.max_new_tokens, room), eos_ids=end_ids(tokenizer))
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    def _show(self, trainer: Trainer, answers: list[str]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, (question, said) in enumerate(zip(self.questions, answers, strict=True), start=1):
-                    text = "\n".join("    " + line for line in f"{question}\n\n{said}".splitlines())
-                    logger.experiment.add_text(f"answers/{number}", text, trainer.global_step)
-        return answers
+                    columns = {"question": question, f"step {trainer.global_step}": said}
+                    if self._answers_before:
+                        columns = {"question": question, "before": self._answers_before[number - 1], **columns}
+                    logger.experiment.add_text(f"answers/{number}", _markdown_table(columns), trainer.global_step)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
@@ -175,6 +186,12 @@ class ChatSummary(Callback):
         rows = [[name, f"{tokens[name]:,}", f"{loss:.4f}"] for name, loss in losses.items()]
         say(trainer, text_table(["held-out answers", "tokens", "nats a token"], rows))
         say(trainer, f"written to {path}")
+
+
+def _markdown_table(columns: dict[str, str]) -> str:
+    """One row; what the texts hold is shown, not interpreted."""
+    cells = [re.sub(r"([^\w\s])", r"\\\1", text.strip()).replace("\n", "<br>") for text in columns.values()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), cells))
 
 
 def evaluated_weights(trainer: Trainer, pl_module: LightningModule) -> str:

@@ -3,6 +3,7 @@ from the hub where they are not. Knows no model."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
@@ -215,6 +216,10 @@ def load_tokenizer(weights: Weights) -> PreTrainedTokenizerFast:
             f"{weights.path}: the tokenizer {name!r} is not the one it was trained with (fingerprint "
             f"{fingerprint_of(tokenizer)}, not {identity['fingerprint']}): bring that one back under its name"
         )
+    if tokenizer.chat_template is None and identity.get("chat_template"):
+        # A copy: models that were not tuned for chat share the tokenizer.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = identity["chat_template"]
     return tokenizer
 
 

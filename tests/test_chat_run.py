@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_danube.__main__ import main
-from lightning_danube.weights import load_decoder
+from lightning_danube.data.chat import DANUBE_TEMPLATE, encode_chat, end_ids
+from lightning_danube.model import generate
+from lightning_danube.weights import load_decoder, load_model
 from tests.test_world_size import run_in_ranks
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
@@ -98,6 +103,43 @@ def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.Capture
     question = ["--chat", "--prompt", "river?", "--temperature", "0", "--max-new-tokens", "4"]
     assert main(["generate", "--weights", str(run_directory(talk)), *question]) == 0
     assert capsys.readouterr().out.strip() == answer["after"].strip()
+
+
+def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
+    assert fit(talk) == 0
+    run, exported = str(run_directory(talk)), talk / "exported"
+    assert main(["export", "--weights", run, "--out", str(exported)]) == 0
+    theirs = AutoTokenizer.from_pretrained(exported)
+    assert theirs.chat_template == DANUBE_TEMPLATE
+    decoder, ours = load_model(run)
+    for messages in ([("user", "river?")], [("user", " river?"), ("assistant", "stone"), ("user", "now 12\n")]):
+        chat = [{"role": role, "content": content} for role, content in messages]
+        ids = encode_chat(ours, chat, add_generation_prompt=True)
+        assert theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == ids
+    chat = [{"role": "user", "content": "river?"}]
+    ids = encode_chat(ours, chat, add_generation_prompt=True)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
+    (new,) = generate(decoder, [ids], 4, eos_ids=end_ids(ours))
+    assert answer[: len(new)] == new
+
+
+def test_tensorboard_shows_the_answers_of_each_validation_beside_the_first_ones(talk: Path) -> None:
+    assert fit(talk, "--trainer.val_check_interval", "5") == 0
+    events = EventAccumulator(str(run_directory(talk)), size_guidance={"tensors": 0}).Reload()
+    shown = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("answers/1/text_summary")]
+    summary = json.loads((run_directory(talk) / "summary.json").read_text())
+    # Before, after each fifth step, and after the last one, which no validation followed.
+    assert len(shown) == 1 + summary["steps"] // 5 + 1 and summary["val_step"] == summary["steps"] - 1 == 15
+    assert shown[0].splitlines()[0] == "| question | step 0 |"
+    assert shown[-1].splitlines()[0] == f"| question | before | step {summary['steps']} |"
+    (answer,) = summary["answers"]
+    cells = [cell.strip().replace("\\", "") for cell in re.split(r"(?<!\\)\|", shown[-1].splitlines()[2])[1:-1]]
+    assert [cell.replace("<br>", "\n") for cell in cells] == [
+        "river?",
+        answer["before"].strip(),
+        answer["after"].strip(),
+    ]
 
 
 @pytest.mark.parametrize("options", [(), LORA])

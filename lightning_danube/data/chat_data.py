@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_danube.data.chat import ChatEncoder
+from lightning_danube.data.chat import ChatEncoder, chat_template_of
 from lightning_danube.data.conversations import Conversation, ConversationSource, read_conversations
 from lightning_danube.data.pretraining import IGNORE_INDEX, ResumableLoader, default_cache_dir
 from lightning_danube.data.quality import text_hash
@@ -338,7 +338,12 @@ class ChatData(LightningDataModule):
         assert self.trainer is not None
         return {
             "steps": self.trainer.global_step,
-            "tokenizer": {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)},
+            "tokenizer": {
+                "name": self.tokenizer_name,
+                "fingerprint": fingerprint_of(self.tokenizer),
+                # From here on the model knows a template, whether its tokenizer brought one or not.
+                "chat_template": chat_template_of(self.tokenizer),
+            },
             "order": self._order(),
         }
 
