@@ -23,7 +23,8 @@ LENGTHS = [(17, 5), (9, 14), (30, 29)]
 def random_pairs(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Ids and which of them are answers, (6, 45): the chosen answer of each pair, then the rejected one."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 262, (6, 45), generator=generator)
+    # Not the tokenizer's special tokens: transformers trains no embedding of the one for padding.
+    ids = torch.randint(0, 259, (6, 45), generator=generator)
     answers = torch.zeros(6, 45, dtype=torch.bool)
     for pair, lengths in enumerate(LENGTHS):
         ids[2 * pair + 1, :15] = ids[2 * pair, :15]
@@ -48,7 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "reference", seed=1)
+    return save_tiny(tmp_path / "reference", seed=7)
 
 
 def log_probabilities(weights: Path | torch.nn.Module) -> Tensor:
@@ -180,6 +181,7 @@ def test_loss_rewards_and_gradients_are_trls(model: Path, reference: Path, tmp_p
         "attention_mask": torch.ones_like(ids),
         "completion_mask": answers[order].long(),
     }
+    trainer.model.train()
     theirs = trainer._compute_loss(trainer.model, inputs, False)
     theirs.backward()
     task, batch = task_of(model), batch_of_pairs()
@@ -191,7 +193,7 @@ def test_loss_rewards_and_gradients_are_trls(model: Path, reference: Path, tmp_p
     torch.testing.assert_close(total / pairs, theirs, rtol=1e-5, atol=0)
     for name, parameter in trainer.model.named_parameters():
         found = task.decoder.get_parameter(name).grad
-        assert found is not None and (found - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+        assert found is not None and (found - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
     chosen, rejected, margin, accuracy, _ = (task._sums / pairs).tolist()
     logged = trainer._metrics["train"]
     assert logged["rewards/chosen"] == pytest.approx([chosen], rel=1e-4)

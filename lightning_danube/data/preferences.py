@@ -102,7 +102,7 @@ def read_preferences(name: str, source: PreferenceSource, cache_dir: Path) -> It
 
 
 def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference | BadRow]:
-    columns: dict[str, str] | None = None
+    first = True
     for file, row, values in read_objects(name, source.texts, cache_dir):
         where = f"{file}, row {row}"
         if isinstance(values, BadRow):
@@ -110,36 +110,44 @@ def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterato
         elif not isinstance(values, Mapping):
             yield BadRow(file, row, "not an object", f"{where}: expected an object, found {type(values).__name__}")
         else:
-            columns = columns or columns_of(values, source, where)
             try:
-                prompt, chosen, rejected = pair_of({part: values.get(name) for part, name in columns.items()})
+                prompt, chosen, rejected = pair_of(parts_of(values, source))
+            except NoColumns as error:
+                if first:
+                    raise ValueError(f"{where}: {error}") from error
+                yield BadRow(file, row, error.cause, f"{where}: {error}")
             except NoConversation as error:
                 yield BadRow(file, row, error.cause, f"{where}: {error}")
             else:
                 yield Preference(prompt, chosen, rejected, first_question(prompt), file, row)
+            first = False
 
 
-def columns_of(row: Mapping[str, Any], source: PreferenceSource, where: str) -> dict[str, str]:
-    """Part → column, by one row of a source.
+class NoColumns(NoConversation):
+    """A row has other columns than a pair: of the first one, the whole source is to blame."""
+
+
+def parts_of(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, Any]:
+    """Part of a pair → what stands in its column. Each row is asked, since many files leave out what a row has not.
 
     Raises:
-        ValueError: it has not the columns of a pair, or not those that the source names.
+        NoColumns: they are not there.
     """
+    shown = ", ".join(map(str, row)) or "nothing"
     for part, named in source.columns.items():
         if named not in row:
-            raise ValueError(f"{where}: there is no column {named!r} for {part!r}, only {', '.join(map(str, row))}")
+            raise NoColumns("other columns", f"there is no column {named!r} for {part!r}, only {shown}")
     found = {part: next((name for name in names if name in row), None) for part, names in COLUMNS.items()}
     columns = {part: column for part, column in found.items() if column is not None} | source.columns
     # Elsewhere a column of that name holds the prompt once more.
     if "input" not in source.columns and columns.get("prompt") != "instruction":
         columns.pop("input", None)
-    for part in ("chosen", "rejected"):
-        if part not in columns:
-            raise ValueError(
-                f"{where}: a pair needs chosen and rejected, the row has {', '.join(map(str, row)) or 'nothing'}: name "
-                "its columns with columns"
-            )
-    return columns
+    if not {"chosen", "rejected"} <= columns.keys():
+        raise NoColumns(
+            "other columns",
+            f"a pair needs chosen and rejected, the row has {shown}: name its columns with columns",
+        )
+    return {part: row[column] for part, column in columns.items()}
 
 
 def pair_of(parts: Mapping[str, Any]) -> tuple[list[Message], str, str]:

@@ -74,6 +74,12 @@ def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) ->
     )
 
 
+def test_a_row_may_leave_out_what_it_has_not(tmp_path: Path) -> None:
+    first, second = read(write(tmp_path / "a.jsonl", PAIR, {**PAIR, "system": "Be brief."}))
+    assert isinstance(first, Preference) and isinstance(second, Preference)
+    assert first.prompt == ASKED and second.prompt == [SYSTEM, *ASKED]
+
+
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
 def test_every_format_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
     rows, path = [{"prompt": "Hi", "chosen": "Fine.", "rejected": "Go, away"}] * 2, tmp_path / f"a{suffix}"
@@ -125,6 +131,7 @@ PAIR = {"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away."}
         ({**PAIR, "chosen": [{"content": "x"}]}, "no turns", "the chosen answer: turn 1 is no object with 'role' and"),
         ({**PAIR, "chosen": {"from": "tool", "value": "x"}}, "unknown role", "the chosen answer: turn 1 has the role"),
         ({**PAIR, "prompt": [*ASKED, *ASKED]}, "roles out of order", "messages 1 and 2 are both the user's"),
+        ({"prompt": "Hi"}, "other columns", "a pair needs chosen and rejected, the row has prompt: name its columns"),
         ([1, 2], "not an object", "row 2: expected an object, found list"),
     ],
 )
