@@ -62,7 +62,7 @@ def log_probabilities(weights: Path | torch.nn.Module) -> Tensor:
         logits = decoder(row[None, : end - 1])[0]
         logits = logits - logits.logsumexp(1, keepdim=True)
         sums.append(sum(logits[place - 1, row[place]] for place in range(end) if is_answer[place]))
-    return torch.stack(sums).view(3, 2)  # type: ignore[arg-type]
+    return torch.stack(sums).view(3, 2)
 
 
 def test_loss_rewards_and_gradients_are_those_of_the_formula(model: Path, reference: Path) -> None:
@@ -85,9 +85,8 @@ def test_loss_rewards_and_gradients_are_those_of_the_formula(model: Path, refere
         torch.testing.assert_close(found, parameter.grad, rtol=1e-9, atol=1e-12)
     wins = float((rewards[:, 0] > rewards[:, 1]).sum())
     assert 0 < wins < 3, "all alike would hide a mistake"
-    found = [float(value) for value in task._sums]
     means = [*rewards.sum(0).tolist(), float((rewards[:, 0] - rewards[:, 1]).sum()), wins, 3]
-    assert found == pytest.approx(means, rel=1e-11)
+    assert task._sums.tolist() == pytest.approx(means, rel=1e-11)
 
 
 def test_a_step_against_the_gradient_lowers_the_loss_as_finite_differences_say(model: Path, reference: Path) -> None:
@@ -95,13 +94,13 @@ def test_a_step_against_the_gradient_lowers_the_loss_as_finite_differences_say(m
     with torch.no_grad():
         batch["reference"] = log_probabilities(reference)
     task.sum_of_losses(batch)[0].backward()
-    parameters = [parameter for parameter in task.parameters() if parameter.grad is not None]
-    square = sum(float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None)
+    gradients = {parameter: parameter.grad for parameter in task.parameters() if parameter.grad is not None}
+    square = sum(float(gradient.square().sum()) for gradient in gradients.values())
     step, losses = 1e-5 / math.sqrt(square), []
     with torch.no_grad():
         for sign in (-1, 2):
-            for parameter in parameters:
-                parameter += sign * step * parameter.grad
+            for parameter, gradient in gradients.items():
+                parameter += sign * step * gradient
             losses.append(float(task.sum_of_losses(batch)[0]))
     # Central differences: an error of the order of the step's square beside a slope of |gradient|.
     assert (losses[1] - losses[0]) / (2 * step) == pytest.approx(square, rel=1e-6)

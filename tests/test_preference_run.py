@@ -147,7 +147,7 @@ def test_an_adapter_trains_against_the_reference_of_its_base(talk: Path, capsys:
     made = [(file.name, file.stat().st_mtime_ns) for file in files]
     assert capsys.readouterr().out.count("80 pairs computed in ") == 1 and len(made) == 2
     # At the rate for all weights an adapter of this scale goes too far.
-    assert fit(talk, *LORA, "--model.init_args.learning_rate.peak", "5e-3", "--name", "adapter") == 0
+    assert fit(talk, *LORA, "--model.init_args.learning_rate.peak", "1e-3", "--name", "adapter") == 0
     assert "reference: 80 pairs as an earlier run has left them" in capsys.readouterr().out
     assert [(file.name, file.stat().st_mtime_ns) for file in files] == made
     values = [np.load(file) for file in files]
@@ -164,9 +164,9 @@ def test_an_adapter_trains_against_the_reference_of_its_base(talk: Path, capsys:
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Path) -> None:
     """The last step has fewer pairs than the others, so means of means would be off by far more than rounding (1e-16,
     which sixteen steps of Adam make 1e-13)."""
-    with (talk / "talk.jsonl").open("a") as file:
+    with (talk / "talk.jsonl").open("a") as lines:
         for word in ("slowly", "under"):
-            file.write(json.dumps({"prompt": f"river? {word}", "chosen": "stone", "rejected": "green"}) + "\n")
+            lines.write(json.dumps({"prompt": f"river? {word}", "chosen": "stone", "rejected": "green"}) + "\n")
     assert fit(talk, *DOUBLE) == 0
     pairs = summary_of(talk)["sources"]["talk"]
     assert (pairs["pairs"] - pairs["pairs_held_out"]) % 4, "every step is full"

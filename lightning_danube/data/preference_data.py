@@ -181,6 +181,8 @@ class PreferenceData(ConversationData):
         # Longest first, as in validation: what does not fit into memory shows at once.
         mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
         starts = range(0, len(mine), self.micro_batch_size)
+        if self.trainer is None or self.trainer.is_global_zero:
+            print(f"reference: computing {len(self.lengths(chats)):,} pairs", flush=True)
         values: Tensor | None = None
         for start in tqdm(starts, desc="reference", unit=" batches", disable=None, leave=False):
             pairs = mine[start : start + self.micro_batch_size]
@@ -189,11 +191,13 @@ class PreferenceData(ConversationData):
                 values = found.new_zeros(len(chats) // 2, 2)
             values[torch.from_numpy(pairs).to(values.device)] = found
         if values is None:
-            values = torch.zeros(len(chats) // 2, 2, device=self.trainer and self.trainer.strategy.root_device)
+            values = torch.zeros(len(chats) // 2, 2)
+            if self.trainer is not None:
+                values = values.to(self.trainer.strategy.root_device)
         if replicas > 1:
             assert self.trainer is not None
             # Nobody else has written into a pair of mine.
-            values = self.trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[assignment]
+            values = self.trainer.strategy.reduce(values, reduce_op="sum")
         result: NDArray[Any] = values.cpu().numpy()
         return result
 

@@ -48,9 +48,6 @@ def test_each_pair_comes_once_in_a_pass_with_its_reference(tmp_path: Path) -> No
     module.prepare_reference("a", length_of_answers)
     seen = []
     for batch in module.train_dataloader():
-        assert (
-            batch["step_labels"] == (batch["labels"] >= 0).any(1).view(-1, 2)[:, 0].sum() or batch["step_labels"] == 4
-        )
         there = (batch["labels"] >= 0).any(1).view(-1, 2)
         assert torch.equal(there[:, 0], there[:, 1])
         assert torch.equal(batch["reference"], length_of_answers(batch))
@@ -60,7 +57,7 @@ def test_each_pair_comes_once_in_a_pass_with_its_reference(tmp_path: Path) -> No
             strict=True,
         ):
             if (labels >= 0).any():
-                chosen, rejected = (module.tokenizer.decode(side[side >= 0]) for side in labels)
+                chosen, rejected = (str(module.tokenizer.decode(side[side >= 0])) for side in labels)
                 number = chosen.removesuffix("</s>").split()[1]
                 # The end of an answer is learned with it; what came before it is not.
                 assert chosen.startswith("good ") and chosen.endswith("</s>") and "question" not in chosen

@@ -58,10 +58,8 @@ def sharegpt(messages: Any) -> Any:
 )
 def test_common_shapes_are_told_apart(tmp_path: Path, row: Any, prompt: list[dict[str, str]]) -> None:
     path = write(tmp_path / "a.jsonl", row, row)
-    first, second = read(path)
-    assert first == Preference(prompt, "Fine.", "Go away.", "Hi" if "input" not in row else first.topic, str(path), 1)
-    assert isinstance(second, Preference) and second.row == 2
-    assert first.topic == next(message["content"] for message in prompt if message["role"] == "user")
+    topic = next(message["content"] for message in prompt if message["role"] == "user")
+    assert read(path) == [Preference(prompt, "Fine.", "Go away.", topic, str(path), number) for number in (1, 2)]
 
 
 def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) -> None:
