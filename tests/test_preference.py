@@ -100,7 +100,7 @@ def test_a_step_against_the_gradient_lowers_the_loss_as_finite_differences_say(m
     with torch.no_grad():
         for sign in (-1, 2):
             for parameter, gradient in gradients.items():
-                parameter += sign * step * gradient
+                parameter.add_(gradient, alpha=sign * step)
             losses.append(float(task.sum_of_losses(batch)[0]))
     # Central differences: an error of the order of the step's square beside a slope of |gradient|.
     assert (losses[1] - losses[0]) / (2 * step) == pytest.approx(square, rel=1e-6)
