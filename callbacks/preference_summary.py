@@ -41,6 +41,7 @@ class PreferenceSummary(Callback):
 
     def __init__(self) -> None:
         self._before: Results = {}
+        self._measured: tuple[int, Results] = (-1, {})
         self._seconds_before = 0.0
         self._began = time.monotonic()
 
@@ -87,13 +88,18 @@ class PreferenceSummary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             self._before = results_of(trainer)
+        elif trainer.state.fn == "fit":
+            self._measured = trainer.global_step, results_of(trainer)
         elif trainer.state.fn == "validate":
             self._report_evaluation(trainer, preference_data_of(trainer).validation_examples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        data, directory, after = preference_data_of(trainer), run_directory(trainer), results_of(trainer)
+        data, directory = preference_data_of(trainer), run_directory(trainer)
+        # A run that ends before its pass does is not validated at its end: what was measured earlier is not its result.
+        step, after = self._measured
+        after = after if step == trainer.global_step else {}
         pairs = data.evaluation_pairs(data.validation_examples)
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         seconds = self._seconds()

@@ -121,6 +121,7 @@ def test_the_first_step_has_the_loss_of_no_difference(talk: Path) -> None:
     run, summary = run_directory(talk), summary_of(talk)
     assert summary["val_loss_before"]["talk"] == pytest.approx(math.log(2), abs=1e-12)
     assert summary["val_reward_margin_before"]["talk"] == pytest.approx(0, abs=1e-11)
+    assert "val_loss" not in summary, "the end of a run that max_steps cuts short is not measured"
     # TensorBoard keeps float32.
     assert values_of(run, "loss/train")[0] == pytest.approx(math.log(2), rel=1e-7)
     assert values_of(run, "rewards/chosen")[0] == pytest.approx(0, abs=1e-11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from lightning_danube.data.docstrings import (
     STANDARD_LIBRARY,
@@ -108,31 +108,6 @@ def turns_of(text: str) -> list[tuple[str, str]]:
     """The questions and answers of a document of `questions_about`."""
     parts = re.split(r"^(?:Question|Answer): ", text, flags=re.MULTILINE)[1:]
     return [(asked.strip(), answered.strip()) for asked, answered in zip(parts[::2], parts[1::2], strict=True)]
-
-
-class Description(NamedTuple):
-    """A question of what a thing does, and its answer in two parts: what speaks of the thing, and what it does."""
-
-    question: str
-    opening: str
-    does: str
-
-
-# The first questions and answers of `_what`.
-_ASKED = re.compile(
-    r"What does (?:the \w+ )?`[^`]+` do\?|What is `[^`]+` for\?|Explain in one sentence what `[^`]+` does\.|"
-    r"I came across `[^`]+`\. What does it do\?|Summarize the \w+ `[^`]+`\."
-)
-_DESCRIBED = re.compile(r"(`[^`]+` |It |The \w+ `[^`]+` )(.+)", re.DOTALL)
-
-
-def descriptions_in(text: str) -> list[Description]:
-    """What a document of `questions_about` says that things do."""
-    return [
-        Description(asked, found[1], found[2])
-        for asked, answered in turns_of(text)
-        if _ASKED.fullmatch(asked) and (found := _DESCRIBED.fullmatch(answered))
-    ]
 
 
 def _what(fact: Fact) -> str:

@@ -22,7 +22,7 @@ from lightning_danube.data.conversations import (
     text_of,
 )
 from lightning_danube.data.corpora import Source
-from lightning_danube.data.made_text import Description, descriptions_in
+from lightning_danube.data.made_text import turns_of
 from lightning_danube.data.reading import BadRow
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -220,20 +220,15 @@ def _turns(value: Any, role: str, what: str) -> list[Message]:
 
 
 def _made_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference]:
-    """What a thing does, against what another one does: neighbours in the file lend each other their descriptions.
+    """The answer to a question, against the answer to the next one on the same things.
 
-    Each description is right once and wrong once, on the same side of the split, so that only what belongs together
-    tells right from wrong.
+    Both questions lend each other their answers: each is right once and wrong once, on the same side of the split, so
+    that only what belongs together tells right from wrong.
     """
-    waiting: tuple[Description, int] | None = None
     for file, row, text in questions_of_documentation(name, source.texts, cache_dir):
-        for one in descriptions_in(text):
-            if waiting is None or waiting[0].does == one.does:
-                waiting = (one, row)
-                continue
-            other, other_row = waiting
-            waiting = None
-            for right, wrong, at in ((other, one, other_row), (one, other, row)):
-                prompt = [{"role": "user", "content": right.question}]
-                chosen, rejected = (f"{right.opening}{does}" for does in (right.does, wrong.does))
-                yield Preference(prompt, chosen, rejected, other.question, file, at)
+        turns = turns_of(text)
+        for first, second in zip(turns[::2], turns[1::2], strict=False):
+            for (asked, right), (_, wrong) in ((first, second), (second, first)):
+                if right != wrong:
+                    prompt = [{"role": "user", "content": asked}]
+                    yield Preference(prompt, right, wrong, turns[0][0], file, row)

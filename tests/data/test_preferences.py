@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_danube.data.made_text import descriptions_in
 from lightning_danube.data.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.data.reading import BadRow
 
@@ -175,50 +174,53 @@ def test_an_unknown_part_is_refused() -> None:
 
 QUESTIONS = """\
 Question: What does `json.dumps` do?
-Answer: `dumps` serializes an object.
+Answer: `dumps` serializes
+an object.
 
 Question: Which parameters does `dumps` take?
 Answer: It takes `obj`.
 
-Question: Summarize the function `json.loads`.
-Answer: It deserializes a string.
-
 Question: What is `json.JSONDecoder`?
 Answer: Simple decoder.
 
-Question: What is `textwrap.fill` for?
-Answer: The function `fill` fills
-a paragraph.
+Question: Which arguments of `fill` are required?
+Answer: None.
+
+Question: Which parameters does `wrap` take?
+Answer: None.
+
+Question: In which module is `fill` defined?
+Answer: In `textwrap`.
 """
 
 
-def test_descriptions_are_told_from_details() -> None:
-    found = descriptions_in(QUESTIONS)
-    assert [(one.opening, one.does) for one in found] == [
-        ("`dumps` ", "serializes an object."),
-        ("It ", "deserializes a string."),
-        ("The function `fill` ", "fills\na paragraph."),
-    ]
-    assert found[0].question == "What does `json.dumps` do?"
-
-
-def test_the_embedded_pairs_lend_each_other_their_descriptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"text": QUESTIONS}, {"text": QUESTIONS.replace("fills", "folds")}]
+def test_the_embedded_questions_lend_each_other_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": QUESTIONS}, {"text": QUESTIONS.partition("\n\n")[0]}, {"text": QUESTIONS.replace("json", "toml")}]
     path = write(tmp_path / "instruct.jsonl", *rows)
     monkeypatch.setattr("lightning_danube.data.corpora.collect_documentation", lambda cache: {"instruct": path})
-    found = list(read_preferences("src", PreferenceSource("documentation:instruct"), tmp_path))
-    pairs = [pair for pair in found if isinstance(pair, Preference)]
-    assert len(found) == len(pairs) == 6
-    assert pairs[0].chosen == "`dumps` serializes an object." and pairs[0].rejected == "`dumps` deserializes a string."
-    assert pairs[1].chosen == "It deserializes a string." and pairs[1].rejected == "It serializes an object."
-    # What two lend each other must not stand on both sides of the split.
-    assert pairs[0].topic == pairs[1].topic == pairs[0].prompt[0]["content"]
-    # Each description is right as often as it is wrong.
-    assert sorted(pair.chosen.split(" ")[-1] for pair in pairs) == sorted(
-        pair.rejected.split(" ")[-1] for pair in pairs
-    )
-    assert len(list(read_preferences("src", PreferenceSource("documentation:instruct", max_pairs=3), tmp_path))) == 3
+    source = PreferenceSource("documentation:instruct")
+    pairs = [pair for pair in read_preferences("src", source, tmp_path) if isinstance(pair, Preference)]
+    assert [(pair.chosen, pair.rejected, pair.row) for pair in pairs[:5]] == [
+        ("`dumps` serializes\nan object.", "It takes `obj`.", 1),
+        ("It takes `obj`.", "`dumps` serializes\nan object.", 1),
+        ("Simple decoder.", "None.", 1),
+        ("None.", "Simple decoder.", 1),
+        ("None.", "In `textwrap`.", 1),
+    ]
+    assert len(pairs) == 12 and {pair.row for pair in pairs} == {1, 3}
+    assert pairs[1].prompt == [{"role": "user", "content": "Which parameters does `dumps` take?"}]
+    # What lends each other its answers must not stand on both sides of the split.
+    assert {pair.topic for pair in pairs} == {"What does `json.dumps` do?", "What does `toml.dumps` do?"}
+    assert sorted(pair.chosen for pair in pairs) == sorted(pair.rejected for pair in pairs)
+    part = PreferenceSource("documentation:instruct", max_pairs=3)
+    assert len(list(read_preferences("src", part, tmp_path))) == 3
     with pytest.raises(
         ValueError, match="documentation:web holds documents, not conversations: documentation:instruct"
     ):
         list(read_preferences("src", PreferenceSource("documentation:web"), tmp_path))
+
+
+def test_embedded_answers_that_are_the_same_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "instruct.jsonl", {"text": "Question: A?\nAnswer: None.\n\nQuestion: B?\nAnswer: None."})
+    monkeypatch.setattr("lightning_danube.data.corpora.collect_documentation", lambda cache: {"instruct": path})
+    assert not list(read_preferences("src", PreferenceSource("documentation:instruct"), tmp_path))
