@@ -5,6 +5,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.curriculum import CurriculumStages
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
+from callbacks.preference_summary import PreferenceSummary
 from callbacks.progress import Progress
 from callbacks.samples import TextSamples
 from callbacks.skipping import SkipBadSteps
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "CurriculumStages",
     "Predictions",
+    "PreferenceSummary",
     "PretrainingSummary",
     "Progress",
     "SkipBadSteps",

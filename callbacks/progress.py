@@ -96,10 +96,11 @@ class Progress(ProgressBar):
         else:
             seconds, at = self._start
             rate = (done - at) / max(now - seconds, 1e-9)
-            left = (total - done) / rate if rate else float("nan")
+            # Nothing is known before the first step, which an accumulation can make a long one.
+            left = tqdm.format_interval((total - done) / rate) if rate else "?"
             said = "" if loss is None else f", loss {float(loss):.3f}"
             print(
-                f"  {done:,} of {total:,} tokens{said}, {rate:,.0f} tokens/s, {tqdm.format_interval(left)} left",
+                f"  {done:,} of {total:,} tokens{said}, {rate:,.0f} tokens/s, {left} left",
                 flush=True,
             )
 

@@ -6,7 +6,7 @@ conversation to learn an answer from comes out as a `BadRow`, for the caller to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -98,6 +98,11 @@ class Conversation(NamedTuple):
     file: str
     row: int
 
+    @property
+    def topic(self) -> str:
+        """The first question, by which a conversation is held out or not."""
+        return first_question(self.messages)
+
 
 def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[Conversation | BadRow]:
     """All rows of a source, in a fixed order.
@@ -107,7 +112,8 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
     """
     found: Layout | None = None
     taken = 0
-    for file, row, values in _rows(name, source, cache_dir):
+    rows = _conversations_of_documentation if source.texts.is_documentation else read_objects
+    for file, row, values in rows(name, source.texts, cache_dir):
         if taken == source.max_conversations:
             return
         where = f"{file}, row {row}"
@@ -127,11 +133,12 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
                 yield Conversation(messages, file, row)
 
 
-def _rows(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
-    texts = source.texts
-    if texts.is_documentation:
-        yield from _questions_about_packages(name, texts, cache_dir)
-        return
+def read_objects(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+    """(file, row from 1, what stands there) of a source, in a fixed order.
+
+    Raises:
+        ValueError: the source cannot be opened, or has no row.
+    """
     empty = True
     if is_streamed(texts):
         for row, values in enumerate(open_stream(name, texts), start=1):
@@ -143,10 +150,15 @@ def _rows(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[tu
                 empty = False
                 yield file, row, values
     if empty:
-        raise ValueError(f"source {name!r}: {source.path} holds no rows")
+        raise ValueError(f"source {name!r}: {texts.path} holds no rows")
 
 
-def _questions_about_packages(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+def questions_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, str]]:
+    """(file, row, text of questions and answers) of the embedded ones.
+
+    Raises:
+        ValueError: other embedded texts are asked for.
+    """
     if texts.path != f"{DOCUMENTATION}instruct":
         raise ValueError(
             f"source {name!r}: {texts.path} holds documents, not conversations: {DOCUMENTATION}instruct holds "
@@ -154,8 +166,13 @@ def _questions_about_packages(name: str, texts: Source, cache_dir: Path) -> Iter
         )
     (file,) = local_files(name, texts, cache_dir)
     for row, values in read_rows(file):
+        yield file, row, values["text"]
+
+
+def _conversations_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+    for file, row, text in questions_of_documentation(name, texts, cache_dir):
         turns: list[Message] = []
-        for asked, answered in turns_of(values["text"]):
+        for asked, answered in turns_of(text):
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         yield file, row, {"messages": turns}
 
@@ -195,34 +212,23 @@ class Layout:
         if not isinstance(turns, list):
             found = "nothing" if turns is None else type(turns).__name__
             raise NoConversation("no turns", f"column {self.columns[part]!r} holds {found}, not a list of turns")
-        role_key, text_key = ("role", "content") if self.shape == "messages" else ("from", "value")
-        messages = self._system(values)
-        for number, turn in enumerate(turns, start=1):
-            if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
-                raise NoConversation("no turns", f"turn {number} is no object with {role_key!r} and {text_key!r}")
-            role = ROLES.get(str(turn[role_key]).lower())
-            if role is None:
-                raise NoConversation(
-                    "unknown role",
-                    f"turn {number} has the role {turn[role_key]!r}; known are {', '.join(sorted(ROLES))}",
-                )
-            messages.append({"role": role, "content": _text(turn[text_key], f"turn {number}")})
-        return messages
+        keys = ("role", "content") if self.shape == "messages" else ("from", "value")
+        return [*self._system(values), *messages_of(turns, *keys)]
 
     def _instruction(self, values: Mapping[str, Any]) -> list[Message]:
-        prompt = _text(values.get(self.columns["instruction"]), "the instruction")
+        prompt = text_of(values.get(self.columns["instruction"]), "the instruction")
         given = self._optional(values, "input")
         return [
             *self._system(values),
             {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt},
-            {"role": "assistant", "content": _text(values.get(self.columns["output"]), "the output")},
+            {"role": "assistant", "content": text_of(values.get(self.columns["output"]), "the output")},
         ]
 
     def _pair(self, values: Mapping[str, Any]) -> list[Message]:
         return [
             *self._system(values),
-            {"role": "user", "content": _text(values.get(self.columns["prompt"]), "the prompt")},
-            {"role": "assistant", "content": _text(values.get(self.columns["response"]), "the response")},
+            {"role": "user", "content": text_of(values.get(self.columns["prompt"]), "the prompt")},
+            {"role": "assistant", "content": text_of(values.get(self.columns["response"]), "the response")},
         ]
 
     def _system(self, values: Mapping[str, Any]) -> list[Message]:
@@ -232,10 +238,30 @@ class Layout:
     def _optional(self, values: Mapping[str, Any], part: str) -> str:
         column = self.columns.get(part)
         value = values.get(column) if column is not None else None
-        return "" if value is None else _text(value, f"column {column!r}").strip()
+        return "" if value is None else text_of(value, f"column {column!r}").strip()
 
 
-def _text(value: Any, what: str) -> str:
+def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[Message]:
+    """Turns as messages.
+
+    Raises:
+        NoConversation: one of them is none.
+    """
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
+            raise NoConversation("no turns", f"turn {number} is no object with {role_key!r} and {text_key!r}")
+        role = ROLES.get(str(turn[role_key]).lower())
+        if role is None:
+            raise NoConversation(
+                "unknown role",
+                f"turn {number} has the role {turn[role_key]!r}; known are {', '.join(sorted(ROLES))}",
+            )
+        messages.append({"role": role, "content": text_of(turn[text_key], f"turn {number}")})
+    return messages
+
+
+def text_of(value: Any, what: str) -> str:
     if value is None:
         raise NoConversation("empty message", f"{what} is empty")
     if not isinstance(value, str):
@@ -284,6 +310,10 @@ def _holds(shape: Shape, row: Mapping[str, Any], columns: Mapping[str, str]) -> 
     turns = row[columns[next(iter(COLUMNS[shape]))]]
     first = turns[0] if isinstance(turns, list) and turns else None
     return isinstance(first, Mapping) and ("from" if shape == "sharegpt" else "role") in first
+
+
+def first_question(messages: Sequence[Message]) -> str:
+    return next(message["content"] for message in messages if message["role"] == "user")
 
 
 def check_messages(messages: list[Message]) -> None:

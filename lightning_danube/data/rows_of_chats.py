@@ -66,6 +66,39 @@ def fit_chat(
     return FittedChat(np.array(ids, np.int32), np.array(counts, bool), dropped, cut)
 
 
+def fit_pair(
+    encoder: ChatEncoder,
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    context_length: int,
+    policy: Policy,
+) -> list[FittedChat]:
+    """Answers to one prompt, each as a conversation in which only it is learned; turns that have to be left out for one
+    of them are left out for all.
+
+    Raises:
+        DoesNotFit: by the policy, or what is left of the answers is the same.
+        ValueError: the template refuses the conversation, or writes the same for all answers.
+    """
+
+    def fit_all(kept: Sequence[Message]) -> list[FittedChat]:
+        answered = ([*kept, {"role": "assistant", "content": answer}] for answer in answers)
+        return [fit_chat(encoder, messages, context_length, policy, "last") for messages in answered]
+
+    fitted = fit_all(prompt)
+    dropped = max(one.dropped_turns for one in fitted)
+    if any(one.dropped_turns < dropped for one in fitted):
+        system = 1 if prompt[0]["role"] == "system" else 0
+        # None of them has to drop more now; what they dropped is counted from the whole prompt.
+        fitted = fit_all([*prompt[:system], *prompt[system + dropped :]])
+        fitted = [one._replace(dropped_turns=dropped) for one in fitted]
+    if all(np.array_equal(one.ids, fitted[0].ids) for one in fitted):
+        if any(one.cut_tokens for one in fitted):
+            raise DoesNotFit(f"has answers that are the same within the first {context_length + 1} tokens")
+        raise ValueError("the chat template writes the same for the chosen and the rejected answer")
+    return fitted
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass over the conversations: rows of the numbers of conversations, padded with empty rows to whole steps."""

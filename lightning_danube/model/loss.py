@@ -1,8 +1,8 @@
 """Cross-entropy of the next token from hidden states and the head's weight, a chunk of tokens at a time.
 
 All logits of 16 x 8192 tokens over 32000 words are 17 GB in float32, and their gradient as much again; a chunk of
-them is all that is ever needed. Gradients are computed in the forward pass, while the chunk's logits are at hand, so
-nothing is computed twice.
+them is all that is ever needed. The gradients of a sum are computed in the forward pass, while the chunk's logits are
+at hand, so nothing is computed twice.
 
 Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 # 256 and 512 rows are within 6 % of it, 4096 take 9 % and 34 % longer, F.cross_entropy takes 3.02 and 2.56 s. Of the
 # equals the largest, as adding up the weight's gradient (V x D for each chunk) weighs more the larger D is.
 CHUNK_TOKENS = 1024
+NOTHING_IGNORED = -1
+"""No label has this number."""
 
 
 def next_token_loss(
@@ -43,7 +45,6 @@ def next_token_loss(
     return total, (labels_N != ignore_index).sum()
 
 
-@torch.no_grad()
 def token_losses(
     hidden_BTD: Tensor,
     head_weight_VD: Tensor,
@@ -52,17 +53,61 @@ def token_losses(
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Nats of each token, (B, T), 0 where ignored; without gradient, for evaluation."""
+    """Nats of each token, (B, T), 0 where ignored; differentiable, in float32 (float64 for float64 input).
+
+    For losses that weigh tokens by what comes out of them all: how much each counts is known only in the backward pass,
+    which computes the chunks' logits once more. A sum of nats is `next_token_loss`, which does not. Ignored tokens,
+    such as all of a prompt, cost nothing.
+    """
     check_arguments(hidden_BTD, head_weight_VD, labels_BT, chunk_tokens)
-    dtype = product_dtype(hidden_BTD, head_weight_VD)
-    hidden_ND, weight_VD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).to(dtype), head_weight_VD.to(dtype)
     labels_N = labels_BT.reshape(-1).long()
-    logits = LogitsBuffer(min(chunk_tokens, len(labels_N)), weight_VD)
-    nats_N = hidden_ND.new_zeros(len(labels_N), dtype=logits.wide.dtype)
-    for start in range(0, len(labels_N), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        nats_N[rows] = logits.nats(hidden_ND[rows], weight_VD, labels_N[rows], ignore_index)
-    return nats_N.view(labels_BT.shape)
+    counted_C = (labels_N != ignore_index).nonzero().squeeze(1)
+    hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, counted_C)
+    dtype = product_dtype(hidden_BTD, head_weight_VD)
+    nats_C: Tensor = ChunkedTokenNats.apply(hidden_CD, head_weight_VD, labels_N[counted_C], chunk_tokens, dtype)
+    return nats_C.new_zeros(len(labels_N)).index_copy(0, counted_C, nats_C).view(labels_BT.shape)
+
+
+class ChunkedTokenNats(torch.autograd.Function):
+    """Nats of each token; the backward pass computes the logits anew, a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, dtype: torch.dtype
+    ) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+            logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD)
+            nats_N = h_ND.new_empty(len(h_ND), dtype=logits.wide.dtype)
+            for start in range(0, len(h_ND), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                nats_N[rows] = logits.nats(h_ND[rows], w_VD, labels_N[rows], NOTHING_IGNORED)
+        ctx.save_for_backward(h_ND, weight_VD, labels_N)
+        ctx.chunk_tokens, ctx.hidden_dtype = chunk_tokens, hidden_ND.dtype
+        return nats_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, weight_VD, labels_N = ctx.saved_tensors
+        w_VD = weight_VD.to(h_ND.dtype)
+        logits = LogitsBuffer(min(ctx.chunk_tokens, len(h_ND)), w_VD)
+        grad_h_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=logits.wide.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for start in range(0, len(h_ND), ctx.chunk_tokens):
+                rows = slice(start, start + ctx.chunk_tokens)
+                logits.nats(h_ND[rows], w_VD, labels_N[rows], NOTHING_IGNORED)
+                derivative_CV = logits.derivative(labels_N[rows], NOTHING_IGNORED, grad_N[rows])
+                if grad_h_ND is not None:
+                    torch.mm(derivative_CV, w_VD, out=grad_h_ND[rows])
+                if grad_w_VD is not None:
+                    add_product(grad_w_VD, derivative_CV, h_ND[rows])
+        return (
+            None if grad_h_ND is None else grad_h_ND.to(ctx.hidden_dtype),
+            None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
+            *[None] * 3,
+        )
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -97,10 +142,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 derivative_CV = logits.derivative(labels_N[rows], ignore_index)
                 if grad_h_ND is not None:
                     torch.mm(derivative_CV, w_VD, out=grad_h_ND[rows])
-                if grad_w_VD is not None and grad_w_VD.dtype == dtype:
-                    grad_w_VD.addmm_(derivative_CV.t(), h_ND[rows])
-                elif grad_w_VD is not None:
-                    grad_w_VD += derivative_CV.t() @ h_ND[rows]
+                if grad_w_VD is not None:
+                    add_product(grad_w_VD, derivative_CV, h_ND[rows])
         ctx.save_for_backward(
             None if grad_h_ND is None else grad_h_ND.to(hidden_ND.dtype),
             None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
@@ -143,14 +186,24 @@ class LogitsBuffer:
         self.sums_C = logits_CV.exp_().sum(1)
         return (self.sums_C.log() - target_C).where(counted_C, 0)
 
-    def derivative(self, labels_C: Tensor, ignore_index: int) -> Tensor:
-        """Of the nats just computed by their logits, (C, V): softmax less one at the label; 0 where ignored."""
+    def derivative(self, labels_C: Tensor, ignore_index: int, times_C: Tensor | None = None) -> Tensor:
+        """Of the nats just computed by their logits, (C, V): softmax less one at the label; 0 where ignored. `times_C`
+        scales each token's."""
         product_CV, logits_CV = self.narrow[: len(labels_C)], self.wide[: len(labels_C)]
         counted_C = labels_C != ignore_index
-        logits_CV *= (counted_C / self.sums_C)[:, None]
         labels_C1 = labels_C.where(counted_C, 0)[:, None]
-        logits_CV.scatter_add_(1, labels_C1, -counted_C[:, None].to(logits_CV.dtype))
+        scale_C = counted_C.to(logits_CV.dtype) if times_C is None else times_C.to(logits_CV.dtype) * counted_C
+        logits_CV *= (scale_C / self.sums_C)[:, None]
+        logits_CV.scatter_add_(1, labels_C1, -scale_C[:, None])
         return logits_CV if logits_CV.dtype == product_CV.dtype else product_CV.copy_(logits_CV)
+
+
+def add_product(total_VD: Tensor, derivative_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Adds a chunk's part of the head's gradient, in the type of the total."""
+    if total_VD.dtype == derivative_CV.dtype:
+        total_VD.addmm_(derivative_CV.t(), hidden_CD)
+    else:
+        total_VD += derivative_CV.t() @ hidden_CD
 
 
 def product_dtype(hidden_BTD: Tensor, head_weight_VD: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ class NextTokenTask(LightningModule):
         Both are means over the ranks, so that all ranks decide alike: what is not finite on one is not finite here.
         """
         self._rate = 0.0
-        self._evaluation_losses: dict[str, MeanMetric] = {}
+        self._evaluation_means: dict[str, MeanMetric] = {}
         self._seed = torch.initial_seed()
 
     def length_in_tokens(self) -> tuple[int, int]:
@@ -112,12 +112,17 @@ class NextTokenTask(LightningModule):
             values = {
                 "loss/train": float(loss),
                 "optimizer/learning_rate": self._rate,
+                **self.more_of_the_step(),
             }
             if self._gradient_norm is not None:
                 values["optimizer/gradient_norm"] = float(self._gradient_norm)
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=step)
             self.trainer.callback_metrics["loss/train"] = loss
+
+    def more_of_the_step(self) -> dict[str, float]:
+        """What a task logs of an optimizer step besides its loss, over all ranks; called on all of them."""
+        return {}
 
     def on_train_start(self) -> None:
         """Lets the config decide the optimizer's settings: a loaded optimizer brings those it was saved with, and the
@@ -143,17 +148,17 @@ class NextTokenTask(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         total, count = self.sum_of_losses(batch)
-        self._loss_of(batch["source"]).update(total.double() / count.clamp(min=1), weight=count.double())
+        self.update_mean(f"loss/held_out_{batch['source']}", total, count)
 
     def on_validation_epoch_start(self) -> None:
-        self._evaluation_losses.clear()
+        self._evaluation_means.clear()
 
     def on_validation_epoch_end(self) -> None:
-        losses = {f"loss/held_out_{name}": metric.compute() for name, metric in self._evaluation_losses.items()}
-        self.log_dict(losses, logger=False)
+        means = {name: metric.compute() for name, metric in self._evaluation_means.items()}
+        self.log_dict(means, logger=False)
         # Straight to the loggers: Lightning counts their steps anew after a resume at a stage's end.
         for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(loss) for name, loss in losses.items()}, step=self.trainer.global_step)
+            logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=self.trainer.global_step)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
@@ -176,14 +181,15 @@ class NextTokenTask(LightningModule):
             if n
         ]
 
-    def _loss_of(self, source: str) -> MeanMetric:
+    def update_mean(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Adds a batch to the mean that is logged under a name after the evaluation."""
         # A plain dict: these are made anew for each validation, and belong to no checkpoint.
-        if source not in self._evaluation_losses:
+        if name not in self._evaluation_means:
             # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
             metric = MeanMetric().to(self.device)
             metric.set_dtype(torch.float64)
-            self._evaluation_losses[source] = metric
-        return self._evaluation_losses[source]
+            self._evaluation_means[name] = metric
+        self._evaluation_means[name].update(total.double() / count.clamp(min=1), weight=count.double())
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

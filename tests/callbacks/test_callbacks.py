@@ -35,6 +35,15 @@ def test_intervals_that_never_come_are_refused() -> None:
         CurriculumStages(validate_every="often")
 
 
+def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny / "tiny.yaml"
+    always = "callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
+    config.write_text(config.read_text().replace("callbacks.Progress\n", always))
+    accumulated = ["--data.init_args.micro_batch_size", "1", "--trainer.max_steps", "2"]
+    assert main(["fit", "--config", str(config), *accumulated]) == 0
+    assert "  0 of 6,656 tokens, 0 tokens/s, ? left" in capsys.readouterr().out
+
+
 def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     config.write_text(config.read_text().replace("    - class_path: callbacks.TokenLedger\n", ""))

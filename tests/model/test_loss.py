@@ -154,10 +154,54 @@ def test_token_losses() -> None:
     logits = F.linear(hidden, weight)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, T)
     torch.testing.assert_close(nats, expected)
-    assert not nats.requires_grad and not nats[labels == -100].any()
+    assert not nats[labels == -100].any()
     torch.testing.assert_close(nats.sum(), next_token_loss(hidden, weight, labels)[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert token_losses(hidden.float(), weight.float(), labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 34, 1000])
+def test_token_losses_can_be_weighed_by_each_other(dtype: torch.dtype, chunk_tokens: int) -> None:
+    """As losses of whole sequences do: what a token counts follows from all of them."""
+    hidden, weight, labels = problem(dtype)
+    nats = token_losses(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, T)
+    ours, theirs = (
+        torch.autograd.grad(F.softplus(each.sum(1)[0] - 2 * each.sum(1)[1]) + each.square().sum(), (hidden, weight))
+        for each in (nats, expected)
+    )
+    # As above: sums of at most 50 terms in another order.
+    tolerance = 40 * torch.finfo(dtype).eps
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_token_losses_agree_with_finite_differences() -> None:
+    hidden, weight, labels = problem(torch.float64)
+    hidden, weight, labels = hidden[:, :5].detach(), weight[:20].detach(), labels[:, :5] % 20
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: token_losses(h, w, labels, chunk_tokens=4), inputs)
+
+
+def test_token_losses_under_autocast_have_gradients_of_the_parameters_type() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    truth = torch.autograd.grad(reference(exact[0], exact[1], labels), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = token_losses(hidden, weight, labels, chunk_tokens=16).sum()
+    for one, true in zip(torch.autograd.grad(total, (hidden, weight)), truth, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - true).norm() < 0.01 * true.norm()  # 8 bits, 0.4 %
+
+
+def test_token_losses_without_a_counted_token() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    nats = token_losses(hidden, weight, torch.full_like(labels, -100))
+    assert not nats.any()
+    for gradient in torch.autograd.grad(nats.sum(), (hidden, weight)):
+        assert not gradient.any()
 
 
 class Spy(TorchDispatchMode):
@@ -183,7 +227,7 @@ def test_never_all_logits_at_once(autocast: bool) -> None:
     labels = torch.randint(0, vocabulary, (2, tokens // 2))
     with Spy() as spy, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         next_token_loss(hidden, weight, labels, chunk_tokens=chunk)[0].backward()
-        token_losses(hidden, weight, labels, chunk_tokens=chunk)
+        token_losses(hidden, weight, labels, chunk_tokens=chunk).sum().backward()
     assert spy.largest == chunk * vocabulary < tokens * vocabulary
     with Spy() as spy:
         reference(hidden, weight, labels)

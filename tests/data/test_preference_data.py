@@ -1,0 +1,236 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_danube.data.chat import ChatEncoder
+from lightning_danube.data.chat_data import StepSampler
+from lightning_danube.data.preference_data import PreferenceData
+from lightning_danube.data.preferences import PreferenceSource
+from lightning_danube.data.rows_of_chats import DoesNotFit, fit_pair
+from lightning_danube.data.tokenizer import load_hf_tokenizer
+
+
+def write(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        for n in range(count):
+            prompt = []
+            for turn in range(1 + n % 3):
+                prompt += [{"role": "user", "content": f"question {n}.{turn} " + "why " * (n % 11)}]
+                prompt += [{"role": "assistant", "content": "well, so so"}]
+            row = {"prompt": prompt[:-1], "chosen": [{"role": "assistant", "content": f"good {n} " + "so " * (n % 7)}]}
+            file.write(json.dumps(row | {"rejected": [{"role": "assistant", "content": f"bad {n}"}]}) + "\n")
+    return path
+
+
+def data(tmp_path: Path, count: int = 60, **options: Any) -> PreferenceData:
+    path = tmp_path / "pairs.jsonl"
+    if not path.exists():
+        write(path, count)
+    options = {"context_length": 96, "batch_pairs": 4, "micro_batch_size": 2, "held_out": 0.2} | options
+    module = PreferenceData({"pairs": PreferenceSource(str(path))}, cache_dir=str(tmp_path / "cache"), **options)
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+def length_of_answers(batch: dict[str, Any]) -> Tensor:
+    """Stands in for a model: what it says of an answer depends on that answer alone."""
+    return (batch["labels"].clamp(min=0) * (1 + batch["input_ids"] % 7)).sum(1).view(-1, 2).double() / 1000
+
+
+def test_each_pair_comes_once_in_a_pass_with_its_reference(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    module.prepare_reference("a", length_of_answers)
+    seen = []
+    for batch in module.train_dataloader():
+        there = (batch["labels"] >= 0).any(1).view(-1, 2)
+        assert torch.equal(there[:, 0], there[:, 1])
+        assert torch.equal(batch["reference"], length_of_answers(batch))
+        for ids, labels in zip(
+            batch["input_ids"].view(-1, 2, batch["input_ids"].shape[1]),
+            batch["labels"].view(-1, 2, batch["labels"].shape[1]),
+            strict=True,
+        ):
+            if (labels >= 0).any():
+                chosen, rejected = (str(module.tokenizer.decode(side[side >= 0])) for side in labels)
+                number = chosen.removesuffix("</s>").split()[1]
+                # The end of an answer is learned with it; what came before it is not.
+                assert chosen.startswith("good ") and chosen.endswith("</s>") and "question" not in chosen
+                assert rejected == f"bad {number}</s>"
+                assert f"question {number}." in module.tokenizer.decode(ids[0])
+                seen.append(int(number))
+    report = module.reports()["pairs"]
+    assert len(seen) == len(set(seen)) == report["pairs"] - report["pairs_held_out"]
+    held_out = [row for loader in module.val_dataloader() for batch in loader for row in batch["rows"] if row >= 0]
+    assert len(held_out) == module.evaluation_pairs(None)["pairs"] == report["pairs_held_out"] > 0
+    for loader in module.val_dataloader():
+        for batch in loader:
+            assert torch.equal(batch["reference"], length_of_answers(batch))
+
+
+def test_a_step_counts_its_pairs_however_they_are_dealt(tmp_path: Path) -> None:
+    module = data(tmp_path, count=57)
+    counted = module.counted(module.train_chats)
+    dealt = {}
+    for micro_batch, replicas in [(4, 1), (1, 1), (2, 2), (1, 4)]:
+        samplers = [
+            StepSampler(module.passes, counted, micro_batch_size=micro_batch, replicas=replicas, replica=replica)
+            for replica in range(replicas)
+        ]
+        micros = [micro for turn in zip(*samplers, strict=True) for micro in turn]
+        rows = [row for micro in micros for row in micro]
+        dealt[micro_batch, replicas] = rows
+        for first in range(0, len(rows), 4):
+            pairs = sum(map(len, rows[first : first + 4]))
+            assert {m.step_labels for m in micros[first // micro_batch : (first + 4) // micro_batch]} == {pairs}
+    assert all(rows == dealt[4, 1] for rows in dealt.values())
+    assert sorted(pair for row in dealt[4, 1] for pair in row) == list(range(len(counted)))
+
+
+def test_several_sources_keep_their_references_apart(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl", 20), write(tmp_path / "b.jsonl", 33)
+    sources = {"a": PreferenceSource(str(first)), "b": PreferenceSource(str(second))}
+    module = PreferenceData(sources, 96, batch_pairs=4, held_out=0.3, cache_dir=str(tmp_path / "cache"))
+    module.prepare_data()
+    module.setup("fit")
+    module.prepare_reference("a", length_of_answers)
+    for batch in [*module.train_dataloader(), *(batch for loader in module.val_dataloader() for batch in loader)]:
+        assert torch.equal(batch["reference"], length_of_answers(batch))
+    # Both files hold the same first questions, which therefore stand on the same side in both.
+    assert module.reports()["a"]["pairs_held_out"] <= module.reports()["b"]["pairs_held_out"]
+
+
+def test_the_reference_is_computed_once_for_a_model(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    module.prepare_reference("a", length_of_answers)
+    first = module.reference
+    assert (first.computed, first.reused) == (60, 0)
+
+    def refuse(batch: dict[str, Any]) -> Tensor:
+        raise AssertionError("computed twice")
+
+    again = data(tmp_path, batch_pairs=2)
+    again.prepare_reference("a", refuse)
+    assert (again.reference.computed, again.reference.reused) == (0, 60)
+    for place, values in first.values.items():
+        assert np.array_equal(values, again.reference.values[place])
+    again.prepare_reference("b", lambda batch: 2 * length_of_answers(batch))
+    assert again.reference.computed == 60
+    assert np.array_equal(again.reference.values["pairs", "train"], 2 * first.values["pairs", "train"])
+    # Nothing half-written, and nothing that is not asked for by its own name.
+    names = sorted(path.name for path in (tmp_path / "cache" / "pairs").rglob("*reference*"))
+    assert names == [f"{split}-reference-{model}.npy" for split in ("train", "validation") for model in "ab"]
+
+
+def test_other_pairs_are_other_references(tmp_path: Path) -> None:
+    data(tmp_path).prepare_reference("a", length_of_answers)
+    shorter = data(tmp_path, context_length=64)
+    shorter.prepare_reference("a", length_of_answers)
+    assert shorter.reference.reused == 0
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"", lambda data: data[:20]])
+def test_a_damaged_reference_is_named(tmp_path: Path, damage: Any) -> None:
+    module = data(tmp_path)
+    module.prepare_reference("a", length_of_answers)
+    (path,) = (tmp_path / "cache").rglob("train-reference-a.npy")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-reference-a.npy is damaged.*: remove it, and it is computed anew"):
+        module.prepare_reference("a", length_of_answers)
+
+
+def test_a_reference_of_other_pairs_is_damage(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    module.prepare_reference("a", length_of_answers)
+    (path,) = (tmp_path / "cache").rglob("train-reference-a.npy")
+    np.save(path, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"train-reference-a.npy is damaged: remove it"):
+        module.prepare_reference("a", length_of_answers)
+
+
+def test_another_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no reference log-probabilities, .* set model.class_path to .*PreferenceTun"):
+        data(tmp_path).train_dataloader()
+    with pytest.raises(ValueError, match=r"no reference log-probabilities"):
+        data(tmp_path).val_dataloader()
+
+
+def test_going_on_starts_at_the_next_step(tmp_path: Path) -> None:
+    module = data(tmp_path, epochs=2)
+    module.prepare_reference("a", length_of_answers)
+    full = list(module.train_dataloader())
+    assert module.total_tokens == len(full) // 2 * 4 * 2 * 96
+    module.steps_done = 3
+    for left, right in zip(full[6:], module.train_dataloader(), strict=True):
+        assert torch.equal(left["input_ids"], right["input_ids"])
+
+
+ENCODER = ChatEncoder(load_hf_tokenizer("mistral"))
+OLD = [{"role": "user", "content": "one " * 20}, {"role": "assistant", "content": "two " * 20}]
+ASKED = {"role": "user", "content": "three?"}
+
+
+def test_turns_are_left_out_for_both_answers(tmp_path: Path) -> None:
+    answers = ["short", "long " * 30]
+    whole = fit_pair(ENCODER, [*OLD, ASKED], answers, 200, "drop_turns")
+    assert [one.dropped_turns for one in whole] == [0, 0]
+    # Room for the prompt with the short answer, not with the long one.
+    room = len(whole[0].ids)
+    for places in (room, len(whole[1].ids) - 2):
+        short, long = fit_pair(ENCODER, [*OLD, ASKED], answers, places, "drop_turns")
+        assert short.dropped_turns == long.dropped_turns == 2 and short.cut_tokens == long.cut_tokens == 0
+        start = len(short.ids) - int(short.learned.sum())
+        assert np.array_equal(short.ids[:start], long.ids[:start])
+        assert "one" not in ENCODER.tokenizer.decode(short.ids)
+    # A system message stays; Danube's template has none, so the first turn stands for it here.
+    kept = fit_pair(ENCODER, [ASKED], answers, 30, "drop_turns")
+    assert [one.cut_tokens > 0 for one in kept] == [False, True]
+
+
+def test_answers_that_end_up_the_same_are_left_out() -> None:
+    answers = ["so " * 30 + "good", "so " * 30 + "bad"]
+    with pytest.raises(DoesNotFit, match="has answers that are the same within the first 31 tokens"):
+        fit_pair(ENCODER, [ASKED], answers, 30, "drop_turns")
+    with pytest.raises(DoesNotFit, match="tokens, 31 fit"):
+        fit_pair(ENCODER, [ASKED], answers, 30, "skip")
+    with pytest.raises(ValueError, match="writes the same for the chosen and the rejected answer"):
+        fit_pair(ENCODER, [ASKED], ["so", " so"], 30, "drop_turns")
+
+
+def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", 30)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "Hi", "chosen": "x", "rejected": "x"}) + "\n")
+        file.write(json.dumps({"system": "Be.", "prompt": "Hi", "chosen": "x", "rejected": "y"}) + "\n")
+        file.write(json.dumps({"prompt": "y " * 200, "chosen": "x", "rejected": "y"}) + "\n")
+    options: dict[str, Any] = {"context_length": 96, "held_out": 0.2, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"row 31: the chosen and the rejected answer are the same; on_bad_row: skip"):
+        PreferenceData({"pairs": PreferenceSource(str(path))}, **options).prepare_data()
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    module = PreferenceData({"pairs": PreferenceSource(str(path), on_bad_row="skip")}, **options)
+    module.prepare_data()
+    report = module.reports()["pairs"]
+    assert report["left_out"] == {"equal answers": 1, "refused by the template": 1, "too long": 1}
+    assert "there is no system role" in report["first_left_out"][1]
+    assert "no answer within the first 97" in report["first_left_out"][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 1.0}, r"data.held_out is 1.0: give a share between 0 and 1"),
+        ({"batch_pairs": 0}, r"data.batch_pairs is 0: it must be at least 1"),
+        ({"validation_pairs": 0}, r"data.validation_pairs is 0: it must be at least 1"),
+        ({"held_out": 1e-9}, r"'pairs' has 60 pairs, none of them held out: raise data.held_out"),
+        ({"held_out": 1 - 1e-9}, r"all pairs are held out: lower data.held_out, or add pairs"),
+        ({"context_length": 4}, r"holds no pair to learn from: .*no answer within the first 5"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(tmp_path, **options)
