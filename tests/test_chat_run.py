@@ -109,7 +109,7 @@ def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
     assert fit(talk) == 0
     run, exported = str(run_directory(talk)), talk / "exported"
     assert main(["export", "--weights", run, "--out", str(exported)]) == 0
-    theirs = AutoTokenizer.from_pretrained(exported)
+    theirs: Any = AutoTokenizer.from_pretrained(exported)
     assert theirs.chat_template == DANUBE_TEMPLATE
     decoder, ours = load_model(run)
     for messages in ([("user", "river?")], [("user", " river?"), ("assistant", "stone"), ("user", "now 12\n")]):
@@ -118,7 +118,7 @@ def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
         assert theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == ids
     chat = [{"role": "user", "content": "river?"}]
     ids = encode_chat(ours, chat, add_generation_prompt=True)
-    model = AutoModelForCausalLM.from_pretrained(exported)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
     (new,) = generate(decoder, [ids], 4, eos_ids=end_ids(ours))
     assert answer[: len(new)] == new
