@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_danube.data.chat_data import ChatData
+    from lightning_danube.data.classification import ClassificationData
     from lightning_danube.data.pretraining import CurriculumData
 
-__all__ = ["ChatData", "CurriculumData"]
+__all__ = ["ChatData", "ClassificationData", "CurriculumData"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from lightning_danube.data.chat_data import ChatData
 
         return ChatData
+    if name == "ClassificationData":
+        from lightning_danube.data.classification import ClassificationData
+
+        return ClassificationData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
