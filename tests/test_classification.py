@@ -121,7 +121,9 @@ def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: st
 def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
     gradients = []
     for recompute in (False, True):
-        model = task(tmp_path, lora=Lora(rank=4, dropout=0.0), activation_checkpointing=recompute).train()
+        model = task(
+            tmp_path / str(recompute), lora=Lora(rank=4, dropout=0.0), activation_checkpointing=recompute
+        ).train()
         randomize(model.decoder)
         ids, mask = padded("right")
         model.sum_of_losses({"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2])})[

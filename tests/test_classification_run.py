@@ -32,13 +32,14 @@ data:
     context_length: 32
     batch_texts: 8
     micro_batch_size: 8
+    epochs: 3
     cache_dir: TMP/cache
 model:
   class_path: lightning_danube.tasks.TextClassification
   init_args:
     weights: BASE
     learning_rate: {peak: 1.0e-2, final: 0.0, warmup: 0}
-    lora: {rank: 4, alpha: 8, dropout: 0.1}
+    lora: {rank: 8, alpha: 32, dropout: 0.1}
 trainer:
   accelerator: cpu
   log_every_n_steps: 1
@@ -108,7 +109,7 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
     assert [row["label"] for row in result["classes"]] == ["far", "hard", "wet"]
     for text in (
         "of the adapter, 96 of the head",
-        "run: 11 steps of 8 texts",
+        "run: 33 steps of 8 texts",
         "majority class",
         "TF-IDF + logistic regression",
         "validation, 9 texts",
@@ -124,7 +125,7 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
 def test_pictures_of_two_classes(words: Path) -> None:
     for name, first in (("train", 0), ("test", 200)):
         write(words / f"{name}.csv", first, 40, labels=("wet", "hard"))
-    assert run(words, "--trainer.max_steps", "2") == 0
+    assert run(words, "--trainer.max_steps", "4") == 0
     assert run(words, "--ckpt_path", "last", verb="test") == 0
     events = EventAccumulator(str(directory(words, "words-test")), size_guidance={"tensors": 0, "images": 0}).Reload()
     (picture,) = events.Images("confusion/test")
@@ -161,7 +162,7 @@ def test_predictions_stand_beside_their_rows(words: Path) -> None:
 def test_going_on_equals_never_having_stopped(words: Path, options: tuple[str, ...]) -> None:
     options = (*options, "--model.init_args.head_learning_rate", "1e-3", "--data.init_args.micro_batch_size", "4")
     assert run(words, *options) == 0
-    assert run(words, *options, "--name", "stopped", "--trainer.max_steps", "4") == 0
+    assert run(words, *options, "--name", "stopped", "--trainer.max_steps", "12") == 0
     assert "validation" not in summary_of(words, "stopped")
     assert run(words, *options, "--name", "stopped", "--ckpt_path", "last") == 0
     full, stopped = (last_checkpoint(directory(words, name)) for name in ("words", "stopped"))
@@ -186,7 +187,7 @@ def test_a_checkpoint_holds_what_trains(words: Path, tiny_run: Path, capsys: pyt
 
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(words: Path) -> None:
     """The last step has fewer texts than the others, so means of means would be off by far more than rounding (1e-16,
-    which eleven steps of Adam make 1e-13)."""
+    which 33 steps of Adam make 1e-13)."""
     options = ["--trainer.precision", "64-true", "--model.init_args.lora.dropout", "0"]
     assert run(words, *options) == 0
     assert run(words, *options, "--name", "small", "--data.init_args.micro_batch_size", "2") == 0
@@ -221,7 +222,7 @@ def test_what_was_left_out_is_listed(words: Path, capsys: pytest.CaptureFixture[
             "lora.targets names head: the layers are q_proj, k_proj",
         ),
         (("--model.init_args.head_learning_rate", "0"), "model.head_learning_rate is 0.0: it must be above 0"),
-        (("--model.init_args.head", "last"), "model.init_args.head: expected one of 'hidden', 'logits', not last"),
+        (("--model.init_args.head", "last"), "model.head: expected one of 'hidden', 'logits', not last"),
         (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
         (("--data.init_args.context_length", "64"), "data.context_length is 64, the model of"),
         (
@@ -248,7 +249,7 @@ def test_a_mistake_is_one_line(
 def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = shutil.copytree(save_tiny(tmp_path / "one"), tmp_path / "base")
     begin = ("--model.init_args.weights", str(base))
-    assert run(words, *begin, "--trainer.max_steps", "3") == 0
+    assert run(words, *begin, "--trainer.max_steps", "4") == 0
 
     def refused(message: str, *options: str, verb: str = "fit") -> None:
         assert run(words, *begin, *options, "--ckpt_path", str(directory(words)), verb=verb) == 2
@@ -258,7 +259,7 @@ def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: py
     refused("data.seed is 9, the run began with 0", "--data.init_args.seed", "9")
     refused("data.train is ", "--data.init_args.context_length", "8")
     refused("the checkpoint has model.head 'hidden', the config 'logits': set", "--model.init_args.head", "logits")
-    refused("the checkpoint was trained with lora {'rank': 4", "--model.init_args.lora.rank", "8")
+    refused("the checkpoint was trained with lora {'rank': 8", "--model.init_args.lora.rank", "4")
     write(words / "other.csv", 0, 30, labels=("wet", "hard"))
     other = ("--data.init_args.train", str(words / "other.csv"), "--data.init_args.test", "null")
     refused("tells 3 classes (far, hard, wet) apart, the data have 2 classes (hard, wet)", *other, verb="test")
@@ -308,13 +309,14 @@ def test_transformers_gives_the_same_scores(words: Path, head: str, capsys: pyte
     out = words / "classifier"
     assert main(["export", "--weights", str(directory(words)), "--out", str(out)]) == 0
     assert f"a classifier of 3 classes written as float32 to {out}" in capsys.readouterr().err
+    # Probabilities of at most 1 in float32, of logits up to 60; those of the head on logits are sums of 32,000 products.
+    tolerance = 1e-5 if head == "hidden" else 1e-4
     classify = pipeline("text-classification", model=str(out), device="cpu")
     assert type(classify.model).__name__ == "LlamaForSequenceClassification"
     for batch_size in (1, 7):  # 7: texts of different lengths are padded by transformers
         theirs = classify(texts, top_k=None, truncation=True, batch_size=batch_size)
         for mine, found in zip(ours, theirs, strict=True):
-            # Probabilities of at most 1 in float32; see test_parity.py for the logits behind them.
-            assert {row["label"]: row["score"] for row in found} == pytest.approx(mine, abs=1e-5)
+            assert {row["label"]: row["score"] for row in found} == pytest.approx(mine, abs=tolerance)
     card = (out / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "`far`, `hard`, `wet`" in card
     assert "cuts a text at 32 tokens" in card
@@ -345,7 +347,7 @@ def test_peft_gives_the_same_scores(words: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_exports_that_cannot_be(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(words, "--trainer.max_steps", "1") == 0
+    assert run(words, "--trainer.max_steps", "4") == 0
     mine = str(directory(words))
     for arguments, message in [
         (

@@ -111,10 +111,10 @@ class ClassificationData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | LabelledTexts,
-        validation: str | LabelledTexts | None = None,
-        test: str | LabelledTexts | None = None,
-        predict: str | LabelledTexts | None = None,
+        train: str | dict[str, str],
+        validation: str | dict[str, str] | None = None,
+        test: str | dict[str, str] | None = None,
+        predict: str | dict[str, str] | None = None,
         text_column: str = "text",
         label_column: str = "label",
         context_length: int = 512,
@@ -149,11 +149,7 @@ class ClassificationData(LightningDataModule):
         if unknown := sorted(set(max_texts or {}) - set(SPLITS)):
             raise ValueError(f"data.max_texts names {', '.join(unknown)}: the splits are {', '.join(SPLITS)}")
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.sources = {
-            role: LabelledTexts(source) if isinstance(source, str) else source
-            for role, source in given.items()
-            if source is not None
-        }
+        self.sources = {role: LabelledTexts.named(role, source) for role, source in given.items() if source is not None}
         self.text_column, self.label_column = text_column, label_column
         self.context_length, self.batch_texts, self.micro_batch_size = context_length, batch_texts, micro_batch_size
         self.epochs, self.shares = epochs, {"test": test_share, "validation": validation_share}
@@ -186,7 +182,7 @@ class ClassificationData(LightningDataModule):
                 batch does not divide over the devices.
         """
         if stage == "predict" and "predict" in self.sources:
-            self.labels = self._labels_of_checkpoint()
+            # The classes are in the checkpoint: training texts need not be there.
             self.splits["predict"] = self._read("predict")
             self.encoded["predict"] = self._encode(self.splits["predict"])
             return
@@ -288,14 +284,6 @@ class ClassificationData(LightningDataModule):
     def _numbers(self) -> dict[str | None, int]:
         return {label: number for number, label in enumerate(self.labels)}
 
-    def _labels_of_checkpoint(self) -> list[str]:
-        """The classes that a trained model tells apart: to predict, training texts need not be there."""
-        assert self.trainer is not None
-        checkpoint = torch.load(str(self.trainer.ckpt_path), map_location="cpu", weights_only=True, mmap=True)
-        if "classifier" not in checkpoint:
-            raise ValueError(f"--ckpt_path {self.trainer.ckpt_path} is no classifier: name a run of TextClassification")
-        return list(checkpoint["classifier"]["labels"])
-
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Label → split → texts."""
         counts = {split: Counter(text.label for text in texts) for split, texts in self.splits.items()}
@@ -337,7 +325,9 @@ class ClassificationData(LightningDataModule):
     @property
     def batch_tokens(self) -> int:
         """Tokens of a mean optimizer step, padding left out: texts differ in length, and steps in their tokens."""
-        return -(-int(self.encoded["train"].ends[-1]) * self.epochs // self.total_steps)
+        # The steps first: before setup they are an AttributeError, by which the parser sees that there is no length yet.
+        steps = self.total_steps
+        return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
 
     @property
     def total_tokens(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,23 @@ class LabelledTexts:
     name: str | None = None
     split: str | None = None
     revision: str | None = None
+
+    @classmethod
+    def named(cls, role: str, given: str | Mapping[str, str]) -> LabelledTexts:
+        """What a config says for a role: a path, or a mapping of the options.
+
+        A plain mapping, since the parser of the command line reads the file of a path that could be one of a class.
+
+        Raises:
+            ValueError: the mapping has other options, or no path.
+        """
+        if isinstance(given, str):
+            return cls(given)
+        known = [field.name for field in fields(cls)]
+        if (unknown := [key for key in given if key not in known]) or "path" not in given:
+            wrong = f"has the option {unknown[0]!r}" if unknown else "has no path"
+            raise ValueError(f"data.{role} {wrong}: the options are {', '.join(known)}")
+        return cls(**given)
 
     def texts(self, role: str) -> Source:
         """The same place as a source of documents, which finds its files."""

@@ -133,14 +133,21 @@ class TextClassification(SupervisedFineTuning):
         self._base_digest = ""
 
     def configure_model(self) -> None:
-        """Makes the head, once the data have said how many classes there are."""
-        if "head" in self._modules:
+        """Makes the head, if the data say how many classes there are; to predict, the checkpoint does."""
+        if self._base_digest:
             return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.labels = list(data.labels)
         self._base_digest = base_digest(self.decoder)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.labels:
+            self._make_head(data.labels)
+
+    def _make_head(self, labels: list[str]) -> None:
+        self.labels = list(labels)
         width = self.config.hidden_size if self.head_sees == "hidden" else self.config.vocab_size
-        self.head = nn.Linear(width, len(self.labels), bias=False)
+        # What was drawn before differs between one process and several: the head begins alike in all.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.head = nn.Linear(width, len(labels), bias=False)
 
     def class_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """(B, C), in float32 at least: probabilities of 8 bits are not worth calibrating."""
@@ -242,6 +249,8 @@ class TextClassification(SupervisedFineTuning):
             raise ValueError(
                 f"the checkpoint has model.head {saved['head']!r}, the config {self.head_sees!r}: set it back"
             )
+        if "head" not in self._modules:
+            self._make_head(saved["labels"])
         if saved["labels"] != self.labels:
             raise ValueError(
                 f"the checkpoint tells {_shown(saved['labels'])} apart, the data have {_shown(self.labels)}: give the "

@@ -8,7 +8,6 @@ import torch
 
 from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.data.classification import ClassificationData
-from lightning_danube.data.labelled_texts import LabelledTexts
 
 WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
 
@@ -23,7 +22,9 @@ def write(path: Path, count: int, first: int = 0, labels: tuple[str, ...] = ("we
 
 
 def data(tmp_path: Path, stage: str = "fit", **options: Any) -> ClassificationData:
-    options = {"train": write(tmp_path / "train.csv", 60), "batch_texts": 4, "micro_batch_size": 2} | options
+    if "train" not in options:
+        options["train"] = write(tmp_path / "train.csv", 60)
+    options = {"batch_texts": 4, "micro_batch_size": 2} | options
     module = ClassificationData(cache_dir=str(tmp_path / "cache"), **options)
     module.prepare_data()
     module.setup(stage)
@@ -49,7 +50,7 @@ def test_three_splits_of_one_file(tmp_path: Path) -> None:
 
 def test_given_splits_are_taken_as_they_are(tmp_path: Path) -> None:
     test = write(tmp_path / "test.csv", 9, first=100)
-    module = data(tmp_path, test=LabelledTexts(test), validation=write(tmp_path / "validation.csv", 6, first=200))
+    module = data(tmp_path, test={"path": test}, validation=write(tmp_path / "validation.csv", 6, first=200))
     assert [len(module.splits[split]) for split in ("train", "validation", "test")] == [60, 6, 9]
     assert {text.file for text in module.splits["test"]} == {test}
 
@@ -145,6 +146,11 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
             r"too few texts \(54\) to split off a share of 0.001 for validation: raise data.validation_share",
         ),
         ({"most_frequent_classes": 1}, r"data.most_frequent_classes is 1: it takes two classes to tell"),
+        (
+            {"test": {"path": "a.csv", "text": "b"}},
+            r"data.test has the option 'text': the options are path, name, split",
+        ),
+        ({"test": {"name": "plain"}}, r"data.test has no path: the options are path, name, split, revision"),
         ({"tokenizer": "/nowhere"}, r"no tokenizer directory '/nowhere'"),
         ({"train": "/nowhere.csv"}, r"source 'train': there is no file /nowhere.csv"),
     ],
