@@ -331,3 +331,7 @@ def _peft_defaults() -> dict[str, Any]:
 def _quieten() -> None:
     # bitsandbytes, which peft imports, wants to download a kernel on some processors, and warns that it cannot.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+# At import already: to know the types of Lora, the parser of the command line runs imports that are for type checkers.
+_quieten()

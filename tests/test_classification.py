@@ -109,7 +109,7 @@ def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: st
         {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, -100, 2])}
     )
     assert int(count) == 2
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == model._trained()
     assert {name for name in reached if "lora_" not in name} == {"head.weight"}
@@ -128,7 +128,7 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
         ids, mask = padded("right")
         model.sum_of_losses({"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2])})[
             0
-        ].backward()  # type: ignore[no-untyped-call]
+        ].backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)

@@ -309,9 +309,9 @@ def test_transformers_gives_the_same_scores(words: Path, head: str, capsys: pyte
     out = words / "classifier"
     assert main(["export", "--weights", str(directory(words)), "--out", str(out)]) == 0
     assert f"a classifier of 3 classes written as float32 to {out}" in capsys.readouterr().err
-    # Probabilities of at most 1 in float32, of logits up to 60; those of the head on logits are sums of 32,000 products.
+    # Probabilities of at most 1 in float32, of logits up to 60; the head on logits sums 32,000 products for each.
     tolerance = 1e-5 if head == "hidden" else 1e-4
-    classify = pipeline("text-classification", model=str(out), device="cpu")
+    classify: Any = pipeline("text-classification", model=str(out), device="cpu")
     assert type(classify.model).__name__ == "LlamaForSequenceClassification"
     for batch_size in (1, 7):  # 7: texts of different lengths are padded by transformers
         theirs = classify(texts, top_k=None, truncation=True, batch_size=batch_size)

@@ -7,7 +7,7 @@ import errno
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_danube.weight_files import Weights, load_tokenizer, locate_weights
 from lightning_danube.weights import add_weights_arguments, load_decoder
@@ -200,7 +200,8 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     else:
         decoder, score_CD, labels = load_decoder(trained_on), None, None
         load_trained_adapter(decoder, weights.path)
-    config = decoder.peft_config["default"]  # type: ignore[index,union-attr]
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
     base = trained_on if locate_weights(trained_on).kind == "hf" else None
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     parameters += 0 if score_CD is None else score_CD.numel()

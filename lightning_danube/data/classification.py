@@ -325,7 +325,7 @@ class ClassificationData(LightningDataModule):
     @property
     def batch_tokens(self) -> int:
         """Tokens of a mean optimizer step, padding left out: texts differ in length, and steps in their tokens."""
-        # The steps first: before setup they are an AttributeError, by which the parser sees that there is no length yet.
+        # The steps first: before setup they are an AttributeError, by which the parser sees that there is no length.
         steps = self.total_steps
         return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
 

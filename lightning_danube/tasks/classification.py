@@ -5,6 +5,7 @@ Shapes: B texts, T tokens, D hidden size, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -167,7 +168,8 @@ class TextClassification(SupervisedFineTuning):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_settings.build(self.decoder, lr=1.0)
-        rates = [self._rate_of_step] * len(optimizer.param_groups) + [self._head_rate_of_step]
+        rates: list[Callable[[int], float]] = [self._rate_of_step] * len(optimizer.param_groups)
+        rates.append(self._head_rate_of_step)
         decay = self.optimizer_settings.weight_decay
         optimizer.add_param_group({"params": list(self.head.parameters()), "weight_decay": decay})
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
