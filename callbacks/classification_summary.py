@@ -54,6 +54,7 @@ class ClassificationSummary(Callback):
         self.resamples = resamples
         self._seconds_before = 0.0
         self._began = time.monotonic()
+        self._first_step = 0
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 
@@ -80,11 +81,18 @@ class ClassificationSummary(Callback):
         say(trainer, "\n".join(lines))
         report_rejected(trainer, data)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, task = parts_of(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer)
+        if trainer.global_step == self._first_step:
+            # Its summary stays: without a validation this one would say less.
+            say(trainer, f"{directory} is complete: {trainer.global_step:,} steps; nothing is left to do")
+            return
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         in_training = throughput.seconds if throughput else 0.0
         seconds = self._seconds()

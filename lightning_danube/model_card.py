@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.history import read_saved_config
+from lightning_danube.runs import read_step
 from lightning_danube.weight_files import Weights, hub_id, tokenizer_identity
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str
         f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{classifier.base}` and is "
         "merged into the weights.",
         *_of_run(weights.path, classifier.decoder),
+        *_validation_scores(weights.path),
         "## Classes",
         ", ".join(f"`{label}`" for label in classifier.labels),
         "## Use",
@@ -209,6 +211,32 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
     if losses := _held_out_losses(checkpoint, run, ledger["stages"] if ledger else []):
         sections += ["### Held-out loss", losses]
     return [section for section in sections if section]
+
+
+def _validation_scores(checkpoint_file: Path) -> list[str]:
+    """What a finished run measured on its validation texts."""
+    try:
+        summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    # Scores of the end belong to no checkpoint before it.
+    if "validation" not in summary or summary.get("steps") != read_step(checkpoint_file):
+        return []
+    found = summary["validation"]
+    rows = [
+        (title, f"{found[name]:.3f}", *(f"{end:.3f}" for end in found[f"{name}_interval"]))
+        for name, title in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro F1"),
+            ("calibration_error", "calibration error"),
+        )
+    ]
+    above = f"{found['accuracy_above_tfidf']:+.3f}"
+    return [
+        f"### On {found['n']:,} validation texts",
+        _table(("", "score", "95 % from", "to"), rows),
+        f"The accuracy is {above} above that of TF-IDF with logistic regression, trained on the same texts.",
+    ]
 
 
 def _of_ledger(ledger: Mapping[str, Any]) -> str:

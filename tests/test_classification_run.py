@@ -118,6 +118,12 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
         "class  texts  precision  recall",
     ):
         assert text in printed.out, text
+    assert run(words, "--ckpt_path", "last", verb="validate") == 0
+    assert summary_of(words, "words-validate")["validation"] == fitted["validation"]
+    capsys.readouterr()
+    assert run(words, "--ckpt_path", "last") == 0
+    assert "is complete: 33 steps; nothing is left to do" in capsys.readouterr().out
+    assert summary_of(words) == fitted
     (again,) = re.findall(r"next: \S+ -m lightning_danube (.*)", printed.out)
     assert main([*again.split(), "--runs", str(words / "elsewhere")]) == 0
 
@@ -320,6 +326,8 @@ def test_transformers_gives_the_same_scores(words: Path, head: str, capsys: pyte
     card = (out / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "`far`, `hard`, `wet`" in card
     assert "cuts a text at 32 tokens" in card
+    accuracy = summary_of(words)["validation"]["accuracy"]
+    assert f"| accuracy | {accuracy:.3f} |" in card and "### On 9 validation texts" in card
     long_text = texts[0] + " slowly" * 50
     assert len(classify.tokenizer(long_text, truncation=True).input_ids) == 32
 
