@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from lightning_danube.__main__ import main
 from lightning_danube.weights import load_decoder
+from tests.test_chat_run import CONFIG as CHAT
+from tests.test_chat_run import LORA
 from tests.test_world_size import run_in_ranks
 from tests.tiny_models import save_tiny
 
@@ -352,6 +354,24 @@ def test_peft_gives_the_same_scores(words: Path, tmp_path: Path, capsys: pytest.
         assert found == pytest.approx([mine[label] for label in ("far", "hard", "wet")], abs=1e-5)
     card = (out / "README.md").read_text()
     assert "num_labels=3, id2label={0: 'far', 1: 'hard', 2: 'wet'}" in card
+
+
+def test_the_adapter_of_a_chat_run_is_exported_alone(tmp_path: Path, tiny_run: Path) -> None:
+    with (tmp_path / "talk.jsonl").open("w") as file:
+        for n in range(40):
+            turns = [{"role": "user", "content": f"river {n}?"}, {"role": "assistant", "content": "stone"}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "talk.yaml").write_text(CHAT.replace("TMP", str(tmp_path)).replace("BASE", str(tiny_run)))
+    assert main(["fit", "--config", str(tmp_path / "talk.yaml"), *LORA]) == 0
+    trained, base, out = tmp_path / "runs/talk/version_0", tmp_path / "base", tmp_path / "adapter"
+    assert main(["export", "--weights", str(tiny_run), "--out", str(base)]) == 0
+    assert main(["export", "--weights", str(trained), "--format", "peft", "--out", str(out)]) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out)).eval()
+    ids = torch.arange(20)[None]
+    ours, theirs = load_decoder(str(trained)).eval()(ids), model(ids).logits
+    # See test_parity.py.
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours - load_decoder(str(tiny_run)).eval()(ids)).abs().max() > 1e-3
 
 
 def test_exports_that_cannot_be(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
