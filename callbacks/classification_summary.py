@@ -173,6 +173,7 @@ class ClassificationSummary(Callback):
             lines.append(f"average precision for {data.labels[1]!r}: {extra['average_precision']:.3f}")
         lines += [
             "in brackets: 95 % intervals, by resampling the texts; they do not cover another training run",
+            "noise alone raises a calibration error: its interval is lowered by as much, and may lie below it",
             "",
             detail_table(data.labels, details),
             "",
