@@ -2,6 +2,7 @@
 
 from callbacks.chat_summary import ChatSummary
 from callbacks.checkpoints import Checkpoints
+from callbacks.classification_summary import ClassificationSummary
 from callbacks.curriculum import CurriculumStages
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
@@ -15,6 +16,7 @@ from callbacks.throughput import Throughput
 __all__ = [
     "ChatSummary",
     "Checkpoints",
+    "ClassificationSummary",
     "CurriculumStages",
     "Predictions",
     "PreferenceSummary",

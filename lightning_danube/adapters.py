@@ -8,6 +8,7 @@ names, shapes and settings have to fit exactly.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class Lora:
         alpha: the update is scaled by alpha / rank.
         dropout: on the adapter's input, in training.
         targets: linear layers of the blocks that get one.
+        dora: also learn the length of each layer's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353).
+        rslora: scale by alpha / √rank, so that a higher rank does not weaken the update (Kalajdzievski 2023,
+            arXiv 2312.03732).
         quantization: "nf4" holds the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314).
     """
 
@@ -78,6 +82,8 @@ class Lora:
     alpha: float = 32
     dropout: float = 0.05
     targets: tuple[str, ...] = LINEAR_LAYERS
+    dora: bool = False
+    rslora: bool = False
     quantization: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +117,8 @@ class Lora:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": list(self.targets),
+            "use_dora": self.dora,
+            "use_rslora": self.rslora,
         }
 
 
@@ -199,9 +207,11 @@ def save_adapter(
     *,
     base: str | None = None,
     card: str | None = None,
+    score: Tensor | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the decoder's adapter as PEFT does. `base` names the model it belongs on, `card` goes into README.md."""
+    """Write the decoder's adapter as PEFT does. `base` names the model it belongs on, `card` goes into README.md;
+    `score` is the head of a LlamaForSequenceClassification, (classes, hidden size), that belongs to the adapter."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -214,11 +224,31 @@ def save_adapter(
     content["task_type"] = content["task_type"] or "CAUSAL_LM"
     state = get_peft_model_state_dict(decoder, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if score is not None:
+        content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
     with replaced_directory(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
         write_json(partial / CONFIG, content)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         if card is not None:
             (partial / "README.md").write_text(card, "utf-8")
+
+
+def base_digest(decoder: Decoder) -> str:
+    """Tells one frozen base from another by the beginning of each of its weights, with or without an adapter on it."""
+    digest = hashlib.sha256()
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in decoder.named_parameters()
+        if ".lora_" not in name
+    }
+    for name in sorted(frozen):
+        digest.update(name.encode())
+        begin = frozen[name].detach().flatten()[:256].cpu()
+        # In one type, so that a base is the same whether it is loaded in 16 bits or more; packed weights stay bytes.
+        begin = begin.float() if begin.is_floating_point() else begin
+        digest.update(begin.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -290,6 +290,8 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The means of a validation are over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    # Rows that are predicted say themselves where they stand.
+    warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
     # Lightning 2.6 asks torch >= 2.12 in a way that torch deprecates.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.history import read_saved_config
+from lightning_danube.runs import read_step
 from lightning_danube.weight_files import Weights, hub_id, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from lightning_danube.classifiers import Classifier
     from lightning_danube.model import Decoder
 
 GGUF_FACTS = {
@@ -106,8 +108,41 @@ def model_card(
     return _front_matter(front) + "\n\n".join(sections) + "\n"
 
 
-def adapter_card(title: str, base: str | None, settings: Mapping[str, Any], parameters: int) -> str:
-    """README.md of an adapter in PEFT's layout."""
+def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str:
+    """README.md of a LlamaForSequenceClassification. `weights` is the run that it comes from."""
+    config = classifier.decoder.config
+    length = classifier.tokenizer.model_max_length
+    sections = [
+        f"# {title}",
+        f"A classifier of texts into {len(classifier.labels)} classes: a decoder of the Llama type with "
+        f"{config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
+        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{classifier.base}` and is "
+        "merged into the weights.",
+        *_of_run(weights.path, classifier.decoder),
+        *_validation_scores(weights.path),
+        "## Classes",
+        ", ".join(f"`{label}`" for label in classifier.labels),
+        "## Use",
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("text-classification", model="./{title}")\n'
+        'classify(["a text", "another one"], truncation=True)\n'
+        "```",
+        f"`truncation=True` cuts a text at {length:,} tokens, as training did.",
+        "## Licence and limits",
+        "The licence of these weights is not stated. It depends on the model that was trained and the texts it was "
+        "trained on. The classes are those of the training texts; a text of any other kind is given to one of them all "
+        "the same.",
+    ]
+    return _front_matter({"library_name": "transformers", "pipeline_tag": "text-classification"}) + (
+        "\n\n".join(sections) + "\n"
+    )
+
+
+def adapter_card(
+    title: str, base: str | None, settings: Mapping[str, Any], parameters: int, labels: Sequence[str] | None = None
+) -> str:
+    """README.md of an adapter in PEFT's layout; `labels` are the classes of a classifier's."""
     kind = "DoRA" if settings.get("use_dora") else "LoRA"
     sections = [
         f"# {title}",
@@ -121,7 +156,19 @@ def adapter_card(title: str, base: str | None, settings: Mapping[str, Any], para
             ],
         ),
     ]
-    if base:
+    if labels is not None:
+        classes = {number: label for number, label in enumerate(labels)}
+        sections += [
+            f"It classifies texts into {len(labels)} classes by the head `score`, which is in it.",
+            "```python\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForSequenceClassification\n\n"
+            f'base = AutoModelForSequenceClassification.from_pretrained("{base or "the model it was trained on"}", '
+            f"num_labels={len(labels)}, id2label={classes})\n"
+            f'model = PeftModel.from_pretrained(base, "{title}")\n'
+            "```",
+        ]
+    elif base:
         sections += [
             "```python\n"
             "from peft import PeftModel\n"
@@ -164,6 +211,32 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
     if losses := _held_out_losses(checkpoint, run, ledger["stages"] if ledger else []):
         sections += ["### Held-out loss", losses]
     return [section for section in sections if section]
+
+
+def _validation_scores(checkpoint_file: Path) -> list[str]:
+    """What a finished run measured on its validation texts."""
+    try:
+        summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    # Scores of the end belong to no checkpoint before it.
+    if "validation" not in summary or summary.get("steps") != read_step(checkpoint_file):
+        return []
+    found = summary["validation"]
+    rows = [
+        (title, f"{found[name]:.3f}", *(f"{end:.3f}" for end in found[f"{name}_interval"]))
+        for name, title in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro F1"),
+            ("calibration_error", "calibration error"),
+        )
+    ]
+    above = f"{found['accuracy_above_tfidf']:+.3f}"
+    return [
+        f"### On {found['n']:,} validation texts",
+        _table(("", "score", "95 % from", "to"), rows),
+        f"The accuracy is {above} above that of TF-IDF with logistic regression, trained on the same texts.",
+    ]
 
 
 def _of_ledger(ledger: Mapping[str, Any]) -> str:

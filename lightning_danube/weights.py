@@ -65,6 +65,8 @@ def load_decoder(
     Raises:
         ValueError: nothing of that name is there, or it is no model.
     """
+    import torch
+
     from lightning_danube.model import load_checkpoint, load_hf
     from lightning_danube.model.gguf_files import load_gguf
 
@@ -74,7 +76,14 @@ def load_decoder(
     directory = None if adapter is None else locate_adapter(adapter)
     trained_on = adapter_base(weights)
     if trained_on is not None:
-        decoder = _load_with_trained_adapter(trained_on, weights.path, dtype, device)
+        from lightning_danube.adapters import merge_adapter
+
+        # As in training, and rounded once, when the adapter is in. What was trained on weights in 4 bits is merged into
+        # what those stand for.
+        decoder = load_decoder(trained_on, dtype=torch.float32, device=device)
+        load_trained_adapter(decoder, weights.path)
+        merge_adapter(decoder, dequantize=True)
+        decoder.to(dtype=dtype)
     else:
         load = {"checkpoint": load_checkpoint, "hf": load_hf, "gguf": load_gguf}[weights.kind]
         decoder = load(weights.path, dtype=dtype, device=device)
@@ -96,25 +105,33 @@ def adapter_base(weights: Weights) -> str | None:
     return str(checkpoint["base_weights"]) if "lora" in checkpoint else None
 
 
-def _load_with_trained_adapter(
-    base: str, path: Path, dtype: torch.dtype | None, device: torch.device | None
-) -> Decoder:
-    """The model that was trained: a base in 4 bits is dequantized, and the adapter added to what comes of it."""
-    from lightning_danube.adapters import Lora, merge_adapter
+def load_trained_adapter(decoder: Decoder, path: Path) -> None:
+    """Put the adapter in a checkpoint of ours onto its base, beside its weights.
+
+    Raises:
+        ValueError: the decoder is not the base that it was trained on.
+    """
+    from lightning_danube.adapters import Lora, base_digest
     from lightning_danube.model.checkpoints import read_checkpoint
 
     checkpoint = read_checkpoint(path)
-    lora = Lora(**checkpoint["lora"])
-    # Training quantized them from float32: from another type, some would come out differently.
-    decoder = load_decoder(base, dtype="float32" if lora.quantization else dtype, device=device)
-    lora.apply(decoder)
-    state = {name.removeprefix("decoder."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    Lora(**checkpoint["lora"]).apply(decoder)
+    digest = base_digest(decoder)
+    # A classifier's head is no part of the decoder.
+    state = {
+        name.removeprefix("decoder."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("decoder.")
+    }
     trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     if state.keys() != trained:
         raise ValueError(f"{path}: its adapter does not fit {checkpoint['base_weights']}, on which it was trained")
+    if checkpoint.get("base_digest", digest) != digest:
+        raise ValueError(
+            f"{path}: {checkpoint['base_weights']} holds other weights than those its adapter was trained on: bring "
+            "them back"
+        )
     decoder.load_state_dict(state, strict=False)
-    merge_adapter(decoder, dequantize=True)
-    return decoder.to(dtype=dtype)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -192,7 +192,6 @@ def test_an_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--format", "gguf", "--out", "x.gguf", "--dtype", "float16"], "the type of a GGUF file is --type"),
         (["--format", "gguf", "--out", "x"], "--out x: a GGUF file is looked for by its ending, so add .gguf"),
         (["--type", "F16", "--out", "x"], "--type is for --format gguf: the type of --format hf is --dtype"),
-        (["--format", "peft", "--out", "x"], "--format peft writes an adapter: name it with --adapter"),
         (["--format", "peft", "--adapter", "a", "--dtype", "float16", "--out", "x"], "an adapter is written as it is"),
         (
             ["--format", "gguf", "--out", "x.gguf", "--type", "Q4_K_X"],

@@ -80,7 +80,7 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return None if allowed else "only __main__ and tests import the command line"
     if is_within(name, frozenset({"lightning_danube.reports"})):
         allowed = folders[0] in ("tests", "notebooks") or folders[:2] == ("lightning_danube", "reports")
-        return None if allowed else "only notebooks and tests import reports, whose matplotlib is an extra"
+        return None if allowed else "only notebooks and tests import reports, whose pandas is an extra"
     if folders[:2] == ("lightning_danube", "reports") and ours and not is_within(name, REPORTS_MAY_IMPORT_OF_OURS):
         return "reports read the files of runs; of ours they import durations only"
     if folders[0] == "lightning_danube" and is_within(name, frozenset({"callbacks"})):

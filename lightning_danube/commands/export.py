@@ -7,7 +7,7 @@ import errno
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_danube.weight_files import Weights, load_tokenizer, locate_weights
 from lightning_danube.weights import add_weights_arguments, load_decoder
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=FORMATS,
         default="hf",
         help="hf: config.json, safetensors, tokenizer, model card (default); gguf: one file for llama.cpp; "
-        "peft: the adapter alone, checked against the model",
+        "peft: the adapter alone, the one of --adapter or the one that the run has trained",
     )
     parser.add_argument(
         "--type",
@@ -59,14 +59,12 @@ def _check(arguments: Namespace) -> None:
             raise ValueError(f"--out {arguments.out}: a GGUF file is looked for by its ending, so add .gguf")
     elif arguments.type is not None:
         raise ValueError(f"--type is for --format gguf: the type of --format {arguments.format} is --dtype")
-    if arguments.format == "peft":
-        if arguments.adapter is None:
-            raise ValueError("--format peft writes an adapter: name it with --adapter")
-        if arguments.dtype is not None:
-            raise ValueError("--dtype is for --format hf: an adapter is written as it is")
+    if arguments.format == "peft" and arguments.dtype is not None:
+        raise ValueError("--dtype is for --format hf: an adapter is written as it is")
 
 
 def _export_hf(arguments: Namespace) -> None:
+    from lightning_danube.classifiers import is_classifier
     from lightning_danube.model import save_hf
     from lightning_danube.model.checkpoints import EXPORTED_FILES, check_target, read_json
     from lightning_danube.model_card import model_card
@@ -75,6 +73,9 @@ def _export_hf(arguments: Namespace) -> None:
     # Before minutes of reading.
     check_target(out, EXPORTED_FILES, arguments.overwrite)
     weights = locate_weights(arguments.weights)
+    if is_classifier(weights):
+        _export_classifier(arguments, weights)
+        return
     tokenizer = load_tokenizer(weights)
     decoder = load_decoder(weights, adapter=arguments.adapter, dtype=arguments.dtype)
     generation = weights.path / "generation_config.json"
@@ -93,6 +94,20 @@ def _export_hf(arguments: Namespace) -> None:
     print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
 
 
+def _export_classifier(arguments: Namespace, weights: Weights) -> None:
+    """A run of TextClassification, as LlamaForSequenceClassification."""
+    from lightning_danube.classifiers import load_classifier, save_hf_classifier
+    from lightning_danube.model_card import classifier_card
+
+    if arguments.adapter is not None:
+        raise ValueError(f"--adapter: {arguments.weights} is a classifier with an adapter of its own; leave it out")
+    classifier, out = load_classifier(weights, dtype=arguments.dtype), Path(arguments.out)
+    card = classifier_card(out.resolve().name, classifier, weights)
+    save_hf_classifier(classifier, out, card=card, overwrite=arguments.overwrite)
+    dtype = str(classifier.score_CD.dtype).removeprefix("torch.")
+    print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
+
+
 def _adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
 
@@ -108,6 +123,7 @@ def _adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def _export_gguf(arguments: Namespace) -> None:
     import torch
 
+    from lightning_danube.classifiers import is_classifier
     from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
     from lightning_danube.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
     from lightning_danube.model.checkpoints import partial_name, remove_leftovers
@@ -119,6 +135,8 @@ def _export_gguf(arguments: Namespace) -> None:
     # All of this before minutes of reading and rounding.
     check_target(out, arguments.overwrite)
     weights = locate_weights(arguments.weights)
+    if is_classifier(weights):
+        raise ValueError(f"{arguments.weights} is a classifier, which llama.cpp has no head for: --format hf or peft")
     fields = gguf_tokenizer_fields(load_tokenizer(weights))
     decoder = load_decoder(weights, adapter=arguments.adapter)
     name = _model_name(arguments.weights, weights)
@@ -147,6 +165,9 @@ def _export_adapter(arguments: Namespace) -> None:
     from lightning_danube.model_card import adapter_card
     from lightning_danube.weight_files import locate_adapter
 
+    if arguments.adapter is None:
+        _export_trained_adapter(arguments)
+        return
     directory, weights = locate_adapter(arguments.adapter), locate_weights(arguments.weights)
     decoder = load_decoder(weights)
     load_adapter(decoder, directory, trainable=True)
@@ -157,6 +178,36 @@ def _export_adapter(arguments: Namespace) -> None:
     out = Path(arguments.out)
     card = adapter_card(out.resolve().name, base, settings, parameters)
     save_adapter(decoder, out, base=base, card=card, overwrite=arguments.overwrite)
+    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+
+
+def _export_trained_adapter(arguments: Namespace) -> None:
+    """The adapter that a run of ours has trained."""
+    from lightning_danube.adapters import save_adapter
+    from lightning_danube.classifiers import is_classifier, load_classifier
+    from lightning_danube.model_card import adapter_card
+    from lightning_danube.weights import adapter_base, load_trained_adapter
+
+    weights = locate_weights(arguments.weights)
+    trained_on = adapter_base(weights)
+    if trained_on is None:
+        raise ValueError(
+            f"--format peft writes an adapter: {arguments.weights} has none of its own, so name one with --adapter"
+        )
+    if is_classifier(weights):
+        classifier = load_classifier(weights, merge=False)
+        decoder, score_CD, labels = classifier.decoder, classifier.score_CD, classifier.labels
+    else:
+        decoder, score_CD, labels = load_decoder(trained_on), None, None
+        load_trained_adapter(decoder, weights.path)
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
+    base = trained_on if locate_weights(trained_on).kind == "hf" else None
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    parameters += 0 if score_CD is None else score_CD.numel()
+    out = Path(arguments.out)
+    card = adapter_card(out.resolve().name, base, config.to_dict(), parameters, labels)
+    save_adapter(decoder, out, base=base, card=card, score=score_CD, overwrite=arguments.overwrite)
     print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_danube.data.chat_data import ChatData
+    from lightning_danube.data.classification import ClassificationData
     from lightning_danube.data.preference_data import PreferenceData
     from lightning_danube.data.pretraining import CurriculumData
 
-__all__ = ["ChatData", "CurriculumData", "PreferenceData"]
+__all__ = ["ChatData", "ClassificationData", "CurriculumData", "PreferenceData"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from lightning_danube.data.preference_data import PreferenceData
 
         return PreferenceData
+    if name == "ClassificationData":
+        from lightning_danube.data.classification import ClassificationData
+
+        return ClassificationData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """One LightningModule a task; they differ in their loss and in what trains."""
 
 from lightning_danube.tasks.chat import SupervisedFineTuning
+from lightning_danube.tasks.classification import TextClassification
 from lightning_danube.tasks.preference import PreferenceTuning
 from lightning_danube.tasks.pretraining import Pretraining
 
-__all__ = ["PreferenceTuning", "Pretraining", "SupervisedFineTuning"]
+__all__ = ["PreferenceTuning", "Pretraining", "SupervisedFineTuning", "TextClassification"]

@@ -1,0 +1,152 @@
+"""How good a classifier is, and how sure that is: scores by torchmetrics, intervals by resampling the texts.
+
+Shapes: N texts, C classes. An interval covers what another test set of the same size, drawn alike, would move; it says
+nothing about another training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
+
+CONFIDENCE = 0.95
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of (probabilities_NC, classes_N), and how scipy.stats.bootstrap makes its interval.
+
+    Resampled texts have a larger calibration error than the texts themselves, since the noise of each bin counts as an
+    error; "basic" turns that bias around, "percentile" would double it.
+    """
+
+    title: str
+    score: Callable[[Tensor, Tensor], Tensor]
+    method: Literal["percentile", "basic"] = "percentile"
+
+    def __call__(self, probabilities_NC: Tensor, classes_N: Tensor) -> float:
+        return float(self.score(probabilities_NC, classes_N))
+
+
+def _accuracy(probabilities_NC: Tensor, classes_N: Tensor) -> Tensor:
+    C = probabilities_NC.shape[1]
+    return multiclass_accuracy(probabilities_NC, classes_N, C, average="micro", validate_args=False)
+
+
+def _macro_f1(probabilities_NC: Tensor, classes_N: Tensor) -> Tensor:
+    C = probabilities_NC.shape[1]
+    return multiclass_f1_score(probabilities_NC, classes_N, C, average="macro", validate_args=False)
+
+
+def _calibration_error(probabilities_NC: Tensor, classes_N: Tensor) -> Tensor:
+    C = probabilities_NC.shape[1]
+    return multiclass_calibration_error(probabilities_NC, classes_N, C, n_bins=BINS, norm="l1", validate_args=False)
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", _accuracy),
+    "macro_f1": Metric("macro F1", _macro_f1),
+    "calibration_error": Metric("calibration error", _calibration_error, method="basic"),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def scores(probabilities_NC: Tensor, classes_N: Tensor) -> dict[str, float]:
+    """Name → score."""
+    return {name: metric(probabilities_NC, classes_N) for name, metric in METRICS.items()}
+
+
+def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Name → score with its interval."""
+    found = {}
+    for name, metric in METRICS.items():
+
+        def score(texts: NDArray[np.int64], metric: Metric = metric) -> float:
+            chosen = torch.from_numpy(texts)
+            return metric(probabilities_NC[chosen], classes_N[chosen])
+
+        low, high = _interval(score, len(classes_N), metric.method, resamples, seed)
+        # The basic interval is turned around the score, and may leave the range that a score can have.
+        found[name] = Estimate(metric(probabilities_NC, classes_N), max(0.0, low), min(1.0, high))
+    return found
+
+
+def accuracy_gain(
+    probabilities_NC: Tensor, baseline_NC: Tensor, classes_N: Tensor, *, resamples: int, seed: int
+) -> Estimate:
+    """How much more accurate one is than the other on the same texts: paired, so that texts that are hard for both
+    cancel."""
+    gains = (probabilities_NC.argmax(1) == classes_N).double() - (baseline_NC.argmax(1) == classes_N).double()
+    values = gains.numpy()
+    low, high = _interval(lambda texts: float(values[texts].mean()), len(classes_N), "percentile", resamples, seed)
+    return Estimate(float(values.mean()), low, high)
+
+
+def _interval(
+    statistic: Callable[[NDArray[np.int64]], float], texts: int, method: str, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Ends of the bootstrap interval of a statistic of the numbers of texts."""
+    from scipy.stats import bootstrap
+
+    if texts < 2:
+        return -1.0, 1.0  # one text says nothing
+    result = bootstrap(
+        (np.arange(texts),),
+        statistic,
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method=method,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def by_class(probabilities_NC: Tensor, classes_N: Tensor) -> list[dict[str, Any]]:
+    """For each class its texts, and precision, recall and F1 of the predictions."""
+    C = probabilities_NC.shape[1]
+    options: Any = {"num_classes": C, "average": "none", "validate_args": False}
+    columns = {
+        "n": torch.bincount(classes_N, minlength=C),
+        "precision": multiclass_precision(probabilities_NC, classes_N, **options),
+        "recall": multiclass_recall(probabilities_NC, classes_N, **options),
+        "f1": multiclass_f1_score(probabilities_NC, classes_N, **options),
+    }
+    return [{name: values[c].item() for name, values in columns.items()} for c in range(C)]
+
+
+def confusion(probabilities_NC: Tensor, classes_N: Tensor) -> Tensor:
+    """(C, C) counts: row the true class, column the predicted one."""
+    return multiclass_confusion_matrix(probabilities_NC, classes_N, probabilities_NC.shape[1], validate_args=False)
+
+
+def average_precision(probabilities_N2: Tensor, classes_N: Tensor) -> float:
+    """Area under the precision-recall curve of the second of two classes."""
+    return float(binary_average_precision(probabilities_N2[:, 1], classes_N))

@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
+from lightning_danube.data.classification import ClassificationData
+
+WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
+
+
+def write(path: Path, count: int, first: int = 0, labels: tuple[str, ...] = ("wet", "hard", "far")) -> str:
+    with path.open("w") as file:
+        file.write("text,label\n")
+        for n in range(first, first + count):
+            label = labels[n % len(labels)]
+            file.write(f"{WORDS.get(label, label)} {n} {'slowly ' * (n % 9)},{label}\n")
+    return str(path)
+
+
+def data(tmp_path: Path, stage: str = "fit", **options: Any) -> ClassificationData:
+    if "train" not in options:
+        options["train"] = write(tmp_path / "train.csv", 60)
+    options = {"batch_texts": 4, "micro_batch_size": 2} | options
+    module = ClassificationData(cache_dir=str(tmp_path / "cache"), **options)
+    module.prepare_data()
+    module.setup(stage)
+    return module
+
+
+def append(path: Path, *rows: str) -> None:
+    with path.open("a") as file:
+        file.write("".join(row + "\n" for row in rows))
+
+
+def test_three_splits_of_one_file(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    assert {split: len(texts) for split, texts in module.splits.items()} == {"train": 49, "validation": 5, "test": 6}
+    assert module.labels == ["far", "hard", "wet"]
+    assert module.class_counts()["wet"]["test"] == 2
+    rows = [text.row for texts in module.splits.values() for text in texts]
+    assert sorted(rows) == list(range(1, 61))
+    again = data(tmp_path)
+    assert again.splits == module.splits
+    assert data(tmp_path, seed=5).splits["test"] != module.splits["test"]
+
+
+def test_given_splits_are_taken_as_they_are(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.csv", 9, first=100)
+    module = data(tmp_path, test={"path": test}, validation=write(tmp_path / "validation.csv", 6, first=200))
+    assert [len(module.splits[split]) for split in ("train", "validation", "test")] == [60, 6, 9]
+    assert {text.file for text in module.splits["test"]} == {test}
+
+
+def test_a_batch_is_padded_behind_its_texts_and_begins_as_in_training(tmp_path: Path) -> None:
+    module = data(tmp_path, context_length=7)
+    encoded = module.encoded["train"]
+    batch = encoded.batch([3, None, 5])
+    assert batch["rows"].tolist() == [3, -1, 5] and batch["classes"][1] == -100
+    assert batch["attention_mask"].sum(1).tolist() == [encoded.lengths[3], 0, encoded.lengths[5]]
+    text = module.splits["train"][3].text
+    ids = [module.tokenizer.bos_token_id, *module.tokenizer(text, add_special_tokens=False).input_ids][:7]
+    assert batch["input_ids"][0, : len(ids)].tolist() == ids
+    assert module.labels[batch["classes"][0]] == module.splits["train"][3].label
+    assert (
+        encoded.cut
+        == sum(len(module.tokenizer(t.text, add_special_tokens=False).input_ids) > 6 for t in module.splits["train"])
+        > 0
+    )
+
+
+def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    append(tmp_path / "train.csv", "the end </s> of it,wet")
+    module = data(tmp_path, train=str(tmp_path / "train.csv"))
+    ids = np.concatenate([module.encoded[split].ids for split in module.splits])
+    assert module.tokenizer.eos_token_id not in ids
+
+
+def test_each_text_is_in_each_pass_once_with_others_of_its_length(tmp_path: Path) -> None:
+    module = data(tmp_path, epochs=2)
+    batches = list(module.train_dataloader())
+    rows = torch.cat([batch["rows"] for batch in batches])
+    assert len(batches) == module.total_steps * 2 == 52
+    assert rows[rows >= 0].bincount().tolist() == [2] * 49
+    assert [batch["step_labels"] for batch in batches].count(4) == 2 * 24
+    # Sorted lengths of 1 to 9 and more tokens: steps in the order of the file would be a third padding.
+    shares = [float(batch["attention_mask"].sum()) / batch["attention_mask"].numel() for batch in batches]
+    assert np.mean(shares) > 0.8
+    module.steps_done = 3
+    for left, right in zip(batches[6:], module.train_dataloader(), strict=True):
+        assert torch.equal(left["input_ids"], right["input_ids"])
+
+
+def test_fewer_texts_of_each_class_alike(tmp_path: Path) -> None:
+    module = data(tmp_path, max_texts={"train": 12, "test": 3})
+    counts = module.class_counts()
+    assert [one["train"] for one in counts.values()] == [4, 4, 4] and [one["test"] for one in counts.values()] == [
+        1
+    ] * 3
+    few = data(tmp_path, most_frequent_classes=2, test=write(tmp_path / "test.csv", 9, first=100))
+    assert few.labels == ["far", "hard"] and few.other_classes == 23 and len(few.splits["test"]) == 6
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    train, test = Path(write(tmp_path / "train.csv", 30)), Path(write(tmp_path / "test.csv", 6, first=100))
+    append(train, ",wet", "dry,", "STONE  iron 103 slowly slowly slowly slowly,hard")
+    append(test, "a cold thing,cold")
+    for options, message in [
+        ({}, r"train.csv, row 31: column 'text' is empty; data.on_bad_row: skip leaves such rows out"),
+        (
+            {"train": write(tmp_path / "other.csv", 30)},
+            r"test.csv, row 7: the label 'cold' does not occur in training, where there are far, hard, wet;",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            data(tmp_path, **{"train": str(train), "test": str(test)} | options)
+    module = data(tmp_path, train=str(train), test=str(test), on_bad_row="skip", validation_share=0.2)
+    assert module.causes() == {"empty text": 1, "no label": 1, "unknown label": 1, "stands in another split": 1}
+    message = f"{train}, row 33: the same text stands in {test}, row 4, so a score on it would be too good"
+    assert module.rejected[-1].message == message
+    assert len(module.splits["test"]) == 6 and 33 not in {text.row for text in module.splits["train"]}
+    append(test, *(f"copy {n},wet" for n in range(2)))
+    append(train, "copy 1,wet")
+    clean = Path(write(tmp_path / "clean.csv", 30))
+    append(clean, "copy 1,wet")
+    with pytest.raises(ValueError, match=r"clean.csv, row 31: the same text stands in .*again.csv, row 1, so a score"):
+        again = tmp_path / "again.csv"
+        again.write_text("text,label\ncopy 1,wet\n")
+        data(tmp_path, train=str(clean), test=str(again))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": 0}, r"data.context_length is 0: it must be at least 1"),
+        ({"max_texts": {"test": 0}}, r"data.max_texts.test is 0: it must be at least 1"),
+        ({"max_texts": {"tests": 5}}, r"data.max_texts names tests: the splits are train, validation, test"),
+        ({"max_texts": {"train": 1}}, r"data.max_texts.train is 1: that leaves a single class; raise it"),
+        ({"test_share": 1.0}, r"data.test_share is 1.0: give a share between 0 and 1"),
+        (
+            {"validation_share": 0.001},
+            r"too few texts \(54\) to split off a share of 0.001 for validation: raise data.validation_share",
+        ),
+        ({"most_frequent_classes": 1}, r"data.most_frequent_classes is 1: it takes two classes to tell"),
+        (
+            {"test": {"path": "a.csv", "text": "b"}},
+            r"data.test has the option 'text': the options are path, name, split",
+        ),
+        ({"test": {"name": "plain"}}, r"data.test has no path: the options are path, name, split, revision"),
+        ({"tokenizer": "/nowhere"}, r"no tokenizer directory '/nowhere'"),
+        ({"train": "/nowhere.csv"}, r"source 'train': there is no file /nowhere.csv"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(tmp_path, **options)
+
+
+def test_one_class_is_nothing_to_tell(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"all 20 texts have the label 'wet': it takes two classes"):
+        data(tmp_path, train=write(tmp_path / "one.csv", 20, labels=("wet",)))
+
+
+def test_splits_without_a_text(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\n,wet\n")
+    with pytest.raises(ValueError, match=r"data.test: .*bad.csv holds no text to use"):
+        data(tmp_path, test=str(bad), on_bad_row="skip")
+    bad.write_text("text,label\nx,cold\n")
+    with pytest.raises(ValueError, match=r"data.test: no text is left of .*bad.csv"):
+        data(tmp_path, test=str(bad), on_bad_row="skip")
+
+
+def test_a_set_of_the_library_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"review": f"{WORDS[label]} {n}", "kind": n % 2} for n in range(40) for label in [("wet", "far")[n % 2]]]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    module = data(tmp_path, train=str(tmp_path / "saved"), text_column="review", label_column="kind")
+    assert module.labels == ["0", "1"] and len(module.splits["train"]) == 32
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_the_majority_class_knows_the_frequencies() -> None:
+    found = majority_probabilities([0, 0, 2, 0], 3, 2)
+    assert found.tolist() == [[0.75, 0.0, 0.25]] * 2
+
+
+def test_tfidf_learns_words_and_keeps_the_numbers_of_classes() -> None:
+    texts = [f"{words} {n}" for n in range(12) for words in WORDS.values()]
+    classes = [0, 1, 3] * 12
+    found = tfidf_probabilities(texts, classes, 4, ["a river", "an iron", "the mountain"])
+    assert found.argmax(1).tolist() == [0, 1, 3] and (found[:, 2] == 0).all()
+    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)
+
+
+def test_the_data_know_which_texts_the_run_began_with(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    assert json.dumps(module._order()) == json.dumps(data(tmp_path)._order())
+    assert module._order() != data(tmp_path, context_length=5)._order()

@@ -1,0 +1,157 @@
+"""The classifier's parts on a random model: what it sees of a text, what its adapter does, what trains."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_danube.adapters import Lora, add_adapter, base_digest, merge_adapter
+from lightning_danube.model import Decoder
+from lightning_danube.optim import LearningRate
+from lightning_danube.tasks.classification import TextClassification, last_token_states
+from tests.tiny_models import save_tiny, tiny_decoder
+
+LENGTHS = (9, 4, 1)
+
+
+def texts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 250, (length,), generator=generator) for length in LENGTHS]
+
+
+def padded(side: str, padding: int = 2) -> tuple[Tensor, Tensor]:
+    """Rows of one place more than the longest text has."""
+    rows, masks = [], []
+    for ids in texts():
+        room = max(LENGTHS) + 1 - len(ids)
+        place = (room, 0) if side == "left" else (0, room)
+        rows.append(F.pad(ids, place, value=padding))
+        masks.append(F.pad(torch.ones_like(ids), place))
+    return torch.stack(rows), torch.stack(masks)
+
+
+def task(tmp_path: Path, head: Any = "hidden", **options: Any) -> TextClassification:
+    made = TextClassification(str(save_tiny(tmp_path / "base")), LearningRate(1e-3, 0.0, 0), head=head, **options)
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(labels=["a", "b", "c"]))  # type: ignore[assignment]
+    torch.manual_seed(1)
+    made.configure_model()
+    return made.double()
+
+
+def randomize(decoder: Decoder) -> None:
+    """Adapters as after training: a fresh one's second matrix is 0."""
+    torch.manual_seed(5)
+    for name, parameter in decoder.named_parameters():
+        if ".lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_makes_no_difference(side: str) -> None:
+    """Float64, so that only the angles' rounding to float32 is left, which is the same for the same positions."""
+    decoder = tiny_decoder().double().eval()
+    alone = torch.cat([last_token_states(decoder, ids[None], torch.ones(1, len(ids), dtype=int)) for ids in texts()])  # type: ignore[call-overload]
+    together = last_token_states(decoder, *padded(side))
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    for padding in (0, 77):
+        assert torch.equal(last_token_states(decoder, *padded(side, padding)), together)
+
+
+def test_the_state_is_that_of_the_last_token() -> None:
+    decoder = tiny_decoder().double().eval()
+    ids = texts()[0]
+    expected = decoder.hidden_states(ids[None])[:, -1]
+    found = last_token_states(decoder, *padded("right"))[:1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", ["hidden", "logits"])
+def test_a_fresh_adapter_changes_nothing(tmp_path: Path, head: str) -> None:
+    model = task(tmp_path, head).eval()
+    base = tiny_decoder().double().eval()
+    seen = last_token_states(base, *padded("right"))
+    if head == "logits":
+        seen = base.lm_head(seen)
+    torch.testing.assert_close(model.class_logits(*padded("right")), model.head(seen), rtol=1e-12, atol=1e-12)
+    assert model.head.weight.shape == (3, 64 if head == "hidden" else 272) and model.head.bias is None
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
+def test_merging_gives_the_same_scores(tmp_path: Path, kind: dict[str, bool]) -> None:
+    model = task(tmp_path, lora=Lora(rank=4, alpha=8, **kind)).eval()  # type: ignore[arg-type]
+    before = model.class_logits(*padded("right"))
+    randomize(model.decoder)
+    apart = model.class_logits(*padded("right"))
+    assert (apart - before).abs().max() > 1e-3
+    merge_adapter(model.decoder)
+    torch.testing.assert_close(model.class_logits(*padded("right")), apart, rtol=1e-10, atol=1e-12)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    scales = []
+    for rslora in (False, True):
+        decoder = tiny_decoder()
+        add_adapter(decoder, **Lora(rank=16, alpha=32, rslora=rslora).settings())
+        scales.append(decoder.model.layers[0].self_attn.q_proj.scaling["default"])  # type: ignore[union-attr,index]
+    assert scales == [2.0, 8.0]
+
+
+@pytest.mark.parametrize("head", ["hidden", "logits"])
+def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: str) -> None:
+    model = task(tmp_path, head, lora=Lora(rank=4))
+    randomize(model.decoder)
+    ids, mask = padded("right")
+    total, count = model.sum_of_losses(
+        {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, -100, 2])}
+    )
+    assert int(count) == 2
+    total.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == model._trained()
+    assert {name for name in reached if "lora_" not in name} == {"head.weight"}
+    # Seven layers in each of two blocks, two matrices each.
+    assert len(reached) == 2 * 7 * 2 + 1
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = task(
+            tmp_path / str(recompute), lora=Lora(rank=4, dropout=0.0), activation_checkpointing=recompute
+        ).train()
+        randomize(model.decoder)
+        ids, mask = padded("right")
+        model.sum_of_losses({"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2])})[
+            0
+        ].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+
+
+def test_the_head_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    model = task(tmp_path, head_learning_rate=1e-4)
+    model.length_in_tokens = lambda: (10, 100)  # type: ignore[method-assign]
+    made = model.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    adapter, head = optimizer.param_groups
+    assert head["params"] == [model.head.weight] and all(p is not model.head.weight for p in adapter["params"])
+    for step in range(4):
+        rate = LearningRate(1e-3, 0.0, 0).at((step + 1) * 10, 100)
+        assert (adapter["lr"], head["lr"]) == pytest.approx((rate, rate / 10))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_base_is_told_by_its_weights() -> None:
+    decoder = tiny_decoder()
+    mine = base_digest(decoder)
+    add_adapter(decoder, **Lora(rank=2).settings())
+    randomize(decoder)
+    assert base_digest(decoder) == mine
+    assert base_digest(tiny_decoder(seed=1)) != mine
