@@ -148,6 +148,6 @@ def test_a_step_that_does_not_divide_is_refused_with_numbers_that_would(
         batch_tokens=256,
         micro_batch_size=micro_batch,
     )
-    monkeypatch.setattr(data, "_replicas", lambda: (replicas, 0))
+    monkeypatch.setattr("lightning_danube.data.pretraining.replicas_of", lambda _: (replicas, 0))
     with pytest.raises(ValueError, match=re.escape(numbers)):
         data._accumulation()

@@ -29,6 +29,7 @@ from lightning_danube.data.preferences import Preference, PreferenceSource
 from lightning_danube.data.pretraining import IGNORE_INDEX, ResumableLoader, default_cache_dir
 from lightning_danube.data.quality import text_hash
 from lightning_danube.data.reading import BadRow
+from lightning_danube.data.replicas import accumulation, replicas_of
 from lightning_danube.data.rows_of_chats import LAYOUTS, DoesNotFit, FittedChat, Learned, Pass, Policy, fit_chat
 from lightning_danube.data.shards import files_identity, held_out_below
 from lightning_danube.data.tokenizer import MISTRAL, fingerprint_of
@@ -295,7 +296,9 @@ class ConversationData(LightningDataModule):
             raise ValueError(f"all {self.example}s are held out: lower data.held_out, or add {self.example}s")
         self.passes: list[Pass] = [self.plan(number) for number in range(self.epochs)]
         if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = self._accumulation()
+            self.trainer.accumulate_grad_batches = accumulation(
+                self.batch_key, self.batch_rows, self.micro_batch_size, replicas_of(self.trainer)[0]
+            )
 
     def _open(self, name: str, split: str) -> EncodedChats:
         directory = self._directory(name)
@@ -326,22 +329,6 @@ class ConversationData(LightningDataModule):
         return self.total_steps * self.batch_tokens
 
     # --- devices and state --------------------------------------------------------------------------------------------
-
-    def _replicas(self) -> tuple[int, int]:
-        """Number of data-parallel replicas and this one's."""
-        replicas = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        return int(replicas["num_replicas"]), int(replicas["rank"])
-
-    def _accumulation(self) -> int:
-        replicas, _ = self._replicas()
-        held = replicas * self.micro_batch_size
-        if self.batch_rows % held:
-            near = max(1, round(self.batch_rows / held)) * held
-            raise ValueError(
-                f"data.{self.batch_key} is {self.batch_rows}, which {replicas} device(s) × data.micro_batch_size "
-                f"{self.micro_batch_size} do not divide: {near} would work"
-            )
-        return self.batch_rows // held
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -379,7 +366,7 @@ class ConversationData(LightningDataModule):
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         sampler = StepSampler(
             self.passes,
             self.counted(self.train_chats),
@@ -401,7 +388,7 @@ class ConversationData(LightningDataModule):
 
     def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
         """One loader a source; each replica has the same number of batches, the last of them possibly empty rows."""
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         loaders = []
         for name, chats in self._validation.items():
             longest_first = np.argsort(-self.lengths(chats)[: limit or len(chats)], kind="stable").tolist()

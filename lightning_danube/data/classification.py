@@ -34,6 +34,7 @@ from lightning_danube.data.labelled_texts import (
 )
 from lightning_danube.data.pretraining import IGNORE_INDEX, ResumableLoader, default_cache_dir
 from lightning_danube.data.reading import BadRow
+from lightning_danube.data.replicas import accumulation, replicas_of
 from lightning_danube.data.rows_of_chats import Pass, bucketed_pass
 from lightning_danube.data.tokenizer import MISTRAL, begin_token, fingerprint_of
 from lightning_danube.weight_files import tokenizer_of
@@ -197,7 +198,9 @@ class ClassificationData(LightningDataModule):
             for number in range(self.epochs)
         ]
         if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = self._accumulation()
+            self.trainer.accumulate_grad_batches = accumulation(
+                "batch_texts", self.batch_texts, self.micro_batch_size, replicas_of(self.trainer)[0]
+            )
 
     def _make_splits(self) -> None:
         splits = {role: self._read(role) for role in SPLITS if role in self.sources}
@@ -335,22 +338,6 @@ class ClassificationData(LightningDataModule):
 
     # --- devices and state --------------------------------------------------------------------------------------------
 
-    def _replicas(self) -> tuple[int, int]:
-        """Number of data-parallel replicas and this one's."""
-        replicas = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        return int(replicas["num_replicas"]), int(replicas["rank"])
-
-    def _accumulation(self) -> int:
-        replicas, _ = self._replicas()
-        held = replicas * self.micro_batch_size
-        if self.batch_texts % held:
-            near = max(1, round(self.batch_texts / held)) * held
-            raise ValueError(
-                f"data.batch_texts is {self.batch_texts}, which {replicas} device(s) × data.micro_batch_size "
-                f"{self.micro_batch_size} do not divide: {near} would work"
-            )
-        return self.batch_texts // held
-
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         return {
@@ -382,7 +369,7 @@ class ClassificationData(LightningDataModule):
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         texts = self.encoded["train"]
         sampler = StepSampler(
             self.passes,
@@ -411,7 +398,7 @@ class ClassificationData(LightningDataModule):
 
     def _evaluation_loader(self, split: str, longest_first: bool = True) -> DataLoader[Any]:
         """Each replica has the same number of batches, the last of them possibly with empty rows."""
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         texts = self.encoded[split]
         order: list[int] = list(range(len(texts)))
         if longest_first:

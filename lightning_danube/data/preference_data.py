@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lightning_danube.data.chat_data import SPLITS, ConversationData, EncodedChats, StepRows, batch_of
 from lightning_danube.data.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.data.reading import BadRow
+from lightning_danube.data.replicas import replicas_of
 from lightning_danube.data.rows_of_chats import FittedChat, Pass, Policy, bucketed_pass, fit_pair
 from lightning_danube.data.tokenizer import MISTRAL
 
@@ -177,7 +178,7 @@ class PreferenceData(ConversationData):
         return bool(self.trainer.strategy.reduce_boolean_decision(file.exists(), all=True))
 
     def _compute(self, chats: EncodedChats, log_probabilities: Callable[[dict[str, Any]], Tensor]) -> NDArray[Any]:
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         # Longest first, as in validation: what does not fit into memory shows at once.
         mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
         starts = range(0, len(mine), self.micro_batch_size)

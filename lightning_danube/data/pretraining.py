@@ -23,6 +23,7 @@ from lightning_danube.data.mixture import IntArray, whole_counts
 from lightning_danube.data.order import OrderFacts, check_order, stream_identity
 from lightning_danube.data.preparation import Part, open_or_prepare, prepare
 from lightning_danube.data.quality import Deduplicate, Filters, Quality
+from lightning_danube.data.replicas import replicas_of
 from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory, source_fingerprint
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.durations import parse_tokens
@@ -224,16 +225,9 @@ class CurriculumData(LightningDataModule):
                 "stage; for more, give callbacks.CurriculumStages validate_every in tokens"
             )
 
-    def _replicas(self) -> tuple[int, int]:
-        """Number of data-parallel replicas and this one's; `global_rank` would be wrong under tensor parallelism."""
-        if self.trainer is None:
-            return 1, 0
-        replicas = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        return int(replicas["num_replicas"]), int(replicas["rank"])
-
     def _accumulation(self) -> int:
         """Micro-batches of one optimizer step on each replica."""
-        replicas, _ = self._replicas()
+        replicas, _ = replicas_of(self.trainer)
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:
             fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
@@ -290,7 +284,7 @@ class CurriculumData(LightningDataModule):
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         sampler = CurriculumSampler(
             self.curriculum,
             micro_batch_size=self.micro_batch_size,
@@ -314,7 +308,7 @@ class CurriculumData(LightningDataModule):
 
     def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
         """One loader a source. Each replica gets the same number of batches, so that sharded models stay in step."""
-        replicas, replica = self._replicas()
+        replicas, replica = replicas_of(self.trainer)
         loaders = []
         for name, stream in self._validation.items():
             rows = np.arange(evaluation_rows(stream, self.context_length, limit))
