@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.distributed import DistError
 
 from lightning_danube.stopping import tell
 
@@ -100,8 +101,9 @@ class RankLauncher(_SubprocessScriptLauncher):
     def _end_the_others(self, error: BaseException) -> None:
         """Ends them at once, and this process should it not end by itself."""
         if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
-            # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile.
-            time.sleep(SECONDS_OF_DOUBT)
+            # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile,
+            # at once as a rule; on a busy machine a peer can take long to end whose connections are closed already.
+            time.sleep(SECONDS_TO_END if _is_of_the_network(error) else SECONDS_OF_DOUBT)
         with self._ending:
             self._over.set()
             self.kill(signal.SIGKILL)
@@ -150,6 +152,11 @@ def let_rank_zero_speak(rank: int, error: Exception) -> None:
     if rank:
         time.sleep(SECONDS_OF_SILENCE)
         error.add_note(f"on rank {rank}")
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Whether a back end of torch.distributed says so; gloo's errors have no class of their own."""
+    return isinstance(error, DistError) or "gloo" in str(error).lower()
 
 
 def _ended_by(number: int | None) -> str:

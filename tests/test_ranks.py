@@ -208,6 +208,19 @@ def test_told_to_stop_it_waits_for_the_others_as_well(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+def test_the_echo_of_a_rank_that_is_slow_to_end_is_not_heard(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "SECONDS_OF_DOUBT", 0.1)
+    launcher = Launcher("sleep 2; exit 7")
+
+    def lose_the_connection() -> None:
+        raise RuntimeError("[.../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    assert exit_code_of(lambda: launcher.launch(lose_the_connection)) == 7
+    assert capfd.readouterr().err == ""
+
+
 def test_a_rank_that_does_not_end_when_all_is_done_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "SECONDS_TO_END", 0.2)
     launcher = Launcher("sleep 60")
