@@ -138,6 +138,7 @@ class ConversationData(LightningDataModule):
         self.encoder.check_learnable()
         self.vocab_size = len(self.tokenizer)
         self.steps_done = 0
+        self._fingerprints: dict[str, str] = {}
 
     # --- what an example is -------------------------------------------------------------------------------------------
 
@@ -186,7 +187,13 @@ class ConversationData(LightningDataModule):
                 self._encode(name)
 
     def fingerprint(self, name: str) -> str:
-        """Hash of all that decides a source's encoded conversations."""
+        """Hash of all that decides a source's encoded conversations, as its files are when a run begins: they may
+        change while it reads what was made of them."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self._fingerprint_now(name)
+        return self._fingerprints[name]
+
+    def _fingerprint_now(self, name: str) -> str:
         source = self.sources[name]
         facts = [
             FORMAT,

@@ -50,6 +50,14 @@ def test_each_answer_is_learned_once_in_a_pass(tmp_path: Path, layout: str) -> N
     assert "answer" in text and "question" not in text and "<|prompt|>" not in text
 
 
+def test_files_that_change_while_a_run_reads_them_are_those_it_began_with(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    before, directory = module.reports(), module._directory("talk")
+    write(tmp_path / "talk.jsonl", 70)
+    assert (module.reports(), module._directory("talk")) == (before, directory)
+    assert data(tmp_path, 70)._directory("talk") != directory
+
+
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
 def test_a_step_counts_the_same_however_it_is_dealt(tmp_path: Path, layout: str) -> None:
     module = data(tmp_path, layout=layout)
