@@ -195,6 +195,7 @@ def test_a_checkpoint_holds_what_trains(words: Path, tiny_run: Path, capsys: pyt
     assert load_decoder(str(directory(words)), dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(words: Path) -> None:
     """The last step has fewer texts than the others, so means of means would be off by far more than rounding (1e-16,
     which 33 steps of Adam make 1e-13)."""

@@ -162,6 +162,7 @@ def test_an_adapter_trains_against_the_reference_of_its_base(talk: Path, capsys:
     assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"]
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Path) -> None:
     """The last step has fewer pairs than the others, so means of means would be off by far more than rounding (1e-16,
     which sixteen steps of Adam make 1e-13)."""
