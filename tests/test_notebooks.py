@@ -8,8 +8,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -28,6 +26,8 @@ def code_cells(notebook: Any) -> list[Any]:
 
 def execute(path: Path, runs: Path, name: str) -> Any:
     """Executes a notebook on the runs under `<runs>/<name>`, in its own folder as Jupyter does."""
+    from nbclient import NotebookClient  # only the slow tests' environment has it
+
     notebook = read(path)
     parameters = code_cells(notebook)[0]
     for variable, value in (("RUNS", str(runs)), ("NAME", name)):
@@ -77,6 +77,8 @@ def test_it_runs_on_a_finished_run(path: Path, tiny_run: Path) -> None:
 @pytest.mark.slow
 @notebooks
 def test_without_a_run_it_stops_with_one_line_that_says_how_to_get_one(path: Path, tmp_path: Path) -> None:
+    from nbclient.exceptions import CellExecutionError
+
     with pytest.raises(CellExecutionError, match=r"no run under .*quickstart: `make quickstart` makes one"):
         execute(path, tmp_path, "quickstart")
 
