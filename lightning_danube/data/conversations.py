@@ -133,8 +133,10 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
                 yield Conversation(messages, file, row)
 
 
-def read_objects(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
-    """(file, row from 1, what stands there) of a source, in a fixed order.
+def read_objects(
+    name: str, texts: Source, cache_dir: Path, *, called: str | None = None
+) -> Iterator[tuple[str, int, Any]]:
+    """(file, row from 1, what stands there) of a source, in a fixed order; an error calls it `called`.
 
     Raises:
         ValueError: the source cannot be opened, or has no row.
@@ -150,7 +152,7 @@ def read_objects(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[st
                 empty = False
                 yield file, row, values
     if empty:
-        raise ValueError(f"source {name!r}: {texts.path} holds no rows")
+        raise ValueError(f"{called or f'source {name!r}'}: {texts.path} holds no rows")
 
 
 def questions_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, str]]:

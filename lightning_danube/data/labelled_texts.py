@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_danube.data.corpora import DOCUMENTATION, Source, is_streamed, local_files, open_stream, stream_name
+from lightning_danube.data.conversations import read_objects
+from lightning_danube.data.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.data.quality import text_hash
 from lightning_danube.data.reading import BadRow, read_rows, text_of
 
@@ -115,18 +116,7 @@ def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[s
             raise ValueError(f"data.{role}: {source.path} has no labels: the embedded set with labels is {PACKAGES}")
         yield from _documentation_of_packages(role, cache_dir)
         return
-    empty = True
-    if is_streamed(texts):
-        for row, values in enumerate(open_stream(role, texts), start=1):
-            empty = False
-            yield stream_name(texts), row, values
-    else:
-        for file in local_files(role, texts, cache_dir):
-            for row, values in read_rows(file):
-                empty = False
-                yield file, row, values
-    if empty:
-        raise ValueError(f"data.{role}: {source.path} holds no rows")
+    yield from read_objects(role, texts, cache_dir, called=f"data.{role}")
 
 
 def _documentation_of_packages(role: str, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
