@@ -2,6 +2,8 @@
 
 Its quantization is used rather than our own code: what is measured and shipped is then what every other program that
 reads GGUF files runs. This is the one file that imports the package.
+
+Shapes: B texts, T tokens, V vocabulary, D columns of a matrix.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +22,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_danube.extras import pip_command
 from lightning_danube.gguf_header import read_gguf_header
@@ -104,6 +108,8 @@ def quantize(
     target: str | Path,
     type: str,
     imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+    *,
+    embeddings: bool = True,
 ) -> GGUFContent:
     """Have llama.cpp write a GGUF file again in another type.
 
@@ -112,7 +118,8 @@ def quantize(
     Args:
         source: a file with F32, F16 or BF16 tensors.
         type: one of `file_types()`.
-        imatrix: name of a tensor in the file → how much each column matters. The types of 1 to 3 bits need it.
+        imatrix: name of a tensor in the file → how much each of its D columns matters; types of 1 to 3 bits need it.
+        embeddings: whether embedding and head are quantized, too, as llama.cpp does by itself; if not they become F16.
 
     Raises:
         ValueError: llama.cpp refuses, with what it says.
@@ -121,6 +128,8 @@ def quantize(
     target = Path(target).absolute()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_types()[check_file_type(type)]
+    if not embeddings:
+        parameters.token_embedding_type = parameters.output_tensor_type = llama_cpp.GGML_TYPE_F16
     if imatrix is not None:
         # Rows are handed over by address: `columns` keeps them alive until the call is done.
         columns = {name: np.ascontiguousarray(values, np.float32) for name, values in imatrix.items()}
@@ -148,6 +157,89 @@ def quantize(
         return content
     finally:
         partial.unlink(missing_ok=True)
+
+
+def planned_bytes(source: str | Path, type: str) -> int:
+    """Bytes of all tensors that a file would have in another type, by llama.cpp's own plan; nothing is rounded.
+
+    Args:
+        source: a file with F32, F16 or BF16 tensors, of which only the shapes count.
+        type: one of `file_types()`.
+
+    Raises:
+        ValueError: llama.cpp refuses, with what it says.
+    """
+    llama_cpp = import_llama_cpp()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_types()[check_file_type(type)]
+    parameters.dry_run = True
+    with _captured_log(llama_cpp) as log:
+        failed = llama_cpp.llama_model_quantize(os.fsencode(source), b"", ctypes.byref(parameters))
+    planned = re.search(r"quant size\s+=\s+([\d.]+) MiB", "".join(log))
+    if failed or planned is None:
+        raise _refusal(Path(source), type, "".join(log))
+    return round(float(planned[1]) * 2**20)
+
+
+class LlamaCpp:
+    """A GGUF file, run by llama.cpp with its own defaults.
+
+    Args:
+        path: the file.
+        context_length: the most tokens that it is going to be asked about.
+        cache: type of the keys and values: None for the default, F16, or one like "q8_0".
+        threads: of the processor.
+        all_logits: whether they are wanted at all places, or at none: a model that is only timed.
+
+    Raises:
+        ValueError: llama.cpp does not run it.
+    """
+
+    def __init__(
+        self, path: str | Path, context_length: int, *, cache: str | None, threads: int, all_logits: bool = True
+    ) -> None:
+        llama_cpp = import_llama_cpp()
+        kind = None if cache is None else getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}")
+        try:
+            self.llama = llama_cpp.Llama(
+                str(path),
+                n_ctx=context_length,
+                n_batch=min(context_length, 512),
+                n_threads=threads,
+                n_threads_batch=threads,
+                logits_all=all_logits,
+                # As llama.cpp's programs do where it can be had; values in few bits depend on it.
+                flash_attn=True,
+                type_k=kind,
+                type_v=kind,
+                n_gpu_layers=-1 if llama_cpp.llama_supports_gpu_offload() else 0,
+                verbose=False,
+            )
+        except ValueError as error:
+            if cache is None:
+                raise ValueError(f"llama.cpp does not run it: {error}") from None
+            raise ValueError(
+                f"llama.cpp makes no cache of type {cache} for this model: its blocks hold 32 channels, and each head "
+                "has to be whole blocks"
+            ) from None
+
+    def logits(self, ids_BT: Tensor, first: int) -> Tensor:
+        """(B, T - first, V), at the places from `first` on."""
+        rows = []
+        for ids_T in ids_BT.tolist():
+            self.llama.reset()
+            self.llama.eval(ids_T)
+            rows.append(torch.from_numpy(self.llama.scores[first : len(ids_T)].copy()))
+        return torch.stack(rows)
+
+    def read(self, ids: Sequence[int], *, anew: bool) -> None:
+        """Take in tokens, behind those before or as a text of their own."""
+        if anew:
+            self.llama.reset()
+        self.llama.eval(ids)
+
+    def close(self) -> None:
+        self.llama.close()
 
 
 def measure(path: str | Path, log: str = "") -> GGUFContent:

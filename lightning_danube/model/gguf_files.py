@@ -118,45 +118,18 @@ def save_gguf(
     them the file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. It is
     written beside its place and renamed when complete; only a GGUF file is ever overwritten.
     """
-    import gguf
-    import numpy as np
-
-    quantizations = {
-        torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-        torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-        torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    }
-    if dtype not in quantizations:
-        raise ValueError(f"a GGUF file is written in float32, float16 or bfloat16, not in {dtype}")
     target = Path(path).absolute()
+    file_type_of(dtype)
     check_target(target, overwrite)
     config = decoder.config
     tensors = plain_tensors(decoder)
-    names = gguf_names(config)
-    quantization, file_type = quantizations[dtype]
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, not $TMPDIR: a rename within one filesystem is all or nothing.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+    writer = begin_gguf(partial, config, dtype, tokenizer_fields, name)
     try:
-        writer.add_type("model")
-        if name:
-            writer.add_name(name)
-        writer.add_file_type(file_type)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in model_fields(config).items():
-            add_field(writer, f"{ARCHITECTURE}.{key}", value)
-        for key, value in padded_to_vocabulary(tokenizer_fields, config.vocab_size).items():
-            add_field(writer, key, value)
-        for ours, theirs in names.items():
-            kind = quantization if tensors[ours].ndim > 1 else gguf.GGMLQuantizationType.F32
-            size = tensors[ours].numel() * gguf.GGML_QUANT_SIZES[kind][1]
-            writer.add_tensor_info(theirs, tuple(tensors[ours].shape), np.dtype(np.float32), size, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for ours in names:
+        for ours in gguf_names(config):
             # One converted copy at a time, however large the model.
             tensor = tensors[ours].detach().cpu()
             if heads := rotated_heads(config, ours):
@@ -174,6 +147,83 @@ def save_gguf(
         # In this order: on a full disk closing fails once more.
         partial.unlink(missing_ok=True)
         writer.close()
+
+
+def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
+    """Write the head of a float16 file, with a hole in the place of the tensors: for programs that only ask for shapes.
+    However large the model is said to be, it takes next to no room on the disk."""
+    writer = begin_gguf(Path(path), config, torch.float16, None, None)
+    writer.close()
+    header = read_gguf_header(path)
+    last = max(header.tensors.values(), key=lambda tensor: tensor.offset)
+    with open(path, "r+b") as file:
+        # Gains, the last tensors of all, have 4 bytes a number.
+        file.truncate(last.offset + 4 * math.prod(last.shape))
+
+
+def file_type_of(dtype: torch.dtype) -> "tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]":
+    """The types of a matrix and of a file.
+
+    Raises:
+        ValueError: a file of ours has none such.
+    """
+    import gguf
+
+    quantizations = {
+        torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+        torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+        torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    }
+    if dtype not in quantizations:
+        raise ValueError(f"a GGUF file is written in float32, float16 or bfloat16, not in {dtype}")
+    return quantizations[dtype]
+
+
+def begin_gguf(
+    path: Path,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    tokenizer_fields: Mapping[str, Any] | None,
+    name: str | None,
+) -> "gguf.GGUFWriter":
+    """A file with all but its tensors, which have to follow in the order of `gguf_names`.
+
+    Nothing is left of it when that fails.
+    """
+    import gguf
+    import numpy as np
+
+    quantization, file_type = file_type_of(dtype)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        writer.add_type("model")
+        if name:
+            writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in model_fields(config).items():
+            add_field(writer, f"{ARCHITECTURE}.{key}", value)
+        for key, value in padded_to_vocabulary(tokenizer_fields, config.vocab_size).items():
+            add_field(writer, key, value)
+        for ours, shape in shapes_of(config).items():
+            kind = quantization if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+            size = math.prod(shape) * gguf.GGML_QUANT_SIZES[kind][1]
+            writer.add_tensor_info(gguf_names(config)[ours], shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        writer.close()
+        raise
+    return writer
+
+
+def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Our names of all tensors of a file, in their order, and their shapes in torch's."""
+    with torch.device("meta"):
+        parameters = Decoder(config).state_dict()
+    return {name: tuple(parameters[name].shape) for name in gguf_names(config)}
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
@@ -393,8 +443,7 @@ def check_tensors(header: GGUFHeader, config: DecoderConfig, names: Mapping[str,
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
     if surplus := entries.keys() - set(names.values()):
         raise ValueError(f"{path}: {len(surplus)} tensors have no place in the model of its fields: {some(surplus)}")
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+    expected = shapes_of(config)
     wrong = [
         f"{theirs} {entries[theirs].shape}, not {expected[ours]}"
         for ours, theirs in names.items()
