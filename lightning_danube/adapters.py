@@ -251,6 +251,16 @@ def base_digest(decoder: Decoder) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(decoder: Decoder) -> str:
+    """Hash of all weights under an adapter, or without one, in the type they have."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in decoder.state_dict().items():
+        if ".lora_" not in name:
+            digest.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def read_settings(directory: Path) -> dict[str, Any]:
     """An adapter_config.json whose every setting is known to do here what it does in PEFT."""
     file = directory / CONFIG

@@ -1,4 +1,5 @@
-"""Frozen linear layers in 4 bits, for adapters to train on (QLoRA; Dettmers et al. 2023, arXiv 2305.14314).
+"""Frozen linear layers of bitsandbytes: in 4 bits, for adapters to train on (QLoRA; Dettmers et al. 2023, arXiv
+2305.14314), and in 8 (LLM.int8; Dettmers et al. 2022, arXiv 2208.07339).
 
 The one file that imports bitsandbytes, which takes a second: import it where it is needed.
 """
@@ -15,12 +16,16 @@ from lightning_danube.model import Decoder
 
 # On some processors its import looks for a kernel on the hub, and warns that there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Products in 8 bits come from 16-bit inputs, whatever the model's type.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
-from bitsandbytes.functional import dequantize_4bit  # noqa: E402  (the line above comes first)
-from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
+from bitsandbytes.functional import dequantize_4bit  # noqa: E402  (the lines above come first)
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Weights that share a scale, in 4 bits."""
+OUTLIERS_FROM = 6.0
+"""In 8 bits: columns with an input beyond this are multiplied in 16, as the paper has it."""
 
 
 class FrozenLinear4bit(Linear4bit):
@@ -31,10 +36,11 @@ class FrozenLinear4bit(Linear4bit):
     layer, and without a word. And it computes in the type of the first input that it ever sees, whatever autocast says.
     """
 
-    def __init__(self, layer: nn.Linear, quantization: str) -> None:
+    def __init__(self, layer: nn.Linear, quantization: str, *, double: bool = True) -> None:
+        """`double`: the scales are held in 8 bits, with scales of their own."""
         assert layer.bias is None
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
-        weight = Params4bit(layer.weight.data, quant_type=quantization, module=self)
+        weight = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
         self.support_avx512bf16_for_cpu = False
@@ -47,6 +53,51 @@ class FrozenLinear4bit(Linear4bit):
         self.compute_type_is_set = True
         result: Tensor = super().forward(x)
         return result
+
+    def weight_values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights it computes with, (N, D); in the type of those that were quantized if none is given."""
+        weight: Any = self.weight
+        values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return values.to(dtype)
+
+    def stored(self) -> list[Tensor]:
+        """All that has to be kept to have the layer again."""
+        weight: Any = self.weight
+        return [weight.data, *weight.quant_state.as_dict(packed=True).values()]
+
+
+class FrozenLinear8bit(Linear8bitLt):
+    """A linear layer whose weights are held in 8 bits, with a scale for each row of them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        assert layer.bias is None
+        super().__init__(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            has_fp16_weights=False,
+            threshold=OUTLIERS_FROM,
+            device="meta",
+        )
+        weight = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        # Moving is what quantizes.
+        self.weight = weight.to(layer.weight.device)
+
+    def _scales(self) -> Tensor:
+        weight: Any = self.weight
+        # The first call moves them from the weight to the layer.
+        scales_N = self.state.SCB if weight.SCB is None else weight.SCB
+        assert scales_N is not None
+        return scales_N
+
+    def weight_values(self, dtype: torch.dtype) -> Tensor:
+        """The weights it computes with, (N, D)."""
+        values: Tensor = self.weight.data.float() * (self._scales()[:, None] / 127)
+        return values.to(dtype)
+
+    def stored(self) -> list[Tensor]:
+        """All that has to be kept to have the layer again."""
+        return [self.weight.data, self._scales()]
 
 
 def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
@@ -82,10 +133,8 @@ def dequantize_linear_layers(decoder: Decoder) -> None:
 
 
 def dequantized(layer: FrozenLinear4bit) -> nn.Linear:
-    weight: Any = layer.weight
-    values = dequantize_4bit(weight.data, weight.quant_state)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(values)
+    plain.weight = nn.Parameter(layer.weight_values())
     return plain
 
 

@@ -25,12 +25,19 @@ FORMATS = {
     "gguf_files.py": frozenset({"gguf", "numpy", "lightning_danube.gguf_header"}),
 }
 TASKS_MAY_IMPORT_OF_OURS = frozenset(
-    {f"lightning_danube.{name}" for name in ("model", "optim", "durations", "tasks", "weights", "adapters")}
+    {
+        f"lightning_danube.{name}"
+        for name in ("model", "optim", "durations", "tasks", "weights", "adapters", "quantization")
+    }
 )
 REPORTS_MAY_IMPORT_OF_OURS = frozenset({"lightning_danube.durations", "lightning_danube.reports"})
-DATA_MUST_NOT_IMPORT = frozenset({f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters")})
+DATA_MUST_NOT_IMPORT = frozenset(
+    {f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters", "quantization")}
+)
 # Libraries that one file of the package deals with, for all others.
 IN_ONE_FILE = {
+    "bitsandbytes": "lightning_danube/quantized_linear.py",
+    "hqq": "lightning_danube/quantization/grouped.py",
     "llama_cpp": "lightning_danube/llama_cpp.py",
     "peft": "lightning_danube/adapters.py",
 }
@@ -96,8 +103,8 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return "data knows neither models nor tasks"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
         return (
-            "of ours, tasks import model, weights, adapters, optim and durations only; facts about data arrive as "
-            "arguments"
+            "of ours, tasks import model, weights, adapters, quantization, optim and durations only; facts about data "
+            "arrive as arguments"
         )
     return None
 

@@ -9,14 +9,14 @@ Shapes: P pairs; 2 the chosen answer and the rejected one.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_danube.model import Decoder, token_losses
+from lightning_danube.adapters import weights_digest
+from lightning_danube.model import token_losses
 from lightning_danube.tasks.chat import SupervisedFineTuning
 
 REWARDS = ("chosen", "rejected", "margin", "accuracy")
@@ -132,13 +132,3 @@ class PreferenceTuning(SupervisedFineTuning):
 def won(values_P2: Tensor) -> Tensor:
     """1 where the chosen answer's value is the higher, 0 where it is the lower, a half where they are equal: (P,)."""
     return 0.5 + 0.5 * (values_P2[:, 0] - values_P2[:, 1]).detach().sign()
-
-
-def weights_digest(decoder: Decoder) -> str:
-    """Hash of the weights under an adapter, or without one."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in decoder.state_dict().items():
-        if ".lora_" not in name:
-            digest.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Decoders of ours whose matrices are held in fewer bits."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_danube.model import Decoder
+from lightning_danube.quantization.levels import Level
+from lightning_danube.quantization.running import Content
+
+
+class QuantizedLayer(Protocol):
+    """What the layers of all methods have."""
+
+    in_features: int
+
+    def weight_values(self, dtype: torch.dtype) -> Tensor: ...
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a quantized matrix, unpacked anew in each call.
+
+    `weight` holds nothing: a cache asks it for the type and the device to compute in.
+    """
+
+    weight: Tensor
+
+    def __init__(self, matrix: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.register_buffer("weight", weight.new_empty(0))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, cast(QuantizedLayer, self.matrix).weight_values(self.weight.dtype))
+
+
+class RunningDecoder:
+    """A decoder of ours that answers with logits."""
+
+    def __init__(self, decoder: Decoder, content: Content) -> None:
+        self.decoder, self.content = decoder.eval(), content
+
+    def logits(self, ids_BT: Tensor, first: int) -> Tensor:
+        """(B, T - first, V), at the places from `first` on."""
+        return self.decoder.lm_head(self.decoder.hidden_states(ids_BT)[:, first:])
+
+    def close(self) -> None:
+        pass
+
+
+def check_finite(decoder: Decoder) -> None:
+    """
+    Raises:
+        ValueError: a weight is no finite number; with the tensor's name.
+    """
+    for name, parameter in decoder.named_parameters():
+        # The sum is not finite if a part is not; one that overflows is told apart by looking again.
+        if not bool(parameter.sum(dtype=torch.float64).isfinite()):
+            raise ValueError(
+                f"{name} has weights that are no finite numbers: the model is damaged, nothing is measured"
+            )
+
+
+def full_decoder(decoder: Decoder) -> RunningDecoder:
+    """The decoder as it is."""
+    return RunningDecoder(decoder, content_of(decoder, Counter()))
+
+
+def quantized_decoder(decoder: Decoder, level: Level) -> RunningDecoder:
+    """A decoder beside the given one, which stays as it is; both share what is not quantized.
+
+    A matrix that the method cannot take keeps its type, and counts as a fallback.
+
+    Raises:
+        ValueError: the method is not installed, or a tensor that it must not round; with the tensor's name.
+    """
+    # Parameters are shared: the copy of a module asks its memo first.
+    quantized = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+    build, block = _layer_builder(level)
+    fallbacks: Counter[str] = Counter()
+    for name, layer in _matrices(quantized, level.embeddings):
+        if layer.weight.shape[1] % block:
+            fallbacks[str(layer.weight.dtype).removeprefix("torch.")] += 1
+            continue
+        try:
+            small = build(layer.weight)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        if name == "lm_head" and decoder.config.tie_word_embeddings:
+            quantized.model.embed_tokens = QuantizedEmbedding(small, layer.weight)  # type: ignore[assignment]
+        if name == "model.embed_tokens":
+            small = QuantizedEmbedding(small, layer.weight)
+        where, _, child = name.rpartition(".")
+        setattr(quantized.get_submodule(where), child, small)
+    return RunningDecoder(quantized, content_of(quantized, fallbacks))
+
+
+def _matrices(decoder: Decoder, embeddings: bool) -> Iterator[tuple[str, Any]]:
+    for name, layer in list(decoder.model.layers.named_modules(prefix="model.layers")):
+        if isinstance(layer, nn.Linear):
+            yield name, layer
+    if embeddings:
+        if not decoder.config.tie_word_embeddings:
+            yield "model.embed_tokens", decoder.model.embed_tokens
+        yield "lm_head", decoder.lm_head
+
+
+def _layer_builder(level: Level) -> tuple[Callable[[Tensor], nn.Module], int]:
+    """What makes a layer of a matrix, and what its columns have to be a multiple of."""
+    if level.method in ("hqq", "rounding"):
+        from lightning_danube.quantization.grouped import GroupedLinear
+
+        bits, group = level.group
+        return lambda weight_ND: GroupedLinear(weight_ND, bits, group, optimize=level.method == "hqq"), group
+    assert level.method == "bitsandbytes"
+    from lightning_danube.quantized_linear import BLOCK, FrozenLinear4bit, FrozenLinear8bit
+
+    if level.type == "int8":
+        return lambda weight_ND: FrozenLinear8bit(_linear(weight_ND)), 1
+    return lambda weight_ND: FrozenLinear4bit(_linear(weight_ND), level.type, double=level.double), BLOCK
+
+
+def _linear(weight_ND: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight_ND.shape[1], weight_ND.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_ND.detach(), requires_grad=False)
+    return linear
+
+
+def content_of(decoder: Decoder, fallbacks: Counter[str]) -> Content:
+    """The bytes of all tensors, as they lie in memory and would in a file."""
+    return Content(
+        tensor_bytes=sum(tensor.nbytes for tensor in _tensors(decoder)),
+        weights=decoder.config.parameters,
+        fallbacks=dict(fallbacks),
+    )
+
+
+def _tensors(decoder: Decoder) -> Iterable[Tensor]:
+    stored: dict[int, Tensor] = {}
+    for module in decoder.modules():
+        own: Iterable[Tensor]
+        if (stored_by := getattr(type(module), "stored", None)) is not None:
+            own = stored_by(module)
+        else:
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in own:
+            # Tied tensors, and layers that share one, once. A parameter is a new object each time it is asked for its
+            # data, yet its memory stays where it is.
+            stored.setdefault(tensor.data_ptr(), tensor)
+    return stored.values()

@@ -1,0 +1,68 @@
+"""Weights in groups of a row that share a scale and a zero point, by hqq, whose package only this file imports.
+
+hqq (Half-Quadratic Quantization, Badri and Shaji 2023) rounds to the nearest step, then moves the zero points to make
+the error sparse. Without that second part it is plain rounding, with the same bytes: the floor for every method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALE_DTYPE = torch.float16
+"""Of scales and zero points, as hqq keeps them on a GPU."""
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer, without bias, whose weights are packed in 2, 3, 4 or 8 bits; unpacked anew in each call.
+
+    Args:
+        weight_ND: what is quantized, one row an output.
+        bits: of a weight. 3 bits are packed by tens into 32, so they take 3.2.
+        group: neighbours of a row that share a scale and a zero point.
+        optimize: hqq's optimization of the zero points; without it plain rounding.
+
+    Raises:
+        ValueError: all weights of a group are equal, so there is no range to divide.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, weight_ND: Tensor, bits: int, group: int, *, optimize: bool) -> None:
+        super().__init__()
+        from hqq.core.quantize import Quantizer
+
+        groups_GS = weight_ND.detach().float().reshape(-1, group)
+        if flat := int((groups_GS.amax(1) == groups_GS.amin(1)).sum()):
+            raise ValueError(f"{flat:,} groups of {group} weights are each all equal: no range to divide into steps")
+        packed, meta = Quantizer.quantize(
+            weight_ND.detach(),
+            nbits=bits,
+            group_size=group,
+            optimize=optimize,
+            axis=1,
+            device=str(weight_ND.device),
+        )
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", meta.pop("scale").to(SCALE_DTYPE))
+        self.register_buffer("zero", meta.pop("zero").to(SCALE_DTYPE))
+        self.meta: dict[str, Any] = meta
+        self.out_features, self.in_features = weight_ND.shape
+
+    def weight_values(self, dtype: torch.dtype) -> Tensor:
+        """The weights it computes with, (N, D)."""
+        from hqq.core.quantize import Quantizer
+
+        meta = self.meta | {"scale": self.scale.to(dtype), "zero": self.zero.to(dtype), "compute_dtype": dtype}
+        values: Tensor = Quantizer.dequantize(self.packed, meta)
+        return values
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return F.linear(x, self.weight_values(x.dtype))

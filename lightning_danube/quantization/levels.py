@@ -1,0 +1,133 @@
+"""Names of quantization levels: `<method>:<type>` and options behind a `+`, such as `gguf:Q4_K_M+imatrix`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from lightning_danube.llama_cpp import check_file_type
+
+Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
+METHODS = ("gguf", "bitsandbytes", "hqq", "rounding")
+BITSANDBYTES_TYPES = ("int8", "nf4", "fp4")
+GROUP_BITS = (2, 3, 4, 8)
+CACHE_TYPES = ("q8_0", "q4_0")
+EXAMPLES = "gguf:Q4_K_M, bitsandbytes:nf4, hqq:4/64 (bits / weights that share a scale), rounding:4/64"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to hold a model in fewer bits.
+
+    Args:
+        method: who quantizes: llama.cpp to a "gguf" file, "bitsandbytes", "hqq", or "rounding" to the nearest step.
+        type: a GGUF file type; int8, nf4 or fp4; "<bits>/<group>".
+        embeddings: whether the embedding and the head are quantized, too.
+        double: of bitsandbytes' 4 bits: whether the scales are themselves held in 8 bits.
+        imatrix: of GGUF: whether columns are weighed by how much passes through them on a calibration text.
+        cache: of GGUF: the type of the keys and values; llama.cpp's default is F16.
+    """
+
+    method: Method
+    type: str
+    embeddings: bool = False
+    double: bool = False
+    imatrix: bool = False
+    cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is written in a config."""
+        if self.method == "full":
+            return "full"
+        usual = self.method == "gguf"
+        options = [] if self.embeddings == usual else ["embeddings" if self.embeddings else "linear"]
+        options += [option for option in ("double", "imatrix") if getattr(self, option)]
+        options += [f"cache-{self.cache}"] if self.cache else []
+        return "+".join([f"{self.method}:{self.type}", *options])
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Bits of a weight and weights that share a scale, of hqq and of rounding."""
+        bits, group = self.type.split("/")
+        return int(bits), int(group)
+
+
+FULL = Level("full", "")
+"""The model as it is, to compare with."""
+
+
+def parse_level(text: str) -> Level:
+    """
+    Raises:
+        ValueError: an unknown method, type or option, with the ones there are.
+    """
+    head, *options = text.strip().split("+")
+    method, colon, kind = head.partition(":")
+    if not colon or method not in METHODS:
+        close = get_close_matches(method, METHODS, n=1)
+        hint = f"did you mean {close[0]}:…? " if close and colon else ""
+        raise ValueError(f"level {text!r}: {hint}a level is <method>:<type>, such as {EXAMPLES}")
+    level = _parse_options(text, method, _parse_type(text, method, kind), options)
+    if level.cache and level.method != "gguf":
+        raise ValueError(f"level {text!r}: only llama.cpp (gguf:…) has a cache of another type")
+    return level
+
+
+def parse_levels(texts: list[str]) -> list[Level]:
+    """
+    Raises:
+        ValueError: none, a wrong one, or one twice.
+    """
+    if not texts:
+        raise ValueError(f"model.levels is empty: name some, such as {EXAMPLES}")
+    levels = [parse_level(text) for text in texts]
+    for number, level in enumerate(levels):
+        if level in levels[:number]:
+            raise ValueError(f"model.levels has {level.name} twice: leave one out")
+    return levels
+
+
+def _parse_type(text: str, method: str, kind: str) -> str:
+    if method == "gguf":
+        try:
+            return check_file_type(kind)
+        except ValueError as error:
+            raise ValueError(f"level {text!r}: {str(error).partition(': ')[2]}") from None
+    if method == "bitsandbytes":
+        if kind.lower() not in BITSANDBYTES_TYPES:
+            raise ValueError(f"level {text!r}: bitsandbytes has {', '.join(BITSANDBYTES_TYPES)}")
+        return kind.lower()
+    match = re.fullmatch(r"(\d+)/(\d+)", kind)
+    if match is None or int(match[1]) not in GROUP_BITS or int(match[2]) < 2:
+        bits = ", ".join(map(str, GROUP_BITS))
+        raise ValueError(
+            f"level {text!r}: {method} takes <bits>/<group>, bits being {bits} and the group how many weights of a row "
+            "share a scale, such as 4/64"
+        )
+    return kind
+
+
+def _parse_options(text: str, method: str, kind: str, options: list[str]) -> Level:
+    allowed = {
+        "gguf": ("linear", "imatrix", *(f"cache-{name}" for name in CACHE_TYPES)),
+        "bitsandbytes": ("embeddings",) if kind == "int8" else ("embeddings", "double"),
+    }.get(method, ("embeddings",))
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ValueError(
+            f"level {text!r}: there is no option {unknown[0]!r} for {method}:{kind}, only {', '.join(allowed)}"
+        )
+    caches = [option.removeprefix("cache-") for option in options if option.startswith("cache-")]
+    if len(caches) > 1 or len(set(options)) < len(options):
+        raise ValueError(f"level {text!r}: an option is there twice")
+    return Level(
+        method,  # type: ignore[arg-type]  # one of METHODS
+        kind,
+        embeddings="embeddings" in options or (method == "gguf" and "linear" not in options),
+        double="double" in options,
+        imatrix="imatrix" in options,
+        cache=caches[0] if caches else None,
+    )

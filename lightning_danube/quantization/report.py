@@ -1,0 +1,153 @@
+"""What was measured, as rows of a table, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_danube.quantization.levels import FULL, Level
+from lightning_danube.quantization.measured import Array, Measured
+from lightning_danube.quantization.statistics import (
+    Estimate,
+    accuracy_change,
+    mean_estimate,
+    perplexity,
+    perplexity_change,
+)
+
+TOLERANCES = (0.01, 0.05)
+"""By what share the perplexity may rise in what is recommended."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One level. Changes are against the full model, paired over the same tokens or questions."""
+
+    level: Level
+    measured: Measured
+    nats: Array
+    """(windows, tokens) of the first context length, on which everything but `by_length` is measured."""
+    perplexity: Estimate
+    change: Estimate
+    divergence: Estimate
+    divergence_99: float
+    same_first: Estimate
+    cloze: Estimate | None
+    cloze_change: Estimate | None
+    by_length: Mapping[int, tuple[Estimate, Estimate]]
+    """Context length → perplexity and its change."""
+
+    def flat(self) -> dict[str, Any]:
+        """For a table of plain values; sizes in bytes, shares as fractions."""
+        content, cost = self.measured.content, self.measured.cost
+        values: dict[str, Any] = {
+            "level": self.level.name,
+            "method": self.level.method,
+            "type": self.level.type,
+            "tensor_bytes": content.tensor_bytes,
+            "bits_per_weight": content.bits_per_weight,
+            "fallbacks": sum(content.fallbacks.values()),
+            "fallback_types": ", ".join(f"{count} {kind}" for kind, count in content.fallbacks.items()),
+        }
+        estimates = {
+            "perplexity": self.perplexity,
+            "perplexity_change": self.change,
+            "divergence": self.divergence,
+            "same_first": self.same_first,
+            "cloze_accuracy": self.cloze,
+            "cloze_accuracy_change": self.cloze_change,
+        }
+        for length, (value, change) in self.by_length.items():
+            estimates |= {f"perplexity_{length}": value, f"perplexity_change_{length}": change}
+        for name, estimate in estimates.items():
+            low_high = (None, None, None) if estimate is None else estimate
+            values |= dict(zip((name, f"{name}_low", f"{name}_high"), low_high, strict=True))
+        values |= {
+            "perplexity_change_is_noise": self.level != FULL and self.change.is_noise,
+            "divergence_99": self.divergence_99,
+            "windows": len(self.nats),
+            "tokens": self.nats.size,
+            "divergence_tokens": int(self.measured.divergence.size),
+            "cloze_questions": len(self.measured.cloze),
+            "prefill_tokens_per_second": None if cost is None else cost.prefill_tokens_per_second,
+            "decode_tokens_per_second": None if cost is None else cost.decode_tokens_per_second,
+            "peak_memory_bytes": None if cost is None else cost.peak_memory_bytes,
+            "seconds": self.measured.seconds,
+        }
+        return values
+
+
+def rows_of(done: Mapping[Level, Measured], order: Sequence[Level], primary: int) -> list[Row]:
+    """A row for each level that was measured, the full model first.
+
+    Args:
+        primary: the context length on which everything but `by_length` is measured.
+    """
+    full = done[FULL]
+    rows = []
+    for level in [FULL, *(level for level in order if level in done)]:
+        one = done[level]
+        rows.append(
+            Row(
+                level,
+                one,
+                one.nats[primary],
+                perplexity(one.nats[primary]),
+                perplexity_change(one.nats[primary], full.nats[primary]),
+                mean_estimate(one.divergence),
+                float(np.quantile(one.divergence, 0.99)),
+                mean_estimate(one.same_first),
+                mean_estimate(one.cloze) if len(one.cloze) else None,
+                accuracy_change(one.cloze, full.cloze) if len(one.cloze) else None,
+                {
+                    length: (perplexity(nats), perplexity_change(nats, full.nats[length]))
+                    for length, nats in one.nats.items()
+                },
+            )
+        )
+    return rows
+
+
+def recommendation(rows: Sequence[Row]) -> list[str]:
+    """What to take, in words: the smallest level that is surely not much worse, and what to leave."""
+    full = rows[0]
+    # What differs in the cache alone has the same weights.
+    levels = sorted(
+        (row for row in rows[1:] if row.level.cache is None), key=lambda row: row.measured.content.tensor_bytes
+    )
+    lines = []
+    for tolerance in TOLERANCES:
+        fit = next((row for row in levels if row.change.high is not None and row.change.high <= tolerance), None)
+        if fit is None:
+            lines.append(
+                f"perplexity at most {100 * tolerance:.0f} % higher, with 95 % confidence: none of these levels"
+            )
+            continue
+        smaller = full.measured.content.tensor_bytes / fit.measured.content.tensor_bytes
+        lines.append(
+            f"perplexity at most {100 * tolerance:.0f} % higher, with 95 % confidence: {fit.level.name}, "
+            f"{fit.measured.content.tensor_bytes / MIB:.1f} MiB ({smaller:.1f} times smaller), {percent(fit.change)}"
+        )
+    beaten = []
+    for place, row in enumerate(levels):
+        better = [other for other in levels[:place] if other.perplexity.value <= row.perplexity.value]
+        if better:
+            beaten.append(f"{row.level.name} (by {better[0].level.name})")
+    if beaten:
+        lines.append(f"beaten by a smaller one of no higher perplexity: {', '.join(beaten)}")
+    return lines
+
+
+def percent(change: Estimate) -> str:
+    """+1.23 % [+0.98, +1.49]"""
+    value = f"{100 * change.value:+.2f} %"
+    return value if change.low is None or change.high is None else f"{value} [{_ends(change)}]"
+
+
+def _ends(change: Estimate) -> str:
+    assert change.low is not None and change.high is not None
+    return f"{100 * change.low:+.2f}, {100 * change.high:+.2f}"
