@@ -8,6 +8,7 @@ from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
 from callbacks.preference_summary import PreferenceSummary
 from callbacks.progress import Progress
+from callbacks.quantization_summary import QuantizationSummary
 from callbacks.samples import TextSamples
 from callbacks.skipping import SkipBadSteps
 from callbacks.summary import PretrainingSummary
@@ -22,6 +23,7 @@ __all__ = [
     "PreferenceSummary",
     "PretrainingSummary",
     "Progress",
+    "QuantizationSummary",
     "SkipBadSteps",
     "TextSamples",
     "Throughput",

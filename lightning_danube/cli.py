@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_danube.allocator import keep_freed_memory
@@ -40,6 +41,9 @@ FACTS_OF_DATA = {
 
 LINKED = ("vocab_size", "context_length", "batch_tokens", "total_tokens")
 """Attributes of a data module that reach the task of that parameter name."""
+
+STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+"""Verb → the method of a task that does it."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
@@ -225,7 +229,17 @@ class DanubeCLI(LightningCLI):
         theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
         return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
 
+    def _check_verb(self, verb: str) -> None:
+        """
+        Raises:
+            ValueError: the task is not for this verb.
+        """
+        possible = [name for name, step in STEPS.items() if is_overridden(step, self.model)]
+        if verb not in possible:
+            raise ValueError(f"{type(self.model).__name__} has no {verb}: say {' or '.join(possible)}")
+
     def _run_subcommand(self, subcommand: str) -> None:
+        self._check_verb(subcommand)
         if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
             done = read_step(self.place.checkpoint)
             steps = self.datamodule.total_tokens // self.datamodule.batch_tokens

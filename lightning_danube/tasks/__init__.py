@@ -4,5 +4,6 @@ from lightning_danube.tasks.chat import SupervisedFineTuning
 from lightning_danube.tasks.classification import TextClassification
 from lightning_danube.tasks.preference import PreferenceTuning
 from lightning_danube.tasks.pretraining import Pretraining
+from lightning_danube.tasks.quantization import QuantizationEvaluation
 
-__all__ = ["PreferenceTuning", "Pretraining", "SupervisedFineTuning", "TextClassification"]
+__all__ = ["PreferenceTuning", "Pretraining", "QuantizationEvaluation", "SupervisedFineTuning", "TextClassification"]

@@ -1,0 +1,269 @@
+"""What bits cost: a table of all levels in the terminal, as Markdown, parquet and in TensorBoard, and what to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.position import run_directory
+from callbacks.progress import say
+from callbacks.summary import write_json
+from lightning_danube.data.text_windows import TextWindows
+from lightning_danube.quantization.levels import FULL, Level
+from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
+from lightning_danube.quantization.statistics import Estimate
+from lightning_danube.tables import text_table
+from lightning_danube.tasks.quantization import QuantizationEvaluation
+
+NOISE = "≈"
+
+
+class QuantizationSummary(Callback):
+    """Prints a line when a level is measured and a table when all are; writes `quantization.md`,
+    `quantization.parquet` and `summary.json` into the run's directory, and a figure for TensorBoard."""
+
+    def __init__(self) -> None:
+        self._told: set[Level] = set()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, task = parts_of(trainer)
+        windows = ", ".join(f"{len(data.windows(length)):,} windows of {length:,}" for length in data.context_lengths)
+        lines = [
+            f"model: {task.config.parameters:,} parameters, {task.weights}",
+            f"text: {data.text.path}, {len(data.ids):,} tokens: {windows}; {len(data.questions):,} cloze questions",
+        ]
+        if task.reused:
+            lines.append(f"kept from before: {', '.join(level.name for level in task.reused)}")
+        say(trainer, "\n".join(lines))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any, **named: Any) -> None:
+        self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        """A line for each level that is finished."""
+        data, task = parts_of(trainer)
+        for level in [*task.done, *task.failed]:
+            if level in self._told or level in task.reused:
+                continue
+            self._told.add(level)
+            if level in task.failed:
+                say(trainer, f"  {level.name}: not measured: {task.failed[level]}")
+                continue
+            row = rows_of(task.done, [] if level == FULL else [level], data.context_lengths[0])[-1]
+            change = "" if level == FULL else f" ({percent(row.change)})"
+            say(
+                trainer,
+                f"  {level.name}: {row.measured.content.bits_per_weight:.2f} bits a weight, perplexity "
+                f"{row.perplexity.value:.3f}{change}, {row.measured.seconds:.0f} s",
+            )
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer)
+        data, task = parts_of(trainer)
+        rows = rows_of(task.done, task.levels, data.context_lengths[0])
+        failed = {level.name: reason for level, reason in task.failed.items()}
+        advice = recommendation(rows)
+        blocks = [main_table(rows)]
+        if len(data.context_lengths) > 1:
+            blocks.append(length_table(rows))
+        if any(row.measured.cost for row in rows):
+            blocks.append(cost_table(rows))
+        notes = [f"{name}: not measured: {reason}" for name, reason in failed.items()]
+        notes += fallback_notes(rows)
+        notes += [f"{row.level.name}: {row.measured.cost_reason}" for row in rows if row.measured.cost_reason]
+        told = ["", *(text_table(*block) + "\n" for block in blocks), legend(rows), *notes, "", *advice]
+        directory = run_directory(trainer)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_markdown(directory / "quantization.md", task, data, blocks, [legend(rows), *notes], advice)
+        write_parquet(directory / "quantization.parquet", rows, failed)
+        write_json(
+            directory / "summary.json",
+            {
+                "weights": task.weights,
+                "text": data.text.path,
+                "levels": [row.flat() for row in rows],
+                "not_measured": failed,
+                "recommendation": advice,
+            },
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("quantization/perplexity_by_size", frontier_figure(rows), 0)
+                for header, body in blocks:
+                    logger.experiment.add_text(f"quantization/{header[0]}", markdown_table(header, body), 0)
+        say(trainer, "\n".join([*told, f"written to {directory}"]))
+
+
+def parts_of(trainer: Trainer) -> tuple[TextWindows, QuantizationEvaluation]:
+    """
+    Raises:
+        ValueError: the run is of another task.
+    """
+    data, task = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
+    if not isinstance(data, TextWindows) or not isinstance(task, QuantizationEvaluation):
+        raise ValueError(
+            "QuantizationSummary reports on QuantizationEvaluation with TextWindows: remove it, or use both"
+        )
+    return data, task
+
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def main_table(rows: Sequence[Row]) -> Table:
+    header = ["level", "MiB", "bits", "perplexity", "change", "KL, nats", "KL, 99 %", "same first", "cloze"]
+    body = []
+    for row in rows:
+        full = row.level == FULL
+        content = row.measured.content
+        cloze = "" if row.cloze is None else share(row.cloze)
+        if not full and row.cloze_change is not None:
+            cloze += f" {100 * row.cloze_change.value:+.0f}" + (NOISE if row.cloze_change.is_noise else " ")
+        body.append(
+            [
+                row.level.name,
+                f"{content.tensor_bytes / MIB:,.1f}",
+                f"{content.bits_per_weight:.2f}",
+                with_half(row.perplexity),
+                "" if full else percent(row.change) + (NOISE if row.change.is_noise else " "),
+                "" if full else f"{row.divergence.value:.1e}",
+                "" if full else f"{row.divergence_99:.1e}",
+                "" if full else share(row.same_first),
+                cloze,
+            ]
+        )
+    return header, body
+
+
+def length_table(rows: Sequence[Row]) -> Table:
+    lengths = list(rows[0].by_length)
+    header = ["perplexity by context", *(f"{length:,}" for length in lengths)]
+    body = []
+    for row in rows:
+        cells = []
+        for length in lengths:
+            value, change = row.by_length[length]
+            shown = "" if row.level == FULL else f" {100 * change.value:+.2f} %{NOISE if change.is_noise else ' '}"
+            cells.append(f"{value.value:.3f}{shown}")
+        body.append([row.level.name, *cells])
+    return header, body
+
+
+def cost_table(rows: Sequence[Row]) -> Table:
+    header = ["speed and memory", "prefill, tokens/s", "decode, tokens/s", "peak memory, MiB"]
+    body = []
+    for row in rows:
+        cost = row.measured.cost
+        if cost is None:
+            body.append([row.level.name, "–", "–", "–"])
+            continue
+        peak = "–" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / MIB:,.0f}"
+        prefill, decode = cost.prefill_tokens_per_second, cost.decode_tokens_per_second
+        body.append([row.level.name, f"{prefill:,.0f}", f"{decode:,.1f}", peak])
+    return header, body
+
+
+def legend(rows: Sequence[Row]) -> str:
+    first = rows[0].flat()
+    text = (
+        f"{first['tokens']:,} tokens in {first['windows']:,} windows count; intervals: 95 %, over windows; change: "
+        f"against the full model, paired; {NOISE}: zero lies inside the interval"
+    )
+    if first["divergence_tokens"] < first["tokens"]:
+        text += f"; KL and same first: on the first {first['divergence_tokens']:,} tokens"
+    return text
+
+
+def fallback_notes(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"{row.level.name}: {flat['fallbacks']} tensors have rows that the type cannot hold: {flat['fallback_types']}"
+        for row in rows
+        if (flat := row.flat())["fallbacks"]
+    ]
+
+
+def with_half(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"
+
+
+def share(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} %"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
+
+
+def write_markdown(
+    path: Path,
+    task: QuantizationEvaluation,
+    data: TextWindows,
+    blocks: Sequence[Table],
+    notes: Sequence[str],
+    advice: Sequence[str],
+) -> None:
+    parts = [f"# {task.weights} in fewer bits, on {data.text.path}"]
+    parts += [markdown_table(*block) for block in blocks]
+    parts += ["\n".join(f"- {note}" for note in notes), "\n".join(f"- {line}" for line in advice)]
+    write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_parquet(path: Path, rows: Sequence[Row], failed: dict[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    values = [row.flat() | {"not_measured": None} for row in rows]
+    values += [dict.fromkeys(values[0]) | {"level": name, "not_measured": reason} for name, reason in failed.items()]
+    partial = path.with_name(f".{path.name}.tmp")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(values), partial)
+    os.replace(partial, path)
+
+
+def frontier_figure(rows: Sequence[Row]) -> Any:
+    """Change of the perplexity against the size, a line for each method."""
+    # Not pyplot's: that would keep the figure, and ask for a screen where there is one.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row.level.method for row in rows if row.level != FULL):
+        ours = sorted(
+            (row for row in rows if row.level.method == method), key=lambda row: row.measured.content.tensor_bytes
+        )
+        sizes = [row.measured.content.tensor_bytes / MIB for row in ours]
+        changes = [100 * row.change.value for row in ours]
+        ends = [
+            [
+                100 * (row.change.value - (row.change.low if row.change.low is not None else row.change.value))
+                for row in ours
+            ],
+            [
+                100 * ((row.change.high if row.change.high is not None else row.change.value) - row.change.value)
+                for row in ours
+            ],
+        ]
+        axes.errorbar(sizes, changes, yerr=ends, marker="o", capsize=2, linestyle=":", label=method)
+        for row, size, change in zip(ours, sizes, changes, strict=True):
+            name = row.level.name.partition(":")[2]
+            axes.annotate(name, (size, change), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.axhline(0.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("size of all tensors, MiB")
+    axes.set_ylabel("perplexity above the full model's, %")
+    axes.legend()
+    return figure
