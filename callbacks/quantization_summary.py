@@ -62,6 +62,15 @@ class QuantizationSummary(Callback):
                 f"{row.perplexity.value:.3f}{change}, {row.measured.seconds:.0f} s",
             )
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            _, task = parts_of(trainer)
+            wanted = len(task.levels) + 1
+            say(
+                trainer,
+                f"stopped: {len(task.done)} of {wanted} are measured and kept; the same command goes on from there",
+            )
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tell(trainer)
         data, task = parts_of(trainer)
