@@ -1,18 +1,23 @@
 """Every configuration of the tree is a real one, and those of the paper hold the paper's figures."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lightning_danube.cli import DanubeCLI
 from lightning_danube.data import CurriculumData
 from lightning_danube.data.curriculum import Curriculum
+from lightning_danube.studies.design import read_design
+from lightning_danube.studies.facts import check_equal, facts_of
 from lightning_danube.tasks import Pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES))
 
 
 class Instantiated(DanubeCLI):
@@ -37,6 +42,26 @@ def test_every_config_is_instantiated(config: Path, tmp_path: Path, tiny_run: Pa
     begins = ["--model.init_args.weights", str(tiny_run)] if "    weights: " in config.read_text() else []
     cli = instantiate(config, "--runs", str(tmp_path), *begins)
     assert cli.trainer is not None and cli.model is not None
+
+
+@pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)
+def test_every_study_keeps_equal_what_it_says(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    design = read_design(str(config))
+    facts = {}
+    for variant in design.variants:
+        options = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in design.overrides(variant, 1).items()
+        ]
+        cli = instantiate(Path(design.base), "--runs", str(tmp_path), *options)
+        parser = cli._parser("fit")
+        facts[variant] = facts_of(yaml.safe_load(parser.dump(cli.config["fit"], skip_unset=False)))
+    check_equal(design, facts)
+
+
+def test_there_are_studies() -> None:
+    assert {"quickstart", "attention", "curriculum"} <= {path.stem for path in STUDIES}
 
 
 @pytest.mark.parametrize(

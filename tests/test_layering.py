@@ -39,6 +39,7 @@ IN_ONE_FILE = {
     "bitsandbytes": "lightning_danube/quantized_linear.py",
     "hqq": "lightning_danube/quantization/grouped.py",
     "llama_cpp": "lightning_danube/llama_cpp.py",
+    "optuna": "lightning_danube/studies/trials.py",
     "peft": "lightning_danube/adapters.py",
 }
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})

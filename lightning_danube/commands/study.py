@@ -1,0 +1,48 @@
+"""`study`: runs a controlled experiment, variants × seeds of one configuration, and says what came of it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML", help="the study: configs/studies/….yaml")
+    parser.add_argument("--runs", default="runs", metavar="PATH", help="results go to <runs>/studies/<name> (runs)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a study that was begun, or join the workers that are at it"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="where trials are kept: a database that all workers reach, postgresql://… (a file beside the runs)",
+    )
+    parser.add_argument("--report", action="store_true", help="with --resume: run nothing, show what is known")
+
+
+def run(arguments: Namespace) -> None:
+    for flag in ("retry_failed", "report"):
+        if getattr(arguments, flag) and not arguments.resume:
+            raise ValueError(f"--{flag.replace('_', '-')} is about a study that was begun: add --resume")
+    from lightning_danube.studies.design import read_design
+    from lightning_danube.studies.facts import check_variants, facts_table
+
+    design = read_design(arguments.config)
+    directory = Path(arguments.runs) / "studies" / design.name
+    if not arguments.report:
+        facts = check_variants(design)
+        print(f"study {design.name}: {len(design.variants)} variants × {len(design.seeds)} seeds of {design.base}")
+        print(facts_table(facts))
+        if design.equal:
+            print(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
+
+    from lightning_danube.studies.report import write_report
+    from lightning_danube.studies.trials import Trials
+
+    trials = Trials(design, directory, storage=arguments.storage, resume=arguments.resume)
+    if arguments.retry_failed:
+        print(f"{trials.retry_failed()} failed trials wait again")
+    if not arguments.report:
+        trials.work(lambda line: print(f"  {line}", flush=True))
+    print(write_report(design, trials.results(), directory))

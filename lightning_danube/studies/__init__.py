@@ -1,0 +1,1 @@
+"""Controlled experiments: variants × seeds of an ordinary run, everything else equal."""

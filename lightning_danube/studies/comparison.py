@@ -1,0 +1,133 @@
+"""What a variant changes, paired by seed: the mean difference with its intervals, its size, and what was too small to
+be seen. Every number is SciPy's or statsmodels'."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+CONFIDENCE, POWER = 0.95, 0.8
+RESAMPLES = 10_000
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline, over the seeds that both have.
+
+    Args:
+        variant: its name.
+        seeds: how many pairs.
+        mean: of the variant's metric less the baseline's.
+        low, high: ends of Student's 95 % interval; None of one pair.
+        bootstrap: ends of the 95 % interval over resampled pairs (percentiles); None of one pair.
+        effect: Cohen's d of the pairs, the mean in standard deviations of the differences.
+        p: that differences as far from zero come of chance, two-sided; adjusted for all variants of the study by Holm.
+        visible: the smallest difference that as many seeds would show with a power of 80 %.
+        seeds_needed: pairs that would show a difference of the size that was found, with a power of 80 %; None if more
+            than 1,000.
+    """
+
+    variant: str
+    seeds: int
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    bootstrap: tuple[float, float] | None = None
+    effect: float | None = None
+    p: float | None = None
+    visible: float | None = None
+    seeds_needed: int | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether chance is ruled out, all variants considered."""
+        return self.p is not None and self.p < 1 - CONFIDENCE
+
+
+def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Comparison]:
+    """
+    Args:
+        values: variant → seed → metric.
+        baseline: the variant to compare with.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    base = values.get(baseline, {})
+    found = []
+    for variant, by_seed in values.items():
+        common = [seed for seed in by_seed if seed in base]
+        if variant != baseline and common:
+            found.append(_paired(variant, [by_seed[seed] - base[seed] for seed in common]))
+    tested = [place for place, one in enumerate(found) if one.p is not None]
+    if tested:
+        _, adjusted, _, _ = multipletests([found[place].p for place in tested], method="holm")
+        for place, p in zip(tested, adjusted, strict=True):
+            found[place] = replace(found[place], p=float(p))
+    return found
+
+
+def _paired(variant: str, differences: Sequence[float]) -> Comparison:
+    from scipy import stats
+    from statsmodels.stats.power import TTestPower
+
+    values = np.array(differences, float)
+    count, mean = len(values), float(values.mean())
+    if count < 2:
+        return Comparison(variant, count, mean)
+    spread = float(values.std(ddof=1))
+    if spread == 0:
+        # All pairs differ by the same: nothing is left to chance.
+        return Comparison(variant, count, mean, mean, mean, (mean, mean), None, 1.0 if mean == 0 else 0.0, 0.0, 2)
+    test = stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    resampled = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0
+    ).confidence_interval
+    effect = mean / spread
+    power = TTestPower()
+    with warnings.catch_warnings():
+        # It says so where no number of seeds would do, and gives back what it tried.
+        warnings.simplefilter("ignore")
+        visible = float(np.squeeze(power.solve_power(nobs=count, alpha=1 - CONFIDENCE, power=POWER))) * spread
+        enough = power.power(abs(effect), MOST_SEEDS, 1 - CONFIDENCE) >= POWER
+        needed = None
+        if enough:
+            needed = next(n for n in range(2, MOST_SEEDS + 1) if power.power(abs(effect), n, 1 - CONFIDENCE) >= POWER)
+    return Comparison(
+        variant,
+        count,
+        mean,
+        float(interval.low),
+        float(interval.high),
+        (float(resampled.low), float(resampled.high)),
+        effect,
+        float(test.pvalue),
+        visible if math.isfinite(visible) else None,
+        needed,
+    )
+
+
+def verdict(one: Comparison, baseline: str, metric: str, better: Literal["lower", "higher"]) -> str:
+    """In words, and none from one seed."""
+    if one.low is None or one.high is None:
+        return f"{one.variant}: {_signed(one.mean)} in {metric} from one seed, which tells nothing: run more"
+    ends = f"95 % interval {_signed(one.low)} to {_signed(one.high)}, {one.seeds} seeds"
+    if one.is_seen:
+        word = "better" if (one.mean < 0) == (better == "lower") else "worse"
+        return f"{one.variant} is {word} than {baseline}: {_signed(one.mean)} in {metric} ({ends}, p = {one.p:.2g})"
+    needed = "more than 1,000" if one.seeds_needed is None else f"about {one.seeds_needed}"
+    visible = "" if one.visible is None else f"; {one.seeds} seeds show differences from {one.visible:.2g} on"
+    return (
+        f"no difference seen between {one.variant} and {baseline}: {_signed(one.mean)} in {metric} ({ends}){visible}, "
+        f"and one as small as this would need {needed} seeds"
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}"

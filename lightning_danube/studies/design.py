@@ -1,0 +1,120 @@
+"""The file that describes a study: one run of the project, what differs between its variants, and what is compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_danube.config_errors import read_config
+
+Overrides = Mapping[str, Any]
+"""Dotted key of a run's config → value."""
+FACTS = ("parameters", "tokens", "tokens_by_source")
+"""What variants can be asked to have in common."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A study as it is written in YAML.
+
+    Args:
+        name: results are kept under `<runs>/studies/<name>`.
+        base: the config of the run, a path as typed where the command is.
+        variants: name → what is set in it.
+        baseline: the variant that all others are compared with.
+        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web.
+        better: whether lower or higher is better.
+        seeds: each variant runs once with each.
+        also: other keys of `summary.json` that the table shows.
+        set: set in all variants.
+        equal: what variants have in common, and by what share they may differ: {parameters: 0.01, tokens: 0}.
+        verb: fit, or test for tasks that do not train.
+    """
+
+    name: str
+    base: str
+    variants: Mapping[str, Overrides]
+    baseline: str
+    metric: str
+    better: Literal["lower", "higher"] = "lower"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    also: tuple[str, ...] = ()
+    set: Overrides = field(default_factory=dict)
+    equal: Mapping[str, float] = field(default_factory=dict)
+    verb: Literal["fit", "test"] = "fit"
+
+    def overrides(self, variant: str, seed: int) -> dict[str, Any]:
+        """All that is set in one run."""
+        return {"seed_everything": seed, **self.set, **self.variants[variant]}
+
+    def digest(self) -> str:
+        """Tells apart studies whose results cannot stand in one table. Seeds, and what is shown, may change."""
+        compared = {key: value for key, value in asdict(self).items() if key not in ("seeds", "also", "variants")}
+        compared["base"] = read_config(self.base)
+        return hashlib.sha256(json.dumps(compared, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_design(file: str) -> Design:
+    """
+    Raises:
+        ValueError: the file is missing, no YAML, or describes no study; with the file and the key.
+    """
+    raw = read_config(file)
+    known = [one.name for one in fields(Design)]
+    for key in raw:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"{file}: {key!r} is no key of a study: {hint}")
+    missing = [key for key in ("name", "base", "variants", "baseline", "metric") if raw.get(key) in (None, "", {})]
+    if missing:
+        raise ValueError(f"{file}: {', '.join(missing)} missing: a study needs name, base, variants, baseline, metric")
+    raw = {**raw, "seeds": _seeds(file, raw.get("seeds", [1, 2, 3])), "also": tuple(raw.get("also") or ())}
+    raw["set"] = raw.get("set") or {}
+    raw["equal"] = raw.get("equal") or {}
+    if not isinstance(raw["variants"], dict):
+        raise ValueError(f"{file}: variants is no mapping of names to what is set in each")
+    raw["variants"] = {str(name): values or {} for name, values in raw["variants"].items()}
+    design = Design(**raw)
+    _check(file, design)
+    return design
+
+
+def _seeds(file: str, seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{file}: seeds is {seeds!r}: give a list of whole numbers, such as [1, 2, 3]")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{file}: seeds has one twice: {seeds}")
+    return tuple(seeds)
+
+
+def _check(file: str, design: Design) -> None:
+    for name in (design.name, *design.variants):
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{file}: {name!r} names a directory: use letters, digits, . - and _")
+    if design.baseline not in design.variants:
+        raise ValueError(f"{file}: baseline {design.baseline!r} is none of the variants ({', '.join(design.variants)})")
+    if len(design.variants) < 2:
+        raise ValueError(f"{file}: one variant alone is compared with nothing: add another")
+    if design.better not in ("lower", "higher"):
+        raise ValueError(f"{file}: better is {design.better!r}: say lower or higher")
+    if design.verb not in ("fit", "test"):
+        raise ValueError(f"{file}: verb is {design.verb!r}: say fit or test")
+    for name, values in {"set": design.set, **design.variants}.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: {name} is no mapping of dotted keys to values")
+        if "seed_everything" in values:
+            raise ValueError(f"{file}: {name} sets seed_everything, which is what seeds is for")
+    for fact, tolerance in design.equal.items():
+        if fact not in FACTS:
+            raise ValueError(f"{file}: equal has {fact!r}: there are {', '.join(FACTS)}")
+        if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < 1:
+            raise ValueError(f"{file}: equal.{fact} is {tolerance!r}: give the share by which it may differ, from 0 on")
+    if not Path(design.base).is_file():
+        raise ValueError(f"{file}: base {design.base} is not there")

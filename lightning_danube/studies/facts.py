@@ -1,0 +1,120 @@
+"""What each variant's config says before anything runs, so that what is meant to be equal can be checked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from lightning_danube.studies.design import Design
+from lightning_danube.tables import text_table
+
+Facts = dict[str, Any]
+"""parameters and tokens as numbers, tokens_by_source by name; None where a config does not say."""
+
+
+def command_of(design: Design, variant: str, seed: int, *more: str) -> list[str]:
+    """The run of one variant with one seed, as a command line."""
+    options = []
+    for key, value in design.overrides(variant, seed).items():
+        options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return [sys.executable, "-m", "lightning_danube", design.verb, "--config", design.base, *options, *more]
+
+
+def check_variants(design: Design) -> dict[str, Facts]:
+    """Variant → facts, after each config was parsed.
+
+    Raises:
+        ValueError: a variant's config is refused, or what should be equal is not.
+    """
+    facts = {}
+    for variant in design.variants:
+        done = subprocess.run(
+            command_of(design, variant, design.seeds[0], "--print_config"), capture_output=True, text=True
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+            raise ValueError(f"variant {variant}: {reason}")
+        facts[variant] = facts_of(yaml.safe_load(done.stdout))
+    check_equal(design, facts)
+    return facts
+
+
+def check_equal(design: Design, facts: Mapping[str, Facts]) -> None:
+    """
+    Raises:
+        ValueError: what the study says to be equal is not.
+    """
+    for fact, tolerance in design.equal.items():
+        _check_equal(fact, tolerance, {variant: one[fact] for variant, one in facts.items()})
+
+
+def facts_of(config: Mapping[str, Any]) -> Facts:
+    data = config["data"].get("init_args") or {}
+    model = config["model"].get("init_args") or {}
+    tokens = by_source = None
+    if data.get("stages"):
+        from lightning_danube.data.curriculum import Stage, stage_samples
+        from lightning_danube.durations import parse_tokens
+
+        stages = [Stage(**stage) for stage in data["stages"]]
+        length = data["context_length"]
+        batch = parse_tokens(data["batch_tokens"]) // length
+        lengths = [length * stage_samples(stage, length, batch) for stage in stages]
+        tokens = sum(lengths)
+        by_source = dict.fromkeys(data["sources"], 0.0)
+        for stage, count in zip(stages, lengths, strict=True):
+            for source, share in stage.mix.items():
+                by_source[source] += count * share / sum(stage.mix.values())
+    return {"parameters": _parameters(model, data), "tokens": tokens, "tokens_by_source": by_source}
+
+
+def _parameters(model: Mapping[str, Any], data: Mapping[str, Any]) -> int | None:
+    shape = model.get("decoder")
+    if shape is None:
+        return None
+    from lightning_danube.model import PRESETS, DecoderConfig
+    from lightning_danube.weight_files import tokenizer_of
+
+    if isinstance(shape, str):
+        return PRESETS[shape].parameters
+    _, tokenizer = tokenizer_of(data["tokenizer"])
+    given = {key: value for key, value in shape.items() if value is not None}
+    return DecoderConfig(**{**given, "vocab_size": len(tokenizer)}).parameters
+
+
+def _check_equal(fact: str, tolerance: float, values: Mapping[str, Any]) -> None:
+    unknown = [variant for variant, value in values.items() if value is None]
+    if unknown:
+        raise ValueError(f"equal.{fact}: the config of {', '.join(unknown)} does not say: leave it out")
+    rows: dict[str, Mapping[str, float]] = {fact: values}
+    if fact == "tokens_by_source":
+        sources = dict.fromkeys(source for one in values.values() for source in one)
+        rows = {
+            f"tokens of {source}": {variant: one.get(source, 0.0) for variant, one in values.items()}
+            for source in sources
+        }
+    for what, by_variant in rows.items():
+        least, most = min(by_variant.values()), max(by_variant.values())
+        if most - least > tolerance * max(most, 1):
+            shown = ", ".join(f"{variant} {value:,.0f}" for variant, value in by_variant.items())
+            raise ValueError(
+                f"equal.{fact}: {what} differ by {(most - least) / most:.2%}, more than {tolerance:.2%} ({shown}): "
+                "change the variants, or say that they may"
+            )
+
+
+def facts_table(facts: Mapping[str, Facts]) -> str:
+    """What is known of each variant; what was found equal was checked before."""
+    sources = dict.fromkeys(source for one in facts.values() for source in one["tokens_by_source"] or ())
+    header = ["variant", "parameters", "tokens", *sources]
+    rows = []
+    for variant, one in facts.items():
+        by_source = one["tokens_by_source"] or {}
+        numbers = [one["parameters"], one["tokens"], *(by_source.get(source) for source in sources)]
+        rows.append([variant, *("–" if number is None else f"{number:,.0f}" for number in numbers)])
+    return text_table(header, rows)

@@ -1,0 +1,120 @@
+"""What came of a study: a table, a verdict for each variant in words, and the same as parquet and Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning_danube.studies.comparison import Comparison, compare, verdict
+from lightning_danube.studies.design import Design
+from lightning_danube.studies.trials import Result
+from lightning_danube.tables import text_table
+
+
+def write_report(design: Design, results: Sequence[Result], directory: Path) -> str:
+    """Writes `study.parquet` (a row a run), `study.md` and `summary.json` into the study's directory; the text."""
+    complete = [result for result in results if result.state == "complete"]
+    values: dict[str, dict[int, float]] = {variant: {} for variant in design.variants}
+    for result in complete:
+        values[result.variant][result.seed] = result.metrics[design.metric]
+    comparisons = compare(values, design.baseline)
+    verdicts = [verdict(one, design.baseline, design.metric, design.better) for one in comparisons]
+    notes = [
+        f"{result.variant}-seed{result.seed}: {result.state}{f': {result.error}' if result.error else ''}"
+        for result in results
+        if result.state != "complete"
+    ]
+    header, rows = _table(design, complete, comparisons)
+    text = "\n".join(["", text_table(header, rows), "", *notes, *verdicts, f"written to {directory}"])
+    _write_parquet(directory / "study.parquet", design, results)
+    markdown = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    lines = [f"# {design.name}: {design.metric}", "", *markdown, "", *(f"- {line}" for line in [*notes, *verdicts])]
+    _write(directory / "study.md", "\n".join(lines) + "\n")
+    summary = {
+        "name": design.name,
+        "base": design.base,
+        "metric": design.metric,
+        "better": design.better,
+        "baseline": design.baseline,
+        "commit": _commit(),
+        "runs": len(results),
+        "runs_complete": len(complete),
+        "comparisons": [asdict(one) for one in comparisons],
+        "verdicts": verdicts,
+    }
+    _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return text
+
+
+def _table(
+    design: Design, complete: Sequence[Result], comparisons: Sequence[Comparison]
+) -> tuple[list[str], list[list[str]]]:
+    header = ["variant", "seeds", design.metric, f"against {design.baseline}", "95 % interval", "bootstrap", "p, Holm"]
+    header += design.also
+    by_variant = {one.variant: one for one in comparisons}
+    rows = []
+    for variant in design.variants:
+        ours = [result.metrics for result in complete if result.variant == variant]
+        cells = [variant, str(len(ours)), _mean(ours, design.metric)]
+        one = by_variant.get(variant)
+        if one is None or one.low is None or one.high is None or one.bootstrap is None or one.p is None:
+            cells += ["" if one is None else f"{one.mean:+.4g}", "", "", ""]
+        else:
+            low, high = one.bootstrap
+            cells += [f"{one.mean:+.4g}", f"{one.low:+.4g} to {one.high:+.4g}", f"{low:+.4g} to {high:+.4g}"]
+            cells.append(f"{one.p:.2g}")
+        rows.append([*cells, *(_mean(ours, key) for key in design.also)])
+    return header, rows
+
+
+def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
+    found = [one[key] for one in metrics if key in one]
+    if not found:
+        return "–"
+    mean = sum(found) / len(found)
+    return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4f}"
+
+
+def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    keys = (design.metric, *design.also)
+    rows = [
+        {
+            "study": design.name,
+            "variant": result.variant,
+            "seed": result.seed,
+            "state": result.state,
+            **{key: result.metrics.get(key) for key in keys},
+            "error": result.error,
+            "run": result.run,
+            "seconds": result.seconds,
+        }
+        for result in results
+    ]
+    partial = path.with_name(f".{path.name}.tmp")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), partial)
+    os.replace(partial, path)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _commit() -> str | None:
+    """Of the checkout that the code runs from, if it is one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

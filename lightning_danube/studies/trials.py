@@ -1,0 +1,288 @@
+"""The trials of a study, kept and handed out by Optuna: each is an ordinary run in a process of its own.
+
+All trials are written into the storage as waiting when the study begins; a worker takes the next one. A worker that
+dies stops beating its heart, after which its trial waits again. So a study can be stopped and gone on with at any time,
+and several workers, on several machines if the storage is one that they share, work on it together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+
+from lightning_danube.runs import newest_checkpoint
+from lightning_danube.studies.design import Design
+from lightning_danube.studies.facts import command_of
+
+HEARTBEAT_SECONDS = 5
+GRACE_SECONDS = 20
+RETRIES = 3
+POLL_SECONDS = 1.0
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+# The heart that beats while a trial runs is called experimental, since 2021.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one variant.
+
+    Args:
+        state: "waiting", "running", "complete" or "failed".
+        metrics: key of `summary.json` → number.
+        error: the last line that a failed run wrote.
+        run: its directory.
+        seconds: it took.
+    """
+
+    variant: str
+    seed: int
+    state: str
+    metrics: dict[str, float]
+    error: str | None = None
+    run: str | None = None
+    seconds: float | None = None
+
+
+class TrialFailed(Exception):
+    """A run ended with an error, which stays with its trial."""
+
+
+class Trials:
+    """The trials of one study.
+
+    Args:
+        design: of the study.
+        directory: of its runs; without another storage also of its storage.
+        storage: a URL that Optuna knows, for workers on several machines; a file in `directory` if not given.
+        resume: whether a study that was begun is gone on with, or joined.
+
+    Raises:
+        ValueError: it was begun and `resume` was not said, or the other way round; or it is another study by now.
+    """
+
+    def __init__(self, design: Design, directory: Path, *, storage: str | None = None, resume: bool = False) -> None:
+        self.design, self.directory = design, directory
+        url = storage or f"sqlite:///{directory / 'study.sqlite3'}"
+        begun = storage is not None or (directory / "study.sqlite3").exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+        )
+        if url.startswith("sqlite"):
+            take_turns(kept)
+        names = optuna.get_all_study_names(kept) if begun else []
+        if design.name in names and not resume:
+            raise ValueError(
+                f"the study {design.name} was begun, in {url.removeprefix('sqlite:///')}: go on with it by --resume, "
+                "or give the new one another name"
+            )
+        if design.name not in names and resume:
+            raise ValueError(f"there is no study {design.name} to go on with in {url}: leave out --resume")
+        direction = StudyDirection.MINIMIZE if design.better == "lower" else StudyDirection.MAXIMIZE
+        self.study = optuna.create_study(storage=kept, study_name=design.name, direction=direction, load_if_exists=True)
+        self._check_identity()
+        planned = {_key(trial) for trial in self.study.get_trials(deepcopy=False)}
+        for seed in design.seeds:
+            for variant in design.variants:
+                if (variant, seed) not in planned:
+                    self._plan(variant, seed)
+
+    def _check_identity(self) -> None:
+        """What is in one table was run in one way; a variant may come, none may change."""
+        facts = {"digest": self.design.digest(), "variants": {}}
+        before = self.study.user_attrs.get("identity", facts)
+        changed = before["digest"] != facts["digest"]
+        variants = {name: dict(values) for name, values in self.design.variants.items()}
+        changed_variants = [name for name, values in variants.items() if before["variants"].get(name, values) != values]
+        if changed or changed_variants:
+            what = ", ".join(changed_variants) if changed_variants else "the base, the metric or what all variants set"
+            raise ValueError(
+                f"the study {self.design.name} was begun otherwise ({what}): set that back, or give this one another "
+                "name"
+            )
+        self.study.set_user_attr(
+            "identity", {"digest": facts["digest"], "variants": {**before["variants"], **variants}}
+        )
+
+    def _plan(self, variant: str, seed: int) -> None:
+        # No parameters: Optuna would want all their values to be known from the first trial on.
+        self.study.enqueue_trial({}, user_attrs={"variant": variant, "seed": seed})
+
+    def retry_failed(self) -> int:
+        """Lets failed trials wait again; how many."""
+        failed = [result for result in self.results() if result.state == "failed"]
+        for result in failed:
+            self._plan(result.variant, result.seed)
+        return len(failed)
+
+    # --- working ------------------------------------------------------------------------------------------------------
+
+    def work(self, tell: Callable[[str], None]) -> None:
+        """Takes trials until none is left, those that another worker dropped included."""
+        while True:
+            optuna.storages.fail_stale_trials(self.study)
+            states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+            if TrialState.WAITING in states:
+                self.study.optimize(lambda trial: self._run(trial, tell), n_trials=1, catch=(TrialFailed,))
+            elif TrialState.RUNNING in states:
+                time.sleep(POLL_SECONDS)
+            else:
+                return
+
+    def _run(self, trial: optuna.Trial, tell: Callable[[str], None]) -> float:
+        if "variant" not in trial.user_attrs:
+            # Another worker has taken the last one in between.
+            raise optuna.TrialPruned
+        variant, seed = trial.user_attrs["variant"], trial.user_attrs["seed"]
+        name = f"{variant}-seed{seed}"
+        tell(f"{name}: begins")
+        begin = time.monotonic()
+        log = self.directory / f"{name}.log"
+        try:
+            run = self._run_process(variant, seed, log)
+            metrics = self._metrics(run)
+        except KeyboardInterrupt:
+            self._plan(variant, seed)
+            raise
+        except TrialFailed as error:
+            trial.set_user_attr("error", str(error))
+            tell(f"{name}: failed: {error} (all of it: {log})")
+            raise
+        seconds = time.monotonic() - begin
+        for key, value in {"metrics": metrics, "run": str(run), "seconds": round(seconds, 1)}.items():
+            trial.set_user_attr(key, value)
+        value = metrics[self.design.metric]
+        tell(f"{name}: {self.design.metric} {value:.4f}, {_minutes(seconds)}{self._left()}")
+        return value
+
+    def _run_process(self, variant: str, seed: int, log: Path) -> Path:
+        """The directory of the finished run."""
+        runs = self.directory / "runs"
+        name = f"{variant}-seed{seed}"
+        place = ["--runs", str(runs), "--name", name]
+        trained = runs / name
+        versions = sorted(trained.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+        if self.design.verb == "fit" and any(newest_checkpoint(version) for version in versions):
+            place += ["--ckpt_path", "last"]
+        with log.open("a") as file:
+            done = subprocess.run(
+                command_of(self.design, variant, seed, *place), stdout=file, stderr=subprocess.STDOUT, env=os.environ
+            )
+        if done.returncode:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])
+        where = trained if self.design.verb == "fit" else runs / f"{name}-{self.design.verb}"
+        return max(where.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+
+    def _metrics(self, run: Path) -> dict[str, float]:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        return {key: number_of(summary, key) for key in (self.design.metric, *self.design.also)}
+
+    def _left(self) -> str:
+        """Progress over the trials, and the time that those left would take at the pace of those done."""
+        results = self.results()
+        done = [result.seconds for result in results if result.seconds is not None]
+        left = sum(result.state in ("waiting", "running") for result in results) - 1
+        if left <= 0 or not done:
+            return ""
+        return f"; {len(results) - left} of {len(results)}, about {_minutes(left * sum(done) / len(done))} left"
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def results(self) -> list[Result]:
+        """The last that is known of each run, in the order of variants and seeds."""
+        latest: dict[tuple[str, int], FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            key = _key(trial)
+            if key is not None and (key not in latest or latest[key].state != TrialState.COMPLETE):
+                latest[key] = trial
+        names = {
+            TrialState.WAITING: "waiting",
+            TrialState.RUNNING: "running",
+            TrialState.COMPLETE: "complete",
+            TrialState.FAIL: "failed",
+        }
+        found = []
+        for variant in self.design.variants:
+            for seed in self.design.seeds:
+                trial = latest[variant, seed]
+                attributes = trial.user_attrs
+                found.append(
+                    Result(
+                        variant,
+                        seed,
+                        names[trial.state],
+                        attributes.get("metrics", {}),
+                        attributes.get("error"),
+                        attributes.get("run"),
+                        attributes.get("seconds"),
+                    )
+                )
+        return found
+
+
+def take_turns(storage: RDBStorage) -> None:
+    """Lets each transaction on a file have it alone from its first word on.
+
+    Optuna takes a waiting trial by reading and then writing, and asks the database to lock the row in between, which
+    SQLite does not know: two workers would take the same trial. (The events are those of SQLAlchemy's own recipe.)
+    """
+
+    @event.listens_for(storage.engine, "connect")
+    def leave_transactions_to_us(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def begin_as_a_writer(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    # Those that were made before are not ours.
+    storage.engine.dispose()
+
+
+def number_of(summary: dict[str, Any], key: str) -> float:
+    """A number of a run's summary by its dotted key.
+
+    Raises:
+        TrialFailed: there is none; with the keys that there are.
+    """
+    value: Any = summary
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            there = ", ".join(value) if isinstance(value, dict) else "no more"
+            raise TrialFailed(f"summary.json has no {key}: at {part!r} there are {there}")
+        value = value[part]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TrialFailed(f"summary.json: {key} is {str(value)[:60]}, not a number")
+    return float(value)
+
+
+def _key(trial: FrozenTrial) -> tuple[str, int] | None:
+    attributes = trial.user_attrs
+    return (attributes["variant"], attributes["seed"]) if "variant" in attributes else None
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,73 @@
+"""Differences paired by seed, beside what SciPy and statsmodels say of them, and what is told in words."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.power import TTestPower
+
+from lightning_danube.studies.comparison import compare, verdict
+
+SEEDS = range(1, 6)
+BASE = {seed: 5.0 + 0.3 * seed for seed in SEEDS}
+NOISE = dict(zip(SEEDS, (0.01, -0.012, 0.004, 0.003, -0.005), strict=True))
+
+
+def shifted(by: float, size: float = 1.0) -> dict[int, float]:
+    return {seed: BASE[seed] + by + size * NOISE[seed] for seed in SEEDS}
+
+
+def test_pairs_are_compared() -> None:
+    (one,) = compare({"base": BASE, "new": shifted(-0.05)}, "base")
+    test = stats.ttest_rel(list(shifted(-0.05).values()), list(BASE.values()))
+    interval = test.confidence_interval(0.95)
+    assert one.seeds == 5 and one.mean == pytest.approx(-0.05)
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+    assert one.p == pytest.approx(test.pvalue)
+    differences = np.array(list(NOISE.values())) - 0.05
+    assert one.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
+    assert one.bootstrap is not None and one.low is not None and one.high is not None
+    assert one.low < one.bootstrap[0] < one.mean < one.bootstrap[1] < one.high
+    # A tenth of the spread between the seeds themselves: not in pairs, nothing would be seen.
+    assert one.is_seen and stats.ttest_ind(list(shifted(-0.05).values()), list(BASE.values())).pvalue > 0.5
+    assert verdict(one, "base", "val_loss.web", "lower").startswith(
+        "new is better than base: -0.05 in val_loss.web (95 %"
+    )
+    assert "new is worse than base" in verdict(one, "base", "accuracy", "higher")
+
+
+def test_several_variants_are_judged_together() -> None:
+    values = {"base": BASE, "a": shifted(-0.012), "b": shifted(-0.011), "c": shifted(0.0001)}
+    alone = [compare({"base": BASE, name: values[name]}, "base")[0].p for name in "abc"]
+    together = [one.p for one in compare(values, "base")]
+    assert together[0] == pytest.approx(3 * alone[0])  # type: ignore[operator]
+    assert all(a <= b for a, b in zip(alone, together, strict=True))  # type: ignore[operator]
+
+
+def test_what_was_not_seen_tells_what_would_have_been() -> None:
+    (one,) = compare({"base": BASE, "new": shifted(0.003)}, "base")
+    assert not one.is_seen and one.effect is not None and one.visible is not None
+    assert TTestPower().power(one.visible / (one.mean / one.effect), 5, 0.05) == pytest.approx(0.8, abs=1e-3)
+    assert one.seeds_needed is not None
+    for seeds, enough in ((one.seeds_needed, True), (one.seeds_needed - 1, False)):
+        assert (TTestPower().power(one.effect, seeds, 0.05) >= 0.8) == enough
+    said = verdict(one, "base", "loss", "lower")
+    assert said.startswith("no difference seen between new and base: +0.003 in loss")
+    assert f"would need about {one.seeds_needed} seeds" in said
+    (none,) = compare({"base": BASE, "new": shifted(0.0000001)}, "base")
+    assert none.seeds_needed is None and "more than 1,000 seeds" in verdict(none, "base", "loss", "lower")
+
+
+def test_one_seed_has_no_verdict() -> None:
+    (one,) = compare({"base": {1: 2.0}, "new": {1: 1.0}}, "base")
+    assert one.p is None and not one.is_seen
+    assert verdict(one, "base", "loss", "lower") == "new: -1 in loss from one seed, which tells nothing: run more"
+
+
+def test_only_common_seeds_count() -> None:
+    found = compare({"base": {1: 2.0, 2: 2.1}, "a": {2: 2.0, 3: 9.0}, "b": {3: 1.0}}, "base")
+    assert [(one.variant, one.seeds) for one in found] == [("a", 1)]
+
+
+def test_differences_that_are_all_alike() -> None:
+    (same, lower) = compare({"base": {1: 2.0, 2: 3.0}, "same": {1: 2.0, 2: 3.0}, "lower": {1: 1.5, 2: 2.5}}, "base")
+    assert not same.is_seen and lower.is_seen

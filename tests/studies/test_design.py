@@ -1,0 +1,87 @@
+"""The file of a study, and what is said of wrong ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_danube.studies.design import read_design
+from lightning_danube.studies.facts import facts_of, facts_table
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY: dict[str, Any] = {
+    "name": "heads",
+    "base": "BASE",
+    "baseline": "mha",
+    "metric": "val_loss.web",
+    "seeds": [1, 2],
+    "variants": {"mha": {"model.init_args.decoder.num_key_value_heads": 8}, "gqa": {}},
+}
+
+
+def write(tmp_path: Path, **changes: Any) -> str:
+    (tmp_path / "base.yaml").write_text("name: x\n")
+    study = {**STUDY, "base": str(tmp_path / "base.yaml"), **changes}
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({key: value for key, value in study.items() if value != "gone"})
+    )
+    return str(tmp_path / "study.yaml")
+
+
+def test_what_a_run_of_a_variant_sets(tmp_path: Path) -> None:
+    design = read_design(write(tmp_path, set={"trainer.max_steps": 10}))
+    assert design.overrides("gqa", 2) == {"seed_everything": 2, "trainer.max_steps": 10}
+    assert design.overrides("mha", 1)["model.init_args.decoder.num_key_value_heads"] == 8
+
+
+def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) -> None:
+    first = read_design(write(tmp_path)).digest()
+    assert read_design(write(tmp_path, seeds=[1, 2, 3], also=["seconds"])).digest() == first
+    assert read_design(write(tmp_path, metric="val_loss.wiki")).digest() != first
+    assert read_design(write(tmp_path, set={"trainer.max_steps": 10})).digest() != first
+    file = write(tmp_path)
+    (tmp_path / "base.yaml").write_text("name: y\n")
+    assert read_design(file).digest() != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": "x"}, "'metrics' is no key of a study: did you mean 'metric'"),
+        ({"baseline": "gone"}, "baseline missing: a study needs"),
+        ({"baseline": "mqa"}, r"baseline 'mqa' is none of the variants \(gqa, mha\)"),
+        ({"variants": {"mha": {}}}, "one variant alone is compared with nothing"),
+        ({"variants": [1]}, "variants is no mapping"),
+        ({"variants": {"mha": {}, "g/a": {}}}, "'g/a' names a directory"),
+        (
+            {"variants": {"mha": {"seed_everything": 3}, "gqa": {}}},
+            "mha sets seed_everything, which is what seeds is for",
+        ),
+        ({"variants": {"mha": "x", "gqa": {}}}, "mha is no mapping of dotted keys"),
+        ({"seeds": []}, r"seeds is \[\]: give a list"),
+        ({"seeds": [1, 1]}, "seeds has one twice"),
+        ({"better": "more"}, "better is 'more': say lower or higher"),
+        ({"verb": "predict"}, "verb is 'predict'"),
+        ({"equal": {"flops": 0}}, "equal has 'flops': there are parameters, tokens, tokens_by_source"),
+        ({"equal": {"tokens": 2}}, "equal.tokens is 2: give the share"),
+        ({"base": "nowhere.yaml"}, "base nowhere.yaml is not there"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_design(write(tmp_path, **changes))
+    assert "study.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_facts_of_a_config() -> None:
+    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    facts = facts_of(config)
+    assert facts["parameters"] == 21_105_920
+    # Stages end at whole batches of 4,096.
+    assert facts["tokens"] == 1_024_000
+    assert sum(facts["tokens_by_source"].values()) == pytest.approx(1_024_000)
+    assert facts["tokens_by_source"]["web"] == pytest.approx(610_304 * 0.906 + 270_336 * 0.817 + 143_360 * 0.516)
+    assert facts_of({"data": {}, "model": {}}) == {"parameters": None, "tokens": None, "tokens_by_source": None}
+    table = facts_table({"one": facts, "two": facts_of({"data": {}, "model": {}})})
+    assert "21,105,920" in table and "–" in table
