@@ -14,6 +14,7 @@ from callbacks.position import run_directory
 from callbacks.progress import say
 from callbacks.summary import write_json
 from lightning_danube.data.text_windows import TextWindows
+from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
 from lightning_danube.quantization.statistics import Estimate
@@ -102,7 +103,8 @@ class QuantizationSummary(Callback):
         )
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("quantization/perplexity_by_size", frontier_figure(rows), 0)
+                figure = frontier_figure([row.flat() for row in rows])
+                logger.experiment.add_figure("quantization/perplexity_by_size", figure, 0)
                 for header, body in blocks:
                     logger.experiment.add_text(f"quantization/{header[0]}", markdown_table(header, body), 0)
         say(trainer, "\n".join([*told, f"written to {directory}"]))
@@ -240,39 +242,3 @@ def write_parquet(path: Path, rows: Sequence[Row], failed: dict[str, str]) -> No
     partial = path.with_name(f".{path.name}.tmp")
     pyarrow.parquet.write_table(pa.Table.from_pylist(values), partial)
     os.replace(partial, path)
-
-
-def frontier_figure(rows: Sequence[Row]) -> Any:
-    """Change of the perplexity against the size, a line for each method."""
-    # Not pyplot's: that would keep the figure, and ask for a screen where there is one.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for method in dict.fromkeys(row.level.method for row in rows if row.level != FULL):
-        ours = sorted(
-            (row for row in rows if row.level.method == method), key=lambda row: row.measured.content.tensor_bytes
-        )
-        sizes = [row.measured.content.tensor_bytes / MIB for row in ours]
-        changes = [100 * row.change.value for row in ours]
-        ends = [
-            [
-                100 * (row.change.value - (row.change.low if row.change.low is not None else row.change.value))
-                for row in ours
-            ],
-            [
-                100 * ((row.change.high if row.change.high is not None else row.change.value) - row.change.value)
-                for row in ours
-            ],
-        ]
-        axes.errorbar(sizes, changes, yerr=ends, marker="o", capsize=2, linestyle=":", label=method)
-        for row, size, change in zip(ours, sizes, changes, strict=True):
-            name = row.level.name.partition(":")[2]
-            axes.annotate(name, (size, change), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=1.0)
-    axes.axhline(0.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("size of all tensors, MiB")
-    axes.set_ylabel("perplexity above the full model's, %")
-    axes.legend()
-    return figure

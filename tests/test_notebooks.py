@@ -9,6 +9,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from lightning_danube.__main__ import main
+
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -65,30 +67,68 @@ def test_the_committed_notebook_shows_a_whole_run(path: Path) -> None:
     assert not re.search(r"/(home|work|root|tmp)/", path.read_text("utf-8"))
 
 
+@pytest.fixture(scope="session")
+def tiny_levels(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished evaluation of the tiny run."""
+    directory = tmp_path_factory.mktemp("tiny_levels")
+    (directory / "text.txt").write_text(" ".join(f"the river {number} walks slowly" for number in range(300)))
+    options = {
+        "name": "tiny",
+        "runs": str(directory / "runs"),
+        "data.class_path": "lightning_danube.data.TextWindows",
+        "data.init_args.text.path": str(directory / "text.txt"),
+        "data.init_args.tokenizer": str(tiny_run),
+        "data.init_args.context_lengths": "[32]",
+        "data.init_args.cache_dir": str(directory),
+        "model.class_path": "lightning_danube.tasks.QuantizationEvaluation",
+        "model.init_args.weights": str(tiny_run),
+        "model.init_args.levels": "[hqq:4/32, rounding:2/32, bitsandbytes:int8]",
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.callbacks": "[{class_path: callbacks.QuantizationSummary}]",
+    }
+    assert main(["test", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    return directory / "runs" / "tiny-test" / "version_0"
+
+
+@pytest.fixture
+def finished(path: Path, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """Directory and name of what a notebook reads."""
+    run: Path = request.getfixturevalue("tiny_levels" if path.stem == "quantization" else "tiny_run")
+    return run.parent.parent, run.parent.name.removesuffix("-test")
+
+
 @pytest.mark.slow
 @notebooks
-def test_it_runs_on_a_finished_run(path: Path, tiny_run: Path) -> None:
-    executed = execute(path, tiny_run.parent.parent, tiny_run.parent.name)
+def test_it_runs_on_a_finished_run(path: Path, finished: tuple[Path, str]) -> None:
+    executed = execute(path, *finished)
     assert outputs(executed, "error") == [] and outputs(executed, "stream") == []
     committed = [len(cell.outputs) for cell in code_cells(read(path))]
     assert [len(cell.outputs) for cell in code_cells(executed)] == committed
 
 
 @pytest.mark.slow
-@notebooks
-def test_without_a_run_it_stops_with_one_line_that_says_how_to_get_one(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("notebook", "message"),
+    [
+        ("pretraining_run", r"no run under .*quickstart: `make quickstart` makes one"),
+        ("quantization", r"no evaluation under .*quickstart.yaml` makes one"),
+    ],
+)
+def test_without_a_run_it_stops_with_one_line_that_says_how_to_get_one(
+    notebook: str, message: str, tmp_path: Path
+) -> None:
     from nbclient.exceptions import CellExecutionError
 
-    with pytest.raises(CellExecutionError, match=r"no run under .*quickstart: `make quickstart` makes one"):
-        execute(path, tmp_path, "quickstart")
+    with pytest.raises(CellExecutionError, match=message):
+        execute(FOLDER / f"{notebook}.ipynb", tmp_path, "quickstart")
 
 
 @pytest.mark.slow
-@notebooks
-def test_what_a_run_lacks_is_said_in_one_line_and_the_rest_is_shown(path: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_what_a_run_lacks_is_said_in_one_line_and_the_rest_is_shown(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny" / "version_0"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
-    executed = execute(path, tmp_path, "tiny")
+    executed = execute(FOLDER / "pretraining_run.ipynb", tmp_path, "tiny")
     errors = outputs(executed, "error")
     assert errors and all(error.ename == "MissingResult" for error in errors)
     assert all(len(error.traceback) == 1 and "no summary.json" in error.traceback[0] for error in errors)

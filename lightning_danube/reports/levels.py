@@ -1,0 +1,74 @@
+"""What a quantization evaluation left behind, as pandas frames, from its `quantization.parquet` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lightning_danube.quantization.frontier import frontier_figure
+from lightning_danube.reports.runs import MissingResult, newest_run
+
+MIB = 2**20
+
+
+def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
+    """One row a level, of the newest evaluation under `<runs>/<name>-test`.
+
+    Raises:
+        MissingResult: there is none.
+    """
+    way = f"`python -m lightning_danube test --config configs/quantization/{name.removeprefix('quantization-')}.yaml`"
+    try:
+        directory = newest_run(runs, f"{name}-test")
+    except MissingResult:
+        raise MissingResult(f"no evaluation under {runs}/{name}-test: {way} makes one") from None
+    file = directory / "quantization.parquet"
+    if not file.is_file():
+        raise MissingResult(f"{directory.parent.name}/{directory.name} did not come to its end: {way} goes on with it")
+    return pd.read_parquet(file)
+
+
+def quality(levels: pd.DataFrame) -> pd.DataFrame:
+    """Size and what is lost, of the levels that were measured."""
+    found = levels[levels["not_measured"].isna()]
+    frame = pd.DataFrame(
+        {
+            "MiB": found["tensor_bytes"] / MIB,
+            "bits a weight": found["bits_per_weight"],
+            "perplexity": found["perplexity"],
+            "change, %": 100 * found["perplexity_change"],
+            "low": 100 * found["perplexity_change_low"],
+            "high": 100 * found["perplexity_change_high"],
+            "noise": found["perplexity_change_is_noise"].map({True: "≈", False: ""}),
+            "KL, 1e-3 nats": 1000 * found["divergence"],
+            "same first, %": 100 * found["same_first"],
+            "cloze, %": 100 * found["cloze_accuracy"],
+        }
+    )
+    return frame.set_axis(found["level"].rename(None), axis=0)
+
+
+def cost(levels: pd.DataFrame) -> pd.DataFrame:
+    """Speed and memory.
+
+    Raises:
+        MissingResult: they were not measured.
+    """
+    found = levels[levels["prefill_tokens_per_second"].notna()]
+    if found.empty:
+        raise MissingResult("speed and memory were not measured: set model.cost: true and evaluate again")
+    frame = pd.DataFrame(
+        {
+            "prefill, tokens/s": found["prefill_tokens_per_second"],
+            "decode, tokens/s": found["decode_tokens_per_second"],
+            "peak memory, MiB": found["peak_memory_bytes"] / MIB,
+        }
+    )
+    return frame.set_axis(found["level"].rename(None), axis=0)
+
+
+def frontier(levels: pd.DataFrame) -> Figure:
+    """What each level loses against its size."""
+    return frontier_figure(levels[levels["not_measured"].isna()].to_dict("records"))
