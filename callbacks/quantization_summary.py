@@ -40,6 +40,8 @@ class QuantizationSummary(Callback):
         ]
         if task.reused:
             lines.append(f"kept from before: {', '.join(level.name for level in task.reused)}")
+        lines += failure_notes(task)
+        self._told.update(task.failed)
         say(trainer, "\n".join(lines))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any, **named: Any) -> None:
@@ -76,15 +78,14 @@ class QuantizationSummary(Callback):
         self._tell(trainer)
         data, task = parts_of(trainer)
         rows = rows_of(task.done, task.levels, data.context_lengths[0])
-        failed = {level.name: reason for level, reason in task.failed.items()}
+        failed = {level.name: task.failed[level] for level in task.levels if level in task.failed}
         advice = recommendation(rows)
         blocks = [main_table(rows)]
         if len(data.context_lengths) > 1:
             blocks.append(length_table(rows))
         if any(row.measured.cost for row in rows):
             blocks.append(cost_table(rows))
-        notes = [f"{name}: not measured: {reason}" for name, reason in failed.items()]
-        notes += fallback_notes(rows)
+        notes = [*failure_notes(task), *fallback_notes(rows)]
         notes += [f"{row.level.name}: {row.measured.cost_reason}" for row in rows if row.measured.cost_reason]
         told = ["", *(text_table(*block) + "\n" for block in blocks), legend(rows), *notes, "", *advice]
         directory = run_directory(trainer)
@@ -188,6 +189,14 @@ def legend(rows: Sequence[Row]) -> str:
     if first["divergence_tokens"] < first["tokens"]:
         text += f"; KL and same first: on the first {first['divergence_tokens']:,} tokens"
     return text
+
+
+def failure_notes(task: QuantizationEvaluation) -> list[str]:
+    """A line for each reason."""
+    levels: dict[str, list[str]] = {}
+    for level, reason in task.failed.items():
+        levels.setdefault(reason, []).append(level.name)
+    return [f"{', '.join(names)}: not measured: {reason}" for reason, names in levels.items()]
 
 
 def fallback_notes(rows: Sequence[Row]) -> list[str]:

@@ -92,11 +92,13 @@ class QuantizationEvaluation(LightningModule):
         self._model = weights_digest(self.decoder)
         for level in [FULL, *self.levels]:
             kept = load_measured(self._kept(level))
-            if kept is None or (self.cost and kept.cost is None and not kept.cost_reason):
-                self._missing.append(level)
-            else:
+            if kept is not None and (kept.cost or kept.cost_reason or not self.cost):
                 self.done[level] = kept
                 self.reused.append(level)
+            elif reason := why_not(level):
+                self.failed[level] = reason
+            else:
+                self._missing.append(level)
         # To compare with, the full model reads the text again.
         if self._missing and self._missing[0] != FULL:
             self._missing.insert(0, FULL)
@@ -346,6 +348,19 @@ def divergence(wanted_NV: Tensor, found_NV: Tensor) -> Tensor:
     """
     apart_NV = wanted_NV - found_NV
     return (wanted_NV.exp() * (torch.expm1(-apart_NV) + apart_NV)).sum(-1)
+
+
+def why_not(level: Level) -> str | None:
+    """What is not installed, and how it would be; None for what can be tried."""
+    if level.method != "gguf":
+        return None
+    from lightning_danube.llama_cpp import import_llama_cpp
+
+    try:
+        import_llama_cpp()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _remove_abandoned(directory: Path) -> None:
