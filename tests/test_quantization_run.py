@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -160,12 +161,14 @@ def test_a_damaged_measurement_is_made_again(bits: Path) -> None:
 def test_what_a_killed_process_has_left_is_removed(bits: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    for number in (process.pid, os.getpid(), 1):
-        left = bits / "cache" / "quantization" / f"work-{number}-x"
+    here, gone = socket.gethostname(), process.pid
+    for name in (f"work-{here}-{gone}-x", f"work-{here}-{os.getpid()}-x", f"work-elsewhere-{gone}-x"):
+        left = bits / "cache" / "quantization" / name
         left.mkdir(parents=True)
         (left / "whole.gguf").write_bytes(b"x" * 1000)
     assert run(bits) == 0
-    assert [path.name for path in kept(bits) if path.is_dir()] == ["work-1-x", f"work-{os.getpid()}-x"]
+    left_alone = {path.name for path in kept(bits) if path.is_dir()}
+    assert left_alone == {f"work-{here}-{os.getpid()}-x", f"work-elsewhere-{gone}-x"}
 
 
 def test_other_weights_are_measured_for_themselves(bits: Path) -> None:

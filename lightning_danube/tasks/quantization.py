@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -134,7 +135,7 @@ class QuantizationEvaluation(LightningModule):
         _remove_abandoned(self._directory)
         # What a process that was killed leaves here is removed by the next one.
         self._work = tempfile.TemporaryDirectory(
-            prefix=f"work-{os.getpid()}-", dir=self._directory, ignore_cleanup_errors=True
+            prefix=f"work-{socket.gethostname()}-{os.getpid()}-", dir=self._directory, ignore_cleanup_errors=True
         )
         self._divergences = _Divergences(Path(self._work.name) / "reference", self.config.vocab_size)
 
@@ -364,8 +365,18 @@ def why_not(level: Level) -> str | None:
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Work of processes that were killed."""
-    for path in directory.glob("work-*"):
-        process = int(path.name.split("-")[1])
-        if process != os.getpid() and not Path(f"/proc/{process}").exists():
+    """Work of processes of this machine that were killed."""
+    for path in directory.glob(f"work-{socket.gethostname()}-*"):
+        process = int(path.name.split("-")[-2])
+        if not _is_running(process):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
