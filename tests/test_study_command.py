@@ -15,7 +15,7 @@ import pytest
 
 from lightning_danube.__main__ import main
 from lightning_danube.studies import facts, trials
-from lightning_danube.studies.design import Design
+from lightning_danube.studies.design import Design, Overrides
 
 STUDY = """
 name: rates
@@ -39,7 +39,7 @@ if BREAKS:
     print("some words"); print("error: the disk is on fire", file=sys.stderr); sys.exit(2)
 time.sleep(SLEEP)
 run = Path(options["--runs"]) / options["--name"] / "version_0"
-run.mkdir(parents=True)
+run.mkdir(parents=True, exist_ok=True)
 (run / "summary.json").write_text(json.dumps({"val_loss": {"web": 3 + seed - 20 * rate, "wiki": 4.0}, "steps": 26}))
 """
 
@@ -60,8 +60,8 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_fake(monkeypatch: pytest.MonkeyPatch, breaks: str = "False", sleep: float = 0.0) -> None:
     script = FAKE.replace("BREAKS", breaks).replace("SLEEP", str(sleep))
 
-    def command(design: Design, variant: str, seed: int, *more: str) -> list[str]:
-        return [sys.executable, "-c", script, *facts.command_of(design, variant, seed, *more)[6:]]
+    def command(design: Design, values: Overrides, seed: int, *more: str) -> list[str]:
+        return [sys.executable, "-c", script, *facts.command_of(design, values, seed, *more)[6:]]
 
     monkeypatch.setattr(trials, "command_of", command)
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def test_another_study_does_not_mix_in(study: Path, fake_runs: None, capsys: pyt
     assert "the study rates was begun otherwise (fast): set that back" in capsys.readouterr().err
     (study / "study.yaml").write_text(text.replace("metric: val_loss.web", "metric: val_loss.wiki"))
     assert run(study, "--resume") == 2
-    assert "begun otherwise (the base, the metric or what all variants set)" in capsys.readouterr().err
+    assert "begun otherwise (the base, the metric, the search or what all variants set)" in capsys.readouterr().err
 
 
 def test_a_failed_trial_stays_with_its_error_and_stops_nothing(
@@ -160,6 +160,51 @@ def test_a_metric_that_no_run_has(study: Path, fake_runs: None, capsys: pytest.C
 def test_flags_for_a_study_that_was_begun(study: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(study, flag) == 2
     assert f"{flag} is about a study that was begun: add --resume" in capsys.readouterr().err
+
+
+SEARCH = """
+name: rates
+base: {base}
+metric: val_loss.web
+seeds: [1, 2]
+trials: 12
+search:
+  model.init_args.learning_rate.peak: {{low: 1.0e-3, high: 1.0e-1, log: true}}
+  model.init_args.decoder.num_hidden_layers: {{low: 1, high: 8}}
+  model.init_args.head: [hidden, logits]
+"""
+
+
+def test_a_search_finds_what_matters(
+    study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (study / "study.yaml").write_text(SEARCH.format(base=study / "base.yaml"))
+    assert run(study) == 0
+    out = capsys.readouterr().out
+    assert "study rates: 12 trials × 2 seeds" in out and "; 1 of 12" in out
+    summary = json.loads((study / "runs/studies/rates/summary.json").read_text())
+    rows = results(study)
+    best = min(rows, key=lambda row: row["val_loss.web"])
+    rate = "model.init_args.learning_rate.peak"
+    # Of seeds 1 and 2, whose losses are 4 and 5 less 20 rates.
+    assert all(row["val_loss.web"] == pytest.approx(4.5 - 20 * row[rate]) for row in rows)
+    assert summary["best"]["value"] == best["val_loss.web"] and summary["best"]["settings"][rate] == best[rate]
+    assert best[rate] > 0.03
+    assert max(summary["importances"], key=summary["importances"].__getitem__) == rate
+    assert sum(summary["importances"].values()) == pytest.approx(1)
+    assert "(fANOVA, 12 trials)" in out
+    assert run(study, "--resume") == 0
+    assert "trial" not in capsys.readouterr().out.partition("\n\n")[0].replace("12 trials", "")
+
+    # More of them, one of which breaks and is tried again.
+    (study / "study.yaml").write_text(SEARCH.format(base=study / "base.yaml").replace("trials: 12", "trials: 14"))
+    use_fake(monkeypatch, breaks="seed == 2")
+    assert run(study, "--resume") == 0
+    assert "trial 12: failed: the disk is on fire" in capsys.readouterr().out
+    use_fake(monkeypatch)
+    assert run(study, "--resume", "--retry-failed") == 0
+    assert "2 failed trials wait again" in capsys.readouterr().out
+    assert json.loads((study / "runs/studies/rates/summary.json").read_text())["trials_complete"] == 14
 
 
 WORKER = """

@@ -31,18 +31,25 @@ def run(arguments: Namespace) -> None:
     design = read_design(arguments.config)
     directory = Path(arguments.runs) / "studies" / design.name
     if not arguments.report:
-        facts = check_variants(design)
-        print(f"study {design.name}: {len(design.variants)} variants × {len(design.seeds)} seeds of {design.base}")
-        print(facts_table(facts))
+        seeds = f"{len(design.seeds)} seed{'s' if len(design.seeds) > 1 else ''}"
+        what = f"{design.trials} trials" if design.search else f"{len(design.variants)} variants"
+        print(f"study {design.name}: {what} × {seeds} of {design.base}")
+        if design.variants:
+            print(facts_table(check_variants(design)))
         if design.equal:
             print(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
 
-    from lightning_danube.studies.report import write_report
+    from lightning_danube.studies.report import write_report, write_search_report
+    from lightning_danube.studies.search import Search
     from lightning_danube.studies.trials import Trials
 
-    trials = Trials(design, directory, storage=arguments.storage, resume=arguments.resume)
+    study = (Search if design.search else Trials)(design, directory, storage=arguments.storage, resume=arguments.resume)
     if arguments.retry_failed:
-        print(f"{trials.retry_failed()} failed trials wait again")
+        print(f"{study.retry_failed()} failed trials wait again")
     if not arguments.report:
-        trials.work(lambda line: print(f"  {line}", flush=True))
-    print(write_report(design, trials.results(), directory))
+        study.work(lambda line: print(f"  {line}", flush=True))
+    print(
+        write_search_report(study, directory)
+        if isinstance(study, Search)
+        else write_report(design, study.results(), directory)
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-from lightning_danube.llama_cpp import check_file_type
+from lightning_danube.llama_cpp import check_file_type, import_llama_cpp
 
 Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
 METHODS = ("gguf", "bitsandbytes", "hqq", "rounding")
@@ -88,6 +88,17 @@ def parse_levels(texts: list[str]) -> list[Level]:
         if level in levels[:number]:
             raise ValueError(f"model.levels has {level.name} twice: leave one out")
     return levels
+
+
+def why_not(level: Level) -> str | None:
+    """What is not installed, and how it would be; None for what can be tried."""
+    if level.method != "gguf":
+        return None
+    try:
+        import_llama_cpp()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _parse_type(text: str, method: str, kind: str) -> str:

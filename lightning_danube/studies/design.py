@@ -26,9 +26,12 @@ class Design:
     Args:
         name: results are kept under `<runs>/studies/<name>`.
         base: the config of the run, a path as typed where the command is.
+        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web.
         variants: name → what is set in it.
         baseline: the variant that all others are compared with.
-        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web.
+        search: instead of variants, dotted key → the values to search among: a list, or {low: …, high: …} with
+            log: true where steps are factors; whole numbers stay whole.
+        trials: how many settings a search tries, each with all seeds.
         better: whether lower or higher is better.
         seeds: each variant runs once with each.
         also: other keys of `summary.json` that the table shows.
@@ -39,9 +42,11 @@ class Design:
 
     name: str
     base: str
-    variants: Mapping[str, Overrides]
-    baseline: str
     metric: str
+    variants: Mapping[str, Overrides] = field(default_factory=dict)
+    baseline: str = ""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    trials: int = 0
     better: Literal["lower", "higher"] = "lower"
     seeds: tuple[int, ...] = (1, 2, 3)
     also: tuple[str, ...] = ()
@@ -49,13 +54,15 @@ class Design:
     equal: Mapping[str, float] = field(default_factory=dict)
     verb: Literal["fit", "test"] = "fit"
 
-    def overrides(self, variant: str, seed: int) -> dict[str, Any]:
-        """All that is set in one run."""
-        return {"seed_everything": seed, **self.set, **self.variants[variant]}
+    def overrides(self, values: Overrides, seed: int) -> dict[str, Any]:
+        """All that is set in one run: of a variant, or of what a search tries."""
+        return {"seed_everything": seed, **self.set, **values}
 
     def digest(self) -> str:
         """Tells apart studies whose results cannot stand in one table. Seeds, and what is shown, may change."""
-        compared = {key: value for key, value in asdict(self).items() if key not in ("seeds", "also", "variants")}
+        compared = {
+            key: value for key, value in asdict(self).items() if key not in ("seeds", "also", "variants", "trials")
+        }
         compared["base"] = read_config(self.base)
         return hashlib.sha256(json.dumps(compared, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -72,14 +79,19 @@ def read_design(file: str) -> Design:
             close = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"{file}: {key!r} is no key of a study: {hint}")
-    missing = [key for key in ("name", "base", "variants", "baseline", "metric") if raw.get(key) in (None, "", {})]
+    kind = ("search", "trials") if raw.get("search") else ("variants", "baseline")
+    needed = ("name", "base", "metric", *kind)
+    missing = [key for key in needed if raw.get(key) in (None, "", {}, 0)]
     if missing:
-        raise ValueError(f"{file}: {', '.join(missing)} missing: a study needs name, base, variants, baseline, metric")
+        raise ValueError(f"{file}: {', '.join(missing)} missing: a study needs {', '.join(needed)}")
+    if raw.get("search") and (raw.get("variants") or raw.get("baseline") or raw.get("equal")):
+        raise ValueError(f"{file}: a study has variants, which are compared, or search: leave one of them out")
     raw = {**raw, "seeds": _seeds(file, raw.get("seeds", [1, 2, 3])), "also": tuple(raw.get("also") or ())}
     raw["set"] = raw.get("set") or {}
     raw["equal"] = raw.get("equal") or {}
-    if not isinstance(raw["variants"], dict):
-        raise ValueError(f"{file}: variants is no mapping of names to what is set in each")
+    for key in ("variants", "search"):
+        if not isinstance(raw.setdefault(key, {}), dict):
+            raise ValueError(f"{file}: {key} is no mapping of names to what is set in each")
     raw["variants"] = {str(name): values or {} for name, values in raw["variants"].items()}
     design = Design(**raw)
     _check(file, design)
@@ -98,9 +110,11 @@ def _check(file: str, design: Design) -> None:
     for name in (design.name, *design.variants):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{file}: {name!r} names a directory: use letters, digits, . - and _")
-    if design.baseline not in design.variants:
+    if design.search:
+        _check_search(file, design)
+    elif design.baseline not in design.variants:
         raise ValueError(f"{file}: baseline {design.baseline!r} is none of the variants ({', '.join(design.variants)})")
-    if len(design.variants) < 2:
+    elif len(design.variants) < 2:
         raise ValueError(f"{file}: one variant alone is compared with nothing: add another")
     if design.better not in ("lower", "higher"):
         raise ValueError(f"{file}: better is {design.better!r}: say lower or higher")
@@ -118,3 +132,24 @@ def _check(file: str, design: Design) -> None:
             raise ValueError(f"{file}: equal.{fact} is {tolerance!r}: give the share by which it may differ, from 0 on")
     if not Path(design.base).is_file():
         raise ValueError(f"{file}: base {design.base} is not there")
+
+
+def _check_search(file: str, design: Design) -> None:
+    if type(design.trials) is not int or design.trials < 1:
+        raise ValueError(f"{file}: trials is {design.trials!r}: it must be a whole number of at least 1")
+    for key, values in design.search.items():
+        if isinstance(values, list) and len(values) > 1:
+            continue
+        known = {"low", "high", "log"}
+        if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= known:
+            raise ValueError(
+                f"{file}: search.{key} is {values!r}: give a list of at least two values, or {{low: …, high: …}} with "
+                "log: true where steps are factors"
+            )
+        low, high = values["low"], values["high"]
+        if isinstance(low, str) or isinstance(high, str) or not low < high:
+            raise ValueError(
+                f"{file}: search.{key} goes from {low!r} to {high!r}: give two numbers, the lower one first"
+            )
+        if values.get("log") and not low > 0:
+            raise ValueError(f"{file}: search.{key} begins at {low!r}, where there are no factors: begin above 0")

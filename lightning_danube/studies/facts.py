@@ -10,17 +10,17 @@ from typing import Any
 
 import yaml
 
-from lightning_danube.studies.design import Design
+from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.tables import text_table
 
 Facts = dict[str, Any]
 """parameters and tokens as numbers, tokens_by_source by name; None where a config does not say."""
 
 
-def command_of(design: Design, variant: str, seed: int, *more: str) -> list[str]:
-    """The run of one variant with one seed, as a command line."""
+def command_of(design: Design, values: Overrides, seed: int, *more: str) -> list[str]:
+    """The run of one variant, or of what a search tries, with one seed, as a command line."""
     options = []
-    for key, value in design.overrides(variant, seed).items():
+    for key, value in design.overrides(values, seed).items():
         options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     return [sys.executable, "-m", "lightning_danube", design.verb, "--config", design.base, *options, *more]
 
@@ -32,9 +32,9 @@ def check_variants(design: Design) -> dict[str, Facts]:
         ValueError: a variant's config is refused, or what should be equal is not.
     """
     facts = {}
-    for variant in design.variants:
+    for variant, values in design.variants.items():
         done = subprocess.run(
-            command_of(design, variant, design.seeds[0], "--print_config"), capture_output=True, text=True
+            command_of(design, values, design.seeds[0], "--print_config"), capture_output=True, text=True
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")

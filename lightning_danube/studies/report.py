@@ -8,11 +8,15 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning_danube.studies.comparison import Comparison, compare, verdict
 from lightning_danube.studies.design import Design
+from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
 from lightning_danube.tables import text_table
+
+SHOWN_TRIALS = 10
 
 
 def write_report(design: Design, results: Sequence[Result], directory: Path) -> str:
@@ -50,6 +54,73 @@ def write_report(design: Design, results: Sequence[Result], directory: Path) -> 
     return text
 
 
+def write_search_report(search: Search, directory: Path) -> str:
+    """The same of a search: its trials from the best on, and how much each setting matters."""
+    design = search.design
+    lower = design.better == "lower"
+    tried = search.tried()
+    complete = sorted(
+        (trial for trial in tried if trial.value is not None),
+        key=lambda trial: (trial.value or 0.0) * (1 if lower else -1),
+    )
+    keys = list(design.search)
+    header = ["trial", design.metric, *(key.rpartition(".")[2] for key in keys), *design.also]
+    rows = []
+    for trial in complete[:SHOWN_TRIALS]:
+        metrics = trial.user_attrs["metrics"]
+        settings = [shown_value(trial.params[key]) for key in keys]
+        rows.append(
+            [
+                str(trial.user_attrs["number"]),
+                f"{trial.value:.4f}",
+                *settings,
+                *(f"{metrics[key]:.4f}" for key in design.also),
+            ]
+        )
+    importances = search.importances()
+    notes = [
+        f"trial {trial.user_attrs['number']}: failed: {trial.user_attrs['error']}"
+        for trial in tried
+        if trial.value is None
+    ]
+    if importances:
+        parts = ", ".join(f"{key.rpartition('.')[2]} {share:.0%}" for key, share in importances.items())
+        notes.append(f"of what differs between the trials is explained by {parts} (fANOVA, {len(complete)} trials)")
+    else:
+        notes.append("how much each setting matters needs at least 4 trials that differ")
+    shown = f"{min(len(complete), SHOWN_TRIALS)} best of {len(complete)}, each a mean over {len(design.seeds)} seeds"
+    text = "\n".join(["", text_table(header, rows), shown, "", *notes, f"written to {directory}"])
+    parquet = [
+        {
+            "study": design.name,
+            "trial": trial.user_attrs["number"],
+            design.metric: trial.value,
+            **{key: trial.user_attrs.get("metrics", {}).get(key) for key in design.also},
+            **{key: str(value) if isinstance(value, bool) else value for key, value in trial.params.items()},
+            "error": trial.user_attrs.get("error"),
+            "seconds": trial.user_attrs.get("seconds"),
+        }
+        for trial in tried
+    ]
+    _write_rows(directory / "study.parquet", parquet)
+    markdown = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    lines = [f"# {design.name}: {design.metric}", "", *markdown, "", shown, "", *(f"- {line}" for line in notes)]
+    _write(directory / "study.md", "\n".join(lines) + "\n")
+    summary = {
+        "name": design.name,
+        "base": design.base,
+        "metric": design.metric,
+        "better": design.better,
+        "commit": _commit(),
+        "trials": len(tried),
+        "trials_complete": len(complete),
+        "best": None if not complete else {"value": complete[0].value, "settings": complete[0].params},
+        "importances": importances,
+    }
+    _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return text
+
+
 def _table(
     design: Design, complete: Sequence[Result], comparisons: Sequence[Comparison]
 ) -> tuple[list[str], list[list[str]]]:
@@ -80,9 +151,6 @@ def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
 
 
 def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
     keys = (design.metric, *design.also)
     rows = [
         {
@@ -97,6 +165,13 @@ def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> Non
         }
         for result in results
     ]
+    _write_rows(path, rows)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
     partial = path.with_name(f".{path.name}.tmp")
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), partial)
     os.replace(partial, path)

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
 from lightning_danube.runs import newest_checkpoint
-from lightning_danube.studies.design import Design
+from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
 
 HEARTBEAT_SECONDS = 5
@@ -64,66 +64,119 @@ class TrialFailed(Exception):
     """A run ended with an error, which stays with its trial."""
 
 
-class Trials:
-    """The trials of one study.
+def open_study(
+    design: Design,
+    directory: Path,
+    *,
+    storage: str | None = None,
+    resume: bool = False,
+    sampler: optuna.samplers.BaseSampler | None = None,
+) -> optuna.Study:
+    """What Optuna keeps of a study.
 
     Args:
-        design: of the study.
-        directory: of its runs; without another storage also of its storage.
+        directory: of the study's runs; without another storage also of its storage.
         storage: a URL that Optuna knows, for workers on several machines; a file in `directory` if not given.
         resume: whether a study that was begun is gone on with, or joined.
+        sampler: what chooses the settings that a search tries.
 
     Raises:
         ValueError: it was begun and `resume` was not said, or the other way round; or it is another study by now.
     """
+    url = storage or f"sqlite:///{directory / 'study.sqlite3'}"
+    begun = storage is not None or (directory / "study.sqlite3").exists()
+    shown = url.removeprefix("sqlite:///")
+    nothing = f"there is no study {design.name} to go on with in {shown}: leave out --resume"
+    if resume and not begun:
+        raise ValueError(nothing)
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+    )
+    if url.startswith("sqlite"):
+        take_turns(kept)
+    names = optuna.get_all_study_names(kept) if begun else []
+    if design.name in names and not resume:
+        raise ValueError(
+            f"the study {design.name} was begun, in {shown}: go on with it by --resume, or give the new one another "
+            "name"
+        )
+    if design.name not in names and resume:
+        raise ValueError(nothing)
+    direction = StudyDirection.MINIMIZE if design.better == "lower" else StudyDirection.MAXIMIZE
+    study = optuna.create_study(
+        storage=kept, study_name=design.name, direction=direction, load_if_exists=True, sampler=sampler
+    )
+    check_identity(study, design)
+    return study
+
+
+def check_identity(study: optuna.Study, design: Design) -> None:
+    """What is in one table was run in one way; a variant may come, none may change.
+
+    Raises:
+        ValueError: something did.
+    """
+    digest = design.digest()
+    before = study.user_attrs.get("identity", {"digest": digest, "variants": {}})
+    variants = {name: dict(values) for name, values in design.variants.items()}
+    changed = [name for name, values in variants.items() if before["variants"].get(name, values) != values]
+    if before["digest"] != digest or changed:
+        what = ", ".join(changed) if changed else "the base, the metric, the search or what all variants set"
+        raise ValueError(
+            f"the study {design.name} was begun otherwise ({what}): set that back, or give this one another name"
+        )
+    study.set_user_attr("identity", {"digest": digest, "variants": {**before["variants"], **variants}})
+
+
+class Runner:
+    """Runs of a study, in processes of their own, below its directory."""
+
+    def __init__(self, design: Design, directory: Path) -> None:
+        self.design, self.directory = design, directory
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def run(self, name: str, values: Overrides, seed: int) -> tuple[Path, dict[str, float]]:
+        """The directory of the finished run, and what the study wants to know of it.
+
+        Raises:
+            TrialFailed: the run did, or does not know it.
+        """
+        runs = self.directory / "runs"
+        place = ["--runs", str(runs), "--name", name]
+        trained, verb, log = runs / name, self.design.verb, self.log(name)
+        if verb == "fit" and any(newest_checkpoint(version) for version in trained.glob("version_*")):
+            place += ["--ckpt_path", "last"]
+        with log.open("a") as file:
+            done = subprocess.run(
+                command_of(self.design, values, seed, *place), stdout=file, stderr=subprocess.STDOUT, env=os.environ
+            )
+        if done.returncode:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])
+        where = trained if verb == "fit" else runs / f"{name}-{verb}"
+        run = max(where.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        return run, {key: number_of(summary, key) for key in (self.design.metric, *self.design.also)}
+
+
+class Trials:
+    """The trials of a study of variants, one for each variant and seed; arguments as for `open_study`."""
 
     def __init__(self, design: Design, directory: Path, *, storage: str | None = None, resume: bool = False) -> None:
-        self.design, self.directory = design, directory
-        url = storage or f"sqlite:///{directory / 'study.sqlite3'}"
-        begun = storage is not None or (directory / "study.sqlite3").exists()
-        directory.mkdir(parents=True, exist_ok=True)
-        kept = RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-        )
-        if url.startswith("sqlite"):
-            take_turns(kept)
-        names = optuna.get_all_study_names(kept) if begun else []
-        if design.name in names and not resume:
-            raise ValueError(
-                f"the study {design.name} was begun, in {url.removeprefix('sqlite:///')}: go on with it by --resume, "
-                "or give the new one another name"
-            )
-        if design.name not in names and resume:
-            raise ValueError(f"there is no study {design.name} to go on with in {url}: leave out --resume")
-        direction = StudyDirection.MINIMIZE if design.better == "lower" else StudyDirection.MAXIMIZE
-        self.study = optuna.create_study(storage=kept, study_name=design.name, direction=direction, load_if_exists=True)
-        self._check_identity()
+        self.design, self.runner = design, Runner(design, directory)
+        self.study = open_study(design, directory, storage=storage, resume=resume)
         planned = {_key(trial) for trial in self.study.get_trials(deepcopy=False)}
         for seed in design.seeds:
             for variant in design.variants:
                 if (variant, seed) not in planned:
                     self._plan(variant, seed)
-
-    def _check_identity(self) -> None:
-        """What is in one table was run in one way; a variant may come, none may change."""
-        facts = {"digest": self.design.digest(), "variants": {}}
-        before = self.study.user_attrs.get("identity", facts)
-        changed = before["digest"] != facts["digest"]
-        variants = {name: dict(values) for name, values in self.design.variants.items()}
-        changed_variants = [name for name, values in variants.items() if before["variants"].get(name, values) != values]
-        if changed or changed_variants:
-            what = ", ".join(changed_variants) if changed_variants else "the base, the metric or what all variants set"
-            raise ValueError(
-                f"the study {self.design.name} was begun otherwise ({what}): set that back, or give this one another "
-                "name"
-            )
-        self.study.set_user_attr(
-            "identity", {"digest": facts["digest"], "variants": {**before["variants"], **variants}}
-        )
 
     def _plan(self, variant: str, seed: int) -> None:
         # No parameters: Optuna would want all their values to be known from the first trial on.
@@ -158,46 +211,21 @@ class Trials:
         name = f"{variant}-seed{seed}"
         tell(f"{name}: begins")
         begin = time.monotonic()
-        log = self.directory / f"{name}.log"
         try:
-            run = self._run_process(variant, seed, log)
-            metrics = self._metrics(run)
+            run, metrics = self.runner.run(name, self.design.variants[variant], seed)
         except KeyboardInterrupt:
             self._plan(variant, seed)
             raise
         except TrialFailed as error:
             trial.set_user_attr("error", str(error))
-            tell(f"{name}: failed: {error} (all of it: {log})")
+            tell(f"{name}: failed: {error} (all of it: {self.runner.log(name)})")
             raise
         seconds = time.monotonic() - begin
         for key, value in {"metrics": metrics, "run": str(run), "seconds": round(seconds, 1)}.items():
             trial.set_user_attr(key, value)
         value = metrics[self.design.metric]
-        tell(f"{name}: {self.design.metric} {value:.4f}, {_minutes(seconds)}{self._left()}")
+        tell(f"{name}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}{self._left()}")
         return value
-
-    def _run_process(self, variant: str, seed: int, log: Path) -> Path:
-        """The directory of the finished run."""
-        runs = self.directory / "runs"
-        name = f"{variant}-seed{seed}"
-        place = ["--runs", str(runs), "--name", name]
-        trained = runs / name
-        versions = sorted(trained.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-        if self.design.verb == "fit" and any(newest_checkpoint(version) for version in versions):
-            place += ["--ckpt_path", "last"]
-        with log.open("a") as file:
-            done = subprocess.run(
-                command_of(self.design, variant, seed, *place), stdout=file, stderr=subprocess.STDOUT, env=os.environ
-            )
-        if done.returncode:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])
-        where = trained if self.design.verb == "fit" else runs / f"{name}-{self.design.verb}"
-        return max(where.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-
-    def _metrics(self, run: Path) -> dict[str, float]:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        return {key: number_of(summary, key) for key in (self.design.metric, *self.design.also)}
 
     def _left(self) -> str:
         """Progress over the trials, and the time that those left would take at the pace of those done."""
@@ -206,7 +234,7 @@ class Trials:
         left = sum(result.state in ("waiting", "running") for result in results) - 1
         if left <= 0 or not done:
             return ""
-        return f"; {len(results) - left} of {len(results)}, about {_minutes(left * sum(done) / len(done))} left"
+        return f"; {len(results) - left} of {len(results)}, about {minutes_of(left * sum(done) / len(done))} left"
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -283,6 +311,6 @@ def _key(trial: FrozenTrial) -> tuple[str, int] | None:
     return (attributes["variant"], attributes["seed"]) if "variant" in attributes else None
 
 
-def _minutes(seconds: float) -> str:
+def minutes_of(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

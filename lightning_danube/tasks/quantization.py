@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_danube.adapters import weights_digest
 from lightning_danube.quantization.decoders import check_finite, full_decoder, quantized_decoder
-from lightning_danube.quantization.levels import FULL, Level, parse_levels
+from lightning_danube.quantization.levels import FULL, Level, parse_levels, why_not
 from lightning_danube.quantization.measured import Measured, load_measured, measured_key, save_measured
 from lightning_danube.quantization.running import RunningModel
 from lightning_danube.weights import load_decoder
@@ -349,19 +349,6 @@ def divergence(wanted_NV: Tensor, found_NV: Tensor) -> Tensor:
     """
     apart_NV = wanted_NV - found_NV
     return (wanted_NV.exp() * (torch.expm1(-apart_NV) + apart_NV)).sum(-1)
-
-
-def why_not(level: Level) -> str | None:
-    """What is not installed, and how it would be; None for what can be tried."""
-    if level.method != "gguf":
-        return None
-    from lightning_danube.llama_cpp import import_llama_cpp
-
-    try:
-        import_llama_cpp()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _remove_abandoned(directory: Path) -> None:

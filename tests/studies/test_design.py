@@ -20,6 +20,9 @@ STUDY: dict[str, Any] = {
 }
 
 
+SEARCH = {"variants": "gone", "baseline": "gone", "search": {"x": {"low": 1, "high": 8}}, "trials": 5}
+
+
 def write(tmp_path: Path, **changes: Any) -> str:
     (tmp_path / "base.yaml").write_text("name: x\n")
     study = {**STUDY, "base": str(tmp_path / "base.yaml"), **changes}
@@ -31,8 +34,8 @@ def write(tmp_path: Path, **changes: Any) -> str:
 
 def test_what_a_run_of_a_variant_sets(tmp_path: Path) -> None:
     design = read_design(write(tmp_path, set={"trainer.max_steps": 10}))
-    assert design.overrides("gqa", 2) == {"seed_everything": 2, "trainer.max_steps": 10}
-    assert design.overrides("mha", 1)["model.init_args.decoder.num_key_value_heads"] == 8
+    assert design.overrides(design.variants["gqa"], 2) == {"seed_everything": 2, "trainer.max_steps": 10}
+    assert design.overrides(design.variants["mha"], 1)["model.init_args.decoder.num_key_value_heads"] == 8
 
 
 def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) -> None:
@@ -66,6 +69,13 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
         ({"equal": {"flops": 0}}, "equal has 'flops': there are parameters, tokens, tokens_by_source"),
         ({"equal": {"tokens": 2}}, "equal.tokens is 2: give the share"),
         ({"base": "nowhere.yaml"}, "base nowhere.yaml is not there"),
+        ({"search": {"x": [1, 2]}, "trials": 3}, "a study has variants, which are compared, or search"),
+        (SEARCH | {"trials": "gone"}, "trials missing: a study needs name, base, metric, search, trials"),
+        (SEARCH | {"trials": -1}, "trials is -1"),
+        (SEARCH | {"search": {"x": [1]}}, r"search\.x is \[1\]: give a list of at least two values"),
+        (SEARCH | {"search": {"x": {"low": 1}}}, r"search\.x is \{'low': 1\}: give a list"),
+        (SEARCH | {"search": {"x": {"low": 2, "high": 1}}}, r"search\.x goes from 2 to 1"),
+        (SEARCH | {"search": {"x": {"low": 0, "high": 1, "log": True}}}, r"search\.x begins at 0"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,114 @@
+"""A search among settings by Optuna's TPE sampler (Bergstra et al. 2011), and how much each setting matters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_danube.studies.design import Design
+from lightning_danube.studies.trials import Runner, TrialFailed, minutes_of, open_study
+
+DONE = (TrialState.COMPLETE, TrialState.FAIL)
+
+
+class Search:
+    """Trials of settings that the sampler chooses from what earlier ones gave; arguments as for `open_study`.
+
+    The value of a trial is the mean of the metric over the seeds.
+    """
+
+    def __init__(self, design: Design, directory: Path, *, storage: str | None = None, resume: bool = False) -> None:
+        self.design, self.runner = design, Runner(design, directory)
+        # Told of trials that run elsewhere as if they went badly, it does not try the same again beside them.
+        sampler = optuna.samplers.TPESampler(seed=design.seeds[0], multivariate=True, constant_liar=True)
+        self.study = open_study(design, directory, storage=storage, resume=resume, sampler=sampler)
+
+    def work(self, tell: Callable[[str], None]) -> None:
+        """Tries settings until there are as many as the study asks for, dropped ones again."""
+        while True:
+            optuna.storages.fail_stale_trials(self.study)
+            states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+            running, waiting = states.count(TrialState.RUNNING), TrialState.WAITING in states
+            if waiting or len(self.tried()) + running < self.design.trials:
+                self.study.optimize(lambda trial: self._run(trial, tell), n_trials=1, catch=(TrialFailed,))
+            elif running:
+                time.sleep(1.0)
+            else:
+                return
+
+    def _run(self, trial: optuna.Trial, tell: Callable[[str], None]) -> float:
+        values = {key: suggested(trial, key, among) for key, among in self.design.search.items()}
+        # Kept when it is tried again, so that it goes on with the runs of the first attempt.
+        number = trial.user_attrs.get("number", trial.number)
+        trial.set_user_attr("number", number)
+        shown = ", ".join(f"{key.rpartition('.')[2]} {shown_value(value)}" for key, value in values.items())
+        tell(f"trial {number}: {shown}")
+        begin = time.monotonic()
+        found: list[dict[str, float]] = []
+        try:
+            for seed in self.design.seeds:
+                _, metrics = self.runner.run(f"trial{number}-seed{seed}", values, seed)
+                found.append(metrics)
+        except KeyboardInterrupt:
+            self.study.enqueue_trial(trial.params, user_attrs={"number": number})
+            raise
+        except TrialFailed as error:
+            trial.set_user_attr("error", str(error))
+            tell(f"trial {number}: failed: {error}")
+            raise
+        means = {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+        trial.set_user_attr("metrics", means)
+        seconds = time.monotonic() - begin
+        trial.set_user_attr("seconds", round(seconds, 1))
+        value = means[self.design.metric]
+        tell(f"trial {number}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}; {self._progress()}")
+        return value
+
+    def _progress(self) -> str:
+        done = [trial.user_attrs["seconds"] for trial in self.tried() if "seconds" in trial.user_attrs]
+        left = self.design.trials - len(self.tried()) - 1
+        if left <= 0 or not done:
+            return f"{len(self.tried()) + 1} of {self.design.trials}"
+        time_left = minutes_of(left * sum(done) / len(done))
+        return f"{len(self.tried()) + 1} of {self.design.trials}, about {time_left} left"
+
+    def tried(self) -> list[FrozenTrial]:
+        """The last attempt of each setting that came to an end."""
+        last: dict[int, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            last[trial.user_attrs.get("number", trial.number)] = trial
+        return [trial for trial in last.values() if trial.state in DONE]
+
+    def retry_failed(self) -> int:
+        """Lets failed trials wait again; how many."""
+        failed = [trial for trial in self.tried() if trial.state == TrialState.FAIL]
+        for trial in failed:
+            self.study.enqueue_trial(trial.params, user_attrs={"number": trial.user_attrs["number"]})
+        return len(failed)
+
+    def importances(self) -> dict[str, float]:
+        """Setting → the share of what differs between the trials that it explains (fANOVA; Hutter et al. 2014); empty
+        for too few trials."""
+        complete = [trial for trial in self.tried() if trial.state == TrialState.COMPLETE]
+        if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
+            return {}
+        return dict(optuna.importance.get_param_importances(self.study))
+
+
+def suggested(trial: optuna.Trial, key: str, among: Any) -> Any:
+    """A value of a setting, from how the study describes it."""
+    if isinstance(among, list):
+        return trial.suggest_categorical(key, among)
+    low, high, log = among["low"], among["high"], bool(among.get("log", False))
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(key, low, high, log=log)
+    return trial.suggest_float(key, float(low), float(high), log=log)
+
+
+def shown_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
