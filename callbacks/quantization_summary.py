@@ -135,14 +135,14 @@ def main_table(rows: Sequence[Row]) -> Table:
         content = row.measured.content
         cloze = "" if row.cloze is None else share(row.cloze)
         if not full and row.cloze_change is not None:
-            cloze += f" {100 * row.cloze_change.value:+.0f}" + (NOISE if row.cloze_change.is_noise else " ")
+            cloze += f" {100 * row.cloze_change.value:+.0f}{noise(row.cloze_change)}"
         body.append(
             [
                 row.level.name,
                 f"{content.tensor_bytes / MIB:,.1f}",
                 f"{content.bits_per_weight:.2f}",
                 with_half(row.perplexity),
-                "" if full else percent(row.change) + (NOISE if row.change.is_noise else " "),
+                "" if full else percent(row.change) + noise(row.change),
                 "" if full else f"{row.divergence.value:.1e}",
                 "" if full else f"{row.divergence_99:.1e}",
                 "" if full else share(row.same_first),
@@ -160,7 +160,7 @@ def length_table(rows: Sequence[Row]) -> Table:
         cells = []
         for length in lengths:
             value, change = row.by_length[length]
-            shown = "" if row.level == FULL else f" {100 * change.value:+.2f} %{NOISE if change.is_noise else ' '}"
+            shown = "" if row.level == FULL else f" {percent(Estimate(change.value, None, None))}{noise(change)}"
             cells.append(f"{value.value:.3f}{shown}")
         body.append([row.level.name, *cells])
     return header, body
@@ -205,6 +205,10 @@ def fallback_notes(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if (flat := row.flat())["fallbacks"]
     ]
+
+
+def noise(change: Estimate) -> str:
+    return NOISE if change.is_noise else " "
 
 
 def with_half(estimate: Estimate) -> str:

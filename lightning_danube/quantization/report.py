@@ -21,6 +21,8 @@ from lightning_danube.quantization.statistics import (
 TOLERANCES = (0.01, 0.05)
 """By what share the perplexity may rise in what is recommended."""
 MIB = 2**20
+BROKEN = 10.0
+"""From here on a change is no longer told in per cent."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ def recommendation(rows: Sequence[Row]) -> list[str]:
 
 
 def percent(change: Estimate) -> str:
-    """+1.23 % [+0.98, +1.49]"""
+    """+1.23 % [+0.98, +1.49]; × 25,412 where nothing is left of the model."""
+    if change.value > BROKEN:
+        return f"× {1 + change.value:,.0f}"
     value = f"{100 * change.value:+.2f} %"
     return value if change.low is None or change.high is None else f"{value} [{_ends(change)}]"
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lightning_danube.quantization.report import percent
 from lightning_danube.quantization.statistics import (
+    Estimate,
     accuracy_change,
     mean_estimate,
     perplexity,
@@ -36,6 +38,12 @@ def test_a_change_is_paired() -> None:
     # Apart, the two are not to be told from each other.
     assert perplexity(worse).low < perplexity(NATS).high  # type: ignore[operator]
     assert perplexity_change(NATS + 0.01 * rng.standard_normal(NATS.shape), NATS).is_noise
+
+
+def test_changes_in_words() -> None:
+    assert percent(Estimate(0.0123, 0.0098, 0.0149)) == "+1.23 % [+0.98, +1.49]"
+    assert percent(Estimate(-0.0123, None, None)) == "-1.23 %"
+    assert percent(Estimate(25411.0, 20000.0, 30000.0)) == "× 25,412"
 
 
 def test_one_window_has_no_interval() -> None:
