@@ -82,7 +82,7 @@ def _export_hf(arguments: Namespace) -> None:
     save_hf(
         decoder,
         out,
-        tokenizer=tokenizer if weights.kind == "hf" else _adding_bos(tokenizer),
+        tokenizer=tokenizer if weights.kind == "hf" else adding_bos(tokenizer),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -108,7 +108,7 @@ def _export_classifier(arguments: Namespace, weights: Weights) -> None:
     print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
 
 
-def _adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
 
     Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
