@@ -4,6 +4,7 @@ from callbacks.chat_summary import ChatSummary
 from callbacks.checkpoints import Checkpoints
 from callbacks.classification_summary import ClassificationSummary
 from callbacks.curriculum import CurriculumStages
+from callbacks.evaluation_report import EvaluationReport
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
 from callbacks.preference_summary import PreferenceSummary
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoints",
     "ClassificationSummary",
     "CurriculumStages",
+    "EvaluationReport",
     "Predictions",
     "PreferenceSummary",
     "PretrainingSummary",

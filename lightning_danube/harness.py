@@ -116,7 +116,7 @@ class DecoderLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             # A chat template has written the token already.
-            prefix = self.tokenizer.decode([self.prefix_token_id])
+            prefix = str(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = not string.startswith(prefix)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
@@ -314,6 +314,10 @@ class PreparedTask:
     samples: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
     """Where this departs from the paper's setting."""
+
+    @property
+    def available(self) -> int:
+        return sum(len(part.eval_docs) for part in self.parts.values())
 
     @property
     def documents(self) -> int:
@@ -546,6 +550,20 @@ def run(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answe
                 values[key].append(float(sample[metric]))
             samples.append({"task": name, **sample})
     return Answered(dict(values), samples)
+
+
+def record(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a document: enough to see what was asked and answered, and to compare runs."""
+    return {
+        "task": sample["task"],
+        "document": sample["doc_id"],
+        "hash": sample["doc_hash"],
+        "prompt": sample["arguments"][0][0],
+        "answers": [answers[0] for answers in sample["resps"]],
+        "target": sample["target"],
+        "filter": sample["filter"],
+        **{metric: float(sample[metric]) for metric in sample["metrics"]},
+    }
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_danube.data.academic import PAPER_TASKS, AcademicTask
 from lightning_danube.model import save_hf
@@ -73,7 +72,7 @@ def exported(path: Path, context: int) -> tuple[Any, Any]:
     """A random decoder in float64, and the harness's Hugging Face backend on its export."""
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_danube.commands.export import adding_bos
+    from lightning_danube.data.tokenizer import adding_bos
 
     decoder = tiny_decoder(dataclasses.replace(CONFIG, max_position_embeddings=context)).double().eval()
     tokenizer = adding_bos(tiny_tokenizer())
