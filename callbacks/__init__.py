@@ -5,6 +5,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.classification_summary import ClassificationSummary
 from callbacks.curriculum import CurriculumStages
 from callbacks.evaluation_report import EvaluationReport
+from callbacks.judge import Judge
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
 from callbacks.preference_summary import PreferenceSummary
@@ -21,6 +22,7 @@ __all__ = [
     "ClassificationSummary",
     "CurriculumStages",
     "EvaluationReport",
+    "Judge",
     "Predictions",
     "PreferenceSummary",
     "PretrainingSummary",

@@ -46,7 +46,7 @@ class EvaluationReport(Callback):
         data, task = parts_of(trainer)
         self._began = self._last_line = time.monotonic()
         task.on_progress = lambda title, done, total: self._progress(trainer, title, done, total)
-        names = ", ".join(str(getattr(part, "title", part)) for part in data.parts())
+        names = ", ".join(part.title for part in data.parts)
         say(trainer, f"model: {task.weights}, {task.config.parameters:,} parameters\nasked: {names}")
 
     def _progress(self, trainer: Trainer, title: str, done: int, total: int) -> None:
@@ -123,19 +123,35 @@ def shown(row: Measured) -> str:
 def table_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one table: the paper's columns where it has such rows, then the measured one."""
     published = any(paper.of(row) for row in rows)
-    header = ["", "setting", *(paper.models if published else []), weights, "n"]
+    details = [details_of(row) for row in rows]
+    columns = list(dict.fromkeys(name for detail in details for name in detail))
+    header = ["", "setting", *(paper.models if published else []), weights, "n", *columns]
     cells = []
-    for row in rows:
-        figures = paper.of(row) or [None] * len(paper.models)
-        theirs = ["–" if figure is None else f"{figure:.2f}" for figure in figures] if published else []
+    for row, detail in zip(rows, details, strict=True):
+        theirs = [f"{figure:.2f}" for figure in paper.of(row) or []]
+        if published and not theirs:
+            theirs = ["–"] * len(paper.models)
         count = "–" if row.estimate is None else f"{row.estimate.n:,}"
-        cells.append([row.title, row.setting, *theirs, shown(row), count])
+        rest = [detail.get(name, "–") for name in columns]
+        cells.append([row.title, row.setting, *theirs, shown(row), count, *rest])
     average = averages(rows, rows[0].table, paper)
     if average:
         of = f"average of {average['rows']}" + (f" of {len(rows)}" if average["rows"] < len(rows) else "")
         theirs = [f"{average['paper'][model]:.2f}" for model in paper.models] if published else []
-        cells.append([of, "", *theirs, f"{average['measured']:.2f}", ""])
+        cells.append([of, "", *theirs, f"{average['measured']:.2f}", "", *([""] * len(columns))])
     return header, cells
+
+
+def details_of(row: Measured) -> dict[str, str]:
+    """What a row's score is made of, as further columns."""
+    if row.table == "perplexity" and row.more:
+        places = {
+            f"{one['first'] + 1}–{one['last'] + 1}": f"{one['perplexity']:.2f}" for one in row.more["by_position"]
+        }
+        return {"bits a byte": f"{row.more['bits_a_byte']:.3f}", **places}
+    if row.table == "needle" and row.more:
+        return {f"at {100 * depth:.0f} %": f"{100 * share:.0f}" for depth, share in row.more["by_depth"].items()}
+    return {}
 
 
 def averages(rows: Sequence[Measured], table: str, paper: PaperScores) -> dict[str, Any] | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 
-from lightning_danube.tasks.evaluation_results import Measured, mean_of
+from lightning_danube.adapters import base_digest
+from lightning_danube.model import Sampling, TokenStream, token_losses
+from lightning_danube.tasks.evaluation_results import Estimate, Measured, mean_of
 from lightning_danube.weights import load_as_exported
 
 
@@ -45,6 +51,16 @@ class Evaluation(LightningModule):
         if self.trainer.world_size > 1:
             raise ValueError("an evaluation runs on one device: set --trainer.devices 1")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer has {data.vocab_size:,} tokens, the model of {self.weights} knows "
+                f"{self.config.vocab_size:,}: give the tokenizer that belongs to it"
+            )
+        if (data.texts or data.needle) and data.context_length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"data.context_length is {data.context_length:,}, the model of {self.weights} was made for "
+                f"{self.config.max_position_embeddings:,}: lower it"
+            )
         if data.tasks:
             from lightning_danube import harness
 
@@ -56,13 +72,19 @@ class Evaluation(LightningModule):
                     self._prepared[task.name] = missing
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        # Parts are told by their class's name: what the data are made of is not this module's to import.
+        measure = {
+            "AcademicTask": self._academic,
+            "TextRows": self._perplexity,
+            "Needles": self._needles,
+            "PassageQuestions": self._passages,
+            "ChatQuestions": self._chat,
+        }[type(batch).__name__]
         began = time.monotonic()
-        for measured in self._measure(batch):
-            measured.seconds = time.monotonic() - began
-            self.results.append(measured)
-
-    def _measure(self, part: Any) -> list[Measured]:
-        return [self._academic(part)]
+        rows = measure(batch)
+        for row in rows:
+            row.seconds = time.monotonic() - began
+        self.results += rows
 
     def _progress(self, title: str, done: int, total: int) -> None:
         if self.on_progress is not None:
@@ -70,14 +92,14 @@ class Evaluation(LightningModule):
 
     # --- academic benchmarks ------------------------------------------------------------------------------------------
 
-    def _academic(self, task: Any) -> Measured:
+    def _academic(self, task: Any) -> list[Measured]:
         from lightning_danube import harness
 
         row = Measured("academic", task.name, task.title, task.setting)
         prepared = self._prepared[task.name]
         if isinstance(prepared, harness.MissingData):
             row.not_run = str(prepared)
-            return row
+            return [row]
         lm = harness.DecoderLM(
             self.decoder,
             self.tokenizer,
@@ -88,15 +110,217 @@ class Evaluation(LightningModule):
             answered = harness.run(lm, prepared, chat_template=self.chat_template)
         except harness.MissingData as missing:
             row.not_run = str(missing)
-            return row
+            return [row]
         key = task.metric if task.filter == "none" else f"{task.metric},{task.filter}"
         row.estimate = mean_of(answered.values[key])
         row.more = {name: mean_of(values)._asdict() for name, values in answered.values.items()}
-        row.notes = list(prepared.notes)
-        of = prepared.available
-        if row.estimate.n < of:
-            row.notes.append(f"{row.estimate.n:,} of {of:,} questions, chosen by seed")
+        row.notes = [*prepared.notes, *part_of(row.estimate.n, prepared.available)]
+        if self.chat_template:
+            row.notes.append("asked in the chat template")
         if lm.truncated:
             row.notes.append(f"{lm.truncated:,} prompts lost their beginning, at {lm.max_length:,} tokens")
         row.records = [harness.record(sample) for sample in answered.samples]
-        return row
+        return [row]
+
+    # --- perplexity ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _perplexity(self, part: Any) -> list[Measured]:
+        ids_NT = torch.from_numpy(part.ids_NT)
+        size = max(1, self.places // ids_NT.shape[1])
+        nats = []
+        for ids_BT in ids_NT.split(size):
+            ids_BT = ids_BT.to(self.device)
+            hidden_BTD = self.decoder.hidden_states(ids_BT[:, :-1])
+            nats.append(token_losses(hidden_BTD, self.decoder.lm_head.weight, ids_BT[:, 1:]).double().cpu())
+            self._progress(part.title, sum(map(len, nats)), len(ids_NT))
+        nats_NT = torch.cat(nats)
+        mean = mean_of(nats_NT.mean(1).tolist())
+        ends = [None if end is None else math.exp(end) for end in (mean.low, mean.high)]
+        # The error of an exponential is not symmetric: the interval says it, a standard error would not.
+        row = Measured(
+            "perplexity",
+            part.source,
+            part.source,
+            f"rows of {ids_NT.shape[1]:,} tokens",
+            Estimate(math.exp(mean.value), None, ends[0], ends[1], mean.n),
+            percent=False,
+        )
+        total = float(nats_NT.sum())
+        row.more = {
+            "tokens": nats_NT.numel(),
+            "nats_a_token": mean._asdict(),
+            "bits_a_byte": total / math.log(2) / sum(part.bytes_of_rows),
+            # A row's first token is not predicted: what is said at a place is the token behind it.
+            "by_position": [
+                {"first": first, "last": last - 1, "perplexity": math.exp(float(nats_NT[:, first:last].mean()))}
+                for first, last in part.buckets()
+                if first < nats_NT.shape[1]
+            ],
+        }
+        return [row]
+
+    # --- what comes next ----------------------------------------------------------------------------------------------
+
+    def _continue(
+        self, title: str, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
+    ) -> list[str]:
+        """The likeliest continuations. A prompt that is too long loses its beginning."""
+        room = self.config.max_position_embeddings - new_tokens
+        kept = [list(prompt[-room:]) for prompt in prompts]
+        texts = [""] * len(kept)
+        done = 0
+        for numbers in batches(list(map(len, kept)), new_tokens, self.places):
+            batch = self._generate([kept[number] for number in numbers], new_tokens, ends)
+            for number, ids in zip(numbers, batch, strict=True):
+                texts[number] = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            done += len(numbers)
+            self._progress(title, done, len(kept))
+        return texts
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        ends: Sequence[int],
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        stream = TokenStream(self.decoder, prompts, new_tokens, eos_ids=ends, sampling=sampling, seeds=seeds)
+        rows = torch.stack(list(stream), dim=1).tolist()
+        return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+    def _needles(self, part: Any) -> list[Measured]:
+        ends: list[int] = []
+        prompts = [needle.prompt_ids for needle in part.needles]
+        texts = self._continue(part.title, prompts, part.new_tokens, ends)
+        found = [part.is_found(needle, text) for needle, text in zip(part.needles, texts, strict=True)]
+        name = f"needle_{part.length}"
+        row = Measured("needle", name, f"{part.length:,} tokens", "number said first", mean_of(list(map(float, found))))
+        row.more = {"by_depth": part.by_depth(found)}
+        row.records = [
+            {"depth": needle.depth, "answer": needle.answer, "said": text, "found": one}
+            for needle, text, one in zip(part.needles, texts, found, strict=True)
+        ]
+        return [row]
+
+    def _passages(self, part: Any) -> list[Measured]:
+        room = self.config.max_position_embeddings - part.new_tokens
+        prompts = [question.prompt_ids for question in part.questions]
+        texts = self._continue(part.title, prompts, part.new_tokens, part.end_ids)
+        right = [part.is_right(question, text) for question, text in zip(part.questions, texts, strict=True)]
+        there = [float(question.answer_is_there) for question in part.questions]
+        row = Measured(
+            "retrieval",
+            "answers",
+            "answers",
+            "answer said",
+            mean_of(list(map(float, right))),
+            notes=part_of(len(right), part.available),
+        )
+        row.more = {"answer_is_in_a_passage": mean_of(there)._asdict()}
+        row.notes.append(f"in {100 * sum(there) / len(there):.1f} % of the questions a passage holds the answer")
+        row.notes.append(f"the questions are those of {part.source}: the paper's own set was not published")
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            row.notes.append(f"{cut:,} prompts lost their beginning, at {self.config.max_position_embeddings:,} tokens")
+        row.records = [
+            {
+                "question": question.question,
+                "answers": question.answers,
+                "passages": question.passages,
+                "said": text,
+                "right": one,
+            }
+            for question, text, one in zip(part.questions, texts, right, strict=True)
+        ]
+        return [row]
+
+    # --- chat ---------------------------------------------------------------------------------------------------------
+
+    def _chat(self, part: Any) -> list[Measured]:
+        """Answers, kept as they come; those of an earlier run that were asked for in the same way are taken over. Their
+        scores are a judge's business."""
+        file = part.file("answers")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {row["key"]: row for row in read_jsonl(file)}
+        digest = base_digest(self.decoder)
+        notes = part_of(len(part.questions), part.available)
+        if not part.has_template:
+            notes.append("the tokenizer has no chat template: asked in that of the H2O-Danube chat models")
+        records = []
+        cut = 0
+        for number, question in enumerate(part.questions, start=1):
+            asked = [digest, question.id, question.turns, question.history, part.options.new_tokens]
+            key = hashlib.sha256(json.dumps([*asked, part.temperature(question)]).encode()).hexdigest()[:16]
+            if key not in kept:
+                answers, shortened = self._answer(part, question)
+                kept[key] = {
+                    "key": key,
+                    "weights": self.weights,
+                    "question": question.id,
+                    "category": question.category,
+                    "temperature": part.temperature(question),
+                    "history": question.history,
+                    "turns": question.turns,
+                    "answers": answers,
+                    "shortened": shortened,
+                }
+                with file.open("a", encoding="utf-8") as opened:
+                    opened.write(json.dumps(kept[key], ensure_ascii=False) + "\n")
+            records.append(kept[key])
+            cut += kept[key]["shortened"]
+            self._progress(part.title, number, len(part.questions))
+        if cut:
+            notes.append(f"{cut:,} prompts lost their beginning, at {self.config.max_position_embeddings:,} tokens")
+        row = Measured("chat", part.benchmark, part.title, "score of 1 to 10", percent=False, notes=notes)
+        row.not_run = "its answers are written, and no judge is there to score them: add callbacks.Judge"
+        row.records = records
+        return [row]
+
+    def _answer(self, part: Any, question: Any) -> tuple[list[str], int]:
+        """The answer to each turn, and how many of the prompts did not fit."""
+        new_tokens = min(part.options.new_tokens, self.config.max_position_embeddings // 2)
+        room = self.config.max_position_embeddings - new_tokens
+        seed = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:4])
+        answers: list[str] = []
+        cut = 0
+        for turn in range(len(question.turns)):
+            ids = part.prompt_ids(question, answers)
+            cut += len(ids) > room
+            (new,) = self._generate(
+                [ids[-room:]],
+                new_tokens,
+                part.end_ids,
+                Sampling(temperature=part.temperature(question)),
+                seeds=[seed + turn],
+            )
+            answers.append(str(self.tokenizer.decode(new, skip_special_tokens=True)).strip())
+        return answers, cut
+
+
+def part_of(asked: int, available: int) -> list[str]:
+    return [f"{asked:,} of {available:,} questions, chosen by seed"] if asked < available else []
+
+
+def batches(lengths: Sequence[int], more: int, places: int) -> Iterator[list[int]]:
+    """Numbers of texts, the longest first, in batches of so many places when each has grown by `more`."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if batch and (len(batch) + 1) * (lengths[batch[0]] + more) > places:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def read_jsonl(file: Any) -> list[dict[str, Any]]:
+    """Rows that were appended one by one. A last line that was broken off by a kill is left out."""
+    if not file.is_file():
+        return []
+    *whole, last = file.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in whole if line]
+    if last:
+        # The next row must begin a line of its own.
+        file.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    return rows
