@@ -123,3 +123,152 @@ def test_whole_texts_are_as_likely_as_the_harness_own_backend_says(tmp_path: Pat
     requests = [Instance("loglikelihood_rolling", {}, (words(n, 3 + 9 * n),), n) for n in range(3)]
     mine = harness.DecoderLM(decoder, tokenizer).loglikelihood_rolling(requests)
     assert mine == pytest.approx(theirs.loglikelihood_rolling(requests), abs=TOLERANCE)
+
+
+# --- tasks on local files ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_replaced_where_a_note_can_say_by_what(directory: Path) -> None:
+    from lightning_danube import harness
+
+    folder = directory / LAYOUTS["arc_challenge"][0]
+    task = with_fewer_shots("arc_challenge", 3)
+    (folder / "test.jsonl").rename(folder / "validation.jsonl")
+    prepared = harness.prepare(task, directory, None, seed=0)
+    assert prepared.notes == ["asked are the questions of validation, as those of test are not there"]
+    (folder / "train.jsonl").unlink()
+    prepared = harness.prepare(task, directory, None, seed=0)
+    assert prepared.notes[1:] == ["the examples are other questions of validation"]
+    (folder / "validation.jsonl").rename(folder / "test.jsonl")
+    prepared = harness.prepare(task, directory, None, seed=0)
+    assert prepared.notes == ["the examples are other questions of test"]
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_question_is_never_its_own_example(split: str, directory: Path) -> None:
+    """Four questions with three examples each: these are the three others."""
+    from lightning_danube import harness
+
+    folder = directory / LAYOUTS["arc_challenge"][0]
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").unlink()
+    questions = [arc(n) for n in range(4)]
+    write(folder / f"{split}.jsonl", questions)
+    prepared = harness.prepare(with_fewer_shots("arc_challenge", 3), directory, None, seed=0)
+    lm = CountingLM()
+    harness.run(lm, prepared)
+    for number, (prompt, _) in enumerate(lm.asked[::4]):
+        for other, question in enumerate(questions):
+            assert prompt.count(question["question"]) == 1, (number, other)
+        assert prompt.endswith(f"Question: {questions[number]['question']}\nAnswer:")
+
+
+def CountingLM() -> Any:
+    """A model of the harness that notes what it is asked, and finds everything equally likely."""
+    from lm_eval.api.model import LM
+
+    class Counting(LM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: list[tuple[str, str]] = []
+
+        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+            self.asked += [request.args for request in requests]
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+            raise AssertionError
+
+        def generate_until(self, requests: Any) -> list[str]:
+            return [""] * len(requests)
+
+    return Counting()
+
+
+def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
+    from lightning_danube import harness
+
+    with pytest.raises(harness.MissingData, match=r"there is no .*/baber/piqa/validation.jsonl"):
+        harness.prepare(TASKS["piqa"], directory, None, seed=0)
+    write(
+        directory / "cais" / "mmlu" / "anatomy" / "test.jsonl", [{"question": "?", "choices": ["a"] * 4, "answer": 0}]
+    )
+    with pytest.raises(harness.MissingData, match=r"56 of 57 parts: there is no .*/cais/mmlu/\w+/test.jsonl"):
+        harness.prepare(with_fewer_shots("mmlu", 0), directory, None, seed=0)
+    with pytest.raises(harness.MissingData, match="Rowan/hellaswag cannot be loaded from the hub"):
+        harness.prepare(TASKS["hellaswag"], None, None, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (arc(3) | {"answerKey": "E"}, r"test.jsonl, row 3: the task arc_challenge cannot use it \(ValueError"),
+        (arc(3) | {"choices": {"label": ["A"], "text": ["x"]}}, r"test.jsonl, row 3: .*cannot use it"),
+        (arc(3) | {"question": None}, None),
+        ({"question": "x"}, "test.jsonl, row 3: the column '\\w+' is missing"),
+        (arc(3) | {"choices": "none"}, "test.jsonl: a column holds values of several kinds"),
+    ],
+)
+def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory: Path) -> None:
+    from lightning_danube import harness
+
+    write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [arc(1), arc(2), row])
+    task = with_fewer_shots("arc_challenge", 1)
+    if message is None:  # an empty question is one
+        assert harness.prepare(task, directory, None, seed=0).documents == 3
+        return
+    with pytest.raises(ValueError, match=message):
+        harness.prepare(task, directory, None, seed=0)
+
+
+def test_a_limit_takes_of_each_part_its_share() -> None:
+    from lightning_danube import harness
+
+    sizes = {"a": 10, "b": 30, "c": 1}
+    chosen = harness.chosen_documents(sizes, 8, seed=1)
+    assert {name: len(numbers) for name, numbers in chosen.items()} == {"a": 2, "b": 6, "c": 0}
+    for name, numbers in chosen.items():
+        assert numbers == sorted(set(numbers)) and all(0 <= number < sizes[name] for number in numbers)
+    assert chosen == harness.chosen_documents(sizes, 8, seed=1) != harness.chosen_documents(sizes, 8, seed=2)
+    assert harness.chosen_documents(sizes, 100, seed=1)["b"] == list(range(30))
+
+
+def test_more_new_tokens_than_the_context_has_are_a_row_that_says_so(directory: Path) -> None:
+    from lightning_danube import harness
+
+    (decoder, tokenizer), _ = exported(directory / "model", 96)
+    prepared = harness.prepare(with_fewer_shots("gsm8k", 0), directory, None, seed=0)
+    with pytest.raises(harness.MissingData, match="answers have 256 tokens, and the context of the model is 96"):
+        harness.run(harness.DecoderLM(decoder, tokenizer), prepared)
+
+
+def test_the_command_line_reports_what_was_run_and_what_was_not(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_danube.__main__ import main
+
+    exported(directory / "model", 1024)
+    config = Path(__file__).resolve().parents[1] / "configs" / "evaluation" / "paper.yaml"
+    options = {
+        "model.init_args.weights": directory / "model",
+        "data.init_args.directory": directory,
+        "data.init_args.limit": 4,
+        "data.init_args.tasks": "[winogrande,coqa,piqa]",
+        "trainer.accelerator": "cpu",
+        "runs": directory / "runs",
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    assert main(["test", "--config", str(config), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "PIQA was not run: there is no " in printed and "average of 2 of 3" in printed
+    assert "Winogrande, CoQA: 4 of 6 questions, chosen by seed" in printed
+    (run,) = (directory / "runs" / "evaluation-test").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    rows = {row["name"]: row for row in summary["results"]}
+    assert (rows["winogrande"]["n"], rows["coqa"]["n"], rows["piqa"]["n"]) == (4, 4, None)
+    documents = [json.loads(line) for line in (run / "documents" / "winogrande.jsonl").open()]
+    assert sum(document["acc"] for document in documents) / 4 == rows["winogrande"]["value"]
+    average = summary["averages"]["academic"]
+    assert average["names"] == ["winogrande", "coqa"]
+    assert average["measured"] == pytest.approx(50 * (rows["winogrande"]["value"] + rows["coqa"]["value"]))
+    assert average["paper"]["Danube3 4B"] == pytest.approx((76.48 + 77.23) / 2)
