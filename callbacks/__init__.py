@@ -15,6 +15,7 @@ from callbacks.samples import TextSamples
 from callbacks.skipping import SkipBadSteps
 from callbacks.summary import PretrainingSummary
 from callbacks.throughput import Throughput
+from callbacks.training_overlap import TrainingOverlap
 
 __all__ = [
     "ChatSummary",
@@ -32,4 +33,5 @@ __all__ = [
     "TextSamples",
     "Throughput",
     "TokenLedger",
+    "TrainingOverlap",
 ]

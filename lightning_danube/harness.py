@@ -557,7 +557,7 @@ def record(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "task": sample["task"],
         "document": sample["doc_id"],
-        "hash": sample["doc_hash"],
+        "row": sample["doc"],
         "prompt": sample["arguments"][0][0],
         "answers": [answers[0] for answers in sample["resps"]],
         "target": sample["target"],

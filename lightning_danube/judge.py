@@ -29,9 +29,12 @@ SYSTEM = (
     "You grade answers that an assistant gave to a user. Judge how helpful, relevant, correct, thorough and clear the "
     "answer is. Length by itself earns nothing. First explain your judgement in a few sentences. Then end with a "
     "line that holds nothing but the grade, a whole number from 1 (useless) to 10 (could not be better), in double "
-    "square brackets, like this: [[5]]"
+    "square brackets: [[N]], with the number in place of N"
 )
-ASK_FOR_GRADE = "Your reply had no grade. Reply with the grade alone, in double square brackets, like this: [[5]]"
+ASK_FOR_GRADE = (
+    "Your reply had no grade. Reply with the grade alone, in double square brackets: [[N]], with the number in place "
+    "of N"
+)
 
 
 def grading_messages(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks import Judge
 from lightning_danube.__main__ import main
 from lightning_danube.model import generate
 from lightning_danube.tasks import Evaluation
@@ -293,3 +294,22 @@ def test_an_impossible_model_is_refused(place: Path) -> None:
     path.rename(place / "template")
     with pytest.raises(ValueError, match=r"model.chat_template: the tokenizer of .* has none: leave it out"):
         Evaluation(str(place / "model"), chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at_once": 0}, r"the judge's at_once is 0: it must be at least 1"),
+        ({"most_dollars": 1.0, "price_in": 2.0}, r"the judge's most_dollars needs price_in and price_out"),
+    ],
+)
+def test_an_impossible_judge_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Judge("http://localhost/v1", "m", **options)
+
+
+def test_the_report_is_of_evaluations_alone(tiny: Path, capsys: pytest.CaptureFixture[str], tiny_run: Path) -> None:
+    callbacks = ["--trainer.callbacks+", "callbacks.EvaluationReport"]
+    command = ["test", "--config", str(tiny / "tiny.yaml"), "--ckpt_path", str(tiny_run), *callbacks]
+    assert main(command) == 2
+    assert "EvaluationReport reports on Evaluation with EvaluationData: remove it" in capsys.readouterr().err

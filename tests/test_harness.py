@@ -4,6 +4,7 @@ sample by sample, and its tasks on local files."""
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,29 @@ def test_the_command_line_reports_what_was_run_and_what_was_not(
     assert average["names"] == ["winogrande", "coqa"]
     assert average["measured"] == pytest.approx(50 * (rows["winogrande"]["value"] + rows["coqa"]["value"]))
     assert average["paper"]["Danube3 4B"] == pytest.approx((76.48 + 77.23) / 2)
+
+
+def test_questions_of_the_training_texts_are_counted(
+    directory: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two of the questions stand in what the tiny run was trained on."""
+    from lightning_danube.__main__ import main
+
+    seen = [json.loads(line)["text"] for line in (tiny_run.parents[2] / "web.jsonl").open()][5:7]
+    folder = directory / LAYOUTS["winogrande"][0]
+    questions = [winogrande(n) for n in range(3)]
+    questions += [winogrande(n) | {"sentence": f"{text} _ and"} for n, text in enumerate(seen)]
+    write(folder / "validation.jsonl", questions)
+    config = Path(__file__).resolve().parents[1] / "configs" / "evaluation" / "paper.yaml"
+    options = {
+        "model.init_args.weights": tiny_run,
+        "data.init_args.directory": directory,
+        "data.init_args.tasks": "[winogrande]",
+        "trainer.accelerator": "cpu",
+        "runs": tmp_path / "runs",
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    assert main(["test", "--config", str(config), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 questions share 13 words in a row, or all they have, with the run's training texts" in printed
+    assert re.search(r"prompts lost their beginning, at 32 tokens", printed)

@@ -87,7 +87,7 @@ def test_what_a_judge_is_told_and_where(serve: Any, monkeypatch: pytest.MonkeyPa
     told = request["messages"][1]["content"]
     for part in ("What is 2 + 2?", "### Answer to grade\n4", "Four", "- Is it a number?"):
         assert part in told
-    assert "[[5]]" in request["messages"][0]["content"]
+    assert "[[N]]" in request["messages"][0]["content"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lightning_danube.llama_cpp import import_llama_cpp
 from lightning_danube.weight_files import smollm2_file
 from tests.test_evaluation_run import CHAT, results, write
 
+GRADE = 'root ::= "The grade is [[" [1-9] "]]"'
 pytestmark = [pytest.mark.slow, pytest.mark.llama_cpp]
 
 
@@ -23,6 +24,8 @@ class LlamaServer:
     def __init__(self, gguf: Path) -> None:
         self.model = import_llama_cpp().Llama(str(gguf), n_ctx=2048, n_threads=1, verbose=False)
         self.requests: list[dict[str, Any]] = []
+        self.grammar: Any = None
+        """What replies are held to, as a server's option."""
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,7 +34,10 @@ class LlamaServer:
                 served.requests.append(body)
                 assert self.path == "/v1/chat/completions"
                 answer = served.model.create_chat_completion(
-                    body["messages"], max_tokens=body["max_tokens"], temperature=body["temperature"]
+                    body["messages"],
+                    max_tokens=body["max_tokens"],
+                    temperature=body["temperature"],
+                    grammar=served.grammar,
                 )
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -83,8 +89,12 @@ def test_mt_bench_with_a_judge_on_this_machine(tmp_path: Path, capsys: pytest.Ca
         assert sum(found[name]["n"] or 0 for name in ("mt_bench", "wildbench")) == len(graded)
         answers = [json.loads(line) for line in (tmp_path / "kept" / "mt_bench-answers.jsonl").open()]
         assert "Paris" in answers[0]["answers"][0]
-        # The second run asks only about what has no grade.
+        # The second run asks only about what has no grade. So small a model seldom gives one, unless it is held to.
+        server.grammar = import_llama_cpp().LlamaGrammar.from_string(GRADE, verbose=False)
         assert main(command) == 0
-        assert len(server.requests) - asked == 2 * (5 - len(graded))
+        assert len(server.requests) - asked == 5 - len(graded)
+        found = results(tmp_path, "chat")
+        assert (found["mt_bench"]["n"], found["wildbench"]["n"]) == (4, 1)
+        assert all(1 <= row["value"] <= 9 for row in found.values())
     finally:
         server.close()
