@@ -144,6 +144,8 @@ def table_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> tupl
 
 def details_of(row: Measured) -> dict[str, str]:
     """What a row's score is made of, as further columns."""
+    if row.table == "academic" and "guessing" in row.more:
+        return {"guessing": f"{100 * row.more['guessing']:.0f}"}
     if row.table == "perplexity" and row.more:
         places = {
             f"{one['first'] + 1}–{one['last'] + 1}": f"{one['perplexity']:.2f}" for one in row.more["by_position"]

@@ -23,7 +23,7 @@ class AcademicTask:
         metric, filter: what is compared with the paper's figure. Accuracy is normalised by the answer's length
             (acc_norm) where the Open LLM Leaderboard of that time did so, which is for ARC-c and HellaSwag; the report
             does not say for the tasks that the leaderboard lacks.
-        chance: what guessing scores.
+        chance: what guessing among the choices scores, where all questions have as many.
     """
 
     name: str
@@ -32,11 +32,12 @@ class AcademicTask:
     shots: int
     metric: str = "acc"
     filter: str = "none"
-    chance: float = 0.0
+    chance: float | None = None
 
     @property
     def setting(self) -> str:
-        return f"{self.shots}-shot {self.metric}"
+        named = {"exact_match": "exact match", "f1": "F1"}
+        return f"{self.shots}-shot {'mc2' if self.name.endswith('_mc2') else named.get(self.metric, self.metric)}"
 
 
 PAPER_TASKS = (

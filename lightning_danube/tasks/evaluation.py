@@ -98,6 +98,8 @@ class Evaluation(LightningModule):
         from lightning_danube import harness
 
         row = Measured("academic", task.name, task.title, task.setting)
+        if task.chance is not None:
+            row.more["guessing"] = task.chance
         prepared = self._prepared[task.name]
         if isinstance(prepared, harness.MissingData):
             row.not_run = str(prepared)
@@ -115,7 +117,7 @@ class Evaluation(LightningModule):
             return [row]
         key = task.metric if task.filter == "none" else f"{task.metric},{task.filter}"
         row.estimate = mean_of(answered.values[key])
-        row.more = {name: mean_of(values)._asdict() for name, values in answered.values.items()}
+        row.more |= {name: mean_of(values)._asdict() for name, values in answered.values.items()}
         row.notes = [*prepared.notes, *part_of(row.estimate.n, prepared.available)]
         if self.chat_template:
             row.notes.append("asked in the chat template")
