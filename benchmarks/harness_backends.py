@@ -24,6 +24,7 @@ from machine import described, write_result
 from lightning_danube import harness
 from lightning_danube.__main__ import main as danube
 from lightning_danube.data.academic import academic_tasks
+from lightning_danube.model.packing import pack_for_generation
 from lightning_danube.weights import load_as_exported
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     torch.set_num_threads(arguments.threads)
     decoder, tokenizer = load_as_exported(arguments.weights, dtype="float32")
+    pack_for_generation(decoder)
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "model"
         assert danube(["export", "--weights", arguments.weights, "--dtype", "float32", "--out", str(out)]) == 0
