@@ -174,7 +174,7 @@ def rows_of(
 ) -> list[Measured]:
     """The rows of the report: of MT-Bench one a turn and their average. What has no grade counts nowhere but in a
     note."""
-    notes = [*row.notes, f"graded by {judge} in the words of {PROMPTS}, the paper's by GPT-4 in others"]
+    notes = [*row.notes, f"graded by {judge} in the words of {PROMPTS}, which are not the paper's"]
     without = [judgement for _, judgement in graded if judgement.score is None]
     if without:
         why = ", ".join(sorted({str(judgement.problem) for judgement in without}))

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import Judge
@@ -257,6 +260,20 @@ def test_a_mistake_is_told_in_one_line(
     assert run(place, *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
+
+
+class Terminated(Callback):
+    """What a scheduler does to a run that is out of time."""
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_stops_when_told_to(place: Path) -> None:
+    path = place / "asked.yaml"
+    path.write_text(f"{path.read_text()}    - class_path: tests.test_evaluation_run.Terminated\n")
+    assert run(place) == 128 + signal.SIGTERM
+    assert not (place / "runs" / "asked-test").exists()
 
 
 def test_it_measures_and_does_not_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

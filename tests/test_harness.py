@@ -115,6 +115,28 @@ def test_answers_are_those_of_the_harness_own_backend(
         assert {m: ours[m] for m in ours["metrics"]} == {m: reference[m] for m in reference["metrics"]}
 
 
+@pytest.mark.parametrize("name", ["arc_challenge", "gsm8k"])
+def test_questions_in_a_chat_template_are_those_of_the_harness_own_backend(
+    name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from lightning_danube import harness
+
+    monkeypatch.setattr(harness, "NEW_TOKENS", 16)
+    monkeypatch.setattr(HFLM, "max_gen_toks", 16)
+    (decoder, tokenizer), theirs = exported(directory / "model", 2048)
+    prepared = harness.prepare(with_fewer_shots(name, 2), directory, None, seed=0)
+    lm = harness.DecoderLM(decoder, tokenizer)
+    mine, expected = (harness.run(model, prepared, chat_template=True) for model in (lm, theirs))
+    assert mine.samples[0]["arguments"][0][0].count("<bos>") == 5  # two examples of two turns, and the question
+    for ours, reference in zip(mine.samples, expected.samples, strict=True):
+        assert ours["arguments"] == reference["arguments"]
+        assert {m: ours[m] for m in ours["metrics"]} == {m: reference[m] for m in reference["metrics"]}
+        if name == "gsm8k":
+            assert ours["resps"] == reference["resps"]
+
+
 def test_whole_texts_are_as_likely_as_the_harness_own_backend_says(tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
