@@ -384,6 +384,12 @@ def leaf_names(manager: TaskManager, name: str) -> list[str]:
 
 
 def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tuple[ConfigurableTask, list[str]]:
+    """A task of the harness, and where its questions are not the paper's.
+
+    Raises:
+        MissingData: its questions are not there, or too few examples.
+        ValueError: a row cannot be read or used.
+    """
     notes: list[str] = []
     places: dict[str, list[Path]] = {}
     for key in ("tag", "group"):
@@ -391,21 +397,30 @@ def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tu
     config["num_fewshot"] = shots
     if directory is not None:
         places, notes = place_splits(config, shots, directory)
-        config |= {"custom_dataset": lambda **_: splits_of(places), "dataset_kwargs": None}
+        splits = splits_of(places)
+        config |= {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}
     try:
         part = ConfigurableTask(config=config)
     except Exception as error:
-        if isinstance(error, ValueError) and directory is not None:
-            raise
         if directory is None:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .")
             raise MissingData(f"{config['dataset_path']} cannot be loaded from the hub ({first})") from error
-        raise ValueError(
-            f"{next(iter(places.values()))[0]}, row 1: the task {config['task']} cannot use it "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    check_documents(part, config, places)
+        raise cannot_use(next(iter(places.values()))[0], 1, config["task"], error) from error
+    check_documents(part, config["task"], places)
+    # One to spare, as the harness draws them: the question at hand may be among them.
+    examples = len(part.sampler.df)
+    if shots and not config_samples(config) and examples < shots + 1:
+        raise MissingData(f"there are {examples} examples, too few for {shots} before each question")
     return part, notes
+
+
+def config_samples(config: Mapping[str, Any]) -> bool:
+    """Whether the task brings its own examples."""
+    return isinstance(config.get("fewshot_config"), dict) and bool(config["fewshot_config"].get("samples"))
+
+
+def cannot_use(file: Path, row: int, task: str, error: Exception) -> ValueError:
+    return ValueError(f"{file}, row {row}: the task {task} cannot use it ({type(error).__name__}: {error})")
 
 
 def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -433,8 +448,7 @@ def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[d
     places = {evaluated: files(evaluated)}
     has_validation = evaluated == validation or bool(files(validation))
     training, fewshot = config.get("training_split"), config.get("fewshot_split")
-    given = isinstance(config.get("fewshot_config"), dict) and config["fewshot_config"].get("samples")
-    if shots and not given:
+    if shots and not config_samples(config):
         if files(fewshot):
             training = training if files(training) else None
             places[str(fewshot)] = files(fewshot)
@@ -478,7 +492,7 @@ def splits_of(places: Mapping[str, list[Path]]) -> dict[str, Any]:
     return splits
 
 
-def check_documents(part: ConfigurableTask, config: Mapping[str, Any], places: Mapping[str, list[Path]]) -> None:
+def check_documents(part: ConfigurableTask, task: str, places: Mapping[str, list[Path]]) -> None:
     """Makes question, choices and answer of every document once, so that a bad row is named before anything is run."""
     if not places:
         return
@@ -486,12 +500,10 @@ def check_documents(part: ConfigurableTask, config: Mapping[str, Any], places: M
     for number, document in enumerate(part.eval_docs, start=1):
         try:
             part.doc_to_text(document)
-            choices = part.doc_to_choice(document) if config.get("doc_to_choice") is not None else None
+            choices = part.doc_to_choice(document) if part.config.doc_to_choice is not None else None
             target = part.doc_to_target(document)
         except Exception as error:
-            raise ValueError(
-                f"{file}, row {number}: the task {config['task']} cannot use it ({type(error).__name__}: {error})"
-            ) from error
+            raise cannot_use(file, number, task, error) from error
         if choices is not None and isinstance(target, int) and not 0 <= target < len(choices):
             raise ValueError(f"{file}, row {number}: the answer is number {target}, of {len(choices)} choices")
 

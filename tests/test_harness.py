@@ -211,6 +211,9 @@ def CountingLM() -> Any:
 def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
     from lightning_danube import harness
 
+    with pytest.raises(harness.MissingData, match="there are 6 examples, too few for 25 before each question"):
+        harness.prepare(TASKS["arc_challenge"], directory, None, seed=0)
+
     with pytest.raises(harness.MissingData, match=r"there is no .*/baber/piqa/validation.jsonl"):
         harness.prepare(TASKS["piqa"], directory, None, seed=0)
     write(
@@ -228,6 +231,7 @@ def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
         (arc(3) | {"answerKey": "E"}, r"test.jsonl, row 3: the task arc_challenge cannot use it \(ValueError"),
         (arc(3) | {"choices": {"label": ["A"], "text": ["x"]}}, r"test.jsonl, row 3: .*cannot use it"),
         (arc(3) | {"question": None}, None),
+        (arc(3) | {"answerKey": None}, r"test.jsonl, row 3: the task arc_challenge cannot use it"),
         ({"question": "x"}, "test.jsonl, row 3: the column '\\w+' is missing"),
         (arc(3) | {"choices": "none"}, "test.jsonl: a column holds values of several kinds"),
     ],
@@ -242,6 +246,10 @@ def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory:
         return
     with pytest.raises(ValueError, match=message):
         harness.prepare(task, directory, None, seed=0)
+    if "cannot use" in message:  # of the first row it is told, too
+        write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [row, arc(1)])
+        with pytest.raises(ValueError, match=r"test.jsonl, row 1: the task arc_challenge cannot use it"):
+            harness.prepare(task, directory, None, seed=0)
 
 
 def test_a_limit_takes_of_each_part_its_share() -> None:
