@@ -261,7 +261,16 @@ def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any
         below.append(0.0 if low is None else 100 * (value - low))
         above.append(0.0 if high is None else 100 * (high - value))
     places = [x + (columns - 1) * width for x in range(len(rows))]
-    axes.bar(places, values, width, yerr=[below, above], capsize=2, label=f"{weights} (measured)", color="black")
+    axes.bar(
+        places,
+        values,
+        width,
+        yerr=[below, above],
+        capsize=2,
+        label=f"{weights} (measured)",
+        color="black",
+        ecolor="tab:red",
+    )
     axes.set_xticks([x + (columns - 1) * width / 2 for x in range(len(rows))], [row.title for row in rows])
     axes.set_ylabel("%")
     axes.legend(fontsize="small", ncols=2)

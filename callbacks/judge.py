@@ -83,12 +83,13 @@ class Judge(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not isinstance(batch, ChatQuestions):
+        part = trainer.datamodule.parts[batch]  # type: ignore[attr-defined]
+        if not isinstance(part, ChatQuestions):
             return
         assert isinstance(pl_module, Evaluation)
         row = pl_module.results.pop()
-        graded = self._grade(trainer, pl_module, batch, gradings_of(batch, row.records))
-        pl_module.results += rows_of(batch, row, graded, self.client.model)
+        graded = self._grade(trainer, pl_module, part, gradings_of(part, row.records))
+        pl_module.results += rows_of(part, row, graded, self.client.model)
 
     def _grade(
         self, trainer: Trainer, task: Evaluation, part: ChatQuestions, gradings: Sequence[Grading]

@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.data.academic import AcademicTask
 from lightning_danube.data.overlap import TrainingTexts, overlap, training_texts
 from lightning_danube.data.quality import NGRAM
 from lightning_danube.tasks.evaluation import Evaluation
@@ -37,7 +36,7 @@ class TrainingOverlap(Callback):
     ) -> None:
         assert isinstance(pl_module, Evaluation)
         row = pl_module.results[-1]
-        if not isinstance(batch, AcademicTask) or row.estimate is None:
+        if row.table != "academic" or row.estimate is None:
             return
         if self.texts is None:
             row.notes.append("whether the questions stood in the model's training texts is not known")

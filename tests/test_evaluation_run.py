@@ -159,6 +159,23 @@ def test_a_report_of_text_needles_and_passages(place: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (("--trainer.precision", "64-true"), 1e-5),
+        # Sixteen bits of a random model whose weights are ten times the usual size.
+        (("--trainer.precision", "bf16-mixed"), 0.1),
+        (("--model.init_args.dtype", "bfloat16"), 0.1),
+    ],
+)
+def test_other_types_measure_the_same(place: Path, options: tuple[str, ...], tolerance: float) -> None:
+    assert run(place) == 0
+    expected = results(place)["wiki"]["value"]
+    assert run(place, *options) == 0
+    assert results(place)["wiki"]["value"] == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.slow
 def test_answers_do_not_depend_on_how_they_are_batched(place: Path) -> None:
     assert run(place) == 0 and run(place, "--model.init_args.places", "1") == 0
     first, second = sorted((place / "runs" / "asked-test").glob("version_*"))

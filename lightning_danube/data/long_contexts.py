@@ -156,7 +156,7 @@ def make_needles(
         raise ValueError(f"data.needle.lengths has {lengths[-1]:,}, beyond data.context_length of {context:,}")
     hay: list[int] = []
     for document in read_documents("haystack", options.haystack, cache_dir):
-        hay += tokenizer(document.text + "\n\n", add_special_tokens=False).input_ids
+        hay += tokenizer.backend_tokenizer.encode(document.text + "\n\n", add_special_tokens=False).ids
         if len(hay) >= lengths[-1]:
             break
     else:
