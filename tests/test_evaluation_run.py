@@ -185,6 +185,25 @@ def test_answers_do_not_depend_on_how_they_are_batched(place: Path) -> None:
         ).read_text()
 
 
+@pytest.mark.slow
+def test_chats_do_not_depend_on_how_they_are_batched(place: Path) -> None:
+    turns = ["Write a line.", "And now one that is longer, please."]
+    many = [{"question_id": n, "category": "writing", "turns": turns[: 1 + n % 2]} for n in range(5)]
+    write(place / "mt.jsonl", *many)
+    path = place / "chat.yaml"
+    before, _, after = path.read_text().partition("    - class_path: callbacks.Judge\n")
+    path.write_text(before + after.partition("\n")[2])
+    said = []
+    for places in ("1", "8192"):
+        kept = str(place / f"kept-{places}")
+        assert (
+            run(place, "--model.init_args.places", places, "--data.init_args.mt_bench.keep", kept, config="chat") == 0
+        )
+        rows = [json.loads(line) for line in (Path(kept) / "mt_bench-answers.jsonl").open()]
+        said.append({row["question"]: row["answers"] for row in rows})
+    assert said[0] == said[1] and len({tuple(answers) for answers in said[0].values()}) == 5
+
+
 def with_judge(place: Path, server: ScriptedServer) -> None:
     path = place / "chat.yaml"
     path.write_text(path.read_text().replace("base_url: URL", f"base_url: {server.url}"))

@@ -281,55 +281,71 @@ class Evaluation(LightningModule):
         notes = part_of(len(part.questions), part.available)
         if not part.has_template:
             notes.append("the tokenizer has no chat template: asked in that of the H2O-Danube chat models")
-        records = []
-        cut = 0
-        for number, question in enumerate(part.questions, start=1):
+        keys = []
+        for question in part.questions:
             asked = [self._digest, question.id, question.turns, question.history, part.options.new_tokens]
-            key = hashlib.sha256(json.dumps([*asked, part.temperature(question)]).encode()).hexdigest()[:16]
-            if key not in kept:
-                answers, shortened = self._answer(part, question)
-                kept[key] = {
-                    "key": key,
-                    "weights": self.weights,
-                    "question": question.id,
-                    "category": question.category,
-                    "temperature": part.temperature(question),
-                    "history": question.history,
-                    "turns": question.turns,
-                    "answers": answers,
-                    "shortened": shortened,
-                }
-                with file.open("a", encoding="utf-8") as opened:
-                    opened.write(json.dumps(kept[key], ensure_ascii=False) + "\n")
-            records.append(kept[key])
-            cut += kept[key]["shortened"]
-            self._progress(part.title, number, len(part.questions))
-        if cut:
+            told = json.dumps([*asked, part.temperature(question)])
+            keys.append(hashlib.sha256(told.encode()).hexdigest()[:16])
+        pending = [number for number, key in enumerate(keys) if key not in kept]
+        for numbers in self._chat_batches(part, pending):
+            questions = [part.questions[number] for number in numbers]
+            with file.open("a", encoding="utf-8") as opened:
+                for number, question, (answers, shortened) in zip(
+                    numbers, questions, self._answer(part, questions), strict=True
+                ):
+                    kept[keys[number]] = {
+                        "key": keys[number],
+                        "weights": self.weights,
+                        "question": question.id,
+                        "category": question.category,
+                        "temperature": part.temperature(question),
+                        "history": question.history,
+                        "turns": question.turns,
+                        "answers": answers,
+                        "shortened": shortened,
+                    }
+                    opened.write(json.dumps(kept[keys[number]], ensure_ascii=False) + "\n")
+            self._progress(part.title, sum(key in kept for key in keys), len(keys))
+        records = [kept[key] for key in keys]
+        if cut := sum(record["shortened"] for record in records):
             notes.append(f"{cut:,} prompts lost their beginning, at {self.config.max_position_embeddings:,} tokens")
         row = Measured("chat", part.benchmark, part.title, "score of 1 to 10", percent=False, notes=notes)
         row.not_run = "its answers are written, and no judge is there to score them: add callbacks.Judge"
         row.records = records
         return [row]
 
-    def _answer(self, part: Any, question: Any) -> tuple[list[str], int]:
-        """The answer to each turn, and how many of the prompts did not fit."""
+    def _chat_batches(self, part: Any, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Questions that are answered together: at one temperature, and few enough for the places."""
+        by_temperature: dict[float, list[int]] = {}
+        for number in numbers:
+            by_temperature.setdefault(part.temperature(part.questions[number]), []).append(number)
+        for mine in by_temperature.values():
+            lengths = [len(part.prompt_ids(part.questions[number], [])) for number in mine]
+            turns = max(len(part.questions[number].turns) for number in mine)
+            for batch in batches(lengths, turns * part.options.new_tokens, self.places):
+                yield [mine[place] for place in batch]
+
+    def _answer(self, part: Any, questions: Sequence[Any]) -> list[tuple[list[str], int]]:
+        """For each question the answers to its turns, and how many of the prompts did not fit."""
         new_tokens = min(part.options.new_tokens, self.config.max_position_embeddings // 2)
         room = self.config.max_position_embeddings - new_tokens
-        seed = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:4])
-        answers: list[str] = []
-        cut = 0
-        for turn in range(len(question.turns)):
-            ids = part.prompt_ids(question, answers)
-            cut += len(ids) > room
-            (new,) = self._generate(
-                [ids[-room:]],
-                new_tokens,
-                part.end_ids,
-                Sampling(temperature=part.temperature(question)),
-                seeds=[seed + turn],
-            )
-            answers.append(str(self.tokenizer.decode(new, skip_special_tokens=True)).strip())
-        return answers, cut
+        sampling = Sampling(temperature=part.temperature(questions[0]))
+        answers: list[list[str]] = [[] for _ in questions]
+        cut = [0] * len(questions)
+        for turn in range(max(len(question.turns) for question in questions)):
+            rows = [row for row, question in enumerate(questions) if turn < len(question.turns)]
+            prompts = [part.prompt_ids(questions[row], answers[row]) for row in rows]
+            seeds = [seed_of(questions[row].id) + turn for row in rows]
+            cut_prompts = [prompt[-room:] for prompt in prompts]
+            new = self._generate(cut_prompts, new_tokens, part.end_ids, sampling, seeds)
+            for row, prompt, ids in zip(rows, prompts, new, strict=True):
+                cut[row] += len(prompt) > room
+                answers[row].append(str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+        return list(zip(answers, cut, strict=True))
+
+
+def seed_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
 def part_of(asked: int, available: int) -> list[str]:
