@@ -315,7 +315,7 @@ def test_it_stops_when_told_to(place: Path) -> None:
 def test_it_measures_and_does_not_train(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("fit", "validate", "predict"):
         assert run(place, verb=verb) == 2
-        assert f"Evaluation measures: type test instead of {verb}" in capsys.readouterr().err
+        assert f"Evaluation has no {verb}: say test" in capsys.readouterr().err
 
 
 def test_what_is_missing_for_academic_tasks_is_told(

@@ -39,8 +39,6 @@ class Evaluation(LightningModule):
         ValueError: the weights cannot be read, or there is no such template.
     """
 
-    only_verb = "test"
-
     def __init__(self, weights: str, dtype: str | None = None, places: int = 8192, chat_template: bool = False) -> None:
         super().__init__()
         if places < 1:
