@@ -407,9 +407,10 @@ def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tu
             raise MissingData(f"{config['dataset_path']} cannot be loaded from the hub ({first})") from error
         raise cannot_use(next(iter(places.values()))[0], 1, config["task"], error) from error
     check_documents(part, config["task"], places)
-    # One to spare, as the harness draws them: the question at hand may be among them.
+    # Where the question at hand may be among the examples, the harness draws one to spare.
+    needed = shots + (part.fewshot_cfg.split == part.config.test_split)
     examples = len(part.sampler.df)
-    if shots and not config_samples(config) and examples < shots + 1:
+    if shots and not config_samples(config) and examples < needed:
         raise MissingData(f"there are {examples} examples, too few for {shots} before each question")
     return part, notes
 

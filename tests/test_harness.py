@@ -186,6 +186,30 @@ def test_a_question_is_never_its_own_example(split: str, directory: Path) -> Non
         assert prompt.endswith(f"Question: {questions[number]['question']}\nAnswer:")
 
 
+def test_a_group_is_asked_with_as_many_examples_as_there_are(directory: Path) -> None:
+    """MMLU has exactly five of them for each of its 57 subjects."""
+    import lm_eval.tasks
+
+    from lightning_danube import harness
+
+    folder = Path(lm_eval.tasks.__file__).parent / TASKS["mmlu"].folder
+    manager = harness.TaskManager(include_defaults=False, include_path=str(folder))
+    subjects = [name.removeprefix("mmlu_") for name in harness.leaf_names(manager, "mmlu")]
+    for number, subject in enumerate(subjects):
+        rows = [
+            {"question": words(n, 4), "choices": list("wxyz"), "answer": n % 4}
+            for n in range(7 * number, 7 * number + 7)
+        ]
+        write(directory / "cais" / "mmlu" / subject / "dev.jsonl", rows[:5])
+        write(directory / "cais" / "mmlu" / subject / "test.jsonl", rows[5:])
+    prepared = harness.prepare(TASKS["mmlu"], directory, 60, seed=0)
+    assert len(prepared.parts) == 57 and prepared.documents == 60 and prepared.available == 114
+    lm = CountingLM()
+    answered = harness.run(lm, prepared)
+    assert len(answered.values["acc"]) == 60 and len(lm.asked) == 240
+    assert lm.asked[0][0].count("Answer:") == 6
+
+
 def CountingLM() -> Any:
     """A model of the harness that notes what it is asked, and finds everything equally likely."""
     from lm_eval.api.model import LM
