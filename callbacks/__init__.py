@@ -4,6 +4,8 @@ from callbacks.chat_summary import ChatSummary
 from callbacks.checkpoints import Checkpoints
 from callbacks.classification_summary import ClassificationSummary
 from callbacks.curriculum import CurriculumStages
+from callbacks.evaluation_report import EvaluationReport
+from callbacks.judge import Judge
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
 from callbacks.preference_summary import PreferenceSummary
@@ -13,12 +15,15 @@ from callbacks.samples import TextSamples
 from callbacks.skipping import SkipBadSteps
 from callbacks.summary import PretrainingSummary
 from callbacks.throughput import Throughput
+from callbacks.training_overlap import TrainingOverlap
 
 __all__ = [
     "ChatSummary",
     "Checkpoints",
     "ClassificationSummary",
     "CurriculumStages",
+    "EvaluationReport",
+    "Judge",
     "Predictions",
     "PreferenceSummary",
     "PretrainingSummary",
@@ -28,4 +33,5 @@ __all__ = [
     "TextSamples",
     "Throughput",
     "TokenLedger",
+    "TrainingOverlap",
 ]

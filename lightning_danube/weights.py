@@ -47,6 +47,21 @@ def load_model(
     return load_decoder(located, adapter=adapter, dtype=dtype, device=device), tokenizer
 
 
+def load_as_exported(
+    weights: str, *, dtype: torch.dtype | str | None = None
+) -> tuple[Decoder, PreTrainedTokenizerFast]:
+    """Model, and the tokenizer that its Hugging Face export has: that begins a text by itself as training did.
+
+    Raises:
+        ValueError: nothing of that name is there, or it is no model.
+    """
+    from lightning_danube.data.tokenizer import adding_bos
+
+    located = locate_weights(weights)
+    decoder, tokenizer = load_model(located, dtype=dtype)
+    return decoder, tokenizer if located.kind == "hf" else adding_bos(tokenizer)
+
+
 def load_decoder(
     weights: str | Weights,
     *,

@@ -27,20 +27,21 @@ FORMATS = {
 TASKS_MAY_IMPORT_OF_OURS = frozenset(
     {
         f"lightning_danube.{name}"
-        for name in ("model", "optim", "durations", "tasks", "weights", "adapters", "quantization")
+        for name in ("model", "optim", "durations", "tasks", "weights", "adapters", "quantization", "harness")
     }
 )
 REPORTS_MAY_IMPORT_OF_OURS = frozenset(
     {f"lightning_danube.{name}" for name in ("durations", "reports", "quantization.frontier")}
 )
 DATA_MUST_NOT_IMPORT = frozenset(
-    {f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters", "quantization")}
+    {f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters", "quantization", "harness")}
 )
 # Libraries that one file of the package deals with, for all others.
 IN_ONE_FILE = {
     "bitsandbytes": "lightning_danube/quantized_linear.py",
     "hqq": "lightning_danube/quantization/grouped.py",
     "llama_cpp": "lightning_danube/llama_cpp.py",
+    "lm_eval": "lightning_danube/harness.py",
     "optuna": "lightning_danube/studies/",
     "peft": "lightning_danube/adapters.py",
 }
@@ -106,8 +107,8 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return "data knows neither models nor tasks"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
         return (
-            "of ours, tasks import model, weights, adapters, quantization, optim and durations only; facts about data "
-            "arrive as arguments"
+            "of ours, tasks import model, weights, adapters, quantization, optim, durations and harness only; facts "
+            "about data arrive as arguments"
         )
     return None
 
@@ -175,6 +176,8 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("lightning_danube/optim.py", "import callbacks", "never imports callbacks"),
         ("lightning_danube/tasks/chat.py", "from peft import LoraConfig", "only lightning_danube/adapters.py"),
         ("lightning_danube/weights.py", "import llama_cpp", "only lightning_danube/llama_cpp.py"),
+        ("lightning_danube/tasks/evaluation.py", "from lm_eval.api import model", "only lightning_danube/harness.py"),
+        ("lightning_danube/data/academic.py", "from lightning_danube.harness import run", "data knows"),
         ("lightning_danube/data/chat.py", "from callbacks.curriculum import Curriculum", "never imports callbacks"),
         ("lightning_danube/data/chat.py", "from lightning_danube.cli import main", "the command line"),
         ("lightning_danube/tasks/chat.py", "from .. import cli", "the command line"),
@@ -210,6 +213,8 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
         ("lightning_danube/tasks/chat.py", "from ..weights import load_decoder\nfrom ..adapters import load_adapter"),
         ("lightning_danube/adapters.py", "import peft"),
         ("lightning_danube/llama_cpp.py", "import llama_cpp"),
+        ("lightning_danube/harness.py", "import lm_eval"),
+        ("lightning_danube/tasks/evaluation.py", "from lightning_danube import harness"),
         ("benchmarks/speed.py", "import llama_cpp"),
         ("lightning_danube/cli.py", "from .data import chat\nfrom .tasks import chat as task"),
         ("lightning_danube/__main__.py", "from lightning_danube.cli import main"),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_danube.weight_files import Weights, load_tokenizer, locate_weights
 from lightning_danube.weights import add_weights_arguments, load_decoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 FORMATS = ("hf", "gguf", "peft")
 DEFAULT_TYPE = "F16"
@@ -65,6 +61,7 @@ def _check(arguments: Namespace) -> None:
 
 def _export_hf(arguments: Namespace) -> None:
     from lightning_danube.classifiers import is_classifier
+    from lightning_danube.data.tokenizer import adding_bos
     from lightning_danube.model import save_hf
     from lightning_danube.model.checkpoints import EXPORTED_FILES, check_target, read_json
     from lightning_danube.model_card import model_card
@@ -82,7 +79,7 @@ def _export_hf(arguments: Namespace) -> None:
     save_hf(
         decoder,
         out,
-        tokenizer=tokenizer if weights.kind == "hf" else _adding_bos(tokenizer),
+        tokenizer=tokenizer if weights.kind == "hf" else adding_bos(tokenizer),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -106,18 +103,6 @@ def _export_classifier(arguments: Namespace, weights: Weights) -> None:
     save_hf_classifier(classifier, out, card=card, overwrite=arguments.overwrite)
     dtype = str(classifier.score_CD.dtype).removeprefix("torch.")
     print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
-
-
-def _adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
-
-    Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
-    """
-    if tokenizer.bos_token is None or tokenizer.bos_token == tokenizer.eos_token:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
-    return tokenizer
 
 
 def _export_gguf(arguments: Namespace) -> None:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_danube.data.chat_data import ChatData
     from lightning_danube.data.classification import ClassificationData
+    from lightning_danube.data.evaluation import EvaluationData
     from lightning_danube.data.preference_data import PreferenceData
     from lightning_danube.data.pretraining import CurriculumData
     from lightning_danube.data.text_windows import TextWindows
 
-__all__ = ["ChatData", "ClassificationData", "CurriculumData", "PreferenceData", "TextWindows"]
+__all__ = ["ChatData", "ClassificationData", "CurriculumData", "EvaluationData", "PreferenceData", "TextWindows"]
 
 _MODULES = {
     "ChatData": "chat_data",
     "ClassificationData": "classification",
     "CurriculumData": "pretraining",
+    "EvaluationData": "evaluation",
     "PreferenceData": "preference_data",
     "TextWindows": "text_windows",
 }

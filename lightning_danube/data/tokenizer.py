@@ -9,6 +9,7 @@ it merges by id instead of score.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import os
@@ -77,6 +78,18 @@ def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     end is the next one's start."""
     bos = tokenizer.bos_token_id
     return int(bos) if bos is not None and bos != tokenizer.eos_token_id else None
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
+
+    Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
+    """
+    if begin_token(tokenizer) is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+    return tokenizer
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -25,8 +25,8 @@ class KVCache:
 
     All memory is taken at the start, so a text that fits can be finished, and no shape changes from step to step. Rows
     are filled from slot 0 on, and hold either the same number of tokens, `length`, or numbers of their own, `lengths_B`
-    (after `set_lengths`). Numbers of their own live on the device and select slots there: a step then asks the host for
-    nothing, and could be compiled or recorded as a graph.
+    (after `set_lengths`; who extends them sees to it that what is new fits). Those live on the device and select slots
+    there: a step then asks the host for nothing, and could be compiled or recorded as a graph.
     """
 
     def __init__(self, keys_LBGSK: Tensor, values_LBGSK: Tensor) -> None:
@@ -35,7 +35,7 @@ class KVCache:
         self.lengths_B: Tensor | None = None
         self.visible = self.capacity
         """Slots that attention looks at when rows have lengths of their own: at least those of the longest row and of
-        the new token. Fewer than all save time, all of them keep the shapes fixed."""
+        the new tokens. Fewer than all save time, all of them keep the shapes fixed."""
 
     @classmethod
     def for_decoder(cls, decoder: "Decoder", batch: int, length: int) -> "KVCache":
@@ -69,9 +69,7 @@ class KVCache:
         Raises:
             ValueError: they do not.
         """
-        if self.lengths_B is not None:
-            assert tokens == 1, "rows of different lengths grow a token at a time"
-        elif self.length + tokens > self.capacity:
+        if self.lengths_B is None and self.length + tokens > self.capacity:
             raise ValueError(
                 f"the cache holds {self.length} of {self.capacity} tokens; {tokens} more do not fit: make it longer"
             )
@@ -79,14 +77,14 @@ class KVCache:
     def positions(self, tokens: int) -> Tensor:
         """Of the next tokens, (1 or B, T)."""
         if self.lengths_B is not None:
-            return self.lengths_B[:, None]
+            return self.lengths_B[:, None] + torch.arange(tokens, device=self.lengths_B.device)
         return torch.arange(self.length, self.length + tokens, device=self.keys_LBGSK.device)[None]
 
     def mask(self, tokens: int) -> Tensor | None:
         """(1 or B, 1, T, S) for attention of the next tokens, where it is not plainly causal."""
         device = self.keys_LBGSK.device
         if self.lengths_B is not None:
-            return (torch.arange(self.visible, device=device) <= self.lengths_B[:, None])[:, None, None]
+            return (torch.arange(self.visible, device=device) <= self.positions(tokens)[:, :, None])[:, None]
         return causal_mask(tokens, self.length, device) if self.length and tokens > 1 else None
 
     def advance(self, tokens: int) -> None:
@@ -106,6 +104,22 @@ class KVCache:
         """From now on each row has a length of its own: what lies behind it is overwritten, and not seen before."""
         assert len(lengths) == self.keys_LBGSK.shape[1] and max(lengths) <= self.capacity
         self.lengths_B = torch.tensor(lengths, device=self.keys_LBGSK.device)
+
+    def copies(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> "KVCache":
+        """A cache that has these rows, each as often as it is named, its first so many tokens, and room for more: for
+        several continuations of one beginning, which is then read once."""
+        capacity = max(lengths) + room
+        rows_R = torch.tensor(rows, device=self.keys_LBGSK.device)
+        copied = []
+        for memory_LBGSK in (self.keys_LBGSK, self.values_LBGSK):
+            L, _, G, S, K = memory_LBGSK.shape
+            new_LRGSK = memory_LBGSK.new_zeros(L, len(rows), G, capacity, K)
+            kept = min(S, capacity)
+            new_LRGSK[:, :, :, :kept] = memory_LBGSK[:, rows_R, :, :kept]
+            copied.append(new_LRGSK)
+        cache = KVCache(copied[0], copied[1])
+        cache.set_lengths(lengths)
+        return cache
 
     def row(self, index: int) -> "KVCache":
         """An empty cache of one row, in the memory of this one's."""
@@ -128,9 +142,10 @@ class LayerOfCache:
             keys_BGSK[:, :, start:end] = k_BGTK
             values_BGSK[:, :, start:end] = v_BGTK
             return keys_BGSK[:, :, :end], values_BGSK[:, :, :end]
-        rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
-        keys_BGSK[rows_B, :, lengths_B] = k_BGTK[:, :, 0]
-        values_BGSK[rows_B, :, lengths_B] = v_BGTK[:, :, 0]
+        rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
+        slots_BT = self.cache.positions(k_BGTK.shape[2])
+        keys_BGSK[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
+        values_BGSK[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
         return keys_BGSK[:, :, : self.cache.visible], values_BGSK[:, :, : self.cache.visible]
 
 

@@ -88,6 +88,21 @@ def test_cached_logits_of_rows_of_different_lengths_equal_uncached_ones(config: 
         torch.testing.assert_close(logits, decoder(text[None])[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [CONFIG, MHA, MQA], ids=["gqa", "mha", "mqa"])
+def test_several_continuations_of_a_beginning_equal_uncached_texts(config: DecoderConfig) -> None:
+    decoder = exact_decoder(config)
+    beginnings, ends = prompts_of(5, 9), prompts_of(3, 1, 4)
+    owners = [1, 0, 1]
+    cache = KVCache.for_decoder(decoder, batch=2, length=9)
+    decoder(torch.tensor([beginnings[0] + [77] * 4, beginnings[1]]), cache=cache)
+    copies = cache.copies(owners, [len(beginnings[row]) for row in owners], room=4)
+    padded = torch.tensor([end + [77] * (4 - len(end)) for end in ends])
+    logits = decoder(padded, cache=copies)
+    for row, (owner, end) in enumerate(zip(owners, ends, strict=True)):
+        alone = decoder(torch.tensor([beginnings[owner] + end]))[0, -len(end) :]
+        torch.testing.assert_close(logits[row, : len(end)], alone, rtol=0, atol=1e-12)
+
+
 def test_the_cache_has_the_size_of_the_key_value_heads(decoder: Decoder) -> None:
     cache = KVCache.for_decoder(decoder, batch=3, length=10)
     assert cache.keys_LBGSK.shape == (2, 3, 2, 10, 16)

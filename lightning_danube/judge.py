@@ -1,0 +1,218 @@
+"""A judge of chat answers behind an OpenAI-compatible chat API: a commercial one, vLLM, or llama.cpp's server here.
+
+The protocol is that of single-answer grading (MT-Bench, arXiv 2306.05685) and of the checklist score (WildBench, arXiv
+2406.04770): an explanation first, then a score of 1 to 10 in double brackets. The wording is this project's own, so
+scores are comparable with each other and not, to the last tenth, with published ones; `PROMPTS` is its version, which
+stands beside each judgement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+PROMPTS = "danube-judge-1"
+CHARACTERS_A_TOKEN = 4
+"""A rough mean of English text, for estimates."""
+
+SYSTEM = (
+    "You grade answers that an assistant gave to a user. Judge how helpful, relevant, correct, thorough and clear the "
+    "answer is. Length by itself earns nothing. First explain your judgement in a few sentences. Then end with a "
+    "line that holds nothing but the grade, a whole number from 1 (useless) to 10 (could not be better), in double "
+    "square brackets: [[N]], with the number in place of N"
+)
+ASK_FOR_GRADE = (
+    "Your reply had no grade. Reply with the grade alone, in double square brackets: [[N]], with the number in place "
+    "of N"
+)
+
+
+def grading_messages(
+    conversation: Sequence[dict[str, str]], answer: str, reference: str | None, checklist: Sequence[str]
+) -> list[dict[str, str]]:
+    """What the judge is told: the conversation up to the last question, and the answer to grade."""
+    parts = []
+    for message in conversation:
+        who = {"user": "User", "assistant": "Assistant", "system": "System"}[message["role"]]
+        parts.append(f"### {who}\n{message['content']}")
+    parts.append(f"### Answer to grade\n{answer or '(the answer is empty)'}")
+    if reference is not None:
+        parts.append(f"### A correct answer, to compare with\n{reference}")
+    if checklist:
+        points = "\n".join(f"- {point}" for point in checklist)
+        parts.append(f"### Questions to ask yourself about the answer\n{points}")
+    parts.append("Grade the answer to the last message of the user.")
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def grade_in(reply: str) -> float | None:
+    """The last grade in a reply, if it is one of 1 to 10."""
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", reply)
+    if not found:
+        return None
+    grade = float(found[-1])
+    return grade if 1 <= grade <= 10 else None
+
+
+class Judgement(NamedTuple):
+    """A grade, or None: an answer that could not be graded has none, it does not have the worst.
+
+    `problem` says why there is none; `attempts` counts requests.
+    """
+
+    score: float | None
+    reply: str
+    attempts: int
+    problem: str | None = None
+
+
+class JudgeRefused(ValueError):
+    """The judge will not answer however often it is asked: a wrong key, model or address."""
+
+
+@dataclass
+class ChatJudge:
+    """
+    Args:
+        base_url: of the API, up to and without /chat/completions, such as "http://localhost:8000/v1".
+        model: its name there.
+        api_key_variable: environment variable that holds the key; an unset one sends none.
+        requests_per_minute: no more are begun.
+        attempts: requests for one judgement, until it holds a grade.
+        timeout: seconds for an answer.
+        new_tokens: most tokens of a judgement.
+        wait: seconds before the second attempt after an error; each further one takes twice as long.
+    """
+
+    base_url: str
+    model: str
+    api_key_variable: str = "OPENAI_API_KEY"
+    requests_per_minute: float | None = None
+    attempts: int = 4
+    timeout: float = 120.0
+    new_tokens: int = 512
+    wait: float = 2.0
+    sleep: Callable[[float], None] = time.sleep
+    _next: float = field(default=0.0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.base_url).scheme not in ("http", "https"):
+            raise ValueError(f"the judge's base_url is {self.base_url!r}: give one such as http://localhost:8000/v1")
+        if self.attempts < 1:
+            raise ValueError(f"the judge's attempts is {self.attempts}: it must be at least 1")
+        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
+            raise ValueError(f"the judge's requests_per_minute is {self.requests_per_minute}: it must be above 0")
+
+    def judge(self, messages: Sequence[dict[str, str]]) -> Judgement:
+        """
+        Raises:
+            JudgeRefused: no repetition would help.
+        """
+        said = list(messages)
+        reply, problem, wait = "", None, self.wait
+        for attempt in range(1, self.attempts + 1):
+            try:
+                reply = self._ask(said)
+            except _Unavailable as error:
+                problem = str(error)
+                if attempt < self.attempts:
+                    self.sleep(error.wait if error.wait is not None else wait)
+                    wait *= 2
+                continue
+            grade = grade_in(reply)
+            if grade is not None:
+                return Judgement(grade, reply, attempt)
+            problem = "its reply held no grade"
+            said = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": ASK_FOR_GRADE}]
+        return Judgement(None, reply, self.attempts, problem)
+
+    def _ask(self, messages: Sequence[dict[str, str]]) -> str:
+        self._keep_to_the_rate()
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.new_tokens}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.api_key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                answer = json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            said = error.read(500).decode("utf-8", "replace").strip()
+            message = f"the judge at {url} answers {error.code} {error.reason} ({' '.join(said.split())[:200]})"
+            if error.code in (408, 409, 425, 429) or error.code >= 500:
+                raise _Unavailable(message, _seconds(error.headers.get("Retry-After"))) from None
+            raise JudgeRefused(message) from None
+        except (OSError, ValueError) as error:
+            # A refused or broken connection, a timeout, or a body that is no JSON.
+            raise _Unavailable(f"the judge at {url} does not answer ({error})", None) from None
+        try:
+            return str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            raise _Unavailable(f"the judge at {url} gives an answer without a message", None) from None
+
+    def _keep_to_the_rate(self) -> None:
+        if self.requests_per_minute is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            begin = max(now, self._next)
+            self._next = begin + 60 / self.requests_per_minute
+        if begin > now:
+            self.sleep(begin - now)
+
+
+class _Unavailable(Exception):
+    """No answer this time; `wait` is how many seconds the server asks to wait."""
+
+    def __init__(self, message: str, wait: float | None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    try:
+        return None if retry_after is None else min(600.0, max(0.0, float(retry_after)))
+    except ValueError:  # a date
+        return None
+
+
+class Cost(NamedTuple):
+    """What judging will take, estimated from the lengths of the texts. Dollars are None where no price is known."""
+
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    dollars: float | None
+
+
+def estimated_cost(
+    prompts: Sequence[Sequence[dict[str, str]]], new_tokens: int, price_in: float | None, price_out: float | None
+) -> Cost:
+    """
+    Args:
+        price_in, price_out: dollars a million tokens.
+    """
+    characters = sum(len(message["content"]) for messages in prompts for message in messages)
+    tokens_in, tokens_out = characters // CHARACTERS_A_TOKEN, len(prompts) * new_tokens
+    dollars = None
+    if price_in is not None and price_out is not None:
+        dollars = (tokens_in * price_in + tokens_out * price_out) / 1e6
+    return Cost(len(prompts), tokens_in, tokens_out, dollars)
+
+
+def judgement_key(messages: Sequence[dict[str, str]], model: str) -> str:
+    """Tells one question to a judge from another: what it is told, its name, and the version of the wording."""
+    told: list[Any] = [PROMPTS, model, list(messages)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""The judge's protocol and its patience, against a real HTTP server on this machine."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from lightning_danube.judge import (
+    ChatJudge,
+    JudgeRefused,
+    estimated_cost,
+    grade_in,
+    grading_messages,
+    judgement_key,
+)
+
+
+class ScriptedServer:
+    """Answers chat completions with the given replies, one after the other, the last one for ever: a text, or the
+    status of an error."""
+
+    def __init__(self, replies: list[str | int | bytes]) -> None:
+        self.replies, self.requests = replies, list[dict[str, Any]]()
+        self.headers: list[Any] = []
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                reply = scripted.replies[min(len(scripted.requests), len(scripted.replies) - 1)]
+                scripted.requests.append({"path": self.path, **body})
+                scripted.headers.append(self.headers)
+                self.send_response(reply if isinstance(reply, int) else 200)
+                self.send_header("Content-Type", "application/json")
+                if reply == 429:
+                    self.send_header("Retry-After", "7")
+                self.end_headers()
+                said = reply if isinstance(reply, str) else "no"
+                answer = {"choices": [{"message": {"role": "assistant", "content": said}}]}
+                self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(answer).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    servers: list[ScriptedServer] = []
+
+    def make(*replies: str | int | bytes) -> ScriptedServer:
+        servers.append(ScriptedServer(list(replies)))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+MESSAGES = grading_messages([{"role": "user", "content": "What is 2 + 2?"}], "4", "Four", ["Is it a number?"])
+
+
+def judge_of(server: ScriptedServer, **options: Any) -> tuple[ChatJudge, list[float]]:
+    waits: list[float] = []
+    return ChatJudge(server.url, "grader", sleep=waits.append, **options), waits
+
+
+def test_what_a_judge_is_told_and_where(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    server = serve("Right and short.\n[[9]]")
+    judge, waits = judge_of(server, api_key_variable="MY_KEY", new_tokens=99)
+    assert judge.judge(MESSAGES)[:3] == (9.0, "Right and short.\n[[9]]", 1) and not waits
+    (request,) = server.requests
+    assert request["path"] == "/v1/chat/completions"
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("grader", 0, 99)
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    told = request["messages"][1]["content"]
+    for part in ("What is 2 + 2?", "### Answer to grade\n4", "Four", "- Is it a number?"):
+        assert part in told
+    assert "[[N]]" in request["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        ("[[7]]", 7),
+        ("Not [[2]], on reflection [[ 3.5 ]]", 3.5),
+        ("10 of 10", None),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("", None),
+    ],
+)
+def test_the_last_grade_counts_if_it_is_one(reply: str, grade: float | None) -> None:
+    assert grade_in(reply) == grade
+
+
+def test_a_judge_that_is_down_is_asked_again_after_longer_and_longer_waits(serve: Any) -> None:
+    judge, waits = judge_of(serve(500, 429, b"no json", "[[4]]"))
+    assert judge.judge(MESSAGES) == (4.0, "[[4]]", 4, None)
+    # 429 says for how long; the others double.
+    assert waits == [2.0, 7.0, 8.0]
+
+
+def test_nonsense_is_asked_about_once_more_and_never_becomes_a_grade(serve: Any) -> None:
+    server = serve("I like it.", "[[6]]")
+    assert judge_of(server)[0].judge(MESSAGES)[:3] == (6.0, "[[6]]", 2)
+    assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "assistant", "user"]
+    found = judge_of(serve("I like it."), attempts=3)[0].judge(MESSAGES)
+    assert found == (None, "I like it.", 3, "its reply held no grade")
+
+
+def test_a_judge_that_stays_away_leaves_no_grade(serve: Any) -> None:
+    server = serve("x")
+    server.close()
+    judge, waits = judge_of(server, attempts=2, timeout=2)
+    found = judge.judge(MESSAGES)
+    assert found.score is None and "does not answer" in str(found.problem) and waits == [2.0]
+    assert "gives an answer without a message" in str(judge_of(serve(b"{}"), attempts=1)[0].judge(MESSAGES).problem)
+
+
+def test_a_wrong_key_is_told_at_once(serve: Any) -> None:
+    server = serve(401)
+    with pytest.raises(JudgeRefused, match=r"the judge at http.*/v1/chat/completions answers 401 Unauthorized"):
+        judge_of(server)[0].judge(MESSAGES)
+    assert len(server.requests) == 1
+
+
+def test_requests_keep_to_the_rate(serve: Any) -> None:
+    judge, waits = judge_of(serve("[[1]]"), requests_per_minute=6)
+    for _ in range(3):
+        judge.judge(MESSAGES)
+    # Ten seconds from the first each; the sleeps themselves are not slept here.
+    assert len(waits) == 2 and waits[0] == pytest.approx(10, abs=1) and waits[1] == pytest.approx(20, abs=1)
+
+
+def test_costs_are_estimated_from_lengths() -> None:
+    prompts = [[{"role": "user", "content": "x" * 4000}]] * 3
+    assert estimated_cost(prompts, 100, None, None) == (3, 3000, 300, None)
+    assert estimated_cost(prompts, 100, 2.0, 10.0).dollars == pytest.approx((3000 * 2 + 300 * 10) / 1e6)
+
+
+def test_a_judgement_is_known_by_all_that_decides_it() -> None:
+    other = grading_messages([{"role": "user", "content": "What is 2 + 2?"}], "5", "Four", ["Is it a number?"])
+    keys = {judgement_key(MESSAGES, "a"), judgement_key(MESSAGES, "b"), judgement_key(other, "a")}
+    assert len(keys) == 3 and judgement_key(list(MESSAGES), "a") in keys
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "base_url is 'localhost:8000': give one such as"),
+        ({"attempts": 0}, "attempts is 0: it must be at least 1"),
+        ({"requests_per_minute": 0}, "requests_per_minute is 0: it must be above 0"),
+    ],
+)
+def test_an_impossible_judge_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatJudge(**({"base_url": "http://x/v1", "model": "m"} | options))
