@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -211,6 +212,22 @@ def test_a_full_disk_loses_nothing(
     assert [path.suffix for path in kept(bits)] == [".npz"] * 2
     assert run(bits) == 0
     assert "kept from before: full, bitsandbytes:int8" in capsys.readouterr().out
+
+
+def test_when_told_to_stop_it_keeps_what_is_measured(
+    bits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = quantization.save_measured
+
+    def save_and_signal(path: Path, measured: Any) -> None:
+        save(path, measured)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(quantization, "save_measured", save_and_signal)
+    assert run(bits) == 128 + signal.SIGTERM
+    assert "stopped: 1 of 4 are measured and kept; the same command goes on" in capsys.readouterr().out
+    # What it worked with goes with the process, which here is the one of the tests.
+    assert [path.suffix for path in kept(bits) if path.is_file()] == [".npz"]
 
 
 def test_no_room_for_the_full_models_answers(
