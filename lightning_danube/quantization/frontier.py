@@ -16,7 +16,7 @@ ENDS = ("low", "high")
 
 
 def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Change of the perplexity, with its 95 % interval, against the size of all tensors, a line for each method.
+    """Change of the perplexity, with its 95 % interval, against the size of all tensors.
 
     Args:
         rows: as in `quantization.parquet`; those without a measurement are left out. Levels with a cache of their own
@@ -43,16 +43,20 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             marker=MARKERS[method],
             color=colour,
             capsize=2,
-            linestyle=":",
-            linewidth=0.8,
+            linestyle="none",
+            elinewidth=0.8,
             label=method,
         )
         for row, size, change in zip(ours, sizes, changes, strict=True):
-            name = row["level"].partition(":")[2]
-            axes.annotate(name, (size, change), textcoords="offset points", xytext=(5, 3), fontsize=7, color=colour)
+            # Whether the embedding is rounded, too, is seen from the size.
+            name = row["level"].partition(":")[2].replace("+embeddings", "").replace("+double", "")
+            above = 3 if method in ("gguf", "bitsandbytes") else -9
+            axes.annotate(name, (size, change), textcoords="offset points", xytext=(5, above), fontsize=7, color=colour)
     axes.set_xscale("log")
     # Linear up to one per cent, where all that is good lies; logarithmic beyond.
     axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_ylim(bottom=min(-0.5, 1.2 * axes.dataLim.y0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda change, _: f"{change:+,.0f}" if change else "0"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.axhline(0.0, color="#222222", linewidth=0.8)
