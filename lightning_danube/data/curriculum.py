@@ -143,7 +143,11 @@ class Curriculum:
 
     def passes(self) -> dict[str, float]:
         """How often the whole run goes through each source."""
-        return {name: float(self._taken[-1, s] / self._rows[s]) for s, name in enumerate(self.sources)}
+        return self.passes_after(len(self.stages))
+
+    def passes_after(self, stages: int) -> dict[str, float]:
+        """How often the run has gone through each source when so many stages are over."""
+        return {name: float(self._taken[stages, s] / self._rows[s]) for s, name in enumerate(self.sources)}
 
     def samples(self, start: int, stop: int) -> list[SampleKey]:
         """Keys of the samples [start, stop); their cost does not depend on `start`."""

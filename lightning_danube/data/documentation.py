@@ -77,6 +77,12 @@ def collect_documentation(cache_dir: Path, *, processes: int | None = None, prog
     return _collect(Environment.running(), cache_dir, processes=processes, progress=progress)
 
 
+def is_collected(cache_dir: Path) -> bool:
+    """Whether `collect_documentation` would return at once."""
+    folder = cache_dir / f"documentation-{Environment.running().fingerprint()}"
+    return _is_complete({role: folder / f"{role}.jsonl" for role in ROLES})
+
+
 def _collect(environment: Environment, cache_dir: Path, *, processes: int | None, progress: bool) -> dict[str, Path]:
     fingerprint = environment.fingerprint()
     folder = cache_dir / f"documentation-{fingerprint}"

@@ -144,11 +144,13 @@ class CurriculumData(LightningDataModule):
 
     def shards_directories(self) -> dict[str, Path]:
         """Where the shards of each source are, or will be."""
-        directories = {}
-        for name, source in self.sources.items():
-            fingerprint = source_fingerprint(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
-            directories[name] = shards_directory(self.cache_dir, name, fingerprint)
-        return directories
+        return {name: self.shards_directory(name) for name in self.sources}
+
+    def shards_directory(self, name: str) -> Path:
+        """Where the shards of one source are, or will be."""
+        source = self.sources[name]
+        fingerprint = source_fingerprint(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
+        return shards_directory(self.cache_dir, name, fingerprint)
 
     def _open(self, name: str) -> TokenShards:
         shards, _ = open_or_prepare(
@@ -226,8 +228,14 @@ class CurriculumData(LightningDataModule):
             )
 
     def _accumulation(self) -> int:
-        """Micro-batches of one optimizer step on each replica."""
-        replicas, _ = replicas_of(self.trainer)
+        return self.accumulation(replicas_of(self.trainer)[0])
+
+    def accumulation(self, replicas: int) -> int:
+        """Micro-batches of one optimizer step on each of so many data-parallel replicas.
+
+        Raises:
+            ValueError: they do not divide it.
+        """
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:
             fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]

@@ -1,0 +1,72 @@
+"""What makers state of their accelerators: dense 16-bit peak and memory.
+
+From data sheets; where those give figures "with sparsity", half of them. A device sold as 80 GB has about 80 GiB.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """
+    Args:
+        name: as on a command line.
+        flops: dense peak in FLOP/s of 16-bit matrix products that add up in 32 bits.
+        memory: bytes of one device.
+        price: of one device for an hour, in whatever money; None if it was not said.
+    """
+
+    name: str
+    flops: float
+    memory: int
+    price: float | None = None
+
+
+_GIB = 2**30
+ACCELERATORS: dict[str, tuple[float, int]] = {
+    "a100-40gb": (312e12, 40),
+    "a100-80gb": (312e12, 80),
+    "l4": (121e12, 24),
+    "l40s": (362e12, 48),
+    "rtx4090": (165e12, 24),
+    "h100": (989e12, 80),
+    "h200": (989e12, 141),
+    "b200": (2250e12, 180),
+    "mi300x": (1307e12, 192),
+}
+"""Name → dense bf16 FLOP/s, GiB. `h100` is the SXM one."""
+
+
+def parse_accelerator(text: str) -> Accelerator:
+    """An accelerator from "h100", "h100=2.50" (a price for an hour), or "400e12/64GiB" for one that has no name here.
+
+    Raises:
+        ValueError: no such accelerator, or no such price.
+    """
+    name, equals, price = text.partition("=")
+    hourly = _positive(price) if equals else None
+    if equals and hourly is None:
+        raise ValueError(f"--accelerator is {text!r}: the price of one device for an hour is a number, such as 2.50")
+    if name in ACCELERATORS:
+        flops, gib = ACCELERATORS[name]
+        return Accelerator(name, flops, gib * _GIB, hourly)
+    own = re.fullmatch(r"([\d.e+]+)/([\d.]+)GiB", name)
+    stated = (_positive(own[1]), _positive(own[2])) if own else (None, None)
+    if stated[0] is not None and stated[1] is not None:
+        return Accelerator(name, stated[0], round(stated[1] * _GIB), hourly)
+    close = get_close_matches(name, ACCELERATORS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(ACCELERATORS)}"
+    raise ValueError(f"--accelerator is {name!r}: {hint} Or state peak and memory, such as 400e12/64GiB")
+
+
+def _positive(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if number > 0 and math.isfinite(number) else None
