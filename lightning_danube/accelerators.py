@@ -60,8 +60,8 @@ def parse_accelerator(text: str) -> Accelerator:
     if stated[0] is not None and stated[1] is not None:
         return Accelerator(name, stated[0], round(stated[1] * _GIB), hourly)
     close = get_close_matches(name, ACCELERATORS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(ACCELERATORS)}"
-    raise ValueError(f"--accelerator is {name!r}: {hint} Or state peak and memory, such as 400e12/64GiB")
+    hint = f"did you mean {close[0]!r}" if close else f"there are {', '.join(ACCELERATORS)}"
+    raise ValueError(f"--accelerator is {name!r}: {hint}, or state peak and memory, such as 400e12/64GiB")
 
 
 def _positive(text: str) -> float | None:

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.config_errors import explain, parse, read_config
+from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
@@ -38,9 +39,6 @@ FACTS_OF_DATA = {
     "total_tokens": "data.stages",
 }
 """Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
-
-LINKED = ("vocab_size", "context_length", "batch_tokens", "total_tokens")
-"""Attributes of a data module that reach the task of that parameter name."""
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the method of a task that does it."""

@@ -63,48 +63,15 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 
 def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
-    """The data module of a configuration; the model and the trainer are not looked at."""
-    from jsonargparse import ArgumentParser as ConfigParser
-    from jsonargparse import set_parsing_settings
-    from lightning.pytorch import LightningDataModule
-
-    from lightning_danube.config_errors import TOP_LEVEL, explain, parse, read_config
+    from lightning_danube.configured import configured_data
     from lightning_danube.data import CurriculumData
 
-    for config in configs:
-        read_config(config)
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    parser = ConfigParser(exit_on_error=False, parser_mode="omegaconf+")
-    parser.add_argument("--config", action="config")
-    for name in set(TOP_LEVEL) - {"data", "config"}:
-        parser.add_argument(f"--{name}", type=Any)
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    flags = [flag for config in configs for flag in ("--config", config)]
-    parsed = parse(parser, [*flags, *_known(overrides)], configs, {})
-    try:
-        data = parser.instantiate(parsed).data
-    except ValueError as error:
-        # What a class says of its arguments arrives wrapped in the types that were tried.
-        if str(error).startswith("Does not validate"):
-            raise ValueError(explain(str(error), configs, {})) from error
-        raise
+    data = configured_data(configs, overrides)
     if not isinstance(data, CurriculumData):
         raise ValueError(
             f"data is {type(data).__name__}, which reads its files when it runs: only CurriculumData has shards"
         )
     return data
-
-
-def _known(overrides: list[str]) -> list[str]:
-    """Overrides without those of the model and the trainer, whose keys are not known here."""
-    kept: list[str] = []
-    skipping = False
-    for argument in overrides:
-        if argument.startswith("--"):
-            skipping = re.match(r"--(model|trainer)[.=\s]", argument + " ") is not None
-        if not skipping:
-            kept.append(argument)
-    return kept
 
 
 def _open(data: CurriculumData, directory: Path) -> Any:

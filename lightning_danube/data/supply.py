@@ -57,7 +57,7 @@ def supplies(data: CurriculumData, stated: Mapping[str, int]) -> dict[str, Suppl
         elif source.max_tokens is not None:
             found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
         else:
-            found[name] = Supply(None, "not known: --source-tokens")
+            found[name] = Supply(None, "say it by --source-tokens")
     return found
 
 

@@ -114,7 +114,8 @@ class TrainingMemory:
         return self.rows * self.context
 
     @property
-    def _weight(self) -> int:
+    def weight_bytes(self) -> int:
+        """Of one stored weight, and of what follows its type: its gradient, its moments, the residual stream."""
         return BYTES[self.precision][0]
 
     @property
@@ -124,7 +125,7 @@ class TrainingMemory:
     @property
     def _wide(self) -> int:
         """Bytes of a value where 16 bits would be too few."""
-        return max(4, self._weight)
+        return max(4, self.weight_bytes)
 
     @property
     def block_parameters(self) -> int:
@@ -156,14 +157,14 @@ class TrainingMemory:
         """Kept by one RMSNorm for its backward pass."""
         D, T = self.config.hidden_size, self.tokens
         if self.gpu:
-            return T * (D * self._weight + self._wide)
+            return T * (D * self.weight_bytes + self._wide)
         return T * (2 * D * self._wide + self._wide)
 
     def block_bytes(self) -> int:
         """Kept by one block, without the copies of its weights."""
         c, a, tp = self.config, self._product, self.layout.tensor_parallel
         # Autocast makes a copy of the input for each matrix that is multiplied with it.
-        queries_and_feed_forward = (3 + 2) if a < self._weight else (1 + 1)
+        queries_and_feed_forward = (3 + 2) if a < self.weight_bytes else (1 + 1)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self.gpu and a != 2:
             kv_heads = heads  # repeated: no fused kernel takes them as they are
@@ -174,7 +175,7 @@ class TrainingMemory:
     def kept_bytes(self) -> int:
         """Kept by the whole network for its backward pass, without the copies of its weights."""
         c = self.config
-        block = self.tokens * c.hidden_size * self._weight if self.recompute else self.block_bytes()
+        block = self.tokens * c.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
         rotary = 2 * self.context * head_dim(c) * self._wide
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
@@ -183,15 +184,14 @@ class TrainingMemory:
 
     def cast_bytes(self, blocks: int) -> int:
         """16-bit copies of the weights of so many blocks."""
-        return self._product * blocks * self.block_parameters if self._product < self._weight else 0
-
+        return self._product * blocks * self.block_parameters if self._product < self.weight_bytes else 0
 
     # --- the phases of a step -----------------------------------------------------------------------------------------
 
     def loss_phase(self) -> DeviceMemory:
         """The last chunk of the head's gradient is being added: all of the forward pass is kept, gradients of the step
         before are still there (they are dropped just before the backward pass)."""
-        c, w, a, wide, N = self.config, self._weight, self._product, self._wide, self.tokens
+        c, w, a, wide, N = self.config, self.weight_bytes, self._product, self._wide, self.tokens
         head = self.head_parameters
         casts = self.cast_bytes(c.num_hidden_layers)  # autocast keeps them to its end, recomputed blocks' as well
         casts += a * head if a < w else 0
@@ -212,7 +212,7 @@ class TrainingMemory:
         return max(first, last, key=lambda memory: memory.total)
 
     def _backward(self, block: int) -> DeviceMemory:
-        c, w, a, N = self.config, self._weight, self._product, self.tokens
+        c, w, a, N = self.config, self.weight_bytes, self._product, self.tokens
         layers = c.num_hidden_layers
         done = layers - 1 - block
         kept = self.kept_bytes() - self.norm_bytes() - done * (self.kept_bytes_of_block())
@@ -230,10 +230,12 @@ class TrainingMemory:
         )
 
     def kept_bytes_of_block(self) -> int:
-        return self.tokens * self.config.hidden_size * self._weight if self.recompute else self.block_bytes()
+        return self.tokens * self.config.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
 
     def _device(self, moment: str, *, casts: int, activations: int, logits: int, gradients: int) -> DeviceMemory:
-        w = self._weight
+        w = self.weight_bytes
+        if self.layout.sharded:
+            gradients = -(-gradients // self.layout.replicas)
         return DeviceMemory(
             weights=w * self.stored_parameters,
             gradients=w * gradients,
@@ -241,9 +243,23 @@ class TrainingMemory:
             casts=casts,
             activations=activations,
             logits=logits,
-            communication=0,
+            communication=w * self.communicated_parameters(),
             moment=moment,
         )
+
+    def communicated_parameters(self) -> int:
+        """Parameters whose values or gradients a device holds whole for the sake of others.
+
+        DDP: its buckets, beside the gradients. FSDP2: the embedding and the head, gathered from the forward pass to the
+        end of the backward pass, and their whole gradients; of the blocks the one at work and the one gathered ahead
+        of it, and one block's whole gradients.
+        """
+        if self.layout.replicas == 1:
+            return 0
+        if not self.layout.sharded:
+            return self.parameters
+        ends = self.head_parameters * (1 if self.config.tie_word_embeddings else 2)
+        return 2 * ends + 3 * self.block_parameters
 
     def peak(self) -> DeviceMemory:
         return max(self.loss_phase(), self.backward_phase(), key=lambda memory: memory.total)
