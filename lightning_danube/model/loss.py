@@ -4,10 +4,13 @@ All logits of 16 x 8192 tokens over 32000 words are 17 GB in float32, and their 
 them is all that is ever needed. The gradients of a sum are computed in the forward pass, while the chunk's logits are
 at hand, so nothing is computed twice.
 
-Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vocabulary.
+A head that is divided over devices by its vocabulary (parallel.py) gives a part of the logits on each. Their largest
+value, the sum of their exponentials and the label's are then put together, and the gradient of the hidden states summed.
+
+Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vocabulary (of this device).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,32 @@ from torch.autograd.function import once_differentiable
 CHUNK_TOKENS = 1024
 NOTHING_IGNORED = -1
 """No label has this number."""
+
+
+class VocabularyPart(NamedTuple):
+    """Which words of a divided vocabulary this device has: from `start` on, the others on those of its group."""
+
+    group: Any
+    start: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values, group=self.group)
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self.group)
+        return values
+
+
+def local_head(weight_VD: Tensor) -> tuple[Tensor, VocabularyPart | None]:
+    """The rows of the head that this device has, and which these are; None where it has all."""
+    if not hasattr(weight_VD, "device_mesh"):  # no distributed tensor
+        return weight_VD, None
+    mesh, (placement,) = weight_VD.device_mesh, weight_VD.placements  # type: ignore[attr-defined]
+    assert placement.is_shard(0), placement
+    local_VD: Tensor = weight_VD.to_local()  # type: ignore[attr-defined]
+    # check_tensor_parallel has seen to it that all parts are of one size.
+    return local_VD, VocabularyPart(mesh.get_group(), mesh.get_local_rank() * len(local_VD))
 
 
 def next_token_loss(
@@ -37,10 +66,11 @@ def next_token_loss(
     gradients.
     """
     check_arguments(hidden_BTD, head_weight_VD, labels_BT, chunk_tokens)
+    head_weight_VD, part = local_head(head_weight_VD)
     hidden_ND, labels_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), labels_BT.reshape(-1).long()
     dtype = product_dtype(hidden_BTD, head_weight_VD)
     total: Tensor = ChunkedCrossEntropy.apply(
-        hidden_ND, head_weight_VD, labels_N, ignore_index, chunk_tokens, dtype, torch.is_grad_enabled()
+        hidden_ND, head_weight_VD, labels_N, ignore_index, chunk_tokens, dtype, torch.is_grad_enabled(), part
     )
     return total, (labels_N != ignore_index).sum()
 
@@ -60,11 +90,12 @@ def token_losses(
     such as all of a prompt, cost nothing.
     """
     check_arguments(hidden_BTD, head_weight_VD, labels_BT, chunk_tokens)
+    head_weight_VD, part = local_head(head_weight_VD)
     labels_N = labels_BT.reshape(-1).long()
     counted_C = (labels_N != ignore_index).nonzero().squeeze(1)
     hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, counted_C)
     dtype = product_dtype(hidden_BTD, head_weight_VD)
-    nats_C: Tensor = ChunkedTokenNats.apply(hidden_CD, head_weight_VD, labels_N[counted_C], chunk_tokens, dtype)
+    nats_C: Tensor = ChunkedTokenNats.apply(hidden_CD, head_weight_VD, labels_N[counted_C], chunk_tokens, dtype, part)
     return nats_C.new_zeros(len(labels_N)).index_copy(0, counted_C, nats_C).view(labels_BT.shape)
 
 
@@ -73,17 +104,23 @@ class ChunkedTokenNats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, dtype: torch.dtype
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        part: VocabularyPart | None,
     ) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-            logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD)
+            logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD, part)
             nats_N = h_ND.new_empty(len(h_ND), dtype=logits.wide.dtype)
             for start in range(0, len(h_ND), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 nats_N[rows] = logits.nats(h_ND[rows], w_VD, labels_N[rows], NOTHING_IGNORED)
         ctx.save_for_backward(h_ND, weight_VD, labels_N)
-        ctx.chunk_tokens, ctx.hidden_dtype = chunk_tokens, hidden_ND.dtype
+        ctx.chunk_tokens, ctx.hidden_dtype, ctx.part = chunk_tokens, hidden_ND.dtype, part
         return nats_N
 
     @staticmethod
@@ -91,7 +128,7 @@ class ChunkedTokenNats(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, weight_VD, labels_N = ctx.saved_tensors
         w_VD = weight_VD.to(h_ND.dtype)
-        logits = LogitsBuffer(min(ctx.chunk_tokens, len(h_ND)), w_VD)
+        logits = LogitsBuffer(min(ctx.chunk_tokens, len(h_ND)), w_VD, ctx.part)
         grad_h_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=logits.wide.dtype) if ctx.needs_input_grad[1] else None
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -103,10 +140,12 @@ class ChunkedTokenNats(torch.autograd.Function):
                     torch.mm(derivative_CV, w_VD, out=grad_h_ND[rows])
                 if grad_w_VD is not None:
                     add_product(grad_w_VD, derivative_CV, h_ND[rows])
+        if grad_h_ND is not None and ctx.part is not None:
+            ctx.part.sum(grad_h_ND)
         return (
             None if grad_h_ND is None else grad_h_ND.to(ctx.hidden_dtype),
             None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -123,6 +162,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
         with_gradient: bool,
+        part: VocabularyPart | None,
     ) -> Tensor:
         # needs_input_grad ignores torch.no_grad, under which it is all there is to say in validation.
         wants_hidden = with_gradient and ctx.needs_input_grad[0]
@@ -130,7 +170,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # One cast here, where autocast would cast the weight again for each chunk and keep the copies.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-            logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD)
+            logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD, part)
             total = h_ND.new_zeros((), dtype=logits.wide.dtype)
             grad_h_ND = torch.empty_like(h_ND) if wants_hidden else None
             grad_w_VD = torch.zeros_like(w_VD, dtype=logits.wide.dtype) if wants_weight else None
@@ -144,6 +184,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(derivative_CV, w_VD, out=grad_h_ND[rows])
                 if grad_w_VD is not None:
                     add_product(grad_w_VD, derivative_CV, h_ND[rows])
+        if grad_h_ND is not None and part is not None:
+            part.sum(grad_h_ND)
         ctx.save_for_backward(
             None if grad_h_ND is None else grad_h_ND.to(hidden_ND.dtype),
             None if grad_w_VD is None else grad_w_VD.to(weight_VD.dtype),
@@ -157,7 +199,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_h_ND is None else grad_h_ND * grad_total.to(grad_h_ND.dtype),
             None if grad_w_VD is None else grad_w_VD * grad_total.to(grad_w_VD.dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -169,7 +211,8 @@ class LogitsBuffer:
     are one tensor when the types are the same.
     """
 
-    def __init__(self, rows: int, weight_VD: Tensor) -> None:
+    def __init__(self, rows: int, weight_VD: Tensor, part: VocabularyPart | None = None) -> None:
+        self.part = part
         self.narrow = weight_VD.new_empty(rows, len(weight_VD))
         wide = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
         self.wide = self.narrow if weight_VD.dtype == wide else torch.empty_like(self.narrow, dtype=wide)
@@ -181,9 +224,13 @@ class LogitsBuffer:
         if logits_CV.dtype != product_CV.dtype:
             logits_CV.copy_(product_CV)
         counted_C = labels_C != ignore_index
-        logits_CV -= logits_CV.amax(1, keepdim=True)
-        target_C = logits_CV.gather(1, labels_C.where(counted_C, 0)[:, None]).squeeze(1)
+        here_C, labels_C = self._here(labels_C, counted_C)
+        largest_C1 = logits_CV.amax(1, keepdim=True)
+        logits_CV -= largest_C1 if self.part is None else self.part.largest(largest_C1)
+        target_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
         self.sums_C = logits_CV.exp_().sum(1)
+        if self.part is not None:
+            target_C, self.sums_C = self.part.sum(torch.stack([target_C.where(here_C, 0), self.sums_C]))
         return (self.sums_C.log() - target_C).where(counted_C, 0)
 
     def derivative(self, labels_C: Tensor, ignore_index: int, times_C: Tensor | None = None) -> Tensor:
@@ -191,11 +238,19 @@ class LogitsBuffer:
         scales each token's."""
         product_CV, logits_CV = self.narrow[: len(labels_C)], self.wide[: len(labels_C)]
         counted_C = labels_C != ignore_index
-        labels_C1 = labels_C.where(counted_C, 0)[:, None]
+        here_C, labels_C = self._here(labels_C, counted_C)
         scale_C = counted_C.to(logits_CV.dtype) if times_C is None else times_C.to(logits_CV.dtype) * counted_C
         logits_CV *= (scale_C / self.sums_C)[:, None]
-        logits_CV.scatter_add_(1, labels_C1, -scale_C[:, None])
+        logits_CV.scatter_add_(1, labels_C[:, None], -scale_C.where(here_C, 0)[:, None])
         return logits_CV if logits_CV.dtype == product_CV.dtype else product_CV.copy_(logits_CV)
+
+    def _here(self, labels_C: Tensor, counted_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each label is a counted one among this device's words, and its number among them, else 0."""
+        if self.part is None:
+            return counted_C, labels_C.where(counted_C, 0)
+        own_C = labels_C - self.part.start
+        here_C = counted_C & (own_C >= 0) & (own_C < self.narrow.shape[1])
+        return here_C, own_C.where(here_C, 0)
 
 
 def add_product(total_VD: Tensor, derivative_CV: Tensor, hidden_CD: Tensor) -> None:

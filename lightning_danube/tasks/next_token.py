@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_danube.model import Decoder, next_token_loss, token_losses
+from lightning_danube.model.parallel import parallelize
 from lightning_danube.optim import AdamW, LearningRate
 
 
@@ -42,6 +43,13 @@ class NextTokenTask(LightningModule):
         self._rate = 0.0
         self._evaluation_means: dict[str, MeanMetric] = {}
         self._seed = torch.initial_seed()
+        self._is_parallel = False
+
+    def configure_model(self) -> None:
+        """Spreads the decoder as the trainer's strategy says. Called again by each verb of one process."""
+        if self.device_mesh is not None and not self._is_parallel:
+            parallelize(self.decoder, self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"])
+            self._is_parallel = True
 
     def length_in_tokens(self) -> tuple[int, int]:
         """Tokens of an optimizer step and of the whole run: what the learning rate goes by."""

@@ -1,0 +1,161 @@
+"""Whether `plan`'s memory is what training takes: planned bytes beside those of processes that train.
+
+    python benchmarks/plan_memory.py [--cases 3]
+
+Each case is a process of its own, which trains two steps of a random decoder by the task and the Trainer of `fit`, after
+a tiny one has loaded all libraries. "process" is the growth of its resident memory at its peak; glibc is told to give
+freed blocks back, so that it is what is alive. "tensors" is the same by torch's own count of its allocations, in a
+second training: what lies between is memory of the kernels (packed matrices), which no plan can know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described, write_result
+
+from lightning_danube.model import DecoderShape
+from lightning_danube.model.memory import TrainingMemory
+
+MiB = 2**20
+SHAPES = {
+    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
+}
+CASES: list[tuple[str, int, int, int, int, str, bool]] = [
+    # shape, vocabulary, context, rows, micro-batches, precision, activation checkpointing
+    ("deep", 8192, 512, 2, 1, "32-true", False),
+    ("deep", 8192, 512, 2, 2, "32-true", True),
+    ("deep", 8192, 512, 2, 2, "bf16-mixed", False),
+    ("deep", 8192, 512, 2, 1, "bf16-mixed", True),
+    ("deep", 8192, 512, 4, 1, "bf16-true", False),
+    ("deep", 8192, 512, 4, 2, "bf16-true", True),
+    ("wide", 32000, 256, 2, 1, "32-true", False),
+    ("wide", 32000, 256, 2, 1, "bf16-mixed", False),
+    ("wide", 32000, 256, 2, 2, "bf16-true", True),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of them, from the first")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measured(tuple(json.loads(arguments.measure)))))
+        return
+    rows = []
+    for case in CASES[: arguments.cases]:
+        shape, vocabulary, context, micro_rows, micro_batches, precision, recompute = case
+        peak = planned(case).peak()
+        found = json.loads(
+            subprocess.run(
+                [sys.executable, __file__, "--measure", json.dumps(case)], check=True, capture_output=True, text=True
+            ).stdout.splitlines()[-1]
+        )
+        process, tensors = found["process"] / MiB, found["tensors"] / MiB
+        plan = peak.total / MiB
+        rows.append(
+            f"| {shape}, {vocabulary:,} | {micro_batches} × {micro_rows} × {context} | {precision} | "
+            f"{'yes' if recompute else 'no'} | {plan:,.1f} | {tensors:,.1f} | {process:,.1f} | "
+            f"{100 * (plan / tensors - 1):+.1f} % | {100 * (plan / process - 1):+.1f} % | {peak.moment} |"
+        )
+        print(rows[-1], flush=True)
+    lines = [
+        described("torch", "lightning"),
+        "",
+        "| shape, vocabulary | micro-batches × rows × context | precision | recompute | planned MiB | tensors | process | "
+        "plan to tensors | plan to process | peak in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    write_result("plan-memory", "\n".join(lines))
+
+
+def shape_of(case: tuple[Any, ...]) -> DecoderShape:
+    return DecoderShape(**SHAPES[case[0]], num_key_value_heads=2)
+
+
+def planned(case: tuple[Any, ...]) -> TrainingMemory:
+    _, vocabulary, context, rows, micro_batches, precision, recompute = case
+    config = shape_of(case).with_data(vocabulary, context)
+    return TrainingMemory(config, rows, context, precision, recompute=recompute, accumulate=micro_batches > 1)
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def measured(case: tuple[Any, ...]) -> dict[str, int]:
+    """Bytes of the process and of torch's tensors at their peaks."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: bigger blocks go back when they are freed
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    _, vocabulary, context, rows, micro_batches, precision, recompute = case
+    train(DecoderShape(32, 64, 1, 2, 1), 64, 16, 2, 1, precision, recompute)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute)
+    process = status("VmHWM") - before
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = tensors = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        tensors = max(tensors, alive)
+    return {"process": process, "tensors": tensors}
+
+
+def train(
+    shape: DecoderShape, vocabulary: int, context: int, rows: int, micro_batches: int, precision: Any, recompute: bool
+) -> None:
+    """Two optimizer steps: in the second, moments and the gradients of the first are there."""
+    from lightning.pytorch import Trainer
+    from torch.utils.data import DataLoader
+
+    from lightning_danube.optim import LearningRate
+    from lightning_danube.tasks import Pretraining
+
+    torch.manual_seed(0)
+    batch_tokens = rows * context * micro_batches
+    task = Pretraining(
+        shape, LearningRate(1e-4, 1e-5, 0), vocabulary, context, batch_tokens, 2 * batch_tokens,
+        activation_checkpointing=recompute,
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+        max_epochs=1,
+        accumulate_grad_batches=micro_batches,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    ids = torch.randint(0, vocabulary, (2 * micro_batches, rows, context + 1))
+    loader = DataLoader([{"input_ids": both[:, :-1], "labels": both[:, 1:]} for both in ids], batch_size=None)
+    trainer.fit(task, loader)
+
+
+def status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    main()

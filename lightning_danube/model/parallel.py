@@ -1,0 +1,100 @@
+"""One decoder over many devices: FSDP2 over the data-parallel replicas, tensor parallelism inside each of them.
+
+Tensor parallelism divides the vocabulary of embedding and head, the heads of attention and the width of the
+feed-forward; every device of a replica computes the residual stream and the norms. A block sums twice over the devices
+in each direction, and the loss three numbers a token (loss.py): no device ever has the logits of the whole vocabulary.
+FSDP2 then deals what each device would hold over the replicas, block by block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .config import DecoderConfig
+from .decoder import Decoder
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def check_tensor_parallel(config: DecoderConfig, devices: int) -> None:
+    """
+    Raises:
+        ValueError: so many devices can not share the heads, the feed-forward or the vocabulary evenly.
+    """
+    divided = {
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in divided.items():
+        if size % devices:
+            fits = [n for n in range(2, devices) if not any(size % n for size in divided.values())]
+            hint = f"{', '.join(map(str, fits))} would work" if fits else "use 1"
+            raise ValueError(f"tensor_parallel_size {devices} does not divide {name} {size}: {hint}")
+
+
+def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh) -> None:
+    """Makes the decoder's weights distributed ones, in place; every process has to call it with the same weights.
+
+    Args:
+        replicas: one-dimensional mesh of the data-parallel replicas.
+        devices: one-dimensional mesh of the devices of one replica.
+
+    Raises:
+        ValueError: see `check_tensor_parallel`.
+    """
+    if devices.size() > 1:
+        divide_matrices(decoder, devices)
+    if replicas.size() > 1:
+        deal_over_replicas(decoder, replicas)
+
+
+def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
+    """Tensor parallelism. Inputs and outputs of all modules stay plain tensors: a block counts its heads by shape."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    check_tensor_parallel(decoder.config, devices.size())
+    block = {
+        **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for layer in decoder.model.layers:
+        parallelize_module(layer, devices, block)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            hold_on_all(norm, devices)
+    hold_on_all(decoder.model.norm, devices)
+    parallelize_module(decoder.model.embed_tokens, devices, RowwiseParallel(input_layouts=Replicate()))
+    parallelize_module(decoder.lm_head, devices, ColwiseParallel(output_layouts=Replicate()))
+    decoder.tie_weights()
+
+
+def hold_on_all(norm: nn.Module, devices: DeviceMesh) -> None:
+    """A gain on every device, as a distributed tensor like all others: one optimizer and one norm of the gradient then
+    take them all. Its gradient is the same everywhere, since what follows it sums over the devices."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+
+    def take(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        return (DTensor.from_local(inputs[0], mesh, (Replicate(),), run_check=False), *inputs[1:])
+
+    def give(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+        return output.to_local()
+
+    distribute_module(norm, devices, input_fn=take, output_fn=give)
+
+
+def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh) -> None:
+    """FSDP2: a block's weights are gathered while it works; embedding, last norm and head stay gathered from the forward
+    pass to the end of the backward pass, for the loss multiplies with the head outside of any module."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in decoder.model.layers:
+        fully_shard(layer, mesh=replicas)
+    fully_shard(decoder, mesh=replicas, reshard_after_forward=False)
+    register_fsdp_forward_method(decoder, "hidden_states")

@@ -1,0 +1,120 @@
+"""Trains a tiny decoder on so many gloo processes and compares it with one: `python -m tests.model.parallel_ranks 2 1`.
+
+Arguments: data-parallel replicas, devices of each. Forked, so that the imports are paid for once.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
+from lightning_danube.model.parallel import parallelize
+from lightning_danube.optim import AdamW
+
+CONFIG = DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8)
+STEPS, ROWS, CONTEXT = 3, 4, 12
+
+
+def decoder_of(tied: bool, recompute: bool) -> Decoder:
+    torch.manual_seed(1)
+    decoder = Decoder(DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8, tie_word_embeddings=tied)).double()
+    decoder.activation_checkpointing = recompute
+    return decoder.train()
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, CONFIG.vocab_size, (ROWS, CONTEXT + 1), generator=generator) for _ in range(STEPS)]
+
+
+def train(decoder: Decoder, replicas: int, replica: int) -> list[tuple[float, float]]:
+    """Loss over all replicas and norm of the gradient, of each step."""
+    optimizer = AdamW().build(decoder, lr=1e-2)
+    noted = []
+    for ids in batches():
+        mine = ids.chunk(replicas)[replica]
+        labels = mine[:, 1:].clone()
+        labels[:, 0] = -100
+        total, count = next_token_loss(decoder.hidden_states(mine[:, :-1]), decoder.lm_head.weight, labels)
+        loss = total / count
+        loss.backward()
+        norm: Any = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 0.5)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if replicas > 1:
+            dist.all_reduce(loss)  # devices of one replica have the same
+            loss /= dist.get_world_size()
+        noted.append((float(loss), float(norm)))
+    return noted
+
+
+def full(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def compare(replicas: int, devices: int, tied: bool, recompute: bool) -> None:
+    alone = decoder_of(tied, recompute)
+    expected = train(alone, 1, 0)
+    decoder = decoder_of(tied, recompute)
+    mesh = init_device_mesh("cpu", (replicas, devices), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    parallelize(decoder, mesh["data_parallel"], mesh["tensor_parallel"])
+    weight: Any = decoder.model.layers[0].self_attn.q_proj.weight
+    assert weight.to_local().numel() * replicas * devices == weight.numel()
+    found = train(decoder, replicas, mesh["data_parallel"].get_local_rank())
+    # Sums of float64 in another order.
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=0)
+    named = dict(decoder.state_dict())
+    assert named.keys() == alone.state_dict().keys()
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(full(named[name]), tensor, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    # What only looks: logits, nats of each token, as predict and samples ask for them.
+    ids = batches()[0]
+    with torch.no_grad():
+        hidden = decoder.hidden_states(ids[:, :-1])
+        nats = token_losses(hidden, decoder.lm_head.weight, ids[:, 1:])
+        theirs = token_losses(alone.hidden_states(ids[:, :-1]), alone.lm_head.weight, ids[:, 1:])
+        torch.testing.assert_close(nats, theirs, rtol=1e-9, atol=0)
+        torch.testing.assert_close(decoder(ids), alone(ids), rtol=1e-9, atol=1e-12)
+
+
+def rank(number: int, replicas: int, devices: int, port: int) -> int:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=number, world_size=replicas * devices)
+    for tied in (False, True):
+        for recompute in (False, True):
+            compare(replicas, devices, tied, recompute)
+    dist.destroy_process_group()
+    return 0
+
+
+def main(replicas: int, devices: int) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for number in range(replicas * devices):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                code = rank(number, replicas, devices, port)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((code for code in codes if code), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,36 @@
+"""The decoder spread over devices is the decoder on one: losses, gradients, weights after AdamW, logits, in float64."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.model import DecoderConfig
+from lightning_danube.model.parallel import check_tensor_parallel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "devices"), [(2, 1), (1, 2), (2, 2)])
+def test_many_processes_compute_what_one_does(replicas: int, devices: int) -> None:
+    """Tied and untied, with and without activation checkpointing; see parallel_ranks.py."""
+    command = [sys.executable, "-m", "tests.model.parallel_ranks", str(replicas), str(devices)]
+    done = subprocess.run(command, cwd=ROOT, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_devices_that_do_not_divide_a_decoder_are_refused() -> None:
+    config = DecoderConfig.preset("danube3-4b")
+    for devices in (1, 2, 4, 8):
+        check_tensor_parallel(config, devices)
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size 16 does not divide num_key_value_heads 8: 2, 4, 8 would"
+    ):
+        check_tensor_parallel(config, 16)
+    with pytest.raises(ValueError, match="tensor_parallel_size 3 does not divide num_key_value_heads 8: 2 would"):
+        check_tensor_parallel(config, 3)
+    config = DecoderConfig(32, 48, 2, 4, 1, vocab_size=40, head_dim=8)
+    with pytest.raises(ValueError, match="tensor_parallel_size 2 does not divide num_key_value_heads 1: use 1"):
+        check_tensor_parallel(config, 2)
