@@ -2,9 +2,9 @@
 
     python benchmarks/plan_memory.py [--cases 3]
 
-Each case is a process of its own, which trains two steps of a random decoder by the task and the Trainer of `fit`, after
-a tiny one has loaded all libraries. "process" is the growth of its resident memory at its peak; glibc is told to give
-freed blocks back, so that it is what is alive. "tensors" is the same by torch's own count of its allocations, in a
+Each case is a process of its own, which trains two steps of a random decoder by the task and the Trainer of `fit`,
+after a tiny one has loaded all libraries. "process" is the growth of its resident memory at its peak; glibc is told to
+give freed blocks back, so that it is what is alive. "tensors" is the same by torch's own count of its allocations, in a
 second training: what lies between is memory of the kernels (packed matrices), which no plan can know.
 """
 
@@ -73,8 +73,8 @@ def main() -> None:
     lines = [
         described("torch", "lightning"),
         "",
-        "| shape, vocabulary | micro-batches × rows × context | precision | recompute | planned MiB | tensors | process | "
-        "plan to tensors | plan to process | peak in |",
+        "| shape, vocabulary | micro-batches × rows × context | precision | recompute | planned MiB | tensors | "
+        "process | plan to tensors | plan to process | peak in |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.position import at_logged_step, curriculum_of
+from callbacks.position import at_logged_step, curriculum_of, speaks_for_replica
 
 
 class TokenLedger(Callback):
@@ -38,7 +38,7 @@ class TokenLedger(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._since is not None
-        for key in batch["keys"]:
+        for key in batch["keys"] if speaks_for_replica(trainer) else ():
             self._since[key.stage, key.source] += 1
         if at_logged_step(trainer, batch_idx):
             self._log(trainer)

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.data.curriculum import Curriculum
 from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.data.replicas import replicas_of
 
 
 def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
@@ -46,6 +47,12 @@ def tokens_done(trainer: Trainer) -> int:
 def is_done(trainer: Trainer) -> bool:
     """Whether the last step of the run is over."""
     return tokens_done(trainer) >= data_of(trainer).total_tokens
+
+
+def speaks_for_replica(trainer: Trainer) -> bool:
+    """Whether this rank is the first of those that share a data-parallel replica, and so have the same rows."""
+    replicas, _ = replicas_of(trainer)
+    return trainer.global_rank % (trainer.world_size // replicas) == 0
 
 
 def samples_done(trainer: Trainer) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from callbacks.position import speaks_for_replica
 from callbacks.progress import say
 
 
@@ -40,7 +41,7 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        for row in prediction:
+        for row in prediction if speaks_for_replica(trainer) else ():
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._rows += 1
 

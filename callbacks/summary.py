@@ -20,6 +20,7 @@ from callbacks.samples import TextSamples
 from callbacks.skipping import skipped_steps
 from callbacks.throughput import Throughput
 from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.data.replicas import replicas_of
 from lightning_danube.tables import text_table
 
 
@@ -63,7 +64,7 @@ class PretrainingSummary(Callback):
         lines.append(text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
         lines.append(
             f"run: {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps of {data.batch_tokens:,} "
-            f"({trainer.world_size} × {trainer.accumulate_grad_batches} × {data.micro_batch_size} rows of "
+            f"({replicas_of(trainer)[0]} × {trainer.accumulate_grad_batches} × {data.micro_batch_size} rows of "
             f"{data.context_length}), into {trainer.log_dir}"  # a broadcast, so on every rank
         )
         say(trainer, "\n".join(lines))

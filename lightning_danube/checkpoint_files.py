@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "manifest.json"
+FILES = "files.json"
+"""In a checkpoint that is a directory: the size of each file."""
 TEMPORARY = ".tmp"
 
 
@@ -72,7 +75,7 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
             # A file of that name is replaced: killed in between, its old hash would call the new one damaged.
             _write_manifest(path.parent, {name: entry for name, entry in listed.items() if name != path.name})
         os.replace(_temporary(path), path)
-        _sync(path.parent)
+        sync_directory(path.parent)
         _write_manifest(
             path.parent, read_manifest(path.parent) | {path.name: {"bytes": writer.size, "sha256": writer.sha256()}}
         )
@@ -107,9 +110,12 @@ def prepare_directory(directory: Path) -> None:
     try:
         if not directory.is_dir():
             directory.mkdir(parents=True)
-            _sync(directory.parent)
+            sync_directory(directory.parent)
         for leftover in directory.glob(f".*{TEMPORARY}"):
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         probe = directory / f".probe{TEMPORARY}"
         probe.touch()
         probe.unlink()
@@ -121,11 +127,12 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's file, or None.
 
     A file that its manifest does not list was copied there, or its writer was killed between renaming and listing it:
-    the checksums inside the archive speak for it. A directory is Lightning's sharded kind and is not looked into.
+    the checksums inside the archive speak for it. Of a directory, which many ranks have written, the sizes are
+    compared; its tensors have no hash.
     """
-    if checkpoint.is_dir():
-        return None
     try:
+        if checkpoint.is_dir():
+            return _directory_damage(checkpoint)
         entry = read_manifest(checkpoint.parent).get(checkpoint.name)
         if entry is None:
             return _archive_damage(checkpoint)
@@ -167,7 +174,44 @@ def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) ->
         file.flush()
         os.fsync(file.fileno())
     os.replace(_temporary(path), path)
-    _sync(directory)
+    sync_directory(directory)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a directory is a checkpoint that many ranks have written."""
+    return (path / FILES).is_file()
+
+
+def _directory_damage(checkpoint: Path) -> str | None:
+    if not is_sharded(checkpoint):
+        return f"no {FILES} in the directory: another program wrote it"
+    for name, size in json.loads((checkpoint / FILES).read_text(encoding="utf-8")).items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found:,} bytes, {size:,} were saved"
+    return None
+
+
+def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
+    """What `torch.save` wrote, if it is tensors and plain data.
+
+    Raises:
+        ValueError: the file holds more than that, or is no checkpoint.
+    """
+    import torch
+
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" (it asks for {asked[1]})" if asked else ""
+        raise ValueError(
+            f"{path} holds more than tensors and plain data{what}: loading it could run code, so it is refused"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+    return content
 
 
 def _archive_damage(checkpoint: Path) -> str | None:
@@ -190,7 +234,7 @@ def _remove_quietly(path: Path) -> None:
         return
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes a rename in a directory survive a power cut, on file systems that know how."""
     handle = os.open(directory, os.O_RDONLY)
     try:

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -29,6 +30,7 @@ from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
+from lightning_danube.sharded_strategy import ShardedStrategy
 from lightning_danube.stopping import Stopped, tell
 
 FACTS_OF_DATA = {
@@ -215,6 +217,9 @@ class DanubeCLI(LightningCLI):
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.place.directory)
         kwargs["plugins"] = self._plugins()
+        strategy = self._get(self.config_init, "trainer")["strategy"]
+        if type(strategy) is ModelParallelStrategy:
+            kwargs["strategy"] = ShardedStrategy.like(strategy)
         trainer = super().instantiate_trainer(**kwargs)
         RankLauncher.install(trainer)
         return trainer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_danube.checkpoint_files import damage, refuse_address
+from lightning_danube.checkpoint_files import damage, is_sharded, refuse_address
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def resolve_checkpoint(
         return RunPlace(place, checkpoint, verb == "fit", warnings)
     refuse_address(ckpt_path)
     path = Path(ckpt_path)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         if newest_checkpoint(path) is None:
             raise ValueError(f"--ckpt_path {ckpt_path}: the directory has no checkpoints/*.ckpt")
         checkpoint, warnings = newest_whole_checkpoint(path)
         return RunPlace(place, checkpoint, False, warnings)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
     if wrong := damage(path):
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lightning_danube.checkpoint_files import damage
+from lightning_danube.checkpoint_files import damage, is_sharded, read_plain
 from lightning_danube.extras import pip_command
 from lightning_danube.runs import newest_checkpoint, newest_whole_checkpoint
 from lightning_danube.stopping import tell
@@ -52,10 +52,10 @@ def locate_weights(weights: str) -> Weights:
     if weights == SMOLLM2:
         return Weights("gguf", smollm2_file())
     path = Path(weights).expanduser()
+    if is_sharded(path) or path.is_file():
+        return _locate_file(path, weights)
     if path.is_dir():
         return _locate_in(path, weights)
-    if path.is_file():
-        return _locate_file(path, weights)
     directory = _from_hub("--weights", weights, (*MODEL_FILES, *TOKENIZER_FILES, ADAPTER_FILES[0]))
     return _locate_in(directory, weights)
 
@@ -69,11 +69,6 @@ def _locate_in(directory: Path, weights: str) -> Weights:
             "--adapter"
         )
     newest = newest_checkpoint(directory)
-    if newest is not None and newest.is_dir():
-        raise ValueError(
-            f"--weights {weights}: its checkpoints are sharded directories ({newest.name}), which only fit reads; "
-            "train with a strategy that saves one file, or consolidate them"
-        )
     if newest is not None:
         checkpoint, warnings = newest_whole_checkpoint(directory)
         for warning in warnings:
@@ -92,13 +87,15 @@ def _newest(paths: Sequence[Path]) -> Path:
 
 
 def _locate_file(file: Path, weights: str) -> Weights:
-    with file.open("rb") as opened:
-        magic = opened.read(4)
+    magic = b"PK"  # torch saves zip archives
+    if file.is_file():
+        with file.open("rb") as opened:
+            magic = opened.read(4)
     if magic == b"GGUF":
         return Weights("gguf", file)
     if file.suffix == ".safetensors":
         raise ValueError(f"--weights {weights}: give its directory, which has the config.json and the tokenizer, too")
-    if magic[:2] != b"PK":  # torch saves zip archives
+    if magic[:2] != b"PK":
         raise ValueError(f"--weights {weights}: truncated, or no checkpoint of ours and no GGUF file")
     if wrong := damage(file):
         raise ValueError(
@@ -243,10 +240,11 @@ def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
 
 def tokenizer_identity(checkpoint: Path) -> dict[str, Any] | None:
     """What the data module of a run wrote of its tokenizer into a checkpoint that is whole."""
-    import torch
+    from lightning_danube.sharded_checkpoints import read_rest
 
-    # mmap: the tensors are never read.
-    for state in torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).values():
+    # Of a directory, and mapped of a file: the tensors are never read.
+    rest = read_rest(checkpoint) if checkpoint.is_dir() else read_plain(checkpoint, mmap=True)
+    for state in rest.values():
         identity = state.get("tokenizer") if isinstance(state, Mapping) else None
         if isinstance(identity, Mapping) and {"name", "fingerprint"} <= identity.keys():
             return dict(identity)

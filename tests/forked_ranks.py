@@ -30,7 +30,9 @@ def start(rank: int, ranks: int, port: int, args: list[str]) -> int:
             os.environ.update({name: str(value) for name, value in place.items()})
             # Decided at the import, when this process was not yet a rank.
             rank_zero_only.rank = rank  # type: ignore[attr-defined]
-            args = [*args, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+            args = [*args, "--trainer.devices", str(ranks)]
+            if "--trainer.strategy" not in args:
+                args += ["--trainer.strategy", "ddp"]
         code = main(args)
     except BaseException:
         traceback.print_exc()

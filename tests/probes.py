@@ -18,6 +18,9 @@ class KeysOfSteps(Callback):
         self.directory = Path(directory)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        mesh = pl_module.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].get_local_rank():
+            return  # the devices of a replica have the same rows
         self.directory.mkdir(parents=True, exist_ok=True)
         line = [trainer.global_step, batch_idx, [list(key) for key in batch["keys"]]]
         with (self.directory / f"keys-{trainer.global_rank}.jsonl").open("a") as file:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.data.corpora import Source
 from lightning_danube.data.curriculum import Stage
 from lightning_danube.data.pretraining import CurriculumData
@@ -82,7 +83,9 @@ def assert_close(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_same_run(sessions: Sessions, name: str, *parts: tuple[str, int]) -> None:
+def assert_same_run(
+    sessions: Sessions, name: str, *parts: tuple[str, int], devices: tuple[int, ...] = (2, 1, 2)
+) -> None:
     """The run `name` is the run "full"; `parts` has its sessions, and the steps that were done before each."""
     full, other = sessions.run("full"), sessions.run(name)
     samples = samples_of_steps(sessions.notes("full"))
@@ -96,7 +99,7 @@ def assert_same_run(sessions: Sessions, name: str, *parts: tuple[str, int]) -> N
         noted = losses_of_steps(sessions.notes(session))
         assert len(noted) >= len(whole) > 1 and min(noted) == done + 1
         assert noted == pytest.approx({step: losses[step] for step in noted}, rel=ROUNDING)
-    a, b = (torch.load(run / LAST, weights_only=True) for run in (full, other))
+    a, b = (DurableCheckpointIO().load_checkpoint(run / LAST) for run in (full, other))
     assert {tensor.dtype for tensor in a["state_dict"].values()} == {torch.float64}
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "CurriculumData", "token_ledger", "global_step"):
         assert_close(a[part], b[part], part)
@@ -108,7 +111,7 @@ def assert_same_run(sessions: Sessions, name: str, *parts: tuple[str, int]) -> N
         assert again == stage
     history = [json.loads(line) for line in (other / "history.jsonl").read_text().splitlines()]
     assert [(line["step"], line["devices"]) for line in history] == [
-        (done, devices) for (_, done), devices in zip(parts, (2, 1, 2), strict=True)
+        (done, number) for (_, done), number in zip(parts, devices, strict=True)
     ]
 
 

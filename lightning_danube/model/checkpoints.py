@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import DecoderConfig
 from .decoder import Decoder
+from .sharded_files import REST, WEIGHT, load_whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -197,10 +198,15 @@ def load_checkpoint(
 
 
 def read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """What a checkpoint of ours holds, its tensors mapped, not read."""
-    if not file.is_file():
+    """What a checkpoint of ours holds, its tensors mapped, not read; of a directory that many ranks have written, the
+    weights in memory and the optimizer's state left out."""
+    if not file.exists():
         raise ValueError(f"{file}: no such file")
     try:
+        if file.is_dir():
+            weights = load_whole(file, lambda name: name.startswith(WEIGHT))
+            rest = torch.load(file / REST, map_location="cpu", weights_only=True)
+            return {**rest, "state_dict": {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}}
         # mmap: the optimizer's state, twice the size of the weights, is never read.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:

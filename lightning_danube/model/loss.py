@@ -5,7 +5,8 @@ them is all that is ever needed. The gradients of a sum are computed in the forw
 at hand, so nothing is computed twice.
 
 A head that is divided over devices by its vocabulary (parallel.py) gives a part of the logits on each. Their largest
-value, the sum of their exponentials and the label's are then put together, and the gradient of the hidden states summed.
+value, the sum of their exponentials and the label's are then put together, and the gradients of the hidden states
+summed.
 
 Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vocabulary (of this device).
 """

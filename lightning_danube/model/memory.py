@@ -193,7 +193,7 @@ class TrainingMemory:
         before are still there (they are dropped just before the backward pass)."""
         c, w, a, wide, N = self.config, self.weight_bytes, self._product, self._wide, self.tokens
         head = self.head_parameters
-        casts = self.cast_bytes(c.num_hidden_layers)  # autocast keeps them to its end, recomputed blocks' as well
+        casts = 0 if self.recompute else self.cast_bytes(c.num_hidden_layers)
         casts += a * head if a < w else 0
         chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
         logits = chunk * (wide if a == wide else a + wide)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .config import DecoderConfig
-from .decoder import Decoder
+from .decoder import Decoder, RMSNorm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,9 +67,9 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
     }
     for layer in decoder.model.layers:
         parallelize_module(layer, devices, block)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hold_on_all(norm, devices)
-    hold_on_all(decoder.model.norm, devices)
+    for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            hold_on_all(module, devices)
     parallelize_module(decoder.model.embed_tokens, devices, RowwiseParallel(input_layouts=Replicate()))
     parallelize_module(decoder.lm_head, devices, ColwiseParallel(output_layouts=Replicate()))
     decoder.tie_weights()
@@ -90,8 +90,8 @@ def hold_on_all(norm: nn.Module, devices: DeviceMesh) -> None:
 
 
 def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh) -> None:
-    """FSDP2: a block's weights are gathered while it works; embedding, last norm and head stay gathered from the forward
-    pass to the end of the backward pass, for the loss multiplies with the head outside of any module."""
+    """FSDP2: a block's weights are gathered while it works; embedding, last norm and head stay gathered from the
+    forward pass to the end of the backward pass, for the loss multiplies with the head outside of any module."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in decoder.model.layers:

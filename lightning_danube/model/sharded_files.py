@@ -1,0 +1,98 @@
+"""Tensors that many ranks have written into one directory, read by as many others or by one process alone.
+
+torch.distributed.checkpoint would unpickle whatever its index and its entries hold. Here the entries are tensors only,
+everything else is in `rest.pt`, which is read as plain data, and the index with the few classes that belong into one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
+
+REST = "rest.pt"
+WEIGHT, MOMENT = "weight/", "optimizer/"
+"""What names of tensors begin with: `weight/<name>`, and `optimizer/<number>/<key>/<name>`."""
+
+
+def load_into(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fills tensors of any sharding in place; called by all ranks."""
+    from torch.distributed.checkpoint import load as load_together
+
+    load_together(tensors, storage_reader=_reader(path))
+
+
+def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Of every tensor in it."""
+    index: Any = _reader(path).read_metadata()
+    return {name: (entry.size, entry.properties.dtype) for name, entry in index.state_dict_metadata.items()}
+
+
+def load_whole(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of that name, each in one piece, in the memory of this process alone."""
+    from torch.distributed.checkpoint import load as load_together
+
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(path).items() if wanted(name)}
+    load_together(tensors, storage_reader=_reader(path), no_dist=True)
+    return tensors
+
+
+def _reader(path: Path) -> FileSystemReader:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class PlainReader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (path / ".metadata").open("rb") as file:
+                index = _IndexUnpickler(file, path).load()
+            for name, entry in index.state_dict_metadata.items():
+                if type(entry).__name__ != "TensorStorageMetadata":
+                    raise ValueError(
+                        f"{path}: its entry {name!r} is no tensor: loading it could run code, so it is refused"
+                    )
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    return PlainReader(path)
+
+
+_CLASSES_OF_AN_INDEX = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes what an index of tensors is made of and nothing else."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES_OF_AN_INDEX.get(module, ()):
+            return super().find_class(module, name)
+        plain = getattr(torch, name, None) if module == "torch" else None
+        if plain is torch.Size or isinstance(plain, torch.dtype | torch.layout):
+            return plain
+        if (module, name) in (("torch.serialization", "_get_layout"), ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        raise ValueError(
+            f"{self._path}: its index asks for {module}.{name}: loading it could run code, so it is refused"
+        )

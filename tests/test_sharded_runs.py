@@ -1,0 +1,81 @@
+"""Sharded runs are the runs of one process: losses, weights and optimizer state to rounding, order and ledger exactly,
+also when a run goes on with other sharding, and from either kind of checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_danube.__main__ import main
+from lightning_danube.checkpoint_files import damage
+from lightning_danube.checkpoint_io import DurableCheckpointIO
+from lightning_danube.weights import load_decoder
+from tests.test_world_size import LAST, Sessions, assert_same_run, run_in_ranks
+
+pytestmark = pytest.mark.slow
+LAST_FLAGS = ["--ckpt_path", "last"]
+
+
+def sharded(replicas: int, devices: int, *, together: bool = True) -> list[str]:
+    strategy = "--trainer.strategy"
+    return [
+        *(strategy, "lightning.pytorch.strategies.ModelParallelStrategy"),
+        *(f"{strategy}.data_parallel_size", str(replicas)),
+        *(f"{strategy}.tensor_parallel_size", str(devices)),
+        *(f"{strategy}.save_distributed_checkpoint", str(together).lower()),
+    ]
+
+
+@pytest.fixture
+def sessions(tiny: Path) -> Sessions:
+    sessions = Sessions(tiny)
+    # Lightning's strategy refuses the word, and takes the plugin that it stands for.
+    plugin = "plugins: {class_path: lightning.pytorch.plugins.DoublePrecision}"
+    sessions._config = sessions._config.replace("precision: 64-true", plugin)
+    return sessions
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one file", "a part of each rank"])
+def test_from_fsdp_to_one_process_to_tensor_parallel_nothing_changes(sessions: Sessions, together: bool) -> None:
+    run_in_ranks(
+        (1, sessions.command("full", "full", 8)),
+        (2, sessions.command("first", "moved", 2, "--trainer.max_steps", "8", *sharded(2, 1, together=together))),
+        (1, sessions.command("second", "moved", 8, *LAST_FLAGS, "--trainer.max_steps", "16")),
+        (2, sessions.command("third", "moved", 4, *LAST_FLAGS, *sharded(1, 2, together=together))),
+    )
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), ("third", 15))
+    assert (sessions.run("moved") / LAST).is_dir() == together
+
+
+def test_four_processes_in_a_grid_and_on_two(sessions: Sessions) -> None:
+    run_in_ranks(
+        (1, sessions.command("full", "full", 8)),
+        (4, sessions.command("first", "moved", 2, "--trainer.max_steps", "8", *sharded(2, 2))),
+        (2, sessions.command("second", "moved", 4, *LAST_FLAGS, *sharded(2, 1))),
+    )
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), devices=(4, 2))
+
+
+def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "--config", str(tiny / "tiny.yaml"), "--name", "parts", "--trainer.precision", "bf16-mixed"]
+    run_in_ranks((2, [*fit, "--data.init_args.micro_batch_size", "2", *sharded(2, 1)]))
+    run = tiny / "runs" / "parts" / "version_0"
+    checkpoint = run / LAST
+    assert checkpoint.is_dir() and damage(checkpoint) is None
+    assert not list((run / "checkpoints").glob(".*.tmp"))
+    # Weights in one piece, without a process group.
+    assert main(["export", "--weights", str(run), "--out", str(tmp_path / "hf")]) == 0
+    whole = DurableCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+    exported = load_decoder(str(tmp_path / "hf"), dtype="float32").state_dict()
+    assert {f"decoder.{name}" for name in exported} == whole.keys()
+    assert all(torch.equal(tensor, whole[f"decoder.{name}"]) for name, tensor in exported.items())
+    # A part cut short is damage; the one before it is taken.
+    part = next(checkpoint.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert f"{part.name} has" in str(damage(checkpoint))
+    assert main([*fit, *LAST_FLAGS]) == 0
+    assert f"damaged checkpoint {checkpoint}" in capsys.readouterr().err
+    assert json.loads((run / "summary.json").read_text())["steps"] == 26
