@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +88,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES_OF_AN_INDEX.get(module, ()):
             return super().find_class(module, name)
+        if name in ("Path", "PosixPath") and module.startswith("pathlib"):
+            return PurePath  # where it was written
         plain = getattr(torch, name, None) if module == "torch" else None
         if plain is torch.Size or isinstance(plain, torch.dtype | torch.layout):
             return plain
