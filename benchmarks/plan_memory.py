@@ -1,6 +1,6 @@
 """Whether `plan`'s memory is what training takes: planned bytes beside those of processes that train.
 
-    python benchmarks/plan_memory.py [--cases 3]
+    python benchmarks/plan_memory.py [--cases 1 4]
 
 Each case is a process of its own, which trains two steps of a random decoder by the task and the Trainer of `fit`,
 after a tiny one has loaded all libraries. "process" is the growth of its resident memory at its peak; glibc is told to
@@ -47,14 +47,16 @@ CASES: list[tuple[str, int, int, int, int, str, bool]] = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of them, from the first")
+    parser.add_argument(
+        "--cases", type=int, nargs="+", default=range(1, len(CASES) + 1), help="numbers of them, from 1"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measured(tuple(json.loads(arguments.measure)))))
         return
     rows = []
-    for case in CASES[: arguments.cases]:
+    for case in (CASES[number - 1] for number in arguments.cases):
         shape, vocabulary, context, micro_rows, micro_batches, precision, recompute = case
         peak = planned(case).peak()
         found = json.loads(

@@ -74,6 +74,8 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
         if path.name in listed:
             # A file of that name is replaced: killed in between, its old hash would call the new one damaged.
             _write_manifest(path.parent, {name: entry for name, entry in listed.items() if name != path.name})
+        if is_sharded(path):  # the same step, saved by a run of other sharding
+            shutil.rmtree(path)
         os.replace(_temporary(path), path)
         sync_directory(path.parent)
         _write_manifest(
@@ -91,9 +93,11 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, of Lightning's sharded kind (a directory) as well; the manifest forgets it."""
+    """Removes a checkpoint, also one that is a directory; the manifest forgets it."""
     if path.is_dir():
-        shutil.rmtree(path)
+        hidden = path.with_name(f".{path.name}.old{TEMPORARY}")  # not half of it under its name
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
         return
     path.unlink(missing_ok=True)
     listed = read_manifest(path.parent)

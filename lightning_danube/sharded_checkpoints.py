@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_danube.checkpoint_files import FILES, TEMPORARY, prepare_directory, read_plain, sync_directory
+from lightning_danube.checkpoint_files import (
+    FILES,
+    TEMPORARY,
+    prepare_directory,
+    read_plain,
+    remove_checkpoint,
+    sync_directory,
+)
 from lightning_danube.model.sharded_files import MOMENT, REST, WEIGHT, load_whole
 
 
@@ -47,8 +53,7 @@ def save(tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
             listing.flush()
             os.fsync(listing.fileno())
         sync_directory(hidden)
-        if path.is_dir():
-            shutil.rmtree(path)
+        remove_checkpoint(path)  # the same step, saved before
         os.replace(hidden, path)
         sync_directory(path.parent)
     dist.barrier()

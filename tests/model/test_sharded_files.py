@@ -1,0 +1,91 @@
+"""Directories of tensors: read in one piece, and nothing in them can run."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from lightning_danube.checkpoint_files import FILES, damage, prepare_directory, remove_checkpoint
+from lightning_danube.checkpoint_io import DurableCheckpointIO
+from lightning_danube.model import Decoder, DecoderConfig, load_checkpoint
+from lightning_danube.model.sharded_files import REST, load_whole, shapes
+
+TINY = DecoderConfig(16, 24, 1, 2, 1, vocab_size=20)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """What one rank would write of a decoder and one moment of one matrix."""
+    path = tmp_path / "checkpoints" / "step_00000003.ckpt"
+    torch.manual_seed(0)
+    tensors = {f"weight/decoder.{name}": tensor for name, tensor in Decoder(TINY).state_dict().items()}
+    tensors["optimizer/0/exp_avg/decoder.lm_head.weight"] = torch.full((20, 16), 2.0)
+    write(path, tensors)
+    return path
+
+
+def write(path: Path, tensors: dict[str, Any]) -> None:
+    save(tensors, storage_writer=FileSystemWriter(path), no_dist=True)
+    groups = [{"lr": 0.5, "params": ["decoder.model.norm.weight", "decoder.lm_head.weight"]}]
+    torch.save({"decoder_config": vars(TINY), "global_step": 3, "optimizer_groups": [groups]}, path / REST)
+    (path / FILES).write_text(json.dumps({file.name: file.stat().st_size for file in path.iterdir()}))
+
+
+def test_it_is_read_as_a_checkpoint_of_one_file(directory: Path) -> None:
+    assert damage(directory) is None
+    checkpoint = DurableCheckpointIO().load_checkpoint(directory)
+    assert checkpoint["global_step"] == 3 and "optimizer_groups" not in checkpoint
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert optimizer["param_groups"] == [{"lr": 0.5, "params": [0, 1]}]
+    assert list(optimizer["state"]) == [1] and optimizer["state"][1]["exp_avg"].eq(2).all()
+    torch.manual_seed(0)
+    for name, tensor in Decoder(TINY).state_dict().items():
+        assert torch.equal(checkpoint["state_dict"][f"decoder.{name}"], tensor)
+        assert torch.equal(load_checkpoint(directory).state_dict()[name], tensor)
+
+
+def test_weights_alone_leave_the_moments_on_the_disk(directory: Path) -> None:
+    assert "optimizer/0/exp_avg/decoder.lm_head.weight" in shapes(directory)
+    assert all(name.startswith("weight/") for name in load_whole(directory, lambda name: name.startswith("weight/")))
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def test_what_asks_for_code_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory.parent)
+    (directory / ".metadata").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match=r"its index asks for (posix|nt)\.system: loading it could run code"):
+        DurableCheckpointIO().load_checkpoint(directory)
+    assert not Path("ran").exists()
+
+
+def test_an_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "step_1.ckpt", {"weight/a": torch.ones(2), "weight/b": 3})
+    with pytest.raises(ValueError, match="asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata: "):
+        load_whole(tmp_path / "step_1.ckpt")
+
+
+def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
+    part = next(directory.glob("*.distcp"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    assert damage(directory) == f"{part.name} has {len(whole) - 1:,} bytes, {len(whole):,} were saved"
+    part.unlink()
+    assert damage(directory) == f"{part.name} is missing"
+    (directory / FILES).unlink()
+    assert damage(directory) == f"no {FILES} in the directory: another program wrote it"
+    leftover = directory.parent / ".step_00000004.ckpt.tmp"
+    leftover.mkdir()
+    (leftover / "part").touch()
+    prepare_directory(directory.parent)
+    assert not leftover.exists()
+    remove_checkpoint(directory)
+    assert list(directory.parent.iterdir()) == []
