@@ -42,6 +42,10 @@ CASES: list[tuple[str, int, int, int, int, str, bool]] = [
     ("wide", 32000, 256, 2, 1, "32-true", False),
     ("wide", 32000, 256, 2, 1, "bf16-mixed", False),
     ("wide", 32000, 256, 2, 2, "bf16-true", True),
+    # Few words and many tokens: the backward pass needs most.
+    ("deep", 512, 1024, 2, 2, "bf16-mixed", False),
+    ("deep", 512, 1024, 2, 2, "32-true", True),
+    ("deep", 512, 1024, 4, 2, "bf16-true", True),
 ]
 
 

@@ -199,10 +199,13 @@ def _parts(memory: TrainingMemory) -> str:
     rows = [[part, *(f"{getattr(peak, part) / GIB:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
     rows.append(["in all", *(f"{peak.total / GIB:.2f}" for _, peak in columns)])
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
-    recompute = "on" if memory.recompute else "off"
-    return text_table([f"GiB on a device, {memory.precision}", *(name for name, _ in columns)], rows) + (
-        f"\nactivation checkpointing {recompute}, {memory.rows} rows of {memory.context:,} tokens at once"
-    )
+    lines = [text_table([f"GiB on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
+    what = "" if memory.recompute else "out"
+    lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
+    if not memory.recompute:
+        less = dataclasses.replace(memory, recompute=True).peak().total
+        lines.append(f"model.init_args.activation_checkpointing: true would take {less / GIB:.2f} GiB in all")
+    return "\n".join(lines)
 
 
 def _accelerators(

@@ -69,7 +69,7 @@ def test_what_asks_for_code_is_refused(directory: Path, monkeypatch: pytest.Monk
 
 def test_an_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "step_1.ckpt", {"weight/a": torch.ones(2), "weight/b": 3})
-    with pytest.raises(ValueError, match="asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata: "):
+    with pytest.raises(ValueError, match=r"asks for \S+\.BytesStorageMetadata: "):
         load_whole(tmp_path / "step_1.ckpt")
 
 
