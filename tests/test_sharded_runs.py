@@ -11,6 +11,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.checkpoint_files import damage
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.weights import load_decoder
+from tests.test_pretraining_run import scalars
 from tests.test_world_size import LAST, Sessions, assert_same_run, run_in_ranks
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,8 @@ def test_from_fsdp_to_one_process_to_tensor_parallel_nothing_changes(sessions: S
     )
     assert_same_run(sessions, "moved", ("first", 0), ("second", 5), ("third", 15))
     assert (sessions.run("moved") / LAST).is_dir() == together
+    norms = [scalars(sessions.run(name), "optimizer/gradient_norm") for name in ("full", "moved")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)  # logged in float32
 
 
 def test_four_processes_in_a_grid_and_on_two(sessions: Sessions) -> None:

@@ -209,7 +209,7 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
             "--weights a holds 2 models: name one, such as a/version_1$",
         ),
         ({"a/x-F16.gguf": "", "a/notes.txt": ""}, "a", "--weights a holds 1 models: name one, such as a/x-F16.gguf$"),
-        ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"its checkpoints are sharded directories \(step_1.ckpt\)"),
+        ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"is whole: .*no files.json in the directory"),
         ({"model.safetensors": "x"}, "model.safetensors", "give its directory, which has the config.json"),
         ({"model.bin": "x"}, "model.bin", "truncated, or no checkpoint of ours and no GGUF file"),
         ({"empty": ""}, "empty", "truncated, or no checkpoint of ours and no GGUF file"),

@@ -64,6 +64,7 @@ def run(arguments: Namespace) -> None:
 
     from lightning_danube.configured import configured_pretraining
     from lightning_danube.data.supply import parse_source_tokens, supplies
+    from lightning_danube.model.memory import BYTES
 
     configured = configured_pretraining(arguments.config, arguments.overrides)
     data, task = configured.data, configured.task
@@ -78,6 +79,11 @@ def run(arguments: Namespace) -> None:
         _checkpoints(accelerators, memory, data, configured.trainer, arguments),
     ]
     print("\n\n".join(sections))
+    if BYTES[memory.precision][1] != 2:
+        notes.append(
+            f"the run computes in {memory.precision}, the peaks are those of 16 bits: state one with --accelerator "
+            "FLOPS/MEMORY for its time"
+        )
     if notes:
         print("\n" + "\n".join(f"note: {note}" for note in notes))
 
@@ -223,13 +229,13 @@ def _accelerators(
         rows.append(
             [
                 accelerator.name,
-                f"{accelerator.flops / 1e12:,.0f}",
+                f"{accelerator.flops / 1e12:,.0f}" if accelerator.flops >= 1e13 else f"{accelerator.flops / 1e12:.2g}",
                 f"{accelerator.memory / GIB:.0f}",
                 "yes" if peak <= capacity else "no",
                 *(f"{n:,}" if n else "none" for n in fewest),
-                f"{hours / 24:,.1f}",
-                f"{hours * devices:,.0f}",
-                "" if accelerator.price is None else f"{hours * devices * accelerator.price:,.0f}",
+                _rounded(hours / 24),
+                _rounded(hours * devices),
+                "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
             ]
         )
     header = [
@@ -247,6 +253,10 @@ def _accelerators(
         f"\nat {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), {100 * USABLE:g} % of the memory for "
         "tensors; prices are those you gave, in their money"
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def _checkpoints(

@@ -87,7 +87,9 @@ class NextTokenTask(LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm is {name!r}: only 'norm' is supported")
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         self._rate = optimizer.param_groups[0]["lr"]
-        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        # Of sharded gradients it is the norm of this rank's part until it is asked for whole.
+        self._gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._step_loss = torch.stack(self._losses).mean()
         self._losses.clear()
         if self.step_verdict is not None:
