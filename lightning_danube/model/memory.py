@@ -193,7 +193,9 @@ class TrainingMemory:
         before are still there (they are dropped just before the backward pass)."""
         c, w, a, wide, N = self.config, self.weight_bytes, self._product, self._wide, self.tokens
         head = self.head_parameters
-        casts = 0 if self.recompute else self.cast_bytes(c.num_hidden_layers)
+        # Measured: recomputed blocks' copies are dropped at once, but not those of weights that FSDP2 has gathered.
+        kept = not self.recompute or (self.layout.sharded and self.layout.replicas > 1)
+        casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
         casts += a * head if a < w else 0
         chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
         logits = chunk * (wide if a == wide else a + wide)
@@ -243,23 +245,23 @@ class TrainingMemory:
             casts=casts,
             activations=activations,
             logits=logits,
-            communication=w * self.communicated_parameters(),
+            communication=w * self.communicated_parameters(backward=not logits),
             moment=moment,
         )
 
-    def communicated_parameters(self) -> int:
+    def communicated_parameters(self, *, backward: bool) -> int:
         """Parameters whose values or gradients a device holds whole for the sake of others.
 
         DDP: its buckets, beside the gradients. FSDP2: the embedding and the head, gathered from the forward pass to the
-        end of the backward pass, and their whole gradients; of the blocks the one at work and the one gathered ahead
-        of it, and one block's whole gradients.
+        end of the backward pass; in that, their whole gradients as well, of the blocks the one at work and the one
+        gathered ahead of it, and one block's whole gradients.
         """
         if self.layout.replicas == 1:
             return 0
         if not self.layout.sharded:
             return self.parameters
         ends = self.head_parameters * (1 if self.config.tie_word_embeddings else 2)
-        return 2 * ends + 3 * self.block_parameters
+        return 2 * ends + 3 * self.block_parameters if backward else ends
 
     def peak(self) -> DeviceMemory:
         return max(self.loss_phase(), self.backward_phase(), key=lambda memory: memory.total)
