@@ -8,6 +8,7 @@ allocations on rank zero, at their peak. See plan_memory.py for one process.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -75,6 +76,7 @@ def train(config: DecoderConfig, layout: Layout, precision: str, recompute: bool
 
 
 def peak(config: DecoderConfig, *case: Any) -> int:
+    gc.collect()  # what the case before it has left must not be freed while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(config, *case)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
