@@ -193,8 +193,8 @@ class TrainingMemory:
         before are still there (they are dropped just before the backward pass)."""
         c, w, a, wide, N = self.config, self.weight_bytes, self._product, self._wide, self.tokens
         head = self.head_parameters
-        # Measured: recomputed blocks' copies are dropped at once, but not those of weights that FSDP2 has gathered.
-        kept = not self.recompute or (self.layout.sharded and self.layout.replicas > 1)
+        # Measured: recomputed blocks' copies are dropped at once, but not those of distributed weights.
+        kept = not self.recompute or (self.layout.sharded and self.layout.devices > 1)
         casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
         casts += a * head if a < w else 0
         chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
