@@ -115,6 +115,7 @@ def assert_same_run(
     ]
 
 
+@pytest.mark.slow
 def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) -> None:
     """Each session ends between two checkpoints; the second and the third begin inside a stage and cross its end."""
     last = ["--ckpt_path", "last"]

@@ -101,7 +101,7 @@ class QuantizationEvaluation(LightningModule):
                 self.failed[level] = reason
             else:
                 self._missing.append(level)
-        # To compare with, the full model reads the text again.
+        # To compare with, the full model reads the text again, as much of it as distributions are kept of.
         if self._missing and self._missing[0] != FULL:
             self._missing.insert(0, FULL)
 
@@ -183,7 +183,7 @@ class QuantizationEvaluation(LightningModule):
         except (ValueError, RuntimeError, NotImplementedError) as error:
             self._fail(level, error)
             return
-        self._running = _Reading(level, model, file, self._divergences, began)
+        self._running = _Reading(level, model, file, self._divergences, began, to_compare_with=level in self.reused)
 
     def _build(self, level: Level) -> tuple[RunningModel, Path | None]:
         if level == FULL:
@@ -216,6 +216,9 @@ class QuantizationEvaluation(LightningModule):
         if self._running is None:
             return
         reading, self._running = self._running, None
+        if reading.to_compare_with:
+            reading.close()
+            return
         measured = reading.result()
         reading.close()
         if self.cost:
@@ -224,13 +227,8 @@ class QuantizationEvaluation(LightningModule):
             reading.file.unlink(missing_ok=True)
         save_measured(self._kept(reading.level), measured)
         self.done[reading.level] = measured
-        if reading.level in self.reused:
-            self.reused.remove(reading.level)
 
     def _with_cost(self, level: Level, file: Path | None, measured: Measured) -> Measured:
-        known = self.done.get(level)
-        if known is not None and known.cost is not None:
-            return replace(measured, cost=known.cost)
         from lightning_danube.quantization.cost import measure_cost
 
         dtype = str(self.decoder.lm_head.weight.dtype).removeprefix("torch.")
@@ -258,6 +256,7 @@ class _Divergences:
         self.path, self.vocabulary = path, vocabulary
         self.room = max(1, REFERENCE_BYTES // (4 * vocabulary))
         self.kept: list[tuple[int, int]] = []
+        self.is_full = False
         self.file = path.open("w+b")
         path.unlink()
 
@@ -265,7 +264,8 @@ class _Divergences:
         """Appends those of one window, if there is room."""
         rows = len(log_probabilities_NV)
         start = self.kept[-1][1] if self.kept else 0
-        if self.kept and start + rows > self.room:
+        self.is_full = bool(self.kept) and start + rows > self.room
+        if self.is_full:
             return
         self.kept.append((start, start + rows))
         self.file.seek(4 * self.vocabulary * start)
@@ -290,9 +290,18 @@ class _Reading:
     """One model on its way through the text."""
 
     def __init__(
-        self, level: Level, model: RunningModel, file: Path | None, divergences: _Divergences, began: float
+        self,
+        level: Level,
+        model: RunningModel,
+        file: Path | None,
+        divergences: _Divergences,
+        began: float,
+        *,
+        to_compare_with: bool,
     ) -> None:
+        """`to_compare_with`: all is known of it, and only its distributions are wanted."""
         self.level, self.model, self.file, self.divergences, self.began = level, model, file, divergences, began
+        self.to_compare_with = to_compare_with
         self.nats: dict[int, list[np.ndarray[Any, Any]]] = {}
         self.divergence: list[np.ndarray[Any, Any]] = []
         self.same_first: list[np.ndarray[Any, Any]] = []
@@ -300,6 +309,9 @@ class _Reading:
         self.primary: int | None = None
 
     def read(self, batch: dict[str, Any]) -> None:
+        self.primary = self.primary or batch.get("context_length")
+        if self.to_compare_with and (batch.get("context_length") != self.primary or self.divergences.is_full):
+            return
         ids_BT, first = batch["input_ids"], batch["first"]
         logits_BNV = self.model.logits(ids_BT, first)[:, :-1]
         labels_BN = ids_BT[:, first + 1 :].to(logits_BNV.device)
@@ -308,7 +320,6 @@ class _Reading:
             self.cloze += (nats_B.view(-1, batch["choices"]).argmin(1) == 0).tolist()
             return
         length = batch["context_length"]
-        self.primary = self.primary or length
         # A window at a time: all distributions of a batch would be there several times over.
         for logits_NV, labels_N in zip(logits_BNV, labels_BN, strict=True):
             log_probabilities_NV = logits_NV.float().log_softmax(-1)
