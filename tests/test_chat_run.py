@@ -190,6 +190,7 @@ def test_an_adapter_on_a_4_bit_base_goes_on_exactly_and_is_the_model_that_was_ev
     assert abs(again["val_loss"]["talk"] - summary["val_loss"]["talk"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Path) -> None:
     """Answers are dealt unevenly to them, so means of means would be off by far more than rounding (1e-16, which ten
     steps of Adam make 1e-13)."""

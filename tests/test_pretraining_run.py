@@ -114,9 +114,10 @@ def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
     [
         (8, []),  # inside the first stage; the newest checkpoint is that of step 5
         (12, []),  # exactly at a stage's end
-        (16, ["--data.init_args.micro_batch_size", "2"]),  # accumulating four micro-batches
+        pytest.param(16, ["--data.init_args.micro_batch_size", "2"], marks=pytest.mark.slow),  # accumulating four
         (23, ["--data.init_args.workers", "1", "--model.init_args.decoder.attention_dropout", "0.1"]),
-        (8, ["--trainer.precision", "64-true"]),  # weights that a float32 module would round when it loads them
+        # Weights that a float32 module would round when it loads them.
+        pytest.param(8, ["--trainer.precision", "64-true"], marks=pytest.mark.slow),
     ],
 )
 def test_going_on_equals_never_having_stopped(tiny: Path, stop: int, options: list[str]) -> None:
