@@ -13,11 +13,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from callbacks.position import run_directory
 from callbacks.progress import say
-from callbacks.summary import held_out_losses, program, write_json
+from callbacks.summary import held_out_losses, program
 from callbacks.throughput import Throughput
 from lightning_danube.data.chat import encode_chat, end_ids
 from lightning_danube.data.chat_data import ChatData
 from lightning_danube.model import generate
+from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from callbacks.position import is_done, run_directory
 from callbacks.progress import say
-from callbacks.summary import program, write_json
+from callbacks.summary import program
 from callbacks.throughput import Throughput
 from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.data.classification import SPLITS, ClassificationData
+from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 from lightning_danube.tasks.classification import Classified, TextClassification
 from lightning_danube.tasks.classification_scores import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.position import run_directory
 from callbacks.progress import say
-from callbacks.summary import write_json
 from lightning_danube.data.evaluation import EvaluationData
-from lightning_danube.tables import text_table
+from lightning_danube.result_files import write_json, write_parquet, write_text
+from lightning_danube.tables import markdown_table, text_table
 from lightning_danube.tasks.evaluation import Evaluation
 from lightning_danube.tasks.evaluation_results import Measured, PaperScores, paper_scores
 
@@ -95,7 +94,7 @@ class EvaluationReport(Callback):
     def _write(self, directory: Path, task: Evaluation) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "report.md", markdown(task.results, self.paper, task.weights))
-        write_parquet(directory / "results.parquet", task.results, self.paper, task.weights)
+        write_results(directory / "results.parquet", task.results, self.paper, task.weights)
         summary = {
             "weights": task.weights,
             "parameters": task.config.parameters,
@@ -196,30 +195,16 @@ def markdown(rows: Sequence[Measured], paper: PaperScores, weights: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    rows = [[re.sub(r"([|\\])", r"\\\1", cell) for cell in row] for row in [header, *cells]]
-    rows.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_parquet(path: Path, rows: Sequence[Measured], paper: PaperScores, weights: str) -> None:
+def write_results(path: Path, rows: Sequence[Measured], paper: PaperScores, weights: str) -> None:
     """One row a model and score: `measured` tells ours from the paper's."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     flat = []
     for row in rows:
@@ -233,9 +218,7 @@ def write_parquet(path: Path, rows: Sequence[Measured], paper: PaperScores, weig
     kinds = {"measured": pa.bool_(), "n": pa.int64(), "notes": pa.list_(pa.string())}
     numbers = ("value", "stderr", "low", "high", "seconds")
     schema = pa.schema([(name, kinds.get(name, pa.float64() if name in numbers else pa.string())) for name in flat[0]])
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist(flat, schema=schema), partial)
-    partial.replace(path)
+    write_parquet(path, flat, schema)
 
 
 def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any | None:

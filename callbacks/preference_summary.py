@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.position import run_directory
 from callbacks.progress import say
-from callbacks.summary import program, write_json
+from callbacks.summary import program
 from callbacks.throughput import Throughput
 from lightning_danube.data.preference_data import PreferenceData
+from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 
 # What is logged of the held-out pairs of a source → what summary.json calls it.

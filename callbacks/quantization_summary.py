@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.position import run_directory
 from callbacks.progress import say
-from callbacks.summary import write_json
 from lightning_danube.data.text_windows import TextWindows
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
 from lightning_danube.quantization.statistics import Estimate
-from lightning_danube.tables import text_table
+from lightning_danube.result_files import write_json, write_parquet, write_text
+from lightning_danube.tables import markdown_table, text_table
 from lightning_danube.tasks.quantization import QuantizationEvaluation
 
 NOISE = "≈"
@@ -92,7 +91,7 @@ class QuantizationSummary(Callback):
         directory = run_directory(trainer)
         directory.mkdir(parents=True, exist_ok=True)
         write_markdown(directory / "quantization.md", task, data, blocks, [legend(rows), *notes], advice)
-        write_parquet(directory / "quantization.parquet", rows, failed)
+        write_parquet(directory / "quantization.parquet", flat_rows(rows, failed))
         write_json(
             directory / "summary.json",
             {
@@ -192,6 +191,12 @@ def legend(rows: Sequence[Row]) -> str:
     return text
 
 
+def flat_rows(rows: Sequence[Row], failed: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each level, measured or not."""
+    values = [row.flat() | {"not_measured": None} for row in rows]
+    return values + [dict.fromkeys(values[0]) | {"level": name, "not_measured": why} for name, why in failed.items()]
+
+
 def failure_notes(task: QuantizationEvaluation) -> list[str]:
     """A line for each reason."""
     levels: dict[str, list[str]] = {}
@@ -222,11 +227,6 @@ def share(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.1f} %"
 
 
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
-
-
 def write_markdown(
     path: Path,
     task: QuantizationEvaluation,
@@ -238,21 +238,4 @@ def write_markdown(
     parts = [f"# {task.weights} in fewer bits, on {data.text.path}"]
     parts += [markdown_table(*block) for block in blocks]
     parts += ["\n".join(f"- {note}" for note in notes), "\n".join(f"- {line}" for line in advice)]
-    write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_parquet(path: Path, rows: Sequence[Row], failed: dict[str, str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    values = [row.flat() | {"not_measured": None} for row in rows]
-    values += [dict.fromkeys(values[0]) | {"level": name, "not_measured": reason} for name, reason in failed.items()]
-    partial = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(pa.Table.from_pylist(values), partial)
-    os.replace(partial, path)
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ from callbacks.skipping import skipped_steps
 from callbacks.throughput import Throughput
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.data.replicas import replicas_of
+from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 
 
@@ -212,11 +212,3 @@ def held_out_losses(trainer: Trainer) -> dict[str, float]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith("loss/held_out_")
     }
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes beside the target and renames, so that the file is whole or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

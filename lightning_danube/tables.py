@@ -1,7 +1,8 @@
-"""Plain-text tables for a terminal."""
+"""Tables: plain text for a terminal, and Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -14,3 +15,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "─" * len(max(lines, key=len)))
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells without the spaces around them; a bar inside one stays a bar."""
+    lines = [[re.sub(r"([|\\])", r"\\\1", cell.strip()) for cell in row] for row in [header, *rows]]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -19,8 +19,6 @@ from lightning_danube.quantization.running import Content
 class QuantizedLayer(Protocol):
     """What the layers of all methods have."""
 
-    in_features: int
-
     def weight_values(self, dtype: torch.dtype) -> Tensor: ...
 
 

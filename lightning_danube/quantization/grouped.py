@@ -52,7 +52,6 @@ class GroupedLinear(nn.Module):
         self.register_buffer("scale", meta.pop("scale").to(SCALE_DTYPE))
         self.register_buffer("zero", meta.pop("zero").to(SCALE_DTYPE))
         self.meta: dict[str, Any] = meta
-        self.out_features, self.in_features = weight_ND.shape
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weights it computes with, (N, D)."""

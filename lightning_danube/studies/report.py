@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from lightning_danube.result_files import write_json, write_parquet, write_text
 from lightning_danube.studies.comparison import Comparison, compare, verdict
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
-from lightning_danube.tables import text_table
+from lightning_danube.tables import markdown_table, text_table
 
 SHOWN_TRIALS = 10
 
@@ -35,9 +33,14 @@ def write_report(design: Design, results: Sequence[Result], directory: Path) -> 
     header, rows = _table(design, complete, comparisons)
     text = "\n".join(["", text_table(header, rows), "", *notes, *verdicts, f"written to {directory}"])
     _write_parquet(directory / "study.parquet", design, results)
-    markdown = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    lines = [f"# {design.name}: {design.metric}", "", *markdown, "", *(f"- {line}" for line in [*notes, *verdicts])]
-    _write(directory / "study.md", "\n".join(lines) + "\n")
+    lines = [
+        f"# {design.name}: {design.metric}",
+        "",
+        markdown_table(header, rows),
+        "",
+        *(f"- {line}" for line in [*notes, *verdicts]),
+    ]
+    write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
         "name": design.name,
         "base": design.base,
@@ -50,7 +53,7 @@ def write_report(design: Design, results: Sequence[Result], directory: Path) -> 
         "comparisons": [asdict(one) for one in comparisons],
         "verdicts": verdicts,
     }
-    _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(directory / "summary.json", summary)
     return text
 
 
@@ -102,10 +105,17 @@ def write_search_report(search: Search, directory: Path) -> str:
         }
         for trial in tried
     ]
-    _write_rows(directory / "study.parquet", parquet)
-    markdown = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    lines = [f"# {design.name}: {design.metric}", "", *markdown, "", shown, "", *(f"- {line}" for line in notes)]
-    _write(directory / "study.md", "\n".join(lines) + "\n")
+    write_parquet(directory / "study.parquet", parquet)
+    lines = [
+        f"# {design.name}: {design.metric}",
+        "",
+        markdown_table(header, rows),
+        "",
+        shown,
+        "",
+        *(f"- {line}" for line in notes),
+    ]
+    write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
         "name": design.name,
         "base": design.base,
@@ -117,7 +127,7 @@ def write_search_report(search: Search, directory: Path) -> str:
         "best": None if not complete else {"value": complete[0].value, "settings": complete[0].params},
         "importances": importances,
     }
-    _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(directory / "summary.json", summary)
     return text
 
 
@@ -165,22 +175,7 @@ def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> Non
         }
         for result in results
     ]
-    _write_rows(path, rows)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    partial = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), partial)
-    os.replace(partial, path)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_parquet(path, rows)
 
 
 def _commit() -> str | None:

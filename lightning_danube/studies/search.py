@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_danube.studies.design import Design
-from lightning_danube.studies.trials import Runner, TrialFailed, minutes_of, open_study
+from lightning_danube.studies.trials import POLL_SECONDS, Runner, TrialFailed, minutes_of, open_study
 
 DONE = (TrialState.COMPLETE, TrialState.FAIL)
 
@@ -37,7 +37,7 @@ class Search:
             if waiting or len(self.tried()) + running < self.design.trials:
                 self.study.optimize(lambda trial: self._run(trial, tell), n_trials=1, catch=(TrialFailed,))
             elif running:
-                time.sleep(1.0)
+                time.sleep(POLL_SECONDS)
             else:
                 return
 
