@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
-import subprocess
 from pathlib import Path
+
+from lightning_danube.provenance import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,21 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def described(*packages: str) -> str:
     """Day, commit, processor and versions, as one line."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    parts = [str(datetime.date.today()), f"commit {commit()}", processor(), f"{os.cpu_count()} cores"]
+    parts = [str(datetime.date.today()), f"commit {commit()}", machine()]
     return ", ".join([*parts, f"Python {platform.python_version()}", *versions])
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def write_result(name: str, text: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import subprocess
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lightning_danube.provenance import commit
 
 _SAY_NOTHING = {"ckpt_path", "config"}
 _PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
@@ -60,7 +61,7 @@ def append_history(path: Path, **facts: Any) -> None:
         **facts,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
-        "commit": _commit(),
+        "commit": commit(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -73,18 +74,3 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _commit() -> str | None:
-    """Commit of this code, with "+changes" where files differ from it; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode or changes.returncode:
-        return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

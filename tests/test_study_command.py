@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from lightning_danube.__main__ import main
+from lightning_danube.provenance import commit, machine
 from lightning_danube.studies import facts, trials
 from lightning_danube.studies.design import Design, Overrides
 
@@ -95,6 +97,23 @@ def test_a_study_ends_in_a_table_and_a_verdict(
     summary = json.loads((study / "runs/studies/rates/summary.json").read_text())
     assert summary["comparisons"][0]["mean"] == pytest.approx(-0.38) and summary["runs_complete"] == 6
     assert "| fast | 3 |" in (study / "runs/studies/rates/study.md").read_text()
+    # The other metrics, too: their differences, here without any.
+    assert re.search(r"(?m)^fast +4\.0000 \(\+0 ± 0\) +26\.0000 ", out)
+    assert summary["also"]["val_loss.wiki"][0]["mean"] == 0
+
+
+def test_a_result_says_where_it_came_from(study: Path, fake_runs: None) -> None:
+    assert run(study) == 0
+    (row, *_) = results(study)
+    assert row["command"] == f"python -m lightning_danube study --config {study / 'study.yaml'}"
+    assert row["commit"] == commit() and row["machine"] == machine()
+
+
+def test_several_numbers_are_one_by_their_mean(study: Path, fake_runs: None) -> None:
+    text = (study / "study.yaml").read_text()
+    (study / "study.yaml").write_text(text.replace("metric: val_loss.web", "metric: val_loss"))
+    assert run(study) == 0
+    assert results(study)[0]["val_loss"] == pytest.approx((3.98 + 4.0) / 2)
 
 
 def test_going_on_is_asked_for_and_repeats_nothing(
@@ -181,20 +200,25 @@ def test_a_search_finds_what_matters(
     (study / "study.yaml").write_text(SEARCH.format(base=study / "base.yaml"))
     assert run(study) == 0
     out = capsys.readouterr().out
-    assert "study rates: 12 trials × 2 seeds" in out and "; 1 of 12" in out
+    assert "study rates: 12 settings × 2 seeds" in out and "; 1 of 12" in out
     summary = json.loads((study / "runs/studies/rates/summary.json").read_text())
     rows = results(study)
     best = min(rows, key=lambda row: row["val_loss.web"])
     rate = "model.init_args.learning_rate.peak"
     # Of seeds 1 and 2, whose losses are 4 and 5 less 20 rates.
-    assert all(row["val_loss.web"] == pytest.approx(4.5 - 20 * row[rate]) for row in rows)
-    assert summary["best"]["value"] == best["val_loss.web"] and summary["best"]["settings"][rate] == best[rate]
+    assert len(rows) == 24 and all(
+        row["val_loss.web"] == pytest.approx(3 + row["seed"] - 20 * row[rate]) for row in rows
+    )
+    assert summary["best"]["value"] == pytest.approx(best["val_loss.web"] + 0.5)
+    assert summary["best"]["settings"][rate] == best[rate]
+    # Of two values that are 1 apart: 0.5 standard errors, times Student's 12.7 for one degree of freedom.
+    assert f"{summary['best']['value']:.4f} ± 6.4" in out
     assert best[rate] > 0.03
     assert max(summary["importances"], key=summary["importances"].__getitem__) == rate
     assert sum(summary["importances"].values()) == pytest.approx(1)
     assert "(fANOVA, 12 trials)" in out
     assert run(study, "--resume") == 0
-    assert "trial" not in capsys.readouterr().out.partition("\n\n")[0].replace("12 trials", "")
+    assert "trial" not in capsys.readouterr().out.partition("\n\n")[0]
 
     # More of them, one of which breaks and is tried again.
     (study / "study.yaml").write_text(SEARCH.format(base=study / "base.yaml").replace("trials: 12", "trials: 14"))
@@ -205,6 +229,32 @@ def test_a_search_finds_what_matters(
     assert run(study, "--resume", "--retry-failed") == 0
     assert "2 failed trials wait again" in capsys.readouterr().out
     assert json.loads((study / "runs/studies/rates/summary.json").read_text())["trials_complete"] == 14
+
+
+GRID = """
+name: rates
+base: {base}
+metric: val_loss.web
+seeds: [1, 2]
+search:
+  model.init_args.learning_rate.peak: [1.0e-2, 2.0e-2, 4.0e-2]
+  model.init_args.head: [hidden, logits]
+"""
+
+
+def test_a_grid_is_every_setting_once(study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "study.yaml").write_text(GRID.format(base=study / "base.yaml"))
+    assert run(study) == 0
+    out = capsys.readouterr().out
+    assert "study rates: 6 settings × 2 seeds" in out and out.count("val_loss.web") == 6 + 2
+    rate = "model.init_args.learning_rate.peak"
+    found = {(row[rate], row["model.init_args.head"], row["seed"]) for row in results(study)}
+    assert found == {(r, h, s) for r in (0.01, 0.02, 0.04) for h in ("hidden", "logits") for s in (1, 2)}
+    summary = json.loads((study / "runs/studies/rates/summary.json").read_text())
+    assert summary["marginals"][rate]["0.04"] == pytest.approx([3.2, 4.2])
+    assert summary["marginals"]["model.init_args.head"]["hidden"] == pytest.approx([4 - 1.4 / 3, 5 - 1.4 / 3])
+    assert run(study, "--resume") == 0
+    assert ": val_loss.web" not in capsys.readouterr().out.partition("\n\n")[0]
 
 
 WORKER = """

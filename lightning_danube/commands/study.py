@@ -32,7 +32,7 @@ def run(arguments: Namespace) -> None:
     directory = Path(arguments.runs) / "studies" / design.name
     if not arguments.report:
         seeds = f"{len(design.seeds)} seed{'s' if len(design.seeds) > 1 else ''}"
-        what = f"{design.trials} trials" if design.search else f"{len(design.variants)} variants"
+        what = f"{design.settings} settings" if design.search else f"{len(design.variants)} variants"
         print(f"study {design.name}: {what} × {seeds} of {design.base}")
         if design.variants:
             print(facts_table(check_variants(design)))
@@ -48,8 +48,9 @@ def run(arguments: Namespace) -> None:
         print(f"{study.retry_failed()} failed trials wait again")
     if not arguments.report:
         study.work(lambda line: print(f"  {line}", flush=True))
+    command = f"python -m lightning_danube study --config {arguments.config}"
     print(
-        write_search_report(study, directory)
+        write_search_report(study, directory, command)
         if isinstance(study, Search)
-        else write_report(design, study.results(), directory)
+        else write_report(design, study.results(), directory, command)
     )

@@ -50,6 +50,15 @@ class Comparison:
         return self.p is not None and self.p < 1 - CONFIDENCE
 
 
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval of a mean; None of one value."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
+
+
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Comparison]:
     """
     Args:

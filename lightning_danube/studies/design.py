@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -31,11 +32,12 @@ class Design:
         baseline: the variant that all others are compared with.
         search: instead of variants, dotted key → the values to search among: a list, or {low: …, high: …} with
             log: true where steps are factors; whole numbers stay whole.
-        trials: how many settings a search tries, each with all seeds.
+        trials: how many settings a search tries, each with all seeds; without it all that there are, where each key has
+            a list.
         better: whether lower or higher is better.
         seeds: each variant runs once with each.
         also: other keys of `summary.json` that the table shows.
-        set: set in all variants.
+        set: set in all variants. In a text, here and in variants, {seed} is the run's seed.
         equal: what variants have in common, and by what share they may differ: {parameters: 0.01, tokens: 0}.
         verb: fit, or test for tasks that do not train.
     """
@@ -56,7 +58,23 @@ class Design:
 
     def overrides(self, values: Overrides, seed: int) -> dict[str, Any]:
         """All that is set in one run: of a variant, or of what a search tries."""
-        return {"seed_everything": seed, **self.set, **values}
+        merged = {**self.set, **values}
+        filled = {
+            key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+            for key, value in merged.items()
+        }
+        return {"seed_everything": seed, **filled}
+
+    def grid(self) -> list[dict[str, Any]]:
+        """All settings of a search that tries each; empty if it samples."""
+        if not self.search or self.trials:
+            return []
+        return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
+
+    @property
+    def settings(self) -> int:
+        """How many settings a search tries."""
+        return self.trials or len(self.grid())
 
     def digest(self) -> str:
         """Tells apart studies whose results cannot stand in one table. Seeds, and what is shown, may change."""
@@ -79,7 +97,7 @@ def read_design(file: str) -> Design:
             close = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"{file}: {key!r} is no key of a study: {hint}")
-    kind = ("search", "trials") if raw.get("search") else ("variants", "baseline")
+    kind = ("search",) if raw.get("search") else ("variants", "baseline")
     needed = ("name", "base", "metric", *kind)
     missing = [key for key in needed if raw.get(key) in (None, "", {}, 0)]
     if missing:
@@ -135,8 +153,6 @@ def _check(file: str, design: Design) -> None:
 
 
 def _check_search(file: str, design: Design) -> None:
-    if type(design.trials) is not int or design.trials < 1:
-        raise ValueError(f"{file}: trials is {design.trials!r}: it must be a whole number of at least 1")
     for key, values in design.search.items():
         if isinstance(values, list) and len(values) > 1:
             continue
@@ -153,3 +169,9 @@ def _check_search(file: str, design: Design) -> None:
             )
         if values.get("log") and not low > 0:
             raise ValueError(f"{file}: search.{key} begins at {low!r}, where there are no factors: begin above 0")
+    ranges = [key for key, values in design.search.items() if not isinstance(values, list)]
+    if type(design.trials) is not int or design.trials < bool(ranges):
+        raise ValueError(
+            f"{file}: trials is {design.trials!r}: it must be a whole number of at least 1, or left out where each key "
+            "of the search has a list"
+        )

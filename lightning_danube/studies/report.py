@@ -2,62 +2,78 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
+
 from lightning_danube.result_files import write_json, write_parquet, write_text
-from lightning_danube.studies.comparison import Comparison, compare, verdict
+from lightning_danube.studies.comparison import Comparison, compare, half_interval, verdict
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
 from lightning_danube.tables import markdown_table, text_table
 
 SHOWN_TRIALS = 10
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+ALSO = "Beside it, with the differences from {baseline} and half their 95 % intervals, each for itself:"
 
 
-def write_report(design: Design, results: Sequence[Result], directory: Path) -> str:
+def write_report(design: Design, results: Sequence[Result], directory: Path, command: str) -> str:
     """Writes `study.parquet` (a row a run), `study.md` and `summary.json` into the study's directory; the text."""
     complete = [result for result in results if result.state == "complete"]
-    values: dict[str, dict[int, float]] = {variant: {} for variant in design.variants}
-    for result in complete:
-        values[result.variant][result.seed] = result.metrics[design.metric]
-    comparisons = compare(values, design.baseline)
+    comparisons = compare(_values(design, complete, design.metric), design.baseline)
+    also = {key: compare(_values(design, complete, key), design.baseline) for key in design.also}
     verdicts = [verdict(one, design.baseline, design.metric, design.better) for one in comparisons]
     notes = [
         f"{result.variant}-seed{result.seed}: {result.state}{f': {result.error}' if result.error else ''}"
         for result in results
         if result.state != "complete"
     ]
-    header, rows = _table(design, complete, comparisons)
-    text = "\n".join(["", text_table(header, rows), "", *notes, *verdicts, f"written to {directory}"])
-    _write_parquet(directory / "study.parquet", design, results)
-    lines = [
-        f"# {design.name}: {design.metric}",
-        "",
-        markdown_table(header, rows),
-        "",
-        *(f"- {line}" for line in [*notes, *verdicts]),
-    ]
+    tables = [_table(design, complete, comparisons)]
+    if design.also:
+        tables.append(_table_of_also(design, complete, also))
+    texts = [line for table in tables for line in (text_table(*table), "")]
+    if design.also:
+        texts.insert(2, ALSO.format(baseline=design.baseline))
+    text = "\n".join(["", *texts, *notes, *verdicts, f"written to {directory}"])
+    _write_parquet(directory / "study.parquet", design, results, command)
+    lines = [f"# {design.name}: {design.metric}", "", markdown_table(*tables[0]), ""]
+    lines += [f"- {line}" for line in [*notes, *verdicts]]
+    if design.also:
+        lines += ["", ALSO.format(baseline=design.baseline), "", markdown_table(*tables[1])]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
         "name": design.name,
+        "command": command,
         "base": design.base,
         "metric": design.metric,
         "better": design.better,
         "baseline": design.baseline,
-        "commit": _commit(),
+        "commits": list(dict.fromkeys(result.commit for result in complete)),
+        "machines": list(dict.fromkeys(result.machine for result in complete)),
         "runs": len(results),
         "runs_complete": len(complete),
         "comparisons": [asdict(one) for one in comparisons],
         "verdicts": verdicts,
+        "also": {key: [asdict(one) for one in found] for key, found in also.items()},
     }
     write_json(directory / "summary.json", summary)
     return text
 
 
-def write_search_report(search: Search, directory: Path) -> str:
+def _values(design: Design, complete: Sequence[Result], key: str) -> dict[str, dict[int, float]]:
+    """Variant → seed → a metric."""
+    values: dict[str, dict[int, float]] = {variant: {} for variant in design.variants}
+    for result in complete:
+        if key in result.metrics:
+            values[result.variant][result.seed] = result.metrics[key]
+    return values
+
+
+def write_search_report(search: Search, directory: Path, command: str) -> str:
     """The same of a search: its trials from the best on, and how much each setting matters."""
     design = search.design
     lower = design.better == "lower"
@@ -66,20 +82,6 @@ def write_search_report(search: Search, directory: Path) -> str:
         (trial for trial in tried if trial.value is not None),
         key=lambda trial: (trial.value or 0.0) * (1 if lower else -1),
     )
-    keys = list(design.search)
-    header = ["trial", design.metric, *(key.rpartition(".")[2] for key in keys), *design.also]
-    rows = []
-    for trial in complete[:SHOWN_TRIALS]:
-        metrics = trial.user_attrs["metrics"]
-        settings = [shown_value(trial.params[key]) for key in keys]
-        rows.append(
-            [
-                str(trial.user_attrs["number"]),
-                f"{trial.value:.4f}",
-                *settings,
-                *(f"{metrics[key]:.4f}" for key in design.also),
-            ]
-        )
     importances = search.importances()
     notes = [
         f"trial {trial.user_attrs['number']}: failed: {trial.user_attrs['error']}"
@@ -91,51 +93,97 @@ def write_search_report(search: Search, directory: Path) -> str:
         notes.append(f"of what differs between the trials is explained by {parts} (fANOVA, {len(complete)} trials)")
     else:
         notes.append("how much each setting matters needs at least 4 trials that differ")
+    best = _table_of_best(design, complete[:SHOWN_TRIALS])
     shown = f"{min(len(complete), SHOWN_TRIALS)} best of {len(complete)}, each a mean over {len(design.seeds)} seeds"
-    text = "\n".join(["", text_table(header, rows), shown, "", *notes, f"written to {directory}"])
-    parquet = [
-        {
-            "study": design.name,
-            "trial": trial.user_attrs["number"],
-            design.metric: trial.value,
-            **{key: trial.user_attrs.get("metrics", {}).get(key) for key in design.also},
-            **{key: str(value) if isinstance(value, bool) else value for key, value in trial.params.items()},
-            "error": trial.user_attrs.get("error"),
-            "seconds": trial.user_attrs.get("seconds"),
-        }
-        for trial in tried
-    ]
-    write_parquet(directory / "study.parquet", parquet)
-    lines = [
-        f"# {design.name}: {design.metric}",
-        "",
-        markdown_table(header, rows),
-        "",
-        shown,
-        "",
-        *(f"- {line}" for line in notes),
-    ]
+    if len(design.seeds) > 1:
+        shown += " with half its 95 % interval"
+    texts, blocks = [text_table(*best), shown, ""], [markdown_table(*best), "", shown, ""]
+    if design.grid():
+        marginals = _table_of_marginals(search)
+        title = "Each setting by itself, a mean over all that it was combined with:"
+        texts += [title, text_table(*marginals), ""]
+        blocks += [title, "", markdown_table(*marginals), ""]
+    _write_search_parquet(directory / "study.parquet", search, command)
+    lines = [f"# {design.name}: {design.metric}", "", *blocks, *(f"- {line}" for line in notes)]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
         "name": design.name,
+        "command": command,
         "base": design.base,
         "metric": design.metric,
         "better": design.better,
-        "commit": _commit(),
+        "commits": list(dict.fromkeys(trial.user_attrs.get("commit") for trial in complete)),
+        "machines": list(dict.fromkeys(trial.user_attrs.get("machine") for trial in complete)),
         "trials": len(tried),
         "trials_complete": len(complete),
         "best": None if not complete else {"value": complete[0].value, "settings": complete[0].params},
         "importances": importances,
+        "marginals": {key: {str(value): one for value, one in by.items()} for key, by in search.marginals().items()},
     }
     write_json(directory / "summary.json", summary)
-    return text
+    return "\n".join(["", *texts, *notes, f"written to {directory}"])
 
 
-def _table(
-    design: Design, complete: Sequence[Result], comparisons: Sequence[Comparison]
-) -> tuple[list[str], list[list[str]]]:
+def _table_of_best(design: Design, trials: Sequence[FrozenTrial]) -> Table:
+    header = ["trial", design.metric, *(key.rpartition(".")[2] for key in design.search), *design.also]
+    rows = []
+    for trial in trials:
+        metrics = trial.user_attrs["metrics"]
+        by_seed = trial.user_attrs["by_seed"].values()
+        rows.append(
+            [
+                str(trial.user_attrs["number"]),
+                _with_interval([one[design.metric] for one in by_seed]),
+                *(shown_value(trial.params[key]) for key in design.search),
+                *(f"{metrics[key]:.4f}" for key in design.also),
+            ]
+        )
+    return header, rows
+
+
+def _table_of_marginals(search: Search) -> Table:
+    rows = [
+        [key.rpartition(".")[2], shown_value(value), _with_interval(by_seed)]
+        for key, by_value in search.marginals().items()
+        for value, by_seed in by_value.items()
+        if by_seed
+    ]
+    return ["setting", "value", search.design.metric], rows
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    half = half_interval(values)
+    return f"{sum(values) / len(values):.4f}" + ("" if half is None else f" ± {half:.2g}")
+
+
+def _write_search_parquet(path: Path, search: Search, command: str) -> None:
+    """A row a run: a setting with one seed."""
+    design = search.design
+    rows = []
+    for trial in search.tried():
+        known = trial.user_attrs
+        by_seed = known.get("by_seed", {})
+        for seed in design.seeds:
+            metrics = by_seed.get(str(seed), {})
+            rows.append(
+                {
+                    "study": design.name,
+                    "trial": known["number"],
+                    "seed": seed,
+                    **{key: metrics.get(key) for key in (design.metric, *design.also)},
+                    **{key: str(value) if isinstance(value, bool) else value for key, value in trial.params.items()},
+                    "error": known.get("error"),
+                    "seconds_of_all_seeds": known.get("seconds"),
+                    "command": command,
+                    "commit": known.get("commit"),
+                    "machine": known.get("machine"),
+                }
+            )
+    write_parquet(path, rows)
+
+
+def _table(design: Design, complete: Sequence[Result], comparisons: Sequence[Comparison]) -> Table:
     header = ["variant", "seeds", design.metric, f"against {design.baseline}", "95 % interval", "bootstrap", "p, Holm"]
-    header += design.also
     by_variant = {one.variant: one for one in comparisons}
     rows = []
     for variant in design.variants:
@@ -148,8 +196,24 @@ def _table(
             low, high = one.bootstrap
             cells += [f"{one.mean:+.4g}", f"{one.low:+.4g} to {one.high:+.4g}", f"{low:+.4g} to {high:+.4g}"]
             cells.append(f"{one.p:.2g}")
-        rows.append([*cells, *(_mean(ours, key) for key in design.also)])
+        rows.append(cells)
     return header, rows
+
+
+def _table_of_also(design: Design, complete: Sequence[Result], also: Mapping[str, Sequence[Comparison]]) -> Table:
+    """Means of the other metrics, and the difference from the baseline with half its interval."""
+    found = {(key, one.variant): one for key, comparisons in also.items() for one in comparisons}
+    rows = []
+    for variant in design.variants:
+        ours = [result.metrics for result in complete if result.variant == variant]
+        cells = [variant]
+        for key in design.also:
+            cell, one = _mean(ours, key), found.get((key, variant))
+            if one is not None and one.high is not None:
+                cell += f" ({one.mean:+.2g} ± {one.high - one.mean:.2g})"
+            cells.append(cell)
+        rows.append(cells)
+    return ["variant", *design.also], rows
 
 
 def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
@@ -160,7 +224,7 @@ def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
     return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4f}"
 
 
-def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> None:
+def _write_parquet(path: Path, design: Design, results: Sequence[Result], command: str) -> None:
     keys = (design.metric, *design.also)
     rows = [
         {
@@ -172,19 +236,10 @@ def _write_parquet(path: Path, design: Design, results: Sequence[Result]) -> Non
             "error": result.error,
             "run": result.run,
             "seconds": result.seconds,
+            "command": command,
+            "commit": result.commit,
+            "machine": result.machine,
         }
         for result in results
     ]
     write_parquet(path, rows)
-
-
-def _commit() -> str | None:
-    """Of the checkout that the code runs from, if it is one."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -1,7 +1,8 @@
-"""A search among settings by Optuna's TPE sampler (Bergstra et al. 2011), and how much each setting matters."""
+"""A search among settings, over a grid or by Optuna's TPE sampler (Bergstra et al. 2011), and how much each matters."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ class Search:
         # Told of trials that run elsewhere as if they went badly, it does not try the same again beside them.
         sampler = optuna.samplers.TPESampler(seed=design.seeds[0], multivariate=True, constant_liar=True)
         self.study = open_study(design, directory, storage=storage, resume=resume, sampler=sampler)
+        planned = {
+            json.dumps(trial.system_attrs.get("fixed_params")) for trial in self.study.get_trials(deepcopy=False)
+        }
+        for number, values in enumerate(design.grid()):
+            if json.dumps(values) not in planned:
+                self.study.enqueue_trial(values, user_attrs={"number": number})
 
     def work(self, tell: Callable[[str], None]) -> None:
         """Tries settings until there are as many as the study asks for, dropped ones again."""
@@ -34,7 +41,7 @@ class Search:
             optuna.storages.fail_stale_trials(self.study)
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             running, waiting = states.count(TrialState.RUNNING), TrialState.WAITING in states
-            if waiting or len(self.tried()) + running < self.design.trials:
+            if waiting or len(self.tried()) + running < self.design.settings:
                 self.study.optimize(lambda trial: self._run(trial, tell), n_trials=1, catch=(TrialFailed,))
             elif running:
                 time.sleep(POLL_SECONDS)
@@ -63,19 +70,21 @@ class Search:
             raise
         means = {key: sum(one[key] for one in found) / len(found) for key in found[0]}
         trial.set_user_attr("metrics", means)
+        trial.set_user_attr("by_seed", dict(zip(map(str, self.design.seeds), found, strict=True)))
         seconds = time.monotonic() - begin
-        trial.set_user_attr("seconds", round(seconds, 1))
+        for key, known in {"seconds": round(seconds, 1), **self.runner.provenance}.items():
+            trial.set_user_attr(key, known)
         value = means[self.design.metric]
         tell(f"trial {number}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}; {self._progress()}")
         return value
 
     def _progress(self) -> str:
         done = [trial.user_attrs["seconds"] for trial in self.tried() if "seconds" in trial.user_attrs]
-        left = self.design.trials - len(self.tried()) - 1
+        left = self.design.settings - len(self.tried()) - 1
         if left <= 0 or not done:
-            return f"{len(self.tried()) + 1} of {self.design.trials}"
+            return f"{len(self.tried()) + 1} of {self.design.settings}"
         time_left = minutes_of(left * sum(done) / len(done))
-        return f"{len(self.tried()) + 1} of {self.design.trials}, about {time_left} left"
+        return f"{len(self.tried()) + 1} of {self.design.settings}, about {time_left} left"
 
     def tried(self) -> list[FrozenTrial]:
         """The last attempt of each setting that came to an end."""
@@ -90,6 +99,20 @@ class Search:
         for trial in failed:
             self.study.enqueue_trial(trial.params, user_attrs={"number": trial.user_attrs["number"]})
         return len(failed)
+
+    def marginals(self) -> dict[str, dict[Any, list[float]]]:
+        """Of a grid: setting → its value → the metric for each seed, a mean over all that was combined with it."""
+        complete = [trial for trial in self.tried() if trial.state == TrialState.COMPLETE]
+        found: dict[str, dict[Any, list[float]]] = {}
+        for key, values in self.design.search.items() if self.design.grid() else ():
+            for value in values:
+                ours = [trial.user_attrs["by_seed"] for trial in complete if trial.params[key] == value]
+                found.setdefault(key, {})[value] = [
+                    sum(by_seed[str(seed)][self.design.metric] for by_seed in ours) / len(ours)
+                    for seed in self.design.seeds
+                    if ours
+                ]
+        return found
 
     def importances(self) -> dict[str, float]:
         """Setting → the share of what differs between the trials that it explains (fANOVA; Hutter et al. 2014); empty

@@ -24,6 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
+from lightning_danube.provenance import commit, machine
 from lightning_danube.runs import newest_checkpoint
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
@@ -49,6 +50,7 @@ class Result:
         error: the last line that a failed run wrote.
         run: its directory.
         seconds: it took.
+        commit, machine: where it ran.
     """
 
     variant: str
@@ -58,6 +60,8 @@ class Result:
     error: str | None = None
     run: str | None = None
     seconds: float | None = None
+    commit: str | None = None
+    machine: str | None = None
 
 
 class TrialFailed(Exception):
@@ -138,6 +142,7 @@ class Runner:
 
     def __init__(self, design: Design, directory: Path) -> None:
         self.design, self.directory = design, directory
+        self.provenance = {"commit": commit(), "machine": machine()}
 
     def log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
@@ -221,7 +226,8 @@ class Trials:
             tell(f"{name}: failed: {error} (all of it: {self.runner.log(name)})")
             raise
         seconds = time.monotonic() - begin
-        for key, value in {"metrics": metrics, "run": str(run), "seconds": round(seconds, 1)}.items():
+        known = {"metrics": metrics, "run": str(run), "seconds": round(seconds, 1), **self.runner.provenance}
+        for key, value in known.items():
             trial.set_user_attr(key, value)
         value = metrics[self.design.metric]
         tell(f"{name}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}{self._left()}")
@@ -265,6 +271,8 @@ class Trials:
                         attributes.get("error"),
                         attributes.get("run"),
                         attributes.get("seconds"),
+                        attributes.get("commit"),
+                        attributes.get("machine"),
                     )
                 )
         return found
@@ -290,7 +298,7 @@ def take_turns(storage: RDBStorage) -> None:
 
 
 def number_of(summary: dict[str, Any], key: str) -> float:
-    """A number of a run's summary by its dotted key.
+    """A number of a run's summary by its dotted key; of several numbers, such as the loss of each source, their mean.
 
     Raises:
         TrialFailed: there is none; with the keys that there are.
@@ -301,6 +309,8 @@ def number_of(summary: dict[str, Any], key: str) -> float:
             there = ", ".join(value) if isinstance(value, dict) else "no more"
             raise TrialFailed(f"summary.json has no {key}: at {part!r} there are {there}")
         value = value[part]
+    if isinstance(value, dict) and value:
+        return sum(number_of(summary, f"{key}.{name}") for name in value) / len(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TrialFailed(f"summary.json: {key} is {str(value)[:60]}, not a number")
     return float(value)

@@ -38,6 +38,11 @@ def test_what_a_run_of_a_variant_sets(tmp_path: Path) -> None:
     assert design.overrides(design.variants["mha"], 1)["model.init_args.decoder.num_key_value_heads"] == 8
 
 
+def test_a_run_may_build_on_one_of_the_same_seed(tmp_path: Path) -> None:
+    design = read_design(write(tmp_path, set={"model.init_args.weights": "runs/studies/base/runs/gqa-seed{seed}"}))
+    assert design.overrides({}, 3)["model.init_args.weights"] == "runs/studies/base/runs/gqa-seed3"
+
+
 def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) -> None:
     first = read_design(write(tmp_path)).digest()
     assert read_design(write(tmp_path, seeds=[1, 2, 3], also=["seconds"])).digest() == first
@@ -70,7 +75,7 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
         ({"equal": {"tokens": 2}}, "equal.tokens is 2: give the share"),
         ({"base": "nowhere.yaml"}, "base nowhere.yaml is not there"),
         ({"search": {"x": [1, 2]}, "trials": 3}, "a study has variants, which are compared, or search"),
-        (SEARCH | {"trials": "gone"}, "trials missing: a study needs name, base, metric, search, trials"),
+        (SEARCH | {"trials": "gone"}, "trials is 0: it must be a whole number of at least 1, or left out where each"),
         (SEARCH | {"trials": -1}, "trials is -1"),
         (SEARCH | {"search": {"x": [1]}}, r"search\.x is \[1\]: give a list of at least two values"),
         (SEARCH | {"search": {"x": {"low": 1}}}, r"search\.x is \{'low': 1\}: give a list"),
