@@ -20,6 +20,7 @@ from callbacks.skipping import skipped_steps
 from callbacks.throughput import Throughput
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.data.replicas import replicas_of
+from lightning_danube.model import DecoderConfig
 from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 
@@ -149,11 +150,14 @@ class PretrainingSummary(Callback):
                     "val_loss": self._stage_losses[k] if k < len(self._stage_losses) else {},
                 }
             )
+        config: DecoderConfig = pl_module.config  # type: ignore[assignment]
         return {
             "tokens": tokens,
             "steps": trainer.global_step,
             "skipped_steps": skipped_steps(trainer),
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "parameters_without_embedding": config.parameters_without_embedding,
+            "flops": config.flops_per_token(data.context_length) * tokens,
             "seconds": round(self._seconds(), 3),
             "tokens_per_second": round(tokens / throughput.seconds, 1) if throughput and throughput.seconds else None,
             "stages": stages,

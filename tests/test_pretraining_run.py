@@ -59,6 +59,9 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tokens"] == STEPS * 256 and summary["steps"] == STEPS
     assert summary["parameters"] == 2 * 32_000 * 32 + 2 * (32 * 16 * 2 + 32 * 32 * 2 + 3 * 32 * 64 + 2 * 32) + 32
+    multiplying = summary["parameters"] - 32_000 * 32
+    assert summary["parameters_without_embedding"] == multiplying
+    assert summary["flops"] == (6 * multiplying + 12 * 2 * 32 * 32) * summary["tokens"]
     assert [stage["name"] for stage in summary["stages"]] == ["foundation", "refinement", "finish"]
     for stage, web in zip(summary["stages"], (0.906, 0.817, 0.516), strict=True):
         samples = stage["tokens"] // 32

@@ -16,7 +16,7 @@ import pytest
 
 from lightning_danube.__main__ import main
 from lightning_danube.provenance import commit, machine
-from lightning_danube.studies import facts, trials
+from lightning_danube.studies import facts, scaling, trials
 from lightning_danube.studies.design import Design, Overrides
 
 STUDY = """
@@ -42,7 +42,8 @@ if BREAKS:
 time.sleep(SLEEP)
 run = Path(options["--runs"]) / options["--name"] / "version_0"
 run.mkdir(parents=True, exist_ok=True)
-(run / "summary.json").write_text(json.dumps({"val_loss": {"web": 3 + seed - 20 * rate, "wiki": 4.0}, "steps": 26}))
+(run / "summary.json").write_text(json.dumps({"val_loss": {"web": 3 + seed - 20 * rate, "wiki": 4.0}, "steps": 26,
+    "parameters_without_embedding": float(options.get("--size", 1)), "tokens": float(options.get("--tokens", 1))}))
 """
 
 
@@ -229,6 +230,36 @@ def test_a_search_finds_what_matters(
     assert run(study, "--resume", "--retry-failed") == 0
     assert "2 failed trials wait again" in capsys.readouterr().out
     assert json.loads((study / "runs/studies/rates/summary.json").read_text())["trials_complete"] == 14
+
+
+LADDER = """
+name: rates
+base: {base}
+metric: val_loss.web
+law: true
+seeds: [1]
+variants:
+"""
+
+
+def test_a_ladder_ends_in_a_law(
+    study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "RESAMPLES", 20)
+    shapes = [(size, tokens) for size in (1e6, 1e7, 1e8) for tokens in (1e8, 1e9, 1e10)]
+    ladder = LADDER.format(base=study / "base.yaml") + "".join(
+        f"  {size:.0f}-{tokens:.0f}: {{size: {size:.0f}, tokens: {tokens:.0f}, "
+        f"model.init_args.learning_rate.peak: {-(400 * size**-0.3 + 400 * tokens**-0.3) / 20}}}\n"
+        for size, tokens in shapes
+    )
+    (study / "study.yaml").write_text(ladder)
+    assert run(study) == 0
+    out = capsys.readouterr().out
+    assert "fitted without 100000000-10000000000 it says" in out
+    assert "extrapolated to danube3-4b at 6.0e+12 tokens" in out
+    summary = json.loads((study / "runs/studies/rates/summary.json").read_text())
+    assert summary["law"]["alpha"]["value"] == pytest.approx(0.3, abs=0.01)
+    assert len(results(study)) == 9 and results(study)[0]["tokens"] == 1e8
 
 
 GRID = """

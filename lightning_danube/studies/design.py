@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_danube.config_errors import read_config
+from lightning_danube.studies.scaling import SIZE, TOKENS
 
 Overrides = Mapping[str, Any]
 """Dotted key of a run's config → value."""
@@ -30,6 +31,7 @@ class Design:
         metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web.
         variants: name → what is set in it.
         baseline: the variant that all others are compared with.
+        law: instead of a baseline, true where variants differ in size and tokens: a scaling law is fitted.
         search: instead of variants, dotted key → the values to search among: a list, or {low: …, high: …} with
             log: true where steps are factors; whole numbers stay whole.
         trials: how many settings a search tries, each with all seeds; without it all that there are, where each key has
@@ -47,6 +49,7 @@ class Design:
     metric: str
     variants: Mapping[str, Overrides] = field(default_factory=dict)
     baseline: str = ""
+    law: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
     trials: int = 0
     better: Literal["lower", "higher"] = "lower"
@@ -64,6 +67,11 @@ class Design:
             for key, value in merged.items()
         }
         return {"seed_everything": seed, **filled}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that a run is asked for."""
+        return tuple(dict.fromkeys([self.metric, *self.also, *((SIZE, TOKENS) if self.law else ())]))
 
     def grid(self) -> list[dict[str, Any]]:
         """All settings of a search that tries each; empty if it samples."""
@@ -97,12 +105,14 @@ def read_design(file: str) -> Design:
             close = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"{file}: {key!r} is no key of a study: {hint}")
-    kind = ("search",) if raw.get("search") else ("variants", "baseline")
+    kind = ("search",) if raw.get("search") else ("variants",) if raw.get("law") else ("variants", "baseline")
     needed = ("name", "base", "metric", *kind)
     missing = [key for key in needed if raw.get(key) in (None, "", {}, 0)]
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing: a study needs {', '.join(needed)}")
-    if raw.get("search") and (raw.get("variants") or raw.get("baseline") or raw.get("equal")):
+    if raw.get("law") and raw.get("baseline"):
+        raise ValueError(f"{file}: a study has a baseline, which variants are compared with, or a law: leave one out")
+    if raw.get("search") and (raw.get("variants") or raw.get("baseline") or raw.get("law") or raw.get("equal")):
         raise ValueError(f"{file}: a study has variants, which are compared, or search: leave one of them out")
     raw = {**raw, "seeds": _seeds(file, raw.get("seeds", [1, 2, 3])), "also": tuple(raw.get("also") or ())}
     raw["set"] = raw.get("set") or {}
@@ -130,7 +140,9 @@ def _check(file: str, design: Design) -> None:
             raise ValueError(f"{file}: {name!r} names a directory: use letters, digits, . - and _")
     if design.search:
         _check_search(file, design)
-    elif design.baseline not in design.variants:
+    elif type(design.law) is not bool:
+        raise ValueError(f"{file}: law is {design.law!r}: say true, or leave it out")
+    elif not design.law and design.baseline not in design.variants:
         raise ValueError(f"{file}: baseline {design.baseline!r} is none of the variants ({', '.join(design.variants)})")
     elif len(design.variants) < 2:
         raise ValueError(f"{file}: one variant alone is compared with nothing: add another")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from lightning_danube.result_files import write_json, write_parquet, write_text
 from lightning_danube.studies.comparison import Comparison, compare, half_interval, verdict
 from lightning_danube.studies.design import Design
+from lightning_danube.studies.scaling import SIZE, TOKENS, fit_law, law_lines, points_of, predict_largest
 from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
 from lightning_danube.tables import markdown_table, text_table
@@ -24,14 +26,12 @@ ALSO = "Beside it, with the differences from {baseline} and half their 95 % inte
 def write_report(design: Design, results: Sequence[Result], directory: Path, command: str) -> str:
     """Writes `study.parquet` (a row a run), `study.md` and `summary.json` into the study's directory; the text."""
     complete = [result for result in results if result.state == "complete"]
+    if design.law:
+        return _write_law_report(design, results, directory, command)
     comparisons = compare(_values(design, complete, design.metric), design.baseline)
     also = {key: compare(_values(design, complete, key), design.baseline) for key in design.also}
     verdicts = [verdict(one, design.baseline, design.metric, design.better) for one in comparisons]
-    notes = [
-        f"{result.variant}-seed{result.seed}: {result.state}{f': {result.error}' if result.error else ''}"
-        for result in results
-        if result.state != "complete"
-    ]
+    notes = _not_complete(results)
     tables = [_table(design, complete, comparisons)]
     if design.also:
         tables.append(_table_of_also(design, complete, also))
@@ -39,7 +39,7 @@ def write_report(design: Design, results: Sequence[Result], directory: Path, com
     if design.also:
         texts.insert(2, ALSO.format(baseline=design.baseline))
     text = "\n".join(["", *texts, *notes, *verdicts, f"written to {directory}"])
-    _write_parquet(directory / "study.parquet", design, results, command)
+    write_parquet(directory / "study.parquet", _rows_of_runs(design, results, command))
     lines = [f"# {design.name}: {design.metric}", "", markdown_table(*tables[0]), ""]
     lines += [f"- {line}" for line in [*notes, *verdicts]]
     if design.also:
@@ -62,6 +62,50 @@ def write_report(design: Design, results: Sequence[Result], directory: Path, com
     }
     write_json(directory / "summary.json", summary)
     return text
+
+
+def _write_law_report(design: Design, results: Sequence[Result], directory: Path, command: str) -> str:
+    complete = [result for result in results if result.state == "complete"]
+    rows = []
+    for variant in design.variants:
+        ours = [result.metrics for result in complete if result.variant == variant]
+        if ours:
+            losses = _with_interval([one[design.metric] for one in ours])
+            rows.append([variant, str(len(ours)), f"{ours[0][SIZE]:,.0f}", f"{ours[0][TOKENS]:,.0f}", losses])
+    table = ["variant", "seeds", "parameters without embedding", "tokens", design.metric], rows
+    found = _rows_of_runs(design, results, command)
+    points = points_of(found, design.metric)
+    law = None
+    notes = _not_complete(results)
+    try:
+        law = fit_law(points)
+        notes += law_lines(law, predict_largest(points))
+    except ValueError as error:
+        notes.append(f"no law yet: {error}")
+    write_parquet(directory / "study.parquet", found)
+    lines = [f"# {design.name}: {design.metric}", "", markdown_table(*table), "", *(f"- {line}" for line in notes)]
+    write_text(directory / "study.md", "\n".join(lines) + "\n")
+    summary = {
+        "name": design.name,
+        "command": command,
+        "base": design.base,
+        "metric": design.metric,
+        "commits": list(dict.fromkeys(result.commit for result in complete)),
+        "machines": list(dict.fromkeys(result.machine for result in complete)),
+        "runs": len(results),
+        "runs_complete": len(complete),
+        "law": None if law is None else {name: asdict(one) for name, one in law.coefficients().items()},
+    }
+    write_json(directory / "summary.json", summary)
+    return "\n".join(["", text_table(*table), "", *notes, f"written to {directory}"])
+
+
+def _not_complete(results: Sequence[Result]) -> list[str]:
+    return [
+        f"{result.variant}-seed{result.seed}: {result.state}{f': {result.error}' if result.error else ''}"
+        for result in results
+        if result.state != "complete"
+    ]
 
 
 def _values(design: Design, complete: Sequence[Result], key: str) -> dict[str, dict[int, float]]:
@@ -224,15 +268,14 @@ def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
     return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4f}"
 
 
-def _write_parquet(path: Path, design: Design, results: Sequence[Result], command: str) -> None:
-    keys = (design.metric, *design.also)
-    rows = [
+def _rows_of_runs(design: Design, results: Sequence[Result], command: str) -> list[dict[str, Any]]:
+    return [
         {
             "study": design.name,
             "variant": result.variant,
             "seed": result.seed,
             "state": result.state,
-            **{key: result.metrics.get(key) for key in keys},
+            **{key: result.metrics.get(key) for key in design.metrics},
             "error": result.error,
             "run": result.run,
             "seconds": result.seconds,
@@ -242,4 +285,3 @@ def _write_parquet(path: Path, design: Design, results: Sequence[Result], comman
         }
         for result in results
     ]
-    write_parquet(path, rows)

@@ -168,7 +168,7 @@ class Runner:
         where = trained if verb == "fit" else runs / f"{name}-{verb}"
         run = max(where.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        return run, {key: number_of(summary, key) for key in (self.design.metric, *self.design.also)}
+        return run, {key: number_of(summary, key) for key in self.design.metrics}
 
 
 class Trials:

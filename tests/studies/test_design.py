@@ -76,6 +76,8 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
         ({"base": "nowhere.yaml"}, "base nowhere.yaml is not there"),
         ({"search": {"x": [1, 2]}, "trials": 3}, "a study has variants, which are compared, or search"),
         (SEARCH | {"trials": "gone"}, "trials is 0: it must be a whole number of at least 1, or left out where each"),
+        ({"law": True}, "a study has a baseline, which variants are compared with, or a law"),
+        ({"law": "yes", "baseline": "gone"}, "law is 'yes': say true"),
         (SEARCH | {"trials": -1}, "trials is -1"),
         (SEARCH | {"search": {"x": [1]}}, r"search\.x is \[1\]: give a list of at least two values"),
         (SEARCH | {"search": {"x": {"low": 1}}}, r"search\.x is \{'low': 1\}: give a list"),
