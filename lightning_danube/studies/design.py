@@ -28,7 +28,7 @@ class Design:
     Args:
         name: results are kept under `<runs>/studies/<name>`.
         base: the config of the run, a path as typed where the command is.
-        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web.
+        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web (see `trials.number_of`).
         variants: name → what is set in it.
         baseline: the variant that all others are compared with.
         law: instead of a baseline, true where variants differ in size and tokens: a scaling law is fitted.

@@ -225,8 +225,8 @@ def law_lines(law: Law, held_out: HeldOut) -> list[str]:
     for name, tokens in PAPER_RUNS.items():
         size = PRESETS[name].parameters_without_embedding
         lines.append(
-            f"extrapolated to {name} at {tokens:.1e} tokens: {_shown(law.loss(size, tokens))} nats a token of this text; "
-            "the interval takes the law for granted there"
+            f"extrapolated to {name} at {tokens:.1e} tokens: {_shown(law.loss(size, tokens))} nats a token of this "
+            "text; the interval takes the law for granted there"
         )
     return lines
 

@@ -298,13 +298,18 @@ def take_turns(storage: RDBStorage) -> None:
 
 
 def number_of(summary: dict[str, Any], key: str) -> float:
-    """A number of a run's summary by its dotted key; of several numbers, such as the loss of each source, their mean.
+    """A number of a run's summary by its dotted key, such as val_loss.web or levels.gguf:Q8_0.perplexity.
+
+    Of several numbers, such as the loss of each source, it is their mean. In a list of mappings a part of the key names
+    one by its first value.
 
     Raises:
         TrialFailed: there is none; with the keys that there are.
     """
     value: Any = summary
     for part in key.split("."):
+        if isinstance(value, list):
+            value = {str(next(iter(one.values()))): one for one in value if isinstance(one, dict) and one}
         if not isinstance(value, dict) or part not in value:
             there = ", ".join(value) if isinstance(value, dict) else "no more"
             raise TrialFailed(f"summary.json has no {key}: at {part!r} there are {there}")

@@ -1,12 +1,14 @@
 """Trials that several workers take from one file."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import optuna
+import pytest
 
-from lightning_danube.studies.trials import take_turns
+from lightning_danube.studies.trials import TrialFailed, number_of, take_turns
 
 WORKER = """
 import sys
@@ -39,3 +41,41 @@ def test_the_recipe_is_for_any_number_of_connections(tmp_path: Path) -> None:
     study = optuna.create_study(study_name="one", storage=storage)
     study.enqueue_trial({})
     assert study._pop_waiting_trial_id() is not None and study._pop_waiting_trial_id() is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 26),
+        ("val_loss.web", 3.0),
+        ("val_loss", 3.5),
+        ("stages.finish.val_loss.web", 2.0),
+        ("levels.hqq:2/64.perplexity", 40.0),
+    ],
+)
+def test_numbers_of_a_summary(key: str, value: float) -> None:
+    assert number_of(SUMMARY, key) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("val_loss.news", "summary.json has no val_loss.news: at 'news' there are web, wiki"),
+        ("stages.base.tokens", "at 'base' there are start, finish"),
+        ("steps.web", "at 'web' there are no more"),
+        ("name", "name is tiny, not a number"),
+        ("stages", "stages is "),
+    ],
+)
+def test_what_a_summary_does_not_have(key: str, message: str) -> None:
+    with pytest.raises(TrialFailed, match=re.escape(message)):
+        number_of(SUMMARY, key)
+
+
+SUMMARY = {
+    "name": "tiny",
+    "steps": 26,
+    "val_loss": {"web": 3.0, "wiki": 4.0},
+    "stages": [{"name": "start", "val_loss": {"web": 5.0}}, {"name": "finish", "val_loss": {"web": 2.0}}],
+    "levels": [{"level": "full", "perplexity": 30.0}, {"level": "hqq:2/64", "perplexity": 40.0}],
+}
