@@ -5,6 +5,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.classification_summary import ClassificationSummary
 from callbacks.curriculum import CurriculumStages
 from callbacks.evaluation_report import EvaluationReport
+from callbacks.fact_recall import FactRecall
 from callbacks.judge import Judge
 from callbacks.ledger import TokenLedger
 from callbacks.predictions import Predictions
@@ -23,6 +24,7 @@ __all__ = [
     "ClassificationSummary",
     "CurriculumStages",
     "EvaluationReport",
+    "FactRecall",
     "Judge",
     "Predictions",
     "PreferenceSummary",

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.fact_recall import FactRecall
 from callbacks.ledger import TokenLedger
 from callbacks.position import curriculum_of, finished_stage, run_directory
 from callbacks.progress import say
@@ -31,8 +32,8 @@ class PretrainingSummary(Callback):
     `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
     parameters, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
     its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
-    same for a model that only knows how frequent each token is. That of `validate` and `test` holds val_loss and
-    perplexity with the tokens they were measured on.
+    same for a model that only knows how frequent each token is. Beside FactRecall it has the share of facts known. That
+    of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
     """
 
     def __init__(self) -> None:
@@ -136,6 +137,7 @@ class PretrainingSummary(Callback):
                 "PretrainingSummary reads the TokenLedger: name callbacks.TokenLedger in trainer.callbacks"
             )
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        recall = next((c for c in trainer.callbacks if isinstance(c, FactRecall)), None)  # type: ignore[attr-defined]
         seen = ledger.tokens_by_source(trainer)
         tokens = sum(sum(by_source.values()) for by_source in seen)
         stages = []
@@ -164,6 +166,7 @@ class PretrainingSummary(Callback):
             "val_loss": self._stage_losses[-1] if self._stage_losses else {},
             "val_tokens": data.evaluation_tokens(data.validation_rows),
             "unigram_loss": self._unigram,
+            **({} if recall is None else {"recall": recall.summary()}),
         }
 
     def _seconds(self) -> float:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from lightning_danube.data.documentation import ROLES, collect_documentation
 from lightning_danube.data.reading import FORMATS, BadRow, DamagedFile, Document, documents_of, format_of, read_file
+from lightning_danube.data.world import ROLES as WORLD_ROLES
+from lightning_danube.data.world import WORLD, write_world
 from lightning_danube.durations import parse_tokens
 
 DOCUMENTATION = "documentation:"
@@ -27,8 +29,9 @@ class Source:
     """A source of documents.
 
     Args:
-        path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), a file, a directory or a
-            glob of files, a directory written by `datasets` `save_to_disk`, or a hub id such as
+        path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), "world:clean" or
+            "world:noisy" (made up, with facts that can be counted), a file, a directory or a glob of files, a directory
+            written by `datasets` `save_to_disk`, or a hub id such as
             "HuggingFaceFW/fineweb-edu".
         text: the column that holds the text, or a pattern of several, such as "{question} {answer}"; of no meaning for
             plain text files.
@@ -86,6 +89,14 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
                 + ", ".join(DOCUMENTATION + known for known in ROLES)
             )
         return [str(collect_documentation(cache_dir)[role])]
+    if source.path.startswith(f"{WORLD}:"):
+        role = source.path.removeprefix(f"{WORLD}:")
+        if role not in WORLD_ROLES:
+            raise ValueError(
+                f"source {name!r} asks for {source.path!r}: of the made-up world there are "
+                + " and ".join(f"{WORLD}:{known}" for known in WORLD_ROLES)
+            )
+        return [str(write_world(cache_dir)[role])]
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
         files = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file() and format_of(file.name)]

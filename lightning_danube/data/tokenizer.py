@@ -1,4 +1,5 @@
 """Tokenizers: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1) without a hub, or any Hugging Face one.
+For the made-up world there is one of its words.
 
 The vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
 because one object then serves training, the export and every tool that reads it. The rebuilding follows Llama's own
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.data.world import WORLD, world_tokenizer
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -32,7 +35,7 @@ class DocumentTokenizer:
     """Encodes documents for pre-training and names itself, so that shards and checkpoints can check it.
 
     Args:
-        name: "mistral", a directory with tokenizer files, or a hub id.
+        name: "mistral", "world", a directory with tokenizer files, or a hub id.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it has no token that ends a document.
@@ -114,13 +117,15 @@ def encode_documents(
 
 @lru_cache(maxsize=4)
 def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a name: "mistral", a local directory, or a hub id.
+    """The Hugging Face tokenizer of a name: "mistral", "world", a local directory, or a hub id.
 
     Raises:
         ValueError: nothing of that name can be loaded.
     """
     if name == MISTRAL:
         return _mistral_v1()
+    if name == WORLD:
+        return world_tokenizer()
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"there is no tokenizer directory {name!r}: give 'mistral', a directory or a hub id")
     from transformers import AutoTokenizer

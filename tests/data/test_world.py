@@ -1,0 +1,95 @@
+"""A world whose facts are all known: where each is stated, and how it is asked."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.data import world
+from lightning_danube.data.corpora import Source, local_files
+from lightning_danube.data.world import GROUPS, the_world, world_tokenizer, write_world
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    return {role: list(the_world().documents(role)) for role in world.ROLES}
+
+
+def test_the_world_is_the_same_everywhere() -> None:
+    script = (
+        "from lightning_danube.data.world import the_world\n"
+        "print(the_world().subjects[7], next(the_world().documents('noisy')))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1 and said != {""}
+
+
+def test_facts_stand_where_their_group_says(texts: dict[str, list[str]]) -> None:
+    names = {role: set(re.findall(r"\w+ \w+", " ".join(parts))) for role, parts in texts.items()}
+    words = {role: " ".join(parts) for role, parts in texts.items()}
+    assert names["clean"] and Counter(subject.group for subject in the_world().subjects) == dict.fromkeys(GROUPS, 40)
+    for subject in the_world().subjects:
+        assert (subject.name in words["clean"]) == (subject.group in ("clean", "both")), subject
+        assert (subject.name in words["noisy"]) == (subject.group in ("noisy", "both")), subject
+
+
+def test_a_question_has_a_wording_that_the_text_has_for_other_facts_only(texts: dict[str, list[str]]) -> None:
+    everything = " ".join(text for parts in texts.values() for text in parts[:8000])
+    questions = the_world().questions()
+    assert len(questions) == 72 * 4 + 24 * 3 + 24 * 2
+    names = {
+        question.prompt: subject.name
+        for question in questions
+        for subject in the_world().subjects
+        if subject.name in question.prompt
+    }
+    for question in questions:
+        assert question.answer in question.candidates and len(set(question.candidates)) == len(question.candidates)
+        assert question.prompt not in everything
+        # The same wording of anyone.
+        assert re.search(re.escape(question.prompt).replace(re.escape(names[question.prompt]), r"\w+ \w+"), everything)
+
+
+def test_clean_text_is_true_and_a_tenth_of_noisy_statements_is_not(texts: dict[str, list[str]]) -> None:
+    wrong: Counter[bool] = Counter()
+    for subject in the_world().subjects:
+        if "birthplace" in subject.values and subject.group != "noisy":
+            for text in texts["clean"][:2000]:
+                if subject.name in text:
+                    assert set(subject.values.values()) <= set(text.split())
+    true = {subject.name: subject.values.get("birthplace") for subject in the_world().subjects}
+    for text in texts["noisy"]:
+        for name, value in re.findall(r"lol (\w+ \w+) birthplace : (\w+)", text):
+            wrong[value != true[name]] += 1
+    assert sum(wrong.values()) > 1000
+    assert wrong[True] / sum(wrong.values()) == pytest.approx(world.WRONG, abs=0.02)
+
+
+def test_each_word_is_one_token(texts: dict[str, list[str]]) -> None:
+    tokenizer = world_tokenizer()
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == [1, 2, 0]
+    sample = [text for parts in texts.values() for text in parts[:500]]
+    sample += [f"{question.prompt} {question.answer}" for question in the_world().questions()]
+    for text in sample:
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.split()) and 0 not in ids
+
+
+def test_sources_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "DOCUMENTS", {"clean": 3, "noisy": 5})
+    files = write_world(tmp_path)
+    assert {role: len(file.read_text().splitlines()) for role, file in files.items()} == {"clean": 3, "noisy": 5}
+    assert local_files("web", Source("world:noisy"), tmp_path) == [str(files["noisy"])]
+    with pytest.raises(
+        ValueError, match="source 'web' asks for 'world:dirty': of the made-up world there are world:clean"
+    ):
+        local_files("web", Source("world:dirty"), tmp_path)
