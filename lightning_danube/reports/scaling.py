@@ -1,0 +1,109 @@
+"""A ladder of runs and the law fitted to it, as frames and figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lightning_danube.model import PRESETS
+from lightning_danube.reports.figures import COLOURS, INK, legend, new_figure
+from lightning_danube.studies.scaling import (
+    PAPER_RUNS,
+    SIZE,
+    TOKENS,
+    Law,
+    Point,
+    fit_law,
+    points_of,
+    predict_largest,
+)
+
+MARKS = list(COLOURS.values())
+
+
+def points(study: pd.DataFrame, metric: str) -> list[Point]:
+    """The runs of a ladder."""
+    return points_of(study.to_dict("records"), metric)
+
+
+def ladder(study: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A row a variant: its size, tokens, compute (6·N·D), and the mean loss over the seeds."""
+    groups = study.groupby("variant", sort=False)
+    frame = groups[[SIZE, TOKENS, metric]].mean()
+    frame.insert(2, "FLOPs", 6 * frame[SIZE] * frame[TOKENS])
+    return frame.assign(seeds=groups.size()).sort_values("FLOPs").rename_axis(None)
+
+
+def coefficients(law: Law) -> pd.DataFrame:
+    """Of L = E + A·N^−alpha + B·D^−beta, with 95 % intervals."""
+    return pd.DataFrame(
+        {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in law.coefficients().items()}
+    ).T
+
+
+def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
+    """What the law says of the largest run here without having seen it, and of the paper's two models."""
+    held_out = predict_largest(largest)
+    rows = {
+        f"{held_out.group} (left out)": {
+            "predicted": held_out.predicted.value,
+            "low": held_out.predicted.low,
+            "high": held_out.predicted.high,
+            "measured": held_out.measured,
+        }
+    }
+    for name, tokens in PAPER_RUNS.items():
+        one = law.loss(PRESETS[name].parameters_without_embedding, tokens)
+        rows[f"{name}, {tokens:.0e} tokens"] = {"predicted": one.value, "low": one.low, "high": one.high}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["predicted", "low", "high", "measured"])
+
+
+def loss_by_compute(study: pd.DataFrame, metric: str, law: Law) -> Figure:
+    """Each run at its compute, a colour a size, with the law's line through each size."""
+    figure, (ax,) = new_figure(4.2)
+    handles = []
+    for place, (size, ours) in enumerate(study.groupby(SIZE)):
+        colour = MARKS[place % len(MARKS)]
+        flops = 6 * ours[SIZE] * ours[TOKENS]
+        (dots,) = ax.plot(flops, ours[metric], "o", color=colour, ms=5, alpha=0.7, label=f"{size / 1e6:.1f}M")
+        handles.append(dots)
+        tokens = np.geomspace(ours[TOKENS].min() / 1.5, ours[TOKENS].max() * 1.5, 50)
+        ax.plot(6 * size * tokens, [law.loss(size, one).value for one in tokens], color=colour, lw=1.2)
+    ax.set_xscale("log")
+    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats a token")
+    legend(figure, handles, "parameters without the input embedding; lines: the fitted law")
+    return figure
+
+
+def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
+    """The law carried on to the paper's models, with its interval, and how far that is from what was measured."""
+    figure, (ax,) = new_figure(3.8)
+    flops = 6 * study[SIZE] * study[TOKENS]
+    ax.plot(flops, study[metric], "o", color=INK, ms=4, alpha=0.6)
+    ax.annotate("measured here", (flops.max(), study[metric].min()), (8, 4), textcoords="offset points", fontsize=9)
+    for place, (name, tokens) in enumerate(PAPER_RUNS.items()):
+        size, colour = PRESETS[name].parameters_without_embedding, MARKS[place]
+        many = np.geomspace(1e9, tokens, 40)
+        found = [law.loss(size, one) for one in many]
+        ax.plot(6 * size * many, [one.value for one in found], color=colour, lw=1.6, ls="--")
+        ax.fill_between(
+            6 * size * many, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.2
+        )
+        last = found[-1]
+        ax.annotate(
+            f"{name}: {last.value:.2f} [{last.low:.2f}, {last.high:.2f}]",
+            (6 * size * tokens, last.value),
+            (-6, 8 + 14 * place),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
+            fontsize=9,
+        )
+    ax.set_xscale("log")
+    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats a token")
+    ax.set_title("An extrapolation, dashed, over ten orders of magnitude of compute", fontsize=10, loc="left")
+    return figure
+
+
+__all__ = ["coefficients", "extrapolations", "far_away", "fit_law", "ladder", "loss_by_compute", "points"]

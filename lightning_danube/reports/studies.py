@@ -1,0 +1,292 @@
+"""What studies found, as pandas frames and figures, from their `study.parquet` and `summary.json`.
+
+A study that was run here is read from the runs; one that was not, from the results that come with the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from lightning_danube.config_errors import read_config
+from lightning_danube.durations import parse_tokens
+from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure, source_colours
+from lightning_danube.reports.runs import MissingResult
+from lightning_danube.studies.comparison import compare, half_interval
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "studies"
+MARKS = list(COLOURS.values())
+
+
+def read_study(runs: str | Path, name: str) -> pd.DataFrame:
+    """The runs of a study that came to their end; its `attrs` say where they were found.
+
+    Raises:
+        MissingResult: there are none.
+    """
+    file = _file(runs, name, "parquet")
+    frame = pd.read_parquet(file)
+    if "state" in frame:
+        frame = frame[frame["state"] == "complete"]
+    elif "error" in frame:
+        frame = frame[frame["error"].isna()]
+    if frame.empty:
+        raise MissingResult(f"no run of {name} came to its end: `{_command(name)} --resume` goes on with it")
+    frame = frame.reset_index(drop=True)
+    frame.attrs["from"] = "the results in this repository" if file.parent == COMMITTED else f"{runs}/studies/{name}"
+    return frame
+
+
+def read_summary(runs: str | Path, name: str) -> dict[str, Any]:
+    """What a study's `summary.json` says.
+
+    Raises:
+        MissingResult: there is none.
+    """
+    summary: dict[str, Any] = json.loads(_file(runs, name, "json").read_text("utf-8"))
+    return summary
+
+
+def _file(runs: str | Path, name: str, kind: str) -> Path:
+    of_a_run = "study.parquet" if kind == "parquet" else "summary.json"
+    for file in (
+        Path(runs) / "studies" / name / of_a_run,
+        Path("..") / runs / "studies" / name / of_a_run,
+        COMMITTED / f"{name}.{kind}",
+    ):
+        if file.is_file():
+            return file
+    raise MissingResult(f"there is no result of the study {name}: `{_command(name)}` makes one")
+
+
+def _command(name: str) -> str:
+    return f"python -m lightning_danube study --config configs/studies/{name}.yaml"
+
+
+def provenance(*studies: pd.DataFrame) -> pd.DataFrame:
+    """Where each study's numbers came from."""
+    rows = [
+        {
+            "study": study["study"].iloc[0],
+            "runs": len(study),
+            "seeds": study["seed"].nunique(),
+            "command": study["command"].iloc[0],
+            "commits": ", ".join(str(commit)[:7] for commit in study["commit"].unique()),
+            "machine": ", ".join(map(str, study["machine"].unique())),
+            "read from": study.attrs.get("from", ""),
+        }
+        for study in studies
+    ]
+    return pd.DataFrame(rows).set_index("study")
+
+
+def means(study: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """A row a variant: how many seeds, and the mean of each metric."""
+    groups = study.groupby("variant", sort=False)
+    return groups[list(metrics)].mean().assign(seeds=groups.size())[["seeds", *metrics]].rename_axis(None)
+
+
+def differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> pd.DataFrame:
+    """A row a metric and variant: the mean difference from the baseline, paired by seed, with Student's 95 % interval
+    and p, adjusted by Holm among the variants of a metric."""
+    rows = []
+    for metric in metrics:
+        values = {
+            str(variant): dict(zip(one["seed"], one[metric], strict=True))
+            for variant, one in study.groupby("variant", sort=False)
+        }
+        for found in compare(values, baseline):
+            rows.append(
+                {
+                    "metric": metric,
+                    "variant": found.variant,
+                    "difference": found.mean,
+                    "low": found.low,
+                    "high": found.high,
+                    "p, Holm": found.p,
+                    "seen": "yes" if found.is_seen else "",
+                }
+            )
+    return pd.DataFrame(rows).set_index(["metric", "variant"]).astype({"low": float, "high": float, "p, Holm": float})
+
+
+def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
+    """Differences from the baseline with their intervals, a panel a metric; filled where chance is ruled out."""
+    found = differences(study, metrics, baseline)
+    variants = list(dict.fromkeys(found.index.get_level_values("variant")))
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure, axes = new_figure(rows * (0.75 + 0.3 * len(variants)) + 0.3, rows=rows, columns=columns)
+    for ax, metric in zip(axes, metrics, strict=False):
+        for place, variant in enumerate(variants):
+            one = found.loc[(metric, variant)]
+            colour = MARKS[place % len(MARKS)]
+            ax.plot([one["low"], one["high"]], [-place, -place], color=colour, lw=2)
+            face = colour if one["seen"] else "white"
+            ax.plot(one["difference"], -place, "o", color=colour, markerfacecolor=face, ms=6)
+        ax.axvline(0, color=FAINT, lw=1, zorder=0)
+        ax.set_yticks([-place for place in range(len(variants))], variants)
+        ax.set_ylim(-len(variants) + 0.5, 0.5)
+        ax.set_title(metric, fontsize=10, color=INK)
+        ax.grid(visible=False)
+    for ax in axes[len(metrics) :]:
+        ax.set_visible(False)
+    figure.supxlabel(f"difference from {baseline}, {unit}; 95 % interval, filled where p < 0.05 (Holm)", fontsize=9)
+    return figure
+
+
+def mixes(config: str) -> Figure:
+    """What each variant of a study of the curriculum is trained on over its run.
+
+    Args:
+        config: the study's file, from the root of the checkout.
+    """
+    variants = read_config(str(_in_checkout(config)))["variants"]
+    stages = {name: values["data.init_args.stages"] for name, values in variants.items()}
+    sources = list(dict.fromkeys(source for parts in stages.values() for stage in parts for source in stage["mix"]))
+    colours = source_colours(sources)
+    figure, axes = new_figure(2.3, columns=len(stages))
+    for ax, (name, parts) in zip(axes, stages.items(), strict=True):
+        begin = 0.0
+        for stage in parts:
+            length, total, bottom = parse_tokens(stage["tokens"]), sum(stage["mix"].values()), 0.0
+            for source in sources:
+                share = stage["mix"].get(source, 0) / total
+                ax.bar(begin, share, length, bottom, align="edge", color=colours[source], linewidth=0)
+                bottom += share
+            begin += length
+        ax.set(xlim=(0, begin), ylim=(0, 1), xticks=[0, begin], xticklabels=["0", f"{begin / 1000:,.0f}K"])
+        ax.set_title(name, fontsize=10, color=INK)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        if ax is not axes[0]:
+            ax.set_yticklabels([])
+    axes[len(axes) // 2].set_xlabel("tokens")
+    handles = [axes[0].bar(0, 0, 0, color=colours[source], label=source) for source in sources]
+    legend(figure, handles, "source")
+    return figure
+
+
+def _in_checkout(file: str) -> Path:
+    return ROOT / file
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+
+def settings_of(study: pd.DataFrame) -> list[str]:
+    """The columns of a search that hold what it tried."""
+    return [column for column in study.columns if ".init_args." in column]
+
+
+def short(setting: str) -> str:
+    """The last part of a dotted key."""
+    return setting.rpartition(".")[2]
+
+
+def best(study: pd.DataFrame, metric: str, count: int = 8, lower: bool = False) -> pd.DataFrame:
+    """The best settings of a search: mean over the seeds and half its 95 % interval."""
+    settings = settings_of(study)
+    rows = []
+    for trial, one in study.groupby("trial"):
+        values = list(one[metric])
+        rows.append(
+            {
+                "trial": trial,
+                metric: sum(values) / len(values),
+                "±": half_interval(values),
+                **{short(setting): one[setting].iloc[0] for setting in settings},
+            }
+        )
+    return pd.DataFrame(rows).set_index("trial").astype({"±": float}).sort_values(metric, ascending=lower).head(count)
+
+
+def marginals(study: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Of a grid: a row a setting and value, the mean over all it was combined with, and half the 95 % interval over
+    the seeds."""
+    rows = []
+    for setting in settings_of(study):
+        for value, one in study.groupby(setting):
+            by_seed = list(one.groupby("seed")[metric].mean())
+            rows.append(
+                {
+                    "setting": short(setting),
+                    "value": value,
+                    metric: sum(by_seed) / len(by_seed),
+                    "±": half_interval(by_seed),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["setting", "value"]).astype({"±": float})
+
+
+def heat_map(study: pd.DataFrame, metric: str) -> Figure:
+    """Of a grid of two settings: the mean over the seeds, with half its 95 % interval beneath."""
+    rows, columns = settings_of(study)
+    cells = study.groupby([rows, columns])[metric]
+    mean = cells.mean().unstack()
+    half = cells.apply(lambda values: half_interval(list(values)) or float("nan")).unstack()
+    figure, (ax,) = new_figure(0.9 + 0.55 * len(mean))
+    picture = ax.imshow(mean.to_numpy(), cmap="cividis", aspect="auto", origin="lower")
+    middle = (mean.to_numpy().min() + mean.to_numpy().max()) / 2
+    for (y, x), value in np.ndenumerate(mean.to_numpy()):
+        ink = "white" if value < middle else INK
+        ax.text(x, y, f"{value:.3f}\n± {half.iloc[y, x]:.3f}", ha="center", va="center", color=ink, fontsize=8.5)
+    ax.set_xticks(range(len(mean.columns)), [f"{value:g}" for value in mean.columns])
+    ax.set_yticks(range(len(mean.index)), [f"{value:g}" for value in mean.index])
+    ax.set(xlabel=f"{short(columns)} of {columns.split('.')[-2]}", ylabel=short(rows))
+    ax.grid(visible=False)
+    figure.colorbar(picture, ax=ax, label=metric)
+    return figure
+
+
+def tried(study: pd.DataFrame, metric: str) -> Figure:
+    """Of a search: the metric of each trial over each setting that is a number."""
+    numbers = [setting for setting in settings_of(study) if pd.api.types.is_numeric_dtype(study[setting])]
+    figure, axes = new_figure(2.6, columns=len(numbers))
+    for ax, setting in zip(axes, numbers, strict=True):
+        ax.plot(study[setting], study[metric], "o", color=MARKS[0], ms=5, alpha=0.8)
+        ax.set_xscale("log")
+        ax.set_xlabel(f"{short(setting)} ({setting.split('.')[-2]})" if short(setting) == "peak" else short(setting))
+        if ax is axes[0]:
+            ax.set_ylabel(metric)
+    return figure
+
+
+def importances(summary: dict[str, Any]) -> pd.DataFrame:
+    """What share of the differences between the trials each setting explains (fANOVA).
+
+    Raises:
+        MissingResult: too few trials differ.
+    """
+    if not summary.get("importances"):
+        raise MissingResult(f"too few trials of {summary['name']} to tell what matters: set more trials, and --resume")
+    return pd.DataFrame(
+        {"explains, %": {short(key): 100 * share for key, share in summary["importances"].items()}}
+    ).sort_values("explains, %", ascending=False)
+
+
+def markdown_tables(file: str) -> list[pd.DataFrame]:
+    """The tables of a result in Markdown, from the root of the checkout; numbers as numbers."""
+    tables: list[list[list[str]]] = [[]]
+    for line in _in_checkout(file).read_text("utf-8").splitlines():
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif tables[-1]:
+            tables.append([])
+    frames = []
+    for header, _, *rows in filter(None, tables):
+        frame = pd.DataFrame(rows, columns=header).replace("–", np.nan)
+        for column in frame:
+            plain = frame[column].str.replace(",", "").str.replace("−", "-")
+            numbers = pd.to_numeric(plain, errors="coerce")
+            if numbers.notna().sum() == frame[column].notna().sum():
+                frame[column] = numbers
+        frames.append(frame)
+    return frames
