@@ -1,4 +1,4 @@
-"""The tables of the H2O-Danube3 report (arXiv 2407.09276) beside what was measured here; columns say whose a number is."""
+"""The tables of the H2O-Danube3 report (arXiv 2407.09276) beside what was measured here; columns say which is which."""
 
 from __future__ import annotations
 

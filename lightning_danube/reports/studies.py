@@ -272,6 +272,23 @@ def importances(summary: dict[str, Any]) -> pd.DataFrame:
     ).sort_values("explains, %", ascending=False)
 
 
+def cache_and_speed(speed: pd.DataFrame) -> Figure:
+    """Of `benchmarks/generation.py --grouped-queries`: size of the cache, and speed of writing, by context."""
+    figure, axes = new_figure(3.2, columns=2)
+    handles = []
+    for place, (heads, ours) in enumerate(speed.groupby("key-value heads", sort=False)):
+        colour = MARKS[place % len(MARKS)]
+        (drawn,) = axes[0].plot(ours["context"], ours["cache, MiB"], "o-", color=colour, ms=4, label=f"{heads}")
+        axes[1].plot(ours["context"], ours["decode, tokens/s"], "o-", color=colour, ms=4)
+        handles.append(drawn)
+    for ax, label in zip(axes, ("cache, MiB", "writing, tokens a second"), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(speed["context"].unique()), [f"{one:,}" for one in sorted(speed["context"].unique())])
+        ax.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
+    legend(figure, handles, "key-value heads, for 16 query heads")
+    return figure
+
+
 def markdown_tables(file: str) -> list[pd.DataFrame]:
     """The tables of a result in Markdown, from the root of the checkout; numbers as numbers."""
     tables: list[list[list[str]]] = [[]]

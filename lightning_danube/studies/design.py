@@ -86,9 +86,10 @@ class Design:
 
     def digest(self) -> str:
         """Tells apart studies whose results cannot stand in one table. Seeds, and what is shown, may change."""
-        compared = {
-            key: value for key, value in asdict(self).items() if key not in ("seeds", "also", "variants", "trials")
-        }
+        free = ("seeds", "also", "variants", "trials")
+        # What is as it is by default says nothing: a key that studies learn later does not make old ones others.
+        defaults = {one.name: one.default for one in fields(self)} | {"search": {}, "set": {}, "equal": {}}
+        compared = {key: value for key, value in asdict(self).items() if key not in free and value != defaults[key]}
         compared["base"] = read_config(self.base)
         return hashlib.sha256(json.dumps(compared, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

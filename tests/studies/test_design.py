@@ -47,6 +47,7 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
     first = read_design(write(tmp_path)).digest()
     assert read_design(write(tmp_path, seeds=[1, 2, 3], also=["seconds"])).digest() == first
     assert read_design(write(tmp_path, metric="val_loss.wiki")).digest() != first
+    assert read_design(write(tmp_path, law=False, better="lower", set={})).digest() == first
     assert read_design(write(tmp_path, set={"trainer.max_steps": 10})).digest() != first
     file = write(tmp_path)
     (tmp_path / "base.yaml").write_text("name: y\n")
