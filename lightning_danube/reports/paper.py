@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -72,7 +71,7 @@ def academic(file: str = "evaluation-smollm2-2026-11-25.parquet") -> pd.DataFram
     frame = frame[(frame["table"] == "academic")]
     ours = frame[frame["measured"] & frame["value"].notna()].set_index("title")
     table = frame[~frame["measured"]].pivot(index="title", columns="model", values="value") * 100
-    names = list(json.loads(files("lightning_danube.tasks").joinpath("paper_scores.json").read_text("utf-8"))["models"])
+    names = json.loads((ROOT / "lightning_danube/tasks/paper_scores.json").read_text("utf-8"))["models"]
     table = table.loc[list(ours.index), names].rename(columns=lambda name: f"{name}, paper")
     model = ours["model"].iloc[0]
     table.insert(0, "setting", ours["setting"])

@@ -122,7 +122,7 @@ def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str
     """Differences from the baseline with their intervals, a panel a metric; filled where chance is ruled out."""
     found = differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
-    columns = min(3, len(metrics))
+    columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure, axes = new_figure(rows * (0.75 + 0.3 * len(variants)) + 0.3, rows=rows, columns=columns)
     for ax, metric in zip(axes, metrics, strict=False):
@@ -299,7 +299,9 @@ def markdown_tables(file: str) -> list[pd.DataFrame]:
             tables.append([])
     frames = []
     for header, _, *rows in filter(None, tables):
-        frame = pd.DataFrame(rows, columns=header).replace("–", np.nan)
+        # Of two columns of one name the second gets a space, which is not seen.
+        names = [name + " " * header[:place].count(name) for place, name in enumerate(header)]
+        frame = pd.DataFrame(rows, columns=names).replace("–", np.nan)
         for column in frame:
             plain = frame[column].str.replace(",", "").str.replace("−", "-")
             numbers = pd.to_numeric(plain, errors="coerce")

@@ -1,0 +1,160 @@
+"""What studies found, read from their files and drawn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lightning_danube.reports import paper, scaling, studies
+from lightning_danube.reports.runs import MissingResult
+
+ORIGIN = {"command": "python -m x", "commit": "abcdef123", "machine": "one, 2 cores"}
+RATE, RANK = "model.init_args.learning_rate.peak", "model.init_args.lora.rank"
+
+
+def made(tmp_path: Path, rows: list[dict[str, Any]], name: str = "heads") -> Path:
+    directory = tmp_path / "runs" / "studies" / name
+    directory.mkdir(parents=True)
+    pd.DataFrame([{"study": name, **ORIGIN, **row} for row in rows]).to_parquet(directory / "study.parquet")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> pd.DataFrame:
+    rows = [
+        {"variant": variant, "seed": seed, "state": "complete", "loss": 3 + seed + better + noise * seed**2}
+        for variant, better, noise in (("mha", 0.0, 0.0), ("gqa", -0.5, 0.001), ("mqa", 0.0, 0.1))
+        for seed in (1, 2, 3)
+    ]
+    rows.append({"variant": "mqa", "seed": 4, "state": "failed", "loss": float("nan")})
+    return studies.read_study(made(tmp_path, rows), "heads")
+
+
+def test_complete_runs_are_read_with_their_origin(heads: pd.DataFrame) -> None:
+    assert len(heads) == 9 and heads.attrs["from"].endswith("runs/studies/heads")
+    origin = studies.provenance(heads).loc["heads"]
+    assert (origin["runs"], origin["seeds"], origin["commits"]) == (9, 3, "abcdef1")
+    assert origin["command"] == "python -m x" and origin["machine"] == "one, 2 cores"
+    assert studies.means(heads, ["loss"]).loc["mha"].tolist() == [3, 5.0]
+
+
+def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None:
+    found = studies.differences(heads, ["loss"], "mha")
+    assert list(found.index) == [("loss", "gqa"), ("loss", "mqa")]
+    gqa, mqa = found.loc[("loss", "gqa")], found.loc[("loss", "mqa")]
+    assert gqa["difference"] == pytest.approx(-0.5 + 14 / 3000) and gqa["low"] < gqa["difference"] < gqa["high"]
+    assert (gqa["seen"], mqa["seen"]) == ("yes", "") and mqa["low"] < 0 < mqa["high"]
+    figure = studies.forest(heads, ["loss"], "mha", "nats")
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["gqa", "mqa"]
+    faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
+    assert faces[0] != "white" and faces[1] == "white"
+
+
+def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
+    with pytest.raises(
+        MissingResult, match=r"no result of the study heads: .*study --config configs/studies/heads\.yaml"
+    ):
+        studies.read_study(tmp_path, "heads")
+    with pytest.raises(MissingResult, match="no result of the study heads"):
+        studies.read_summary(tmp_path, "heads")
+    runs = made(tmp_path, [{"variant": "mha", "seed": 1, "state": "running", "loss": 1.0}])
+    with pytest.raises(MissingResult, match=r"no run of heads came to its end: .* --resume` goes on"):
+        studies.read_study(runs, "heads")
+    with pytest.raises(MissingResult, match="too few trials of lora"):
+        studies.importances({"name": "lora", "importances": {}})
+
+
+def test_a_study_run_here_comes_before_the_one_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "COMMITTED", tmp_path)
+    pd.DataFrame([{"study": "heads", "variant": "mha", "seed": 1, "state": "complete", "loss": 1.0}]).to_parquet(
+        tmp_path / "heads.parquet"
+    )
+    (tmp_path / "heads.json").write_text(json.dumps({"name": "heads"}))
+    assert studies.read_study(tmp_path / "runs", "heads").attrs["from"] == "the results in this repository"
+    assert studies.read_summary(tmp_path / "runs", "heads") == {"name": "heads"}
+    runs = made(tmp_path, [{"variant": "mha", "seed": 1, "state": "complete", "loss": 2.0}])
+    assert studies.read_study(runs, "heads")["loss"].tolist() == [2.0]
+
+
+def test_a_search_as_a_map(tmp_path: Path) -> None:
+    rows = [
+        {
+            "trial": trial,
+            "seed": seed,
+            "accuracy": 0.5 + 0.1 * x + 0.01 * y + 0.001 * seed,
+            RANK: rank,
+            RATE: rate,
+            "error": None,
+        }
+        for trial, (x, y, rank, rate) in enumerate((x, y, (4, 16)[x], (1e-3, 1e-2)[y]) for x in (0, 1) for y in (0, 1))
+        for seed in (1, 2, 3)
+    ]
+    study = studies.read_study(made(tmp_path, rows), "heads")
+    marginals = studies.marginals(study, "accuracy")
+    assert marginals.loc[("rank", 16), "accuracy"] - marginals.loc[("rank", 4), "accuracy"] == pytest.approx(0.1)
+    # Student's 4.30 for two degrees of freedom, times 0.001 / √3.
+    assert marginals.loc[("rank", 16), "±"] == pytest.approx(4.3027 * 0.001 / 3**0.5, rel=1e-3)
+    best = studies.best(study, "accuracy", count=2)
+    assert best.index.tolist() == [3, 2] and best.loc[3, ["rank", "peak"]].tolist() == [16, 0.01]
+    ax, _ = studies.heat_map(study, "accuracy").axes
+    assert {text.get_text() for text in ax.texts} >= {"0.502\n± 0.002", "0.612\n± 0.002"}
+    assert len(studies.tried(study, "accuracy").axes) == 2
+    importances = studies.importances({"importances": {RATE: 0.25, RANK: 0.75}})
+    assert importances["explains, %"].to_dict() == {"rank": 75.0, "peak": 25.0}
+
+
+@pytest.mark.parametrize("name", ["curriculum", "curriculum-paper", "world"])
+def test_mixes_are_drawn_to_the_end_of_the_run(name: str) -> None:
+    figure = studies.mixes(f"configs/studies/{name}.yaml")
+    tops = [
+        max(bar.get_window_extent().transformed(ax.transData.inverted()).y1 for bar in ax.patches) for ax in figure.axes
+    ]
+    assert tops == pytest.approx([1.0] * len(tops)) and len(tops) >= 3
+
+
+def test_tables_in_markdown_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "a.md").write_text("x\n\n| n | t | t |\n|---|---|---|\n| 1,024 | a | – |\n| 2 | b | 3 |\n\nend\n")
+    (frame,) = studies.markdown_tables("a.md")
+    assert frame["n"].tolist() == [1024, 2] and list(frame.columns) == ["n", "t", "t "]
+    assert np.isnan(frame["t "][0]) and frame["t "][1] == 3
+
+
+def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
+    rows = [
+        {
+            "variant": f"{size:.0f}-{tokens:.0f}", "seed": 1, "state": "complete", "tokens": tokens,
+            "parameters_without_embedding": size, "val_loss.web": 1.5 + 300 * size**-0.3 + 300 * tokens**-0.3,
+        }
+        for size in (2e6, 4e6, 8e6) for tokens in (1e5, 1e6, 1e7)
+    ]  # fmt: skip
+    study = studies.read_study(made(tmp_path, rows), "heads")
+    frame = scaling.ladder(study, "val_loss.web")
+    assert frame["FLOPs"].iloc[0] == 6 * 2e6 * 1e5 and frame["FLOPs"].is_monotonic_increasing
+    points = scaling.points(study, "val_loss.web")
+    law = scaling.fit_law(points)
+    assert scaling.coefficients(law).loc["alpha", "value"] == pytest.approx(0.3, rel=0.02)
+    said = scaling.extrapolations(law, points)
+    assert said.iloc[0]["predicted"] == pytest.approx(said.iloc[0]["measured"], rel=1e-3)
+    assert list(said.index[1:]) == ["danube3-500m, 4e+12 tokens", "danube3-4b, 6e+12 tokens"]
+    assert len(scaling.loss_by_compute(study, "val_loss.web", law).axes[0].lines) == 6
+    assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    shapes = paper.shapes()
+    assert shapes.loc["parameters, built here"].tolist() == shapes.loc["parameters, published"].tolist()
+    stages = paper.stages()
+    assert stages["web %, paper"].round(1).tolist() == stages["danube3-4b: web %, config"].round(1).tolist()
+    assert stages["danube3-500m: tokens, paper"].tolist() == stages["danube3-500m: tokens, config"].tolist()
+    academic = paper.academic()
+    assert academic.loc["ARC-c", "Danube3 4B, paper"] == pytest.approx(58.96)
+    assert academic.loc["ARC-c", "smollm2, here"] == 32.0 and academic["questions"].tolist() == [200] * 6
+    assert paper.quantized_perplexity().loc["Q4_K_M", "4B, paper"] == 6.37
+    assert paper.quantized_sizes().loc[("danube3-4b", "Q4_K_M"), "published, GB"] == 2.39
