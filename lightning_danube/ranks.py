@@ -7,6 +7,7 @@ there with an error of the network, which says nothing about the cause.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             self._wait_for_the_others()
             raise
         except BaseException as error:
+            explain_silence(error)
             self._end_the_others(error)
             raise
         self._wait_for_the_others()
@@ -147,8 +149,20 @@ def _watch_launcher(launcher: int) -> NoReturn:
     os._exit(1)
 
 
+def explain_silence(error: BaseException) -> None:
+    """Says of a collective operation that timed out what that means; gloo's error speaks of sockets."""
+    found = re.search(r"Timed out waiting (\d+)ms", str(error))
+    if isinstance(error, RuntimeError) and found:
+        error.user_message = (  # type: ignore[attr-defined]
+            f"waited {int(found[1]) / 1000:g} s for another rank, which hangs or is much slower, and ended all: see "
+            "what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; go on from the last "
+            "checkpoint with --ckpt_path last"
+        )
+
+
 def let_rank_zero_speak(rank: int, error: Exception) -> None:
     """Delays an error of another rank: often rank zero has it as well, says so, and ends this process meanwhile."""
+    explain_silence(error)
     if rank:
         time.sleep(SECONDS_OF_SILENCE)
         error.add_note(f"on rank {rank}")

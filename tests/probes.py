@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Fail(Callback):
 
     Args:
         what: "disk" raises what a file system does, which is a user's to mend; "fault" what a mistake in the code
-            does; "kill" is the SIGKILL of a system without memory.
+            does; "kill" is the SIGKILL of a system without memory; "hang" does nothing any more, for ever.
         micro_batch: number of the micro-batch, from 0.
         rank: the only rank that fails.
     """
@@ -128,6 +129,45 @@ class Fail(Callback):
             return
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "hang":
+            threading.Event().wait()
         if self.what == "disk":
             raise OSError(errno.EIO, os.strerror(errno.EIO), "web.arrow")
         raise RuntimeError("a fault of ours")
+
+
+class KillInSave(Callback):
+    """Kills one rank in the midst of a save that all ranks write together.
+
+    Args:
+        moment: "part", when the rank's part is written and before the others know; "rename", on rank zero, when all
+            parts are and the checkpoint has not its name yet.
+        rank: that is killed.
+        save: number of the save, from 1.
+    """
+
+    def __init__(self, moment: str, rank: int, save: int) -> None:
+        self.moment, self.rank, self.saves_left = moment, rank, save
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank != self.rank:
+            return
+        from torch.distributed.checkpoint import FileSystemWriter
+
+        from lightning_danube import sharded_checkpoints
+
+        owner: Any = FileSystemWriter if self.moment == "part" else sharded_checkpoints
+        name = "write_data" if self.moment == "part" else "remove_checkpoint"
+        original = getattr(owner, name)
+
+        def kill(*args: Any, **kwargs: Any) -> Any:
+            self.saves_left -= 1
+            if self.saves_left == 0 and self.moment == "rename":
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = original(*args, **kwargs)
+            if self.saves_left == 0:
+                done.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        setattr(owner, name, kill)

@@ -118,6 +118,17 @@ def test_a_rank_that_ends_takes_the_others_with_it_and_the_cause_is_said_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_takes_the_others_with_it_when_the_time_is_over(two: TwoRanks, rank: int) -> None:
+    two.with_callback("tests.probes.Fail", what="hang", micro_batch=7, rank=rank)
+    begin = time.monotonic()
+    strategy = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy"]
+    code, said = two.fit(*strategy, "--trainer.strategy.timeout", "0:00:15")
+    assert code == 2 and time.monotonic() - begin < SECONDS
+    assert said.count("\n") == 1 and said.startswith("error: waited 15 s for another rank")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_fault_of_ours_on_one_rank_shows_one_traceback(two: TwoRanks, rank: int) -> None:
     two.with_callback("tests.probes.Fail", what="fault", micro_batch=7, rank=rank)
     code, said = two.fit()

@@ -2,6 +2,9 @@
 also when a run goes on with other sharding, and from either kind of checkpoint."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from lightning_danube.checkpoint_files import damage
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.weights import load_decoder
 from tests.test_pretraining_run import scalars
-from tests.test_world_size import LAST, Sessions, assert_same_run, run_in_ranks
+from tests.test_world_size import LAST, ROOT, Sessions, assert_same_run, run_in_ranks
 
 pytestmark = pytest.mark.slow
 LAST_FLAGS = ["--ckpt_path", "last"]
@@ -82,3 +85,30 @@ def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(
     assert main([*fit, *LAST_FLAGS]) == 0
     assert f"damaged checkpoint {checkpoint}" in capsys.readouterr().err
     assert json.loads((run / "summary.json").read_text())["steps"] == 26
+
+
+@pytest.mark.parametrize(("moment", "rank"), [("part", 1), ("part", 0), ("rename", 0)])
+def test_a_kill_within_a_save_of_all_ranks_leaves_the_checkpoint_before_it(
+    sessions: Sessions, moment: str, rank: int
+) -> None:
+    """The third save is that of step 12, the end of the first stage."""
+    killer = (
+        f"    - class_path: tests.probes.KillInSave\n      init_args: {{moment: {moment}, rank: {rank}, save: 3}}\n"
+    )
+    whole = sessions._config
+    run_in_ranks((1, sessions.command("full", "full", 8)))
+    sessions._config = whole + killer
+    first = sessions.command("first", "moved", 2, *sharded(2, 1), "--trainer.devices", "2")
+    command = [sys.executable, "-m", "lightning_danube", *first]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=sessions.tiny, env=environment, capture_output=True, text=True, timeout=240)
+    assert killed.returncode != 0 and "was ended" in killed.stderr, killed.stdout + killed.stderr
+    directory = (sessions.run("moved") / LAST).parent
+    assert len(list(directory.glob(".*.tmp"))) == 1
+    left = sorted(path.name for path in directory.glob("*.ckpt"))
+    assert left == ["step_00000005.ckpt", "step_00000010.ckpt"]
+    assert [damage(directory / name) for name in left] == [None, None]
+    sessions._config = whole
+    run_in_ranks((2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))))
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 10), devices=(2, 2))
+    assert not list(directory.glob(".*.tmp"))
