@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.data.corpora import Source, is_streamed, local_files, read_stream
+from lightning_danube.data.finished_shards import fetch, is_finished
 from lightning_danube.data.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
 from lightning_danube.data.reading import BadRow, DamagedFile, Document, Span, format_of, spans
 from lightning_danube.data.shards import (
@@ -39,7 +40,6 @@ from lightning_danube.data.shards import (
     TokenShards,
     held_out_below,
     shards_directory,
-    source_fingerprint,
 )
 from lightning_danube.data.tokenizer import DocumentTokenizer
 from lightning_danube.data.units import Job, can_encode_in_parts, load_part, load_unit, make_unit
@@ -77,8 +77,12 @@ def prepare(
     seconds = dict.fromkeys(sources, 0.0)
     todo = []
     for name, source in sources.items():
-        fingerprint = source_fingerprint(name, source, tokenizer, held_out, quality, cache_dir)
-        directory = shards_directory(cache_dir, name, fingerprint)
+        directory = shards_directory(name, source, tokenizer, held_out, quality, cache_dir)
+        if is_finished(source.path):
+            began = time.monotonic()
+            fetch(name, source.path, cache_dir)
+            seconds[name] = time.monotonic() - began
+            continue
         preparation = Preparation(directory, name, source, tokenizer, held_out, quality, cache_dir, part)
         if (directory / "shards.json").exists():
             shutil.rmtree(preparation.building, ignore_errors=True)
@@ -562,8 +566,7 @@ def open_or_prepare(
     quality = quality or Quality()
     options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
     seconds = prepare({name: source}, tokenizer, processes=processes, **options)[name]
-    fingerprint = source_fingerprint(name, source, tokenizer, held_out, quality, cache_dir)
-    shards = TokenShards(shards_directory(cache_dir, name, fingerprint), tokenizer)
-    if seconds:
+    shards = TokenShards(shards_directory(name, source, tokenizer, held_out, quality, cache_dir), tokenizer)
+    if seconds and not is_finished(source.path):
         shards.verify()
     return shards, seconds

@@ -24,7 +24,7 @@ from lightning_danube.data.order import OrderFacts, check_order, stream_identity
 from lightning_danube.data.preparation import Part, open_or_prepare, prepare
 from lightning_danube.data.quality import Deduplicate, Filters, Quality
 from lightning_danube.data.replicas import replicas_of
-from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory, source_fingerprint
+from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.durations import parse_tokens
 
@@ -148,9 +148,7 @@ class CurriculumData(LightningDataModule):
 
     def shards_directory(self, name: str) -> Path:
         """Where the shards of one source are, or will be."""
-        source = self.sources[name]
-        fingerprint = source_fingerprint(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
-        return shards_directory(self.cache_dir, name, fingerprint)
+        return shards_directory(name, self.sources[name], self.tokenizer, self.held_out, self.quality, self.cache_dir)
 
     def _open(self, name: str) -> TokenShards:
         shards, _ = open_or_prepare(

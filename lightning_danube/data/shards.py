@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.data.corpora import Source, is_saved_dataset, local_files
+from lightning_danube.data.finished_shards import finished_directory, is_finished
 from lightning_danube.data.quality import Quality, text_hash
 from lightning_danube.data.tokenizer import DocumentTokenizer
 
@@ -314,5 +315,11 @@ class TokenStream:
         return counts
 
 
-def shards_directory(cache_dir: Path, name: str, fingerprint: str) -> Path:
+def shards_directory(
+    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache_dir: Path
+) -> Path:
+    """Where the shards of a source are, or will be."""
+    if is_finished(source.path):
+        return finished_directory(source.path, cache_dir)
+    fingerprint = source_fingerprint(name, source, tokenizer, held_out, quality, cache_dir)
     return cache_dir / "shards" / f"{name}-{fingerprint}"

@@ -1,0 +1,120 @@
+"""Shards that were made elsewhere: in another directory, or in object storage, from where they are fetched once.
+
+A source whose path is an address (`s3://bucket/shards/web-1a2b3c4d5e6f`, anything that fsspec knows) or a directory
+with a `shards.json` is taken as it is: its texts need not be at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+LISTING = "shards.json"
+
+
+def is_address(path: str) -> bool:
+    return re.match(r"[A-Za-z][\w+.-]*://", path) is not None
+
+
+def is_finished(path: str) -> bool:
+    """Whether a source's path names shards instead of texts."""
+    return is_address(path) or os.path.isfile(os.path.join(os.path.expanduser(path), LISTING))
+
+
+def finished_directory(path: str, cache_dir: Path) -> Path:
+    """Where such shards are read: their own directory, or the place in the cache that they are fetched to."""
+    if not is_address(path):
+        return Path(path).expanduser()
+    digest = hashlib.sha256(path.rstrip("/").encode()).hexdigest()[:8]
+    return cache_dir / "shards" / f"{PurePosixPath(path).name}-{digest}"
+
+
+def fetch(name: str, path: str, cache_dir: Path) -> Path:
+    """The directory of finished shards, fetched if they are not there: whole, with the sizes and checksums of their
+    listing, or not at all. What an earlier attempt has fetched is kept.
+
+    Raises:
+        ValueError: there are none, they cannot be reached, or they are not what their listing says.
+    """
+    directory = finished_directory(path, cache_dir)
+    if not is_address(path) or (directory / LISTING).is_file():
+        return directory
+    where = f"source {name!r}: {path}"
+    store, root = _open(where, path)
+    try:
+        listing = json.loads(store.cat_file(f"{root}/{LISTING}"))
+        files = [file for split in listing["splits"].values() for file in split["files"]]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{where} holds no {LISTING}: give the address of one source's shards, all of whose files were copied there"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}/{LISTING} is damaged ({error}): copy the shards there again") from error
+    except Exception as error:
+        raise _unreachable(where, error) from error
+    hidden = directory.with_name(f".{directory.name}.fetching")
+    hidden.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        _fetch_file(where, store, f"{root}/{file['name']}", hidden / file["name"], file)
+    (hidden / LISTING).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    try:
+        os.replace(hidden, directory)
+    except OSError:
+        # Another process was faster; its files are the same.
+        if not (directory / LISTING).is_file():
+            raise
+        shutil.rmtree(hidden, ignore_errors=True)
+    return directory
+
+
+def _open(where: str, path: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        store, root = fsspec.core.url_to_fs(path.rstrip("/"))
+    except ImportError as error:
+        raise ValueError(f"{where} needs a package ({str(error).rstrip('.')}); for s3: pip install s3fs") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is no address that fsspec knows ({error})") from None
+    return store, root
+
+
+def _fetch_file(where: str, store: Any, remote: str, target: Path, expected: dict[str, Any]) -> None:
+    if target.is_file() and _digest(target) == expected["sha256"]:
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        store.get_file(remote, str(partial))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{where} lacks {target.name}, which its {LISTING} names: copy the shards there again"
+        ) from None
+    except Exception as error:
+        raise _unreachable(where, error) from error
+    found = _digest(partial)
+    if found != expected["sha256"]:
+        size = partial.stat().st_size
+        partial.unlink()
+        raise ValueError(
+            f"{where}/{target.name} does not hold what was written ({size} bytes of {expected['bytes']}, sha256 "
+            f"{found[:12]}… instead of {expected['sha256'][:12]}…): copy the shards there again"
+        )
+    os.replace(partial, target)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unreachable(where: str, error: Exception) -> Exception:
+    """A full disk of this machine keeps its own words."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return error
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(f"{where} cannot be read ({said})")
