@@ -1,0 +1,78 @@
+"""A run whose shards lie behind a real S3 interface is the run beside the texts."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube.__main__ import main
+from lightning_danube.checkpoint_io import DurableCheckpointIO
+from lightning_danube.configured import configured_data
+from lightning_danube.data import CurriculumData
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = s3fs.S3FileSystem()
+    store.mkdir("bucket")
+    yield store
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def fit(config: Path, name: str) -> Path:
+    assert main(["fit", "--config", str(config), "--name", name]) == 0
+    return config.parent / "runs" / name / "version_0"
+
+
+def test_the_run_is_the_one_beside_the_texts(tiny: Path, bucket: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny / "tiny.yaml"
+    beside = fit(config, "beside")
+    data = configured_data([str(config)], [])
+    assert isinstance(data, CurriculumData)
+    text = config.read_text()
+    for name, directory in data.shards_directories().items():
+        bucket.put(str(directory), f"bucket/{directory.name}", recursive=True)
+        path = data.sources[name].path
+        assert text.count(path) == 1
+        text = text.replace(path, f"s3://bucket/{directory.name}")
+    away = tiny / "away.yaml"
+    away.write_text(text.replace(str(data.cache_dir), str(tiny / "another-cache")))
+    for name in data.sources:
+        Path(data.sources[name].path).unlink()
+    far = fit(away, "far")
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (beside, far)]
+    assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
+    last = "checkpoints/stage_3_finish_step_00000026.ckpt"
+    weights = [DurableCheckpointIO().load_checkpoint(run / last)["state_dict"] for run in (beside, far)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+    # A file that is not there any more, and a bucket that is not.
+    (gone, *_) = bucket.glob("bucket/*/train-00000.arrow")
+    bucket.rm(gone)
+    away.write_text(away.read_text().replace("another-cache", "third-cache"))
+    capsys.readouterr()
+    assert main(["fit", "--config", str(away), "--name", "none"]) == 2
+    assert "lacks train-00000.arrow, which its shards.json names" in capsys.readouterr().err
+    away.write_text(away.read_text().replace("s3://bucket", "s3://elsewhere"))
+    assert main(["fit", "--config", str(away), "--name", "none"]) == 2
+    assert "holds no shards.json" in capsys.readouterr().err
