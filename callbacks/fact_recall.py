@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.position import curriculum_of
+from callbacks.progress import say
 from lightning_danube.data.world import GROUPS, WORLD, Question, the_world
 
 ROWS = 256
@@ -17,8 +18,9 @@ class FactRecall(Callback):
     """After each validation, the share of facts whose answer the model finds likelier than every other of its kind.
 
     Each is asked in a wording that training has only for other facts. Logs `recall/<group>` for facts stated in clean
-    text alone, in noisy text alone, in both, and for all; PretrainingSummary writes the last ones into `summary.json`,
-    with the share that guessing finds. Data must have the tokenizer "world".
+    text alone, in noisy text alone, in both, and for all; says them; PretrainingSummary writes the last ones into
+    `summary.json`, with the shares that guessing and the commonest answer to each question find. Data must have the
+    tokenizer "world".
     """
 
     def __init__(self) -> None:
@@ -45,13 +47,17 @@ class FactRecall(Callback):
             logger.log_metrics(
                 {f"recall/{group}": share for group, share in self.known.items()}, step=trainer.global_step
             )
+        found = ", ".join(f"{group} {share:.0%}" for group, share in self.known.items())
+        commonest = shares(questions, [question.commonest == question.answer for question in questions])["all"]
+        say(trainer, f"facts known: {found} (by the commonest answer {commonest:.0%})")
 
     def summary(self) -> dict[str, Any]:
-        """Shares of facts known, what guessing would find, and how many facts there are of each group."""
+        """Shares of facts known, what guessing and the commonest answers find, and how many facts each group has."""
         questions = the_world().questions()
         return {
             **self.known,
             "guessing": sum(1 / len(question.candidates) for question in questions) / len(questions),
+            "commonest": shares(questions, [question.commonest == question.answer for question in questions]),
             "n": {group: sum(question.group == group for question in questions) for group in GROUPS}
             | {"all": len(questions)},
         }

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import secrets
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,12 +118,14 @@ class Question:
         prompt: words, the answer follows.
         answer: one word.
         candidates: all values of its kind, the answer among them.
+        commonest: the value that most subjects have here, the best answer for who does not know the subject.
         group: one of GROUPS.
     """
 
     prompt: str
     answer: str
     candidates: tuple[str, ...]
+    commonest: str
     group: str
 
 
@@ -139,11 +142,16 @@ class World:
 
     def questions(self) -> list[Question]:
         """One for each fact."""
+        counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        for subject in self.subjects:
+            for attribute, value in subject.values.items():
+                counts[subject.kind, attribute][value] += 1
         return [
             Question(
                 _wording(subject, attribute, asked=True),
                 value,
                 self.values[_ATTRIBUTES[subject.kind][attribute][0]],
+                counts[subject.kind, attribute].most_common(1)[0][0],
                 subject.group,
             )
             for subject in self.subjects

@@ -1,6 +1,7 @@
 """Facts known are counted right, and stand in the summary of a run that was stopped in between as well."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def test_answers_are_counted_by_group() -> None:
     callback.known = found
     assert callback.summary()["n"] == {"clean": 136, "noisy": 136, "both": 136, "all": 408}
     assert callback.summary()["guessing"] == pytest.approx(0.0232, abs=1e-3)
+    # Six of 72 people share a birth year, and so on: 32 of the 408 facts.
+    assert callback.summary()["commonest"]["all"] == pytest.approx(32 / 408)
 
 
 def world_run(tmp_path: Path, *options: str) -> int:
@@ -72,11 +75,16 @@ def world_run(tmp_path: Path, *options: str) -> int:
     return main(["fit", "--config", str(tmp_path / "world.yaml"), "--runs", str(tmp_path / "runs"), *options])
 
 
-def test_a_run_tells_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_tells_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(world, "DOCUMENTS", {"clean": 200, "noisy": 200})
     assert world_run(tmp_path, "--name", "whole") == 0
     whole = json.loads((tmp_path / "runs/whole/version_0/summary.json").read_text())["recall"]
-    assert set(whole) == {"clean", "noisy", "both", "all", "guessing", "n"} and 0 <= whole["all"] < 0.2
+    assert set(whole) == {"clean", "noisy", "both", "all", "guessing", "commonest", "n"} and 0 <= whole["all"] < 0.2
+    said = re.findall(r"facts known: clean .* all (\d+)% \(by the commonest answer 8%\)", capsys.readouterr().out)
+    # After each of the three stages.
+    assert len(said) == 3 and said[-1] == f"{100 * whole['all']:.0f}"
     # Stopped behind the last validation but one, and gone on with.
     assert world_run(tmp_path, "--name", "parts", "--trainer.max_steps", "3") == 0
     assert world_run(tmp_path, "--name", "parts", "--ckpt_path", "last") == 0
