@@ -64,8 +64,8 @@ def test_answers_are_counted_by_group() -> None:
 def world_run(tmp_path: Path, *options: str) -> int:
     text = (ROOT / "configs/pretrain/world.yaml").read_text()
     for old, new in (
-        ("737280", "2K"), ("319488", "1K"), ("172032", "1K"), ("4096", "1024"), ("size: 32", "size: 8"),
-        ("every_n_steps: 200", "every_n_steps: 1"), ("warmup: 80K", "warmup: 0"),
+        ("442368", "2K"), ("191488", "1K"), ("103424", "1K"), ("warmup: 40K", "warmup: 0"), 
+        ("every_n_steps: 200", "every_n_steps: 1"), 
         ("hidden_size: 128", "hidden_size: 16"), ("intermediate_size: 384", "intermediate_size: 16"),
         ("held_out: 0.02", f"held_out: 0.1\n    cache_dir: {tmp_path / 'cache'}"),
     ):  # fmt: skip
