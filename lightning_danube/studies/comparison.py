@@ -99,15 +99,11 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0
     ).confidence_interval
     effect = mean / spread
-    power = TTestPower()
     with warnings.catch_warnings():
         # It says so where no number of seeds would do, and gives back what it tried.
         warnings.simplefilter("ignore")
-        visible = float(np.squeeze(power.solve_power(nobs=count, alpha=1 - CONFIDENCE, power=POWER))) * spread
-        enough = power.power(abs(effect), MOST_SEEDS, 1 - CONFIDENCE) >= POWER
-        needed = None
-        if enough:
-            needed = next(n for n in range(2, MOST_SEEDS + 1) if power.power(abs(effect), n, 1 - CONFIDENCE) >= POWER)
+        visible = float(np.squeeze(TTestPower().solve_power(nobs=count, alpha=1 - CONFIDENCE, power=POWER))) * spread
+        needed = next((n for n in range(2, MOST_SEEDS + 1) if _power(abs(effect), n) >= POWER), None)
     return Comparison(
         variant,
         count,
@@ -120,6 +116,16 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
         visible if math.isfinite(visible) else None,
         needed,
     )
+
+
+def _power(effect: float, count: int) -> float:
+    """Of a paired t-test; where SciPy's noncentral t knows no number, of the normal test that it nears."""
+    from statsmodels.stats.power import NormalIndPower, TTestPower
+
+    found = float(TTestPower().power(effect, count, 1 - CONFIDENCE))
+    if math.isfinite(found):
+        return found
+    return float(NormalIndPower(ddof=0).power(effect, count, 1 - CONFIDENCE, ratio=0))
 
 
 def verdict(one: Comparison, baseline: str, metric: str, better: Literal["lower", "higher"]) -> str:

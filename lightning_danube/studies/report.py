@@ -254,7 +254,8 @@ def _table_of_also(design: Design, complete: Sequence[Result], also: Mapping[str
         for key in design.also:
             cell, one = _mean(ours, key), found.get((key, variant))
             if one is not None and one.high is not None:
-                cell += f" ({one.mean:+.2g} ± {one.high - one.mean:.2g})"
+                digits = ",.0f" if abs(one.mean) >= 100 else ".2g"
+                cell += f" ({one.mean:+{digits}} ± {one.high - one.mean:{digits}})"
             cells.append(cell)
         rows.append(cells)
     return ["variant", *design.also], rows

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from lightning_danube.studies.comparison import compare, verdict
+from lightning_danube.studies.comparison import _power, compare, verdict
 
 SEEDS = range(1, 6)
 BASE = {seed: 5.0 + 0.3 * seed for seed in SEEDS}
@@ -55,6 +55,16 @@ def test_what_was_not_seen_tells_what_would_have_been() -> None:
     assert f"would need about {one.seeds_needed} seeds" in said
     (none,) = compare({"base": BASE, "new": shifted(0.0000001)}, "base")
     assert none.seeds_needed is None and "more than 1,000 seeds" in verdict(none, "base", "loss", "lower")
+
+
+def test_the_power_of_a_test_has_no_holes() -> None:
+    """SciPy's noncentral t is no number for some large counts: 0.654 standard deviations with 200 pairs, for one."""
+    for effect in (0.05, 0.654, 1.5):
+        powers = [_power(effect, count) for count in (5, 20, 21, 200, 500, 1000)]
+        assert powers == sorted(powers) and all(0 < power <= 1 for power in powers)
+    assert _power(0.654, 20) < 0.8 < _power(0.654, 21)
+    found = compare({"a": {1: 0.0, 2: 0.0, 3: 0.0}, "b": {1: 0.0, 2: 1.0, 3: 1.5}}, "a")[0]
+    assert found.seeds_needed is not None and found.seeds_needed < 20
 
 
 def test_one_seed_has_no_verdict() -> None:
