@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -181,10 +180,10 @@ def with_intervals(results: Results, pairs: dict[str, int]) -> dict[str, Any]:
 
 def interval(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share that was seen among `count` (Wilson 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(share * count, count, method="wilson")
+    return float(low), float(high)
 
 
 def results_table(results: list[tuple[str, Results]], pairs: dict[str, int]) -> str:

@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A number with the ends of its 95 % interval."""
 
     value: float
@@ -60,19 +60,19 @@ class Law:
     resampled: NDArray[np.float64]
     error: float
 
-    def loss(self, size: float, tokens: float) -> Estimate:
+    def loss(self, size: float, tokens: float) -> Interval:
         """Nats a token at a size and a number of tokens, with an interval that covers the choice of runs, and not that
         the form of the law might not hold there."""
         return _interval(_loss(self.parameters, size, tokens), _loss(self.resampled.T, size, tokens))
 
-    def coefficients(self) -> dict[str, Estimate]:
+    def coefficients(self) -> dict[str, Interval]:
         """E, A, alpha, B, beta."""
         return {name: _interval(self.parameters[place], self.resampled[:, place]) for place, name in enumerate(_NAMES)}
 
 
-def _interval(value: Any, resampled: NDArray[np.float64]) -> Estimate:
+def _interval(value: Any, resampled: NDArray[np.float64]) -> Interval:
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    return Interval(float(value), float(low), float(high))
 
 
 def _loss(parameters: Any, size: Any, tokens: Any) -> Any:
@@ -194,7 +194,7 @@ class HeldOut:
 
     group: str
     measured: float
-    predicted: Estimate
+    predicted: Interval
 
 
 def predict_largest(points: Sequence[Point]) -> HeldOut:
@@ -231,5 +231,5 @@ def law_lines(law: Law, held_out: HeldOut) -> list[str]:
     return lines
 
 
-def _shown(one: Estimate) -> str:
+def _shown(one: Interval) -> str:
     return f"{one.value:.4g} [{one.low:.3g}, {one.high:.3g}]"

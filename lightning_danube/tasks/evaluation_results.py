@@ -34,9 +34,10 @@ def mean_of(values: Sequence[float]) -> Estimate:
         return Estimate(value, None, None, None, n)
     stderr = statistics.stdev(values) / math.sqrt(n)
     if set(values) <= {0.0, 1.0}:
-        middle = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
-        half = Z * math.sqrt(value * (1 - value) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-        return Estimate(value, stderr, max(0.0, middle - half), min(1.0, middle + half), n)
+        from statsmodels.stats.proportion import proportion_confint
+
+        low, high = proportion_confint(sum(values), n, method="wilson")
+        return Estimate(value, stderr, float(low), float(high), n)
     return Estimate(value, stderr, value - Z * stderr, value + Z * stderr, n)
 
 
