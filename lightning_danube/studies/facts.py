@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -33,15 +34,33 @@ def check_variants(design: Design) -> dict[str, Facts]:
     """
     facts = {}
     for variant, values in design.variants.items():
-        done = subprocess.run(
-            command_of(design, values, design.seeds[0], "--print_config"), capture_output=True, text=True
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-            raise ValueError(f"variant {variant}: {reason}")
-        facts[variant] = facts_of(yaml.safe_load(done.stdout))
+        try:
+            facts[variant] = facts_of(_parsed(command_of(design, values, design.seeds[0])))
+        except ValueError as error:
+            raise ValueError(f"variant {variant}: {error}") from None
     check_equal(design, facts)
     return facts
+
+
+def _parsed(command: list[str]) -> Any:
+    """The configuration that a command would run, by the command line itself in this process.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    from lightning_danube.__main__ import main
+
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        try:
+            code = main([*command[3:], "--print_config"])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    if code:
+        raise ValueError(
+            (complained.getvalue().strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+        )
+    return yaml.safe_load(said.getvalue())
 
 
 def check_equal(design: Design, facts: Mapping[str, Facts]) -> None:

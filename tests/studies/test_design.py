@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_danube.studies.design import read_design
-from lightning_danube.studies.facts import facts_of, facts_table
+from lightning_danube.studies.facts import check_variants, facts_of, facts_table
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {
@@ -103,3 +103,14 @@ def test_facts_of_a_config() -> None:
     assert facts_of({"data": {}, "model": {}}) == {"parameters": None, "tokens": None, "tokens_by_source": None}
     table = facts_table({"one": facts, "two": facts_of({"data": {}, "model": {}})})
     assert "21,105,920" in table and "–" in table
+
+
+def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
+    base = str(ROOT / "configs" / "quickstart.yaml")
+    variants = {"good": {"trainer.max_steps": 2}, "bad": {"model.init_args.decoder.num_heads": 2}}
+    design = read_design(write(tmp_path, base=base, baseline="good", variants=variants))
+    with pytest.raises(ValueError, match=r"variant bad: .*num_heads") as caught:
+        check_variants(design)
+    assert "\n" not in str(caught.value)
+    fine = read_design(write(tmp_path, base=base, baseline="a", variants={"a": {}, "b": {"trainer.max_steps": 2}}))
+    assert check_variants(fine)["b"]["parameters"] == 21_105_920
