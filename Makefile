@@ -20,7 +20,7 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation check format-check lint types \
-	benchmark tensorboard clean
+	benchmark tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,9 @@ benchmark: $(INSTALLED_BENCHMARK) ## measure data loading and prepare beside the
 
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 	@$(BIN)/tensorboard --logdir runs $(ARGS)
+
+notebooks: $(INSTALLED_DEV) ## execute the notebooks in place, on the runs and results that are here (ARGS="notebooks/lora.ipynb": that one)
+	@$(BIN)/python notebooks/execute.py $(ARGS)
 
 clean: ## remove caches and build outputs; runs/ and .venv stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov build dist *.egg-info

@@ -240,7 +240,7 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
         decoders[kv_heads] = decoder.bfloat16().to_empty(device="cpu").eval()
         decoders[kv_heads].init_weights()
         pack_for_generation(decoders[kv_heads])
-    rows = []
+    table, rows = [], []
     for context in arguments.contexts:
         results: dict[int, list[tuple[float, float]]] = {kv_heads: [] for kv_heads in configs}
         for number in range(arguments.rounds + 1):
@@ -254,9 +254,24 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
             pairs = list(zip(rounds, results[KV_HEADS[0]], strict=True))
             ratios = [statistics.median(mine[place] / multi[place] for mine, multi in pairs) for place in range(2)]
             size = configs[kv_heads].cache_bytes(context)
-            rows.append(
+            table.append(
                 f"| {context:,} | {kv_heads} | {size / 2**20:,.0f} | {prefill:,.0f} | {ratios[0]:.2f} | {decode:.1f} | "
                 f"{ratios[1]:.2f} |"
+            )
+            rows.append(
+                {
+                    "context": context,
+                    "key_value_heads": kv_heads,
+                    "intermediate_size": configs[kv_heads].intermediate_size,
+                    "parameters": configs[kv_heads].parameters,
+                    "cache_bytes": size,
+                    "prefill_tokens_per_second": prefill,
+                    "prefill_ratio": ratios[0],
+                    "decode_tokens_per_second": decode,
+                    "decode_ratio": ratios[1],
+                    "rounds": arguments.rounds,
+                    "threads": arguments.threads,
+                }
             )
     widths = ", ".join(f"{kv_heads}: {config.intermediate_size}" for kv_heads, config in configs.items())
     lines = [
@@ -268,9 +283,9 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
         f"| context | key-value heads | cache, MiB | prefill, tokens/s | × {KV_HEADS[0]} heads | decode, tokens/s | "
         f"× {KV_HEADS[0]} heads |",
         "|---|---|---|---|---|---|---|",
-        *rows,
+        *table,
     ]
-    write_result("grouped-queries", "\n".join(lines))
+    write_result("grouped-queries", "\n".join(lines), rows)
 
 
 def prefill_and_decode(decoder: Decoder, context: int, new_tokens: int) -> tuple[float, float]:

@@ -45,6 +45,7 @@ def main() -> None:
         "| model | type | planned, GB | bits a weight | published, GB | apart |",
         "|---|---|---|---|---|---|",
     ]
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for preset, config in PRESETS.items():
@@ -56,9 +57,11 @@ def main() -> None:
                 beside = "– | –" if published is None else f"{published:.2f} | {size / 1e9 - published:+.3f}"
                 bits = 8 * size / config.parameters
                 lines.append(f"| {preset} | {kind} | {size / 1e9:.3f} | {bits:.2f} | {beside} |")
+                sizes = {"gigabytes": size / 1e9, "bits_per_weight": bits, "published_gigabytes": published}
+                rows.append({"model": preset, "type": kind, **sizes})
         if arguments.quantize:
             lines += quantized(arguments.quantize, directory)
-    write_result("gguf-sizes", "\n".join(lines))
+    write_result("gguf-sizes", "\n".join(lines), rows)
 
 
 def quantized(preset: str, directory: Path) -> list[str]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_danube.provenance import commit, machine
+from lightning_danube.result_files import write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,9 +24,19 @@ def described(*packages: str) -> str:
     return ", ".join([*parts, f"Python {platform.python_version()}", *versions])
 
 
-def write_result(name: str, text: str) -> None:
-    """Prints a result and keeps it as results/<name>-<day>.md."""
+def write_result(name: str, text: str, rows: Sequence[dict[str, Any]] = ()) -> None:
+    """Prints a result and keeps it as results/<name>-<day>.md; rows, each with where it was measured, as .parquet."""
     print(f"\n{text}")
     directory = ROOT / "benchmarks" / "results"
     directory.mkdir(exist_ok=True)
-    (directory / f"{name}-{datetime.date.today()}.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    file = directory / f"{name}-{datetime.date.today()}.md"
+    file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    if rows:
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        where = {
+            "command": command,
+            "date": str(datetime.date.today()),
+            "commit": commit(),
+            "machine": machine(),
+        }
+        write_parquet(file.with_suffix(".parquet"), [{**row, **where} for row in rows])

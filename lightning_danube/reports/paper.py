@@ -1,119 +1,225 @@
-"""The tables of the H2O-Danube3 report (arXiv 2407.09276) beside what was measured here; columns say which is which."""
+"""Tables of the H2O-Danube3 report beside what was measured here; columns say whose a number is, and of which model.
+
+Figures of others: H2O-Danube3 Technical Report, arXiv 2407.09276.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from lightning_danube.config_errors import read_config
+from lightning_danube.durations import parse_tokens
 from lightning_danube.model import PRESETS
+from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure
 from lightning_danube.reports.runs import PAPER_WEB_SHARES
-from lightning_danube.reports.studies import ROOT, markdown_tables
+from lightning_danube.reports.studies import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-PUBLISHED_PARAMETERS = {"danube3-500m": 513_590_784, "danube3-4b": 3_961_839_360}
-"""Of the weights on the hub, which the report rounds."""
+PAPER, HERE = "the paper's", "here"
+SHAPES = {
+    "danube3-500m": {
+        "layers": 16,
+        "hidden size": 1536,
+        "intermediate size": 4096,
+        "query heads": 16,
+        "key-value heads": 8,
+        "head size": 96,
+        "vocabulary": 32_000,
+        "context": 8192,
+        "parameters": 513_590_784,
+    },
+    "danube3-4b": {
+        "layers": 24,
+        "hidden size": 3840,
+        "intermediate size": 10_240,
+        "query heads": 32,
+        "key-value heads": 8,
+        "head size": 120,
+        "vocabulary": 32_000,
+        "context": 8192,
+        "parameters": 3_961_839_360,
+    },
+}
+"""Table 1; parameters are those of the published weights, which it rounds."""
 STAGE_TOKENS = {"danube3-500m": (2.8e12, 1.15e12, 0.05e12), "danube3-4b": (4.6e12, 1.35e12, 0.05e12)}
 PERPLEXITY = {
-    # WikiText-2, llama.cpp: type → 4B, 500M
-    "F16": (6.17, 9.46),
-    "Q8_0": (6.17, 9.46),
-    "Q6_K": (6.20, 9.46),
-    "Q5_K_M": (6.24, 9.55),
-    "Q4_K_M": (6.37, 9.96),
-    "Q3_K_M": (6.99, np.nan),
-    "Q2_K": (9.42, np.nan),
+    "Danube3 4B": {
+        "F16": 6.17,
+        "Q8_0": 6.17,
+        "Q6_K": 6.20,
+        "Q5_K_M": 6.24,
+        "Q4_K_M": 6.37,
+        "Q3_K_M": 6.99,
+        "Q2_K": 9.42,
+    },
+    "Danube3 500M": {"F16": 9.46, "Q8_0": 9.46, "Q6_K": 9.46, "Q5_K_M": 9.55, "Q4_K_M": 9.96},
 }
+"""Of WikiText-2, by llama.cpp."""
 CLASSIFICATION = {
-    # accuracy: task → Danube3 500M, Danube3 4B
-    "arXiv": (0.863, 0.873),
-    "IMDB": (0.959, 0.971),
-    "patent": (0.708, 0.727),
-    "scientific": (0.846, 0.872),
+    "Danube3 500M": {"arXiv": 0.863, "IMDB": 0.959, "patent": 0.708, "scientific": 0.846},
+    "Danube3 4B": {"arXiv": 0.873, "IMDB": 0.971, "patent": 0.727, "scientific": 0.872},
 }
+"""Accuracy after fine-tuning with LoRA."""
 
 
 def shapes() -> pd.DataFrame:
-    """Table 1: the two decoders as they are built here, with the parameters of the published weights."""
-    rows = {}
-    for name, config in PRESETS.items():
-        rows[name] = {
+    """Table 1 beside the presets, whose parameters are counted from the shape."""
+    columns: dict[tuple[str, str], Mapping[str, float]] = {}
+    for name, published in SHAPES.items():
+        config = PRESETS[name]
+        columns[name, PAPER] = published
+        columns[name, f"preset {HERE}"] = {
             "layers": config.num_hidden_layers,
             "hidden size": config.hidden_size,
             "intermediate size": config.intermediate_size,
             "query heads": config.num_attention_heads,
             "key-value heads": config.num_key_value_heads,
-            "head size": config.hidden_size // config.num_attention_heads,
-            "parameters, built here": config.parameters,
-            "parameters, published": PUBLISHED_PARAMETERS[name],
+            "head size": config.head_dim or 0,
+            "vocabulary": config.vocab_size,
+            "context": config.max_position_embeddings,
+            "parameters": config.parameters,
         }
-    return pd.DataFrame(rows)
+    return pd.DataFrame(columns)
 
 
 def stages() -> pd.DataFrame:
-    """The three stages: tokens and web shares of the report, and the tokens of the configs here."""
-    from lightning_danube.config_errors import read_config
-    from lightning_danube.durations import parse_tokens
-
-    frame = pd.DataFrame({"web %, paper": [100 * share for share in PAPER_WEB_SHARES]}, index=[1, 2, 3])
+    """The three stages: billions of tokens and web shares of the report, and of the configs here."""
+    columns: dict[tuple[str, str], Sequence[float]] = {}
     for name, tokens in STAGE_TOKENS.items():
         config = read_config(str(ROOT / "configs" / "pretrain" / f"{name}.yaml"))["data"]["init_args"]["stages"]
-        frame[f"{name}: tokens, paper"] = [f"{count / 1e12:g}T" for count in tokens]
-        frame[f"{name}: tokens, config"] = [f"{parse_tokens(stage['tokens']) / 1e12:g}T" for stage in config]
-        frame[f"{name}: web %, config"] = [100 * stage["mix"]["web"] / sum(stage["mix"].values()) for stage in config]
-    return frame.rename_axis("stage")
+        columns[name, f"B tokens, {PAPER}"] = [count / 1e9 for count in tokens]
+        columns[name, f"B tokens, config {HERE}"] = [parse_tokens(stage["tokens"]) / 1e9 for stage in config]
+        columns[name, f"web %, {PAPER}"] = [100 * share for share in PAPER_WEB_SHARES]
+        columns[name, f"web %, config {HERE}"] = [
+            100 * stage["mix"]["web"] / sum(stage["mix"].values()) for stage in config
+        ]
+    return pd.DataFrame(columns, index=pd.Index([1, 2, 3], name="stage"))
 
 
 def academic(file: str = "evaluation-smollm2-2026-11-25.parquet") -> pd.DataFrame:
-    """Academic benchmarks in percent: the report's models, and what was measured here with its 95 % interval."""
+    """Academic benchmarks in percent: what the report states, and what was measured here with its 95 % interval."""
     frame = pd.read_parquet(RESULTS / file)
-    frame = frame[(frame["table"] == "academic")]
+    frame = frame[frame["table"] == "academic"]
     ours = frame[frame["measured"] & frame["value"].notna()].set_index("title")
-    table = frame[~frame["measured"]].pivot(index="title", columns="model", values="value") * 100
-    names = json.loads((ROOT / "lightning_danube/tasks/paper_scores.json").read_text("utf-8"))["models"]
-    table = table.loc[list(ours.index), names].rename(columns=lambda name: f"{name}, paper")
-    model = ours["model"].iloc[0]
-    table.insert(0, "setting", ours["setting"])
-    table[f"{model}, here"] = 100 * ours["value"]
-    table["low"], table["high"], table["questions"] = 100 * ours["low"], 100 * ours["high"], ours["n"]
-    return table.rename_axis(None)
+    stated = frame[~frame["measured"]]
+    values = 100 * stated.pivot(index="title", columns="model", values="value").loc[list(ours.index)]
+    columns = {("", "setting"): ours["setting"]}
+    columns |= {("stated in the paper", model): values[model] for model in _order(stated)}
+    here = f"measured {HERE}: {ours['model'].iloc[0]}"
+    columns |= {
+        (here, "score"): 100 * ours["value"],
+        (here, "low"): 100 * ours["low"],
+        (here, "high"): 100 * ours["high"],
+        (here, "questions"): ours["n"].astype(int),
+    }
+    return pd.DataFrame(columns).rename_axis(None)
 
 
-def quantized_perplexity(file: str = "quantization-smollm2-2026-11-25.parquet") -> pd.DataFrame:
-    """WikiText-2 by llama.cpp type: perplexities of the report, of SmolLM2 here, and how much each rises over F16."""
-    measured = pd.read_parquet(RESULTS / file).set_index("level")
-    rows = {}
-    full = measured.loc["gguf:F16", "perplexity"]
-    for kind, (large, small) in PERPLEXITY.items():
-        here = measured["perplexity"].get(f"gguf:{kind}", np.nan)
-        rows[kind] = {
-            "4B, paper": large,
-            "rise, %": 100 * (large / PERPLEXITY["F16"][0] - 1),
-            "500M, paper": small,
-            "rise, % ": 100 * (small / PERPLEXITY["F16"][1] - 1),
-            "SmolLM2 135M, here": here,
-            "rise, %  ": 100 * (here / full - 1),
-            "bits a weight, here": measured["bits_per_weight"].get(f"gguf:{kind}", np.nan),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+def _order(stated: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(stated["model"]))
 
 
-def quantized_sizes(file: str = "benchmarks/results/gguf-sizes-2026-11-25.md") -> pd.DataFrame:
-    """GB of the published files, and what llama.cpp makes of the same shapes here."""
-    return markdown_tables(file)[0].set_index(["model", "type"])
+def academic_scores(file: str = "evaluation-smollm2-2026-11-25.parquet") -> Figure:
+    """The same of the paper's two models and of the one here: hollow is stated there, filled was measured here."""
+    scores = academic(file)
+    scores.columns = scores.columns.droplevel(0)
+    titles = list(scores.index)
+    rows = -np.arange(len(titles))
+    figure, (ax,) = new_figure(0.9 + 0.36 * len(titles))
+    handles = []
+    for model, colour, mark in (("Danube3 4B", COLOURS["web"], "D"), ("Danube3 500M", COLOURS["wiki"], "s")):
+        handles += ax.plot(
+            scores[model], rows, mark, color=colour, markerfacecolor="none", markersize=7, label=f"{model}, the paper's"
+        )
+    for row, title in zip(rows, titles, strict=True):
+        ax.plot(scores.loc[title, ["low", "high"]].astype(float), [row, row], color=COLOURS["instruct"], linewidth=2)
+    handles += ax.plot(
+        scores["score"], rows, "o", color=COLOURS["instruct"], markersize=6,
+        label="SmolLM2 135M, here, with its 95 % interval",
+    )  # fmt: skip
+    ax.set_yticks(rows, titles)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("score, %")
+    legend(figure, handles, "Academic benchmarks")
+    return figure
+
+
+def quantized_perplexity() -> pd.DataFrame:
+    """By llama.cpp type: perplexity, what it rises over F16, and bits a weight, of the report's models and of two here.
+
+    Of the report's models bits follow from the file's size and the number of parameters.
+    """
+    sizes = pd.read_parquet(RESULTS / "gguf-sizes-2026-11-25.parquet")
+    columns: dict[tuple[str, str], pd.Series] = {}
+    for model, preset in (("Danube3 4B", "danube3-4b"), ("Danube3 500M", "danube3-500m")):
+        perplexity = pd.Series(PERPLEXITY[model])
+        published = sizes[sizes["model"] == preset].set_index("type")["published_gigabytes"]
+        columns |= _rises(f"{model}, {PAPER}", perplexity, 8e9 * published / PRESETS[preset].parameters)
+    for model, file in (
+        ("SmolLM2 135M", "quantization-smollm2-2026-11-25.parquet"),
+        ("21M of this project", "quantization-laptop-2026-11-25.parquet"),
+    ):
+        measured = pd.read_parquet(RESULTS / file).set_index("level")
+        measured.index = measured.index.str.removeprefix("gguf:")
+        columns |= _rises(f"{model}, {HERE}", measured["perplexity"], measured["bits_per_weight"])
+    return pd.DataFrame(columns).reindex(list(PERPLEXITY["Danube3 4B"]))
+
+
+def _rises(model: str, perplexity: pd.Series, bits: pd.Series) -> dict[tuple[str, str], pd.Series]:
+    return {
+        (model, "perplexity"): perplexity,
+        (model, "rise, %"): 100 * (perplexity / perplexity["F16"] - 1),
+        (model, "bits"): bits,
+    }
+
+
+def perplexity_by_bits() -> Figure:
+    """What fewer bits cost, of the report's models (hollow) and of two here (filled); models and texts differ."""
+    table = quantized_perplexity()
+    figure, (ax,) = new_figure(3.8)
+    handles = []
+    marks = (("web", "D"), ("wiki", "s"), ("instruct", "o"), ("code", "^"))
+    for model, (colour, mark) in zip(dict.fromkeys(table.columns.get_level_values(0)), marks, strict=True):
+        ours = table[model].drop(index="F16")
+        face = "white" if model.endswith(PAPER) else COLOURS[colour]
+        handles += ax.plot(
+            ours["bits"], ours["rise, %"], f"{mark}-", color=COLOURS[colour], markerfacecolor=face, linewidth=1.4,
+            label=model,
+        )  # fmt: skip
+    ours = table[f"Danube3 4B, {PAPER}"]
+    for kind in ours.index.drop("F16"):
+        left = kind == "Q4_K_M"  # at its right lies a point of the 500M
+        ax.annotate(
+            kind, (ours.loc[kind, "bits"], ours.loc[kind, "rise, %"]), (-5, -12) if left else (5, 5),
+            textcoords="offset points", ha="right" if left else "left", fontsize=8.5, color=INK,
+        )  # fmt: skip
+    ax.axhline(0, color=FAINT, linewidth=1)
+    ax.set_yscale("symlog", linthresh=1)  # linear below 1 %
+    ax.set_yticks([0, 1, 3, 10, 30], ["0", "1", "3", "10", "30"])
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(-0.2, 100)
+    ax.set(xlabel="bits a weight, in the whole file", ylabel="perplexity over F16's, %")
+    legend(figure, handles, "Perplexity of llama.cpp's types; those of the 4B have their names")
+    return figure
+
+
+def quantized_sizes() -> pd.DataFrame:
+    """GB of the published files, and what llama.cpp plans for the same shapes here."""
+    sizes = pd.read_parquet(RESULTS / "gguf-sizes-2026-11-25.parquet")
+    columns = {}
+    for model, ours in sizes.groupby("model", sort=False):
+        by_type = ours.set_index("type")
+        columns[model, f"GB, {PAPER}"] = by_type["published_gigabytes"]
+        columns[model, f"GB, planned {HERE}"] = by_type["gigabytes"]
+        columns[model, f"bits, planned {HERE}"] = by_type["bits_per_weight"]
+    return pd.DataFrame(columns).rename_axis(None)
 
 
 def classification() -> pd.DataFrame:
-    """Accuracy after LoRA fine-tuning, of the report alone: its four data sets need the hub."""
-    return pd.DataFrame(CLASSIFICATION, index=["Danube3 500M, paper", "Danube3 4B, paper"]).T
-
-
-__all__ = [
-    "academic",
-    "classification",
-    "quantized_perplexity",
-    "quantized_sizes",
-    "shapes",
-    "stages",
-]
+    """Accuracy after LoRA fine-tuning, of the report alone: its four data sets come from a hub."""
+    return pd.DataFrame(CLASSIFICATION).rename(columns=lambda name: f"{name}, {PAPER}")

@@ -25,6 +25,7 @@ PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 LOGGED_BY = {
     "mix": "callbacks.TokenLedger",
     "mix/stage": "callbacks.CurriculumStages",
+    "optimizer/skipped_steps": "callbacks.SkipBadSteps",
     "samples": "callbacks.TextSamples",
     "recall": "callbacks.FactRecall",
     "run": "callbacks.PretrainingSummary",
@@ -258,38 +259,6 @@ def held_out_losses(run: PretrainingRun) -> pd.DataFrame:
         if stage["val_loss"]:
             rows[f"after {stage['name']}"] = stage["val_loss"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=run.sources)
-
-
-WHAT_TAGS_SAY = {
-    "loss/train": "mean over an optimizer step, nats a token",
-    "loss/held_out": "after each validation, nats a token, by source",
-    "optimizer": "learning rate; norm of the gradients before clipping",
-    "mix": "shares of the sources since the row before; the number of the stage",
-    "tokens_seen": "tokens trained on, by source",
-    "throughput": "tokens a second in training",
-    "recall": "share of facts known, by where they are stated",
-    "samples": "continuations of the prompts",
-    "run": "the plan: sources, steps",
-}
-"""Tag, or the beginning of one → what it says."""
-
-
-def tags(run: PretrainingRun) -> pd.DataFrame:
-    """Every TensorBoard tag of a run: what it says, who logs it, how many values, and the last one."""
-    rows = {}
-    logged = [(tag, run.curves[tag].dropna()) for tag in run.curves]
-    for tag, values in [*logged, *((tag, pd.Series(texts, dtype=object)) for tag, texts in run.texts.items())]:
-        what = next((text for begin, text in WHAT_TAGS_SAY.items() if tag.startswith(begin)), "")
-        by = LOGGED_BY.get(tag, LOGGED_BY.get(tag.split("/")[0], "the task"))
-        is_number = tag in run.curves
-        rows[tag] = {
-            "says": what,
-            "logged by": by,
-            "values": len(values),
-            "last step": int(values.index[-1]),
-            "last value": float(values.iloc[-1]) if is_number else float("nan"),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").sort_index()
 
 
 def text_samples(run: PretrainingRun) -> pd.DataFrame:

@@ -94,7 +94,7 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
         ax.annotate(
             f"{name}: {last.value:.2f} [{last.low:.2f}, {last.high:.2f}]",
             (6 * size * tokens, last.value),
-            (-6, 8 + 14 * place),
+            (0, (-18, 10)[place]),
             textcoords="offset points",
             ha="right",
             color=colour,
@@ -102,7 +102,10 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
         )
     ax.set_xscale("log")
     ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats a token")
-    ax.set_title("An extrapolation, dashed, over ten orders of magnitude of compute", fontsize=10, loc="left")
+    furthest = max(6 * PRESETS[name].parameters_without_embedding * tokens for name, tokens in PAPER_RUNS.items())
+    factor = np.log10(furthest / flops.max())
+    ax.set_title(f"Dashed: an extrapolation over {factor:.0f} orders of magnitude of compute", fontsize=10, loc="left")
+    ax.margins(y=0.15)
     return figure
 
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lightning_danube.config_errors import read_config
 from lightning_danube.durations import parse_tokens
-from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure, source_colours
+from lightning_danube.reports.figures import COLOURS, FAINT, INK, count, legend, new_figure, readable_on, source_colours
 from lightning_danube.reports.runs import MissingResult
-from lightning_danube.studies.comparison import compare, half_interval
+from lightning_danube.studies.comparison import compare, half_interval, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "studies"
 MARKS = list(COLOURS.values())
+LABELS = {"rank": "rank of the adapter", "peak": "peak learning rate", "alpha": "alpha of the adapter"}
 
 
 def read_study(runs: str | Path, name: str) -> pd.DataFrame:
@@ -34,6 +36,7 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
     """
     file = _file(runs, name, "parquet")
     frame = pd.read_parquet(file)
+    planned = len(frame)
     if "state" in frame:
         frame = frame[frame["state"] == "complete"]
     elif "error" in frame:
@@ -41,7 +44,8 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
     if frame.empty:
         raise MissingResult(f"no run of {name} came to its end: `{_command(name)} --resume` goes on with it")
     frame = frame.reset_index(drop=True)
-    frame.attrs["from"] = "the results in this repository" if file.parent == COMMITTED else f"{runs}/studies/{name}"
+    frame.attrs["planned"] = planned
+    frame.attrs["from"] = file.relative_to(ROOT).as_posix() if file.parent == COMMITTED else f"runs/studies/{name}"
     return frame
 
 
@@ -76,7 +80,7 @@ def provenance(*studies: pd.DataFrame) -> pd.DataFrame:
     rows = [
         {
             "study": study["study"].iloc[0],
-            "runs": len(study),
+            "runs": f"{len(study)} of {study.attrs.get('planned', len(study))}",
             "seeds": study["seed"].nunique(),
             "command": study["command"].iloc[0],
             "commits": ", ".join(str(commit)[:7] for commit in study["commit"].unique()),
@@ -99,11 +103,7 @@ def differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> p
     and p, adjusted by Holm among the variants of a metric."""
     rows = []
     for metric in metrics:
-        values = {
-            str(variant): dict(zip(one["seed"], one[metric], strict=True))
-            for variant, one in study.groupby("variant", sort=False)
-        }
-        for found in compare(values, baseline):
+        for found in compare(_by_seed(study, metric), baseline):
             rows.append(
                 {
                     "metric": metric,
@@ -118,28 +118,52 @@ def differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> p
     return pd.DataFrame(rows).set_index(["metric", "variant"]).astype({"low": float, "high": float, "p, Holm": float})
 
 
+def _by_seed(study: pd.DataFrame, metric: str) -> dict[str, dict[int, float]]:
+    return {
+        str(variant): dict(zip(one["seed"], one[metric], strict=True))
+        for variant, one in study.dropna(subset=[metric]).groupby("variant", sort=False)
+    }
+
+
+def verdicts(study: pd.DataFrame, metric: str, baseline: str, better: Literal["lower", "higher"] = "lower") -> str:
+    """What the study says of each variant, in words, as a list in Markdown."""
+    return "\n".join(
+        f"- {verdict(one, baseline, metric, better)}" for one in compare(_by_seed(study, metric), baseline)
+    )
+
+
 def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
-    """Differences from the baseline with their intervals, a panel a metric; filled where chance is ruled out."""
+    """Differences from the baseline with their intervals, a panel a metric; black and filled where chance is ruled
+    out."""
     found = differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
     columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure, axes = new_figure(rows * (0.75 + 0.3 * len(variants)) + 0.3, rows=rows, columns=columns)
-    for ax, metric in zip(axes, metrics, strict=False):
-        for place, variant in enumerate(variants):
+    figure, axes = new_figure(0.5 + rows * (0.75 + 0.28 * len(variants)), rows=rows, columns=columns)
+    for place, (ax, metric) in enumerate(zip(axes, metrics, strict=False)):
+        for row, variant in enumerate(variants):
+            if (metric, variant) not in found.index:
+                continue
             one = found.loc[(metric, variant)]
-            colour = MARKS[place % len(MARKS)]
-            ax.plot([one["low"], one["high"]], [-place, -place], color=colour, lw=2)
-            face = colour if one["seen"] else "white"
-            ax.plot(one["difference"], -place, "o", color=colour, markerfacecolor=face, ms=6)
-        ax.axvline(0, color=FAINT, lw=1, zorder=0)
-        ax.set_yticks([-place for place in range(len(variants))], variants)
+            ink = INK if one["seen"] else FAINT
+            ax.plot([one["low"], one["high"]], [-row, -row], color=ink, linewidth=2)
+            face = ink if one["seen"] else "white"
+            ax.plot(one["difference"], -row, "o", color=ink, markerfacecolor=face, markersize=6)
+        ax.axvline(0, color=INK, linewidth=1.2, linestyle=":", zorder=0)
+        first = place % columns == 0
+        ax.set_yticks([-row for row in range(len(variants))], variants if first else [""] * len(variants))
         ax.set_ylim(-len(variants) + 0.5, 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(metric, fontsize=10, color=INK)
-        ax.grid(visible=False)
+        ax.grid(visible=False, axis="y")
     for ax in axes[len(metrics) :]:
         ax.set_visible(False)
-    figure.supxlabel(f"difference from {baseline}, {unit}; 95 % interval, filled where p < 0.05 (Holm)", fontsize=9)
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.set(h_pad=0.09)
+    figure.supxlabel(
+        f"difference from {baseline}, {unit}; lines: 95 % intervals; black: p < 0.05 after Holm", fontsize=9.5
+    )
     return figure
 
 
@@ -149,7 +173,7 @@ def mixes(config: str) -> Figure:
     Args:
         config: the study's file, from the root of the checkout.
     """
-    variants = read_config(str(_in_checkout(config)))["variants"]
+    variants = read_config(str(ROOT / config))["variants"]
     stages = {name: values["data.init_args.stages"] for name, values in variants.items()}
     sources = list(dict.fromkeys(source for parts in stages.values() for stage in parts for source in stage["mix"]))
     colours = source_colours(sources)
@@ -163,7 +187,7 @@ def mixes(config: str) -> Figure:
                 ax.bar(begin, share, length, bottom, align="edge", color=colours[source], linewidth=0)
                 bottom += share
             begin += length
-        ax.set(xlim=(0, begin), ylim=(0, 1), xticks=[0, begin], xticklabels=["0", f"{begin / 1000:,.0f}K"])
+        ax.set(xlim=(0, begin), ylim=(0, 1), xticks=[0, begin], xticklabels=["0", count(float(f"{begin:.3g}"))])
         ax.set_title(name, fontsize=10, color=INK)
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         if ax is not axes[0]:
@@ -172,10 +196,6 @@ def mixes(config: str) -> Figure:
     handles = [axes[0].bar(0, 0, 0, color=colours[source], label=source) for source in sources]
     legend(figure, handles, "source")
     return figure
-
-
-def _in_checkout(file: str) -> Path:
-    return ROOT / file
 
 
 # --- searches ---------------------------------------------------------------------------------------------------------
@@ -226,6 +246,20 @@ def marginals(study: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["setting", "value"]).astype({"±": float})
 
 
+def marginal_means(study: pd.DataFrame, metric: str) -> Figure:
+    """Of a grid: a panel a setting, its mean over all it was combined with and the 95 % interval over the seeds."""
+    found = marginals(study, metric)
+    settings = list(dict.fromkeys(found.index.get_level_values("setting")))
+    figure, axes = new_figure(2.8, columns=len(settings), sharey=True)
+    for ax, setting in zip(axes, settings, strict=True):
+        ours = found.loc[setting]
+        ax.errorbar(range(len(ours)), ours[metric], ours["±"], fmt="o-", color=MARKS[0], capsize=4, markersize=6)
+        ax.set_xticks(range(len(ours)), [f"{value:g}" for value in ours.index])
+        ax.set_xlabel(LABELS.get(setting, setting))
+    axes[0].set_ylabel(f"{metric},\nmean and 95 % interval")
+    return figure
+
+
 def heat_map(study: pd.DataFrame, metric: str) -> Figure:
     """Of a grid of two settings: the mean over the seeds, with half its 95 % interval beneath."""
     rows, columns = settings_of(study)
@@ -234,13 +268,14 @@ def heat_map(study: pd.DataFrame, metric: str) -> Figure:
     half = cells.apply(lambda values: half_interval(list(values)) or float("nan")).unstack()
     figure, (ax,) = new_figure(0.9 + 0.55 * len(mean))
     picture = ax.imshow(mean.to_numpy(), cmap="cividis", aspect="auto", origin="lower")
-    middle = (mean.to_numpy().min() + mean.to_numpy().max()) / 2
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
-        ink = "white" if value < middle else INK
+        if np.isnan(value):  # not run yet
+            continue
+        ink = readable_on(to_hex(picture.cmap(picture.norm(value))))
         ax.text(x, y, f"{value:.3f}\n± {half.iloc[y, x]:.3f}", ha="center", va="center", color=ink, fontsize=8.5)
     ax.set_xticks(range(len(mean.columns)), [f"{value:g}" for value in mean.columns])
     ax.set_yticks(range(len(mean.index)), [f"{value:g}" for value in mean.index])
-    ax.set(xlabel=f"{short(columns)} of {columns.split('.')[-2]}", ylabel=short(rows))
+    ax.set(xlabel=LABELS.get(short(columns), short(columns)), ylabel=LABELS.get(short(rows), short(rows)))
     ax.grid(visible=False)
     figure.colorbar(picture, ax=ax, label=metric)
     return figure
@@ -249,13 +284,14 @@ def heat_map(study: pd.DataFrame, metric: str) -> Figure:
 def tried(study: pd.DataFrame, metric: str) -> Figure:
     """Of a search: the metric of each trial over each setting that is a number."""
     numbers = [setting for setting in settings_of(study) if pd.api.types.is_numeric_dtype(study[setting])]
-    figure, axes = new_figure(2.6, columns=len(numbers))
+    figure, axes = new_figure(2.8, columns=len(numbers), sharey=True)
     for ax, setting in zip(axes, numbers, strict=True):
-        ax.plot(study[setting], study[metric], "o", color=MARKS[0], ms=5, alpha=0.8)
+        ax.plot(study[setting], study[metric], "o", color=MARKS[0], markersize=5, alpha=0.8)
         ax.set_xscale("log")
-        ax.set_xlabel(f"{short(setting)} ({setting.split('.')[-2]})" if short(setting) == "peak" else short(setting))
-        if ax is axes[0]:
-            ax.set_ylabel(metric)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel(LABELS.get(short(setting), short(setting)))
+    axes[0].set_ylabel(metric)
     return figure
 
 
@@ -270,42 +306,3 @@ def importances(summary: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(
         {"explains, %": {short(key): 100 * share for key, share in summary["importances"].items()}}
     ).sort_values("explains, %", ascending=False)
-
-
-def cache_and_speed(speed: pd.DataFrame) -> Figure:
-    """Of `benchmarks/generation.py --grouped-queries`: size of the cache, and speed of writing, by context."""
-    figure, axes = new_figure(3.2, columns=2)
-    handles = []
-    for place, (heads, ours) in enumerate(speed.groupby("key-value heads", sort=False)):
-        colour = MARKS[place % len(MARKS)]
-        (drawn,) = axes[0].plot(ours["context"], ours["cache, MiB"], "o-", color=colour, ms=4, label=f"{heads}")
-        axes[1].plot(ours["context"], ours["decode, tokens/s"], "o-", color=colour, ms=4)
-        handles.append(drawn)
-    for ax, label in zip(axes, ("cache, MiB", "writing, tokens a second"), strict=True):
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(speed["context"].unique()), [f"{one:,}" for one in sorted(speed["context"].unique())])
-        ax.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
-    legend(figure, handles, "key-value heads, for 16 query heads")
-    return figure
-
-
-def markdown_tables(file: str) -> list[pd.DataFrame]:
-    """The tables of a result in Markdown, from the root of the checkout; numbers as numbers."""
-    tables: list[list[list[str]]] = [[]]
-    for line in _in_checkout(file).read_text("utf-8").splitlines():
-        if line.startswith("|"):
-            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif tables[-1]:
-            tables.append([])
-    frames = []
-    for header, _, *rows in filter(None, tables):
-        # Of two columns of one name the second gets a space, which is not seen.
-        names = [name + " " * header[:place].count(name) for place, name in enumerate(header)]
-        frame = pd.DataFrame(rows, columns=names).replace("–", np.nan)
-        for column in frame:
-            plain = frame[column].str.replace(",", "").str.replace("−", "-")
-            numbers = pd.to_numeric(plain, errors="coerce")
-            if numbers.notna().sum() == frame[column].notna().sum():
-                frame[column] = numbers
-        frames.append(frame)
-    return frames

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_danube.reports import paper, scaling, studies
+from lightning_danube.reports import scaling, studies
 from lightning_danube.reports.runs import MissingResult
 
 ORIGIN = {"command": "python -m x", "commit": "abcdef123", "machine": "one, 2 cores"}
@@ -36,7 +35,7 @@ def heads(tmp_path: Path) -> pd.DataFrame:
 def test_complete_runs_are_read_with_their_origin(heads: pd.DataFrame) -> None:
     assert len(heads) == 9 and heads.attrs["from"].endswith("runs/studies/heads")
     origin = studies.provenance(heads).loc["heads"]
-    assert (origin["runs"], origin["seeds"], origin["commits"]) == (9, 3, "abcdef1")
+    assert (origin["runs"], origin["seeds"], origin["commits"]) == ("9 of 10", 3, "abcdef1")
     assert origin["command"] == "python -m x" and origin["machine"] == "one, 2 cores"
     assert studies.means(heads, ["loss"]).loc["mha"].tolist() == [3, 5.0]
 
@@ -47,7 +46,10 @@ def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None
     gqa, mqa = found.loc[("loss", "gqa")], found.loc[("loss", "mqa")]
     assert gqa["difference"] == pytest.approx(-0.5 + 14 / 3000) and gqa["low"] < gqa["difference"] < gqa["high"]
     assert (gqa["seen"], mqa["seen"]) == ("yes", "") and mqa["low"] < 0 < mqa["high"]
+    said = studies.verdicts(heads, "loss", "mha").splitlines()
+    assert said[0].startswith("- gqa is better than mha: -0.495") and said[1].startswith("- no difference seen")
     figure = studies.forest(heads, ["loss"], "mha", "nats")
+    figure.draw_without_rendering()
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["gqa", "mqa"]
     faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
@@ -76,7 +78,8 @@ def test_a_study_run_here_comes_before_the_one_in_the_repository(
         tmp_path / "heads.parquet"
     )
     (tmp_path / "heads.json").write_text(json.dumps({"name": "heads"}))
-    assert studies.read_study(tmp_path / "runs", "heads").attrs["from"] == "the results in this repository"
+    monkeypatch.setattr(studies, "ROOT", tmp_path.parent)
+    assert studies.read_study(tmp_path / "runs", "heads").attrs["from"] == f"{tmp_path.name}/heads.parquet"
     assert studies.read_summary(tmp_path / "runs", "heads") == {"name": "heads"}
     runs = made(tmp_path, [{"variant": "mha", "seed": 1, "state": "complete", "loss": 2.0}])
     assert studies.read_study(runs, "heads")["loss"].tolist() == [2.0]
@@ -105,6 +108,10 @@ def test_a_search_as_a_map(tmp_path: Path) -> None:
     ax, _ = studies.heat_map(study, "accuracy").axes
     assert {text.get_text() for text in ax.texts} >= {"0.502\n± 0.002", "0.612\n± 0.002"}
     assert len(studies.tried(study, "accuracy").axes) == 2
+    rank, _ = studies.marginal_means(study, "accuracy").axes
+    assert rank.lines[0].get_ydata() == pytest.approx(list(marginals.loc["rank", "accuracy"]))
+    partial = study[study["trial"] < 3].rename(columns=str)
+    assert len(studies.heat_map(partial, "accuracy").axes[0].texts) == 3
     importances = studies.importances({"importances": {RATE: 0.25, RANK: 0.75}})
     assert importances["explains, %"].to_dict() == {"rank": 75.0, "peak": 25.0}
 
@@ -116,14 +123,6 @@ def test_mixes_are_drawn_to_the_end_of_the_run(name: str) -> None:
         max(bar.get_window_extent().transformed(ax.transData.inverted()).y1 for bar in ax.patches) for ax in figure.axes
     ]
     assert tops == pytest.approx([1.0] * len(tops)) and len(tops) >= 3
-
-
-def test_tables_in_markdown_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "ROOT", tmp_path)
-    (tmp_path / "a.md").write_text("x\n\n| n | t | t |\n|---|---|---|\n| 1,024 | a | – |\n| 2 | b | 3 |\n\nend\n")
-    (frame,) = studies.markdown_tables("a.md")
-    assert frame["n"].tolist() == [1024, 2] and list(frame.columns) == ["n", "t", "t "]
-    assert np.isnan(frame["t "][0]) and frame["t "][1] == 3
 
 
 def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
@@ -145,16 +144,3 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
     assert list(said.index[1:]) == ["danube3-500m, 4e+12 tokens", "danube3-4b, 6e+12 tokens"]
     assert len(scaling.loss_by_compute(study, "val_loss.web", law).axes[0].lines) == 6
     assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
-
-
-def test_the_papers_numbers_stand_beside_ours() -> None:
-    shapes = paper.shapes()
-    assert shapes.loc["parameters, built here"].tolist() == shapes.loc["parameters, published"].tolist()
-    stages = paper.stages()
-    assert stages["web %, paper"].round(1).tolist() == stages["danube3-4b: web %, config"].round(1).tolist()
-    assert stages["danube3-500m: tokens, paper"].tolist() == stages["danube3-500m: tokens, config"].tolist()
-    academic = paper.academic()
-    assert academic.loc["ARC-c", "Danube3 4B, paper"] == pytest.approx(58.96)
-    assert academic.loc["ARC-c", "smollm2, here"] == 32.0 and academic["questions"].tolist() == [200] * 6
-    assert paper.quantized_perplexity().loc["Q4_K_M", "4B, paper"] == 6.37
-    assert paper.quantized_sizes().loc[("danube3-4b", "Q4_K_M"), "published, GB"] == 2.39

@@ -1,0 +1,126 @@
+"""Grouped queries: what fewer key-value heads cost in loss, and what they save in cache and in time."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from lightning_danube.config_errors import read_config
+from lightning_danube.model import DecoderConfig
+from lightning_danube.reports.figures import FAINT, INK, legend, new_figure
+from lightning_danube.reports.studies import MARKS, ROOT, differences
+
+SPEEDS = "grouped-queries-2026-11-24.parquet"
+DECODER = "model.init_args.decoder."
+NAMES = {16: "16 (multi-head)", 8: "8 (the paper's)", 1: "1 (multi-query)"}
+
+
+def decoders(config: str) -> pd.DataFrame:
+    """The decoder of each variant of a study: heads, feed-forward width, parameters, and the bytes that a token leaves
+    in the cache in bfloat16.
+
+    Args:
+        config: the study's file, from the root of the checkout.
+    """
+    study = read_config(str(ROOT / config))
+    base = read_config(str(ROOT / study["base"]))["model"]["init_args"]["decoder"]
+    rows = {}
+    for variant, values in study["variants"].items():
+        changed = {
+            key.removeprefix(DECODER): value
+            for key, value in {**study["set"], **values}.items()
+            if key.startswith(DECODER)
+        }
+        decoder = DecoderConfig(**{**base, **changed})
+        rows[variant] = {
+            "query heads": decoder.num_attention_heads,
+            "key-value heads": decoder.num_key_value_heads,
+            "feed-forward width": decoder.intermediate_size,
+            "parameters": decoder.parameters,
+            "cache, bytes a token": decoder.cache_bytes(1),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseline: str) -> Figure:
+    """The difference in loss from the baseline, with its 95 % interval, over what a token leaves in the cache."""
+    found = differences(study, [metric], baseline).loc[metric]
+    figure, (ax,) = new_figure(3.2)
+    cache = shapes["cache, bytes a token"]
+    ax.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    ax.plot(cache[baseline], 0, "s", color=INK, markersize=7)
+    ax.annotate(f"{baseline} (compared with)", (cache[baseline], 0), (-8, 8), textcoords="offset points", ha="right")
+    for variant, one in found.iterrows():
+        ink = INK if one["seen"] else FAINT
+        ax.plot([cache[variant]] * 2, [one["low"], one["high"]], color=ink, linewidth=2)
+        ax.plot(
+            cache[variant], one["difference"], "o", color=ink, markersize=7,
+            markerfacecolor=ink if one["seen"] else "white",
+        )  # fmt: skip
+        ax.annotate(str(variant), (cache[variant], one["difference"]), (9, -3), textcoords="offset points")
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(cache.min() / 1.3, cache.max() * 1.3)
+    ax.set_xticks(sorted(cache), [f"{size:,}" for size in sorted(cache)])
+    ax.set(xlabel="bytes of keys and values that a token leaves in the cache (bfloat16)")
+    ax.set_ylabel(f"{metric}, difference\nfrom {baseline}, nats a token")
+    return figure
+
+
+def read_speeds() -> pd.DataFrame:
+    """The committed measurement: a row a context and number of key-value heads."""
+    return pd.read_parquet(ROOT / "benchmarks" / "results" / SPEEDS)
+
+
+def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:
+    """A row a context; tokens a second of decoding, how many times those of the most heads, and MiB of cache."""
+    by_heads = speeds.assign(MiB=speeds["cache_bytes"] / 2**20).pivot(
+        index="context",
+        columns="key_value_heads",
+        values=["MiB", "prefill_tokens_per_second", "decode_tokens_per_second", "decode_ratio"],
+    )
+    most = int(speeds["key_value_heads"].max())
+    names = {
+        "MiB": "cache, MiB",
+        "prefill_tokens_per_second": "prefill, tokens/s",
+        "decode_tokens_per_second": "decode, tokens/s",
+        "decode_ratio": f"decode, × {most} heads",
+    }
+    ordered = by_heads.sort_index(axis=1, level=1, ascending=False, sort_remaining=False)
+    return ordered[list(names)].rename(columns=names, level=0).rename_axis(columns=[None, "key-value heads"])
+
+
+def speed(speeds: pd.DataFrame) -> Figure:
+    """Cache, reading and writing by the length of the context, a line a number of key-value heads."""
+    figure, axes = new_figure(3.2, columns=3)
+    handles = []
+    panels = (
+        ("cache, MiB", speeds["cache_bytes"] / 2**20),
+        ("prefill, tokens a second", speeds["prefill_tokens_per_second"]),
+        ("decode, tokens a second", speeds["decode_tokens_per_second"]),
+    )
+    contexts = sorted(set(speeds["context"]))
+    for ax, (title, values) in zip(axes, panels, strict=True):
+        for place, heads in enumerate(dict.fromkeys(speeds["key_value_heads"])):
+            ours = speeds["key_value_heads"] == heads
+            (drawn,) = ax.plot(
+                speeds["context"][ours], values[ours], "o-", color=MARKS[place], markersize=4.5, linewidth=1.6,
+                label=NAMES.get(heads, str(heads)),
+            )  # fmt: skip
+            if ax is axes[0]:
+                handles.append(drawn)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=35, ha="right")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.set_ylim(bottom=0)
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.set_xlabel("tokens of context")
+    legend(
+        figure, handles, "Key-value heads, at 513,590,784 parameters each" if _are_500m(speeds) else "Key-value heads"
+    )
+    return figure
+
+
+def _are_500m(speeds: pd.DataFrame) -> bool:
+    return set(speeds["parameters"]) == {513_590_784}

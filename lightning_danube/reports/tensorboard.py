@@ -1,0 +1,96 @@
+"""What a pre-training run keeps for TensorBoard: its tags, what each says, and who logs it."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lightning_danube.reports import runs
+from lightning_danube.reports.figures import COLOURS, INK, count, line, new_figure, source_colours
+from lightning_danube.reports.runs import MissingResult, PretrainingRun
+
+MEANINGS = {
+    "loss/train": "mean loss of one batch, nats a token",
+    "loss/held_out_": "mean loss of the source's held-out rows, nats a token, at each stage's end",
+    "mix/": "share of the source in the tokens since the point before",
+    "mix/stage": "number of the stage of the next sample, from 1 on",
+    "tokens_seen/": "tokens of the source since the run began",
+    "optimizer/learning_rate": "of the step just made",
+    "optimizer/gradient_norm": "of all parameters together, before clipping",
+    "optimizer/skipped_steps": "steps left out so far because their gradient was not finite or too large",
+    "throughput/tokens_per_second": "since the point before, validation and checkpoints left out",
+    "throughput/mfu": "share of the device's peak FLOPs (peak_flops) that the model's own operations make up",
+    "recall/": "share of a made-up world's facts that are answered right, by which texts tell them",
+    "samples/": "the prompt and how the model goes on, at each validation",
+    "run/plan": "what the run was going to do, as it was printed at the start",
+}
+"""Tag, or how it begins, → what it says."""
+
+
+def meaning(tag: str) -> str:
+    """What a tag says; the longest beginning counts."""
+    known = [beginning for beginning in MEANINGS if tag.startswith(beginning)]
+    return MEANINGS[max(known, key=len)] if known else "not described here"
+
+
+def tags(run: PretrainingRun) -> pd.DataFrame:
+    """A row a tag: points, the last value, what it says, and what in the config logs it."""
+    task = run.config["model"].get("class_path", "the task")
+    rows = {}
+    for tag in sorted([*run.curves, *run.texts]):
+        values = run.curves[tag].dropna() if tag in run.curves else pd.Series(run.texts[tag])
+        rows[tag] = {
+            "points": len(values),
+            "last": _shown(values.iloc[-1]),
+            "says": meaning(tag),
+            "logged by": runs.LOGGED_BY.get(tag, runs.LOGGED_BY.get(tag.split("/")[0], task)),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("tag")
+
+
+def _shown(value: float | str) -> str:
+    if isinstance(value, str):
+        return "text"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def group(run: PretrainingRun, name: str) -> Figure:
+    """The curves of a group of tags over tokens, a panel a tag, as TensorBoard lays them out.
+
+    Raises:
+        MissingResult: the run logged none.
+    """
+    found = [tag for tag in run.curves if tag.split("/")[0] == name]
+    if not found:
+        raise MissingResult(f"{run.title} logged no {name}/…: {runs.way_to_log(name)}")
+    colours = source_colours(run.sources)
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = new_figure(0.35 + 1.75 * rows, rows, columns, sharex=True)
+    for place, (ax, tag) in enumerate(zip(axes, found, strict=False)):
+        values = run.curve(tag)
+        line(ax, values)
+        source = tag.split("/")[1].removeprefix("held_out_")
+        ax.lines[0].set_color(colours.get(source, COLOURS["web"] if source not in run.sources else INK))
+        ax.set_title(tag, fontsize=9.5, color=INK)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=tag == "mix/stage"))
+        ax.tick_params(labelbottom=place + columns >= len(found))
+    for ax in axes[len(found) :]:
+        ax.set_visible(False)
+    figure.supxlabel("tokens trained on", fontsize=9.5)
+    return figure
+
+
+def plan(run: PretrainingRun) -> str:
+    """What stands under `run/plan`, as Markdown.
+
+    Raises:
+        MissingResult: the run kept none.
+    """
+    texts = run.texts.get("run/plan")
+    if not texts:
+        raise MissingResult(f"{run.title} kept no run/plan: {runs.way_to_log('run/plan')}")
+    return texts[min(texts)]

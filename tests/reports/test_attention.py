@@ -1,0 +1,39 @@
+"""What fewer key-value heads save, from a study's file and from the committed measurement."""
+
+import pandas as pd
+import pytest
+
+from lightning_danube.reports import attention
+
+
+def test_cache_bytes_follow_from_the_heads() -> None:
+    found = attention.decoders("configs/studies/attention.yaml")
+    cache = found["cache, bytes a token"]
+    # Keys and values of 6 layers, each head 16 channels of 2 bytes.
+    assert cache["mha"] == 2 * 6 * 8 * 16 * 2
+    assert (cache["mha"] / cache).tolist() == [8 / heads for heads in found["key-value heads"]] == [1, 2, 4, 8]
+    assert found["parameters"].max() / found["parameters"].min() < 1.001
+
+
+def test_the_difference_is_drawn_over_the_cache() -> None:
+    rows = [
+        {"variant": variant, "seed": seed, "loss": 3 + seed + (0 if variant == "mha" else 0.1 + 0.001 * seed)}
+        for variant in ("mha", "mqa")
+        for seed in (1, 2, 3)
+    ]
+    shapes = attention.decoders("configs/studies/attention.yaml")
+    (ax,) = attention.loss_by_cache(pd.DataFrame(rows), shapes, "loss", "mha").axes
+    (dot,) = [line for line in ax.lines if line.get_marker() == "o"]
+    assert dot.get_xdata()[0] == shapes.loc["mqa", "cache, bytes a token"]
+    assert dot.get_ydata()[0] == pytest.approx(0.102)
+
+
+def test_speeds_are_those_that_were_measured() -> None:
+    speeds = attention.read_speeds()
+    table = attention.speed_table(speeds)
+    assert table.loc[8192, ("decode, × 16 heads", 8)] == 2.93 and table.loc[512, ("cache, MiB", 1)] == 3
+    assert list(table["cache, MiB"].columns) == [16, 8, 4, 1]
+    figure = attention.speed(speeds)
+    figure.draw_without_rendering()
+    decode = figure.axes[2]
+    assert list(decode.lines[0].get_ydata()) == [29.1, 24.0, 16.7, 10.8, 6.1]

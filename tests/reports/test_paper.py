@@ -1,0 +1,36 @@
+"""The paper's numbers beside ours: none under the other's name."""
+
+import pytest
+
+from lightning_danube.reports import paper
+
+
+def test_the_presets_are_the_papers_shapes() -> None:
+    shapes = paper.shapes()
+    for model in ("danube3-500m", "danube3-4b"):
+        assert shapes[model, "the paper's"].tolist() == shapes[model, "preset here"].tolist()
+        stages = paper.stages()[model]
+        assert stages["web %, the paper's"].tolist() == pytest.approx(stages["web %, config here"].tolist())
+        assert stages["B tokens, the paper's"].tolist() == stages["B tokens, config here"].tolist()
+
+
+def test_academic_scores_stand_in_columns_of_their_own() -> None:
+    academic = paper.academic()
+    assert set(academic.columns.get_level_values(0)) == {"", "stated in the paper", "measured here: smollm2"}
+    assert academic.loc["ARC-c", ("stated in the paper", "Danube3 4B")] == pytest.approx(58.96)
+    assert academic.loc["ARC-c", ("measured here: smollm2", "score")] == 32.0
+    assert academic["measured here: smollm2", "questions"].to_dict()["GSM8K"] == 24
+    (ax,) = paper.academic_scores().axes
+    (score,) = [line for line in ax.lines if line.get_label().startswith("SmolLM2")]
+    assert list(score.get_xdata()) == academic["measured here: smollm2", "score"].tolist()
+
+
+def test_quantized_models_keep_their_names() -> None:
+    table = paper.quantized_perplexity()
+    assert table.loc["Q4_K_M", ("Danube3 4B, the paper's", "perplexity")] == 6.37
+    assert table.loc["Q2_K", ("SmolLM2 135M, here", "rise, %")] == pytest.approx(43.9, abs=0.05)
+    assert table.loc["F16", ("21M of this project, here", "rise, %")] == 0
+    assert len(paper.perplexity_by_bits().axes[0].texts) == 6
+    sizes = paper.quantized_sizes()
+    assert sizes.loc["Q4_K_M", ("danube3-4b", "GB, the paper's")] == 2.39
+    assert paper.classification().loc["IMDB", "Danube3 4B, the paper's"] == 0.971

@@ -1,0 +1,32 @@
+"""The tour of a run's TensorBoard data knows every tag."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.reports import runs, tensorboard
+from lightning_danube.reports.runs import MissingResult
+
+
+def test_every_tag_is_explained_and_has_its_logger(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    found = tensorboard.tags(run)
+    assert set(found.index) == {*run.curves, *run.texts}
+    assert not found["says"].str.contains("not described").any()
+    assert found.loc["loss/train", "logged by"] == "lightning_danube.tasks.Pretraining"
+    assert found.loc["mix/stage", "logged by"] == "callbacks.CurriculumStages"
+    assert found.loc["mix/web", "logged by"] == "callbacks.TokenLedger"
+    assert found.loc["run/plan", ["points", "last"]].tolist() == [1, "text"]
+    assert found.loc["loss/train", "points"] == 26
+    assert tensorboard.meaning("mix/stage") != tensorboard.meaning("mix/web")
+
+
+def test_a_group_has_a_panel_a_tag(tiny_run: Path) -> None:
+    run = runs.read_run(tiny_run)
+    figure = tensorboard.group(run, "loss")
+    figure.draw_without_rendering()
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert {ax.get_title() for ax in shown} == {"loss/train", "loss/held_out_web", "loss/held_out_wiki"}
+    assert "web" in tensorboard.plan(run)
+    with pytest.raises(MissingResult, match=r"logged no recall/…: name callbacks\.FactRecall"):
+        tensorboard.group(run, "recall")
