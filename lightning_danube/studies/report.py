@@ -254,11 +254,14 @@ def _table_of_also(design: Design, complete: Sequence[Result], also: Mapping[str
         for key in design.also:
             cell, one = _mean(ours, key), found.get((key, variant))
             if one is not None and one.high is not None:
-                digits = ",.0f" if abs(one.mean) >= 100 else ".2g"
-                cell += f" ({one.mean:+{digits}} ± {one.high - one.mean:{digits}})"
+                cell += f" ({_short(one.mean, '+')} ± {_short(one.high - one.mean)})"
             cells.append(cell)
         rows.append(cells)
     return ["variant", *design.also], rows
+
+
+def _short(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.2g}"
 
 
 def _mean(metrics: Sequence[dict[str, float]], key: str) -> str:
