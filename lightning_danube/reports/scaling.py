@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_danube.model import PRESETS
 from lightning_danube.reports.figures import COLOURS, INK, legend, new_figure
+from lightning_danube.reports.runs import MissingResult
+from lightning_danube.reports.studies import command_of, read_study
 from lightning_danube.studies.scaling import (
     PAPER_RUNS,
     SIZE,
@@ -20,6 +24,20 @@ from lightning_danube.studies.scaling import (
 )
 
 MARKS = list(COLOURS.values())
+
+
+@cache
+def read_ladder(runs: str, name: str, metric: str) -> tuple[pd.DataFrame, Law]:
+    """A study's complete runs and the law fitted to them, fitted once for all figures.
+
+    Raises:
+        MissingResult: there are none, or too few for a law.
+    """
+    study = read_study(runs, name)
+    try:
+        return study, fit_law(points(study, metric))
+    except ValueError as error:
+        raise MissingResult(f"{error}: `{command_of(name)} --resume` goes on with {name}") from None
 
 
 def points(study: pd.DataFrame, metric: str) -> list[Point]:
@@ -109,4 +127,13 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
     return figure
 
 
-__all__ = ["coefficients", "extrapolations", "far_away", "fit_law", "ladder", "loss_by_compute", "points"]
+__all__ = [
+    "coefficients",
+    "extrapolations",
+    "far_away",
+    "fit_law",
+    "ladder",
+    "loss_by_compute",
+    "points",
+    "read_ladder",
+]

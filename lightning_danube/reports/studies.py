@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lightning_danube.config_errors import read_config
@@ -42,7 +43,7 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
     elif "error" in frame:
         frame = frame[frame["error"].isna()]
     if frame.empty:
-        raise MissingResult(f"no run of {name} came to its end: `{_command(name)} --resume` goes on with it")
+        raise MissingResult(f"no run of {name} came to its end: `{command_of(name)} --resume` goes on with it")
     frame = frame.reset_index(drop=True)
     frame.attrs["planned"] = planned
     frame.attrs["from"] = file.relative_to(ROOT).as_posix() if file.parent == COMMITTED else f"runs/studies/{name}"
@@ -68,10 +69,11 @@ def _file(runs: str | Path, name: str, kind: str) -> Path:
     ):
         if file.is_file():
             return file
-    raise MissingResult(f"there is no result of the study {name}: `{_command(name)}` makes one")
+    raise MissingResult(f"there is no result of the study {name}: `{command_of(name)}` makes one")
 
 
-def _command(name: str) -> str:
+def command_of(name: str) -> str:
+    """What runs a study of the project."""
     return f"python -m lightning_danube study --config configs/studies/{name}.yaml"
 
 
@@ -159,7 +161,7 @@ def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str
     for ax in axes[len(metrics) :]:
         ax.set_visible(False)
     layout = figure.get_layout_engine()
-    assert layout is not None
+    assert isinstance(layout, ConstrainedLayoutEngine)
     layout.set(h_pad=0.09)
     figure.supxlabel(
         f"difference from {baseline}, {unit}; lines: 95 % intervals; black: p < 0.05 after Holm", fontsize=9.5
@@ -271,7 +273,8 @@ def heat_map(study: pd.DataFrame, metric: str) -> Figure:
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
         if np.isnan(value):  # not run yet
             continue
-        ink = readable_on(to_hex(picture.cmap(picture.norm(value))))
+        red, green, blue, _ = picture.to_rgba(value)
+        ink = readable_on(to_hex((red, green, blue)))
         ax.text(x, y, f"{value:.3f}\n± {half.iloc[y, x]:.3f}", ha="center", va="center", color=ink, fontsize=8.5)
     ax.set_xticks(range(len(mean.columns)), [f"{value:g}" for value in mean.columns])
     ax.set_yticks(range(len(mean.index)), [f"{value:g}" for value in mean.index])

@@ -133,14 +133,17 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
         }
         for size in (2e6, 4e6, 8e6) for tokens in (1e5, 1e6, 1e7)
     ]  # fmt: skip
-    study = studies.read_study(made(tmp_path, rows), "heads")
+    runs = made(tmp_path, rows)
+    study, law = scaling.read_ladder(str(runs), "heads", "val_loss.web")
     frame = scaling.ladder(study, "val_loss.web")
     assert frame["FLOPs"].iloc[0] == 6 * 2e6 * 1e5 and frame["FLOPs"].is_monotonic_increasing
     points = scaling.points(study, "val_loss.web")
-    law = scaling.fit_law(points)
     assert scaling.coefficients(law).loc["alpha", "value"] == pytest.approx(0.3, rel=0.02)
     said = scaling.extrapolations(law, points)
     assert said.iloc[0]["predicted"] == pytest.approx(said.iloc[0]["measured"], rel=1e-3)
     assert list(said.index[1:]) == ["danube3-500m, 4e+12 tokens", "danube3-4b, 6e+12 tokens"]
     assert len(scaling.loss_by_compute(study, "val_loss.web", law).axes[0].lines) == 6
     assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
+    few = made(tmp_path, rows[:4], "few")
+    with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few\.yaml --resume` goes on"):
+        scaling.read_ladder(str(few), "few", "val_loss.web")
