@@ -4,8 +4,8 @@
     python benchmarks/training.py --overhead
     python benchmarks/training.py --device cuda --shape 500m
 
-First form: a Llama of one shape from random weights, forward, backward, clipping by the norm and AdamW on batches of one
-size. bf16 is mixed: float32 weights, autocast. Contestants are
+First form: a Llama of one shape from random weights; forward, backward, clipping by the norm and AdamW on batches of
+one size. bf16 is mixed: float32 weights, autocast. Contestants are
 
 * danube: `python -m lightning_danube fit` with the quickstart's trainer and callbacks, on a text file of random words;
 * danube, plain loop: the same decoder and optimizer without Lightning, data and callbacks;
@@ -13,15 +13,14 @@ size. bf16 is mixed: float32 weights, autocast. Contestants are
 * transformers as installed: the same with the allocator's defaults, which is what its user has; CPU only;
 * LitGPT: its GPT with its own cross-entropy in chunks in a plain loop with fused AdamW, the allocator set likewise.
 
-With --compiled there are also `torch.compile` of LitGPT's model, as its `pretrain` does it, and of ours with and without
-the loss inside. In float32 all CPU contestants but `transformers as installed` multiply in "medium" precision.
+With --compiled there are also `torch.compile` of LitGPT's model, as its `pretrain` does it, and of ours with and
+without the loss inside. In float32 all CPU contestants but `transformers as installed` multiply in "medium" precision.
 
-Each contestant is a process of its own in each round, and rounds begin with another one. A step lasts from the end of one
-to the end of the next, with all that the loop around it does; two steps come first. CPU seconds are the process's: on a
-shared machine they say more than the clock does. "to first step" is from the start of the process, imports and
-compilation (with an empty cache) and reading data included. FLOPs of a token are 6 x the parameters without the input
-embedding + 12 x layers x width of attention x context; the ceiling is a product of two 2048 x 2048 matrices, measured
-before each contestant on the CPU, and 989e12 on a GPU (H100, H200; dense).
+Each contestant is a process of its own in each round, and rounds begin with another one. A step lasts from the end of
+one to the end of the next, with all that the loop around it does; two steps come first. CPU seconds are the process's:
+on a shared machine they say more than the clock does. "To first step" is from the start of the process, with imports,
+compilation (nothing cached) and reading data. FLOPs are `DecoderConfig.flops_per_token`; the ceiling is a product of
+two 2048 x 2048 matrices, measured before each contestant on the CPU, and 989e12 on a GPU (H100, H200; dense).
 
 Second form: what the loops cost by themselves: a decoder of next to no work, milliseconds of CPU a step.
 """
@@ -114,7 +113,7 @@ def main() -> None:
     lines = [
         described("torch", "lightning", "transformers", "litgpt"),
         f"shape {arguments.shape} on {arguments.device}, {arguments.threads} thread(s), {arguments.rounds} rounds of "
-        f"{arguments.steps} steps, medians; others' load at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+        f"{arguments.steps} steps, medians; load at the start {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     ]
     for precision in arguments.precision:
         lines += ["", f"{precision}:", "", *compare(arms, precision, arguments)]
@@ -130,7 +129,9 @@ def compare(arms: list[str], precision: str, arguments: argparse.Namespace) -> l
             result = {"ceiling": ceiling(arguments.device, precision), **measured(name, precision, arguments)}
             results[name].append(result)
             steps = statistics.median(result["cpu"])
-            print(f"{precision}, round {number}, {name}: {steps:.4f} CPU s a step, loss {result['loss']:.3f}", flush=True)
+            print(
+                f"{precision}, round {number}, {name}: {steps:.4f} CPU s a step, loss {result['loss']:.3f}", flush=True
+            )
     return overhead_table(results) if arguments.overhead else speed_table(results, arguments)
 
 
@@ -183,9 +184,7 @@ def speed_table(results: dict[str, list[dict[str, Any]]], arguments: argparse.Na
     rows = []
     for name, rounds in results.items():
         ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["danube"], strict=True))
-        share = statistics.median(
-            work.flops / own / r["ceiling"] for own, r in zip(seconds[name], rounds, strict=True)
-        )
+        share = statistics.median(work.flops / own / r["ceiling"] for own, r in zip(seconds[name], rounds, strict=True))
         rows.append(
             [
                 name,

@@ -260,7 +260,9 @@ class DanubeCLI(LightningCLI):
                 return
         self._show_changes()
         try:
-            with exact_products_by_onednn() if self._on_cpu() else nullcontext():
+            with exact_products_by_onednn() if self._on_cpu() else nullcontext(False) as onednn:
+                if onednn and subcommand == "fit" and self.trainer.precision == "32-true":
+                    print("float32 products by oneDNN, which a trial showed to be exact here (docs/speed.md)")
                 super()._run_subcommand(subcommand)
         except BaseException:
             if not self.place.continues:
@@ -309,6 +311,8 @@ def _quieten_lightning() -> None:
     """Drops what Lightning says at every start and what has no meaning here; real warnings stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Whoever asks for a profiler wants to read what it says.
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The means of a validation are over all ranks before they are logged.
