@@ -56,6 +56,11 @@ class StepTimes(SimpleProfiler):
             if name == action or ("." in action and name.startswith(start) and name.endswith(f".{end}"))
         )
 
+    def describe(self) -> None:
+        # Lightning would log it, with a prefix that tears the table.
+        if self._local_rank in (None, 0):
+            print(self.summary(), flush=True)
+
     def summary(self) -> str:
         steps, parts = self.steps(), self.parts()
         whole = sum(parts.values())

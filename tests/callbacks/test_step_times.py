@@ -10,7 +10,7 @@ from lightning_danube.__main__ import main
 def test_the_parts_of_a_step_are_told_at_the_end_of_fit(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     profiler = ["--trainer.profiler", "callbacks.StepTimes"]
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "5", *profiler]) == 0
-    printed = "".join(capfd.readouterr())
+    printed = capfd.readouterr().out
     assert "where 5 steps' time went" in printed
     shares = {
         name.strip(): float(share) for name, share in re.findall(r"(?m)^(\w[\w ]*?) +[\d.]+ +([\d.]+) %$", printed)
@@ -49,7 +49,7 @@ def test_a_part_is_the_sum_of_its_hooks_and_nothing_is_counted_twice() -> None:
     }
 
 
-def test_lightnings_own_profiler_is_heard(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lightnings_own_profiler_is_heard(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = ["--trainer.max_steps", "2", "--trainer.profiler", "simple"]
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), *options]) == 0
-    assert "run_training_batch" in "".join(capfd.readouterr())
+    assert "run_training_batch" in caplog.text
