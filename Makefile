@@ -58,9 +58,11 @@ lint: $(INSTALLED_DEV) ## check lint only
 types: $(INSTALLED_DEV) ## check types only
 	@$(BIN)/mypy
 
-benchmark: $(INSTALLED_BENCHMARK) ## measure data loading and prepare beside their peers, about 15 min
+benchmark: $(INSTALLED_BENCHMARK) ## measure data loading, prepare and training beside their peers, about 30 min
 	@$(BIN)/python benchmarks/loader.py
 	@$(BIN)/python benchmarks/prepare.py $(ARGS)
+	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/training.py --overhead
 
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 	@$(BIN)/tensorboard --logdir runs $(ARGS)

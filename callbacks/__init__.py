@@ -14,6 +14,7 @@ from callbacks.progress import Progress
 from callbacks.quantization_summary import QuantizationSummary
 from callbacks.samples import TextSamples
 from callbacks.skipping import SkipBadSteps
+from callbacks.step_times import StepTimes
 from callbacks.summary import PretrainingSummary
 from callbacks.throughput import Throughput
 from callbacks.training_overlap import TrainingOverlap
@@ -32,6 +33,7 @@ __all__ = [
     "Progress",
     "QuantizationSummary",
     "SkipBadSteps",
+    "StepTimes",
     "TextSamples",
     "Throughput",
     "TokenLedger",

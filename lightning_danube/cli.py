@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lightning_danube.config_errors import explain, parse, read_config
 from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.history import append_history, differences, read_saved_config
+from lightning_danube.matmul_precision import exact_products_by_onednn
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.sharded_strategy import ShardedStrategy
@@ -166,8 +168,11 @@ class DanubeCLI(LightningCLI):
         if self.place.checkpoint is not None:
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
         self._note_changes()
-        if self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available():
+        if self._on_cpu():
             keep_freed_memory()
+
+    def _on_cpu(self) -> bool:
+        return self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available()
 
     def _note_changes(self) -> None:
         """Compares the config with the one saved beside the checkpoint, before anything of it is replaced."""
@@ -255,7 +260,10 @@ class DanubeCLI(LightningCLI):
                 return
         self._show_changes()
         try:
-            super()._run_subcommand(subcommand)
+            with exact_products_by_onednn() if self._on_cpu() else nullcontext(False) as onednn:
+                if onednn and subcommand == "fit" and self.trainer.precision == "32-true":
+                    print("float32 products by oneDNN, which a trial showed to be exact here (docs/speed.md)")
+                super()._run_subcommand(subcommand)
         except BaseException:
             if not self.place.continues:
                 remove_unused_version(self.trainer)
@@ -303,6 +311,8 @@ def _quieten_lightning() -> None:
     """Drops what Lightning says at every start and what has no meaning here; real warnings stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Whoever asks for a profiler wants to read what it says.
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The means of a validation are over all ranks before they are logged.

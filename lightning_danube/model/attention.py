@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocked_attention import blocked_attention, is_faster
+
 
 class Past(Protocol):
     """One layer's part of a key-value cache."""
@@ -124,6 +126,10 @@ class GroupedQueryAttention(nn.Module):
             if T == 1:
                 return self.o_proj(attend_once(q_BHTK, k_BGSK, v_BGSK, mask_B1TS).reshape(B, 1, -1))
         assert mask_B1TS is not None or k_BGSK.shape[2] == T, "several tokens after a filled cache need a mask"
+
+        if past is None and not (self.dropout and self.training) and is_faster(q_BHTK):
+            mixed_BHTK = blocked_attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+            return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))
 
         grouped = self.groups > 1
         if grouped and not takes_grouped_heads(q_BHTK, mask_B1TS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,9 @@ from torchmetrics import MeanMetric
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
 from lightning_danube.optim import AdamW, LearningRate
+
+FORWARD = "decoder"
+"""What the trainer's profiler calls the forward pass of a training step up to the loss."""
 
 
 class NextTokenTask(LightningModule):
@@ -57,11 +61,13 @@ class NextTokenTask(LightningModule):
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """(B, T, D) after the last norm."""
-        return self.decoder.hidden_states(
-            batch["input_ids"],
-            position_ids_BT=batch.get("position_ids"),
-            document_ids_BT=batch.get("document_ids"),
-        )
+        measured = self._trainer is not None and self.training
+        with self.trainer.profiler.profile(FORWARD) if measured else nullcontext():
+            return self.decoder.hidden_states(
+                batch["input_ids"],
+                position_ids_BT=batch.get("position_ids"),
+                document_ids_BT=batch.get("document_ids"),
+            )
 
     def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Sum of nats, and the number of counted tokens."""

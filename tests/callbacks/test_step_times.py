@@ -1,0 +1,55 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from callbacks import StepTimes
+from lightning_danube.__main__ import main
+
+
+def test_the_parts_of_a_step_are_told_at_the_end_of_fit(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    profiler = ["--trainer.profiler", "callbacks.StepTimes"]
+    assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "5", *profiler]) == 0
+    printed = capfd.readouterr().out
+    assert "where 5 steps' time went" in printed
+    shares = {
+        name.strip(): float(share) for name, share in re.findall(r"(?m)^(\w[\w ]*?) +[\d.]+ +([\d.]+) %$", printed)
+    }
+    names = ("data", "forward", "loss", "backward", "clip", "optimizer", "callbacks", "logging", "rest", "whole step")
+    assert all(shares[name] >= 0 for name in names)
+    # Nine numbers, each rounded to a tenth.
+    assert sum(shares[name] for name in names[:-1]) == pytest.approx(100, abs=0.5)
+    assert min(shares[name] for name in ("forward", "loss", "backward", "optimizer")) > 0
+
+
+def test_a_part_is_the_sum_of_its_hooks_and_nothing_is_counted_twice() -> None:
+    profiler = StepTimes()
+    profiler.recorded_durations |= {
+        "run_training_batch": [10.0],
+        "decoder": [1.0],
+        "[Strategy]SingleDeviceStrategy.training_step": [3.0],
+        "[Strategy]SingleDeviceStrategy.backward": [4.0],
+        "[LightningModule]Pretraining.configure_gradient_clipping": [0.5],
+        "[LightningModule]Pretraining.optimizer_step": [9.0],
+        "[Callback]A.on_train_batch_end": [0.25],
+        "[Callback]B.on_train_batch_end": [0.5],
+        "[Callback]B.on_validation_end": [100.0],
+        "[_TrainingEpochLoop].train_dataloader_next": [0.125],
+    }
+    assert profiler.parts() == {
+        "data": 0.125,
+        "forward": 1.0,
+        "loss": 2.0,
+        "backward": 4.0,
+        "clip": 0.5,
+        "optimizer": 1.5,
+        "callbacks": 0.75,
+        "logging": 0.0,
+        "rest": 1.0,
+    }
+
+
+def test_lightnings_own_profiler_is_heard(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--trainer.max_steps", "2", "--trainer.profiler", "simple"]
+    assert main(["fit", "--config", str(tiny / "tiny.yaml"), *options]) == 0
+    assert "run_training_batch" in caplog.text
