@@ -62,7 +62,7 @@ class NextTokenTask(LightningModule):
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """(B, T, D) after the last norm."""
         measured = self._trainer is not None and self.training
-        with self.trainer.profiler.profile(FORWARD) if measured else nullcontext():
+        with self.trainer.profiler.profile(FORWARD) if measured else nullcontext():  # type: ignore[attr-defined]
             return self.decoder.hidden_states(
                 batch["input_ids"],
                 position_ids_BT=batch.get("position_ids"),

@@ -19,7 +19,7 @@ def problem(dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
     return [x.transpose(1, 2) for x in inputs]
 
 
-def results(attention, inputs: list[Tensor], mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def results(attention, inputs: list[Tensor], mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     q, k, v = (x.to(dtype).requires_grad_() for x in inputs[:3])
     out = attention(q, k, v, mask)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].to(dtype))]
@@ -81,10 +81,13 @@ def test_the_first_tokens_know_nothing_of_the_later() -> None:
 
 
 def test_the_layer_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(
-        "lightning_danube.model.attention.blocked_attention", lambda *x: calls.append(1) or blocked_attention(*x)
-    )
+    calls: list[int] = []
+
+    def counted(*x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return blocked_attention(*x)
+
+    monkeypatch.setattr("lightning_danube.model.attention.blocked_attention", counted)
     layer, rotary = GroupedQueryAttention(16, 4, 2, 4, dropout=0.5), RotaryEmbedding(4, 1e4)
     hidden, tables = torch.randn(2, 6, 16), rotary(torch.arange(6)[None], torch.float32)
 
