@@ -42,10 +42,15 @@ def is_faster(q_BHTK: Tensor) -> bool:
     if q_BHTK.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
         return False
     if q_BHTK.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return multiplies_16_bits()
     if q_BHTK.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return q_BHTK.shape[2] <= WIDE_TOKENS
     return False
+
+
+def multiplies_16_bits() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:

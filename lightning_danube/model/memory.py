@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from .blocked_attention import multiplies_16_bits
 from .config import DecoderConfig
 from .loss import CHUNK_TOKENS
 
@@ -168,7 +169,10 @@ class TrainingMemory:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self.gpu and a != 2:
             kv_heads = heads  # repeated: no fused kernel takes them as they are
-        attention = a * 2 * (heads + kv_heads) * head_dim(c) + self._wide * heads
+        # Of each row of scores its largest, in their type, where they are multiplied in blocks; else what the kernel
+        # keeps, in float32.
+        of_a_row = a if not self.gpu and a == 2 and multiplies_16_bits() else self._wide
+        attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + a * 4 * c.intermediate_size) // tp
         return 2 * self.norm_bytes() + self.tokens * per_token
 
