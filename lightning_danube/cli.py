@@ -261,7 +261,12 @@ class DanubeCLI(LightningCLI):
         self._show_changes()
         try:
             with exact_products_by_onednn() if self._on_cpu() else nullcontext(False) as onednn:
-                if onednn and subcommand == "fit" and self.trainer.precision == "32-true":
+                if (
+                    onednn
+                    and subcommand == "fit"
+                    and self.trainer.precision == "32-true"
+                    and self.trainer.is_global_zero
+                ):
                     print("float32 products by oneDNN, which a trial showed to be exact here (docs/speed.md)")
                 super()._run_subcommand(subcommand)
         except BaseException:
