@@ -48,7 +48,7 @@ class FactRecall(Callback):
                 {f"recall/{group}": share for group, share in self.known.items()}, step=trainer.global_step
             )
         found = ", ".join(f"{group} {share:.0%}" for group, share in self.known.items())
-        commonest = shares(questions, [question.commonest == question.answer for question in questions])["all"]
+        commonest = commonest_shares(questions)["all"]
         say(trainer, f"facts known: {found} (by the commonest answer {commonest:.0%})")
 
     def summary(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class FactRecall(Callback):
         return {
             **self.known,
             "guessing": sum(1 / len(question.candidates) for question in questions) / len(questions),
-            "commonest": shares(questions, [question.commonest == question.answer for question in questions]),
+            "commonest": commonest_shares(questions),
             "n": {group: sum(question.group == group for question in questions) for group in GROUPS}
             | {"all": len(questions)},
         }
@@ -96,3 +96,8 @@ def shares(questions: list[Question], right: list[bool]) -> dict[str, float]:
         for group in GROUPS
     }
     return {group: sum(known) / len(known) for group, known in of.items()} | {"all": sum(right) / len(right)}
+
+
+def commonest_shares(questions: list[Question]) -> dict[str, float]:
+    """The same of who answers each question by the commonest answer to its kind."""
+    return shares(questions, [question.commonest == question.answer for question in questions])

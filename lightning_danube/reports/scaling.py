@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_danube.model import PRESETS
-from lightning_danube.reports.figures import COLOURS, INK, legend, new_figure
+from lightning_danube.reports.figures import INK, legend, new_figure
 from lightning_danube.reports.runs import MissingResult
-from lightning_danube.reports.studies import command_of, read_study
+from lightning_danube.reports.studies import MARKS, command_of, read_study
 from lightning_danube.studies.scaling import (
     PAPER_RUNS,
     SIZE,
@@ -22,8 +22,6 @@ from lightning_danube.studies.scaling import (
     points_of,
     predict_largest,
 )
-
-MARKS = list(COLOURS.values())
 
 
 @cache

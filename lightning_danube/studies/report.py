@@ -46,14 +46,9 @@ def write_report(design: Design, results: Sequence[Result], directory: Path, com
         lines += ["", ALSO.format(baseline=design.baseline), "", markdown_table(*tables[1])]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
-        "name": design.name,
-        "command": command,
-        "base": design.base,
-        "metric": design.metric,
+        **_origin(design, command, [(result.commit, result.machine) for result in complete]),
         "better": design.better,
         "baseline": design.baseline,
-        "commits": list(dict.fromkeys(result.commit for result in complete)),
-        "machines": list(dict.fromkeys(result.machine for result in complete)),
         "runs": len(results),
         "runs_complete": len(complete),
         "comparisons": [asdict(one) for one in comparisons],
@@ -86,18 +81,25 @@ def _write_law_report(design: Design, results: Sequence[Result], directory: Path
     lines = [f"# {design.name}: {design.metric}", "", markdown_table(*table), "", *(f"- {line}" for line in notes)]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
-        "name": design.name,
-        "command": command,
-        "base": design.base,
-        "metric": design.metric,
-        "commits": list(dict.fromkeys(result.commit for result in complete)),
-        "machines": list(dict.fromkeys(result.machine for result in complete)),
+        **_origin(design, command, [(result.commit, result.machine) for result in complete]),
         "runs": len(results),
         "runs_complete": len(complete),
         "law": None if law is None else {name: asdict(one) for name, one in law.coefficients().items()},
     }
     write_json(directory / "summary.json", summary)
     return "\n".join(["", text_table(*table), "", *notes, f"written to {directory}"])
+
+
+def _origin(design: Design, command: str, where: Sequence[tuple[str | None, str | None]]) -> dict[str, Any]:
+    """What every summary begins with: which study it is, and on which commits and machines its runs were made."""
+    return {
+        "name": design.name,
+        "command": command,
+        "base": design.base,
+        "metric": design.metric,
+        "commits": list(dict.fromkeys(commit for commit, _ in where)),
+        "machines": list(dict.fromkeys(machine for _, machine in where)),
+    }
 
 
 def _not_complete(results: Sequence[Result]) -> list[str]:
@@ -142,27 +144,24 @@ def write_search_report(search: Search, directory: Path, command: str) -> str:
     if len(design.seeds) > 1:
         shown += " with half its 95 % interval"
     texts, blocks = [text_table(*best), shown, ""], [markdown_table(*best), "", shown, ""]
-    if design.grid():
-        marginals = _table_of_marginals(search)
+    marginals = search.marginals()
+    if marginals:
+        table = _table_of_marginals(design, marginals)
         title = "Each setting by itself, a mean over all that it was combined with:"
-        texts += [title, text_table(*marginals), ""]
-        blocks += [title, "", markdown_table(*marginals), ""]
+        texts += [title, text_table(*table), ""]
+        blocks += [title, "", markdown_table(*table), ""]
     _write_search_parquet(directory / "study.parquet", search, command)
     lines = [f"# {design.name}: {design.metric}", "", *blocks, *(f"- {line}" for line in notes)]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
+    known = [trial.user_attrs for trial in complete]
     summary = {
-        "name": design.name,
-        "command": command,
-        "base": design.base,
-        "metric": design.metric,
+        **_origin(design, command, [(one.get("commit"), one.get("machine")) for one in known]),
         "better": design.better,
-        "commits": list(dict.fromkeys(trial.user_attrs.get("commit") for trial in complete)),
-        "machines": list(dict.fromkeys(trial.user_attrs.get("machine") for trial in complete)),
         "trials": len(tried),
         "trials_complete": len(complete),
         "best": None if not complete else {"value": complete[0].value, "settings": complete[0].params},
         "importances": importances,
-        "marginals": {key: {str(value): one for value, one in by.items()} for key, by in search.marginals().items()},
+        "marginals": {key: {str(value): one for value, one in by.items()} for key, by in marginals.items()},
     }
     write_json(directory / "summary.json", summary)
     return "\n".join(["", *texts, *notes, f"written to {directory}"])
@@ -185,14 +184,14 @@ def _table_of_best(design: Design, trials: Sequence[FrozenTrial]) -> Table:
     return header, rows
 
 
-def _table_of_marginals(search: Search) -> Table:
+def _table_of_marginals(design: Design, marginals: Mapping[str, Mapping[Any, list[float]]]) -> Table:
     rows = [
         [key.rpartition(".")[2], shown_value(value), _with_interval(by_seed)]
-        for key, by_value in search.marginals().items()
+        for key, by_value in marginals.items()
         for value, by_seed in by_value.items()
         if by_seed
     ]
-    return ["setting", "value", search.design.metric], rows
+    return ["setting", "value", design.metric], rows
 
 
 def _with_interval(values: Sequence[float]) -> str:
