@@ -60,15 +60,15 @@ def coefficients(law: Law) -> pd.DataFrame:
 
 def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
     """What the law says of the largest run here without having seen it, and of the paper's two models."""
+    rows: dict[str, dict[str, float]] = {}
     held_out = predict_largest(largest)
-    rows = {
-        f"{held_out.group} (left out)": {
+    if held_out is not None:
+        rows[f"{held_out.group} (left out)"] = {
             "predicted": held_out.predicted.value,
             "low": held_out.predicted.low,
             "high": held_out.predicted.high,
             "measured": held_out.measured,
         }
-    }
     for name, tokens in PAPER_RUNS.items():
         one = law.loss(PRESETS[name].parameters_without_embedding, tokens)
         rows[f"{name}, {tokens:.0e} tokens"] = {"predicted": one.value, "low": one.low, "high": one.high}

@@ -197,14 +197,14 @@ class HeldOut:
     predicted: Interval
 
 
-def predict_largest(points: Sequence[Point]) -> HeldOut:
-    """
-    Raises:
-        ValueError: too few runs are left without it.
-    """
+def predict_largest(points: Sequence[Point]) -> HeldOut | None:
+    """None if too few runs for a law are left without it."""
     largest = max(points, key=lambda point: point.size * point.tokens)
     ours = [point.loss for point in points if point.group == largest.group]
-    law = fit_law([point for point in points if point.group != largest.group])
+    others = [point for point in points if point.group != largest.group]
+    if not _is_enough(others):
+        return None
+    law = fit_law(others)
     return HeldOut(largest.group, sum(ours) / len(ours), law.loss(largest.size, largest.tokens))
 
 
@@ -212,16 +212,19 @@ PAPER_RUNS = {"danube3-500m": 4.0e12, "danube3-4b": 6.0e12}
 """Preset → tokens of its pre-training (arXiv 2407.09276)."""
 
 
-def law_lines(law: Law, held_out: HeldOut) -> list[str]:
-    """The law in words, and what it would say of the paper's models."""
+def law_lines(law: Law, held_out: HeldOut | None) -> list[str]:
+    """The law in words, how it did on the largest run (if it could be left out), and what it would say of the paper's
+    models."""
     from lightning_danube.model import PRESETS
 
     known = law.coefficients()
     shown = ", ".join(f"{name} {_shown(one)}" for name, one in known.items())
-    lines = [
-        f"L = E + A·N^−alpha + B·D^−beta: {shown}; off by {law.error:.2%} on average",
-        f"fitted without {held_out.group} it says {_shown(held_out.predicted)}; measured: {held_out.measured:.4g}",
-    ]
+    lines = [f"L = E + A·N^−alpha + B·D^−beta: {shown}; off by {law.error:.2%} on average"]
+    if held_out is None:
+        lines.append("too few runs to fit it without the largest: how well it foretells is not known")
+    else:
+        foretold = f"fitted without {held_out.group} it says {_shown(held_out.predicted)}"
+        lines.append(f"{foretold}; measured: {held_out.measured:.4g}")
     for name, tokens in PAPER_RUNS.items():
         size = PRESETS[name].parameters_without_embedding
         lines.append(

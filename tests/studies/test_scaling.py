@@ -54,11 +54,12 @@ def test_intervals_hold_the_truth_of_noisy_losses() -> None:
 def test_the_largest_runs_are_predicted_without_them() -> None:
     points = made(0.002)
     held_out = predict_largest(points)
-    assert held_out.group == "1e+08-1e+10"
+    assert held_out is not None and held_out.group == "1e+08-1e+10"
     assert held_out.predicted.low < held_out.measured < held_out.predicted.high
     # It has not seen them: with other losses there it says the same.
     others = [Point(p.group, p.size, p.tokens, 9.0 if p.group == held_out.group else p.loss) for p in points]
-    assert predict_largest(others).predicted == held_out.predicted
+    again = predict_largest(others)
+    assert again is not None and again.predicted == held_out.predicted
     lines = law_lines(fit_law(points), held_out)
     assert "measured" in lines[1] and lines[-1].startswith("extrapolated to danube3-4b at 6.0e+12 tokens")
 
@@ -67,6 +68,16 @@ def test_too_few_runs_have_no_law() -> None:
     points = [point for point in made(0.0) if point.size < 5e6]
     with pytest.raises(ValueError, match="3 numbers of tokens and 8 variants; there are 2, 4 and 8"):
         fit_law(points)
+
+
+def test_runs_that_just_suffice_have_a_law_though_nothing_is_left_out() -> None:
+    sizes, tokens = (1e6, 3e6, 1e7), (1e7, 1e8, 1e9)
+    points = [point for point in made(0.002) if point.size in sizes and point.tokens in tokens]
+    points = [point for point in points if point.group != "1e+06-1e+07"]
+    assert len({point.group for point in points}) == 8
+    assert predict_largest(points) is None
+    lines = law_lines(fit_law(points), None)
+    assert lines[0].startswith("L = E") and "too few runs" in lines[1] and len(lines) == 4
 
 
 def test_points_are_complete_runs() -> None:
