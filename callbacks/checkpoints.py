@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from callbacks.position import curriculum_of, finished_stage, is_done
 from lightning_danube.checkpoint_files import prepare_directory
 from lightning_danube.runs import read_step
+from lightning_danube.sharded_strategy import ShardedStrategy
 from lightning_danube.stopping import EXIT_STOPPED, Stopped, StopSignals, requeue_slurm_job
 
 
@@ -61,6 +62,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Here and not where it was saved: by now everybody's end of the last step is over.
         if self._stopping:
+            wait_for_checkpoint(trainer)
             lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
             if self._signals.received == self._requeue_signal and trainer.is_global_zero:
                 lines.append(requeue_slurm_job())
@@ -87,6 +89,7 @@ class Checkpoints(Checkpoint):
         name = re.sub(r"[^\w.-]+", "-", curriculum.stages[k].name)
         trainer.save_checkpoint(self._directory / f"stage_{k + 1}_{name}_step_{trainer.global_step:08d}.ckpt")
         if is_done(trainer):
+            wait_for_checkpoint(trainer)
             self._prune(trainer, keep=0)
         else:
             self._stopping = self._told_to_stop(trainer)
@@ -100,7 +103,7 @@ class Checkpoints(Checkpoint):
             self._prune(trainer, self.keep)
 
     def _prune(self, trainer: Trainer, keep: int) -> None:
-        """Removes older checkpoints. Called after one was saved: that returns when it is on the disk."""
+        """Removes older checkpoints. One that is still being written has no name yet and does not count."""
         assert self._directory is not None
         # Later steps than this one are there when the run went back to before a damaged checkpoint: they count for
         # nothing, and would push out what is whole.
@@ -112,6 +115,12 @@ class Checkpoints(Checkpoint):
         """Whether any rank was told to stop: a collective call."""
         told = self._signals.received is not None
         return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+
+
+def wait_for_checkpoint(trainer: Trainer) -> None:
+    """Returns when the last checkpoint is on the disk: one of many ranks is written while training goes on."""
+    if isinstance(trainer.strategy, ShardedStrategy):
+        trainer.strategy.wait_for_checkpoint()
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -87,9 +87,26 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
             _remove_quietly(temporary)
         cause = writer.error if writer is not None and writer.error is not None else error
         if isinstance(cause, OSError):
-            what = f"checkpoint not written: {_way_out(cause)}, then go on with --ckpt_path last"
-            raise OSError(cause.errno, what, str(path)) from error
+            raise not_written(path, cause) from error
         raise
+
+
+def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
+    """What to tell a user of a checkpoint that could not be written.
+
+    Args:
+        where: said behind it.
+    """
+    if not isinstance(cause, OSError):
+        # torch's writer reports a full disk as an error of its archive.
+        full = shutil.disk_usage(path.parent).free < 2**20
+        cause = (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if full
+            else OSError(errno.EIO, " ".join(str(cause).split()))
+        )
+    what = f"checkpoint not written{where}: {_way_out(cause)}, then go on with --ckpt_path last"
+    return OSError(cause.errno, what, str(path))
 
 
 def remove_checkpoint(path: Path) -> None:

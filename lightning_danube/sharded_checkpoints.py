@@ -5,11 +5,14 @@ It is written under a hidden name and renamed when every part is on the disk. mo
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import threading
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from torch import Tensor
 from lightning_danube.checkpoint_files import (
     FILES,
     TEMPORARY,
+    not_written,
     prepare_directory,
     read_plain,
     remove_checkpoint,
@@ -24,39 +28,103 @@ from lightning_danube.checkpoint_files import (
 )
 from lightning_danube.model.sharded_files import MOMENT, REST, WEIGHT, load_whole
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-def save(tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
-    """Called by all ranks, each with its part of the tensors; returns when the checkpoint is on the disk.
 
-    Raises:
-        OSError: rank zero could not write; what was there before still is.
+class Saver:
+    """Saves while training goes on: it waits for a copy in the host's memory, a thread of each rank does the rest.
+
+    One checkpoint at a time. The threads talk over a process group of their own, on gloo also where training is on
+    another back end. They end with the process: what they have not finished then stays under its hidden name.
+
+    Args:
+        timeout: how long a thread waits for those of the other ranks.
     """
-    import torch.distributed as dist
-    from torch.distributed.checkpoint import FileSystemWriter
-    from torch.distributed.checkpoint import save as save_together
 
-    first = dist.get_rank() == 0
-    hidden = path.with_name(f".{path.name}{TEMPORARY}")
-    if first:
-        prepare_directory(path.parent)
-        hidden.mkdir()
-    dist.barrier()
-    save_together(tensors, storage_writer=FileSystemWriter(hidden, sync_files=True))
-    if first:
-        with (hidden / REST).open("wb") as file:
-            torch.save(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
-        with (hidden / FILES).open("w", encoding="utf-8") as listing:
-            listing.write(json.dumps(sizes, indent=2) + "\n")
-            listing.flush()
-            os.fsync(listing.fileno())
-        sync_directory(hidden)
-        remove_checkpoint(path)  # the same step, saved before
-        os.replace(hidden, path)
-        sync_directory(path.parent)
-    dist.barrier()
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+        self._group: ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+
+    def save(self, tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
+        """Called by all ranks, each with its part of the tensors, which may change as soon as this returns.
+
+        Raises:
+            OSError: this checkpoint can not be begun, or the one before was not finished; those before it are there.
+        """
+        import torch.distributed as dist
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        self.wait()
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        hidden = path.with_name(f".{path.name}{TEMPORARY}")
+        plain = io.BytesIO()
+        if dist.get_rank() == 0:
+            prepare_directory(path.parent)
+            hidden.mkdir()
+            torch.save(rest, plain)
+        dist.barrier(self._group)
+        staged = BlockingAsyncStager().stage(tensors)
+        self._thread = threading.Thread(
+            target=self._write, args=(staged, plain.getvalue(), hidden, path), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is on the disk, as far as this rank has to do with it.
+
+        Raises:
+            OSError: it is not, with the reason and what to do.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _write(self, tensors: dict[str, Tensor], rest: bytes, hidden: Path, path: Path) -> None:
+        import torch.distributed as dist
+        from torch.distributed.checkpoint import FileSystemWriter
+        from torch.distributed.checkpoint import save as save_together
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            writer = FileSystemWriter(hidden, sync_files=True)
+            save_together(tensors, storage_writer=writer, process_group=self._group)
+            if dist.get_rank() == 0:
+                _complete(rest, hidden, path)
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            self._failed = not_written(path, cause, f" (rank {rank})")
+            self._failed.__cause__ = error
+        except OSError as error:
+            self._failed = not_written(path, error)
+            self._failed.__cause__ = error
+        except BaseException as error:
+            self._failed = error
+
+
+def _complete(rest: bytes, hidden: Path, path: Path) -> None:
+    """Gives a checkpoint whose parts are all on the disk what is missing, and its name."""
+    _write_synced(hidden / REST, rest)
+    sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
+    _write_synced(hidden / FILES, (json.dumps(sizes, indent=2) + "\n").encode())
+    sync_directory(hidden)
+    remove_checkpoint(path)  # the same step, saved before
+    os.replace(hidden, path)
+    sync_directory(path.parent)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rest(path: Path) -> dict[str, Any]:

@@ -16,16 +16,22 @@ from torch.optim import Optimizer
 from lightning_danube import sharded_checkpoints
 from lightning_danube.checkpoint_files import read_plain
 from lightning_danube.model.sharded_files import MOMENT, WEIGHT, load_into, shapes
-from lightning_danube.sharded_checkpoints import numbered
+from lightning_danube.sharded_checkpoints import Saver, numbered
 
 
 class ShardedStrategy(ModelParallelStrategy):
     """Takes the place of Lightning's when a configuration names that one.
 
-    With `save_distributed_checkpoint` (the default) each rank writes its part; without, rank zero gathers all in its
-    host's memory, tensor after tensor, and writes the same file as an unsharded run. Lightning's own numbers an
-    optimizer's state in the order of the module; ours is grouped, hence moments would meet the wrong weights.
+    With `save_distributed_checkpoint` (the default) each rank writes its part while training goes on; without, all
+    wait until rank zero has gathered the tensors in its host's memory, one after the other, and written the same file
+    as an unsharded run. Lightning's own numbers an optimizer's state in the order of the module; ours is grouped, hence
+    moments would meet the wrong weights.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._saver = Saver(self._timeout)
+        self._interrupted = False
 
     @classmethod
     def like(cls, strategy: ModelParallelStrategy) -> ShardedStrategy:
@@ -64,7 +70,24 @@ class ShardedStrategy(ModelParallelStrategy):
             groups.append(state["param_groups"])
             for name, values in state["state"].items():
                 tensors |= {f"{MOMENT}{number}/{key}/{name}": tensor for key, tensor in values.items()}
-        sharded_checkpoints.save(tensors, {**checkpoint, "optimizer_groups": groups}, path)
+        self._saver.save(tensors, {**checkpoint, "optimizer_groups": groups}, path)
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when what `save_checkpoint` began is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._saver.wait()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._interrupted = True  # other ranks may be gone: nothing is waited for
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        if not self._interrupted:
+            self.wait_for_checkpoint()
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads model and optimizers from either kind, and gives the rest."""

@@ -171,3 +171,34 @@ class KillInSave(Callback):
             return done
 
         setattr(owner, name, kill)
+
+
+class HoldSave(Callback):
+    """Has the first save that all ranks write together wait until training has come to a step.
+
+    Args:
+        until: the step; a save that training waits for fails after half a minute.
+        fail: then one rank's part can not be written: "disk", as the file system says it.
+    """
+
+    def __init__(self, until: int, fail: str | None = None) -> None:
+        self.until, self.fail = until, fail
+        self._reached = threading.Event()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from torch.distributed.checkpoint import FileSystemWriter
+
+        original = FileSystemWriter.write_data
+
+        def write(*args: Any, **kwargs: Any) -> Any:
+            if not self._reached.wait(30):
+                raise TimeoutError("training waits for this save")
+            if self.fail == "disk" and trainer.global_rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        FileSystemWriter.write_data = write  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.until:
+            self._reached.set()

@@ -112,3 +112,35 @@ def test_a_kill_within_a_save_of_all_ranks_leaves_the_checkpoint_before_it(
     run_in_ranks((2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))))
     assert_same_run(sessions, "moved", ("first", 0), ("second", 10), devices=(2, 2))
     assert not list(directory.glob(".*.tmp"))
+
+
+def holding(sessions: Sessions, arguments: str) -> list[str]:
+    """A session that ends at step 8; what step 5 saves is held back until step 7 is done."""
+    whole = sessions._config
+    sessions._config += f"    - class_path: tests.probes.HoldSave\n      init_args: {{until: 7{arguments}}}\n"
+    command = sessions.command("first", "moved", 2, *sharded(2, 1), "--trainer.max_steps", "8")
+    sessions._config = whole
+    return command
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_step(sessions: Sessions) -> None:
+    run_in_ranks(
+        (1, sessions.command("full", "full", 8)),
+        (2, holding(sessions, "")),
+        (2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))),
+    )
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), devices=(2, 2))
+
+
+def test_a_checkpoint_that_can_not_be_written_ends_the_run_with_one_line(sessions: Sessions) -> None:
+    command = [sys.executable, "-m", "lightning_danube", *holding(sessions, ", fail: disk"), "--trainer.devices", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    failed = subprocess.run(command, cwd=sessions.tiny, env=environment, capture_output=True, text=True, timeout=240)
+    checkpoint = sessions.run("moved") / "checkpoints" / "step_00000005.ckpt"
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1] == (
+        f"error: {checkpoint}: checkpoint not written (rank 1): no space left on device; free some space, then go on "
+        "with --ckpt_path last"
+    )
+    assert "Traceback" not in failed.stderr
+    assert not list(checkpoint.parent.glob("*.ckpt"))
