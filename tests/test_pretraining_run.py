@@ -151,6 +151,23 @@ def test_accumulation_changes_memory_not_the_result(tiny: Path) -> None:
     assert list(accumulated.values()) == pytest.approx(list(once.values()), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_speed_not_the_result(tiny: Path) -> None:
+    options = ["--trainer.precision", "64-true", "--trainer.max_steps", "12"]
+    for name, more in {"plain": [], "compiled": ["--model.init_args.compile_blocks", "true"]}.items():
+        assert fit(tiny, "--name", name, *options, *more) == 0
+    losses = [scalars(tiny / "runs" / name / "version_0", "loss/train") for name in ("plain", "compiled")]
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_without_a_compiler_blocks_are_not_compiled(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert fit(tiny, "--name", "compiled", "--model.init_args.compile_blocks", "true") == 2
+    assert "needs a C++ compiler on a CPU, and there is no no-such-compiler: install" in capsys.readouterr().err
+
+
 def test_the_saved_config_replays_the_run(tiny: Path) -> None:
     fit(tiny)
     assert main(["fit", "--config", str(run_directory(tiny) / "config.yaml")]) == 0

@@ -4,6 +4,7 @@ adapters and converters made for it fit without renaming.
 Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py has those inside the heads.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = self.has_compiled_blocks = False
         c, head_dim = config, config.head_dim
         assert head_dim is not None  # resolved by the config
         self.model = Backbone(
@@ -166,6 +167,14 @@ class Decoder(nn.Module):
         self.tie_weights()
         return self
 
+    def compile_blocks(self) -> None:
+        """Has PyTorch compile the blocks at their first use, the same code for all of them; names stay as they are.
+        Before `parallelize`, which then leaves its gathering out of the compiled code. With a cache they stay as they
+        are written: its lengths would be compiled for one after the other."""
+        for block in self.model.layers:
+            block.compile()
+        self.has_compiled_blocks = True
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Matrices from normal(0, initializer_range), gains at 1; no scaling with depth, as in Llama and Danube."""
@@ -188,7 +197,9 @@ class Decoder(nn.Module):
         row); they cost a mask of B x T x T bools. With a cache, keys and values of these tokens are added to it.
         """
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute)
+        as_written = self.has_compiled_blocks and cache is not None
+        with torch.compiler.set_stance("force_eager") if as_written else nullcontext():
+            return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute)
 
     def forward(
         self,

@@ -71,6 +71,8 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
         if isinstance(module, RMSNorm):
             hold_on_all(module, devices)
     parallelize_module(decoder.model.embed_tokens, devices, RowwiseParallel(input_layouts=Replicate()))
+    # A plain tensor instead of one that is still on its way: compiled blocks would hand its gradient back wrongly.
+    decoder.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.clone())
     parallelize_module(decoder.lm_head, devices, ColwiseParallel(output_layouts=Replicate()))
     decoder.tie_weights()
 

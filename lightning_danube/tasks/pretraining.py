@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,8 @@ class Pretraining(NextTokenTask):
         learning_rate: schedule in tokens.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile_blocks: have PyTorch compile each block for training and held-out losses: minutes at the start of a run
+            on a CPU, which needs a C++ compiler.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
     """
 
@@ -34,12 +38,29 @@ class Pretraining(NextTokenTask):
         total_tokens: int,
         optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         shape = DecoderConfig.preset(decoder) if isinstance(decoder, str) else decoder
         learning_rate.check(parse_tokens(total_tokens))
         super().__init__(Decoder(shape.with_data(vocab_size, context_length)), learning_rate, optimizer)
         self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
         self.decoder.activation_checkpointing = activation_checkpointing
+        if compile_blocks:
+            self.decoder.compile_blocks()
+
+    def configure_model(self) -> None:
+        """
+        Raises:
+            ValueError: blocks are to be compiled for a CPU, and there is no C++ compiler.
+        """
+        if self.decoder.has_compiled_blocks and self.trainer.strategy.root_device.type == "cpu":
+            compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+            if not any(map(shutil.which, compilers)):
+                raise ValueError(
+                    f"model.compile_blocks needs a C++ compiler on a CPU, and there is no {' or '.join(compilers)}: "
+                    "install one, name it in CXX, or set model.compile_blocks to false"
+                )
+        super().configure_model()
 
     def length_in_tokens(self) -> tuple[int, int]:
         return self.batch_tokens, self.total_tokens

@@ -61,10 +61,12 @@ def full(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def compare(replicas: int, devices: int, tied: bool, recompute: bool) -> None:
+def compare(replicas: int, devices: int, tied: bool, recompute: bool, compiled: bool = False) -> None:
     alone = decoder_of(tied, recompute)
     expected = train(alone, 1, 0)
     decoder = decoder_of(tied, recompute)
+    if compiled:
+        decoder.compile_blocks()
     mesh = init_device_mesh("cpu", (replicas, devices), mesh_dim_names=("data_parallel", "tensor_parallel"))
     parallelize(decoder, mesh["data_parallel"], mesh["tensor_parallel"])
     weight: Any = dict(decoder.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
@@ -92,6 +94,7 @@ def rank(number: int, replicas: int, devices: int, port: int) -> int:
     for tied in (False, True):
         for recompute in (False, True):
             compare(replicas, devices, tied, recompute)
+            compare(replicas, devices, tied, recompute, compiled=True)
     dist.destroy_process_group()
     return 0
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_danube.model import Decoder, DecoderConfig, RMSNorm
+from lightning_danube.model import Decoder, DecoderConfig, RMSNorm, Sampling, generate
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -134,6 +134,32 @@ def test_it_compiles_into_one_graph() -> None:
     ids = torch.randint(0, 101, (1, 7))
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
     assert torch.equal(compiled(ids), decoder(ids))
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_compute_the_same_under_the_same_names(recompute: bool) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    plain = Decoder(CONFIG).double().train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile_blocks()
+    plain.activation_checkpointing = compiled.activation_checkpointing = recompute
+    ids = torch.randint(0, 101, (2, 7))
+    for decoder in (plain, compiled):
+        decoder(ids).square().sum().backward()
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-10, atol=1e-14)
+    # One compilation for all blocks and steps; with a cache none, though each step has another length.
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counted == 1
+    sampled = [
+        generate(decoder.eval(), [[1, 2, 3]], 4, sampling=Sampling(temperature=0)) for decoder in (plain, compiled)
+    ]
+    assert sampled[0] == sampled[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
     torch.compiler.reset()
 
 
