@@ -36,26 +36,30 @@ WIDE_TOKENS = 1024
 
 def is_faster(q_BHTK: Tensor) -> bool:
     """Whether the processor multiplies such blocks fast: 16-bit ones if it has instructions for them, float32 ones when
-    oneDNN may take them (`torch.set_float32_matmul_precision`); by the default library neither way is ahead.
-
-    A compiler gets the kernel, one node of its graph instead of hundreds."""
-    if q_BHTK.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+    oneDNN may take them (`torch.set_float32_matmul_precision`); by the default library neither way is ahead."""
+    if q_BHTK.device.type != "cpu":
         return False
     if q_BHTK.dtype == torch.bfloat16:
         return multiplies_16_bits()
-    if q_BHTK.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return q_BHTK.shape[2] <= WIDE_TOKENS
-    return False
+    return q_BHTK.dtype == torch.float32 and q_BHTK.shape[2] <= WIDE_TOKENS and multiplies_float32_by_onednn()
 
 
+@torch.compiler.assume_constant_result
 def multiplies_16_bits() -> bool:
     """Whether this processor has instructions for products of bfloat16."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@torch.compiler.assume_constant_result
+def multiplies_float32_by_onednn() -> bool:
+    """Whether oneDNN may take float32 products from the default library."""
+    return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() != "highest"
+
+
+@torch.compiler.disable
 def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
     """Causal `F.scaled_dot_product_attention` of as many queries as keys, (B, H, T, K). A mask (true where a query may
-    see a key; each sees one at least) hides more, it does not show what is later."""
+    see a key; each sees one at least) hides more, it does not show what is later. Compiled code calls it as it is."""
     with torch.autocast(q_BHTK.device.type, enabled=False):
         mixed: Tensor = BlockedAttention.apply(q_BHTK, k_BGTK, v_BGTK, mask_B1TT)
     return mixed
