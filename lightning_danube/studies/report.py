@@ -141,7 +141,9 @@ def write_search_report(search: Search, directory: Path, command: str) -> str:
         notes.append("how much each setting matters needs at least 4 trials that differ")
     best = _table_of_best(design, complete[:SHOWN_TRIALS])
     shown = f"{min(len(complete), SHOWN_TRIALS)} best of {len(complete)}, each "
-    shown += f"a mean over {len(design.seeds)} seeds with half its 95 % interval" if len(design.seeds) > 1 else "one run"
+    shown += (
+        f"a mean over {len(design.seeds)} seeds with half its 95 % interval" if len(design.seeds) > 1 else "one run"
+    )
     texts, blocks = [text_table(*best), shown, ""], [markdown_table(*best), "", shown, ""]
     marginals = search.marginals()
     if marginals:

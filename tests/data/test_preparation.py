@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from lightning_danube.__main__ import main
-from lightning_danube.data import preparation, reading, units
+from lightning_danube.data import encoding, preparation, reading
 from lightning_danube.data.corpora import Source
 from lightning_danube.data.preparation import Preparation, open_or_prepare, prepare
 from lightning_danube.data.quality import Filters, Quality
@@ -344,29 +344,29 @@ def test_a_long_document_is_cut_at_white_space(
 def test_long_texts_are_encoded_in_parts_without_a_trace(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "_PART_CHARACTERS", 7)
+    monkeypatch.setattr(encoding, "_PART_CHARACTERS", 7)
     preparation = Preparation(tmp_path / "shards", "src", Source("x.txt"), tokenizer, 0.1, Quality(), tmp_path)
     preparation.open(None)
     job = preparation.job
     assert job.in_parts
+    monkeypatch.setattr(encoding, "gigatoken_encoder", lambda tokenizer_json: None)
     drawn = random.Random(0)
     alphabet = [" ", " ", "  ", "▁", "\n", "\t", "river", "stone ", "</s>", "é", "日本", "\u200b", "🙂", "a" * 30, "."]
     long = ["".join(drawn.choices(alphabet, k=drawn.randrange(200))) for _ in range(300)]
     long += ["", " ", "x" * 100, " " * 100, "word " * 20, " word" * 20, "▁ " * 30]
-    assert sum(len(units._parts(text)) > 3 for text in long) > 200
+    assert sum(len(encoding._parts(text)) > 3 for text in long) > 200
     for text, ids, expected in zip(
         long,
-        units.encode(units._tokenizer(str(job.tokenizer_file)), long, job),
+        encoding.TextEncoder(job.tokenizer_file.read_text(), job.in_parts).encode(long),
         tokenizer.encode_documents(long),
         strict=True,
     ):
-        assert ids.tolist() == expected.tolist(), text
-        assert ids.dtype == expected.dtype
+        assert [tokenizer.bos_id, *ids, tokenizer.eos_id] == expected.tolist(), text
 
 
 def test_only_a_tokenizer_without_pieces_over_a_space_encodes_in_parts(tokenizer: DocumentTokenizer) -> None:
     whole = json.loads(tokenizer.hf.backend_tokenizer.to_str())
-    assert units.can_encode_in_parts(json.dumps(whole))
+    assert encoding.can_encode_in_parts(json.dumps(whole))
     pieces = {**whole["model"]["vocab"], "of▁the": 40_000}
     for change in (
         {"model": {**whole["model"], "vocab": pieces}},
@@ -375,7 +375,7 @@ def test_only_a_tokenizer_without_pieces_over_a_space_encodes_in_parts(tokenizer
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}},
         {"added_tokens": [{**whole["added_tokens"][0], "special": False}]},
     ):
-        assert not units.can_encode_in_parts(json.dumps(whole | change))
+        assert not encoding.can_encode_in_parts(json.dumps(whole | change))
 
 
 def test_rows_without_end_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
