@@ -111,6 +111,8 @@ def main() -> None:
     if arguments.grouped_queries:
         grouped_queries(arguments)
         return
+    if arguments.arms and "danube" not in arguments.arms:
+        parser.error("--arms needs danube, which the others are compared with")
     arms = arguments.arms or [name for name in ARMS if arguments.compiled or "compiled" not in name]
     if arguments.device == "cuda":
         arms = [name for name in arms if "as installed" not in name]
