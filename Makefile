@@ -22,7 +22,7 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation test-s3 test-gigatoken check format-check lint types \
-	benchmark tensorboard notebooks clean
+	benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,11 @@ benchmark: $(INSTALLED_BENCHMARK) ## measure data loading, prepare and training 
 	@$(BIN)/python benchmarks/prepare.py $(ARGS)
 	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/training.py --overhead
+
+benchmark-gpu: $(INSTALLED_BENCHMARK) ## measure attention and training of the paper's models beside peers on one GPU (not run yet)
+	@$(BIN)/python benchmarks/attention_kernels.py --device cuda
+	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 500m
+	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 4b
 
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 	@$(BIN)/tensorboard --logdir runs $(ARGS)
