@@ -31,6 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    # Before torch loads OpenMP, which reads it once: threads that wait for work spin otherwise, and where a core has
+    # something else to do as well, a step takes two to three times as long for it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(args)
     except KeyboardInterrupt:

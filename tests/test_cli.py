@@ -240,6 +240,16 @@ def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsy
     assert "the checkpoint was trained with the tokenizer 'mistral'" in said
 
 
+def test_threads_sleep_while_they_wait_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    # It has to be there when torch is loaded: nothing that this file imports loads it.
+    script = "import sys, lightning_danube.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fti", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
