@@ -4,6 +4,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Collection, Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -76,6 +77,26 @@ def test_every_requirement_is_pinned_to_a_version_it_allows() -> None:
         assert name in pins, f"constraints.txt does not pin {name}"
         (pin,) = pins[name].specifier
         assert requirement.specifier.contains(pin.version), f"pyproject.toml asks for {requirement}, the pin is {pin}"
+
+
+def test_what_the_requirements_require_is_pinned_too() -> None:
+    """The quickstart's text is that of the installed packages: one without a pin would change it some day."""
+    pins = pinned()
+    seen: set[tuple[str, ...]] = set()
+    waiting = [Requirement("lightning-danube[test]")]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *sorted(requirement.extras)) in seen:
+            continue
+        seen.add((name, *sorted(requirement.extras)))
+        assert name in pins or name in ("lightning-danube", "pip"), f"constraints.txt does not pin {name}"
+        for line in distribution(name).requires or []:
+            needed = Requirement(line)
+            extras = [*requirement.extras, ""]
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(needed)
+    assert len(seen) > 80
 
 
 def test_every_constraint_is_one_exact_version_of_any_build() -> None:
