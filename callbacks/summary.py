@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.checkpoints import wait_for_checkpoint
 from callbacks.fact_recall import FactRecall
 from callbacks.ledger import TokenLedger
 from callbacks.position import curriculum_of, finished_stage, run_directory
@@ -23,6 +24,7 @@ from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.data.replicas import replicas_of
 from lightning_danube.model import DecoderConfig
 from lightning_danube.result_files import write_json
+from lightning_danube.runs import read_step
 from lightning_danube.tables import text_table
 
 
@@ -56,6 +58,8 @@ class PretrainingSummary(Callback):
             f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
             f"{config.parameters:,} parameters"
         ]
+        if getattr(pl_module.decoder, "has_compiled_blocks", False):
+            lines.append("its blocks are compiled at the first step and at the first held-out loss, which take longer")
         passes = curriculum.passes()
         rows = []
         for name, shards in data.shards.items():
@@ -99,7 +103,10 @@ class PretrainingSummary(Callback):
         write_json(directory / "summary.json", summary)
         _, curriculum = curriculum_of(trainer)
         if trainer.global_step < curriculum.total_steps:
-            say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps")
+            wait_for_checkpoint(trainer)
+            saved = [read_step(path) for path in (directory / "checkpoints").glob("*.ckpt")]
+            last = f"the last checkpoint is of step {max(saved)}" if saved else "nothing was saved"
+            say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps; {last}")
         if not self._stage_losses:
             return
         sources = list(curriculum.sources)

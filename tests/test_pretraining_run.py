@@ -152,10 +152,11 @@ def test_accumulation_changes_memory_not_the_result(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_change_speed_not_the_result(tiny: Path) -> None:
+def test_compiled_blocks_change_speed_not_the_result(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--trainer.precision", "64-true", "--trainer.max_steps", "12"]
     for name, more in {"plain": [], "compiled": ["--model.init_args.compile_blocks", "true"]}.items():
         assert fit(tiny, "--name", name, *options, *more) == 0
+    assert capsys.readouterr().out.count("its blocks are compiled at the first step") == 1
     losses = [scalars(tiny / "runs" / name / "version_0", "loss/train") for name in ("plain", "compiled")]
     assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-6)
 
@@ -275,7 +276,9 @@ def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path: Path) -> None:
 
 def test_a_run_cut_short_says_where_it_stopped(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny, "--trainer.limit_train_batches", "3") == 0
-    assert "stopped after 3 of 26 steps" in capsys.readouterr().out
+    assert "stopped after 3 of 26 steps; nothing was saved" in capsys.readouterr().out
+    assert fit(tiny, "--name", "longer", "--trainer.limit_train_batches", "7") == 0
+    assert "stopped after 7 of 26 steps; the last checkpoint is of step 5" in capsys.readouterr().out
     assert json.loads((run_directory(tiny) / "summary.json").read_text())["tokens"] == 3 * 256
 
 
