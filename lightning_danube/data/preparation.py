@@ -427,6 +427,8 @@ class _Workshop:
         if missing == 0:
             preparation.join()
             return
+        if (preparation.directory / "shards.json").exists():
+            return  # another process has joined the source, and cleared its units up
         assert preparation.part is not None and preparation.units is not None
         number, of = preparation.part
         print(

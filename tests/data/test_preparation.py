@@ -341,6 +341,24 @@ def test_a_long_document_is_cut_at_white_space(
     assert reading.cut("ü" + "aü" * 500) == ["ü" + "aü" * 332 + "a", "ü" + "aü" * 167]
 
 
+def test_two_at_the_same_source_end_well_whoever_is_first(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two nodes of one run: when the second comes to join its units, the first has joined and cleared up."""
+    (tmp_path / "a.txt").write_text("a river\nstones\n")
+    finish = preparation._Workshop._finish
+
+    def after_another(workshop: Any, mine: Preparation) -> None:
+        monkeypatch.setattr(preparation._Workshop, "_finish", finish)
+        prepare_small(Source(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache")
+        assert not mine.building.exists()
+        finish(workshop, mine)
+
+    monkeypatch.setattr(preparation._Workshop, "_finish", after_another)
+    directory = prepare_small(Source(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache")
+    assert report(directory)["documents"] == 1 and not list(directory.parent.glob(".*"))
+
+
 def test_long_texts_are_encoded_in_parts_without_a_trace(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
