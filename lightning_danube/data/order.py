@@ -103,8 +103,8 @@ def _same_source(name: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved != now:
         raise ValueError(
             f"data.sources: {name!r} now holds {now['tokens']:,} tokens ({now['digest']}), the run has read from "
-            f"{saved['tokens']:,} ({saved['digest']}): bring back its files (of the embedded documentation: the installed "
-            f"packages), tokenizer and data.held_out, {_WAY_OUT}"
+            f"{saved['tokens']:,} ({saved['digest']}): bring back its files (of the embedded documentation: the "
+            f"installed packages), tokenizer and data.held_out, {_WAY_OUT}"
         )
 
 
