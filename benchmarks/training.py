@@ -275,10 +275,7 @@ def seconds_of_steps(config: DecoderConfig, steps: int) -> list[float]:
         began = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
             total, count = next_token_loss(decoder.hidden_states(inputs), decoder.lm_head.weight, labels)
-        (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(total / count, decoder, optimizer)
         seconds.append(time.process_time() - began)
     return seconds[1:]
 
@@ -355,6 +352,14 @@ def batches(work: Work, device: str) -> Iterator[tuple[torch.Tensor, torch.Tenso
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def update(loss: torch.Tensor, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step from its loss on."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def plain_loop(
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -366,10 +371,7 @@ def plain_loop(
     for inputs, labels in batches(work, clock.device):
         with torch.autocast(clock.device, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(inputs, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(loss, module, optimizer)
         clock.step_done(loss.item)
 
 

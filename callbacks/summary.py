@@ -24,7 +24,7 @@ from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.data.replicas import replicas_of
 from lightning_danube.model import DecoderConfig
 from lightning_danube.result_files import write_json
-from lightning_danube.runs import read_step
+from lightning_danube.runs import newest_checkpoint, read_step
 from lightning_danube.tables import text_table
 
 
@@ -104,8 +104,8 @@ class PretrainingSummary(Callback):
         _, curriculum = curriculum_of(trainer)
         if trainer.global_step < curriculum.total_steps:
             wait_for_checkpoint(trainer)
-            saved = [read_step(path) for path in (directory / "checkpoints").glob("*.ckpt")]
-            last = f"the last checkpoint is of step {max(saved)}" if saved else "nothing was saved"
+            saved = newest_checkpoint(directory)
+            last = f"the last checkpoint is of step {read_step(saved)}" if saved is not None else "nothing was saved"
             say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps; {last}")
         if not self._stage_losses:
             return

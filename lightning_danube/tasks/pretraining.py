@@ -23,8 +23,8 @@ class Pretraining(NextTokenTask):
         learning_rate: schedule in tokens.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile_blocks: have PyTorch compile each block for training and held-out losses: minutes at the start of a run
-            on a CPU, which needs a C++ compiler.
+        compile_blocks: have PyTorch compile each block for training and held-out losses: some 20 s at the start of a
+            run on a CPU, which needs a C++ compiler.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
     """
 
