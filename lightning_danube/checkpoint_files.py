@@ -190,12 +190,17 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
     path = directory / MANIFEST
     there = {name: dict(entry) for name, entry in sorted(listed.items()) if (directory / name).exists()}
-    with _temporary(path).open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"checkpoints": there}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(_temporary(path), (json.dumps({"checkpoints": there}, indent=2) + "\n").encode())
     os.replace(_temporary(path), path)
     sync_directory(directory)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file under its final or temporary name; when this returns, its content survives a power cut."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def is_sharded(path: Path) -> bool:

@@ -25,6 +25,7 @@ from lightning_danube.checkpoint_files import (
     read_plain,
     remove_checkpoint,
     sync_directory,
+    write_synced,
 )
 from lightning_danube.model.sharded_files import MOMENT, REST, WEIGHT, load_whole
 
@@ -111,20 +112,13 @@ class Saver:
 
 def _complete(rest: bytes, hidden: Path, path: Path) -> None:
     """Gives a checkpoint whose parts are all on the disk what is missing, and its name."""
-    _write_synced(hidden / REST, rest)
+    write_synced(hidden / REST, rest)
     sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
-    _write_synced(hidden / FILES, (json.dumps(sizes, indent=2) + "\n").encode())
+    write_synced(hidden / FILES, (json.dumps(sizes, indent=2) + "\n").encode())
     sync_directory(hidden)
     remove_checkpoint(path)  # the same step, saved before
     os.replace(hidden, path)
     sync_directory(path.parent)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_rest(path: Path) -> dict[str, Any]:
