@@ -57,6 +57,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "W / 2 and goes on (without: an error)",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="have PyTorch compile the decoding step first, which takes up to a minute (on a CPU, a C++ compiler) and "
+        "pays for thousands of tokens",
+    )
+    parser.add_argument(
         "--jsonl",
         action="store_true",
         help="print one object a prompt: prompt, text (the continuation), prompt_tokens, tokens, finish_reason, seed",
@@ -74,6 +80,7 @@ def run(arguments: Namespace) -> None:
     import torch
 
     from lightning_danube.data.chat import end_ids
+    from lightning_danube.model.compiled_steps import CompiledStep
     from lightning_danube.model.packing import pack_for_generation
     from lightning_danube.text_generation import TextGeneration
 
@@ -84,6 +91,10 @@ def run(arguments: Namespace) -> None:
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
     pack_for_generation(decoder)
+    compiled = None
+    if arguments.compile:
+        compiled = CompiledStep(decoder)
+        print("compiling the decoding step", file=sys.stderr, flush=True)
     with torch.inference_mode():
         for start in range(0, len(prompts), arguments.batch_size):
             rows = range(start, min(start + arguments.batch_size, len(prompts)))
@@ -97,6 +108,7 @@ def run(arguments: Namespace) -> None:
                 sampling=sampling,
                 seeds=[arguments.seed + row for row in rows],
                 window=arguments.window,
+                compiled=compiled,
             )
             if len(prompts) == 1 and not arguments.jsonl:
                 _print_as_it_comes("" if arguments.chat else prompts[0].text, (piece for _, piece in generation))

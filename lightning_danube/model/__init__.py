@@ -2,6 +2,7 @@
 
 from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
 from .checkpoints import load_checkpoint, load_hf, save_hf
+from .compiled_steps import CompiledStep
 from .config import PRESETS, DecoderConfig, DecoderShape
 from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
 from .generation import GREEDY, KVCache, Sampling, TokenStream, evaluation_mode, generate, sample
@@ -12,6 +13,7 @@ __all__ = [
     "PRESETS",
     "Backbone",
     "Block",
+    "CompiledStep",
     "Decoder",
     "DecoderConfig",
     "DecoderShape",

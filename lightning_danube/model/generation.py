@@ -1,7 +1,7 @@
 """Sampling with a key-value cache: `TokenStream` gives the tokens of a batch step by step, `generate` all of them.
 
-Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, E tokens that end a row; of the cache: L
-layers, G key-value heads, S tokens that fit, K channels of a head.
+Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, E tokens that end a row; of the cache: G
+key-value heads, S tokens that fit, K channels of a head.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Past, causal_mask
+from .compiled_steps import CompiledStep, StepsOfCache, next_logits
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -26,11 +27,16 @@ class KVCache:
     All memory is taken at the start, so a text that fits can be finished, and no shape changes from step to step. Rows
     are filled from slot 0 on, and hold either the same number of tokens, `length`, or numbers of their own, `lengths_B`
     (after `set_lengths`; who extends them sees to it that what is new fits). Those live on the device and select slots
-    there: a step then asks the host for nothing, and could be compiled or recorded as a graph.
+    there: a step then asks the host for nothing, and can be compiled or recorded as a graph.
+
+    Args:
+        keys_BGSK: a tensor for each layer. Were they cut out of one tensor within a step, a compiled step would write
+            all of it anew in each layer.
+        values_BGSK: likewise.
     """
 
-    def __init__(self, keys_LBGSK: Tensor, values_LBGSK: Tensor) -> None:
-        self.keys_LBGSK, self.values_LBGSK = keys_LBGSK, values_LBGSK
+    def __init__(self, keys_BGSK: Sequence[Tensor], values_BGSK: Sequence[Tensor]) -> None:
+        self.keys_BGSK, self.values_BGSK = keys_BGSK, values_BGSK
         self.length = 0
         self.lengths_B: Tensor | None = None
         self.visible = self.capacity
@@ -45,23 +51,30 @@ class KVCache:
         dtype, device = weight.dtype, weight.device
         if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
-        # Zeros: what is masked is still multiplied by 0, and must not be an inf or nan that was left in the memory.
-        keys_LBGSK, values_LBGSK = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(keys_LBGSK, values_LBGSK)
+        shape = (batch, c.num_key_value_heads, length, c.head_dim)
+
+        def empty() -> list[Tensor]:
+            # Zeros: what is masked is still multiplied by 0, and must not be an inf or nan that was left in the memory.
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
+
+        return cls(empty(), empty())
 
     @property
     def capacity(self) -> int:
-        return self.keys_LBGSK.shape[3]
+        return self.keys_BGSK[0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        return self.keys_LBGSK.nbytes + self.values_LBGSK.nbytes
+        return sum(memory_BGSK.nbytes for memory_BGSK in (*self.keys_BGSK, *self.values_BGSK))
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_BGSK[0].device
 
     def layer(self, index: int) -> Past:
         """What one layer's attention adds its keys and values to."""
         # Made for each step: were it kept here, it and the cache would keep each other, and their memory, alive.
-        return LayerOfCache(self, self.keys_LBGSK[index], self.values_LBGSK[index])
+        return LayerOfCache(self, self.keys_BGSK[index], self.values_BGSK[index])
 
     def reserve(self, tokens: int) -> None:
         """Make sure that so many more fit. Rows of different lengths are only extended by whoever knows their lengths.
@@ -78,14 +91,13 @@ class KVCache:
         """Of the next tokens, (1 or B, T)."""
         if self.lengths_B is not None:
             return self.lengths_B[:, None] + torch.arange(tokens, device=self.lengths_B.device)
-        return torch.arange(self.length, self.length + tokens, device=self.keys_LBGSK.device)[None]
+        return torch.arange(self.length, self.length + tokens, device=self.device)[None]
 
     def mask(self, tokens: int) -> Tensor | None:
         """(1 or B, 1, T, S) for attention of the next tokens, where it is not plainly causal."""
-        device = self.keys_LBGSK.device
         if self.lengths_B is not None:
-            return (torch.arange(self.visible, device=device) <= self.positions(tokens)[:, :, None])[:, None]
-        return causal_mask(tokens, self.length, device) if self.length and tokens > 1 else None
+            return (torch.arange(self.visible, device=self.device) <= self.positions(tokens)[:, :, None])[:, None]
+        return causal_mask(tokens, self.length, self.device) if self.length and tokens > 1 else None
 
     def advance(self, tokens: int) -> None:
         """Count tokens that all layers have taken in. Until then they are not there: a step that was broken off in its
@@ -102,28 +114,32 @@ class KVCache:
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """From now on each row has a length of its own: what lies behind it is overwritten, and not seen before."""
-        assert len(lengths) == self.keys_LBGSK.shape[1] and max(lengths) <= self.capacity
-        self.lengths_B = torch.tensor(lengths, device=self.keys_LBGSK.device)
+        assert len(lengths) == self.keys_BGSK[0].shape[0] and max(lengths) <= self.capacity
+        self.lengths_B = torch.tensor(lengths, device=self.device)
 
     def copies(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> "KVCache":
         """A cache that has these rows, each as often as it is named, its first so many tokens, and room for more: for
         several continuations of one beginning, which is then read once."""
         capacity = max(lengths) + room
-        rows_R = torch.tensor(rows, device=self.keys_LBGSK.device)
-        copied = []
-        for memory_LBGSK in (self.keys_LBGSK, self.values_LBGSK):
-            L, _, G, S, K = memory_LBGSK.shape
-            new_LRGSK = memory_LBGSK.new_zeros(L, len(rows), G, capacity, K)
-            kept = min(S, capacity)
-            new_LRGSK[:, :, :, :kept] = memory_LBGSK[:, rows_R, :, :kept]
-            copied.append(new_LRGSK)
-        cache = KVCache(copied[0], copied[1])
+        rows_R, kept = torch.tensor(rows, device=self.device), min(self.capacity, capacity)
+
+        def copied(memory_BGSK: Tensor) -> Tensor:
+            _, G, _, K = memory_BGSK.shape
+            new_RGSK = memory_BGSK.new_zeros(len(rows), G, capacity, K)
+            new_RGSK[:, :, :kept] = memory_BGSK[rows_R, :, :kept]
+            return new_RGSK
+
+        cache = KVCache([*map(copied, self.keys_BGSK)], [*map(copied, self.values_BGSK)])
         cache.set_lengths(lengths)
         return cache
 
     def row(self, index: int) -> "KVCache":
         """An empty cache of one row, in the memory of this one's."""
-        return KVCache(self.keys_LBGSK[:, index : index + 1], self.values_LBGSK[:, index : index + 1])
+        keys_BGSK, values_BGSK = (
+            [memory_BGSK[index : index + 1] for memory_BGSK in memories_BGSK]
+            for memories_BGSK in (self.keys_BGSK, self.values_BGSK)
+        )
+        return KVCache(keys_BGSK, values_BGSK)
 
 
 @dataclass(slots=True)
@@ -202,6 +218,7 @@ class TokenStream(Iterator[Tensor]):
             of that length. Without it, a text that does not fit the context is refused.
         cache: one that already holds the beginning of every prompt (`length` tokens, fewer than the shortest has), and
             has room for the rest and all new tokens but the last.
+        compiled: what computes the steps after a prompt; without it they are computed as they are written.
 
     Raises:
         ValueError: an impossible request.
@@ -218,6 +235,7 @@ class TokenStream(Iterator[Tensor]):
         eos_ids: Sequence[int] = (),
         window: int | None = None,
         cache: KVCache | None = None,
+        compiled: CompiledStep | None = None,
     ) -> None:
         check_request(decoder, prompts, max_new_tokens, window)
         device = decoder.model.embed_tokens.weight.device
@@ -232,9 +250,13 @@ class TokenStream(Iterator[Tensor]):
         capacity = max(self.lengths) + max_new_tokens - 1
         if window is not None:
             capacity = min(capacity, window)
+        if compiled is not None:
+            capacity += 1  # see StepsOfCache
         self.cache = KVCache.for_decoder(decoder, len(self.prompts), capacity) if cache is None else cache
         assert self.cache.capacity >= capacity and self.cache.length < min(self.lengths)
         assert cache is None or window is None, "a window starts from its own cache"
+        assert compiled is None or compiled.decoder is decoder
+        self.compiled = None if compiled is None else StepsOfCache(compiled, self.cache)
 
         self.eos_ids_E = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(self.prompts), dtype=torch.bool, device=device)
@@ -260,7 +282,7 @@ class TokenStream(Iterator[Tensor]):
         # Whether all have ended is the one thing that a step asks the device for.
         if step == self.max_new_tokens or (step and self.can_finish and bool(self.finished_B.all())):
             raise StopIteration
-        logits_BV = self.decoder.lm_head(self._hidden())
+        logits_BV = self._logits()
         if logits_BV.dtype != torch.float64:
             logits_BV = logits_BV.float()
         if not step and not bool(logits_BV.isfinite().all()):
@@ -284,25 +306,29 @@ class TokenStream(Iterator[Tensor]):
         self.finished_B[row] = True
         self.can_finish = True
 
-    def _hidden(self) -> Tensor:
-        """(B, D) at the last token of each row, after reading what has not been read."""
+    def _logits(self) -> Tensor:
+        """(B, V) after the last token of each row, after reading what has not been read."""
         rows = range(len(self.lengths))
         moved = [row for row in rows if self._slide(row)]
         if not self.steps or len(moved) == len(rows):
             if self.steps:
                 self.cache.length, self.cache.lengths_B = 0, None
             return self._read(rows, self.cache)
+        longest = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
         if self.cache.lengths_B is not None:
             for row in moved:
                 # The step below writes something into every row; what it writes here is overwritten right after.
                 self.cache.lengths_B[row] = 0
-            self.cache.visible = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
-        hidden_BD = self.decoder.hidden_states(self.steps[-1][:, None], cache=self.cache)[:, 0]
+            self.cache.visible = longest
+        if self.compiled is None:
+            logits_BV = next_logits(self.decoder, self.steps[-1], self.cache)
+        else:
+            logits_BV = self.compiled(self.steps[-1], longest)
         for row in moved:
             assert self.cache.lengths_B is not None, "rows of one length move together"
-            hidden_BD[row] = self._read([row], self.cache.row(row))[0]
+            logits_BV[row] = self._read([row], self.cache.row(row))[0]
             self.cache.lengths_B[row] = self.lengths[row] - self.starts[row]
-        return hidden_BD
+        return logits_BV
 
     def _slide(self, row: int) -> bool:
         """Drop the older half of what a row reads, if the window is full."""
@@ -312,7 +338,7 @@ class TokenStream(Iterator[Tensor]):
         return True
 
     def _read(self, rows: Sequence[int], cache: KVCache) -> Tensor:
-        """Read the texts of these rows into their cache, past what it holds already; (rows, D) at their last tokens.
+        """Read the texts of these rows into their cache, past what it holds already; (rows, V) after their last tokens.
 
         Shorter rows are filled up behind their end, where causal attention keeps them from seeing it.
         """
@@ -321,11 +347,18 @@ class TokenStream(Iterator[Tensor]):
         counts = [len(text) for text in texts]
         ids_BT = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         hidden_BTD = self.decoder.hidden_states(ids_BT, cache=cache)
-        if min(counts) == max(counts):
-            return hidden_BTD[:, -1]
-        cache.set_lengths([begun + count for count in counts])
-        last_B = torch.tensor(counts, device=ids_BT.device) - 1
-        return hidden_BTD[torch.arange(len(counts), device=ids_BT.device), last_B]
+        of_one_length = min(counts) == max(counts)
+        if not of_one_length or (self.compiled is not None and cache is self.cache):
+            cache.set_lengths([begun + count for count in counts])
+            if self.compiled is not None:
+                self.compiled.forget()
+        if of_one_length:
+            last_BD = hidden_BTD[:, -1]
+        else:
+            last_B = torch.tensor(counts, device=ids_BT.device) - 1
+            last_BD = hidden_BTD[torch.arange(len(counts), device=ids_BT.device), last_B]
+        logits_BV: Tensor = self.decoder.lm_head(last_BD)
+        return logits_BV
 
     def _text(self, row: int) -> Tensor:
         """What the model reads of a row."""

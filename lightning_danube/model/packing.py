@@ -74,8 +74,9 @@ class PackedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        # A plain attribute: the layout is opaque, there is nothing that a state_dict could take.
-        self.packed = OPERATORS._reorder_linear_weight(weight, LAYOUT_ROWS)
+        # Not in a state_dict, which could do nothing with the opaque layout. A buffer, so that a compiler may take it
+        # for a constant: of others these operators can not be compiled.
+        self.register_buffer("packed", OPERATORS._reorder_linear_weight(weight, LAYOUT_ROWS), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = OPERATORS._linear_pointwise(x, self.packed, None, "none", [], "")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import Any
 
 from torch import Tensor
 
 from lightning_danube.durations import parse_tokens
 from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
+from lightning_danube.model.compilation import check_compiler
 from lightning_danube.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
 
@@ -54,12 +53,7 @@ class Pretraining(NextTokenTask):
             ValueError: blocks are to be compiled for a CPU, and there is no C++ compiler.
         """
         if self.decoder.has_compiled_blocks and self.trainer.strategy.root_device.type == "cpu":
-            compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-            if not any(map(shutil.which, compilers)):
-                raise ValueError(
-                    f"model.compile_blocks needs a C++ compiler on a CPU, and there is no {' or '.join(compilers)}: "
-                    "install one, name it in CXX, or set model.compile_blocks to false"
-                )
+            check_compiler("model.compile_blocks", "set model.compile_blocks to false")
         super().configure_model()
 
     def length_in_tokens(self) -> tuple[int, int]:

@@ -105,10 +105,10 @@ def test_several_continuations_of_a_beginning_equal_uncached_texts(config: Decod
 
 def test_the_cache_has_the_size_of_the_key_value_heads(decoder: Decoder) -> None:
     cache = KVCache.for_decoder(decoder, batch=3, length=10)
-    assert cache.keys_LBGSK.shape == (2, 3, 2, 10, 16)
+    assert [keys.shape for keys in cache.keys_BGSK] == [(3, 2, 10, 16)] * 2
     assert cache.nbytes == 3 * CONFIG.cache_bytes(10, bytes_per_value=8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert KVCache.for_decoder(Decoder(CONFIG), 1, 1).keys_LBGSK.dtype == torch.bfloat16
+        assert KVCache.for_decoder(Decoder(CONFIG), 1, 1).keys_BGSK[0].dtype == torch.bfloat16
 
 
 def test_a_full_cache_is_refused(decoder: Decoder) -> None:
@@ -411,7 +411,7 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
 def test_a_cache_lets_its_memory_go_at_once(decoder: Decoder) -> None:
     stream = TokenStream(decoder, [[1, 2], [3]], 3)
     list(stream)
-    keys = weakref.ref(stream.cache.keys_LBGSK)
+    keys = weakref.ref(stream.cache.keys_BGSK[0])
     gc.disable()
     try:
         del stream
