@@ -1,20 +1,27 @@
-"""Tokens a second of generation on the CPU beside transformers and llama.cpp, and what grouped queries save.
+"""Tokens a second of generation beside transformers and llama.cpp, and what grouped queries save.
 
-    python benchmarks/generation.py [--weights smollm2] [--rounds 5] [--threads 2]
+    python benchmarks/generation.py [--weights smollm2] [--compiled] [--rounds 5] [--threads 2]
+    python benchmarks/generation.py --device cuda --shape danube3-500m --compiled --dtypes bfloat16
     python benchmarks/generation.py --grouped-queries
 
-First form: one prompt of random ids, greedy, batch 1, with the same weights in every program; random ones of the shape
-of SmolLM2-135M unless `--weights` names others. Contestants are
+First form: one prompt of random ids, greedy, batch 1, with the same weights in every program; random ones of `--shape`
+unless `--weights` names others. Contestants are
 
 * danube: what `generate` runs: TokenStream on packed linear layers;
 * unpacked: the same without packing, as while training;
 * transformers: `generate` with its defaults, tokens taken by a streamer;
-* llama.cpp: a GGUF file of the same type, `Llama.generate` with its greedy sampler, keys and values in 16 bits as by
-  default (with float32 weights: in float32).
+* llama.cpp, on the CPU: a GGUF file of the same type, `Llama.generate` with its greedy sampler, keys and values in 16
+  bits as by default (with float32 weights: in float32);
+* with --compiled, danube compiled: `generate --compile`; and on a GPU transformers compiled: its `generate` with a
+  static cache, which it compiles by itself.
 
 All live in one process with the same number of threads. In each round every contestant runs once, one after the other,
 each round begins with another one, and the first round is not counted. Prefill is the time to the first token, decode
 that from the first to the last; ratios are medians of the rounds' ratios. CPU seconds are those of the process.
+
+The limit of decoding is how often a second all that a token needs could be read from memory, that is the weights and
+the cache half way between the first and the last new token, at the speed at which this process reads one large tensor
+(the best of ten times).
 
 Second form: decoders of the size and shape of Danube3-500M with 16, 8 (the paper's), 4 and 1 key-value heads, the
 feed-forward layers so much wider that all have the same number of parameters, in bfloat16 with random weights. Decoding
@@ -24,6 +31,7 @@ is timed with a cache that holds so many tokens; what they are changes no time.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import statistics
@@ -39,11 +47,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from lightning_danube.llama_cpp import import_llama_cpp
-from lightning_danube.model import PRESETS, Decoder, DecoderConfig, KVCache, TokenStream
+from lightning_danube.model import PRESETS, CompiledStep, Decoder, DecoderConfig, KVCache, TokenStream
 from lightning_danube.model.gguf_files import save_gguf
 from lightning_danube.model.packing import pack_for_generation
 
-SMOLLM2 = DecoderConfig(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True)
+SHAPES = {"smollm2": DecoderConfig(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True), **PRESETS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_HEADS = (16, 8, 4, 1)
 
@@ -53,7 +61,10 @@ Times = list[float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="as for generate; random ones of SmolLM2's shape if not given")
+    parser.add_argument("--weights", help="as for generate; random ones of --shape if not given")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="with compiled contestants")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -75,50 +86,79 @@ def contest(arguments: argparse.Namespace) -> None:
     rows, notes = [], []
     for name in arguments.dtypes:
         with tempfile.TemporaryDirectory() as directory:
-            contestants, missing = open_contestants(arguments, DTYPES[name], Path(directory))
+            contestants, config, missing = open_contestants(arguments, DTYPES[name], Path(directory))
             if missing:
                 notes.append(missing)
-            else:
+            elif arguments.device == "cpu":
                 packages.append("llama-cpp-python")
+            speed = bytes_a_second(arguments.device)
+            notes.append(f"memory is read at {speed / 1e9:,.1f} GB/s")
             for length in arguments.prompt_tokens:
                 prompt = torch.randint(3, 30000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-                rows += rows_of(name, length, measured(contestants, prompt, arguments), arguments.new_tokens)
+                limit = speed / bytes_a_token(config, DTYPES[name].itemsize, length + arguments.new_tokens // 2)
+                rows += rows_of(name, length, measured(contestants, prompt, arguments), limit)
         del contestants
         gc.collect()
     lines = [
         described(*dict.fromkeys(packages)),
+        *([torch.cuda.get_device_name()] if arguments.device == "cuda" else []),
         f"{arguments.threads} threads, {arguments.new_tokens} new tokens, {arguments.rounds} rounds, medians "
-        f"(least to most); weights: {arguments.weights or 'random, SmolLM2-135M'}",
+        f"(least to most); weights: {arguments.weights or f'random, {arguments.shape}'}",
         *dict.fromkeys(notes),
         "",
-        "| weights | prompt | | prefill, tokens/s | × transformers | decode, tokens/s | × transformers | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| weights | prompt | | prefill, tokens/s | × transformers | decode, tokens/s | × transformers "
+        "| of the limit | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    write_result("generation", "\n".join(lines))
+    write_result("generation" if arguments.device == "cpu" else "generation-cuda", "\n".join(lines))
+
+
+def bytes_a_second(device: str) -> float:
+    """At which one large tensor is read."""
+    large = torch.ones(2**28, device=device)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        large.sum().item()
+        times.append(time.perf_counter() - began)
+    return large.nbytes / min(times)
+
+
+def bytes_a_token(config: DecoderConfig, bytes_a_number: int, tokens: int) -> int:
+    """That a decoding step reads after so many tokens: all weights, but one row of an embedding that is not the head as
+    well, and the cache."""
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
+    return (config.parameters - unread) * bytes_a_number + config.cache_bytes(tokens, bytes_per_value=bytes_a_number)
 
 
 def open_contestants(
     arguments: argparse.Namespace, dtype: torch.dtype, directory: Path
-) -> tuple[dict[str, Callable[[list[int], int], Times]], str]:
-    """Name → what generates so many tokens after a prompt; and a line about who is not there."""
-    unpacked = decoder_of(arguments.weights, dtype)
-    packed = decoder_of(None, dtype, unpacked.config)
-    packed.load_state_dict(unpacked.state_dict())
-    pack_for_generation(packed)
+) -> tuple[dict[str, Callable[[list[int], int], Times]], DecoderConfig, str]:
+    """Name → what generates so many tokens after a prompt; the model's shape; and a line about who is not there."""
+    unpacked = decoder_of(arguments, dtype)
+    packed = copy.deepcopy(unpacked)
+    is_packed = pack_for_generation(packed)
     context = max(arguments.prompt_tokens) + arguments.new_tokens
     config = LlamaConfig.from_dict(unpacked.config.to_hf(None, None, None))
-    theirs: Any = LlamaForCausalLM(config).to(dtype).eval()  # type: ignore[call-arg]
+    with torch.device(arguments.device):
+        theirs: Any = LlamaForCausalLM(config).to(dtype).eval()
     theirs.load_state_dict(unpacked.state_dict())
-    contestants = {
-        "danube": lambda prompt, n: ours(packed, prompt, n),
-        "unpacked": lambda prompt, n: ours(unpacked, prompt, n),
-        "transformers": lambda prompt, n: transformers(theirs, prompt, n),
-    }
+    contestants = {"danube": lambda prompt, n: ours(packed, prompt, n)}
+    if is_packed:
+        contestants["unpacked"] = lambda prompt, n: ours(unpacked, prompt, n)
+    contestants["transformers"] = lambda prompt, n: transformers(theirs, prompt, n)
+    if arguments.compiled:
+        step = CompiledStep(packed)
+        contestants["danube compiled"] = lambda prompt, n: ours(packed, prompt, n, step)
+        if arguments.device == "cuda":
+            contestants["transformers compiled"] = lambda prompt, n: transformers(theirs, prompt, n, "static")
+    if arguments.device != "cpu":
+        return contestants, unpacked.config, ""
     try:
         llama_cpp = import_llama_cpp()
     except ValueError as error:
-        return contestants, f"llama.cpp is left out: {error}"
+        return contestants, unpacked.config, f"llama.cpp is left out: {error}"
     file = directory / "model.gguf"
     save_gguf(unpacked, file, dtype=dtype)
     kind = 0 if dtype == torch.float32 else 1  # GGML_TYPE_F32 and F16
@@ -132,21 +172,25 @@ def open_contestants(
         verbose=False,
     )
     contestants["llama.cpp"] = lambda prompt, n: llamas(llama, prompt, n)
-    return contestants, ""
+    return contestants, unpacked.config, ""
 
 
-def decoder_of(weights: str | None, dtype: torch.dtype, config: DecoderConfig = SMOLLM2) -> Decoder:
-    if weights is not None:
+def decoder_of(arguments: argparse.Namespace, dtype: torch.dtype) -> Decoder:
+    if arguments.weights is not None:
         from lightning_danube.weights import load_decoder
 
-        return load_decoder(weights, dtype=dtype).eval()
+        return load_decoder(arguments.weights, dtype=dtype, device=arguments.device).eval()
     torch.manual_seed(0)
-    return Decoder(config).to(dtype).eval()
+    with torch.device("meta"):
+        decoder = Decoder(SHAPES[arguments.shape]).to(dtype)
+    decoder = decoder.to_empty(device=arguments.device).eval()
+    decoder.init_weights()
+    return decoder
 
 
-def ours(decoder: Decoder, prompt: list[int], new_tokens: int) -> Times:
+def ours(decoder: Decoder, prompt: list[int], new_tokens: int, compiled: CompiledStep | None = None) -> Times:
     times = [time.perf_counter()]
-    for ids in TokenStream(decoder, [prompt], new_tokens):
+    for ids in TokenStream(decoder, [prompt], new_tokens, compiled=compiled):
         ids.tolist()
         times.append(time.perf_counter())
     return times
@@ -163,11 +207,18 @@ class Clock(BaseStreamer):
         pass
 
 
-def transformers(model: Any, prompt: list[int], new_tokens: int) -> Times:
+def transformers(model: Any, prompt: list[int], new_tokens: int, cache: str | None = None) -> Times:
     clock = Clock()
     began = time.perf_counter()
-    ids = torch.tensor([prompt])
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+    ids = torch.tensor([prompt], device=model.device)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        cache_implementation=cache,
+    )
     return [began, *clock.times[1:]]  # the first thing it is handed is the prompt
 
 
@@ -204,8 +255,12 @@ def in_turn(names: list[str], number: int) -> Iterator[str]:
 
 
 def rows_of(
-    dtype: str, prompt_tokens: int, results: Mapping[str, list[tuple[float, float, float]]], new_tokens: int
+    dtype: str, prompt_tokens: int, results: Mapping[str, list[tuple[float, float, float]]], limit: float
 ) -> list[str]:
+    """
+    Args:
+        limit: the most tokens a second of decoding.
+    """
     rows = []
     for name, rounds in results.items():
         cells = []
@@ -214,7 +269,8 @@ def rows_of(
             pairs = zip(rounds, results["transformers"], strict=True)
             ratio = statistics.median(mine[place] / theirs[place] for mine, theirs in pairs)
             cells += [f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})", f"{ratio:.2f}"]
-        cpu = statistics.median(values[2] for values in rounds)
+        share, cpu = (statistics.median(values[place] for values in rounds) for place in (1, 2))
+        cells.append(f"{share / limit:.0%}")
         rows.append(f"| {dtype} | {prompt_tokens:,} | {name} | {' | '.join(cells)} | {cpu:.2f} |")
     return rows
 
