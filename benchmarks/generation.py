@@ -19,9 +19,9 @@ All live in one process with the same number of threads. In each round every con
 each round begins with another one, and the first round is not counted. Prefill is the time to the first token, decode
 that from the first to the last; ratios are medians of the rounds' ratios. CPU seconds are those of the process.
 
-The limit of decoding is how often a second all that a token needs could be read from memory, that is the weights and
-the cache half way between the first and the last new token, at the speed at which this process reads one large tensor
-(the best of ten times).
+The memory's share is how much a second is read while decoding (each token the weights, and the cache as it is half way
+between the first and the last new token) beside what is read while summing one large tensor (the best of ten times).
+Kernels that read weights can be a little faster than that.
 
 Second form: decoders of the size and shape of Danube3-500M with 16, 8 (the paper's), 4 and 1 key-value heads, the
 feed-forward layers so much wider that all have the same number of parameters, in bfloat16 with random weights. Decoding
@@ -107,11 +107,12 @@ def contest(arguments: argparse.Namespace) -> None:
         *dict.fromkeys(notes),
         "",
         "| weights | prompt | | prefill, tokens/s | × transformers | decode, tokens/s | × transformers "
-        "| of the limit | CPU seconds |",
+        "| of the memory | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    write_result("generation" if arguments.device == "cpu" else "generation-cuda", "\n".join(lines))
+    name = "generation" if arguments.device == "cpu" else "generation-cuda"
+    write_result(f"{name}-{arguments.shape}", "\n".join(lines))
 
 
 def bytes_a_second(device: str) -> float:
@@ -259,7 +260,7 @@ def rows_of(
 ) -> list[str]:
     """
     Args:
-        limit: the most tokens a second of decoding.
+        limit: tokens a second of decoding at which as much is read as in a sum.
     """
     rows = []
     for name, rounds in results.items():

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from callbacks.position import run_directory
+from callbacks.position import run_directory, steps_ahead
 from callbacks.progress import say
 from callbacks.summary import held_out_losses, program
 from callbacks.throughput import Throughput
@@ -70,7 +70,7 @@ class ChatSummary(Callback):
                 lines.append(f"{name}: {count:,} left out: {cause}")
             lines += [f"  {message}" for message in report["first_left_out"]]
         lines.append(
-            f"run: {data.total_steps:,} steps of {data.batch_rows} rows of {data.context_length} places, "
+            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} rows of {data.context_length} places, "
             f"{100 * data.fill():.1f} % of them filled, in {data.epochs} pass(es), into {trainer.log_dir}"
         )
         say(trainer, "\n".join(lines))

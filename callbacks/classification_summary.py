@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks.position import is_done, run_directory
+from callbacks.position import is_done, run_directory, steps_ahead
 from callbacks.progress import say
 from callbacks.summary import program
 from callbacks.throughput import Throughput
@@ -76,7 +76,7 @@ class ClassificationSummary(Callback):
                 count = len(data.encoded[split])
                 lines.append(f"{split}: {cut:,} of {count:,} texts lost their end, at {data.context_length:,} tokens")
         lines.append(
-            f"run: {data.total_steps:,} steps of {data.batch_texts} texts ({data.batch_tokens:,} tokens), "
+            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_texts} texts ({data.batch_tokens:,} tokens), "
             f"{data.epochs} pass(es), into {trainer.log_dir}"  # a broadcast, so on every rank
         )
         say(trainer, "\n".join(lines))

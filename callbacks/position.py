@@ -44,6 +44,18 @@ def tokens_done(trainer: Trainer) -> int:
     return trainer.global_step * data_of(trainer).batch_tokens
 
 
+def end_of_run(trainer: Trainer) -> int:
+    """Tokens after which the run ends: those of the data, or fewer where `trainer.max_steps` ends it before."""
+    data = data_of(trainer)
+    limit = trainer.max_steps * data.batch_tokens
+    return data.total_tokens if limit < 0 else min(data.total_tokens, limit)
+
+
+def steps_ahead(trainer: Trainer, total: int) -> str:
+    """ "250", or "20 of 250" where `trainer.max_steps` ends the run before."""
+    return f"{total:,}" if not 0 <= trainer.max_steps < total else f"{trainer.max_steps:,} of {total:,}"
+
+
 def is_done(trainer: Trainer) -> bool:
     """Whether the last step of the run is over."""
     return tokens_done(trainer) >= data_of(trainer).total_tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.position import run_directory
+from callbacks.position import run_directory, steps_ahead
 from callbacks.progress import say
 from callbacks.summary import program
 from callbacks.throughput import Throughput
@@ -80,7 +80,7 @@ class PreferenceSummary(Callback):
         told = [text for text, pairs in ((computed, reference.computed), (reused, reference.reused)) if pairs]
         lines.append(f"reference: {', '.join(told)}")
         lines.append(
-            f"run: {data.total_steps:,} steps of {data.batch_rows} pairs of at most 2 × {data.context_length} places, "
+            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} pairs of at most 2 × {data.context_length} places, "
             f"in {data.epochs} pass(es), into {trainer.log_dir}"
         )
         say(trainer, "\n".join(lines))

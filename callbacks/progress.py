@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from callbacks.position import data_of, stage_name, tokens_done
+from callbacks.position import end_of_run, stage_name, tokens_done
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
@@ -38,6 +38,7 @@ class Progress(ProgressBar):
         self._bar: tqdm[Any] | None = None
         self._enabled = True
         self._last_line = 0.0
+        self._last_loss: float | None = None
         self._start: tuple[float, int] = (0.0, 0)
 
     def disable(self) -> None:
@@ -98,7 +99,9 @@ class Progress(ProgressBar):
             rate = (done - at) / max(now - seconds, 1e-9)
             # Nothing is known before the first step, which an accumulation can make a long one.
             left = tqdm.format_interval((total - done) / rate) if rate else "?"
-            said = "" if loss is None else f", loss {float(loss):.3f}"
+            # It is new at logged steps only. Said again it would look as if nothing had changed since.
+            said = "" if loss is None or float(loss) == self._last_loss else f", loss {float(loss):.3f}"
+            self._last_loss = None if loss is None else float(loss)
             print(
                 f"  {done:,} of {total:,} tokens{said}, {rate:,.0f} tokens/s, {left} left",
                 flush=True,
@@ -120,4 +123,4 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _tokens(trainer: Trainer) -> tuple[int, int]:
-        return data_of(trainer).total_tokens, tokens_done(trainer)
+        return end_of_run(trainer), tokens_done(trainer)

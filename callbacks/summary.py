@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks.checkpoints import wait_for_checkpoint
 from callbacks.fact_recall import FactRecall
 from callbacks.ledger import TokenLedger
-from callbacks.position import curriculum_of, finished_stage, run_directory
+from callbacks.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
 from callbacks.progress import say
 from callbacks.samples import TextSamples
 from callbacks.skipping import skipped_steps
@@ -68,8 +68,11 @@ class PretrainingSummary(Callback):
                 [name, f"{train.documents:,}", f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"]
             )
         lines.append(text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows))
+        tokens = f"{curriculum.total_tokens:,}"
+        if (end := end_of_run(trainer)) < curriculum.total_tokens:
+            tokens = f"{end:,} of {tokens}"
         lines.append(
-            f"run: {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps of {data.batch_tokens:,} "
+            f"run: {tokens} tokens in {steps_ahead(trainer, curriculum.total_steps)} steps of {data.batch_tokens:,} "
             f"({replicas_of(trainer)[0]} × {trainer.accumulate_grad_batches} × {data.micro_batch_size} rows of "
             f"{data.context_length}), into {trainer.log_dir}"  # a broadcast, so on every rank
         )

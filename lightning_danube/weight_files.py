@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -152,9 +153,10 @@ def _from_hub(option: str, name: str, files: Sequence[str]) -> Path:
     Raises:
         ValueError: it is no hub id, the hub has none of that name, or it cannot be reached.
     """
+    nothing = f"{option} {name}: there is no such file or directory{_similar(Path(name).expanduser())}"
     match = HUB_ID.fullmatch(name)
     if match is None:
-        raise ValueError(f"{option} {name}: there is no such file or directory")
+        raise ValueError(nothing)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -164,7 +166,6 @@ def _from_hub(option: str, name: str, files: Sequence[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    nothing = f"{option} {name}: there is no such file or directory"
     repository, revision = match["repository"], match["revision"]
     try:
         return Path(
@@ -189,6 +190,13 @@ def _from_hub(option: str, name: str, files: Sequence[str]) -> Path:
     except Exception as error:
         # What can go wrong in a download has too many types to list: proxies, certificates, a full disk.
         raise ValueError(f"{option} {name}: the download from the hub failed ({_first_line(error)})") from error
+
+
+def _similar(path: Path) -> str:
+    """A question about what is there of a similar name, "" if nothing is."""
+    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -198,6 +198,11 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
             r"hub is out of reach \(.*offline mode",
         ),
         (
+            {"runs/quickstart/notes.txt": ""},
+            "runs/quikstart",
+            r"runs/quikstart: there is no such file or directory \(did you mean runs/quickstart\?\), runs/quikstart was not",
+        ),
+        (
             {"a/notes.txt": ""},
             "a",
             r"neither a Hugging Face directory \(config.json\) nor a run \(checkpoints/\*.ckpt\)",

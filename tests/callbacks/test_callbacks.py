@@ -41,7 +41,23 @@ def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.Cap
     config.write_text(config.read_text().replace("callbacks.Progress\n", always))
     accumulated = ["--data.init_args.micro_batch_size", "1", "--trainer.max_steps", "2"]
     assert main(["fit", "--config", str(config), *accumulated]) == 0
-    assert "  0 of 6,656 tokens, 0 tokens/s, ? left" in capsys.readouterr().out
+    assert "  0 of 512 tokens, 0 tokens/s, ? left" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_early_says_so_from_the_start(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny / "tiny.yaml"
+    always = "callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
+    config.write_text(config.read_text().replace("callbacks.Progress\n", always))
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "5", "--trainer.log_every_n_steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "run: 1,280 of 6,656 tokens in 5 of 26 steps of 256 (" in said
+    assert "stopped after 5 of 26 steps; " in said
+    lines = [line.split(", ")[:2] for line in said.splitlines() if " of 1,280 tokens" in line]
+    # Losses are logged after steps 1, 2 and 4, when the line of that step is out: the next one says it, and no other.
+    with_loss = [line.split()[0] for line, second in lines if second.startswith("loss ")]
+    assert with_loss == ["512", "768", "1,280"]
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "500"]) == 0
+    assert "run: 6,656 tokens in 26 steps of 256 (" in capsys.readouterr().out
 
 
 def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
