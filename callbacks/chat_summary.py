@@ -70,8 +70,8 @@ class ChatSummary(Callback):
                 lines.append(f"{name}: {count:,} left out: {cause}")
             lines += [f"  {message}" for message in report["first_left_out"]]
         lines.append(
-            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} rows of {data.context_length} places, "
-            f"{100 * data.fill():.1f} % of them filled, in {data.epochs} pass(es), into {trainer.log_dir}"
+            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} rows of {data.context_length} "
+            f"places, {100 * data.fill():.1f} % of them filled, in {data.epochs} pass(es), into {trainer.log_dir}"
         )
         say(trainer, "\n".join(lines))
 

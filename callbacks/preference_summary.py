@@ -80,8 +80,8 @@ class PreferenceSummary(Callback):
         told = [text for text, pairs in ((computed, reference.computed), (reused, reference.reused)) if pairs]
         lines.append(f"reference: {', '.join(told)}")
         lines.append(
-            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} pairs of at most 2 × {data.context_length} places, "
-            f"in {data.epochs} pass(es), into {trainer.log_dir}"
+            f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_rows} pairs of at most "
+            f"2 × {data.context_length} places, in {data.epochs} pass(es), into {trainer.log_dir}"
         )
         say(trainer, "\n".join(lines))
 
