@@ -77,7 +77,8 @@ class ClassificationSummary(Callback):
                 lines.append(f"{split}: {cut:,} of {count:,} texts lost their end, at {data.context_length:,} tokens")
         lines.append(
             f"run: {steps_ahead(trainer, data.total_steps)} steps of {data.batch_texts} texts "
-            f"({data.batch_tokens:,} tokens), {data.epochs} pass(es), into {trainer.log_dir}"  # a broadcast, so on every rank
+            f"({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
+            f"into {trainer.log_dir}"  # a broadcast, so on every rank
         )
         say(trainer, "\n".join(lines))
         report_rejected(trainer, data)

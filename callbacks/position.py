@@ -103,4 +103,5 @@ def stage_name(trainer: Trainer) -> str | None:
 def at_logged_step(trainer: Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch ended an optimizer step that is logged."""
     at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return at_step and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return at_step and every > 0 and trainer.global_step % every == 0

@@ -65,14 +65,14 @@ def _dispatch(args: list[str]) -> int:
         return cli.main(args)
     if verb in COMMANDS:
         command = importlib.import_module(f"lightning_danube.commands.{verb}")
-        parser = _Parser(prog=f"python -m lightning_danube {verb}", description=command.__doc__)
+        parser = _Parser(prog=f"python -m lightning_danube {verb}", description=command.__doc__, allow_abbrev=False)
         command.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         arguments, rest = parser.parse_known_args(args[1:])
         if hasattr(arguments, "overrides"):
             arguments.overrides = rest
         elif rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.refuse(rest)
         command.run(arguments)
         return 0
     close = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
@@ -85,6 +85,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def refuse(self, arguments: Sequence[str]) -> NoReturn:
+        """Says which arguments are none of its options, and what was meant by the first."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        close = get_close_matches(arguments[0].partition("=")[0], known, n=1)
+        self.error(f"unrecognized arguments: {' '.join(arguments)}" + (f": did you mean {close[0]}?" if close else ""))
 
 
 def _overview() -> str:

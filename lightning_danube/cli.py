@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -134,7 +134,8 @@ class DanubeCLI(LightningCLI):
     # --- parsing ------------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{"exit_on_error": False, "parser_mode": "omegaconf+", **kwargs})
+        ours = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
+        return super().init_parser(**{**ours, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="run", help="Name of the run: <runs>/<name>/version_<n>.")
@@ -225,7 +226,11 @@ class DanubeCLI(LightningCLI):
         strategy = self._get(self.config_init, "trainer")["strategy"]
         if type(strategy) is ModelParallelStrategy:
             kwargs["strategy"] = ShardedStrategy.like(strategy)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            # Lightning's word for an option that this machine, or no machine, can follow.
+            raise ValueError(f"trainer: {error}") from error
         RankLauncher.install(trainer)
         return trainer
 

@@ -7,9 +7,11 @@ that went deepest is the one the user meant.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,15 +70,19 @@ def explain(message: str, config_files: Sequence[str], facts_of_data: dict[str, 
         facts_of_data: options that a config may not state, and the key that states them.
     """
     keys, class_path, reasons, value = _deepest_branch(message)
+    key = ".".join(keys)
+    if value is not None and (match := re.match(r"NestedArg\(key='([^']+)'", value)) and class_path is None:
+        return f"{key}: {match[1]!r} is an option of a class, and none is named: give --{key} with a class first"
     reason = _reason(reasons, class_path, facts_of_data)
-    wrong_option = next(
-        (match[1] for r in reasons if (match := re.search(r"option '([^']+)'", r, re.IGNORECASE))), None
-    )
+    if class_path is not None and reasons[0].startswith("unrecognized arguments:"):
+        return f"{key}: {reason}"  # from the command line, so it stands in no file
+    wrong_option = next(filter(None, map(_option_in, reasons)), None)
+    if wrong_option:
+        wrong_option = _refused(wrong_option, class_path)[0] if class_path else wrong_option.split(".")[-1]
     names = [wrong_option] if wrong_option else re.findall(r"class_path '([^']+)'", reason) or keys[-1:]
     where = _place(
         names[0].split(".")[-1] if names and "class_path" not in reason else names[0] if names else "", config_files
     )
-    key = ".".join(keys)
     if reason.startswith("expected") and ", not " not in reason and value is not None and len(value) <= 60:
         reason += f", not {value}"
     return f"{where}{key + ': ' if key else ''}{reason}"
@@ -120,18 +126,19 @@ def _deepest_branch(message: str) -> tuple[list[str], str | None, list[str], str
 
 def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str, str]) -> str:
     first = reasons[0]
-    if match := re.search(r"[Oo]ption '([^']+)'", first):
-        group, _, option = match[1].rpartition(".")
-        if class_path is None and (group == "trainer" or "Group 'trainer'" in first):
-            class_path = "lightning.pytorch.Trainer"
-        known, owner = _options(class_path)
+    if dotted := _option_in(first):
+        group, _, option = dotted.rpartition(".")
+        if class_path is not None:
+            option, known, owner = _refused(dotted, class_path)
+        else:
+            if group == "trainer":
+                class_path = "lightning.pytorch.Trainer"
+            known, owner = _options(class_path)
         if not str(class_path).startswith("lightning_danube.data"):
             if option in facts_of_data:
                 return f"{option!r} is taken from {facts_of_data[option]}: leave it out here"
             known = [name for name in known if name not in facts_of_data]
-        close = get_close_matches(option, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        return f"{option!r} is not an option of {owner}: {hint}"
+        return _no_option(option, known, owner)
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", first):
         names = [name for name in getattr(_import(match[1]), "__all__", ())]
         close = get_close_matches(match[2], names, n=1, cutoff=0.5)
@@ -153,10 +160,43 @@ def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str,
         return "give a configuration, for example --config configs/quickstart.yaml"
     if match := re.match(r"(?:Unrecognized|unrecognized) arguments: (.*)", first):
         flag = match[1].split()[0]
+        dotted = flag.lstrip("-").partition("=")[0]
+        if class_path is not None:
+            return _no_option(*_refused(dotted, class_path))
+        if dotted.startswith("trainer."):
+            return _no_option(dotted.removeprefix("trainer."), *_options("lightning.pytorch.Trainer"))
         known, owner = _options(None)
-        close = get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
+        close = get_close_matches(dotted, known, n=1)
         return f"{flag} is not an option of {owner}" + (f": did you mean --{close[0]}?" if close else ", see --help")
     return " ".join(first.split())
+
+
+def _option_in(reason: str) -> str | None:
+    """The option that a reason says is not known, with the groups that it stands in."""
+    if match := re.search(r"(?:Group '([^']+)' does not accept )?option '([^']+)'", reason, re.IGNORECASE):
+        return f"{match[1]}.{match[2]}" if match[1] else match[2]
+    return None
+
+
+def _no_option(option: str, known: Sequence[str], owner: str) -> str:
+    close = get_close_matches(option, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"{option!r} is not an option of {owner}: {hint}"
+
+
+def _refused(option: str, class_path: str) -> tuple[str, list[str], str]:
+    """The first part of a dotted option that its class does not know, the options of that class, and its name."""
+    module, _, name = class_path.rpartition(".")
+    owner, parts = getattr(_import(module), name), option.split(".")
+    while len(parts) > 1 and (inner := _dataclass_of(owner, parts[0])) is not None:
+        owner, parts = inner, parts[1:]
+    return parts[0], [known for known in inspect.signature(owner).parameters if known != "self"], owner.__name__
+
+
+def _dataclass_of(owner: Any, parameter: str) -> Any:
+    """The dataclass that a parameter takes, if it takes one."""
+    hint = typing.get_type_hints(owner.__init__).get(parameter)
+    return next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None)
 
 
 def _options(class_path: str | None) -> tuple[list[str], str]:

@@ -81,7 +81,7 @@ def _parser(configs: Sequence[str], others: Sequence[str] = ()) -> Any:
         read_config(config)
     # A section that is not looked at is not made, either: a model of billions of weights may stand there.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, instantiate_subclass_spec_in_any=False)
-    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     for name in {*TOP_LEVEL, *others} - {"config", *({"data", "model", "trainer"} - {*others})}:
         parser.add_argument(f"--{name}", type=Any)

@@ -52,6 +52,14 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "line 1: model.decoder: 'hiden_size' is not an option of DecoderShape: did you mean 'hidden_size'",
         ),
         (
+            "model:\n  init_args:\n    learning_rat: {peak: 1.0e-3}",
+            "line 3: model: 'learning_rat' is not an option of Pretraining: did you mean 'learning_rate'?",
+        ),
+        (
+            "model: {init_args: {learning_rate: {peek: 1.0e-3}}}",
+            "line 1: model: 'peek' is not an option of LearningRate: did you mean 'peak'?",
+        ),
+        (
             "model: {init_args: {decoder: {hidden_size: x}}}",
             "model.decoder.hidden_size: expected a whole number, not x",
         ),
@@ -156,6 +164,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "trainer: {gradient_clip_algorithm: value}",
             "trainer.gradient_clip_algorithm is 'value': only 'norm' is supported",
         ),
+        ("trainer: {strategy: fsdp3}", "error: trainer: You selected an invalid strategy name: `strategy='fsdp3'`"),
+        ("trainer: {accelerator: tpu}", "error: trainer: "),
+        ("trainer: {max_steps: -7}", "error: trainer: `max_steps` must be a non-negative integer or -1"),
+        ("trainer: {limit_val_batches: -3}", "error: trainer: You have passed invalid value -3 for limit_val_batches"),
         ("naem: x", "bad.yaml, line 1: 'naem' is not an option of this command: did you mean 'name'?"),
         ("- 1", "bad.yaml holds a list: a configuration is a mapping of keys such as data, model, trainer"),
         ("", "bad.yaml is empty: a configuration is a mapping"),
@@ -183,6 +195,27 @@ def test_wrong_configs_are_answered_in_one_line(
         (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),
         (["fit", "--config", "TINY", "--ckpt_path", "DIRECTORY"], "the directory has no checkpoints/*.ckpt"),
         (["validate", "--config", "TINY"], "validate needs a trained model: give --ckpt_path last"),
+        (
+            ["fit", "--config", "TINY", "--model.init_args.learning_rat.peak", "1"],
+            "error: model: 'learning_rat' is not an option of Pretraining: did you mean 'learning_rate'?",
+        ),
+        (
+            ["fit", "--config", "TINY", "--model.learning_rate.peek", "1"],
+            "error: model: 'peek' is not an option of LearningRate: did you mean 'peak'?",
+        ),
+        (
+            ["fit", "--config", "TINY", "--trainer.strategy.data_parallel_size", "2"],
+            "error: trainer.strategy: 'data_parallel_size' is an option of a class, and none is named: give "
+            "--trainer.strategy with a class first",
+        ),
+        (
+            ["fit", "--config", "TINY", "--trainer.max_step", "5"],
+            "'max_step' is not an option of Trainer: did you mean 'max_steps'?",
+        ),
+        (
+            ["generate", "--weights", "x", "--max-new-token", "5"],
+            "unrecognized arguments: --max-new-token 5: did you mean --max-new-tokens?",
+        ),
         (["generate"], "the following arguments are required: --weights"),
         (
             ["generate", "--weights", "nowhere", "--prompt", "x"],

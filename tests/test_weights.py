@@ -200,7 +200,7 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
         (
             {"runs/quickstart/notes.txt": ""},
             "runs/quikstart",
-            r"runs/quikstart: there is no such file or directory \(did you mean runs/quickstart\?\), runs/quikstart was ",
+            r"runs/quikstart: there is no such file or directory \(did you mean runs/quickstart\?\), runs/quikstart",
         ),
         (
             {"a/notes.txt": ""},

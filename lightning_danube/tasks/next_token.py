@@ -122,7 +122,8 @@ class NextTokenTask(LightningModule):
             return
         loss, self._step_loss = self._step_loss, None
         step = self.trainer.global_step
-        if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (step % every == 0 or step == 1):
             if self.step_verdict is None:
                 loss = self._mean_over_ranks(loss)
             values = {
