@@ -1,4 +1,4 @@
-"""Checkpoints at optimizer steps, at the end of each stage, and when the run is told to stop."""
+"""Checkpoints at optimizer steps, at the end of each stage, and where the run stops early."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Checkpoints(Checkpoint):
     """Saves `checkpoints/step_<n>.ckpt` now and then and `checkpoints/stage_<k>_<name>_step_<n>.ckpt` for good.
 
     Only at optimizer steps: a checkpoint holds no half-accumulated gradient. On SIGTERM, SIGUSR1 and Ctrl-C the run
-    saves at the next one and ends with exit code 75; under SLURM, SIGUSR1 requeues the job as well.
+    saves at the next one and ends with exit code 75; under SLURM, SIGUSR1 requeues the job as well. Where
+    `trainer.max_steps`, `trainer.max_time` or a callback ends it, it is saved, too.
 
     Args:
         every_n_steps: optimizer steps between two of the former.
@@ -38,6 +39,7 @@ class Checkpoints(Checkpoint):
         self._signals = StopSignals()
         self._requeue_signal: int | None = None
         self._stopping = False
+        self._stops_at_step = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -74,8 +76,14 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if self._directory is None:
             return
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.should_stop and not at_step:
+            # A timer, or another callback: all of them come before this one.
+            trainer.should_stop, self._stops_at_step = False, True
+        elif self._stops_at_step and at_step:
+            trainer.should_stop, self._stops_at_step = True, False
         # Where validation follows it is saved after that, so that a resumed run never leaves one out.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not validation_follows(trainer):
+        if at_step and not validation_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +106,8 @@ class Checkpoints(Checkpoint):
         assert self._directory is not None
         step = trainer.global_step
         self._stopping = self._told_to_stop(trainer)
-        if self._stopping or step % self.every_n_steps == 0 or is_done(trainer):
+        ends_here = trainer.should_stop or 0 <= trainer.max_steps <= step
+        if self._stopping or ends_here or step % self.every_n_steps == 0 or is_done(trainer):
             trainer.save_checkpoint(self._directory / f"step_{step:08d}.ckpt")
             self._prune(trainer, self.keep)
 

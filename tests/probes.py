@@ -41,6 +41,19 @@ def samples_of_steps(directory: Path) -> list[list[list[int]]]:
     return [steps[step] for step in sorted(steps)]
 
 
+class StopAt(Callback):
+    """Asks the trainer to end after a micro-batch, as a timer does."""
+
+    def __init__(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.micro_batch:
+            trainer.should_stop = True
+
+
 class LossesOfSteps(Callback):
     """Writes the loss of each step to `<directory>/losses.jsonl` in full; TensorBoard keeps float32."""
 

@@ -317,7 +317,7 @@ def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(tiny: Path, caps
     options = ["--name", "hurt", "--ckpt_path", "last", "--trainer.max_steps", "14"]
     assert fit(tiny, *options) == 0
     assert f"warning: damaged checkpoint {hurt}/step_00000015.ckpt" in capsys.readouterr().err
-    assert (hurt / "step_00000013.ckpt").exists() and not (hurt / "step_00000010.ckpt").exists()
+    assert (hurt / "step_00000014.ckpt").exists() and not (hurt / "step_00000010.ckpt").exists()
     assert fit(tiny, "--name", "hurt", "--ckpt_path", "last") == 0
     last = "stage_3_finish_step_00000026.ckpt"
     assert same_weights(tiny / "runs" / "tiny" / "version_0" / "checkpoints" / last, hurt / last)
@@ -333,7 +333,7 @@ def test_two_are_kept_unless_asked_otherwise(tiny: Path) -> None:
     assert Checkpoints().keep == 2
     assert fit(tiny, "--trainer.max_steps", "11", "--data.init_args.micro_batch_size", "4") == 0
     names = sorted(path.name for path in (tiny / "runs" / "tiny" / "version_0" / "checkpoints").glob("*.ckpt"))
-    assert names == ["step_00000005.ckpt", "step_00000010.ckpt"]
+    assert names == ["step_00000010.ckpt", "step_00000011.ckpt"]
 
 
 # --- told to stop -----------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
-        (8, []),  # inside the first stage; the newest checkpoint is that of step 5
+        (8, []),  # inside the first stage, and as if killed: the newest checkpoint is that of step 5
         (12, []),  # exactly at a stage's end
         pytest.param(16, ["--data.init_args.micro_batch_size", "2"], marks=pytest.mark.slow),  # accumulating four
         (23, ["--data.init_args.workers", "1", "--model.init_args.decoder.attention_dropout", "0.1"]),
@@ -126,8 +126,10 @@ def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
 def test_going_on_equals_never_having_stopped(tiny: Path, stop: int, options: list[str]) -> None:
     assert fit(tiny, *options) == 0
     assert fit(tiny, *options, "--name", "stopped", "--trainer.max_steps", str(stop)) == 0
-    assert fit(tiny, *options, "--name", "stopped", "--ckpt_path", "last") == 0
     stopped = tiny / "runs" / "stopped" / "version_0"
+    if stop == 8:
+        (stopped / "checkpoints" / "step_00000008.ckpt").unlink()
+    assert fit(tiny, *options, "--name", "stopped", "--ckpt_path", "last") == 0
     assert not (tiny / "runs" / "stopped" / "version_1").exists()
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
     for tag in (
@@ -140,6 +142,22 @@ def test_going_on_equals_never_having_stopped(tiny: Path, stop: int, options: li
         assert scalars(stopped, tag) == scalars(run_directory(tiny), tag), tag
     full, resumed = (json.loads((run / "summary.json").read_text()) for run in (run_directory(tiny), stopped))
     assert resumed["stages"] == full["stages"]
+
+
+def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though the timer runs out between two steps, and the next checkpoint would come later."""
+    config = tiny / "tiny.yaml"
+    text = config.read_text()
+    accumulated = ["--data.init_args.micro_batch_size", "2"]
+    assert fit(tiny, *accumulated) == 0
+    config.write_text(text + "    - class_path: tests.probes.StopAt\n      init_args: {micro_batch: 25}\n")
+    assert fit(tiny, *accumulated, "--name", "stopped") == 0
+    stopped = tiny / "runs" / "stopped" / "version_0"
+    assert newest_checkpoint(stopped) == stopped / "checkpoints" / "step_00000007.ckpt"
+    assert "stopped after 7 of 26 steps; the last checkpoint is of step 7" in capsys.readouterr().out
+    config.write_text(text)
+    assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last") == 0
+    assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
 
 
 def test_accumulation_changes_memory_not_the_result(tiny: Path) -> None:

@@ -91,6 +91,8 @@ class NextTokenTask(LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             name = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
             raise ValueError(f"trainer.gradient_clip_algorithm is {name!r}: only 'norm' is supported")
+        if gradient_clip_val is not None and gradient_clip_val < 0:
+            raise ValueError(f"trainer.gradient_clip_val is {gradient_clip_val}: give the largest norm, or 0 for none")
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         self._rate = optimizer.param_groups[0]["lr"]
         norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
