@@ -106,6 +106,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 1 device(s) × 3 rows: "
             "data.micro_batch_size = 1, 2, 4 or 8 would",
         ),
+        (  # before any text is read
+            "data: {init_args: {micro_batch_size: 3, sources: {web: {path: no.txt}, wiki: {path: no.txt}}}}",
+            "does not divide into 1 device(s) × 3 rows: ",
+        ),
         ("data: {init_args: {held_out: 1.5}}", "data.held_out is 1.5: give a share between 0 and 1"),
         (
             "data: {init_args: {held_out: 0.00001}}",

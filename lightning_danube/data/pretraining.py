@@ -128,6 +128,13 @@ class CurriculumData(LightningDataModule):
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
+        """
+        Raises:
+            ValueError: the trainer is asked for something that the curriculum decides, or the batch does not divide.
+        """
+        # Known by now, and collecting text can take minutes.
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self._check_trainer()
         self.seconds_to_prepare = self.prepare()
 
     def prepare(self, part: Part | None = None) -> dict[str, float]:
@@ -166,7 +173,7 @@ class CurriculumData(LightningDataModule):
         """Opens the shards and, for training, lays out the run.
 
         Raises:
-            ValueError: a source is too small for one row or would be repeated too often, or the batch does not divide.
+            ValueError: a source is too small for one row or would be repeated too often.
         """
         self.shards = {name: self._open(name) for name in self.sources}
         self._validation = {name: shards.tokens("validation") for name, shards in self.shards.items()}
@@ -196,7 +203,6 @@ class CurriculumData(LightningDataModule):
         )
         self._check_passes()
         if self.trainer is not None:
-            self._check_trainer()
             self.trainer.accumulate_grad_batches = self._accumulation()
 
     def _check_passes(self) -> None:
