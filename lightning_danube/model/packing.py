@@ -1,10 +1,14 @@
-"""Decoders that only generate, with their matrices as a CPU's kernels read them best.
+"""Decoders that only generate, with their matrices as the device's kernels read them best.
 
 A decoding step at batch 1 reads every weight once and computes next to nothing, so what counts is how fast a kernel
 streams a matrix, and what each call costs besides. F.linear calls MKL for float32, and oneDNN for bfloat16 with the
 matrix as it lies. From oneDNN's own blocked layout both stream about twice as fast, and other numbers of rows gain, too
 (see `LAYOUT_ROWS`). torch.compile does the same when it freezes a model, with a C++ compiler at hand; these are the
 operators that it calls. As a call of theirs costs 8 us more than F.linear, matrices that share an input become one.
+
+On a GPU matrices of one input become one, too, as they lie: a compiled step then has eleven kernels a layer beside
+attention's, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that gains was
+not measured.
 """
 
 from collections.abc import Sequence
@@ -33,24 +37,36 @@ ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with
 
 
 def pack_for_generation(decoder: Decoder) -> bool:
-    """Pack the matrices of a decoder, where that gains anything: on the CPU, in float32 and bfloat16. Whether it did.
+    """Pack the matrices of a decoder, where that gains anything: on a CPU in float32 and bfloat16, on a GPU in all
+    types. Whether it did.
 
     A packed decoder can neither be trained nor saved nor moved. Each matrix is let go when its packed copy is there, so
     memory stays the same but for a tied embedding, which is still needed as it is. Layers that are more than plain
     matrices (quantized ones, adapters) stay as they are.
     """
-    if not isinstance(decoder.lm_head, nn.Linear) or not can_pack(decoder.lm_head.weight):
+    if not isinstance(decoder.lm_head, nn.Linear):
         return False
+    weight = decoder.lm_head.weight
+    if weight.device.type == "cpu":
+        if not can_pack(weight):
+            return False
+        pack(decoder, PackedLinear)
+        if are_plain(decoder.lm_head):
+            decoder.lm_head = PackedLinear([decoder.lm_head])  # type: ignore[assignment]
+    else:
+        pack(decoder, JoinedLinear)
+    return True
+
+
+def pack(decoder: Decoder, linear: "type[PackedLinear | JoinedLinear]") -> None:
+    """Replace the blocks' plain matrices."""
     for block in decoder.model.layers:
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
         if are_plain(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            block.self_attn = PackedAttention(attention)
+            block.self_attn = PackedAttention(attention, linear)
         if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            block.mlp = PackedSwiGLU(mlp)
-    if are_plain(decoder.lm_head):
-        decoder.lm_head = PackedLinear([decoder.lm_head])  # type: ignore[assignment]
-    return True
+            block.mlp = PackedSwiGLU(mlp, linear)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -68,8 +84,20 @@ def are_plain(*layers: nn.Module) -> bool:
     return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
 
 
-class PackedLinear(nn.Module):
+class JoinedLinear(nn.Module):
     """Linear layers that share an input, as one: their outputs one behind the other."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class PackedLinear(nn.Module):
+    """The same in oneDNN's layout."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -84,12 +112,12 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(GroupedQueryAttention):
-    def __init__(self, plain: GroupedQueryAttention) -> None:
+    def __init__(self, plain: GroupedQueryAttention, linear: type[PackedLinear | JoinedLinear]) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.groups, self.dropout = plain.head_dim, plain.groups, plain.dropout
         self.kv_heads = plain.k_proj.out_features // plain.head_dim
-        self.qkv_proj = PackedLinear([plain.q_proj, plain.k_proj, plain.v_proj])
-        self.o_proj = PackedLinear([plain.o_proj])  # type: ignore[assignment]
+        self.qkv_proj = linear([plain.q_proj, plain.k_proj, plain.v_proj])
+        self.o_proj = linear([plain.o_proj])  # type: ignore[assignment]
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = hidden_BTD.shape
@@ -101,10 +129,10 @@ class PackedAttention(GroupedQueryAttention):
 
 
 class PackedSwiGLU(SwiGLU):
-    def __init__(self, plain: SwiGLU) -> None:
+    def __init__(self, plain: SwiGLU, linear: type[PackedLinear | JoinedLinear]) -> None:
         nn.Module.__init__(self)
-        self.gate_up_proj = PackedLinear([plain.gate_proj, plain.up_proj])
-        self.down_proj = PackedLinear([plain.down_proj])  # type: ignore[assignment]
+        self.gate_up_proj = linear([plain.gate_proj, plain.up_proj])
+        self.down_proj = linear([plain.down_proj])  # type: ignore[assignment]
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden_BTD).chunk(2, dim=-1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_danube.model import Decoder, DecoderConfig, generate
-from lightning_danube.model.packing import PackedLinear, pack_for_generation
+from lightning_danube.model.packing import JoinedLinear, PackedLinear, pack, pack_for_generation
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 SHAPES = {
@@ -46,6 +46,17 @@ def test_packed_decoders_generate_the_same() -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     # float32 leaves no two logits of this model so close that another order of sums would matter.
     assert generate(packed, prompts, 20) == generate(plain, prompts, 20)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_joined_decoders_give_the_same_logits(shape: str) -> None:
+    """What a GPU gets; here on a CPU, in float64."""
+    exact, joined = pair(SHAPES[shape], torch.float64)
+    pack(joined, JoinedLinear)
+    assert [type(layer) for layer in joined.modules()].count(JoinedLinear) == 2 * 4
+    for batch in ((1, 1), (2, 17)):
+        ids = torch.randint(0, 101, batch)
+        torch.testing.assert_close(joined(ids), exact(ids), rtol=0, atol=1e-12)
 
 
 def test_what_cannot_be_packed_stays() -> None:
