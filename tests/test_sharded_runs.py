@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.checkpoint_files import damage
+from lightning_danube.checkpoint_files import damage, remove_checkpoint
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.weights import load_decoder
 from tests.test_pretraining_run import scalars
@@ -48,7 +48,7 @@ def test_from_fsdp_to_one_process_to_tensor_parallel_nothing_changes(sessions: S
         (1, sessions.command("second", "moved", 8, *LAST_FLAGS, "--trainer.max_steps", "16")),
         (2, sessions.command("third", "moved", 4, *LAST_FLAGS, *sharded(1, 2, together=together))),
     )
-    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), ("third", 15))
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 8), ("third", 16))
     assert (sessions.run("moved") / LAST).is_dir() == together
     norms = [scalars(sessions.run(name), "optimizer/gradient_norm") for name in ("full", "moved")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)  # logged in float32
@@ -60,7 +60,7 @@ def test_four_processes_in_a_grid_and_on_two(sessions: Sessions) -> None:
         (4, sessions.command("first", "moved", 2, "--trainer.max_steps", "8", *sharded(2, 2))),
         (2, sessions.command("second", "moved", 4, *LAST_FLAGS, *sharded(2, 1))),
     )
-    assert_same_run(sessions, "moved", ("first", 0), ("second", 5), devices=(4, 2))
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 8), devices=(4, 2))
 
 
 def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(
@@ -127,8 +127,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
     run_in_ranks(
         (1, sessions.command("full", "full", 8)),
         (2, holding(sessions, "")),
-        (2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))),
     )
+    # As if it had been killed after step 8.
+    remove_checkpoint(sessions.run("moved") / "checkpoints" / "step_00000008.ckpt")
+    run_in_ranks((2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))))
     assert_same_run(sessions, "moved", ("first", 0), ("second", 5), devices=(2, 2))
 
 
