@@ -19,8 +19,8 @@ FEWEST_SLOTS = 256
 
 
 class CompiledStep:
-    """Computes what `next_logits` does, of one decoder. Compiled at the first step, for all numbers of rows but 1, and
-    once more for 1; streams of tokens may share it.
+    """Computes what `next_logits` does, of one decoder with the weights that it has at the first step. Compiled then, for
+    all numbers of rows but 1, and once more for 1; streams of tokens may share it.
 
     Raises:
         ValueError: the decoder is on a CPU, and there is no C++ compiler; at the first step: it has layers that can not
@@ -87,21 +87,23 @@ class RecordedStep:
         self.ids_B, lengths_B = ids_B.clone(), cache.lengths_B.clone()
         # What compiles, or sets a library up, has to have happened before: nothing of the kind can be recorded. These
         # steps write a token behind each row, where the replayed one will write it again.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                step(self.ids_B, cache)
-                cache.lengths_B.copy_(lengths_B)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits_BV = step(self.ids_B, cache)
+        with torch.cuda.device(ids_B.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    step(self.ids_B, cache)
+                    cache.lengths_B.copy_(lengths_B)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._graph: Any = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits_BV = step(self.ids_B, cache)
 
     def replay(self, ids_B: Tensor) -> Tensor:
         """(B, V), in memory that the next replay overwrites."""
         self.ids_B.copy_(ids_B)
-        self._graph.replay()
+        with torch.cuda.device(self.ids_B.device):
+            self._graph.replay()
         return self._logits_BV
 
 
