@@ -6,9 +6,9 @@ matrix as it lies. From oneDNN's own blocked layout both stream about twice as f
 (see `LAYOUT_ROWS`). torch.compile does the same when it freezes a model, with a C++ compiler at hand; these are the
 operators that it calls. As a call of theirs costs 8 us more than F.linear, matrices that share an input become one.
 
-On a GPU matrices of one input become one, too, as they lie: a compiled step then has eleven kernels a layer beside
-attention's, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that gains was
-not measured.
+On a GPU matrices of one input become one, too, as they lie: a compiled step then has ten kernels a layer beside
+attention's three, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that gains
+was not measured.
 """
 
 from collections.abc import Sequence
