@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import warnings
@@ -18,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -231,6 +233,12 @@ class DanubeCLI(LightningCLI):
         except (ValueError, ImportError, MisconfigurationException) as error:
             # Lightning's word for an option that this machine, or no machine, can follow.
             raise ValueError(f"trainer: {error}") from error
+        nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+        if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                f"trainer.num_nodes is {trainer.num_nodes}, and nothing tells the machines of each other: start the "
+                "run by torchrun or SLURM (docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+            )
         RankLauncher.install(trainer)
         return trainer
 

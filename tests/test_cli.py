@@ -172,6 +172,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ("trainer: {accelerator: tpu}", "error: trainer: "),
         ("trainer: {max_steps: -7}", "error: trainer: `max_steps` must be a non-negative integer or -1"),
         ("trainer: {limit_val_batches: -3}", "error: trainer: You have passed invalid value -3 for limit_val_batches"),
+        (
+            "trainer: {num_nodes: 2}",
+            "trainer.num_nodes is 2, and nothing tells the machines of each other: start the run",
+        ),
         ("trainer: {gradient_clip_val: -1}", "trainer.gradient_clip_val is -1: give the largest norm, or 0 for none"),
         ("naem: x", "bad.yaml, line 1: 'naem' is not an option of this command: did you mean 'name'?"),
         ("- 1", "bad.yaml holds a list: a configuration is a mapping of keys such as data, model, trainer"),

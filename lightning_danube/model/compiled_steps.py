@@ -19,8 +19,8 @@ FEWEST_SLOTS = 256
 
 
 class CompiledStep:
-    """Computes what `next_logits` does, of one decoder with the weights that it has at the first step. Compiled then, for
-    all numbers of rows but 1, and once more for 1; streams of tokens may share it.
+    """Computes what `next_logits` does, of one decoder with the weights that it has at the first step. Compiled then,
+    for all numbers of rows but 1, and once more for 1; streams of tokens may share it.
 
     Raises:
         ValueError: the decoder is on a CPU, and there is no C++ compiler; at the first step: it has layers that can not
