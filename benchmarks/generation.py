@@ -4,14 +4,14 @@
     python benchmarks/generation.py --device cuda --shape danube3-500m --compiled --dtypes bfloat16
     python benchmarks/generation.py --grouped-queries
 
-First form: one prompt of random ids, greedy, batch 1, with the same weights in every program; random ones of `--shape`
-unless `--weights` names others. Contestants are
+First form: a prompt of random ids, greedy, --rows times at once, with the same weights in every program; random ones of
+`--shape` unless `--weights` names others. Contestants are
 
 * danube: what `generate` runs: TokenStream on packed linear layers;
 * unpacked: the same without packing, as while training;
 * transformers: `generate` with its defaults, tokens taken by a streamer;
-* llama.cpp, on the CPU: a GGUF file of the same type, `Llama.generate` with its greedy sampler, keys and values in 16
-  bits as by default (with float32 weights: in float32);
+* llama.cpp, on the CPU and for one row: a GGUF file of the same type, `Llama.generate` with its greedy sampler, keys
+  and values in 16 bits as by default (with float32 weights: in float32);
 * with --compiled, danube compiled: `generate --compile`; and on a GPU transformers compiled: its `generate` with a
   static cache, which it compiles by itself.
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compiled", action="store_true", help="with compiled contestants")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--rows", type=int, default=1, help="prompts at once")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -89,21 +90,24 @@ def contest(arguments: argparse.Namespace) -> None:
             contestants, config, missing = open_contestants(arguments, DTYPES[name], Path(directory))
             if missing:
                 notes.append(missing)
-            elif arguments.device == "cpu":
+            elif "llama.cpp" in contestants:
                 packages.append("llama-cpp-python")
             speed = bytes_a_second(arguments.device)
             notes.append(f"memory is read at {speed / 1e9:,.1f} GB/s")
             for length in arguments.prompt_tokens:
                 prompt = torch.randint(3, 30000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-                limit = speed / bytes_a_token(config, DTYPES[name].itemsize, length + arguments.new_tokens // 2)
+                each_step = bytes_a_step(
+                    config, DTYPES[name].itemsize, arguments.rows, length + arguments.new_tokens // 2
+                )
+                limit = arguments.rows * speed / each_step
                 rows += rows_of(name, length, measured(contestants, prompt, arguments), limit)
         del contestants
         gc.collect()
     lines = [
         described(*dict.fromkeys(packages)),
         *([torch.cuda.get_device_name()] if arguments.device == "cuda" else []),
-        f"{arguments.threads} threads, {arguments.new_tokens} new tokens, {arguments.rounds} rounds, medians "
-        f"(least to most); weights: {arguments.weights or f'random, {arguments.shape}'}",
+        f"{arguments.threads} threads, {arguments.rows} row(s), {arguments.new_tokens} new tokens, {arguments.rounds} "
+        f"rounds, medians (least to most); weights: {arguments.weights or f'random, {arguments.shape}'}",
         *dict.fromkeys(notes),
         "",
         "| weights | prompt | | prefill, tokens/s | × transformers | decode, tokens/s | × transformers "
@@ -112,7 +116,8 @@ def contest(arguments: argparse.Namespace) -> None:
         *rows,
     ]
     name = "generation" if arguments.device == "cpu" else "generation-cuda"
-    write_result(f"{name}-{arguments.shape}", "\n".join(lines))
+    name = f"{name}-{arguments.shape}" + (f"-rows-{arguments.rows}" if arguments.rows > 1 else "")
+    write_result(name, "\n".join(lines))
 
 
 def bytes_a_second(device: str) -> float:
@@ -126,11 +131,12 @@ def bytes_a_second(device: str) -> float:
     return large.nbytes / min(times)
 
 
-def bytes_a_token(config: DecoderConfig, bytes_a_number: int, tokens: int) -> int:
-    """That a decoding step reads after so many tokens: all weights, but one row of an embedding that is not the head as
-    well, and the cache."""
-    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
-    return (config.parameters - unread) * bytes_a_number + config.cache_bytes(tokens, bytes_per_value=bytes_a_number)
+def bytes_a_step(config: DecoderConfig, bytes_a_number: int, rows: int, tokens: int) -> int:
+    """That a decoding step reads after so many tokens a row: all weights, but of an embedding that is not the head as
+    well one row for each, and the caches."""
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - rows) * config.hidden_size
+    cache = rows * config.cache_bytes(tokens, bytes_per_value=bytes_a_number)
+    return (config.parameters - unread) * bytes_a_number + cache
 
 
 def open_contestants(
@@ -145,16 +151,17 @@ def open_contestants(
     with torch.device(arguments.device):
         theirs: Any = LlamaForCausalLM(config).to(dtype).eval()
     theirs.load_state_dict(unpacked.state_dict())
-    contestants = {"danube": lambda prompt, n: ours(packed, prompt, n)}
-    if is_packed:
-        contestants["unpacked"] = lambda prompt, n: ours(unpacked, prompt, n)
-    contestants["transformers"] = lambda prompt, n: transformers(theirs, prompt, n)
+    rows = arguments.rows
+    contestants = {"danube": lambda prompt, n: ours(packed, [prompt] * rows, n)}
+    if is_packed and arguments.device == "cpu":
+        contestants["unpacked"] = lambda prompt, n: ours(unpacked, [prompt] * rows, n)
+    contestants["transformers"] = lambda prompt, n: transformers(theirs, [prompt] * rows, n)
     if arguments.compiled:
         step = CompiledStep(packed)
-        contestants["danube compiled"] = lambda prompt, n: ours(packed, prompt, n, step)
+        contestants["danube compiled"] = lambda prompt, n: ours(packed, [prompt] * rows, n, step)
         if arguments.device == "cuda":
-            contestants["transformers compiled"] = lambda prompt, n: transformers(theirs, prompt, n, "static")
-    if arguments.device != "cpu":
+            contestants["transformers compiled"] = lambda prompt, n: transformers(theirs, [prompt] * rows, n, "static")
+    if arguments.device != "cpu" or rows > 1:
         return contestants, unpacked.config, ""
     try:
         llama_cpp = import_llama_cpp()
@@ -189,9 +196,9 @@ def decoder_of(arguments: argparse.Namespace, dtype: torch.dtype) -> Decoder:
     return decoder
 
 
-def ours(decoder: Decoder, prompt: list[int], new_tokens: int, compiled: CompiledStep | None = None) -> Times:
+def ours(decoder: Decoder, prompts: list[list[int]], new_tokens: int, compiled: CompiledStep | None = None) -> Times:
     times = [time.perf_counter()]
-    for ids in TokenStream(decoder, [prompt], new_tokens, compiled=compiled):
+    for ids in TokenStream(decoder, prompts, new_tokens, compiled=compiled):
         ids.tolist()
         times.append(time.perf_counter())
     return times
@@ -208,10 +215,10 @@ class Clock(BaseStreamer):
         pass
 
 
-def transformers(model: Any, prompt: list[int], new_tokens: int, cache: str | None = None) -> Times:
+def transformers(model: Any, prompts: list[list[int]], new_tokens: int, cache: str | None = None) -> Times:
     clock = Clock()
     began = time.perf_counter()
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor(prompts, device=model.device)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -244,7 +251,11 @@ def measured(
             times = contestants[name](prompt, arguments.new_tokens)
             cpu = time.process_time() - cpu
             assert len(times) == arguments.new_tokens + 1, (name, len(times))
-            prefill, decode = len(prompt) / (times[1] - times[0]), (len(times) - 2) / (times[-1] - times[1])
+            rows = arguments.rows
+            prefill, decode = (
+                len(prompt) / (times[1] - times[0]) * rows,
+                (len(times) - 2) / (times[-1] - times[1]) * rows,
+            )
             if number:
                 results[name].append((prefill, decode, cpu))
             print(f"round {number}, {name}: {prefill:,.0f} and {decode:.1f} tokens/s, {cpu:.1f} CPU s", flush=True)
