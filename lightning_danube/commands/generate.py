@@ -60,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="have PyTorch compile the decoding step first, which takes up to a minute (on a CPU, a C++ compiler) and "
-        "pays for thousands of tokens",
+        "pays for tens of thousands of tokens",
     )
     parser.add_argument(
         "--jsonl",
