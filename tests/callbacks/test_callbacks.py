@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import Checkpoints, CurriculumStages, Throughput
 from callbacks.summary import write_json
@@ -58,6 +59,17 @@ def test_a_run_that_ends_early_says_so_from_the_start(tiny: Path, capsys: pytest
     assert with_loss == ["512", "768", "1,280"]
     assert main(["fit", "--config", str(config), "--trainer.max_steps", "500"]) == 0
     assert "run: 6,656 tokens in 26 steps of 256 (" in capsys.readouterr().out
+
+
+def test_nothing_is_logged_where_that_is_asked_for(tiny: Path) -> None:
+    config = ["--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "2", "--trainer.log_every_n_steps"]
+    for every in ("0", "1"):
+        assert main(["fit", *config, every, "--name", f"every-{every}"]) == 0
+    silent, loud = (
+        EventAccumulator(str(tiny / "runs" / f"every-{every}" / "version_0")).Reload().Tags()["scalars"]
+        for every in "01"
+    )
+    assert "loss/train" in loud and "loss/train" not in silent
 
 
 def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
