@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from callbacks.position import run_directory, steps_ahead
-from callbacks.progress import say
-from callbacks.summary import held_out_losses, program
-from callbacks.throughput import Throughput
+from lightning_danube.callbacks.position import run_directory, steps_ahead
+from lightning_danube.callbacks.progress import say
+from lightning_danube.callbacks.summary import held_out_losses
+from lightning_danube.invocation import quoted, runnable
+from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.chat import encode_chat, end_ids
 from lightning_danube.data.chat_data import ChatData
 from lightning_danube.model import generate
@@ -127,7 +128,7 @@ class ChatSummary(Callback):
         lines += [
             f"{trainer.global_step:,} steps in {minutes} min {rest:02d} s",
             f"run:  {directory}",
-            f"next: {program('python')} -m lightning_danube chat --weights {directory}",
+            f"next: {runnable()} chat --weights {quoted(directory)}",
         ]
         say(trainer, "\n".join(lines))
 

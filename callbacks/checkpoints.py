@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from callbacks.position import curriculum_of, finished_stage, is_done
+from lightning_danube.callbacks.position import curriculum_of, finished_stage, is_done
 from lightning_danube.checkpoint_files import prepare_directory
 from lightning_danube.runs import read_step
 from lightning_danube.sharded_strategy import ShardedStrategy

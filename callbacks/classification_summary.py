@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks.position import is_done, run_directory, steps_ahead
-from callbacks.progress import say
-from callbacks.summary import program
-from callbacks.throughput import Throughput
+from lightning_danube.callbacks.position import is_done, run_directory, steps_ahead
+from lightning_danube.callbacks.progress import say
+from lightning_danube.invocation import quoted, runnable
+from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.data.classification import SPLITS, ClassificationData
 from lightning_danube.result_files import write_json
@@ -117,8 +117,8 @@ class ClassificationSummary(Callback):
             trainer,
             f"{trainer.global_step:,} steps in {minutes} min {rest:02d} s\n"
             f"run:  {directory}\n"
-            f"next: {program('python')} -m lightning_danube test --config {directory / 'config.yaml'} "
-            f"--ckpt_path {directory}",
+            f"next: {runnable()} test --config {quoted(directory / 'config.yaml')} "
+            f"--ckpt_path {quoted(directory)}",
         )
 
     def _seconds(self) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.position import run_directory
-from callbacks.progress import say
+from lightning_danube.callbacks.position import run_directory
+from lightning_danube.callbacks.progress import say
 from lightning_danube.data.evaluation import EvaluationData
 from lightning_danube.result_files import write_json, write_parquet, write_text
 from lightning_danube.tables import markdown_table, text_table

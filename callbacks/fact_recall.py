@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.position import curriculum_of
-from callbacks.progress import say
+from lightning_danube.callbacks.position import curriculum_of
+from lightning_danube.callbacks.progress import say
 from lightning_danube.data.world import GROUPS, WORLD, Question, the_world
 
 ROWS = 256

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.progress import say
+from lightning_danube.callbacks.progress import say
 from lightning_danube.data.chat_questions import ChatQuestions
 from lightning_danube.judge import (
     PROMPTS,

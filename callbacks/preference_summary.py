@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.position import run_directory, steps_ahead
-from callbacks.progress import say
-from callbacks.summary import program
-from callbacks.throughput import Throughput
+from lightning_danube.callbacks.position import run_directory, steps_ahead
+from lightning_danube.callbacks.progress import say
+from lightning_danube.invocation import quoted, runnable
+from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.preference_data import PreferenceData
 from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
@@ -126,7 +126,7 @@ class PreferenceSummary(Callback):
             "",
             f"{trainer.global_step:,} steps in {minutes} min {rest:02d} s",
             f"run:  {directory}",
-            f"next: {program('python')} -m lightning_danube chat --weights {directory}",
+            f"next: {runnable()} chat --weights {quoted(directory)}",
         ]
         say(trainer, "\n".join(lines))
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.position import run_directory
-from callbacks.progress import say
+from lightning_danube.callbacks.position import run_directory
+from lightning_danube.callbacks.progress import say
 from lightning_danube.data.text_windows import TextWindows
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level

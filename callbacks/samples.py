@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from callbacks.position import curriculum_of
+from lightning_danube.callbacks.position import curriculum_of
 from lightning_danube.model import Sampling, generate
 from lightning_danube.text_generation import encode_prompt
 

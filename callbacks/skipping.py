@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.position import at_logged_step, curriculum_of, run_directory
-from callbacks.progress import say
+from lightning_danube.callbacks.position import at_logged_step, curriculum_of, run_directory
+from lightning_danube.callbacks.progress import say
 from lightning_danube.runs import newest_checkpoint
 
 

@@ -11,7 +11,7 @@ from lightning_danube.tasks.next_token import FORWARD
 
 
 class StepTimes(SimpleProfiler):
-    """`--trainer.profiler callbacks.StepTimes`: a table of a step's parts at the end of `fit`.
+    """`--trainer.profiler lightning_danube.callbacks.StepTimes`: a table of a step's parts at the end of `fit`.
 
     Times are of the host's clock. A GPU works behind it: there the parts that wait for it get its time, and
     `--trainer.profiler pytorch` says more.

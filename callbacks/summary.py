@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.checkpoints import wait_for_checkpoint
-from callbacks.fact_recall import FactRecall
-from callbacks.ledger import TokenLedger
-from callbacks.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
-from callbacks.progress import say
-from callbacks.samples import TextSamples
-from callbacks.skipping import skipped_steps
-from callbacks.throughput import Throughput
+from lightning_danube.callbacks.checkpoints import wait_for_checkpoint
+from lightning_danube.callbacks.fact_recall import FactRecall
+from lightning_danube.callbacks.ledger import TokenLedger
+from lightning_danube.callbacks.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
+from lightning_danube.callbacks.progress import say
+from lightning_danube.callbacks.samples import TextSamples
+from lightning_danube.callbacks.skipping import skipped_steps
+from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.data.replicas import replicas_of
+from lightning_danube.invocation import program, quoted, runnable
 from lightning_danube.model import DecoderConfig
 from lightning_danube.result_files import write_json
 from lightning_danube.runs import newest_checkpoint, read_step
@@ -134,8 +132,8 @@ class PretrainingSummary(Callback):
             f"{summary['tokens']:,} tokens in {minutes} min {seconds:02d} s, "
             f"{summary['tokens_per_second']:,.0f} tokens/s in training",
             f"run:  {directory}",
-            f'next: {program("python")} -m lightning_danube generate --weights {directory} --prompt "{prompt}"',
-            f"      {program('tensorboard')} --logdir {directory.parent}",
+            f"next: {runnable()} generate --weights {quoted(directory)} --prompt {quoted(prompt)}",
+            f"      {program('tensorboard')} --logdir {quoted(directory.parent)}",
         ]
         say(trainer, "\n".join(lines))
 
@@ -144,7 +142,7 @@ class PretrainingSummary(Callback):
         ledger = next((c for c in trainer.callbacks if isinstance(c, TokenLedger)), None)  # type: ignore[attr-defined]
         if ledger is None:
             raise ValueError(
-                "PretrainingSummary reads the TokenLedger: name callbacks.TokenLedger in trainer.callbacks"
+                "PretrainingSummary reads the TokenLedger: name lightning_danube.callbacks.TokenLedger in trainer.callbacks"
             )
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         recall = next((c for c in trainer.callbacks if isinstance(c, FactRecall)), None)  # type: ignore[attr-defined]
@@ -213,13 +211,6 @@ class PretrainingSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report_evaluation(trainer, None)
-
-
-def program(name: str) -> str:
-    """How to type a program of this environment: by its path when the environment is not activated."""
-    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
-        return name
-    return os.path.relpath(Path(sys.prefix) / "bin" / name)
 
 
 def held_out_losses(trainer: Trainer) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`python -m lightning_danube <verb> …`: finds the verb before anything heavy is imported."""
+"""`lightning-danube <verb> …`, or `python -m lightning_danube <verb> …`: finds the verb before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.commands import COMMANDS
+from lightning_danube.invocation import as_typed
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -21,9 +22,11 @@ TRAINER_VERBS = {
     "test": "loss on all held-out text",
     "predict": "loss of every held-out row, written to a file",
 }
-_OURS = tuple(
-    str(Path(__file__).resolve().parent.parent / package) + os.sep for package in ("lightning_danube", "callbacks")
-)
+PACKAGE = Path(__file__).parent
+LINKED = ("callbacks", "configs")
+"""Folders of the package. In a clone they are symbolic links to the folders of the same name beside it."""
+_OURS = tuple(os.path.realpath(folder) + os.sep for folder in (PACKAGE, *(PACKAGE / name for name in LINKED)))
+"""Where code of this project lies: a ValueError that is raised there is a user's mistake."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -51,7 +54,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
+def check_links(package: Path = PACKAGE) -> None:
+    """
+    Raises:
+        ValueError: git wrote a text file in place of a symbolic link, as it does where it may not make one.
+    """
+    for name in LINKED:
+        if not (package / name).is_dir():
+            raise ValueError(
+                f"{package / name} is not a folder: git made no symbolic link to {name}/. In the clone, run "
+                "`git config core.symlinks true && git checkout -- lightning_danube`, or install the wheel"
+            )
+
+
 def _dispatch(args: list[str]) -> int:
+    check_links()
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0 if args else 2
@@ -65,7 +82,7 @@ def _dispatch(args: list[str]) -> int:
         return cli.main(args)
     if verb in COMMANDS:
         command = importlib.import_module(f"lightning_danube.commands.{verb}")
-        parser = _Parser(prog=f"python -m lightning_danube {verb}", description=command.__doc__, allow_abbrev=False)
+        parser = _Parser(prog=f"{as_typed()} {verb}", description=command.__doc__, allow_abbrev=False)
         command.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         arguments, rest = parser.parse_known_args(args[1:])
@@ -96,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
 def _overview() -> str:
     verbs = {**TRAINER_VERBS, **COMMANDS}
     width = max(map(len, verbs))
-    lines = ["usage: python -m lightning_danube <command> --config configs/….yaml [--key value …]", ""]
+    lines = [f"usage: {as_typed()} <command> --config NAME [--key value …]", ""]
     lines += [f"  {verb:<{width}}  {what}" for verb, what in verbs.items()]
     lines += [
         "",
@@ -104,7 +121,7 @@ def _overview() -> str:
         "  fit --config X --print_config   the whole configuration that would run",
         "  --debug                  show the traceback of an error",
         "",
-        "first steps: python -m lightning_danube fit --config configs/quickstart.yaml",
+        f"first steps: {as_typed()} fit --config quickstart",
     ]
     return "\n".join(lines)
 

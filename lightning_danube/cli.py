@@ -31,7 +31,9 @@ from lightning_danube.config_errors import explain, parse, read_config
 from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.history import append_history, differences, read_saved_config
+from lightning_danube.invocation import as_typed
 from lightning_danube.matmul_precision import exact_products_by_onednn
+from lightning_danube.named_configs import config_file
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.sharded_strategy import ShardedStrategy
@@ -123,7 +125,7 @@ class DanubeCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "python -m lightning_danube"},
+            parser_kwargs={"prog": as_typed()},
             auto_configure_optimizers=False,
             args=args,
         )
@@ -305,6 +307,21 @@ def config_files(args: list[str]) -> list[str]:
     return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
 
 
+def with_config_paths(args: list[str]) -> list[str]:
+    """A command line where each config is the path of its file: those of the package are given by name.
+
+    Raises:
+        ValueError: there is neither a file nor a name like that.
+    """
+    found = list(args)
+    for place, arg in enumerate(args):
+        if arg in ("--config", "-c") and place + 1 < len(args):
+            found[place + 1] = config_file(args[place + 1])
+        elif arg.startswith("--config="):
+            found[place] = f"--config={config_file(arg.partition('=')[2])}"
+    return found
+
+
 def check_config_files(args: list[str]) -> None:
     """Raises ValueError for a config that is no YAML mapping, or that states a fact of the data again for the model.
 
@@ -346,7 +363,7 @@ def main(args: list[str]) -> int:
     _quieten_lightning()
     end_with_launcher()
     try:
-        DanubeCLI(args)
+        DanubeCLI(with_config_paths(args))
     except Stopped as stop:
         if stop.message:
             tell(stop.message)

@@ -20,17 +20,18 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_danube.named_configs import config_file
+
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """The mapping that a configuration file holds.
+    """The mapping that a configuration holds, given by its file or by its name.
 
     Raises:
-        ValueError: there is no such file, or it is no YAML mapping.
+        ValueError: there is no such file and no such name, or it is no YAML mapping.
     """
-    if not Path(file).is_file():
-        raise ValueError(f"there is no config file {file}")
+    file = config_file(file)
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -157,7 +158,7 @@ def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str,
     if match := re.match(r"File does not exist: '(.*)'", first):
         return f"there is no config file {match[1]}"
     if match := re.search(r"the following arguments are required: (.*)", first):
-        return "give a configuration, for example --config configs/quickstart.yaml"
+        return "give a configuration, for example --config quickstart"
     if match := re.match(r"(?:Unrecognized|unrecognized) arguments: (.*)", first):
         flag = match[1].split()[0]
         dotted = flag.lstrip("-").partition("=")[0]

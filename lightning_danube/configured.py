@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_danube.named_configs import config_file
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
@@ -42,6 +44,7 @@ def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> Lightni
     """
     from lightning.pytorch import LightningDataModule
 
+    configs = [config_file(config) for config in configs]
     parser = _parser(configs, others=("model", "trainer"))
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     data: LightningDataModule = _instantiate(parser, _parse(parser, configs, _known(overrides)), configs).data
@@ -56,6 +59,7 @@ def configured_pretraining(configs: Sequence[str], overrides: Sequence[str]) -> 
     import torch
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+    configs = [config_file(config) for config in configs]
     parser = _parser(configs)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser.add_subclass_arguments(LightningModule, "model", required=True)

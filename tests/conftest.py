@@ -135,14 +135,14 @@ trainer:
   accelerator: cpu
   log_every_n_steps: 1
   callbacks:
-    - class_path: callbacks.Progress
-    - class_path: callbacks.PretrainingSummary
-    - class_path: callbacks.CurriculumStages
-    - class_path: callbacks.TokenLedger
-    - class_path: callbacks.Throughput
+    - class_path: lightning_danube.callbacks.Progress
+    - class_path: lightning_danube.callbacks.PretrainingSummary
+    - class_path: lightning_danube.callbacks.CurriculumStages
+    - class_path: lightning_danube.callbacks.TokenLedger
+    - class_path: lightning_danube.callbacks.Throughput
       init_args: {peak_flops: 1.0e12}
-    - class_path: callbacks.TextSamples
+    - class_path: lightning_danube.callbacks.TextSamples
       init_args: {prompts: ["The river"], max_new_tokens: 8}
-    - class_path: callbacks.Checkpoints
+    - class_path: lightning_danube.callbacks.Checkpoints
       init_args: {every_n_steps: 5}
 """

@@ -13,7 +13,7 @@ import traceback
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-import callbacks  # noqa: F401  (for the forks)
+import lightning_danube.callbacks  # noqa: F401  (for the forks)
 from lightning_danube import cli  # noqa: F401
 from lightning_danube.__main__ import main
 

@@ -46,11 +46,11 @@ trainer:
   num_sanity_val_steps: -1
   log_every_n_steps: 1
   callbacks:
-    - class_path: callbacks.Progress
-    - class_path: callbacks.ChatSummary
+    - class_path: lightning_danube.callbacks.Progress
+    - class_path: lightning_danube.callbacks.ChatSummary
       init_args: {questions: ["river?"], max_new_tokens: 4}
-    - class_path: callbacks.Throughput
-    - class_path: callbacks.Checkpoints
+    - class_path: lightning_danube.callbacks.Throughput
+    - class_path: lightning_danube.callbacks.Checkpoints
       init_args: {every_n_steps: 3}
 """
 LORA = ("--model.init_args.lora.rank", "4", "--model.init_args.lora.dropout", "0.1")

@@ -48,12 +48,12 @@ trainer:
   accelerator: cpu
   log_every_n_steps: 1
   callbacks:
-    - class_path: callbacks.Progress
-    - class_path: callbacks.ClassificationSummary
+    - class_path: lightning_danube.callbacks.Progress
+    - class_path: lightning_danube.callbacks.ClassificationSummary
       init_args: {resamples: 20}
-    - class_path: callbacks.Predictions
-    - class_path: callbacks.Throughput
-    - class_path: callbacks.Checkpoints
+    - class_path: lightning_danube.callbacks.Predictions
+    - class_path: lightning_danube.callbacks.Throughput
+    - class_path: lightning_danube.callbacks.Checkpoints
       init_args: {every_n_steps: 4}
 """
 WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
@@ -291,9 +291,9 @@ def test_a_checkpoint_of_another_task_is_no_classifier(
 
 def test_the_summary_is_for_classifiers(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (tiny_run / "config.yaml").read_text()
-    name = "callbacks.PretrainingSummary"
+    name = "lightning_danube.callbacks.PretrainingSummary"
     assert name in config
-    (words / "wrong.yaml").write_text(config.replace(name, "callbacks.ClassificationSummary"))
+    (words / "wrong.yaml").write_text(config.replace(name, "lightning_danube.callbacks.ClassificationSummary"))
     assert main(["fit", "--config", str(words / "wrong.yaml"), "--runs", str(words / "wrong")]) == 2
     assert "reports on TextClassification with ClassificationData: remove it" in capsys.readouterr().err
 

@@ -36,12 +36,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "bad.yaml, line 1: trainer.max_epochs: expected a whole number or null, not abc",
         ),
         (
-            "trainer: {callbacks: [{class_path: callbacks.Checkpoints, init_args: {every: 3}}]}",
+            "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoints, init_args: {every: 3}}]}",
             "trainer.callbacks: 'every' is not an option of Checkpoints: did you mean 'every_n_steps'?",
         ),
         (
-            "trainer: {callbacks: [{class_path: callbacks.Checkpoint}]}",
-            "there is no class 'Checkpoint' in callbacks: did you mean callbacks.Checkpoints?",
+            "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoint}]}",
+            "there is no class 'Checkpoint' in callbacks: did you mean lightning_danube.callbacks.Checkpoints?",
         ),
         (
             "trainer: {callbacks: [{class_path: nothing.Checkpoint}]}",

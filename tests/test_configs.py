@@ -1,6 +1,7 @@
 """Every configuration of the tree is a real one, and those of the paper hold the paper's figures."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from lightning_danube.cli import DanubeCLI
 from lightning_danube.data import CurriculumData
 from lightning_danube.data.curriculum import Curriculum
+from lightning_danube.named_configs import config_file, config_names, description
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_equal, facts_of
 from lightning_danube.tasks import Pretraining
@@ -49,7 +51,7 @@ def test_every_study_runs_what_it_says(
     config: Path, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each variant's config, and both ends of a search, are real ones; what is to be equal is."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     design = read_design(str(config))
     ends = [{key: ends_of(among)[end] for key, among in design.search.items()} for end in (0, -1)]
     facts = {}
@@ -58,15 +60,26 @@ def test_every_study_runs_what_it_says(
             f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in design.overrides(values, 1).items()
         ]
-        if "    weights: " in Path(design.base).read_text():
+        if "    weights: " in Path(config_file(design.base)).read_text():
             options.append(f"--model.init_args.weights={tiny_run}")
-        cli = instantiate(Path(design.base), "--runs", str(tmp_path), *options)
+        cli = instantiate(Path(config_file(design.base)), "--runs", str(tmp_path), *options)
         facts[name] = facts_of(yaml.safe_load(cli._parser("fit").dump(cli.config["fit"], skip_unset=False)))
     check_equal(design, facts)
 
 
 def ends_of(among: Any) -> list[Any]:
     return among if isinstance(among, list) else [among["low"], among["high"]]
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_says_in_its_first_line_what_it_is_for(name: str) -> None:
+    text = Path(config_file(name)).read_text("utf-8")
+    first = text.partition("\n")[0]
+    assert first.startswith("# ") and first[-1] in ".:", f"{name}: {first!r} is no sentence that can stand alone"
+    assert 20 < len(description(name)) <= 120
+    assert f"lightning-danube {'study' if name.startswith('studies/') else ''}" in text
+    # A wheel has neither the clone's folders nor its module paths.
+    assert "configs/" not in text and not re.search(r"class_path: (?!lightning_danube\.|lightning\.)", text)
 
 
 def test_there_are_studies() -> None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import Judge
+from lightning_danube.callbacks import Judge
 from lightning_danube.__main__ import main
 from lightning_danube.model import generate
 from lightning_danube.tasks import Evaluation
@@ -48,7 +48,7 @@ trainer:
   devices: 1
   enable_progress_bar: false
   callbacks:
-    - class_path: callbacks.EvaluationReport
+    - class_path: lightning_danube.callbacks.EvaluationReport
 """
 CHAT = """
 name: chat
@@ -68,9 +68,9 @@ trainer:
   devices: 1
   enable_progress_bar: false
   callbacks:
-    - class_path: callbacks.Judge
+    - class_path: lightning_danube.callbacks.Judge
       init_args: {base_url: URL, model: grader, at_once: 1, attempts: 2}
-    - class_path: callbacks.EvaluationReport
+    - class_path: lightning_danube.callbacks.EvaluationReport
 """
 
 
@@ -191,7 +191,7 @@ def test_chats_do_not_depend_on_how_they_are_batched(place: Path) -> None:
     many = [{"question_id": n, "category": "writing", "turns": turns[: 1 + n % 2]} for n in range(5)]
     write(place / "mt.jsonl", *many)
     path = place / "chat.yaml"
-    before, _, after = path.read_text().partition("    - class_path: callbacks.Judge\n")
+    before, _, after = path.read_text().partition("    - class_path: lightning_danube.callbacks.Judge\n")
     path.write_text(before + after.partition("\n")[2])
     said = []
     for places in ("1", "8192"):
@@ -254,7 +254,7 @@ def test_answers_are_graded_kept_and_gone_on_from(place: Path, capsys: pytest.Ca
 
 def test_without_a_judge_answers_are_written_and_not_scored(place: Path) -> None:
     path = place / "chat.yaml"
-    before, _, after = path.read_text().partition("    - class_path: callbacks.Judge\n")
+    before, _, after = path.read_text().partition("    - class_path: lightning_danube.callbacks.Judge\n")
     path.write_text(before + after.partition("\n")[2])
     assert run(place, config="chat") == 0
     found = results(place, "chat")
@@ -362,7 +362,7 @@ def test_an_impossible_judge_is_refused(options: dict[str, Any], message: str) -
 
 
 def test_the_report_is_of_evaluations_alone(tiny: Path, capsys: pytest.CaptureFixture[str], tiny_run: Path) -> None:
-    callbacks = ["--trainer.callbacks+", "callbacks.EvaluationReport"]
+    callbacks = ["--trainer.callbacks+", "lightning_danube.callbacks.EvaluationReport"]
     command = ["test", "--config", str(tiny / "tiny.yaml"), "--ckpt_path", str(tiny_run), *callbacks]
     assert main(command) == 2
     assert "EvaluationReport reports on Evaluation with EvaluationData: remove it" in capsys.readouterr().err

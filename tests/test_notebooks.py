@@ -103,7 +103,7 @@ def tiny_levels(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "model.init_args.levels": "[hqq:4/32, rounding:2/32, bitsandbytes:int8]",
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
-        "trainer.callbacks": "[{class_path: callbacks.QuantizationSummary}]",
+        "trainer.callbacks": "[{class_path: lightning_danube.callbacks.QuantizationSummary}]",
     }
     assert main(["test", *(f"--{key}={value}" for key, value in options.items())]) == 0
     return directory / "runs" / "tiny-test" / "version_0"
@@ -144,7 +144,7 @@ def made_studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in itertools.chain(*STUDIES.values()):
         directory = runs / "studies" / name
         directory.mkdir(parents=True)
-        rows = made_rows(read_config(str(ROOT / "configs" / "studies" / f"{name}.yaml")))
+        rows = made_rows(read_config(f"studies/{name}"))
         pd.DataFrame(rows).to_parquet(directory / "study.parquet")
         importances = {"model.init_args.lora.rank": 0.6, "model.init_args.learning_rate.peak": 0.4}
         (directory / "summary.json").write_text(json.dumps({"name": name, "importances": importances}))
@@ -175,7 +175,7 @@ def test_without_results_only_that_is_said(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     # Read by the kernel's Python as it starts: there are no results that come with the repository.
     (tmp_path / "sitecustomize.py").write_text(
-        "from pathlib import Path\nfrom lightning_danube.reports import studies\nstudies.COMMITTED = Path('nowhere')\n"
+        "from pathlib import Path\nfrom lightning_danube.reports import runs\nruns.RESULTS = Path('nowhere')\n"
     )
     errors = outputs(execute(FOLDER / f"{name}.ipynb", tmp_path, name), "error")
     assert errors and all(len(error.traceback) == 1 for error in errors)

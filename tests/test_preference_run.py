@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from callbacks.preference_summary import interval
+from lightning_danube.callbacks.preference_summary import interval
 from lightning_danube.__main__ import main
 from tests.test_chat_run import last_checkpoint, run_directory, same_weights
 from tests.test_pretraining_run import scalars
@@ -41,10 +41,10 @@ trainer:
   num_sanity_val_steps: -1
   log_every_n_steps: 1
   callbacks:
-    - class_path: callbacks.Progress
-    - class_path: callbacks.PreferenceSummary
-    - class_path: callbacks.Throughput
-    - class_path: callbacks.Checkpoints
+    - class_path: lightning_danube.callbacks.Progress
+    - class_path: lightning_danube.callbacks.PreferenceSummary
+    - class_path: lightning_danube.callbacks.Throughput
+    - class_path: lightning_danube.callbacks.Checkpoints
       init_args: {every_n_steps: 3}
 """
 LORA = ("--model.init_args.lora.rank", "4", "--model.init_args.lora.dropout", "0.1")
@@ -246,7 +246,7 @@ def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixtu
 def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk) == 0
     for verb in ("validate", "test", "predict"):
-        more = ["--trainer.callbacks", "[{class_path: callbacks.Predictions}]"] if verb == "predict" else []
+        more = ["--trainer.callbacks", "[{class_path: lightning_danube.callbacks.Predictions}]"] if verb == "predict" else []
         assert main([verb, "--config", str(talk / "talk.yaml"), "--ckpt_path", "last", *more]) == 0
     assert "talk" in capsys.readouterr().out
     trained, validated, tested = (summary_of(talk, name) for name in ("talk", "talk-validate", "talk-test"))

@@ -208,7 +208,7 @@ def test_validation_between_stage_ends_changes_nothing_else(tiny: Path) -> None:
     config = (tiny / "tiny.yaml").read_text()
     (tiny / "tiny.yaml").write_text(
         config.replace(
-            "callbacks.CurriculumStages", "callbacks.CurriculumStages\n      init_args: {validate_every: 1K}"
+            "lightning_danube.callbacks.CurriculumStages", "lightning_danube.callbacks.CurriculumStages\n      init_args: {validate_every: 1K}"
         )
     )
     assert fit(tiny, "--name", "watched") == 0
@@ -230,7 +230,7 @@ def test_validate_test_and_predict_agree_with_training(tiny: Path) -> None:
 
 
 def test_predictions_are_the_rows_behind_the_test_loss(tiny: Path) -> None:
-    config = (tiny / "tiny.yaml").read_text() + "    - class_path: callbacks.Predictions\n"
+    config = (tiny / "tiny.yaml").read_text() + "    - class_path: lightning_danube.callbacks.Predictions\n"
     (tiny / "tiny.yaml").write_text(config)
     fit(tiny)
     for verb in ("test", "predict"):

@@ -46,7 +46,7 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   callbacks:
-    - class_path: callbacks.QuantizationSummary
+    - class_path: lightning_danube.callbacks.QuantizationSummary
 """
 
 

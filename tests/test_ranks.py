@@ -140,7 +140,7 @@ def test_a_fault_of_ours_on_one_rank_shows_one_traceback(two: TwoRanks, rank: in
 @pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_skipped_by_both(two: TwoRanks) -> None:
     """They decide alike before the step: a rank that went on alone would train another model from there."""
-    two.with_callback("callbacks.SkipBadSteps", stop_after=2)
+    two.with_callback("lightning_danube.callbacks.SkipBadSteps", stop_after=2)
     two.with_callback("tests.probes.KeysOfSteps", directory=str(two.tiny / "keys"))
     two.with_callback("tests.probes.Poison", steps=[3, 6, 7], what="loss", rank=1)
     code, said = two.fit()

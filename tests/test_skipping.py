@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks import SkipBadSteps
+from lightning_danube.callbacks import SkipBadSteps
 from lightning_danube.__main__ import main
 from lightning_danube.data.curriculum import SampleKey
 from tests.probes import samples_of_steps
@@ -16,12 +16,12 @@ from tests.probes import samples_of_steps
 def fit(tiny: Path, name: str, *options: str, poison: str = "", skip: str = "{}", every: int = 1) -> int:
     """A run with SkipBadSteps, a checkpoint after each step, and the samples of each step on record."""
     config = (tiny / "tiny.yaml").read_text().replace("every_n_steps: 5", f"every_n_steps: {every}, keep: 100")
-    head, tail = config.split("    - class_path: callbacks.Checkpoints")
-    head += f"    - class_path: callbacks.SkipBadSteps\n      init_args: {skip}\n"
+    head, tail = config.split("    - class_path: lightning_danube.callbacks.Checkpoints")
+    head += f"    - class_path: lightning_danube.callbacks.SkipBadSteps\n      init_args: {skip}\n"
     head += f"    - class_path: tests.probes.KeysOfSteps\n      init_args: {{directory: {tiny}/keys-{name}}}\n"
     if poison:
         head += f"    - class_path: tests.probes.Poison\n      init_args: {poison}\n"
-    (tiny / f"{name}.yaml").write_text(head + "    - class_path: callbacks.Checkpoints" + tail)
+    (tiny / f"{name}.yaml").write_text(head + "    - class_path: lightning_danube.callbacks.Checkpoints" + tail)
     return main(["fit", "--config", str(tiny / f"{name}.yaml"), "--name", name, *options])
 
 

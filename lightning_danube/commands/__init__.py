@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a trained model in the terminal",
     "export": "write a trained model for other programs",
+    "configs": "list the configurations that come with the package, or copy one for editing",
     "study": "run a controlled experiment: variants and seeds of one configuration, and a verdict",
 }
 """Verb → what it does. A verb's module bears its name."""

@@ -228,7 +228,7 @@ class CurriculumData(LightningDataModule):
         if self.trainer.val_check_interval not in (1.0, None):
             raise ValueError(
                 f"trainer.val_check_interval is {self.trainer.val_check_interval}: validation comes at the end of each "
-                "stage; for more, give callbacks.CurriculumStages validate_every in tokens"
+                "stage; for more, give lightning_danube.callbacks.CurriculumStages validate_every in tokens"
             )
 
     def _accumulation(self) -> int:

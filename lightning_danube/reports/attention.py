@@ -9,7 +9,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from lightning_danube.config_errors import read_config
 from lightning_danube.model import DecoderConfig
 from lightning_danube.reports.figures import FAINT, INK, legend, new_figure
-from lightning_danube.reports.studies import MARKS, ROOT, differences
+from lightning_danube.reports.runs import committed_result
+from lightning_danube.reports.studies import MARKS, differences
 
 SPEEDS = "grouped-queries-2026-11-24.parquet"
 DECODER = "model.init_args.decoder."
@@ -21,10 +22,10 @@ def decoders(config: str) -> pd.DataFrame:
     in the cache in bfloat16.
 
     Args:
-        config: the study's file, from the root of the checkout.
+        config: the study's name, such as studies/attention, or its file.
     """
-    study = read_config(str(ROOT / config))
-    base = read_config(str(ROOT / study["base"]))["model"]["init_args"]["decoder"]
+    study = read_config(config)
+    base = read_config(study["base"])["model"]["init_args"]["decoder"]
     rows = {}
     for variant, values in study["variants"].items():
         changed = {
@@ -69,7 +70,7 @@ def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseli
 
 def read_speeds() -> pd.DataFrame:
     """The committed measurement: a row a context and number of key-value heads."""
-    return pd.read_parquet(ROOT / "benchmarks" / "results" / SPEEDS)
+    return pd.read_parquet(committed_result(SPEEDS))
 
 
 def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lightning_danube.invocation import as_typed
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.reports.runs import MissingResult, newest_run
 
@@ -19,7 +20,7 @@ def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
     Raises:
         MissingResult: there is none.
     """
-    way = f"`python -m lightning_danube test --config configs/quantization/{name.removeprefix('quantization-')}.yaml`"
+    way = f"`{as_typed()} test --config quantization/{name.removeprefix('quantization-')}`"
     try:
         directory = newest_run(runs, f"{name}-test")
     except MissingResult:

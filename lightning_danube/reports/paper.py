@@ -16,10 +16,8 @@ from lightning_danube.config_errors import read_config
 from lightning_danube.durations import parse_tokens
 from lightning_danube.model import PRESETS
 from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure
-from lightning_danube.reports.runs import PAPER_WEB_SHARES
-from lightning_danube.reports.studies import ROOT
+from lightning_danube.reports.runs import PAPER_WEB_SHARES, committed_result
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAPER, HERE = "the paper's", "here"
 SHAPES = {
     "danube3-500m": {
@@ -91,7 +89,7 @@ def stages() -> pd.DataFrame:
     """The three stages: billions of tokens and web shares of the report, and of the configs here."""
     columns: dict[tuple[str, str], Sequence[float]] = {}
     for name, tokens in STAGE_TOKENS.items():
-        config = read_config(str(ROOT / "configs" / "pretrain" / f"{name}.yaml"))["data"]["init_args"]["stages"]
+        config = read_config(f"pretrain/{name}")["data"]["init_args"]["stages"]
         columns[name, f"B tokens, {PAPER}"] = [count / 1e9 for count in tokens]
         columns[name, f"B tokens, config {HERE}"] = [parse_tokens(stage["tokens"]) / 1e9 for stage in config]
         columns[name, f"web %, {PAPER}"] = [100 * share for share in PAPER_WEB_SHARES]
@@ -103,7 +101,7 @@ def stages() -> pd.DataFrame:
 
 def academic(file: str = "evaluation-smollm2-2026-11-25.parquet") -> pd.DataFrame:
     """Academic benchmarks in percent: what the report states, and what was measured here with its 95 % interval."""
-    frame = pd.read_parquet(RESULTS / file)
+    frame = pd.read_parquet(committed_result(file))
     frame = frame[frame["table"] == "academic"]
     ours = frame[frame["measured"] & frame["value"].notna()].set_index("title")
     stated = frame[~frame["measured"]]
@@ -154,7 +152,7 @@ def quantized_perplexity() -> pd.DataFrame:
 
     Of the report's models bits follow from the file's size and the number of parameters.
     """
-    sizes = pd.read_parquet(RESULTS / "gguf-sizes-2026-11-25.parquet")
+    sizes = pd.read_parquet(committed_result("gguf-sizes-2026-11-25.parquet"))
     columns: dict[tuple[str, str], pd.Series] = {}
     for model, preset in (("Danube3 4B", "danube3-4b"), ("Danube3 500M", "danube3-500m")):
         perplexity = pd.Series(PERPLEXITY[model])
@@ -164,7 +162,7 @@ def quantized_perplexity() -> pd.DataFrame:
         ("SmolLM2 135M", "quantization-smollm2-2026-11-25.parquet"),
         ("21M of this project", "quantization-laptop-2026-11-25.parquet"),
     ):
-        measured = pd.read_parquet(RESULTS / file).set_index("level")
+        measured = pd.read_parquet(committed_result(file)).set_index("level")
         measured.index = measured.index.str.removeprefix("gguf:")
         columns |= _rises(f"{model}, {HERE}", measured["perplexity"], measured["bits_per_weight"])
     return pd.DataFrame(columns).reindex(list(PERPLEXITY["Danube3 4B"]))
@@ -210,7 +208,7 @@ def perplexity_by_bits() -> Figure:
 
 def quantized_sizes() -> pd.DataFrame:
     """GB of the published files, and what llama.cpp plans for the same shapes here."""
-    sizes = pd.read_parquet(RESULTS / "gguf-sizes-2026-11-25.parquet")
+    sizes = pd.read_parquet(committed_result("gguf-sizes-2026-11-25.parquet"))
     columns = {}
     for model, ours in sizes.groupby("model", sort=False):
         by_type = ours.set_index("type")

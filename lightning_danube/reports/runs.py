@@ -18,19 +18,20 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.durations import parse_tokens
+from lightning_danube.invocation import as_typed
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
 
 LOGGED_BY = {
-    "mix": "callbacks.TokenLedger",
-    "mix/stage": "callbacks.CurriculumStages",
-    "optimizer/skipped_steps": "callbacks.SkipBadSteps",
-    "samples": "callbacks.TextSamples",
-    "recall": "callbacks.FactRecall",
-    "run": "callbacks.PretrainingSummary",
-    "throughput": "callbacks.Throughput",
-    "tokens_seen": "callbacks.TokenLedger",
+    "mix": "lightning_danube.callbacks.TokenLedger",
+    "mix/stage": "lightning_danube.callbacks.CurriculumStages",
+    "optimizer/skipped_steps": "lightning_danube.callbacks.SkipBadSteps",
+    "samples": "lightning_danube.callbacks.TextSamples",
+    "recall": "lightning_danube.callbacks.FactRecall",
+    "run": "lightning_danube.callbacks.PretrainingSummary",
+    "throughput": "lightning_danube.callbacks.Throughput",
+    "tokens_seen": "lightning_danube.callbacks.TokenLedger",
 }
 """TensorBoard tag, or its group → the callback to name in `trainer.callbacks`. The task logs the other groups."""
 
@@ -82,7 +83,7 @@ class PretrainingRun:
     @property
     def way_on(self) -> str:
         """The command that continues the run."""
-        return f"`python -m lightning_danube fit --config {self.title}/config.yaml --ckpt_path last`"
+        return f"`{as_typed()} fit --config {self.title}/config.yaml --ckpt_path last`"
 
     def curve(self, tag: str) -> pd.Series:
         """Values of a tag over the tokens trained on.
@@ -130,13 +131,26 @@ def newest_run(runs: str | Path, name: str) -> Path:
         begun = [number for number, path in versions.items() if (path / "config.yaml").is_file()]
         if begun:
             return versions[max(begun)]
-    command = "make quickstart"
-    if name != "quickstart":
-        command = f"python -m lightning_danube fit --config configs/….yaml --name {name}"
+    config = "quickstart" if name == "quickstart" else "…"
+    command = f"{as_typed()} fit --config {config}" + ("" if name == "quickstart" else f" --name {name}")
     raise MissingResult(f"there is no run under {Path(runs) / name}: `{command}` makes one")
 
 
 VERSION = re.compile(r"version_(\d+)")
+RESULTS = Path("benchmarks") / "results"
+"""Measurements that come with a clone, from its root."""
+
+
+def committed_result(file: str) -> Path:
+    """The path of a measurement that comes with a clone: a file below RESULTS, here or one level up.
+
+    Raises:
+        MissingResult: neither this directory nor the one above it is a clone.
+    """
+    for root in (Path(), Path("..")):
+        if (root / RESULTS / file).is_file():
+            return root / RESULTS / file
+    raise MissingResult(f"there is no {RESULTS / file} here: start in a clone of the repository, or in its notebooks/")
 
 
 def read_run(directory: Path) -> PretrainingRun:

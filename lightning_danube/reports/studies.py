@@ -1,6 +1,6 @@
 """What studies found, as pandas frames and figures, from their `study.parquet` and `summary.json`.
 
-A study that was run here is read from the runs; one that was not, from the results that come with the checkout.
+A study that was run here is read from the runs; one that was not, from the results that come with a clone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 
 from lightning_danube.config_errors import read_config
 from lightning_danube.durations import parse_tokens
+from lightning_danube.invocation import as_typed
 from lightning_danube.reports.figures import COLOURS, FAINT, INK, count, legend, new_figure, readable_on, source_colours
-from lightning_danube.reports.runs import MissingResult
+from lightning_danube.reports.runs import RESULTS, MissingResult, committed_result
 from lightning_danube.studies.comparison import compare, half_interval, verdict
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = ROOT / "benchmarks" / "results" / "studies"
 MARKS = list(COLOURS.values())
 LABELS = {"rank": "rank of the adapter", "peak": "peak learning rate", "alpha": "alpha of the adapter"}
 
@@ -46,7 +45,8 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
         raise MissingResult(f"no run of {name} came to its end: `{command_of(name)} --resume` goes on with it")
     frame = frame.reset_index(drop=True)
     frame.attrs["planned"] = planned
-    frame.attrs["from"] = file.relative_to(ROOT).as_posix() if file.parent == COMMITTED else f"runs/studies/{name}"
+    committed = file.name != "study.parquet"
+    frame.attrs["from"] = (RESULTS / "studies" / file.name).as_posix() if committed else f"runs/studies/{name}"
     return frame
 
 
@@ -62,19 +62,18 @@ def read_summary(runs: str | Path, name: str) -> dict[str, Any]:
 
 def _file(runs: str | Path, name: str, kind: str) -> Path:
     of_a_run = "study.parquet" if kind == "parquet" else "summary.json"
-    for file in (
-        Path(runs) / "studies" / name / of_a_run,
-        Path("..") / runs / "studies" / name / of_a_run,
-        COMMITTED / f"{name}.{kind}",
-    ):
+    for file in (Path(runs) / "studies" / name / of_a_run, Path("..") / runs / "studies" / name / of_a_run):
         if file.is_file():
             return file
-    raise MissingResult(f"there is no result of the study {name}: `{command_of(name)}` makes one")
+    try:
+        return committed_result(f"studies/{name}.{kind}")
+    except MissingResult:
+        raise MissingResult(f"there is no result of the study {name}: `{command_of(name)}` makes one") from None
 
 
 def command_of(name: str) -> str:
     """What runs a study of the project."""
-    return f"python -m lightning_danube study --config configs/studies/{name}.yaml"
+    return f"{as_typed()} study --config studies/{name}"
 
 
 def provenance(*studies: pd.DataFrame) -> pd.DataFrame:
@@ -173,9 +172,9 @@ def mixes(config: str) -> Figure:
     """What each variant of a study of the curriculum is trained on over its run.
 
     Args:
-        config: the study's file, from the root of the checkout.
+        config: the study's name, such as studies/curriculum, or its file.
     """
-    variants = read_config(str(ROOT / config))["variants"]
+    variants = read_config(config)["variants"]
     stages = {name: values["data.init_args.stages"] for name, values in variants.items()}
     sources = list(dict.fromkeys(source for parts in stages.values() for stage in parts for source in stage["mix"]))
     colours = source_colours(sources)

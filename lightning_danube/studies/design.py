@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning_danube.config_errors import read_config
+from lightning_danube.named_configs import config_file
 from lightning_danube.studies.scaling import SIZE, TOKENS
 
 Overrides = Mapping[str, Any]
@@ -27,7 +27,7 @@ class Design:
 
     Args:
         name: results are kept under `<runs>/studies/<name>`.
-        base: the config of the run, a path as typed where the command is.
+        base: the config of the run: a name, or a path from the directory where the command is typed.
         metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web (see `trials.number_of`).
         variants: name → what is set in it.
         baseline: the variant that all others are compared with.
@@ -161,8 +161,10 @@ def _check(file: str, design: Design) -> None:
             raise ValueError(f"{file}: equal has {fact!r}: there are {', '.join(FACTS)}")
         if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < 1:
             raise ValueError(f"{file}: equal.{fact} is {tolerance!r}: give the share by which it may differ, from 0 on")
-    if not Path(design.base).is_file():
-        raise ValueError(f"{file}: base {design.base} is not there")
+    try:
+        config_file(design.base)
+    except ValueError as error:
+        raise ValueError(f"{file}: base: {error}") from None
 
 
 def _check_search(file: str, design: Design) -> None:

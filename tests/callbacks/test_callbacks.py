@@ -7,8 +7,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import Checkpoints, CurriculumStages, Throughput
-from callbacks.summary import write_json
+from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
+from lightning_danube.callbacks.summary import write_json
 from lightning_danube.__main__ import main
 from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.tables import text_table
@@ -38,8 +38,8 @@ def test_intervals_that_never_come_are_refused() -> None:
 
 def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
-    always = "callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
-    config.write_text(config.read_text().replace("callbacks.Progress\n", always))
+    always = "lightning_danube.callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
+    config.write_text(config.read_text().replace("lightning_danube.callbacks.Progress\n", always))
     accumulated = ["--data.init_args.micro_batch_size", "1", "--trainer.max_steps", "2"]
     assert main(["fit", "--config", str(config), *accumulated]) == 0
     assert "  0 of 512 tokens, 0 tokens/s, ? left" in capsys.readouterr().out
@@ -47,8 +47,8 @@ def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.Cap
 
 def test_a_run_that_ends_early_says_so_from_the_start(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
-    always = "callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
-    config.write_text(config.read_text().replace("callbacks.Progress\n", always))
+    always = "lightning_danube.callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
+    config.write_text(config.read_text().replace("lightning_danube.callbacks.Progress\n", always))
     assert main(["fit", "--config", str(config), "--trainer.max_steps", "5", "--trainer.log_every_n_steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "run: 1,280 of 6,656 tokens in 5 of 26 steps of 256 (" in said
@@ -74,9 +74,9 @@ def test_nothing_is_logged_where_that_is_asked_for(tiny: Path) -> None:
 
 def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
-    config.write_text(config.read_text().replace("    - class_path: callbacks.TokenLedger\n", ""))
+    config.write_text(config.read_text().replace("    - class_path: lightning_danube.callbacks.TokenLedger\n", ""))
     assert main(["fit", "--config", str(config)]) == 2
-    assert "name callbacks.TokenLedger in trainer.callbacks" in capsys.readouterr().err
+    assert "name lightning_danube.callbacks.TokenLedger in trainer.callbacks" in capsys.readouterr().err
 
 
 def test_a_sample_prompt_longer_than_the_context_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from callbacks import StepTimes
+from lightning_danube.callbacks import StepTimes
 from lightning_danube.__main__ import main
 
 
 def test_the_parts_of_a_step_are_told_at_the_end_of_fit(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    profiler = ["--trainer.profiler", "callbacks.StepTimes"]
+    profiler = ["--trainer.profiler", "lightning_danube.callbacks.StepTimes"]
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "5", *profiler]) == 0
     printed = capfd.readouterr().out
     assert "where 5 steps' time went" in printed

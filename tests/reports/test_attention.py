@@ -8,7 +8,7 @@ from lightning_danube.reports import attention
 
 
 def test_cache_bytes_follow_from_the_heads() -> None:
-    found = attention.decoders("configs/studies/attention.yaml")
+    found = attention.decoders("studies/attention")
     cache = found["cache, bytes a token"]
     # Keys and values of 6 layers, each head 16 channels of 2 bytes.
     assert cache["mha"] == 2 * 6 * 8 * 16 * 2
@@ -22,7 +22,7 @@ def test_the_difference_is_drawn_over_the_cache() -> None:
         for variant in ("mha", "mqa")
         for seed in (1, 2, 3)
     ]
-    shapes = attention.decoders("configs/studies/attention.yaml")
+    shapes = attention.decoders("studies/attention")
     (ax,) = attention.loss_by_cache(pd.DataFrame(rows), shapes, "loss", "mha").axes
     (dot,) = [line for line in ax.lines if line.get_marker() == "o"]
     (place,) = np.asarray(dot.get_xydata()).tolist()

@@ -41,7 +41,7 @@ def test_the_newest_version_that_began_is_found(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("quickstart", "`make quickstart` makes one"), ("other", r"fit --config configs/….yaml --name other` makes one")],
+    [("quickstart", "fit --config quickstart` makes one"), ("other", "fit --config … --name other` makes one")],
 )
 def test_a_missing_run_names_the_command_that_makes_it(tmp_path: Path, name: str, command: str) -> None:
     with pytest.raises(runs.MissingResult, match=rf"no run under {tmp_path}/{name}: .*{command}") as caught:
@@ -202,8 +202,8 @@ def test_a_run_without_a_source_named_web_has_nothing_beside_the_papers(copied_r
 
 
 def test_callbacks_named_by_the_messages_exist() -> None:
-    import callbacks
+    from lightning_danube import callbacks
 
     here = SimpleNamespace(**{name: getattr(callbacks, name) for name in callbacks.__all__})
     for path in runs.LOGGED_BY.values():
-        assert hasattr(here, path.removeprefix("callbacks."))
+        assert hasattr(here, path.removeprefix("lightning_danube.callbacks."))

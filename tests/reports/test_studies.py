@@ -58,7 +58,7 @@ def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None
 
 def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
     with pytest.raises(
-        MissingResult, match=r"no result of the study heads: .*study --config configs/studies/heads\.yaml"
+        MissingResult, match=r"no result of the study heads: .*study --config studies/heads`"
     ):
         studies.read_study(tmp_path, "heads")
     with pytest.raises(MissingResult, match="no result of the study heads"):
@@ -73,13 +73,17 @@ def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
 def test_a_study_run_here_comes_before_the_one_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "COMMITTED", tmp_path)
+    committed = tmp_path / "benchmarks" / "results" / "studies"
+    committed.mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
     pd.DataFrame([{"study": "heads", "variant": "mha", "seed": 1, "state": "complete", "loss": 1.0}]).to_parquet(
-        tmp_path / "heads.parquet"
+        committed / "heads.parquet"
     )
-    (tmp_path / "heads.json").write_text(json.dumps({"name": "heads"}))
-    monkeypatch.setattr(studies, "ROOT", tmp_path.parent)
-    assert studies.read_study(tmp_path / "runs", "heads").attrs["from"] == f"{tmp_path.name}/heads.parquet"
+    (committed / "heads.json").write_text(json.dumps({"name": "heads"}))
+    for folder in (tmp_path, tmp_path / "notebooks"):  # Jupyter starts a notebook in its own folder
+        monkeypatch.chdir(folder)
+        found = studies.read_study(tmp_path / "runs", "heads")
+        assert found.attrs["from"] == "benchmarks/results/studies/heads.parquet"
     assert studies.read_summary(tmp_path / "runs", "heads") == {"name": "heads"}
     runs = made(tmp_path, [{"variant": "mha", "seed": 1, "state": "complete", "loss": 2.0}])
     assert studies.read_study(runs, "heads")["loss"].tolist() == [2.0]
@@ -118,7 +122,7 @@ def test_a_search_as_a_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["curriculum", "curriculum-paper", "world"])
 def test_mixes_are_drawn_to_the_end_of_the_run(name: str) -> None:
-    figure = studies.mixes(f"configs/studies/{name}.yaml")
+    figure = studies.mixes(f"studies/{name}")
     tops = [
         max(bar.get_window_extent().transformed(ax.transData.inverted()).y1 for bar in ax.patches) for ax in figure.axes
     ]

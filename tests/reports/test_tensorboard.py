@@ -14,8 +14,8 @@ def test_every_tag_is_explained_and_has_its_logger(tiny_run: Path) -> None:
     assert set(found.index) == {*run.curves, *run.texts}
     assert not found["says"].str.contains("not described").any()
     assert found.loc["loss/train", "logged by"] == "lightning_danube.tasks.Pretraining"
-    assert found.loc["mix/stage", "logged by"] == "callbacks.CurriculumStages"
-    assert found.loc["mix/web", "logged by"] == "callbacks.TokenLedger"
+    assert found.loc["mix/stage", "logged by"] == "lightning_danube.callbacks.CurriculumStages"
+    assert found.loc["mix/web", "logged by"] == "lightning_danube.callbacks.TokenLedger"
     assert found.loc["run/plan", ["points", "last"]].tolist() == [1, "text"]
     assert found.loc["loss/train", "points"] == 26
     assert tensorboard.meaning("mix/stage") != tensorboard.meaning("mix/web")

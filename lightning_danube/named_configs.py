@@ -1,0 +1,45 @@
+"""Configurations that come with the package, found by name from any directory: `quickstart`, `sft/quickstart`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+def config_names() -> list[str]:
+    """All names; those without a folder come first."""
+    folder = FOLDER.resolve()  # a symbolic link in a clone, which rglob would not enter
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def config_file(config: str) -> str:
+    """The file that `--config` names: a path, or the name of a configuration of the package. A path goes first.
+
+    Raises:
+        ValueError: there is neither such a file nor such a name.
+    """
+    if Path(config).is_file():
+        return config
+    names = config_names()
+    if config in names:
+        return str(FOLDER / f"{config}.yaml")
+    raise ValueError(f"there is no config file {config}: {_what_was_meant(config, names)}")
+
+
+def _what_was_meant(config: str, names: list[str]) -> str:
+    wanted = config.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    # "imdb-papr" is near classification/imdb-paper, too, so the last part of each name is compared as well.
+    by_last_part = {name.rpartition("/")[2]: name for name in reversed(names)}
+    close = get_close_matches(wanted, names, n=1) or [
+        by_last_part[last] for last in get_close_matches(wanted.rpartition("/")[2], by_last_part, n=1)
+    ]
+    return f"did you mean {close[0]}?" if close else "the command `configs` lists those that need no file"
+
+
+def description(name: str) -> str:
+    """What the first line of a configuration says about it."""
+    first = (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().rstrip(":.")

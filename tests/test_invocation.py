@@ -1,0 +1,72 @@
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.invocation import as_typed, program, quoted, runnable
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The programs' folder of an environment inside the working directory; PATH does not lead there."""
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "tensorboard", "lightning-danube"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["python", "tensorboard"])
+def test_a_program_is_its_name_where_path_leads_to_it_and_else_its_path(
+    name: str, environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert program(name) == f".venv/bin/{name}"
+    monkeypatch.setenv("PATH", f"{environment}:/usr/bin")
+    assert program(name) == name
+
+
+def test_a_program_outside_the_working_directory_has_its_whole_path(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert program("python") == str(environment / "python")
+
+
+def test_a_path_with_a_space_is_one_argument(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moved = tmp_path / "my environment"
+    environment.parent.rename(moved)
+    monkeypatch.setattr(sys, "executable", str(moved / "bin" / "python"))
+    assert shlex.split(program("python")) == ["my environment/bin/python"]
+
+
+def test_an_interpreter_of_another_name_is_found(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (environment / "python").rename(environment / "python3")
+    monkeypatch.setattr(sys, "executable", str(environment / "python3"))
+    assert program("python") == ".venv/bin/python3"
+
+
+def test_the_next_command_begins_as_this_one_did(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(environment / "lightning-danube"), "fit"])
+    assert (as_typed(), runnable()) == ("lightning-danube", ".venv/bin/lightning-danube")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/lightning_danube/__main__.py", "fit"])
+    assert as_typed() == "python -m lightning_danube"
+    assert runnable() == ".venv/bin/python -m lightning_danube"
+
+
+@pytest.mark.parametrize("text", ["The", "The function returns", 'say "yes"', "$HOME and !", "it's", "a\\b", "runs/x"])
+def test_a_quoted_text_is_one_argument(text: str) -> None:
+    assert shlex.split(quoted(text)) == [text]
+
+
+def test_double_quotes_are_used_where_they_are_enough() -> None:
+    assert quoted("The function returns") == '"The function returns"'
+    assert quoted("runs/quickstart/version_0") == "runs/quickstart/version_0"
