@@ -53,6 +53,12 @@ def pinned() -> dict[str, Requirement]:
     return by_name([line for line in lines if line and not line.startswith("#")])
 
 
+def peers() -> dict[str, Requirement]:
+    """Packages that `make benchmark` installs without their requirements."""
+    lines = (ROOT / "benchmarks" / "peers.txt").read_text("utf-8").splitlines()
+    return by_name([line for line in lines if line and not line.startswith("#")])
+
+
 def environment_pip_lines() -> list[str]:
     (pip,) = [
         entry["pip"]
@@ -105,6 +111,18 @@ def test_every_constraint_is_one_exact_version_of_any_build() -> None:
         assert pin.operator == "==", f"{name} is not pinned exactly: {requirement}"
         # torch==2.13.0+cpu would exclude the CUDA build of the same version.
         assert "+" not in pin.version, f"{name} is pinned to one build: {requirement}"
+
+
+def test_every_package_has_one_pin_in_constraints_or_in_the_benchmarks_peers() -> None:
+    """pip refuses two versions of one package, and `make benchmark` gives it both files."""
+    pins, found = pinned(), peers()
+    assert {"litgpt", "litdata", "boto3"} <= found.keys()
+    for name, requirement in found.items():
+        if name in pins:
+            assert not requirement.specifier, f"peers.txt pins {requirement}, and constraints.txt pins {pins[name]}"
+        else:
+            (pin,) = requirement.specifier
+            assert pin.operator == "==", f"peers.txt does not pin {requirement} exactly"
 
 
 def test_the_environment_lists_what_pyproject_declares_at_the_pinned_versions() -> None:
