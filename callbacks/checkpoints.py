@@ -15,7 +15,7 @@ from lightning_danube.callbacks.position import curriculum_of, finished_stage, i
 from lightning_danube.checkpoint_files import prepare_directory
 from lightning_danube.runs import read_step
 from lightning_danube.sharded_strategy import ShardedStrategy
-from lightning_danube.stopping import EXIT_STOPPED, Stopped, StopSignals, requeue_slurm_job
+from lightning_danube.stopping import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
 
 
 class Checkpoints(Checkpoint):
@@ -36,7 +36,6 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"every_n_steps is {every_n_steps} and keep is {keep}: both must be at least 1")
         self.every_n_steps, self.keep = every_n_steps, keep
         self._directory: Path | None = None  # None: nothing is kept, as in a fast_dev_run
-        self._signals = StopSignals()
         self._requeue_signal: int | None = None
         self._stopping = False
         self._stops_at_step = False
@@ -50,23 +49,33 @@ class Checkpoints(Checkpoint):
                 prepare_directory(self._directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning has taken the signals just before: its SIGTERM leaves within an accumulation and saves nothing, its
-        # SLURM signal saves wherever the step happens to be. It restores what was there before when the trainer ends.
+        # Replaces Lightning's handlers, where a program of the user's has a trainer of its own: Lightning's SIGTERM
+        # leaves within an accumulation and saves nothing, its SLURM signal saves wherever the step happens to be.
         if self._directory is None:
             return
-        self._signals, self._stopping, self._requeue_signal = StopSignals(), False, None
+        self._stopping, self._requeue_signal = False, None
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
-        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, self._requeue_signal}
-        self._signals.listen(number for number in signals if number is not None)
+        # Windows has no SIGUSR1.
+        signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None), self._requeue_signal}
+        SIGNALS.hold(number for number in signals if number is not None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        SIGNALS.all_done()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        SIGNALS.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        SIGNALS.release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Here and not where it was saved: by now everybody's end of the last step is over.
         if self._stopping:
             wait_for_checkpoint(trainer)
             lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
-            if self._signals.received == self._requeue_signal and trainer.is_global_zero:
+            if SIGNALS.received == self._requeue_signal and trainer.is_global_zero:
                 lines.append(requeue_slurm_job())
             # A rank that rank zero has started, and that ends with another code than 0, counts as failed.
             raise Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
@@ -122,7 +131,7 @@ class Checkpoints(Checkpoint):
 
     def _told_to_stop(self, trainer: Trainer) -> bool:
         """Whether any rank was told to stop: a collective call."""
-        told = self._signals.received is not None
+        told = SIGNALS.received is not None
         return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_danube.callbacks.position import run_directory
 from lightning_danube.callbacks.progress import say
@@ -18,6 +17,7 @@ from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
 from lightning_danube.quantization.statistics import Estimate
 from lightning_danube.result_files import write_json, write_parquet, write_text
+from lightning_danube.stopping import Stopped
 from lightning_danube.tables import markdown_table, text_table
 from lightning_danube.tasks.quantization import QuantizationEvaluation
 
@@ -66,7 +66,7 @@ class QuantizationSummary(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        if isinstance(exception, KeyboardInterrupt | Stopped):
             _, task = parts_of(trainer)
             wanted = len(task.levels) + 1
             say(

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from lightning_danube.commands import COMMANDS
 from lightning_danube.invocation import as_typed
+from lightning_danube.stopping import SIGNALS, Stopped, tell
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -31,7 +33,11 @@ _OURS = tuple(os.path.realpath(folder) + os.sep for folder in (PACKAGE, *(PACKAG
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 only when what was asked is done, 2 for a user's mistake."""
-    args = list(sys.argv[1:] if args is None else args)
+    with SIGNALS.listening(own_process=args is None):
+        return _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     # Before torch loads OpenMP, which reads it once. Threads that wait for work spin a hundred times as long by
@@ -40,18 +46,28 @@ def main(args: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
-        return _dispatch(args)
+        try:
+            return _dispatch(args)
+        except Exception as error:
+            return _report(error, debug)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        message = user_message(error)
-        if debug or message is None:
-            traceback.print_exc()
-            return 1 if message is None else 2
-        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("on rank ")]
-        print(" ".join(["error:", message, *(f"({note})" for note in notes)]), file=sys.stderr)
-        return 2
+        if not SIGNALS.answered:
+            tell("stopped")
+        return 128 + (SIGNALS.received or signal.SIGINT)
+    except Stopped as stop:
+        if stop.message:
+            tell(stop.message)
+        return int(stop.code or 0)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    message = user_message(error)
+    if debug or message is None:
+        traceback.print_exc()
+        return 1 if message is None else 2
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("on rank ")]
+    print(" ".join(["error:", message, *(f"({note})" for note in notes)]), file=sys.stderr)
+    return 2
 
 
 def check_links(package: Path = PACKAGE) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import warnings
 from contextlib import nullcontext
 from itertools import pairwise
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -37,7 +36,7 @@ from lightning_danube.named_configs import config_file
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.sharded_strategy import ShardedStrategy
-from lightning_danube.stopping import Stopped, tell
+from lightning_danube.stopping import LEAVING_TRAINER, SIGNALS, tell
 
 FACTS_OF_DATA = {
     "vocab_size": "data.tokenizer",
@@ -242,6 +241,8 @@ class DanubeCLI(LightningCLI):
                 "run by torchrun or SLURM (docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
             )
         RankLauncher.install(trainer)
+        # Lightning takes SIGTERM when it starts, and in a validation or a test does nothing about it.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         return trainer
 
     def _plugins(self) -> list[Any]:
@@ -363,14 +364,8 @@ def main(args: list[str]) -> int:
     _quieten_lightning()
     end_with_launcher()
     try:
-        DanubeCLI(with_config_paths(args))
-    except Stopped as stop:
-        if stop.message:
-            tell(stop.message)
-        return int(stop.code or 0)
-    except SIGTERMException:
-        # Lightning's own, where no callback saves when told to stop.
-        return 128 + signal.SIGTERM
+        with SIGNALS.during(LEAVING_TRAINER):
+            DanubeCLI(with_config_paths(args))
     except Exception as error:
         let_rank_zero_speak(rank_zero_only.rank, error)  # type: ignore[attr-defined]
         raise

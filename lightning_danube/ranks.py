@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import DistError
 
-from lightning_danube.stopping import tell
+from lightning_danube.stopping import EXIT_STOPPED, SIGNALS, Stopped, tell
 
 LAUNCHER = "LIGHTNING_DANUBE_LAUNCHER"
 """Environment variable of a rank that rank zero has started: the process id of rank zero."""
@@ -68,11 +68,18 @@ class RankLauncher(_SubprocessScriptLauncher):
         del os.environ[LAUNCHER]
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
+        with SIGNALS.ending_first(self._end_at_once):
+            return self._answer_for_all(function, *args, **kwargs)
+
+    def _answer_for_all(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             result = function(*args, **kwargs)
-        except SystemExit:
-            # Told to stop: all ranks were, and leave at the same step.
-            self._wait_for_the_others()
+        except SystemExit as stop:
+            if isinstance(stop, Stopped) and stop.code != EXIT_STOPPED:
+                self._end_the_others(stop)  # there is nothing to save, and perhaps only this rank was told
+            else:
+                # Told to stop: all ranks were, and leave at the same step.
+                self._wait_for_the_others()
             raise
         except BaseException as error:
             explain_silence(error)
@@ -80,6 +87,10 @@ class RankLauncher(_SubprocessScriptLauncher):
             raise
         self._wait_for_the_others()
         return result
+
+    def _end_at_once(self) -> None:
+        self._over.set()
+        self.kill(signal.SIGKILL)
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL_SECONDS):

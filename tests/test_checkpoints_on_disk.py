@@ -18,7 +18,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.checkpoint_files import damage, prepare_directory, read_manifest
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.runs import newest_checkpoint, resolve_checkpoint
-from lightning_danube.stopping import StopSignals, requeue_slurm_job
+from lightning_danube.stopping import requeue_slurm_job
 from tests.test_ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -442,19 +442,6 @@ def test_processes_that_belong_to_the_run_do_not_keep_it_from_saving(
     assert newest.name == ("step_00000008.ckpt" if "ddp" in options else "step_00000004.ckpt")
     code, said = exit_code("--ckpt_path", "last", "--trainer.max_steps", "10")
     assert code == 0, said
-
-
-def test_a_second_interrupt_does_not_wait() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    signals = StopSignals()
-    try:
-        signals.listen([signal.SIGINT])
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received is signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

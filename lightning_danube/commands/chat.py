@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from lightning_danube.commands.sampling import add_sampling_arguments, sampling_of
+from lightning_danube.stopping import ANSWERING, PROMPTING, SIGNALS
 from lightning_danube.weights import add_weights_arguments, load_model
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def run(arguments: Namespace) -> None:
             seed=arguments.seed,
             system=arguments.system,
         )
-        converse(conversation)
+        with SIGNALS.during(PROMPTING):
+            converse(conversation)
 
 
 def converse(conversation: Conversation) -> None:
@@ -101,7 +103,7 @@ def answer(conversation: Conversation, question: str) -> None:
         tell(f"the context is full: the oldest {coming.dropped_turns} of the turns are forgotten")
     interrupted = False
     try:
-        with closing(iter(coming)) as pieces:
+        with SIGNALS.during(ANSWERING), closing(iter(coming)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:

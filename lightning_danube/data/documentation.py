@@ -31,8 +31,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +50,7 @@ from lightning_danube.data.docstrings import (
     role_of,
 )
 from lightning_danube.data.made_text import facts_of, passages_about, pick, questions_about
+from lightning_danube.worker_pool import WorkerPool
 
 _PROCESSES_WORTH_STARTING = 16
 _FILES_PER_CHUNK = 48
@@ -131,7 +130,7 @@ def read_sources(sources: Sequence[Source], processes: int | None, lively: bool)
             keep(map(read_all, chunks))
         else:
             # Trees have no cycles; looking for some takes a fifth of the time.
-            with ProcessPoolExecutor(processes, get_context("spawn"), initializer=gc.disable) as pool:
+            with WorkerPool(processes, gc.disable) as pool:
                 keep(pool.map(read_all, chunks))
     return readings
 

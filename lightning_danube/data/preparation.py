@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
@@ -44,6 +42,7 @@ from lightning_danube.data.shards import (
 )
 from lightning_danube.data.tokenizer import DocumentTokenizer
 from lightning_danube.data.units import Job, load_part, load_unit, make_unit
+from lightning_danube.worker_pool import WorkerPool
 
 UNIT_BYTES = 1 << 22
 """Text of a unit, about a second of work. A source of more than `MOST_UNITS` times that has larger ones."""
@@ -353,7 +352,7 @@ class _Workshop:
 
     def __init__(self, preparations: Sequence[Preparation], benchmarks: Benchmarks | None, processes: int) -> None:
         self.preparations, self.benchmarks, self.processes = preparations, benchmarks, processes
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
         self._progress = _Progress(preparations)
 
     def run(self) -> None:
@@ -369,11 +368,9 @@ class _Workshop:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
 
-    def _start_pool(self) -> ProcessPoolExecutor:
+    def _start_pool(self) -> WorkerPool:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-            )
+            self._pool = WorkerPool(self.processes)
         return self._pool
 
     def _run(self) -> None:
@@ -514,18 +511,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _end_with_parent() -> None:
-    """Lets a process of a pool die with the one that started it, even by kill -9."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _umask() -> int:

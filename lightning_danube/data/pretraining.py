@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from lightning_danube.data.replicas import replicas_of
 from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.durations import parse_tokens
+from lightning_danube.stopping import children_without_interrupts
 
 IGNORE_INDEX = -100
 
@@ -450,6 +452,11 @@ class ResumableLoader(DataLoader[Any]):
             pin_memory=pin_memory,
         )
 
+    def __iter__(self) -> Any:
+        # Processes start here, and a Ctrl-C while they import would end them with a traceback.
+        with children_without_interrupts():
+            return super().__iter__()
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -517,8 +524,9 @@ def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bo
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A signal to the whole process group (`timeout`, a shell, a terminal) must not take the loaders away from a run
     that is about to save."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform != "win32":  # where neither exists
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

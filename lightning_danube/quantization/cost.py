@@ -23,6 +23,7 @@ from typing import Any
 
 from lightning_danube.quantization.levels import FULL, Level, parse_level
 from lightning_danube.quantization.measured import Cost
+from lightning_danube.stopping import run_child
 
 PREFILL_TOKENS, DECODE_TOKENS = 256, 16
 ROUNDS = 3
@@ -51,7 +52,7 @@ def measure_cost(level: Level, weights: str, file: Path | None, *, dtype: str, d
     }
     command = [sys.executable, "-m", "lightning_danube.quantization.cost", json.dumps(request)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+        done = run_child(command, timeout=LIMIT_SECONDS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
         raise ValueError(f"speed not measured: more than {LIMIT_SECONDS // 60} minutes") from None
     if done.returncode:

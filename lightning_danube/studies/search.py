@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_danube.stopping import Stopped
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.trials import POLL_SECONDS, Runner, TrialFailed, minutes_of, open_study
 
@@ -61,9 +62,9 @@ class Search:
             for seed in self.design.seeds:
                 _, metrics = self.runner.run(f"trial{number}-seed{seed}", values, seed)
                 found.append(metrics)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as stop:
             self.study.enqueue_trial(trial.params, user_attrs={"number": number})
-            raise
+            raise KeyboardInterrupt from stop  # the one that Optuna notes
         except TrialFailed as error:
             trial.set_user_attr("error", str(error))
             tell(f"trial {number}: failed: {error}")

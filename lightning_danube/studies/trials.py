@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import time
 import warnings
@@ -26,6 +25,7 @@ from sqlalchemy import event
 
 from lightning_danube.provenance import commit, machine
 from lightning_danube.runs import newest_checkpoint
+from lightning_danube.stopping import Stopped, run_child
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
 
@@ -159,9 +159,7 @@ class Runner:
         if verb == "fit" and any(newest_checkpoint(version) for version in trained.glob("version_*")):
             place += ["--ckpt_path", "last"]
         with log.open("a") as file:
-            done = subprocess.run(
-                command_of(self.design, values, seed, *place), stdout=file, stderr=subprocess.STDOUT, env=os.environ
-            )
+            done = run_child(command_of(self.design, values, seed, *place), stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])
@@ -218,9 +216,9 @@ class Trials:
         begin = time.monotonic()
         try:
             run, metrics = self.runner.run(name, self.design.variants[variant], seed)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as stop:
             self._plan(variant, seed)
-            raise
+            raise KeyboardInterrupt from stop  # the one that Optuna notes
         except TrialFailed as error:
             trial.set_user_attr("error", str(error))
             tell(f"{name}: failed: {error} (all of it: {self.runner.log(name)})")

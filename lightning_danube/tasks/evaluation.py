@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_danube.adapters import base_digest
@@ -104,9 +103,6 @@ class Evaluation(LightningModule):
         self.results += rows
 
     def _progress(self, title: str, done: int, total: int) -> None:
-        # Lightning takes note of the signal and looks at it in training only.
-        if self.trainer.received_sigterm:
-            raise SIGTERMException
         if self.on_progress is not None:
             self.on_progress(title, done, total)
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_danube.adapters import weights_digest
@@ -145,9 +144,6 @@ class QuantizationEvaluation(LightningModule):
             return
         level = self._missing[dataloader_idx]
         with self._cleaning_up():
-            # Lightning takes note of the signal and looks at it in training only.
-            if self.trainer.received_sigterm:
-                raise SIGTERMException
             if batch_idx == 0:
                 self._finish()
                 self._begin(level)
