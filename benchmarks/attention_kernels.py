@@ -35,7 +35,7 @@ from machine import described, write_result
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_danube.allocator import keep_freed_memory
+from lightning_danube.device import keep_freed_memory
 from lightning_danube.model.attention import attend_once, repeat_heads, sums_of_products
 from lightning_danube.model.blocked_attention import blocked_attention
 from lightning_danube.tables import markdown_table

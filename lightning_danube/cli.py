@@ -24,14 +24,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.config_errors import explain, parse, read_config
 from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.invocation import as_typed
-from lightning_danube.matmul_precision import exact_products_by_onednn
 from lightning_danube.named_configs import config_file
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint

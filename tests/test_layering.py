@@ -18,7 +18,7 @@ LAYERS = (
 # Kept apart from the rules: these folders may be absent.
 OTHERS = ("benchmarks", "notebooks")
 
-MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model"})
+MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model", "lightning_danube.device"})
 # The files that read and write formats of others, and what each needs for it.
 FORMATS = {
     "checkpoints.py": frozenset({"safetensors"}),
@@ -27,7 +27,7 @@ FORMATS = {
 TASKS_MAY_IMPORT_OF_OURS = frozenset(
     {
         f"lightning_danube.{name}"
-        for name in ("model", "optim", "durations", "tasks", "weights", "adapters", "quantization", "harness")
+        for name in ("model", "device", "optim", "durations", "tasks", "weights", "adapters", "quantization", "harness")
     }
 )
 REPORTS_READ_WITH = (
@@ -113,12 +113,16 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         may = MODEL_MAY_IMPORT | FORMATS.get(path.name, frozenset())
         if name.split(".")[0] not in sys.stdlib_module_names and not is_within(name, may):
             return f"the model imports the standard library and {', '.join(sorted(may))} only"
+    if folders == ("lightning_danube", "device.py") and not is_within(
+        name, frozenset({"torch", *sys.stdlib_module_names})
+    ):
+        return "what the machine can do is asked with the standard library and torch only"
     if folders[:2] == ("lightning_danube", "data") and is_within(name, DATA_MUST_NOT_IMPORT):
         return "data knows neither models nor tasks"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
         return (
-            "of ours, tasks import model, weights, adapters, quantization, optim, durations and harness only; facts "
-            "about data arrive as arguments"
+            "of ours, tasks import model, device, weights, adapters, quantization, optim, durations and harness only; "
+            "facts about data arrive as arguments"
         )
     return None
 
@@ -173,6 +177,8 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("lightning_danube/model/decoder.py", "import gguf", "standard library and"),
         ("lightning_danube/model/gguf_files.py", "from ..data.gguf_tokenizer import KEY", "standard library and"),
         ("lightning_danube/model/decoder.py", "from ..gguf_header import GGUFHeader", "standard library and"),
+        ("lightning_danube/device.py", "import numpy", "what the machine can do"),
+        ("lightning_danube/device.py", "from .model import Decoder", "what the machine can do"),
         ("lightning_danube/data/chat.py", "from lightning_danube.model.config import DecoderConfig", "data knows"),
         ("lightning_danube/data/chat.py", "from lightning_danube import tasks", "data knows"),
         (
@@ -211,6 +217,8 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
             "lightning_danube/model/decoder.py",
             "import math, torch\nfrom torch import nn\nfrom .config import DecoderConfig",
         ),
+        ("lightning_danube/model/packing.py", "from ..device import onednn_packs"),
+        ("lightning_danube/device.py", "import os\nimport torch"),
         ("lightning_danube/model/checkpoints.py", "import json, safetensors.torch"),
         (
             "lightning_danube/model/gguf_files.py",

@@ -27,6 +27,7 @@ from lightning_danube.data.quality import Deduplicate, Filters, Quality
 from lightning_danube.data.replicas import replicas_of
 from lightning_danube.data.shards import TokenShards, TokenStream, shards_directory
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.device import usable_cores
 from lightning_danube.durations import parse_tokens
 from lightning_danube.stopping import children_without_interrupts
 
@@ -116,7 +117,7 @@ class CurriculumData(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         if processes is not None and processes < 1:
             raise ValueError(f"data.processes is {processes}: it must be at least 1")
-        self.processes = processes or len(os.sched_getaffinity(0))
+        self.processes = processes or usable_cores()
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
         self.tokenizer = DocumentTokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import onednn_multiplies, onednn_multiplies_float32
+
 # One core of an EPYC with AVX-512, 6 heads on 2 of 64 channels, bfloat16, ms of forward + backward:
 #
 #     rows x tokens            8 x 512    2 x 2048    1 x 4096
@@ -40,20 +42,8 @@ def is_faster(q_BHTK: Tensor) -> bool:
     if q_BHTK.device.type != "cpu":
         return False
     if q_BHTK.dtype == torch.bfloat16:
-        return multiplies_16_bits()
-    return q_BHTK.dtype == torch.float32 and q_BHTK.shape[2] <= WIDE_TOKENS and multiplies_float32_by_onednn()
-
-
-@torch.compiler.assume_constant_result
-def multiplies_16_bits() -> bool:
-    """Whether this processor has instructions for products of bfloat16."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@torch.compiler.assume_constant_result
-def multiplies_float32_by_onednn() -> bool:
-    """Whether oneDNN may take float32 products from the default library."""
-    return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() != "highest"
+        return onednn_multiplies(torch.bfloat16)
+    return q_BHTK.dtype == torch.float32 and q_BHTK.shape[2] <= WIDE_TOKENS and onednn_multiplies_float32()
 
 
 @torch.compiler.disable

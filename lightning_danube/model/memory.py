@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from .blocked_attention import multiplies_16_bits
+import torch
+
+from ..device import onednn_multiplies
 from .config import DecoderConfig
 from .loss import CHUNK_TOKENS
 
@@ -171,7 +173,7 @@ class TrainingMemory:
             kv_heads = heads  # repeated: no fused kernel takes them as they are
         # Of each row of scores its largest, in their type, where they are multiplied in blocks; else what the kernel
         # keeps, in float32.
-        of_a_row = a if not self.gpu and a == 2 and multiplies_16_bits() else self._wide
+        of_a_row = a if not self.gpu and a == 2 and onednn_multiplies(torch.bfloat16) else self._wide
         attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + a * 4 * c.intermediate_size) // tp
         return 2 * self.norm_bytes() + self.tokens * per_token

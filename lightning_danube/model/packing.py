@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import onednn_packs
 from .attention import GroupedQueryAttention, rotate
 from .decoder import Block, Decoder, SwiGLU
 
@@ -48,7 +49,7 @@ def pack_for_generation(decoder: Decoder) -> bool:
         return False
     weight = decoder.lm_head.weight
     if weight.device.type == "cpu":
-        if not can_pack(weight):
+        if not onednn_packs(weight.dtype):
             return False
         pack(decoder, PackedLinear)
         if are_plain(decoder.lm_head):
@@ -67,16 +68,6 @@ def pack(decoder: Decoder, linear: "type[PackedLinear | JoinedLinear]") -> None:
             block.self_attn = PackedAttention(attention, linear)
         if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             block.mlp = PackedSwiGLU(mlp, linear)
-
-
-def can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(OPERATORS, "_linear_pointwise") or not hasattr(OPERATORS, "_reorder_linear_weight"):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(OPERATORS._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
 
 
 def are_plain(*layers: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
 from lightning_danube.callbacks.summary import write_json
 from lightning_danube.__main__ import main
-from lightning_danube.allocator import keep_freed_memory
 from lightning_danube.tables import text_table
 
 
@@ -106,9 +105,3 @@ def test_tables_align() -> None:
     assert text_table(["a", "n"], [["long", "1"], ["b", "1,000"]]) == (
         "a         n\n───────────\nlong      1\nb     1,000"
     )
-
-
-def test_the_allocator_is_told_where_there_is_one() -> None:
-    import platform
-
-    assert keep_freed_memory() is (platform.libc_ver()[0] == "glibc")

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_danube.device import onednn_packs
 from lightning_danube.model import Decoder, DecoderConfig, generate
 from lightning_danube.model.packing import JoinedLinear, PackedLinear, pack, pack_for_generation
 
@@ -30,8 +31,10 @@ def pair(config: DecoderConfig, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
 def test_packed_decoders_give_the_same_logits(shape: str, dtype: torch.dtype, tolerance: float) -> None:
     with torch.inference_mode():
         exact, packed = pair(SHAPES[shape], dtype)
-        assert pack_for_generation(packed)
-        assert [type(layer) for layer in packed.modules()].count(PackedLinear) == 2 * 4 + 1
+        # Without 16-bit products oneDNN has no packed layout for bfloat16: such a decoder stays as it is.
+        assert pack_for_generation(packed) is onednn_packs(dtype)
+        packed_layers = 2 * 4 + 1 if onednn_packs(dtype) else 0
+        assert [type(layer) for layer in packed.modules()].count(PackedLinear) == packed_layers
         for batch in ((1, 1), (3, 1), (2, 17)):
             ids = torch.randint(0, 101, batch)
             expected = exact(ids)

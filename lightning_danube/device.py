@@ -1,0 +1,244 @@
+"""What this machine can do: which number types it multiplies fast and exactly, its cores, its memory allocator.
+
+The speed of a type is measured, not looked up. Processors without AVX-512 have no 16-bit products: there PyTorch
+multiplies bfloat16 matrices up to 300 times slower than float32 ones. A trial takes milliseconds and is made once a
+process, when something asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Allowed error of a matrix product, relative to its largest element, by type.
+
+float32 leaves 6e-7; a float32 product that is computed in 16 bits has 3e-3 (bfloat16) or 4e-4 (TF32). The 16-bit types
+may round their result (4e-3 and 5e-4), not the sums that lead to it.
+"""
+
+SIZES = {"cpu": (64, 128, 256, 512), "cuda": (1024, 4096), "mps": (512, 2048)}
+"""Width of the square matrices of a trial. A trial stops after the first size that takes `SECONDS_OF_A_SIZE`."""
+SECONDS_OF_A_SIZE = 1e-3
+TRIES = 3
+"""The best time of so many counts. On a CPU the time of one thread counts, so that other processes disturb little."""
+
+WORTH_16_BITS = 1.2
+"""Mixed precision also casts every weight in every step, so its products must be this much faster than float32's."""
+
+
+@dataclass(frozen=True)
+class ProductRate:
+    """How fast and how exactly a device multiplies matrices of one type.
+
+    Args:
+        forward: FLOP/s of the product of a linear layer, x W^T.
+        training: FLOP/s of a linear layer's three products in a training step. On some processors the other two are
+            much slower than the first.
+        exact: whether the error stays within `LARGEST_ERROR`.
+    """
+
+    forward: float
+    training: float
+    exact: bool
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype, device: str = "cpu") -> ProductRate:
+    """The measured rate of a type on a device ("cpu", "cuda", "cuda:1", "mps"). The first call takes about 20 ms.
+
+    float32 is measured as `exact_products_by_onednn` computes it.
+
+    Raises:
+        ValueError: the device cannot multiply this type.
+    """
+    kind = torch.device(device).type
+    with _undisturbed(kind), exact_products_by_onednn() if kind == "cpu" else nullcontext():
+        try:
+            exact = _error(dtype, device) < LARGEST_ERROR[dtype]
+            forward, training = _rates(dtype, device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{device} does not multiply {_name(dtype)}: {str(error).splitlines()[0]}") from error
+    return ProductRate(forward, training, exact)
+
+
+def fastest_type(device: str = "cpu", *, training: bool = False) -> torch.dtype:
+    """The type whose products are fastest among those that are exact enough: float32, bfloat16 or float16.
+
+    Args:
+        training: count the products of a training step; otherwise the forward pass alone.
+    """
+
+    def speed(dtype: torch.dtype) -> float:
+        try:
+            rate = product_rate(dtype, device)
+        except ValueError:
+            return 0.0
+        return rate.training if training else rate.forward
+
+    exact = [one for one in (torch.bfloat16, torch.float16) if speed(one) and product_rate(one, device).exact]
+    best = max(exact, key=speed, default=torch.float32)
+    return best if speed(best) > WORTH_16_BITS * speed(torch.float32) else torch.float32
+
+
+def onednn_stays_exact() -> bool:
+    """Whether float32 products in "medium" precision keep float32's error on this processor, by a trial."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return _error(torch.float32, "cpu") < LARGEST_ERROR[torch.float32]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def exact_products_by_onednn() -> Iterator[bool]:
+    """Lets oneDNN multiply float32 matrices on a CPU where this costs no exactness. Yields whether it does.
+
+    PyTorch uses the BLAS that it was built with, unless lower precision is allowed; then it uses oneDNN. Where oneDNN
+    computes in float32 all the same, only the speed differs: 1.6 to 2 times on an EPYC. A precision that the user has
+    chosen stays.
+    """
+    before = torch.get_float32_matmul_precision()
+    allowed = before == "highest" and onednn_stays_exact()
+    if allowed:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _undisturbed(kind: str) -> Iterator[None]:
+    """The caller's modes (autocast, gradients) do not reach a trial, and a CPU uses one thread.
+
+    The threads of a busy machine wait for each other: a trial with all of them measures the waiting.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _error(dtype: torch.dtype, device: str) -> float:
+    """Error of a product of 256 terms, relative to its largest element."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 256, generator=generator, device="cpu", dtype=torch.float32).to(dtype) for _ in range(2))
+    expected = a.double() @ b.double().T
+    found = (a.to(device) @ b.to(device).T).to("cpu").double()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """FLOP/s of a linear layer forward, and of its three products in training: the best over all sizes."""
+    forward = training = 0.0
+    for size in SIZES[torch.device(device).type]:
+        x, w, grad = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+        products = (functools.partial(torch.mm, *pair) for pair in ((x, w.T), (grad, w), (grad.T, x)))
+        seconds = [_best_time(product, device) for product in products]
+        flops = 2.0 * size**3
+        forward, training = max(forward, flops / seconds[0]), max(training, 3 * flops / sum(seconds))
+        if sum(seconds) > SECONDS_OF_A_SIZE:
+            break
+    return forward, training
+
+
+def _best_time(product: Callable[[], Tensor], device: str) -> float:
+    """Seconds of the fastest try, after one that compiles."""
+    product()
+    return min(_time(product, device) for _ in range(TRIES))
+
+
+def _time(product: Callable[[], Tensor], device: str) -> float:
+    kind = torch.device(device).type
+    synchronize = torch.get_device_module(kind).synchronize if kind != "cpu" else None
+    # Windows counts a thread's time in steps of 16 ms.
+    of_a_thread = synchronize is None and time.get_clock_info("thread_time").resolution < SECONDS_OF_A_SIZE / 100
+    clock = time.thread_time if of_a_thread else time.perf_counter
+    if synchronize:
+        synchronize()
+    started = clock()
+    product()
+    if synchronize:
+        synchronize()
+    return max(clock() - started, 1e-9)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- what kernels ask, also from compiled code ------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this type on this processor. Asks for instructions and measures nothing."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+@torch.compiler.assume_constant_result
+def onednn_multiplies_float32() -> bool:
+    """Whether oneDNN multiplies float32 matrices at the moment: `exact_products_by_onednn` or the user allows it."""
+    return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() != "highest"
+
+
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a linear layer of this type whose weight is stored in oneDNN's packed layout."""
+    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and onednn_multiplies(dtype)
+        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    )
+
+
+# --- cores and memory -------------------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use. macOS and Windows tell only how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory in the process. Returns whether this took effect (Linux with glibc only).
+
+    glibc gives large blocks back to the system and gets them again page by page in every step. Up to half of the time
+    of an eager training step goes into page faults on the logits. The price is that the peak stays reserved.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**28}
+    return all(mallopt(option, value) == 1 for option, value in settings.items())

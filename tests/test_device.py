@@ -1,0 +1,166 @@
+"""What this machine can do. Rates are faked where a test is about a choice: both kinds of processor on either."""
+
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube import device
+from lightning_danube.device import (
+    ProductRate,
+    exact_products_by_onednn,
+    fastest_type,
+    keep_freed_memory,
+    onednn_multiplies,
+    onednn_packs,
+    onednn_stays_exact,
+    product_rate,
+    usable_cores,
+)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+WITH_16_BITS = {F32: (100e9, 100e9), BF16: (200e9, 200e9), F16: (10e9, 6e9)}
+WITHOUT = {F32: (100e9, 100e9), BF16: (10e9, 0.3e9), F16: (11e9, 6e9)}
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, rates: dict[torch.dtype, tuple[float, float]], inexact: Any = ()) -> None:
+    def rate(dtype: torch.dtype, name: str = "cpu") -> ProductRate:
+        if dtype not in rates:
+            raise ValueError(f"{name} does not multiply {dtype}")
+        return ProductRate(*rates[dtype], exact=dtype not in inexact)
+
+    monkeypatch.setattr(device, "product_rate", rate)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Trials of this test are its own."""
+    product_rate.cache_clear()
+    yield
+    product_rate.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rates", "forward", "training"),
+    [
+        (WITH_16_BITS, BF16, BF16),
+        (WITHOUT, F32, F32),
+        # Fast forward and slow backward: only for what does not train.
+        ({F32: (100e9, 100e9), BF16: (150e9, 50e9)}, BF16, F32),
+        # A gain that casting the weights would eat.
+        ({F32: (100e9, 100e9), BF16: (110e9, 110e9)}, F32, F32),
+        ({F32: (100e9, 100e9), BF16: (1e9, 1e9), F16: (300e9, 300e9)}, F16, F16),
+        ({F32: (100e9, 100e9)}, F32, F32),
+    ],
+)
+def test_the_fastest_type_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+    rates: dict[torch.dtype, tuple[float, float]],
+    forward: torch.dtype,
+    training: torch.dtype,
+) -> None:
+    fake(monkeypatch, rates)
+    assert fastest_type() == forward
+    assert fastest_type(training=True) == training
+
+
+def test_a_type_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, {**WITH_16_BITS, F16: (400e9, 400e9)}, inexact={F16})
+    assert fastest_type() == BF16
+    fake(monkeypatch, WITH_16_BITS, inexact={BF16})
+    assert fastest_type() == F32
+    # Float32 is always there, also where the user has allowed it to be less exact.
+    fake(monkeypatch, WITHOUT, inexact={F32})
+    assert fastest_type() == F32
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_measured_choice_fits_this_processor() -> None:
+    rate = product_rate(F32)
+    assert rate.exact and rate.forward > 0 and rate.training > 0
+    assert product_rate(F32) is rate  # measured once
+    assert product_rate(BF16).exact
+    if not onednn_multiplies(BF16):
+        # Without instructions for them PyTorch's own loops remain, which are far behind any library.
+        assert product_rate(BF16).training < rate.training and fastest_type(training=True) == F32
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_trial_changes_nothing() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert product_rate(F32).exact
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+    assert torch.get_num_threads() == threads and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_type_that_cannot_be_multiplied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*matrices: torch.Tensor) -> None:
+        raise RuntimeError("not implemented for 'Half'\nand a trace")
+
+    monkeypatch.setattr("torch.mm", refuse)
+    with pytest.raises(ValueError, match=r"^cpu does not multiply float16: not implemented for 'Half'$"):
+        product_rate(F16)
+
+
+def test_compiled_code_can_ask() -> None:
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if onednn_multiplies(x.dtype) and device.onednn_multiplies_float32() else x * 2 + 0
+
+    compiled = torch.compile(doubled, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.ones(2)), torch.full((2,), 2.0), rtol=0, atol=0)
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert not any(onednn_packs(dtype) or onednn_multiplies(dtype) for dtype in (F32, BF16, F16))
+    with exact_products_by_onednn():
+        assert not device.onednn_multiplies_float32()
+
+
+def test_products_are_given_to_onednn_and_taken_back() -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    with exact_products_by_onednn() as allowed:
+        assert torch.get_float32_matmul_precision() == ("medium" if allowed else "highest")
+        a, b = torch.randn(64, 384), torch.randn(384, 64)
+        # 384 terms of order one: float32's roundings, whichever library it is.
+        torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_not_where_it_would_round_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.mm(a, b) if a.dtype == torch.float64 else torch.mm(a.bfloat16(), b.bfloat16()).float()
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not onednn_stays_exact()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_users_own_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "onednn_stays_exact", lambda: True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with exact_products_by_onednn() as allowed:
+            assert not allowed and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert usable_cores() == os.cpu_count()
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert usable_cores() == 1
+
+
+def test_the_allocator_is_told_where_there_is_one() -> None:
+    assert keep_freed_memory() is (platform.libc_ver()[0] == "glibc")
