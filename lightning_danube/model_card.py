@@ -31,6 +31,10 @@ GGUF_FACTS = {
     "general.url": "address",
     "general.license": "licence",
 }
+KNOWN_TOKENIZERS = {
+    "mistral": "Mistral v1, the SentencePiece pieces of Danube3",
+    "danube-small": "danube-small, the byte-level pieces that come with lightning-danube",
+}
 
 
 def model_card(
@@ -330,7 +334,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Weights) -> str:
     if weights.kind == "checkpoint":
         identity = tokenizer_identity(weights.path) or {}
         if name := identity.get("name"):
-            shown = "Mistral v1, the SentencePiece pieces of Danube3" if name == "mistral" else f"`{name}`"
+            shown = KNOWN_TOKENIZERS.get(name, f"`{name}`")
             facts.insert(0, ("name", shown))
     for title, token, token_id in (
         ("begins a text", tokenizer.bos_token, tokenizer.bos_token_id),

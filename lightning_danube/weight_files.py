@@ -229,7 +229,7 @@ def load_tokenizer(weights: Weights) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
-    """A tokenizer by its own name ("mistral", a directory, a hub id) or by its model's, and its own name.
+    """A tokenizer by its own name ("mistral", a directory, a hub id …) or by its model's, and its own name.
 
     Raises:
         ValueError: nothing of that name can be loaded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "plan": "tell what a pre-training run would take: memory, time, money, text",
     "prepare": "make the token shards of a configuration's data, so that fit starts at once",
+    "tokenizer": "train a tokenizer on texts of your own",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a trained model in the terminal",
     "export": "write a trained model for other programs",

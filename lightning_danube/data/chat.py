@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 """`role` ("system", "user", "assistant") and `content`."""
 
+MARKERS = ("<|prompt|>", "<|answer|>")
+"""What opens a question and an answer in `DANUBE_TEMPLATE`. With Danube's own tokenizer they are ordinary text of
+several tokens; a tokenizer that the verb `tokenizer` makes has one special token for each."""
+
 DANUBE_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'system' -%}
@@ -27,7 +31,7 @@ and the user begins') -}}
     {{- '<|answer|>' -}}
 {%- endif -%}
 """
-"""The format of the H2O-Danube chat models. The markers are text, not tokens of their own."""
+"""The format of the H2O-Danube chat models."""
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:

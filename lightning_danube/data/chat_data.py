@@ -414,7 +414,7 @@ class ChatData(ConversationData):
         context_length: places of a row.
         batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
         micro_batch_size: rows a device holds at once.
-        tokenizer: "mistral", a directory, a hub id, or any name of a model, whose tokenizer is then taken; its chat
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
             template is used, or Danube's where it has none.
         epochs: passes over the conversations.
         layout: "packed" puts several conversations into a row, which do not see each other; "bucketed" one, and

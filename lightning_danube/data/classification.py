@@ -94,7 +94,7 @@ class ClassificationData(LightningDataModule):
         batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; those of a step have
             similar lengths.
         micro_batch_size: texts a device holds at once.
-        tokenizer: "mistral", a directory, a hub id, or any name of a model, whose tokenizer is then taken.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
         epochs: passes over the training texts.
         validation_share, test_share: of the training texts, of each class alike, for the splits that are not given.
         most_frequent_classes: leave out the texts of all other classes.

@@ -24,7 +24,7 @@ class EvaluationData(LightningDataModule):
     """The questions of an evaluation, for `Evaluation`. What is not given is not asked.
 
     Args:
-        tokenizer: "mistral", a directory, a hub id, or any name of a model, whose tokenizer is then taken.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
         tasks: academic benchmarks, by their names in the lm-evaluation-harness.
         directory: where their files are, laid out as on the hub:
             `<directory>/allenai/ai2_arc/ARC-Challenge/test.jsonl`; from the hub itself where it is not given.

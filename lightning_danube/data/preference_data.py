@@ -52,7 +52,7 @@ class PreferenceData(ConversationData):
         batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; those of a step have
             similar lengths.
         micro_batch_size: pairs a device holds at once.
-        tokenizer: "mistral", a directory, a hub id, or any name of a model, whose tokenizer is then taken; its chat
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
             template is used, or Danube's where it has none.
         epochs: passes over the pairs.
         too_long: "drop_turns" leaves out the oldest question and answer of a prompt until it fits with both answers,

@@ -50,7 +50,8 @@ class CurriculumData(LightningDataModule):
         context_length: tokens a training row predicts.
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
         micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
-        tokenizer: "mistral" (Danube3's 32,000 pieces), a directory or a hub id.
+        tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
+            parameters), a directory that the verb `tokenizer` or transformers has written, or a hub id.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.

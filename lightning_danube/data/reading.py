@@ -162,23 +162,24 @@ def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | 
     return text
 
 
-def cut(text: str) -> list[str]:
-    """A text as documents of at most `LONGEST_DOCUMENT` bytes, cut behind white space."""
-    if len(text) * 4 <= LONGEST_DOCUMENT:
+def cut(text: str, longest: int | None = None) -> list[str]:
+    """A text as pieces of at most `longest` bytes (`LONGEST_DOCUMENT` by default), cut behind white space."""
+    longest = longest or LONGEST_DOCUMENT
+    if len(text) * 4 <= longest:
         return [text]
     data, pieces, at = text.encode(), [], 0
-    while len(data) - at > LONGEST_DOCUMENT:
-        end = _place_to_cut(data, at)
+    while len(data) - at > longest:
+        end = _place_to_cut(data, at, longest)
         pieces.append(data[at:end].decode())
         at = end
     pieces.append(data[at:].decode())
     return [piece for piece in pieces if piece.strip()]
 
 
-def _place_to_cut(data: bytes, at: int) -> int:
+def _place_to_cut(data: bytes, at: int, longest: int) -> int:
     """End of the piece that begins at `at`: behind the last white space of its second half, else between characters."""
-    end = at + LONGEST_DOCUMENT
-    behind = max(data.rfind(mark, at + LONGEST_DOCUMENT // 2, end) for mark in (b" ", b"\n", b"\t")) + 1
+    end = at + longest
+    behind = max(data.rfind(mark, at + longest // 2, end) for mark in (b" ", b"\n", b"\t")) + 1
     if behind:
         return behind
     while (data[end] & 0xC0) == 0x80:  # inside a character

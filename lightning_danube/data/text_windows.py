@@ -44,7 +44,7 @@ class TextWindows(LightningDataModule):
 
     Args:
         text: where it comes from; of several documents each is ended by the eos token.
-        tokenizer: "mistral", a model, a directory or a hub id.
+        tokenizer: "danube-small", "mistral", a model, a directory or a hub id.
         held_out: take only the documents that `CurriculumData` with this share keeps out of training.
         context_lengths: tokens of a window. Everything is measured on the first of them, the others show how
             perplexity depends on it.

@@ -1,7 +1,7 @@
-"""Tokenizers: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1) without a hub, or any Hugging Face one.
-For the made-up world there is one of its words.
+"""Tokenizers by name, without a hub: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1), a small one that
+comes with this package, and one of the made-up world's words; or any Hugging Face tokenizer.
 
-The vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
+Danube3's vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
 because one object then serves training, the export and every tool that reads it. The rebuilding follows Llama's own
 conversion: prepend "▁", replace spaces, merge by piece score, fall back to bytes. What transformers 5.23 makes of the
 same file gives other ids where spaces lead a text or follow each other: it prepends nothing before a leading space, and
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MISTRAL = "mistral"
+DANUBE_SMALL = "danube-small"
+SMALL_DIRECTORY = Path(__file__).with_name(DANUBE_SMALL)
+"""Files of the small tokenizer that comes with this package; docs/tokenizer.md says how they were made."""
+KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}"
 
 
 class DocumentTokenizer:
     """Encodes documents for pre-training and names itself, so that shards and checkpoints can check it.
 
     Args:
-        name: "mistral", "world", a directory with tokenizer files, or a hub id.
+        name: "danube-small", "mistral", "world", a directory with tokenizer files, or a hub id.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it has no token that ends a document.
@@ -118,17 +122,19 @@ def encode_documents(
 
 @lru_cache(maxsize=4)
 def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a name: "mistral", "world", a local directory, or a hub id.
+    """The Hugging Face tokenizer of a name: "danube-small", "mistral", "world", a local directory, or a hub id.
 
     Raises:
         ValueError: nothing of that name can be loaded.
     """
     if name == MISTRAL:
         return _mistral_v1()
+    if name == DANUBE_SMALL:
+        return _danube_small()
     if name == WORLD:
         return world_tokenizer()
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no tokenizer directory {name!r}: give 'mistral', a directory or a hub id")
+        raise ValueError(f"there is no tokenizer directory {name!r}: give {KNOWN_NAMES}, a directory or a hub id")
     from transformers import AutoTokenizer
 
     try:
@@ -136,7 +142,7 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:
         where = "has no readable tokenizer files" if os.path.isdir(name) else "was found neither on disk nor on the hub"
         raise ValueError(
-            f"tokenizer {name!r} {where} ({_first_line(error)}): give 'mistral', a directory or a hub id"
+            f"tokenizer {name!r} {where} ({_first_line(error)}): give {KNOWN_NAMES}, a directory or a hub id"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
@@ -145,6 +151,14 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
+
+
+def _danube_small() -> PreTrainedTokenizerFast:
+    # Not AutoTokenizer: its import takes two seconds longer.
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(SMALL_DIRECTORY)
+    return tokenizer
 
 
 def mistral_model_file() -> Path:
