@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_danube.__main__ import main
+from lightning_danube.data.shards import is_held_out
 from lightning_danube.data.tokenizer import load_hf_tokenizer
 
 
@@ -34,8 +35,6 @@ def test_a_configurations_sources_give_a_tokenizer(tiny: Path, capsys: pytest.Ca
     tokenizer = AutoTokenizer.from_pretrained(out)
     # The rows that tiny.yaml holds out, by the tokenizer itself.
     texts = [json.loads(line)["text"] for line in (tiny / "web.jsonl").read_text().splitlines()]
-    from lightning_danube.data.shards import is_held_out
-
     held_out = [text for text in texts if is_held_out(text, 0.05)]
     tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in held_out)
     assert own.split()[2] == f"{sum(map(len, held_out)) / tokens:.2f}"

@@ -559,7 +559,7 @@ def _pieces(
         elif len(buffer) - at <= LONGEST_DOCUMENT:
             after = end = len(buffer)
         else:
-            after = end = _place_to_cut(buffer, at)
+            after = end = _place_to_cut(buffer, at, LONGEST_DOCUMENT)
         yield position, number, buffer[at:end], position + after - at
         position, number, at = position + after - at, following, after
 

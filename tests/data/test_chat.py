@@ -1,8 +1,10 @@
+import re
 from typing import Any
 
 import pytest
 
 from lightning_danube.data.chat import (
+    MARKERS,
     ChatEncoder,
     Message,
     NotLearnable,
@@ -30,6 +32,12 @@ def assistant(content: str) -> Message:
 @pytest.fixture
 def mistral() -> Any:
     return load_hf_tokenizer("mistral")
+
+
+@pytest.fixture
+def small() -> Any:
+    """A tokenizer in which each marker of Danube's template is a special token."""
+    return load_hf_tokenizer("danube-small")
 
 
 @pytest.fixture
@@ -66,6 +74,19 @@ def test_ids_are_those_of_the_text_without_a_begin_token(mistral: Any) -> None:
     assert ids == mistral("<|prompt|>Hi</s><|answer|>Hello</s>", add_special_tokens=False).input_ids
     assert mistral.bos_token_id not in ids
     assert ids.count(mistral.eos_token_id) == 2 and ids[-1] == mistral.eos_token_id
+
+
+def test_each_marker_is_one_token_of_a_tokenizer_of_ours(small: Any) -> None:
+    ids = encode_chat(small, [user("Hi <|answer|>"), assistant("Hello")], False)
+    question, answer = small.convert_tokens_to_ids(list(MARKERS))
+    assert ids[0] == question and ids.count(question) == ids.count(answer) == 1
+    assert small.decode(ids) == "<|prompt|>Hi <|answer|></s><|answer|>Hello</s>"
+    assert encode_chat(small, [user("Hi")], True)[-1] == answer
+    assert end_ids(small) == [small.eos_token_id]
+    ChatEncoder(small).check_learnable()
+    # The template has nothing else that would deserve a token.
+    rendered = render_chat(small, [user("Hi"), assistant("Hello")], True)
+    assert re.findall(r"<[^>]+>", rendered) == [MARKERS[0], "</s>", MARKERS[1], "</s>", MARKERS[1]]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +150,7 @@ def learned_by_offsets(tokenizer: Any, messages: list[Message], end: str) -> tup
 
 
 @pytest.mark.parametrize("turns", [2, 4, 6])
-@pytest.mark.parametrize(("name", "end"), [("mistral", "</s>"), ("chatml", "<|im_end|>")])
+@pytest.mark.parametrize(("name", "end"), [("mistral", "</s>"), ("small", "</s>"), ("chatml", "<|im_end|>")])
 def test_answers_and_their_ends_are_learned_and_nothing_else(
     request: pytest.FixtureRequest, name: str, end: str, turns: int
 ) -> None:
@@ -146,7 +167,7 @@ def test_a_system_message_is_not_learned(chatml: Any) -> None:
     assert (ids, learned) == learned_by_offsets(chatml, [system, *TALK[:2]], "<|im_end|>")
 
 
-@pytest.mark.parametrize(("name", "end"), [("mistral", "</s>"), ("chatml", "<|im_end|>")])
+@pytest.mark.parametrize(("name", "end"), [("mistral", "</s>"), ("small", "</s>"), ("chatml", "<|im_end|>")])
 def test_a_mark_that_a_user_types_is_text(request: pytest.FixtureRequest, name: str, end: str) -> None:
     tokenizer = request.getfixturevalue(name)
     end_id = tokenizer.convert_tokens_to_ids(end)

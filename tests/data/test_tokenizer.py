@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from lightning_danube.data.gguf_tokenizer import WORD_SPLITS, gguf_tokenizer_fields, load_gguf_tokenizer
 from lightning_danube.data.tokenizer import DocumentTokenizer, load_hf_tokenizer, mistral_model_file
+from lightning_danube.data.tokenizer_training import SPECIAL_TOKENS
+from tests.data.test_gguf_tokenizer import write
 
 HARD = [
     "Hello world",
@@ -21,6 +24,8 @@ HARD = [
     "<|prompt|>hi</s><|answer|>x</s> <s> <unk>",
     "def f(x):\n    return x ** 2  # über\n",
 ]
+# Of lightning_danube/data/danube-small. A model that was trained with other pieces can not be used any more.
+SMALL_PIECES, SMALL_FINGERPRINT = 4096, "547e6c54574ea040"
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +46,56 @@ def test_ids_equal_sentencepieces(mistral: DocumentTokenizer, text: str) -> None
     assert mistral.hf.decode(ids[1:-1]) == reference.decode(ids[1:-1].tolist())
 
 
-def test_documents_cannot_spell_special_tokens_but_prompts_can(mistral: DocumentTokenizer) -> None:
-    assert 2 not in mistral.encode_documents(["a</s>b"])[0][:-1]
-    assert 2 in mistral.hf("a</s>b", add_special_tokens=False).input_ids
+@pytest.fixture(scope="module")
+def small() -> DocumentTokenizer:
+    return DocumentTokenizer("danube-small")
 
 
-def test_an_exported_tokenizer_is_the_same_one(mistral: DocumentTokenizer, tmp_path: Path) -> None:
-    mistral.hf.save_pretrained(tmp_path)
+def test_the_small_tokenizer_is_the_one_that_models_were_trained_with(small: DocumentTokenizer) -> None:
+    # It is a file of the package: nothing that is installed beside it changes the ids, and no model that was trained
+    # with it can be used without these very ids.
+    assert (small.vocab_size, small.fingerprint) == (SMALL_PIECES, SMALL_FINGERPRINT)
+    assert (small.bos_id, small.eos_id, small.hf.pad_token_id, small.dtype) == (1, 2, 0, np.uint16)
+    assert tuple(small.hf.convert_ids_to_tokens(list(range(5)))) == SPECIAL_TOKENS
+
+
+def test_the_small_tokenizer_gives_every_text_back(small: DocumentTokenizer) -> None:
+    # Every byte that UTF-8 uses.
+    letters = [chr(code) for code in (*range(0x800), *range(0x1000, 0x10000, 0x800), *range(0x10000, 0x110000, 0x8000))]
+    letters = [letter for letter in letters if not "\ud800" <= letter <= "\udfff"]
+    texts = [*HARD, "".join(letters)]
+    assert {byte for letter in letters for byte in letter.encode()} == set(range(0xF5)) - {0xC0, 0xC1, 0xE0}
+    for text, ids in zip(texts, small.encode_documents(texts), strict=True):
+        assert small.hf.decode(ids[1:-1]) == text
+
+
+def test_the_small_tokenizer_cuts_digits_and_spaces_as_llama_cpp_does(small: DocumentTokenizer, tmp_path: Path) -> None:
+    assert [small.hf.decode([i]) for i in small.encode_documents(["in 2024"])[0][1:-1]] == ["in", " ", *"2024"]
+    fields = gguf_tokenizer_fields(small.hf)
+    assert fields["tokenizer.ggml.pre"] == "smollm" and fields["tokenizer.ggml.add_bos_token"]
+    loaded = load_gguf_tokenizer(write(tmp_path / "tokenizer.gguf", fields))
+    assert loaded.special_tokens_map == small.hf.special_tokens_map
+    for text in HARD:
+        assert loaded(text).input_ids == small.hf(text, add_special_tokens=False).input_ids
+    # A space belongs to the word behind it, except before a digit.
+    words = next(split for split in WORD_SPLITS if "smollm" in split.names).pre_tokenizer()
+    assert [word for word, _ in words.pre_tokenize_str("a b  c 1")] == ["a", "Ġb", "Ġ", "Ġc", "Ġ", "1"]
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+def test_documents_cannot_spell_special_tokens_but_prompts_can(name: str) -> None:
+    tokenizer = DocumentTokenizer(name)
+    assert 2 not in tokenizer.encode_documents(["a</s>b"])[0][:-1]
+    assert 2 in tokenizer.hf("a</s>b", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+def test_an_exported_tokenizer_is_the_same_one(name: str, tmp_path: Path) -> None:
+    tokenizer = DocumentTokenizer(name)
+    tokenizer.hf.save_pretrained(tmp_path)
     loaded = DocumentTokenizer(str(tmp_path))
-    assert loaded.fingerprint == mistral.fingerprint
-    assert [x.tolist() for x in loaded.encode_documents(HARD)] == [x.tolist() for x in mistral.encode_documents(HARD)]
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert [x.tolist() for x in loaded.encode_documents(HARD)] == [x.tolist() for x in tokenizer.encode_documents(HARD)]
 
 
 def test_a_tokenizer_with_one_token_for_both_ends_writes_it_once(tmp_path: Path) -> None:

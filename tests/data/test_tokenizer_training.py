@@ -14,7 +14,7 @@ from lightning_danube.data.corpora import Source
 from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
 from lightning_danube.data.shards import is_held_out
 from lightning_danube.data.tokenizer import DocumentTokenizer
-from lightning_danube.data.tokenizer_training import SMALLEST, SPECIAL_TOKENS, TextSample, train_tokenizer
+from lightning_danube.data.tokenizer_training import SMALLEST, TextSample, train_tokenizer
 from tests.conftest import WORDS
 
 TEXTS = [f"{word} walks 2024 times under the {word} mountain.\n" for word in WORDS] * 3
