@@ -1,37 +1,56 @@
-"""Reads docstrings and READMEs out of installed packages, and tells prose from the rest. Nothing is imported."""
+"""Reads docstrings and READMEs from a fixed list of installed distributions. Nothing is imported."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import importlib.metadata
-import inspect
 import os
 import platform
 import re
-import string
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from email import message_from_string
-from itertools import pairwise
 from pathlib import Path
 
-FORMAT = 1
+from lightning_danube.data.prose import SENTENCE_END, SPECIAL, clean, is_mostly_words, prose, readme_prose
+
+FORMAT = 2
 """Raise it with every change that changes the collected bytes: caches of other formats are then left alone."""
 
+DISTRIBUTIONS = {
+    **{"absl-py": "absl", "accelerate": "accelerate", "bitsandbytes": "bitsandbytes", "datasets": "datasets"},
+    **{"fsspec": "fsspec", "grpcio": "grpc", "huggingface-hub": "huggingface_hub", "jinja2": "jinja2"},
+    **{
+        "joblib": "joblib",
+        "jsonargparse": "jsonargparse",
+        "lightning": "lightning",
+        "mistral-common": "mistral_common",
+    },
+    **{"mpmath": "mpmath", "networkx": "networkx", "numpy": "numpy", "omegaconf": "omegaconf"},
+    **{"packaging": "packaging", "pandas": "pandas", "peft": "peft", "pillow": "PIL", "pydantic": "pydantic"},
+    **{"rich": "rich", "scikit-learn": "sklearn", "scipy": "scipy", "tensorboard": "tensorboard"},
+    **{"tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics", "tqdm": "tqdm"},
+    **{"transformers": "transformers", "urllib3": "urllib3", "werkzeug": "werkzeug"},
+}
+"""The distributions that are read, and the package of each. They come with a plain install of this project.
+
+Others are not read, so that the text stays the same when something else is installed.
+"""
+
 ACADEMIC = (
-    *("mpmath", "networkx", "numpy", "scipy", "sklearn", "statsmodels", "sympy", "torchmetrics"),
+    *("mpmath", "networkx", "numpy", "scipy", "torchmetrics"),
     *("torch._linalg_utils", "torch._lobpcg", "torch._tensor_docs", "torch._torch_docs", "torch.autograd"),
     *("torch.distributions", "torch.fft", "torch.functional", "torch.func", "torch.linalg", "torch.optim"),
     *("torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.utils"),
     *("torch.signal", "torch.sparse", "torch.special"),
 )
-"""Packages and modules of the source `academic`, where installed; what lies below a module belongs to it."""
+"""Packages and modules of the source `academic`. What is below a module belongs to it."""
 
-OURS = ("lightning_danube", "callbacks", "lightning-danube")
-"""Left out: this project changes without changing its version, which the cache is keyed by."""
+LEFT_OUT = ("torch/_dynamo", "torch/_inductor", "torch/testing", "transformers/models")
+"""Folders that are not read: their documentation repeats itself, or speaks of internals."""
 
 SHORTEST = 80
 """Characters of the shortest docstring that goes to a documents source."""
@@ -39,6 +58,8 @@ USUAL_LONGEST = 4000
 """Docstrings are joined up to this length; a longer one is a document of its own."""
 LARGEST_FILE = 2_000_000
 """Bytes; larger sources are generated tables."""
+LEAST_SHARE = 0.2
+"""A file with a smaller share of docstrings is not parsed: it would take much time and give little text."""
 UNREADABLE = "..."
 """Stands for default values that are long."""
 STANDARD_LIBRARY = "python"
@@ -51,10 +72,7 @@ _SKIPPED_FOLDERS = frozenset(
     }
 )
 _SKIPPED_OF_STDLIB = frozenset({"ensurepip", "idlelib", "lib2to3", "turtledemo", "lib-dynload", "__phello__"})
-_HAS_DOCSTRING = re.compile(rb'"""|\'\'\'')
-_NO_LETTERS = dict.fromkeys(map(ord, string.ascii_letters))
-_LONG_RUN = re.compile(r"\S{241}")
-_SPECIAL = re.compile(r"</s>|<\|(?:prompt|answer)\|>")
+_DOCSTRINGS = re.compile(rb'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
 
 
 # --- What is read from a file -------------------------------------------------------------------------------------
@@ -77,7 +95,7 @@ class Entry:
 
     kind: str  # module, class, function, method, property
     name: str  # qualified inside its module; empty for the module
-    doc: str  # empty if it is no text for a document
+    doc: str  # prose; empty if it is no text for a document
     sentence: str | None
     parameters: tuple[Parameter, ...] | None = None  # None: unknown
     returns: str | None = None
@@ -127,15 +145,21 @@ class Environment:
         return cls(tuple(dict.fromkeys(paths)), Path(sysconfig.get_path("stdlib")))
 
     def distributions(self) -> list[Distribution]:
-        """In order of name; one of those that share a name, as an interrupted upgrade leaves two."""
+        """Those of `DISTRIBUTIONS` that are installed, in order of name.
+
+        Of two that share a name, as an interrupted upgrade leaves them, the lower version counts.
+        """
         found: dict[str, Distribution] = {}
         for installed in importlib.metadata.distributions(path=[str(path) for path in self.packages]):
+            # The folder's name tells the distribution, so that the metadata of others need not be read.
+            folder = getattr(installed, "_path", None)
+            if folder is not None and _key(str(folder.name).partition("-")[0]) not in DISTRIBUTIONS:
+                continue
             metadata = message_from_string(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
-            name, version = metadata.get("Name", ""), metadata.get("Version", "")
-            key = re.sub(r"[-_.]+", "-", name).lower()
-            if name and key not in OURS and (key not in found or version < found[key].version):
+            key, version = _key(metadata.get("Name", "")), metadata.get("Version", "")
+            if key in DISTRIBUTIONS and (key not in found or version < found[key].version):
                 description = metadata.get("Description") or metadata.get_payload()
-                found[key] = Distribution(name, version, str(description or ""))
+                found[key] = Distribution(key, version, str(description or ""))
         return [found[key] for key in sorted(found)]
 
     def fingerprint(self) -> str:
@@ -147,10 +171,10 @@ class Environment:
     def sources(self) -> list[Source]:
         """The Python files, in an order that does not depend on the file system."""
         found: dict[tuple[str, ...], Source] = {}
-        for root in self.packages:
-            for parts in _python_files(root):
-                if parts[0] not in OURS:
-                    package = parts[0].removesuffix(".py")
+        for distribution in self.distributions():
+            package = DISTRIBUTIONS[distribution.name]
+            for root in self.packages:
+                for parts in _python_files(root, package):
                     found.setdefault(parts, Source(str(root.joinpath(*parts)), package, _module_name(parts)))
         ordered = [found[parts] for parts in sorted(found)]
         if self.stdlib is not None:
@@ -162,11 +186,20 @@ class Environment:
         return ordered
 
 
-def _python_files(root: Path) -> Iterator[tuple[str, ...]]:
-    for folder, subfolders, files in os.walk(root):
-        # Names with a dash or a dot are no packages: metadata, libraries, other environments.
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and re.fullmatch(r"\w+", name)]
+def _key(name: str) -> str:
+    """The name of a distribution as `DISTRIBUTIONS` has it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _python_files(root: Path, package: str = "") -> Iterator[tuple[str, ...]]:
+    for folder, subfolders, files in os.walk(root / package):
         parts = Path(folder).relative_to(root).parts
+        # Names with a dash or a dot are no packages: metadata, libraries, other environments.
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _SKIPPED_FOLDERS and re.fullmatch(r"\w+", name) and "/".join((*parts, name)) not in LEFT_OUT
+        ]
         for name in files:
             if name.endswith(".py") and not name.startswith("test_") and name != "conftest.py":
                 yield (*parts, name)
@@ -186,8 +219,11 @@ def read_source(source: Source) -> Reading:
     except OSError:
         return "unreadable"
     is_topics = source.package == STANDARD_LIBRARY and source.module == "pydoc_data.topics"
-    if not is_topics and not _HAS_DOCSTRING.search(content):
+    documented = sum(len(found[1] or found[2] or b"") for found in _DOCSTRINGS.finditer(content))
+    if not is_topics and not documented:
         return "no docstring"
+    if not is_topics and documented < LEAST_SHARE * len(content):
+        return "mostly code"
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -213,7 +249,7 @@ def _topics(tree: ast.Module) -> Iterator[Entry]:
             case ast.Assign(targets=[ast.Name(id="topics")], value=ast.Dict() as literal):
                 topics = ast.literal_eval(literal)
                 for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-                    yield from (Entry("topic", name, part, None) for part in split_at_headings(clean(topics[name])))
+                    yield from (Entry("topic", name, part, None) for part in parts_of(prose(clean(topics[name]))))
 
 
 def _entries(tree: ast.Module) -> Iterator[Entry]:
@@ -223,10 +259,12 @@ def _entries(tree: ast.Module) -> Iterator[Entry]:
 
 
 def _entry(kind: str, name: str, doc: str) -> Entry:
-    sentence = first_sentence(doc)
+    sentence, text = first_sentence(doc), prose(doc)
     # The made sources would repeat all of a docstring that is one sentence: it is left to them.
-    is_document = len(doc) >= SHORTEST and (sentence is None or len(doc) > len(sentence) + 40) and is_prose(doc)
-    return Entry(kind, name, doc if is_document else "", sentence)
+    is_document = (
+        len(text) >= SHORTEST and (sentence is None or len(text) > len(sentence) + 40) and is_mostly_words(text)
+    )
+    return Entry(kind, name, text if is_document else "", sentence)
 
 
 def _documented(body: Iterable[ast.stmt], prefix: str) -> Iterator[Entry]:
@@ -290,7 +328,7 @@ def _default(node: ast.expr | None) -> str | None:
 def _short(node: ast.expr | None) -> str | None:
     """The source of an expression, if it can stand in a sentence."""
     text = "" if node is None else ast.unparse(node)
-    return text if 0 < len(text) <= 40 and "`" not in text and not _SPECIAL.search(text) else None
+    return text if 0 < len(text) <= 40 and "`" not in text and not SPECIAL.search(text) else None
 
 
 def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
@@ -312,62 +350,15 @@ def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
 # --- Text ---------------------------------------------------------------------------------------------------------
 
 
-def clean(text: str) -> str:
-    """Indentation, trailing blanks, blank lines in a row, control characters and halves of surrogate pairs removed."""
-    text = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8")
-    text = re.sub(r"[^\S\n]+$", "", text.replace("\r\n", "\n").replace("\xa0", " "), flags=re.MULTILINE)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", "", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def is_prose(text: str) -> bool:
-    """Whether a text is mostly words. Base64, tables of numbers and other scripts are not, nor is template markup.
-
-    Of the characters that are not blank, more than half are ASCII letters and 95 % are ASCII; no unbroken run is longer
-    than 240 characters; and no chat template's marker is spelled out, as those belong to fine-tuning alone.
-    """
-    size = len("".join(text.split()))
-    return (
-        len(text.translate(_NO_LETTERS)) < len(text) - 0.5 * size
-        and len(text.encode("ascii", "ignore")) >= len(text) - 0.05 * size
-        and not _LONG_RUN.search(text)
-        and not _SPECIAL.search(text)
-    )
-
-
-_HEADING = re.compile(r"\n(?=#{1,4} \S)|\n(?=[^\n]{3,}\n([=*~^-])\1{3,}\n)")
-_LAST_HEADING = re.compile(
-    r"\n(?:#{1,4} *|(?=[^\n]+\n[=*~^-]{4}))[^\w\n]*"
-    r"(?:change ?log|changes|history|release|what's new|news|contribut|licen[sc]e|copyright|sponsor|credits|citation)",
-    re.IGNORECASE,
-)
-
-
-def split_at_headings(text: str) -> list[str]:
-    """Parts of a long text, cut before Markdown or underlined headings, joined again up to the usual length."""
-    # In a code block, # begins a comment.
-    headings = [match.start() for match in _HEADING.finditer(text) if text.count("```", 0, match.start()) % 2 == 0]
-    cuts = [0, *headings, len(text)]
+def parts_of(text: str) -> list[str]:
+    """A long text in parts of whole paragraphs, each of at most the usual length where its paragraphs allow that."""
     parts: list[str] = []
-    for start, end in pairwise(cuts):
-        piece = text[start:end]
-        if parts and len(parts[-1]) + len(piece) <= USUAL_LONGEST:
-            parts[-1] += piece
+    for paragraph in text.split("\n\n"):
+        if parts and len(parts[-1]) + len(paragraph) + 2 <= USUAL_LONGEST:
+            parts[-1] += f"\n\n{paragraph}"
         else:
-            parts.append(piece)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def clean_readme(text: str) -> str:
-    """A README up to its change log, without badges, pictures and HTML."""
-    if found := _LAST_HEADING.search(text):
-        text = text[: found.start()]
-    text = re.sub(r"<!--.*?-->", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
-    text = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?", "", text)
-    text = re.sub(r"</?[a-zA-Z][^<>\n]*>", "", text)
-    text = re.sub(r"(?m)^\.\. (image|\||_[^\n]*:|figure|raw|contents)[^\n]*(\n[ \t]+[^\n]+)*$", "", text)
-    text = re.sub(r"(?m)^[ \t]*(\|[\w -]+\|[ \t]*)+$|^[\s|•·*>-]*$|^\[[^\]]+\]: [^\n]*$", "", text)
-    return clean(text)
+            parts.append(paragraph)
+    return parts
 
 
 _VERBS = """
@@ -397,9 +388,6 @@ def _third_person(verb: str) -> str:
 
 _PREDICATES = {form: _third_person(verb) for verb in _VERBS.split() for form in (verb, _third_person(verb))}
 _SIGNATURE = re.compile(r"[\w.\[\], =]+\(.*\)(\s*(->|=)\s*.*)?(\s*# .*)?", re.DOTALL)
-_SENTENCE_END = re.compile(
-    r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\betc)(?<![ .]\w)[.!?](?=\s+[A-Z`*:\"'(\[]|\s*$)"
-)
 
 
 def first_sentence(doc: str) -> str | None:
@@ -414,7 +402,7 @@ def first_sentence(doc: str) -> str | None:
         text = re.sub(r":\w+(?::\w+)*:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"`\1`", text)
         text = re.sub(r"\[`+~?([^`\]]+)`+\](\([^)]*\))?", r"`\1`", text).replace("``", "`")
         text = re.sub(r"\s*\[\d+\]_", "", re.sub(r"`([^`]+)`__?(?!\w)", r"\1", text))
-        end = _SENTENCE_END.search(text)
+        end = SENTENCE_END.search(text)
         text = " ".join((text[: end.end()] if end else text).split())
         text = text if text.endswith((".", "!", "?")) else f"{text}."
         return text if _stands_alone(text) else None
@@ -435,7 +423,7 @@ def _stands_alone(sentence: str) -> bool:
         and sentence.count("`") % 2 == 0
         and sentence.count("(") == sentence.count(")")
         and not _CANNOT_STAND_ALONE.search(sentence)
-        and is_prose(sentence)
+        and is_mostly_words(sentence)
     )
 
 
@@ -457,29 +445,31 @@ class Document:
 
 
 class Seen:
-    """Tells repetition: a docstring met before, or one of which most lines were.
+    """Tells repetition: a text met before, or one of which most sentences were.
 
-    Packages copy from each other and from themselves, with a name or a number changed here and there. Only lines of at
-    least 30 characters are compared, as short ones repeat by nature.
+    Packages copy from each other and from themselves, with a name or a number changed here and there. Only sentences of
+    at least 30 characters are compared, as short ones repeat by nature.
     """
 
     def __init__(self) -> None:
         self._docs: set[bytes] = set()
-        self._lines: set[bytes] = set()
+        self._sentences: set[bytes] = set()
         self.exact = self.near = 0
 
     def repeats(self, doc: str) -> bool:
         """Whether the text repeats earlier ones; remembers it if it does not."""
-        if (key := digest(" ".join(doc.split()))) in self._docs:
+        if (key := digest(doc)) in self._docs:
             self.exact += 1
             return True
         self._docs.add(key)
-        lines = [(len(line), digest(line)) for line in map(str.strip, doc.split("\n")) if len(line) >= 30]
-        known = sum(length for length, line in lines if line in self._lines)
-        if 2 * known > sum(length for length, _ in lines):
+        sentences = [
+            (len(part), digest(part)) for line in doc.split("\n") for part in line.split(". ") if len(part) >= 30
+        ]
+        known = sum(length for length, sentence in sentences if sentence in self._sentences)
+        if 2 * known > sum(length for length, _ in sentences):
             self.near += 1
             return True
-        self._lines.update(line for _, line in lines)
+        self._sentences.update(sentence for _, sentence in sentences)
         return False
 
 
@@ -512,9 +502,10 @@ def role_of(module: Module) -> str:
 def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
     """A class with its methods is a document, and so are a module's opening and the functions that follow one another.
 
-    Each starts anew where it would grow beyond the usual length.
+    Each docstring has a heading, such as "The function mean". A document that would grow beyond the usual length is
+    followed by another.
     """
-    group, title, blocks, origin = "", "", [""], ""
+    group, blocks, origin = "", [""], ""
     for entry in module.entries:
         if not entry.doc or seen.repeats(entry.doc):
             continue
@@ -524,16 +515,14 @@ def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
         own_group = entry.name if entry.kind == "class" else ""
         if entry.kind in ("method", "property"):
             own_group = entry.name.rpartition(".")[0]
-        is_title = entry.kind in ("class", "module")
-        block = entry.doc if is_title else f"{signature(entry)}\n\n{entry.doc}"
+        name = entry.name.rpartition(".")[2]
+        block = entry.doc if entry.kind in ("class", "module") else f"The {entry.kind} {name}\n\n{entry.doc}"
         length = sum(len(part) + 2 for part in blocks)
         if not blocks[0] or own_group != group or length + len(block) > USUAL_LONGEST:
             if blocks[0]:
                 yield Document("\n\n".join(blocks), module.package, origin)
             group = own_group
-            title = f"Class {module.name}.{own_group}" if own_group else f"Module {module.name}"
-            if entry.kind == "class":
-                title = f"Class {module.name}.{signature(entry)}"
+            title = f"The class {own_group} of {module.name}" if own_group else f"The module {module.name}"
             blocks, origin = [title, block], f"{module.name}.{entry.name}".rstrip(".")
         else:
             blocks.append(block)
@@ -542,8 +531,8 @@ def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
 
 
 def readmes(environment: Environment) -> Iterator[Document]:
-    """Parts of the long descriptions of the installed distributions."""
+    """Parts of the long descriptions of the distributions."""
     for distribution in environment.distributions():
-        for part in split_at_headings(clean_readme(distribution.description)):
-            if len(part) >= SHORTEST and is_prose(part):
-                yield Document(part, distribution.name, "README")
+        for part in parts_of(readme_prose(distribution.description)):
+            if len(part) >= SHORTEST and is_mostly_words(part):
+                yield Document(part, DISTRIBUTIONS[distribution.name], "README")

@@ -188,13 +188,12 @@ def _functions(cache_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rows, corpus = [], []
     for _, values in read_rows(file):
         heading, _, rest = values["text"].partition("\n\n")
-        if not heading.startswith("Module "):
+        if not heading.startswith("The module "):
             continue
-        module = heading.removeprefix("Module ")
-        for match in re.finditer(r"^(\w+)\(([^\n]*)\)\n\n(\S[^\n]*(?:\n\S[^\n]*)*)", rest, flags=re.MULTILINE):
-            name, paragraph = match[1], " ".join(match[3].split())
+        module = heading.removeprefix("The module ")
+        for name, paragraph in re.findall(r"^The function (\w+)\n\n(\S[^\n]*)", rest, flags=re.MULTILINE):
             sentence = re.split(r"(?<=\.)\s", paragraph)[0]
-            corpus.append(f"{heading}\n{name}({match[2]})\n{paragraph}")
+            corpus.append(f"{heading}\nThe function {name}\n{paragraph}")
             if 6 <= len(sentence.split()) <= 30 and name.lower() not in sentence.lower():
                 asked = f"Which function of the module {module} is described like this: {sentence}"
                 rows.append({"question": asked, "answers": [name], "passages": []})
