@@ -31,7 +31,7 @@ DISTRIBUTIONS = {
     },
     **{"mpmath": "mpmath", "networkx": "networkx", "numpy": "numpy", "omegaconf": "omegaconf"},
     **{"packaging": "packaging", "pandas": "pandas", "peft": "peft", "pillow": "PIL", "pydantic": "pydantic"},
-    **{"rich": "rich", "scikit-learn": "sklearn", "scipy": "scipy", "tensorboard": "tensorboard"},
+    **{"rich": "rich", "scikit-learn": "sklearn", "tensorboard": "tensorboard"},
     **{"tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics", "tqdm": "tqdm"},
     **{"transformers": "transformers", "urllib3": "urllib3", "werkzeug": "werkzeug"},
 }
@@ -41,7 +41,7 @@ Others are not read, so that the text stays the same when something else is inst
 """
 
 ACADEMIC = (
-    *("mpmath", "networkx", "numpy", "scipy", "torchmetrics"),
+    *("mpmath", "networkx", "numpy", "torchmetrics"),
     *("torch._linalg_utils", "torch._lobpcg", "torch._tensor_docs", "torch._torch_docs", "torch.autograd"),
     *("torch.distributions", "torch.fft", "torch.functional", "torch.func", "torch.linalg", "torch.optim"),
     *("torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.utils"),
@@ -82,7 +82,6 @@ _DOCSTRINGS = re.compile(rb'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
 class Parameter:
     name: str  # with its stars
     default: str | None
-    annotation: str | None
 
     @property
     def optional(self) -> bool:
@@ -311,13 +310,13 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool) -> tu
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
     rows = list(zip(positional, [*defaults, *arguments.defaults], strict=True))[1 if bound else 0 :]
-    found = [Parameter(arg.arg, _default(default), _short(arg.annotation)) for arg, default in rows]
+    found = [Parameter(arg.arg, _default(default)) for arg, default in rows]
     if arguments.vararg:
-        found.append(Parameter(f"*{arguments.vararg.arg}", None, None))
+        found.append(Parameter(f"*{arguments.vararg.arg}", None))
     keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    found += [Parameter(arg.arg, _default(default), _short(arg.annotation)) for arg, default in keywords]
+    found += [Parameter(arg.arg, _default(default)) for arg, default in keywords]
     if arguments.kwarg:
-        found.append(Parameter(f"**{arguments.kwarg.arg}", None, None))
+        found.append(Parameter(f"**{arguments.kwarg.arg}", None))
     return tuple(found)
 
 
@@ -475,20 +474,6 @@ class Seen:
 
 def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-
-def signature(entry: Entry, longest: int = 120) -> str:
-    """The entry as it is called; parameters that do not fit become an ellipsis."""
-    if entry.parameters is None or entry.kind == "property":
-        return entry.name
-    written = [p.name if p.default is None else f"{p.name}={p.default}" for p in entry.parameters]
-    shown: list[str] = []
-    for text in written:
-        if len(entry.name) + sum(len(part) + 2 for part in [*shown, text]) > longest:
-            shown.append("...")
-            break
-        shown.append(text)
-    return f"{entry.name}({', '.join(shown)})"
 
 
 def role_of(module: Module) -> str:

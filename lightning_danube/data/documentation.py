@@ -1,22 +1,21 @@
 """A pre-training corpus without a network: the documentation inside the installed Python packages.
 
-Real English, some ten million tokens of it, lies on every machine that can train: docstrings and READMEs. They are
-collected here at run time into five sources that stand in for those of the paper. They play the parts, they are not the
-thing: none of this is web crawl, Wikipedia, papers, model-written text or human instructions, and all of it speaks of
-programming. What each source is made of:
+The docstrings and READMEs of a fixed list of distributions (`docstrings.DISTRIBUTIONS`) and of the standard library are
+collected into five sources, one for each source of the paper. They are English about programming. None of the text is
+from the web, from Wikipedia, from papers, from a language model or from people who wrote instructions.
 
-* `web`: docstrings of every third-party package that `academic` does not take, and the READMEs of all distributions.
+* `web`: the docstrings that `academic` does not take, and the READMEs of the distributions.
 * `wiki`: the reference topics of the Python language (`pydoc_data`) and the docstrings of the standard library.
-* `academic`: docstrings of the packages and modules in `docstrings.ACADEMIC`: numerics, algebra, graphs, statistics.
-* `synthetic`: textbook-like passages about modules, made by templates from signatures and first sentences. In the paper
-  a language model wrote this part; here no model did.
-* `instruct`: questions and answers made by templates from the same kind of material, as plain text.
+* `academic`: the docstrings of the packages and modules in `docstrings.ACADEMIC`: numerics, algebra, graphs, metrics.
+* `synthetic`: passages about modules, as in a textbook. Templates make them from signatures and first sentences. In the
+  paper, a language model wrote this part.
+* `instruct`: questions and answers that templates make from the same material, as plain text.
 
-No docstring stands in full in two sources. Those of more than one sentence and at least `docstrings.SHORTEST`
-characters go to the first three; the last two see only first sentences and signatures. Each module goes to one of these
-two, by a hash of its name, and each sentence is used once.
+The first three sources hold prose: `prose.py` removes markup, code, tables and formulas. They take docstrings of more
+than one sentence, of which at least `docstrings.SHORTEST` characters are prose. The last two see only first sentences
+and signatures. A hash of its name decides to which of the two a module goes. No text is in two sources.
 
-Packages are read, never imported. The same environment gives the same bytes, whatever the number of processes.
+Packages are read, never imported. The same versions give the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +52,27 @@ from lightning_danube.data.docstrings import (
     role_of,
 )
 from lightning_danube.data.made_text import facts_of, passages_about, pick, questions_about
-from lightning_danube.worker_pool import WorkerPool
 
 _PROCESSES_WORTH_STARTING = 16
-_FILES_PER_CHUNK = 48
+_FILES_PER_CHUNK = 16
 
 ROLES = ("web", "wiki", "academic", "synthetic", "instruct")
 
 
 def collect_documentation(cache_dir: Path, *, processes: int | None = None, progress: bool = True) -> dict[str, Path]:
-    """The documentation of the running environment: for each role a JSONL file of {"text", "origin"} rows.
+    """Collects the documentation of the running environment: for each role a JSONL file of {"text", "origin"} rows.
 
-    Collected once for each environment (distributions and their versions, Python) and kept in `cache_dir`, with a
-    `manifest.json` beside the files; later calls read nothing else.
+    It is collected once for the versions of Python and of the distributions that are read. The files are kept in
+    `cache_dir`, with a `manifest.json` beside them.
 
     Args:
         cache_dir: made if missing.
-        processes: that read files; default as many as cores. They are spawned, so a script that calls this needs the
-            usual `if __name__ == "__main__"`, unless it asks for one.
-        progress: say on stderr what goes on, when something does.
+        processes: number of processes that read files, by default one per core. They are spawned, so a script that
+            calls this needs the usual `if __name__ == "__main__"`, unless it asks for one process.
+        progress: whether to tell on stderr what is done.
 
     Raises:
-        ValueError: a source would be empty, as the interpreter comes without sources or documentation.
+        ValueError: a source would be empty, because the interpreter comes without sources or documentation.
     """
     return _collect(Environment.running(), cache_dir, processes=processes, progress=progress)
 
@@ -92,7 +93,7 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
     start = time.monotonic()
     lively = progress and sys.stderr.isatty()
     if progress and not lively:
-        print("Collecting the documentation of the installed packages (once for this environment) ...", file=sys.stderr)
+        print("Collecting text from the installed packages (once for their versions) ...", file=sys.stderr)
     sources = environment.sources()
     readings = read_sources(sources, processes, lively)
     documents, manifest = assemble(environment, readings)
@@ -111,7 +112,11 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
 
 
 def read_sources(sources: Sequence[Source], processes: int | None, lively: bool) -> list[Reading]:
-    """All files, in the order given."""
+    """Reads all files, in the order given.
+
+    Raises:
+        ValueError: a process was ended from outside.
+    """
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}: give at least 1, or None for one per core")
     # Neighbours are alike (one package's large files), so chunks are dealt out across the whole list.
@@ -119,20 +124,66 @@ def read_sources(sources: Sequence[Source], processes: int | None, lively: bool)
     chunks = [sources[number::n_chunks] for number in range(n_chunks)]
     processes = min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), n_chunks)
     readings: list[Reading] = [""] * len(sources)
-    with tqdm(total=len(sources), desc="Reading documentation", unit=" files", disable=not lively, leave=False) as bar:
-
-        def keep(results: Iterable[list[Reading]]) -> None:
-            for number, result in enumerate(results):
-                readings[number::n_chunks] = result
-                bar.update(len(result))
-
-        if processes == 1:
-            keep(map(read_all, chunks))
-        else:
-            # Trees have no cycles; looking for some takes a fifth of the time.
-            with WorkerPool(processes, gc.disable) as pool:
-                keep(pool.map(read_all, chunks))
+    with tqdm(total=len(sources), desc="Collecting text", unit=" files", disable=not lively, leave=False) as bar:
+        numbered = list(enumerate(chunks))
+        for number, result in _read_chunks(numbered) if processes == 1 else _in_processes(numbered, processes):
+            readings[number::n_chunks] = result
+            bar.update(len(result))
     return readings
+
+
+Chunk = tuple[int, Sequence[Source]]
+
+
+def _read_chunks(chunks: Sequence[Chunk]) -> Iterator[tuple[int, list[Reading]]]:
+    for number, sources in chunks:
+        yield number, read_all(sources)
+
+
+def _in_processes(chunks: Sequence[Chunk], processes: int) -> Iterator[tuple[int, list[Reading]]]:
+    # Pipes rather than a pool: a pool that is killed leaves semaphores behind, and a warning about them.
+    context = get_context("spawn")
+    workers, receivers = [], []
+    try:
+        for number in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            worker = context.Process(target=_work, args=(sender, chunks[number::processes]), daemon=True)
+            worker.start()
+            sender.close()  # this end; the worker's own stays open, so that its death ends the pipe
+            workers.append(worker)
+            receivers.append(receiver)
+        yield from _results(receivers, len(chunks))
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _results(receivers: list[Connection], missing: int) -> Iterator[tuple[int, list[Reading]]]:
+    while missing:
+        for ready in wait(receivers):
+            assert isinstance(ready, Connection)
+            try:
+                result = ready.recv()
+            except EOFError:
+                receivers.remove(ready)
+                if not receivers:
+                    raise ValueError(
+                        "a process that collects text was ended from outside (is memory short?): run the command again"
+                    ) from None
+                continue
+            missing -= 1
+            yield result
+
+
+def _work(sender: Connection, chunks: Sequence[Chunk]) -> None:
+    gc.disable()  # Trees have no cycles, and looking for some takes a fifth of the time.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one.
+    try:
+        for result in _read_chunks(chunks):
+            sender.send(result)
+    except BrokenPipeError:
+        pass  # the parent was killed
 
 
 def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dict[str, list[Document]], dict[str, Any]]:

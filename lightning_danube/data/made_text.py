@@ -16,7 +16,6 @@ from lightning_danube.data.docstrings import (
     Parameter,
     digest,
     predicate,
-    signature,
 )
 
 T = TypeVar("T")
@@ -42,6 +41,13 @@ class Fact:
         return f"{self.module}.{self.entry.name}" if inside else self.name
 
     @property
+    def asked(self) -> str:
+        """How a question speaks of it: by a name without the path of its module, where that is enough."""
+        if not self.entry.name or self.full == self.name:
+            return f"`{self.full}`"
+        return f"`{self.name}` of {self.package if self.package != STANDARD_LIBRARY else f'the module `{self.module}`'}"
+
+    @property
     def home(self) -> str:
         return "the standard library" if self.package == STANDARD_LIBRARY else f"the package `{self.package}`"
 
@@ -56,10 +62,10 @@ class Fact:
     def fields(self) -> dict[str, str]:
         """What templates may speak of."""
         does = predicate(self.sentence) or ""
-        kind, call = self.entry.kind, signature(self.entry)
         return {
-            **{"name": self.name, "full": self.full, "kind": kind, "module": self.module, "home": self.home},
-            **{"sentence": self.sentence, "does": does, "call": call, "returns": self.entry.returns or ""},
+            **{"name": self.name, "full": self.full, "asked": self.asked, "kind": self.entry.kind},
+            **{"module": self.module, "home": self.home},
+            **{"sentence": self.sentence, "does": does},
         }
 
 
@@ -113,19 +119,19 @@ def turns_of(text: str) -> list[tuple[str, str]]:
 def _what(fact: Fact) -> str:
     if predicate(fact.sentence):
         questions = """
-            What does `{full}` do?
-            What does the {kind} `{full}` do?
-            What is `{full}` for?
-            Explain in one sentence what `{full}` does.
-            I came across `{full}`. What does it do?
-            Summarize the {kind} `{full}`."""
+            What does {asked} do?
+            What does the {kind} {asked} do?
+            What is {asked} for?
+            Explain in one sentence what {asked} does.
+            I came across {asked}. What does it do?
+            Summarize the {kind} {asked}."""
         return _ask(fact, questions, "`{name}` {does}.\nIt {does}.\nThe {kind} `{name}` {does}.")
     questions = """
-        What is `{full}`?
-        What does the documentation say about `{full}`?
-        Describe the {kind} `{full}` in one sentence.
-        How would you introduce the {kind} `{full}`?
-        Tell me about `{full}`."""
+        What is {asked}?
+        What does the documentation say about {asked}?
+        Describe the {kind} {asked} in one sentence.
+        How would you introduce the {kind} {asked}?
+        Tell me about {asked}."""
     return _ask(fact, questions, "{sentence}")
 
 
@@ -187,18 +193,6 @@ def _default_of(fact: Fact) -> str | None:
     return _ask(fact, questions, answers, parameter=parameter.name, value=parameter.default or "")
 
 
-def _type_of(fact: Fact) -> str | None:
-    typed = [p for p in fact.parameters if p.annotation]
-    if not typed:
-        return None
-    parameter = pick(typed, fact.full)
-    questions = """
-        What type should `{parameter}` of `{name}` have?
-        Of which type is the parameter `{parameter}` of `{name}`?"""
-    answers = "It is annotated as `{type}`.\n`{type}`."
-    return _ask(fact, questions, answers, parameter=parameter.name, type=parameter.annotation or "")
-
-
 def _where(fact: Fact) -> str | None:
     if fact.full == fact.name:
         return None
@@ -207,18 +201,6 @@ def _where(fact: Fact) -> str | None:
         Where is the {kind} `{name}` of {home} defined?
         Which module holds the {kind} `{name}`?"""
     return _ask(fact, questions, "In `{module}`.\nIt is defined in `{module}`.\nThe module `{module}` defines it.")
-
-
-def _call_of(fact: Fact) -> str | None:
-    if not fact.is_callable:
-        return None
-    questions = """
-        What is the signature of `{name}`?
-        How is `{name}` called?
-        Show me how `{name}` is declared."""
-    if fact.entry.returns:
-        return _ask(fact, questions, "`{call}`, which returns `{returns}`.\n`{call}`; the result is `{returns}`.")
-    return _ask(fact, questions, "`{call}`.\nLike this: `{call}`.\nIt reads `{call}`.")
 
 
 def _methods_of(fact: Fact) -> str | None:
@@ -239,7 +221,7 @@ def _bases_of(fact: Fact) -> str | None:
     return _ask(fact, questions, "It inherits from {bases}.\n{bases}.", bases=quoted(fact.entry.bases))
 
 
-_DETAILS = (_parameters_of, _required, _default_of, _type_of, _where, _call_of, _methods_of, _bases_of)
+_DETAILS = (_parameters_of, _required, _default_of, _where, _methods_of, _bases_of)
 
 
 def questions_about(facts: Sequence[Fact]) -> Iterator[Document]:
@@ -345,24 +327,15 @@ def _paragraph(fact: Fact, number: int, count: int) -> str:
 
 def _remarks(fact: Fact) -> Iterator[str]:
     """What the signature tells."""
-    key, fields = fact.full, fact.fields()
+    key = fact.full
     if fact.entry.bases:
         bases = "It is built upon {bases}.\nIt is derived from {bases}.\nIt inherits from {bases}."
         yield say(bases, key, bases=quoted(fact.entry.bases))
     if fact.is_callable:
-        if fact.entry.kind == "class":
-            calls = (
-                "An object is made by `{call}`.\nOne writes `{call}` to create an object.\nIt is created as `{call}`."
-            )
-        else:
-            calls = (
-                "It is called as `{call}`.\nA call has the form `{call}`.\nOne writes `{call}`.\nDeclared: `{call}`."
-            )
-        yield say(calls, key, **fields)
         yield from _parameter_remarks(fact)
-    if fact.entry.returns not in (None, "None"):
+    if fact.entry.returns and re.fullmatch(r"(?!None$)[\w.]+", fact.entry.returns):
         returns = "The result is of type `{returns}`.\nWhat comes back is a `{returns}`.\nIt gives back `{returns}`."
-        yield say(returns, key, **fields)
+        yield say(returns, key, returns=fact.entry.returns)
     if len(fact.entry.methods) > 1:
         methods = "Its methods include {methods}.\nSuch an object has, among others, the methods {methods}."
         yield say(methods, key, methods=quoted(fact.entry.methods[:5]))
@@ -371,7 +344,6 @@ def _remarks(fact: Fact) -> Iterator[str]:
 def _parameter_remarks(fact: Fact) -> Iterator[str]:
     needed = [p.name for p in fact.parameters if not p.optional]
     defaults = [f"`{p.name}` is `{p.default}`" for p in fact.parameters if p.default not in (None, UNREADABLE)]
-    typed = [p for p in fact.parameters if p.annotation]
     if not fact.parameters:
         yield say("It needs no arguments.\nNo arguments are needed.\nThere is nothing to pass to it.", fact.full)
     if needed:
@@ -384,9 +356,6 @@ def _parameter_remarks(fact: Fact) -> Iterator[str]:
     if defaults:
         told = "Unless told otherwise, {defaults}.\nBy default {defaults}.\nIf nothing else is said, {defaults}."
         yield say(told, fact.full, defaults=enumerate_in_prose(defaults[:3]))
-    if typed and pick(range(2), fact.full, "typed") == 0:
-        parameter = pick(typed, fact.full)
-        yield f"The parameter `{parameter.name}` is declared as `{parameter.annotation}`."
 
 
 def _closing(facts: Sequence[Fact], fields: dict[str, str]) -> str:

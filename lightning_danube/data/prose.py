@@ -46,7 +46,9 @@ SENTENCE_END = re.compile(
     r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\betc)(?<!\bFig)(?<!\bEq)(?<![ .]\w)[.!?](?=\s+[A-Z`*:\"'(\[]|\s*$)"
 )
 _WORD = re.compile(r"[\"'(]*(?:[A-Za-z][a-z]*(?:['-][A-Za-z]?[a-z]+)*|[A-Z]{2,6}|\d{1,4})[\"')]*[.,;:!?]*[\"')]*")
-_NOT_A_SENTENCE = re.compile(r"[\\$^{}|<>=~@#]|https?:|www\.|::|\.\.\s|\[\d+\]|__|[:,]\.$|\b(?:TODO|FIXME|XXX)\b")
+_NOT_A_SENTENCE = re.compile(
+    r"[\\$^{}|<>=~@#]|https?:|www\.|::|\.\.\s|\[\d+\]|__|\bsphx_|[:,]\.$|\b(?:TODO|FIXME|XXX)\b"
+)
 _NAME = re.compile(r"[*\w][\w.*, ]{0,40}: ")
 _LONGEST_SENTENCE = 400
 
@@ -85,9 +87,13 @@ def _paragraph(text: str) -> str:
 
 
 _INLINE = [
-    (re.compile(pattern), replacement)
+    (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
-        (r"</?[a-zA-Z][^<>]*>", ""),  # HTML
+        (
+            r"</?(?:a|b|blockquote|br|center|code|details|div|em|font|h\d|hr|i|img|kbd|li|ol|p|picture|pre|source|span"
+            r"|strong|sub|summary|sup|table|tbody|td|th|thead|tip|tr|u|ul|video)(?:\s[^<>]*)?/?>",
+            "",
+        ),
         (r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?", ""),  # pictures, badges
         (r"\[([^\[\]]+)\]\([^()\s]*(?:\([^()]*\))?[^()\s]*\)", r"\1"),  # Markdown links
         (r":(?:\w+:)*\w+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"\1"),  # roles
@@ -96,10 +102,11 @@ _INLINE = [
         (r"\s*\[[\w.]+\]_(?!\w)", ""),  # footnotes
         (r"\[`*~?([^`\]]+)`+\]", r"\1"),  # references of transformers
         (r"``([^`]+)``|`([^`]+)`", r"\1\2"),
-        (r"(?<![\w*])(\*{1,3}|_{2,3})(?=[^\s*_])([^*_\n]*[^\s*_])\1(?![\w*])", r"\2"),  # emphasis
+        (r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])", r"\2"),  # emphasis
         (r"(?<![\w\]])\[([^\[\]]+)\]\[[\w.-]*\]", r"\1"),  # Markdown references
         (r"^([\w.*]+)\s+(?:--?|:)\s+", r"\1: "),  # "name -- description"
         (r"\s+:\s", ": "),
+        (r"\s+([.,;:!?])(?=\s|$)", r"\1"),
     )
 ]
 
@@ -247,7 +254,8 @@ class _Reader:
             if " : " not in text and _indent(following) <= indent:
                 return text
             self._end()
-            return f"{text.split(' : ')[0].rstrip(':')}:" if self._section == "terms" else ""
+            name = re.split(r"\s*:(?: |$)", text)[0]
+            return f"{name}:" if self._section == "terms" else ""
         if self._section == "results":
             return text if self._lines else re.sub(r"^[\w\[\], .|`~]+: ", "", text)
         if found := _TERM.fullmatch(text):
