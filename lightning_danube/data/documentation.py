@@ -31,7 +31,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,15 @@ def _read_chunks(chunks: Sequence[Chunk]) -> Iterator[tuple[int, list[Reading]]]
 def _in_processes(chunks: Sequence[Chunk], processes: int) -> Iterator[tuple[int, list[Reading]]]:
     # Pipes rather than a pool: a pool that is killed leaves semaphores behind, and a warning about them.
     context = get_context("spawn")
+    if os.name == "posix":
+        resource_tracker.ensure_running()  # Starting it unblocks SIGINT, so it must not start with the first worker.
     workers, receivers = [], []
     try:
         for number in range(processes):
             receiver, sender = context.Pipe(duplex=False)
             worker = context.Process(target=_work, args=(sender, chunks[number::processes]), daemon=True)
-            worker.start()
+            with _without_ctrl_c():
+                worker.start()
             sender.close()  # this end; the worker's own stays open, so that its death ends the pipe
             workers.append(worker)
             receivers.append(receiver)
@@ -157,6 +161,19 @@ def _in_processes(chunks: Sequence[Chunk], processes: int) -> Iterator[tuple[int
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process that is started inside never sees Ctrl-C, which a terminal sends to all. Its parent ends it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _results(receivers: list[Connection], missing: int) -> Iterator[tuple[int, list[Reading]]]:
@@ -178,7 +195,6 @@ def _results(receivers: list[Connection], missing: int) -> Iterator[tuple[int, l
 
 def _work(sender: Connection, chunks: Sequence[Chunk]) -> None:
     gc.disable()  # Trees have no cycles, and looking for some takes a fifth of the time.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one.
     try:
         for result in _read_chunks(chunks):
             sender.send(result)

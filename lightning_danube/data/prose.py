@@ -65,10 +65,11 @@ def _sentences(text: str) -> Iterator[str]:
 
 def _is_sentence(text: str) -> bool:
     words = text.split()
-    plain = sum(_WORD.fullmatch(word) is not None for word in words)
+    if len(words) < 3:
+        return False
+    plain = sum((word.islower() and word.isalpha()) or _WORD.fullmatch(word) is not None for word in words)
     return (
-        len(words) >= 3
-        and text[-1] in ".!?"
+        text[-1] in ".!?"
         and (text[0].isalpha() or text[0] in "\"'(")
         and len(text) <= _LONGEST_SENTENCE
         and 5 * plain >= 4 * len(words)
@@ -87,34 +88,37 @@ def _paragraph(text: str) -> str:
 
 
 _INLINE = [
-    (re.compile(pattern, re.IGNORECASE), replacement)
-    for pattern, replacement in (
-        (
+    (character, re.compile(pattern, re.IGNORECASE), replacement)
+    for character, pattern, replacement in (
+        (  # HTML
+            "<",
             r"</?(?:a|b|blockquote|br|center|code|details|div|em|font|h\d|hr|i|img|kbd|li|ol|p|picture|pre|source|span"
             r"|strong|sub|summary|sup|table|tbody|td|th|thead|tip|tr|u|ul|video)(?:\s[^<>]*)?/?>",
             "",
         ),
-        (r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?", ""),  # pictures, badges
-        (r"\[([^\[\]]+)\]\([^()\s]*(?:\([^()]*\))?[^()\s]*\)", r"\1"),  # Markdown links
-        (r":(?:\w+:)*\w+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"\1"),  # roles
-        (r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1"),  # reST links
-        (r"`([^`]+)`__?(?!\w)", r"\1"),
-        (r"\s*\[[\w.]+\]_(?!\w)", ""),  # footnotes
-        (r"\[`*~?([^`\]]+)`+\]", r"\1"),  # references of transformers
-        (r"``([^`]+)``|`([^`]+)`", r"\1\2"),
-        (r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])", r"\2"),  # emphasis
-        (r"(?<![\w\]])\[([^\[\]]+)\]\[[\w.-]*\]", r"\1"),  # Markdown references
-        (r"^([\w.*]+)\s+(?:--?|:)\s+", r"\1: "),  # "name -- description"
-        (r"\s+:\s", ": "),
-        (r"\s+([.,;:!?])(?=\s|$)", r"\1"),
+        ("!", r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?", ""),  # pictures, badges
+        ("(", r"\[([^\[\]]+)\]\([^()\s]*(?:\([^()]*\))?[^()\s]*\)", r"\1"),  # Markdown links
+        ("`", r":(?:\w+:)*\w+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"\1"),  # roles
+        ("`", r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1"),  # reST links
+        ("`", r"`([^`]+)`__?(?!\w)", r"\1"),
+        ("[", r"\s*\[[\w.]+\]_(?!\w)", ""),  # footnotes
+        ("[", r"\[`*~?([^`\]]+)`+\]", r"\1"),  # references of transformers
+        ("`", r"``([^`]+)``|`([^`]+)`", r"\1\2"),
+        ("*", r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])", r"\2"),  # emphasis
+        ("[", r"(?<![\w\]])\[([^\[\]]+)\]\[[\w.-]*\]", r"\1"),  # Markdown references
+        (" -", r"^([\w.*]+)\s+--?\s+", r"\1: "),  # "name -- description"
+        (" :", r"\s+:\s", ": "),
+        (" ", r"\s+([.,;:!?])(?=\s|$)", r"\1"),
     )
 ]
+"""Markup, each with a character without which it is not there."""
 
 
 def plain(text: str) -> str:
     """One paragraph without inline markup, on one line."""
-    for pattern, replacement in _INLINE:
-        text = pattern.sub(replacement, text)
+    for character, pattern, replacement in _INLINE:
+        if character in text:
+            text = pattern.sub(replacement, text)
     return " ".join(text.split())
 
 
@@ -128,6 +132,8 @@ _ADMONITIONS = frozenset(
 )
 _TABLE = re.compile(r"[+|].*[+|]|[=\-]{2,}(?:\s+[=\-]{2,})+")
 _CODE = re.compile(r">>>|\.\.\. |In \[\d+\]:|\$ |%\w|@\w")
+_MAY_BEGIN_BLOCK = frozenset(">.I$%@+|=-")
+"""First characters of what `_DIRECTIVE`, `_TABLE` and `_CODE` find."""
 _ITEM = re.compile(r"(?:[-*+•]|\(?(?:\d{1,2}|[a-z])[.)])\s+")
 _FIELD = re.compile(
     r":(param|parameter|arg|argument|key|keyword|return|returns|raises?|type|rtype|\w+)\b([^:`]*):(?:\s+|$)"
@@ -174,6 +180,8 @@ class _Reader:
     def _line(self, text: str, indent: int, following: str) -> None:
         if self._is_left_out(text, indent):
             return
+        if text and indent <= self._section_indent:
+            self._section, self._section_indent = "", -1
         if not text or _UNDERLINE.fullmatch(text):
             self._end()
         elif _UNDERLINE.fullmatch(following.strip()) and len(following.strip()) >= len(text) - 2:
@@ -202,6 +210,8 @@ class _Reader:
             if not text or indent > self._skipped_below:
                 return True
             self._skipped_below = None
+        if text and text[0] not in _MAY_BEGIN_BLOCK:
+            return False
         if _CODE.match(text):
             self._end()
             self._in_code = True
@@ -216,8 +226,6 @@ class _Reader:
             else:
                 self._skipped_below = indent
             return True
-        if text and self._section_indent >= 0 and indent <= self._section_indent:
-            self._section, self._section_indent = "", -1  # a section of Google's style ends with its indentation
         return False
 
     def _start_section(self, title: str, indent: int) -> None:

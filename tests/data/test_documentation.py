@@ -1,17 +1,23 @@
 """The corpus made of installed documentation, from tiny trees that stand for an environment."""
 
 import ast
+import importlib.metadata
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from lightning_danube.data import docstrings, documentation, made_text
+from lightning_danube.data import docstrings, documentation, made_text, prose
 from lightning_danube.data.docstrings import Environment, Seen
 from lightning_danube.data.documentation import ROLES
 from lightning_danube.data.made_text import Fact
@@ -21,8 +27,8 @@ SHARED = """Balance a tree whose leaves carry weights.
 The heaviest leaf moves towards the root until no exchange shortens the sum of weighted depths.
 """
 TOPICS = {
-    "with": 'The "with" statement\n********************\n\nIt wraps a block in the methods of a context manager.\n' * 2,
-    "assert": 'The "assert" statement\n**********************\n\nIt inserts debugging assertions.',
+    "with": 'The "with" statement\n********************\n\nIt wraps a block in the methods of a context manager.\n',
+    "assert": 'The "assert" statement\n**********************\n\nIt inserts debugging assertions into a program.',
 }
 
 
@@ -65,6 +71,12 @@ def write(file: Path, content: str | bytes) -> None:
     file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def install(site: Path, name: str, readme: str = "", version: str = "1.0") -> None:
+    """Writes the metadata of a distribution."""
+    file = site / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
+    write(file, f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n{readme}")
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> Environment:
     return make_environment(tmp_path / "environment")
@@ -73,14 +85,15 @@ def environment(tmp_path: Path) -> Environment:
 def make_environment(root: Path, order: Callable[[list[str]], list[str]] = sorted) -> Environment:
     site, stdlib = root / "site-packages", root / "stdlib"
     for name in order(["bend", "fold", "press", "twist", "turn", "weave"]):
-        write(site / "alpha" / f"{name}.py", module_source(name))
+        write(site / "rich" / f"{name}.py", module_source(name))
         write(site / "numpy" / f"{name}ing.py", module_source(f"re{name}"))
         write(stdlib / f"{name}lib.py", module_source(f"un{name}"))
-    write(site / "alpha" / "__init__.py", "")
+    write(site / "rich" / "__init__.py", "")
     readme = (
-        "# Alpha\n\nAlpha bends, folds and twists whatever is given to it, and is\nas fast as paper allows it to be.\n"
+        "# Rich\n\nRich bends, folds and twists whatever is given to it, and is\nas fast as paper allows it to be.\n"
     )
-    write(site / "alpha-1.0.dist-info" / "METADATA", f"Metadata-Version: 2.1\nName: alpha\nVersion: 1.0\n\n{readme}")
+    install(site, "rich", readme)
+    install(site, "numpy")
     write(stdlib / "pydoc_data" / "topics.py", f"topics = {TOPICS!r}\n")
     return Environment((site,), stdlib)
 
@@ -107,7 +120,7 @@ def test_every_role_gets_what_the_docstring_promises(environment: Environment, t
     rows = {role: rows_of(file) for role, file in files.items()}
     origins = {role: {row["origin"] for row in rows[role]} for role in ROLES}
     assert all(set(row) == {"text", "origin"} for role in ROLES for row in rows[role])
-    assert {"alpha:README", "alpha:alpha.bend", "alpha:alpha.bend.Bender"} <= origins["web"]
+    assert {"rich:README", "rich:rich.bend", "rich:rich.bend.Bender"} <= origins["web"]
     assert {"python:foldlib", "python:pydoc_data.topics.with"} <= origins["wiki"]
     assert {"numpy:numpy.weaveing", "numpy:numpy.weaveing.Reweaveer"} <= origins["academic"]
     texts = texts_of(files)
@@ -117,26 +130,24 @@ def test_every_role_gets_what_the_docstring_promises(environment: Environment, t
         assert counts["characters"] == sum(len(row["text"]) for row in rows[role])
 
 
-def test_a_class_is_one_document_with_its_methods_under_their_signatures(
-    environment: Environment, tmp_path: Path
-) -> None:
+def test_a_class_is_one_document_with_its_methods_under_their_names(environment: Environment, tmp_path: Path) -> None:
     rows = {row["origin"]: row["text"] for row in rows_of(collect(environment, tmp_path)["web"])}
-    assert rows["alpha:alpha.fold.Folder"] == (
-        "Class alpha.fold.Folder(strength=1.5)\n\n"
+    assert rows["rich:rich.fold.Folder"] == (
+        "The class Folder of rich.fold\n\n"
         "An object that can fold whatever it is given.\n\n"
         "It holds state between its calls; make a new one when the state of fold must not be shared with others.\n\n"
-        "Folder.stop(force=False)\n\n"
+        "The method stop\n\n"
         "Stop what fold had begun.\n\n"
         "Whatever was put aside while it ran is returned to those who gave it to fold in the first place."
     )
-    assert "fold_all(things, *rest, how='fast', **options)\n\nReturn all" in rows["alpha:alpha.fold"]
+    assert "The function fold_all\n\nReturn all things after" in rows["rich:rich.fold"]
 
 
 def test_no_docstring_stands_in_full_in_two_sources(environment: Environment, tmp_path: Path) -> None:
     files = collect(environment, tmp_path / "cache")
     texts = texts_of(files)
     all_docs = [
-        docstrings.clean(doc)
+        prose.prose(prose.clean(doc))
         for source in environment.sources()
         for node in ast.walk(ast.parse(Path(source.path).read_bytes()))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (doc := ast.get_docstring(node))
@@ -173,7 +184,7 @@ def test_what_is_repeated_stays_where_it_comes_first(environment: Environment, t
     assert environment.stdlib is not None
     write(environment.stdlib / "balancing.py", copy)
     write(site / "numpy" / "copied.py", copy)
-    write(site / "alpha" / "copied.py", near)
+    write(site / "rich" / "copied.py", near)
     files = collect(environment, tmp_path / "cache")
     marker = "The heaviest leaf moves towards the root"
     counts = {role: text.count(marker) for role, text in texts_of(files).items()}
@@ -181,60 +192,77 @@ def test_what_is_repeated_stays_where_it_comes_first(environment: Environment, t
     assert manifest_of(files)["repetitions_dropped"] == {"exact": 1, "near": 1}
 
 
-def test_seen_compares_long_lines_only() -> None:
+def test_seen_compares_long_sentences_only() -> None:
     seen = Seen()
-    assert not seen.repeats("A line which is long enough to count.\nshort line")
-    assert not seen.repeats("Another line, also long enough to count.\nshort line")
-    assert seen.repeats("A line which is long enough to count.\nanother short one")
+    assert not seen.repeats("A sentence which is long enough to count. It is short.")
+    assert not seen.repeats("Another sentence, also long enough to count. It is short.")
+    assert seen.repeats("A sentence which is long enough to count. It is also short.")
     assert (seen.exact, seen.near) == (0, 1)
-    assert seen.repeats("Another line,  also long enough to count.\n\nshort line")
+    assert seen.repeats("Another sentence, also long enough to count. It is short.")
     assert (seen.exact, seen.near) == (1, 1)
 
 
 def test_unreadable_files_are_skipped_and_counted(environment: Environment, tmp_path: Path) -> None:
-    bad = environment.packages[0] / "alpha" / "bad"
+    bad = environment.packages[0] / "rich" / "bad"
     text = '"""A docstring of a file that cannot be read to its end, however long it is made to be."""\n'
     write(bad / "syntax.py", text + "def (:\n")
     write(bad / "null.py", text.encode() + b"\x00")
     write(bad / "latin.py", text.replace("docstring", "d\u00f6cstring").encode("latin-1"))
     write(bad / "large.py", text + "#" * docstrings.LARGEST_FILE)
+    write(bad / "code.py", text + "x = 1\n" * 200)
     write(bad / "plain.py", "x = 1\n")
     os.symlink(bad / "nowhere.py", bad / "dangling.py")
     files = collect(environment, tmp_path / "cache")
     skipped = manifest_of(files)["files"]["skipped"]
-    # alpha/__init__.py is the second without a docstring.
-    expected = {"larger than 2 MB": 1, "no docstring": 2, "not UTF-8": 1, "not parsable": 2, "unreadable": 1}
-    assert skipped == expected
+    # rich/__init__.py is the second without a docstring.
+    expected = {"larger than 2 MB": 1, "mostly code": 1, "no docstring": 2, "not UTF-8": 1, "not parsable": 2}
+    assert skipped == {**expected, "unreadable": 1}
     assert "cannot be read to its end" not in "".join(texts_of(files).values())
 
 
 @pytest.mark.parametrize(
     "file",
     [
-        "alpha/tests/cases.py",
-        "alpha/test_bend.py",
-        "alpha/conftest.py",
-        "alpha/_vendor/six.py",
-        "alpha/.venv/lib/python3.11/site-packages/beta/it.py",
-        "alpha-1.0.data/purelib/it.py",
+        "rich/tests/cases.py",
+        "rich/test_bend.py",
+        "rich/conftest.py",
+        "rich/_vendor/six.py",
+        "rich/.venv/lib/python3.11/site-packages/beta/it.py",
+        "rich-1.0.data/purelib/it.py",
+        "transformers/models/it.py",
         "lightning_danube/model.py",
         "callbacks/samples.py",
     ],
 )
 def test_tests_vendored_copies_and_ourselves_are_left_out(environment: Environment, file: str) -> None:
+    install(environment.packages[0], "transformers")
+    write(environment.packages[0] / "transformers" / "trainer.py", module_source("train"))
     before = environment.sources()
+    assert "transformers.trainer" in {source.module for source in before}
     write(environment.packages[0] / file, module_source("smuggle"))
     assert environment.sources() == before
 
 
-def test_our_own_readme_is_left_out(environment: Environment) -> None:
-    before = environment.fingerprint()
-    write(
-        environment.packages[0] / "lightning_danube-0.1.0.dist-info" / "METADATA",
-        "Name: lightning-danube\nVersion: 0.1.0\n\nOurs.",
-    )
-    assert [distribution.name for distribution in environment.distributions()] == ["alpha"]
-    assert environment.fingerprint() == before
+@pytest.mark.parametrize("name", ["llama-cpp-python", "trl", "matplotlib", "lightning-danube"])
+def test_what_is_installed_beside_the_fixed_list_changes_nothing(
+    environment: Environment, tmp_path: Path, name: str
+) -> None:
+    before, fingerprint = collect(environment, tmp_path / "before"), environment.fingerprint()
+    site = environment.packages[0]
+    install(site, name, "# Beside\n\nIt is installed beside the others, and says a lot of itself in its own words.")
+    write(site / name.replace("-", "_") / "__init__.py", module_source("smuggle"))
+    assert environment.fingerprint() == fingerprint
+    after = collect(environment, tmp_path / "after")
+    assert texts_of(after) == texts_of(before)
+    assert manifest_of(after)["distributions"] == ["numpy==1.0", "rich==1.0"]
+
+
+def test_a_package_without_its_distribution_is_not_read(environment: Environment) -> None:
+    before = environment.sources()
+    write(environment.packages[0] / "pandas" / "__init__.py", module_source("frame"))
+    assert environment.sources() == before
+    install(environment.packages[0], "pandas")
+    assert {source.package for source in environment.sources()} - {source.package for source in before} == {"pandas"}
 
 
 def test_an_environment_is_collected_once(
@@ -244,7 +272,7 @@ def test_an_environment_is_collected_once(
     told = capsys.readouterr()
     assert told.out == ""
     start, end = told.err.splitlines()
-    assert start.startswith("Collecting the documentation")
+    assert start.startswith("Collecting text from the installed packages")
     assert f"wiki {len(rows_of(first['wiki'])):,}" in end
 
     def refuse(*_: Any) -> Any:
@@ -260,7 +288,7 @@ def test_another_version_or_format_is_another_environment(
     environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prints = {environment.fingerprint()}
-    metadata = environment.packages[0] / "alpha-1.0.dist-info" / "METADATA"
+    metadata = environment.packages[0] / "rich-1.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
     prints.add(environment.fingerprint())
     monkeypatch.setattr(docstrings, "FORMAT", docstrings.FORMAT + 1)
@@ -287,6 +315,57 @@ def test_a_killed_collection_leaves_nothing(
             collect(environment, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     assert all(rows_of(file) for file in collect(environment, tmp_path / "cache").values())
+
+
+@pytest.mark.parametrize(("stop", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)])
+def test_an_interrupted_collection_ends_its_processes_and_warns_of_nothing(
+    tmp_path: Path, stop: signal.Signals, to_all: bool
+) -> None:
+    make_environment(tmp_path / "environment")
+    script = tmp_path / "collect.py"
+    # Each file takes a second, so that the signal comes while processes read.
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from lightning_danube.data import docstrings, documentation\n"
+        "def slowly(sources):\n"
+        "    print('reading', flush=True)\n"
+        "    time.sleep(1)\n"
+        "    return [''] * len(sources)\n"
+        "documentation.read_all = slowly\n"
+        "documentation._FILES_PER_CHUNK = 1\n"
+        "if __name__ == '__main__':\n"
+        "    root = Path(sys.argv[1])\n"
+        "    environment = docstrings.Environment((root / 'site-packages',), root / 'stdlib')\n"
+        "    documentation._collect(environment, root / 'cache', processes=2, progress=False)\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "environment")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("reading")
+    (os.killpg if to_all else os.kill)(run.pid, stop)
+    # The pipes close when the last process has ended.
+    _, told = run.communicate(timeout=20)
+    assert run.returncode == -stop
+    assert "leaked" not in told
+    assert told.count("Traceback") <= (stop == signal.SIGINT)
+
+
+def test_a_process_that_is_killed_is_told(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = environment.sources()
+    monkeypatch.setattr(documentation, "_work", _die)
+    with pytest.raises(ValueError, match=r"a process that collects text was ended from outside"):
+        documentation.read_sources(sources * 3, processes=2, lively=False)
+
+
+def _die(*_: Any) -> None:
+    os._exit(1)
 
 
 def test_the_slower_of_two_keeps_what_the_faster_wrote(
@@ -340,8 +419,7 @@ add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
     hypot, cross, transposed = module.entries
     assert (hypot.name, cross.name, transposed.name) == ("torch.hypot", "cross", "ndarray.T")
     assert hypot.sentence == "Given the legs of a right triangle, return its hypotenuse."
-    assert "{broadcastable}" in hypot.doc
-    assert "{input}" not in hypot.doc
+    assert hypot.doc == "Given the legs of a right triangle, return its hypotenuse." or hypot.doc == ""
     assert Fact(hypot, module.name, module.package, hypot.sentence).full == "torch.hypot"
 
 
@@ -371,7 +449,7 @@ def test_roles_go_by_whole_names(module: str, package: str, role: str) -> None:
     ],
 )
 def test_prose_is_mostly_words(text: str, expected: bool) -> None:
-    assert docstrings.is_prose(text) is expected
+    assert prose.is_mostly_words(text) is expected
 
 
 @pytest.mark.parametrize(
@@ -415,18 +493,17 @@ def test_imperatives_become_predicates(sentence: str, expected: str | None) -> N
 
 def test_a_readme_ends_at_its_change_log_and_has_no_badges() -> None:
     readme = (
-        "# Alpha\n\n[![build](https://ci/badge.svg)](https://ci)\n<p align='center'><b>Alpha</b> folds paper.</p>\n\n"
-        "Change this freely.\n\n## Changelog\n\n- 1.0: it folds.\n"
+        "# Rich\n\n[![build](https://ci/badge.svg)](https://ci)\n<p align='center'><b>Rich</b> folds paper.</p>\n\n"
+        "Change this freely.\n\n```\npip install rich\n```\n\n## Changelog\n\n- 1.0: it folds.\n"
     )
-    assert docstrings.clean_readme(readme) == "# Alpha\n\nAlpha folds paper.\n\nChange this freely."
+    assert prose.readme_prose(readme) == "Rich folds paper.\n\nChange this freely."
 
 
-def test_long_texts_are_cut_before_headings_only() -> None:
-    part = "word " * 500
-    text = f"First\n=====\n\n{part}\n\nSecond\n======\n\n{part}\n\n## Third\n\n```\n# no heading\n{part}\n```\n"
-    parts = docstrings.split_at_headings(text)
-    assert [part.split("\n")[0] for part in parts] == ["First", "Second", "## Third"]
-    assert "".join("".join(parts).split()) == "".join(text.split())
+def test_long_texts_are_cut_between_paragraphs() -> None:
+    paragraph = "word " * 300 + "end."
+    parts = docstrings.parts_of("\n\n".join([paragraph] * 5))
+    assert [part.count("end.") for part in parts] == [2, 2, 1]
+    assert docstrings.parts_of(paragraph * 4) == [paragraph * 4]
 
 
 def test_variants_are_decided_by_the_key_alone() -> None:
@@ -438,12 +515,28 @@ def test_variants_are_decided_by_the_key_alone() -> None:
 
 def test_this_interpreter_has_the_packages_that_the_sources_name() -> None:
     environment = Environment.running()
+    installed = {distribution.name for distribution in environment.distributions()}
+    assert set(docstrings.DISTRIBUTIONS) <= installed
     modules = {source.module for source in environment.sources()}
-    optional = ("scipy", "sklearn", "statsmodels")
-    missing = [name for name in docstrings.ACADEMIC if name not in (*modules, *optional)]
+    assert set(docstrings.DISTRIBUTIONS.values()) <= modules
+    missing = [name for name in docstrings.ACADEMIC if name not in modules]
     assert not missing, f"named in ACADEMIC but not installed: {missing}"
     assert {"textwrap", "pydoc_data.topics", "transformers.trainer"} <= modules
     assert not {name for name in modules if ".tests." in name or "._vendor." in name}
+
+
+def test_the_distributions_come_with_a_plain_install() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    found: set[str] = set()
+    waiting = list(map(Requirement, project["dependencies"]))
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        waiting += map(Requirement, importlib.metadata.requires(name) or ())
+    assert set(docstrings.DISTRIBUTIONS) <= found
 
 
 @pytest.mark.slow
