@@ -59,7 +59,10 @@ USUAL_LONGEST = 4000
 LARGEST_FILE = 2_000_000
 """Bytes; larger sources are generated tables."""
 LEAST_SHARE = 0.2
-"""A file with a smaller share of docstrings is not parsed: it would take much time and give little text."""
+"""A file of a distribution with a smaller share of docstrings is not parsed: it takes much time and gives little text.
+
+All of the standard library is parsed, as it is all that the source `wiki` has.
+"""
 UNREADABLE = "..."
 """Stands for default values that are long."""
 STANDARD_LIBRARY = "python"
@@ -221,7 +224,7 @@ def read_source(source: Source) -> Reading:
     documented = sum(len(found[1] or found[2] or b"") for found in _DOCSTRINGS.finditer(content))
     if not is_topics and not documented:
         return "no docstring"
-    if not is_topics and documented < LEAST_SHARE * len(content):
+    if source.package != STANDARD_LIBRARY and documented < LEAST_SHARE * len(content):
         return "mostly code"
     try:
         text = content.decode("utf-8-sig")
