@@ -165,7 +165,7 @@ class _Reader:
         self.paragraphs: list[str] = []
         self._lines: list[str] = []
         self._skipped_below: int | None = None  # an indented block is left out: how far what it belongs to is indented
-        self._in_code = self._in_fence = False
+        self._in_code = self._in_fence = False  # code and tables end at a blank line, fences at a fence
         # Sections of numpydoc end at the next heading, those of Google's style where the indentation ends.
         self._section, self._section_indent = "", -1
         self._term_indent: int | None = None
@@ -208,16 +208,14 @@ class _Reader:
             return True
         if self._skipped_below is not None:
             if not text or indent > self._skipped_below:
+                self._end()
                 return True
             self._skipped_below = None
         if text and text[0] not in _MAY_BEGIN_BLOCK:
             return False
-        if _CODE.match(text):
+        if _CODE.match(text) or _TABLE.fullmatch(text):
             self._end()
             self._in_code = True
-            return True
-        if _TABLE.fullmatch(text):
-            self._end()
             return True
         if directive := _DIRECTIVE.fullmatch(text):
             self._end()

@@ -408,7 +408,7 @@ Given the legs of a right triangle, return its hypotenuse.
 Args:
     {input}
 
-The shapes of both must be {{broadcastable}}, which is described elsewhere at greater length.
+The shapes of both must be the same or broadcastable, which is described elsewhere at greater length.
 """.format(**common_args))
 cross = _add_docstr(_linalg.linalg_cross, "Computes the cross product of two vectors of three elements.")
 add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
@@ -419,7 +419,7 @@ add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
     hypot, cross, transposed = module.entries
     assert (hypot.name, cross.name, transposed.name) == ("torch.hypot", "cross", "ndarray.T")
     assert hypot.sentence == "Given the legs of a right triangle, return its hypotenuse."
-    assert hypot.doc == "Given the legs of a right triangle, return its hypotenuse." or hypot.doc == ""
+    assert hypot.doc.startswith("Given the legs of a right triangle, return its hypotenuse.\n\nThe shapes of both must")
     assert Fact(hypot, module.name, module.package, hypot.sentence).full == "torch.hypot"
 
 
@@ -544,6 +544,6 @@ def test_the_distributions_come_with_a_plain_install() -> None:
 def test_this_interpreter_has_enough_to_train_on(tmp_path: Path) -> None:
     files = documentation.collect_documentation(tmp_path, progress=False)
     characters = {role: counts["characters"] for role, counts in manifest_of(files)["sources"].items()}
-    # Mistral's tokenizer makes a token of about 3 to 3.6 characters here: 250,000 tokens of each, two million of web.
-    assert characters["web"] > 7_000_000
+    # laptop.yaml reads 5.1 million tokens of web, at most four times.
+    assert characters["web"] > 5_500_000
     assert min(characters.values()) > 900_000
