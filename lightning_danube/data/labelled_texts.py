@@ -19,7 +19,7 @@ from lightning_danube.data.quality import text_hash
 from lightning_danube.data.reading import BadRow, read_rows, text_of
 
 PACKAGES = f"{DOCUMENTATION}packages"
-"""The embedded set: documentation of the installed packages, to be told which package it is of."""
+"""The embedded set: documentation of installed packages. The label is the package."""
 PACKAGE_SOURCES = ("web", "academic")
 
 
@@ -124,7 +124,7 @@ def _documentation_of_packages(role: str, cache_dir: Path) -> Iterator[tuple[str
         (file,) = local_files(role, Source(DOCUMENTATION + name), cache_dir)
         for row, values in read_rows(file):
             package = values["origin"].partition(":")[0]
-            # A docstring begins with the path of its module: unless hidden, the answer would stand in the question.
+            # The heading of a text has the path of its module, which would give the label away.
             text = re.sub(rf"\b{re.escape(package)}\b", "package", values["text"], flags=re.IGNORECASE)
             yield file, row, {"text": text, "label": package}
 

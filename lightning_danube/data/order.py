@@ -104,7 +104,7 @@ def _same_source(name: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise ValueError(
             f"data.sources: {name!r} now holds {now['tokens']:,} tokens ({now['digest']}), the run has read from "
             f"{saved['tokens']:,} ({saved['digest']}): bring back its files (of the embedded documentation: the "
-            f"installed packages), tokenizer and data.held_out, {_WAY_OUT}"
+            f"versions of Python and of the packages), tokenizer and data.held_out, {_WAY_OUT}"
         )
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FUNCTIONS = f"{DOCUMENTATION}functions"
-"""The embedded set: which function of a module of the standard library its documentation describes so."""
+"""The embedded set: questions that quote the documentation of a function of the standard library, and ask for its
+name."""
 INSTRUCTION = "Answer the question from the passages, with a few words and nothing else."
 
 
