@@ -22,22 +22,17 @@ FORMAT = 2
 
 DISTRIBUTIONS = {
     **{"absl-py": "absl", "accelerate": "accelerate", "bitsandbytes": "bitsandbytes", "datasets": "datasets"},
-    **{"fsspec": "fsspec", "grpcio": "grpc", "huggingface-hub": "huggingface_hub", "jinja2": "jinja2"},
-    **{
-        "joblib": "joblib",
-        "jsonargparse": "jsonargparse",
-        "lightning": "lightning",
-        "mistral-common": "mistral_common",
-    },
-    **{"mpmath": "mpmath", "networkx": "networkx", "numpy": "numpy", "omegaconf": "omegaconf"},
-    **{"packaging": "packaging", "pandas": "pandas", "peft": "peft", "pillow": "PIL", "pydantic": "pydantic"},
-    **{"rich": "rich", "scikit-learn": "sklearn", "tensorboard": "tensorboard"},
-    **{"tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics", "tqdm": "tqdm"},
-    **{"transformers": "transformers", "urllib3": "urllib3", "werkzeug": "werkzeug"},
+    **{"grpcio": "grpc", "huggingface-hub": "huggingface_hub", "jinja2": "jinja2", "joblib": "joblib"},
+    **{"jsonargparse": "jsonargparse", "lightning": "lightning", "mistral-common": "mistral_common"},
+    **{"mpmath": "mpmath", "networkx": "networkx", "numpy": "numpy", "omegaconf": "omegaconf", "pandas": "pandas"},
+    **{"peft": "peft", "pillow": "PIL", "pydantic": "pydantic", "rich": "rich", "scikit-learn": "sklearn"},
+    **{"tensorboard": "tensorboard", "tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics"},
+    **{"transformers": "transformers", "werkzeug": "werkzeug"},
 }
 """The distributions that are read, and the package of each. They come with a plain install of this project.
 
-Others are not read, so that the text stays the same when something else is installed.
+Others are not read, so that the text stays the same when something else is installed. Small packages of which an extra
+may ask for another version (fsspec, urllib3, packaging) are not in the list.
 """
 
 ACADEMIC = (
@@ -151,17 +146,15 @@ class Environment:
 
         Of two that share a name, as an interrupted upgrade leaves them, the lower version counts.
         """
+        paths = [str(path) for path in self.packages]
         found: dict[str, Distribution] = {}
-        for installed in importlib.metadata.distributions(path=[str(path) for path in self.packages]):
-            # The folder's name tells the distribution, so that the metadata of others need not be read.
-            folder = getattr(installed, "_path", None)
-            if folder is not None and _key(str(folder.name).partition("-")[0]) not in DISTRIBUTIONS:
-                continue
-            metadata = message_from_string(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
-            key, version = _key(metadata.get("Name", "")), metadata.get("Version", "")
-            if key in DISTRIBUTIONS and (key not in found or version < found[key].version):
-                description = metadata.get("Description") or metadata.get_payload()
-                found[key] = Distribution(key, version, str(description or ""))
+        for key in DISTRIBUTIONS:
+            for installed in importlib.metadata.distributions(name=key, path=paths):
+                metadata = message_from_string(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
+                version = metadata.get("Version", "")
+                if version and (key not in found or version < found[key].version):
+                    description = metadata.get("Description") or metadata.get_payload()
+                    found[key] = Distribution(key, version, str(description or ""))
         return [found[key] for key in sorted(found)]
 
     def fingerprint(self) -> str:
@@ -186,11 +179,6 @@ class Environment:
                 if parts[0] not in _SKIPPED_OF_STDLIB and not parts[0].startswith(("config-", "_sysconfigdata"))
             ]
         return ordered
-
-
-def _key(name: str) -> str:
-    """The name of a distribution as `DISTRIBUTIONS` has it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _python_files(root: Path, package: str = "") -> Iterator[tuple[str, ...]]:
