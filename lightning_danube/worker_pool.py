@@ -28,7 +28,6 @@ class WorkerPool(ProcessPoolExecutor):
         with children_without_interrupts():
             return super().submit(function, *args, **kwargs)
 
-
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # What nobody is going to read is not worth waiting for.
         self.shutdown(cancel_futures=kind is not None)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--config", action="append", required=True, metavar="NAME", help="the configuration that `fit` takes: a name or a file"
+        "--config",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="the configuration that `fit` takes: a name or a file",
     )
     parser.add_argument(
         "--shard",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="NAME", help="the study: its name, such as studies/quickstart, or a file")
+    parser.add_argument(
+        "--config", required=True, metavar="NAME", help="the study: its name, such as studies/quickstart, or a file"
+    )
     parser.add_argument("--runs", default="runs", metavar="PATH", help="results go to <runs>/studies/<name> (runs)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a study that was begun, or join the workers that are at it"

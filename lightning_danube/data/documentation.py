@@ -26,14 +26,11 @@ import os
 import platform
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import get_context, resource_tracker
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +50,7 @@ from lightning_danube.data.docstrings import (
     role_of,
 )
 from lightning_danube.data.made_text import facts_of, passages_about, pick, questions_about
+from lightning_danube.worker_pool import WorkerPool
 
 _PROCESSES_WORTH_STARTING = 16
 _FILES_PER_CHUNK = 16
@@ -126,80 +124,24 @@ def read_sources(sources: Sequence[Source], processes: int | None, lively: bool)
     processes = min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), n_chunks)
     readings: list[Reading] = [""] * len(sources)
     with tqdm(total=len(sources), desc="Collecting text", unit=" files", disable=not lively, leave=False) as bar:
-        numbered = list(enumerate(chunks))
-        for number, result in _read_chunks(numbered) if processes == 1 else _in_processes(numbered, processes):
-            readings[number::n_chunks] = result
-            bar.update(len(result))
+
+        def keep(results: Iterable[list[Reading]]) -> None:
+            for number, result in enumerate(results):
+                readings[number::n_chunks] = result
+                bar.update(len(result))
+
+        if processes == 1:
+            keep(map(read_all, chunks))
+            return readings
+        try:
+            # Trees have no cycles, and looking for some takes a fifth of the time.
+            with WorkerPool(processes, gc.disable) as pool:
+                keep(pool.map(read_all, chunks))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that collects text was ended from outside (is memory short?): run the command again"
+            ) from error
     return readings
-
-
-Chunk = tuple[int, Sequence[Source]]
-
-
-def _read_chunks(chunks: Sequence[Chunk]) -> Iterator[tuple[int, list[Reading]]]:
-    for number, sources in chunks:
-        yield number, read_all(sources)
-
-
-def _in_processes(chunks: Sequence[Chunk], processes: int) -> Iterator[tuple[int, list[Reading]]]:
-    # Pipes rather than a pool: a pool that is killed leaves semaphores behind, and a warning about them.
-    context = get_context("spawn")
-    if os.name == "posix":
-        resource_tracker.ensure_running()  # Starting it unblocks SIGINT, so it must not start with the first worker.
-    workers, receivers = [], []
-    try:
-        for number in range(processes):
-            receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(sender, chunks[number::processes]), daemon=True)
-            with _without_ctrl_c():
-                worker.start()
-            sender.close()  # this end; the worker's own stays open, so that its death ends the pipe
-            workers.append(worker)
-            receivers.append(receiver)
-        yield from _results(receivers, len(chunks))
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """A process that is started inside never sees Ctrl-C, which a terminal sends to all. Its parent ends it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _results(receivers: list[Connection], missing: int) -> Iterator[tuple[int, list[Reading]]]:
-    while missing:
-        for ready in wait(receivers):
-            assert isinstance(ready, Connection)
-            try:
-                result = ready.recv()
-            except EOFError:
-                receivers.remove(ready)
-                if not receivers:
-                    raise ValueError(
-                        "a process that collects text was ended from outside (is memory short?): run the command again"
-                    ) from None
-                continue
-            missing -= 1
-            yield result
-
-
-def _work(sender: Connection, chunks: Sequence[Chunk]) -> None:
-    gc.disable()  # Trees have no cycles, and looking for some takes a fifth of the time.
-    try:
-        for result in _read_chunks(chunks):
-            sender.send(result)
-    except BrokenPipeError:
-        pass  # the parent was killed
 
 
 def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dict[str, list[Document]], dict[str, Any]]:

@@ -304,7 +304,9 @@ class Evaluation(LightningModule):
         if cut := sum(record["shortened"] for record in records):
             notes.append(f"{cut:,} prompts lost their beginning, at {self.config.max_position_embeddings:,} tokens")
         row = Measured("chat", part.benchmark, part.title, "score of 1 to 10", percent=False, notes=notes)
-        row.not_run = "its answers are written, and no judge is there to score them: add lightning_danube.callbacks.Judge"
+        row.not_run = (
+            "its answers are written, and no judge is there to score them: add lightning_danube.callbacks.Judge"
+        )
         row.records = records
         return [row]
 

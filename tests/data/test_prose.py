@@ -109,8 +109,8 @@ def test_googles_style_becomes_prose() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (":param str name: its name\n:type name: str\n:raises KeyError: no", "name: Its name."),
-        (".. note:: A note is kept.\n\n.. code-block::\n\n    run it.\n\nIt ends.", "A note is kept.\n\nIt ends."),
+        (":param str a: the name of it\n:type a: str\n:raises KeyError: no such name", "a: The name of it."),
+        (".. note:: A note is kept.\n\n.. code-block::\n\n    run it and see.", "A note is kept."),
         ("The loop is written like this::\n\n    for each of them.\n\nIt ends by itself.", "It ends by itself."),
         ("=====  =====\nA row  of it\n=====  =====\n\nThe table is gone.", "The table is gone."),
         ("The table is gone.\n\n| a | b |\n|---|---|\n| it is | a row |", "The table is gone."),
