@@ -103,6 +103,7 @@ class ChatSummary(Callback):
             "steps": trainer.global_step,
             "parameters": pl_module.config.parameters,  # type: ignore[union-attr]
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "precision": trainer.precision,
             "seconds": round(seconds, 3),
             "places_per_second": round(trainer.global_step * data.batch_tokens / throughput.seconds, 1)
             if throughput and throughput.seconds
@@ -184,7 +185,13 @@ class ChatSummary(Callback):
             return
         tokens = data.evaluation_tokens(limit)
         path = run_directory(trainer) / "summary.json"
-        write_json(path, {"weights": evaluated_weights(trainer, pl_module), "val_loss": losses, "val_tokens": tokens})
+        summary = {
+            "weights": evaluated_weights(trainer, pl_module),
+            "precision": trainer.precision,
+            "val_loss": losses,
+            "val_tokens": tokens,
+        }
+        write_json(path, summary)
         rows = [[name, f"{tokens[name]:,}", f"{loss:.4f}"] for name, loss in losses.items()]
         say(trainer, text_table(["held-out answers", "tokens", "nats a token"], rows))
         say(trainer, f"written to {path}")

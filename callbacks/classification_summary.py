@@ -104,6 +104,7 @@ class ClassificationSummary(Callback):
             "steps": trainer.global_step,
             "parameters": task.config.parameters,
             "trained_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
+            "precision": trainer.precision,
             "seconds": round(seconds, 3),
             "texts_per_second": round(texts / in_training, 2) if in_training else None,
             "classes": data.class_counts(),
@@ -150,7 +151,8 @@ class ClassificationSummary(Callback):
         report_rejected(trainer, data)
         result = self._report(trainer, split, task.latest)
         path = run_directory(trainer) / "summary.json"
-        write_json(path, {"weights": str(trainer.ckpt_path), "left_out": data.causes(), split: result})
+        facts = {"weights": str(trainer.ckpt_path), "precision": trainer.precision, "left_out": data.causes()}
+        write_json(path, {**facts, split: result})
         say(trainer, f"written to {path}")
 
     def _report(self, trainer: Trainer, split: str, model: Classified) -> dict[str, Any]:

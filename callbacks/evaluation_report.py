@@ -98,6 +98,7 @@ class EvaluationReport(Callback):
         summary = {
             "weights": task.weights,
             "parameters": task.config.parameters,
+            "precision": task.trainer.precision,
             "seconds": round(time.monotonic() - self._began, 3),
             "paper": self.paper.source,
             "averages": {table: average for table in TITLES if (average := averages(task.results, table, self.paper))},

@@ -109,6 +109,7 @@ class PreferenceSummary(Callback):
             "steps": trainer.global_step,
             "parameters": pl_module.config.parameters,  # type: ignore[union-attr]
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "precision": trainer.precision,
             "seconds": round(seconds, 3),
             "places_per_second": round(trainer.global_step * data.batch_tokens / throughput.seconds, 1)
             if throughput and throughput.seconds
@@ -149,7 +150,8 @@ class PreferenceSummary(Callback):
         if not trainer.is_global_zero:
             return
         pairs, path = data.evaluation_pairs(limit), run_directory(trainer) / "summary.json"
-        write_json(path, {"weights": str(trainer.ckpt_path), "val_pairs": pairs, **with_intervals(results, pairs)})
+        facts = {"weights": str(trainer.ckpt_path), "precision": trainer.precision, "val_pairs": pairs}
+        write_json(path, {**facts, **with_intervals(results, pairs)})
         say(trainer, results_table([("", results)], pairs))
         say(trainer, f"written to {path}")
 

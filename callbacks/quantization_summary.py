@@ -96,6 +96,7 @@ class QuantizationSummary(Callback):
             directory / "summary.json",
             {
                 "weights": task.weights,
+                "precision": trainer.precision,
                 "text": data.text.path,
                 "levels": [row.flat() for row in rows],
                 "not_measured": failed,

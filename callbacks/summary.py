@@ -30,7 +30,7 @@ class PretrainingSummary(Callback):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
     `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
-    parameters, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
+    parameters, precision, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
     its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
     same for a model that only knows how frequent each token is. Beside FactRecall it has the share of facts known. That
     of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
@@ -168,6 +168,7 @@ class PretrainingSummary(Callback):
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             "parameters_without_embedding": config.parameters_without_embedding,
             "flops": config.flops_per_token(data.context_length) * tokens,
+            "precision": trainer.precision,
             "seconds": round(self._seconds(), 3),
             "tokens_per_second": round(tokens / throughput.seconds, 1) if throughput and throughput.seconds else None,
             "stages": stages,
@@ -196,6 +197,7 @@ class PretrainingSummary(Callback):
         losses, tokens = held_out_losses(trainer), data.evaluation_tokens(limit)
         summary = {
             "weights": str(trainer.ckpt_path),
+            "precision": trainer.precision,
             "val_loss": losses,
             "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
             "val_tokens": tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import re
 import warnings
 from contextlib import nullcontext
@@ -11,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -32,6 +32,8 @@ from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.invocation import as_typed
 from lightning_danube.named_configs import config_file
+from lightning_danube.precision import Choice, check_precision, choose, full_name, has_precision_plugin, kind_of_device
+from lightning_danube.precision import warning_of as precision_warning
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.sharded_strategy import ShardedStrategy
@@ -78,6 +80,12 @@ class RunRecord(SaveConfigCallback):
         self.resumed_from, self.changes = resumed_from, changes or {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        agreed = trainer.strategy.broadcast(trainer.precision)
+        if trainer.precision != agreed:
+            raise ValueError(
+                f"rank {trainer.global_rank} computes in {trainer.precision}, rank 0 in {agreed}, as each is the "
+                "fastest on its machine: set trainer.precision"
+            )
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
 
@@ -170,20 +178,54 @@ class DanubeCLI(LightningCLI):
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
-        self._note_changes()
+        saved = None
+        if self.subcommand == "fit" and self.place.checkpoint is not None:
+            saved = read_saved_config(self.place.checkpoint.parent.parent / "config.yaml")
+        self.precision = self._choose_precision(saved)
+        self._note_changes(saved)
         if self._on_cpu():
             keep_freed_memory()
 
     def _on_cpu(self) -> bool:
-        return self._get(self.config, "trainer").accelerator == "cpu" or not torch.cuda.is_available()
+        return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"
 
-    def _note_changes(self) -> None:
+    def _choose_precision(self, saved: dict[str, Any] | None) -> Choice | None:
+        """Writes the run's precision into its config. None if a plugin decides it.
+
+        Args:
+            saved: the config of the run that goes on.
+
+        Raises:
+            ValueError: the precision that is set is not for the run's device.
+        """
+        trainer = self._get(self.config, "trainer")
+        kind = kind_of_device(trainer.accelerator)
+        if trainer.precision is not None:
+            check_precision(full_name(trainer.precision), kind)
+            return Choice(full_name(trainer.precision), "as set")
+        if has_precision_plugin(trainer.plugins):
+            return None
+        task = pkgutil.resolve_name(self._get(self.config, "model").class_path)
+        before = ((saved or {}).get("trainer") or {}).get("precision")
+        choice = choose(kind, trains=task.training_step is not LightningModule.training_step, before=before)
+        trainer.precision = choice.precision
+        return choice
+
+    def _tell_precision(self) -> None:
+        if self.precision is None or not self.trainer.is_global_zero:
+            return
+        print(f"precision {self.trainer.precision}: {self.precision.reason}")
+        if self.precision.reason == "as set":
+            warning = precision_warning(self.precision.precision, self.trainer.strategy.root_device)
+            if warning:
+                tell(warning)
+
+    def _note_changes(self, saved: dict[str, Any] | None) -> None:
         """Compares the config with the one saved beside the checkpoint, before anything of it is replaced."""
         assert self.subcommand is not None
         checkpoint = self.place.checkpoint
         changes: dict[str, tuple[Any, Any]] = {}
         if self.subcommand == "fit" and checkpoint is not None:
-            saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
             new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
             if saved is not None:
                 changes = differences(saved, new)
@@ -274,15 +316,9 @@ class DanubeCLI(LightningCLI):
                 )
                 return
         self._show_changes()
+        self._tell_precision()
         try:
-            with exact_products_by_onednn() if self._on_cpu() else nullcontext(False) as onednn:
-                if (
-                    onednn
-                    and subcommand == "fit"
-                    and self.trainer.precision == "32-true"
-                    and self.trainer.is_global_zero
-                ):
-                    print("float32 products by oneDNN, which a trial showed to be exact here (docs/speed.md)")
+            with exact_products_by_onednn() if self._on_cpu() else nullcontext():
                 super()._run_subcommand(subcommand)
         except BaseException:
             if not self.place.continues:

@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import DistError
 
+from lightning_danube.precision import RANK_ZEROS
 from lightning_danube.stopping import EXIT_STOPPED, SIGNALS, Stopped, tell
 
 LAUNCHER = "LIGHTNING_DANUBE_LAUNCHER"
@@ -64,8 +65,11 @@ class RankLauncher(_SubprocessScriptLauncher):
             return super().launch(function, *args, trainer=trainer, **kwargs)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         os.environ[LAUNCHER] = str(os.getpid())
+        if trainer is not None:
+            os.environ[RANK_ZEROS] = str(trainer.precision)
         self._call_children_scripts()
         del os.environ[LAUNCHER]
+        os.environ.pop(RANK_ZEROS, None)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         with SIGNALS.ending_first(self._end_at_once):

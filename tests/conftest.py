@@ -133,6 +133,7 @@ model:
     learning_rate: {peak: 1.0e-2, final: 1.0e-3, warmup: 1K}
 trainer:
   accelerator: cpu
+  precision: 32-true
   log_every_n_steps: 1
   callbacks:
     - class_path: lightning_danube.callbacks.Progress

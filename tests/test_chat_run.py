@@ -43,6 +43,7 @@ model:
     learning_rate: {peak: 2.0e-2, final: 0.0, warmup: 128}
 trainer:
   accelerator: cpu
+  precision: 32-true
   num_sanity_val_steps: -1
   log_every_n_steps: 1
   callbacks:

@@ -46,6 +46,7 @@ model:
     lora: {rank: 8, alpha: 32, dropout: 0.1}
 trainer:
   accelerator: cpu
+  precision: 32-true
   log_every_n_steps: 1
   callbacks:
     - class_path: lightning_danube.callbacks.Progress

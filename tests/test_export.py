@@ -77,7 +77,7 @@ def test_the_card_of_a_run_says_what_the_run_knows(
 ) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "tiny/version_7")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("precision: null", "precision: bf16-mixed"))
+    (run / "config.yaml").write_text(config.replace("precision: 32-true", "precision: bf16-mixed"))
     export("--weights", run, "--out", tmp_path / "my-model", "--dtype", "bfloat16")
     card = (tmp_path / "my-model/README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("---\n")

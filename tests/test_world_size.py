@@ -33,7 +33,7 @@ class Sessions:
         config = (tiny / "tiny.yaml").read_text()
         for probe in ("KeysOfSteps", "LossesOfSteps"):
             config += f"    - class_path: tests.probes.{probe}\n      init_args: {{directory: NOTES}}\n"
-        self._config = config.replace("accelerator: cpu", "accelerator: cpu\n  precision: 64-true")
+        self._config = config.replace("precision: 32-true", "precision: 64-true")
 
     def notes(self, session: str) -> Path:
         return self.tiny / f"notes-{session}"

@@ -84,9 +84,10 @@ def run(arguments: Namespace) -> None:
     ]
     print("\n\n".join(sections))
     if BYTES[memory.precision][1] != 2:
+        why = "" if configured.trainer.precision is not None else ", the fastest on this CPU"
         notes.append(
-            f"the run computes in {memory.precision}, the peaks are those of 16 bits: state one with --accelerator "
-            "FLOPS/MEMORY for its time"
+            f"the run computes in {memory.precision}{why}; the peaks are those of 16 bits: state one with "
+            "--accelerator FLOPS/MEMORY for its time"
         )
     if notes:
         print("\n" + "\n".join(f"note: {note}" for note in notes))
@@ -101,7 +102,7 @@ def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[Trai
         task.config,
         rows=data.micro_batch_size,
         context=data.context_length,
-        precision=_precision(trainer.precision),
+        precision=_precision(trainer),
         recompute=task.decoder.activation_checkpointing,
         accumulate=data.accumulation(layout.replicas) > 1,
         layout=layout,
@@ -111,9 +112,13 @@ def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[Trai
     return memory, notes
 
 
-def _precision(precision: Any) -> str:
-    short = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-    return short.get(str(precision), str(precision))
+def _precision(trainer: Any) -> str:
+    """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
+    from lightning_danube.precision import choose, full_name
+
+    if trainer.precision is not None:
+        return full_name(trainer.precision)
+    return choose("cpu").precision if trainer.accelerator == "cpu" else "bf16-mixed"
 
 
 def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: TrainingMemory) -> str:
