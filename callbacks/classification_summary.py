@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_danube.callbacks.position import is_done, run_directory, steps_ahead
-from lightning_danube.callbacks.progress import say
+from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.invocation import quoted, runnable
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
@@ -255,7 +255,8 @@ def draw(trainer: Trainer, split: str, model: Classified, matrix_CC: Tensor, lab
         if not isinstance(logger, TensorBoardLogger):
             continue
         step = trainer.global_step
-        logger.experiment.add_figure(f"confusion/{split}", confusion_figure(matrix_CC, labels), step)
+        if can_draw(trainer):
+            logger.experiment.add_figure(f"confusion/{split}", confusion_figure(matrix_CC, labels), step)
         if len(labels) == 2:
             logger.experiment.add_pr_curve(
                 f"precision_recall/{split}/{labels[1]}", model.classes_N, model.probabilities_NC[:, 1], step

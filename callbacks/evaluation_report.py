@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.callbacks.position import run_directory
-from lightning_danube.callbacks.progress import say
+from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.data.evaluation import EvaluationData
 from lightning_danube.result_files import write_json, write_parquet, write_text
 from lightning_danube.tables import markdown_table, text_table
@@ -83,7 +83,7 @@ class EvaluationReport(Callback):
                 say(trainer, "\n" + text_table(header, cells))
         for line in remarks(task.results):
             say(trainer, line)
-        figure = figure_of(task.results, self.paper, task.weights)
+        figure = figure_of(task.results, self.paper, task.weights) if can_draw(trainer) else None
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if figure is not None:

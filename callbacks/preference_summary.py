@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.position import run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
+from lightning_danube.intervals import wilson
 from lightning_danube.invocation import quoted, runnable
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.preference_data import PreferenceData
@@ -172,20 +173,12 @@ def with_intervals(results: Results, pairs: dict[str, int]) -> dict[str, Any]:
     """The results, and `<share>_interval` → source → the 95 % interval of each share."""
     intervals = {
         f"{share}_interval": {
-            name: [round(end, 4) for end in interval(value, pairs[name])]
+            name: [round(end, 4) for end in wilson(value, pairs[name])]
             for name, value in results.get(share, {}).items()
         }
         for share in SHARES
     }
     return results | intervals
-
-
-def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share that was seen among `count` (Wilson 1927)."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(share * count, count, method="wilson")
-    return float(low), float(high)
 
 
 def results_table(results: list[tuple[str, Results]], pairs: dict[str, int]) -> str:
@@ -196,7 +189,7 @@ def results_table(results: list[tuple[str, Results]], pairs: dict[str, int]) -> 
                 continue
             shares = []
             for share in SHARES:
-                low, high = interval(metrics[share][name], count)
+                low, high = wilson(metrics[share][name], count)
                 shares.append(f"{100 * metrics[share][name]:.1f} % ({100 * low:.0f}–{100 * high:.0f})")
             loss, margin = metrics["val_loss"][name], metrics["val_reward_margin"][name]
             rows.append([f"{name} {when}".strip(), f"{count:,}", f"{loss:.4f}", shares[0], f"{margin:+.3f}", shares[1]])

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lightning_danube.callbacks.position import end_of_run, stage_name, tokens_done
+from lightning_danube.extras import install_command, missing_module
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
@@ -23,6 +24,14 @@ def say(trainer: Trainer, text: str) -> None:
             bar.print(text)
         else:
             print(text, flush=True)
+
+
+def can_draw(trainer: Trainer) -> bool:
+    """Whether figures for TensorBoard can be drawn; says why not."""
+    if missing_module("figures") is None:
+        return True
+    say(trainer, f"no figure is drawn without matplotlib; type: {install_command('figures')}")
+    return False
 
 
 class Progress(ProgressBar):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.callbacks.position import run_directory
-from lightning_danube.callbacks.progress import say
+from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.data.text_windows import TextWindows
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level
@@ -105,8 +105,9 @@ class QuantizationSummary(Callback):
         )
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                figure = frontier_figure([row.flat() for row in rows])
-                logger.experiment.add_figure("quantization/perplexity_by_size", figure, 0)
+                if can_draw(trainer):
+                    figure = frontier_figure([row.flat() for row in rows])
+                    logger.experiment.add_figure("quantization/perplexity_by_size", figure, 0)
                 for header, body in blocks:
                     logger.experiment.add_text(f"quantization/{header[0]}", markdown_table(header, body), 0)
         say(trainer, "\n".join([*told, f"written to {directory}"]))

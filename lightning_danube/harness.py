@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_danube import squad_scores
 from lightning_danube.data.academic import AcademicTask, read_split, split_files
-from lightning_danube.extras import pip_command
+from lightning_danube.extras import need
 from lightning_danube.model import Decoder, KVCache, TokenStream
 from lightning_danube.model.generation import evaluation_mode
 
@@ -35,10 +35,8 @@ try:
     import lm_eval.api.task
     import lm_eval.tasks
 except ModuleNotFoundError:
-    install = pip_command("-e '.[evaluation]'")
-    raise ValueError(
-        f"the lm-evaluation-harness, which asks the questions, is not installed; type: {install}"
-    ) from None
+    need("evaluation", "an academic benchmark")
+    raise
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_danube.extras import pip_command
+from lightning_danube.extras import install_command
 from lightning_danube.gguf_header import read_gguf_header
 from lightning_danube.model.checkpoints import partial_name, synchronize
 
@@ -96,7 +96,7 @@ def import_llama_cpp() -> ModuleType:
     try:
         import llama_cpp
     except ModuleNotFoundError:
-        command = pip_command("-e '.[llama-cpp]'")
+        command = install_command("llama-cpp")
         raise ValueError(
             f"llama.cpp is not installed; type (it is compiled: some minutes, with a C++ compiler): {command}"
         ) from None

@@ -27,10 +27,12 @@ def run(arguments: Namespace) -> None:
     for flag in ("retry_failed", "report"):
         if getattr(arguments, flag) and not arguments.resume:
             raise ValueError(f"--{flag.replace('_', '-')} is about a study that was begun: add --resume")
+    from lightning_danube.extras import need
     from lightning_danube.studies.design import read_design
     from lightning_danube.studies.facts import check_variants, facts_table
 
     design = read_design(arguments.config)
+    need("study", "a study")
     directory = Path(arguments.runs) / "studies" / design.name
     if not arguments.report:
         seeds = f"{len(design.seeds)} seed{'s' if len(design.seeds) > 1 else ''}"

@@ -78,7 +78,8 @@ def _open(where: str, path: str) -> tuple[Any, str]:
     try:
         store, root = fsspec.core.url_to_fs(path.rstrip("/"))
     except ImportError as error:
-        raise ValueError(f"{where} needs a package ({str(error).rstrip('.')}); for s3: pip install s3fs") from None
+        missing = str(error).rstrip(".")
+        raise ValueError(f"{where} needs a package ({missing}); for s3://, type: {install_command('s3')}") from None
     except ValueError as error:
         raise ValueError(f"{where} is no address that fsspec knows ({error})") from None
     return store, root

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.data.reading import DamagedFile, format_of, open_bytes
+from lightning_danube.extras import need
 
 Deduplicate = Literal["none", "exact", "near"]
 WORDS = re.compile(r"\w+")
@@ -88,6 +89,10 @@ class Quality:
     deduplicate: Deduplicate = "none"
     filters: Filters | None = None
     decontaminate: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.deduplicate == "near":
+            need("dedup", "data.deduplicate: near")
 
     def identity(self, filtered: bool) -> list[Any]:
         """All that decides which documents are kept; a benchmark's file counts by its content."""

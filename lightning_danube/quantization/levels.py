@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from lightning_danube.extras import need
 from lightning_danube.llama_cpp import check_file_type, import_llama_cpp
 
 Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
@@ -92,10 +93,11 @@ def parse_levels(texts: list[str]) -> list[Level]:
 
 def why_not(level: Level) -> str | None:
     """What is not installed, and how it would be; None for what can be tried."""
-    if level.method != "gguf":
-        return None
     try:
-        import_llama_cpp()
+        if level.method == "gguf":
+            import_llama_cpp()
+        elif level.method in ("hqq", "rounding"):
+            need("quantization", f"the method {level.method}")
     except ValueError as error:
         return str(error)
     return None

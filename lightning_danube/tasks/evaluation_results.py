@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lightning_danube.intervals import wilson
+
 Table = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
 Z = 1.959964
 """Standard errors to each side that hold 95 % of a normal distribution."""
@@ -34,10 +36,7 @@ def mean_of(values: Sequence[float]) -> Estimate:
         return Estimate(value, None, None, None, n)
     stderr = statistics.stdev(values) / math.sqrt(n)
     if set(values) <= {0.0, 1.0}:
-        from statsmodels.stats.proportion import proportion_confint
-
-        low, high = proportion_confint(sum(values), n, method="wilson")
-        return Estimate(value, stderr, float(low), float(high), n)
+        return Estimate(value, stderr, *wilson(value, n), n)
     return Estimate(value, stderr, value - Z * stderr, value + Z * stderr, n)
 
 
