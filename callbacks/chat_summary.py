@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_danube.callbacks.position import run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.summary import held_out_losses
-from lightning_danube.invocation import quoted, runnable
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.chat import encode_chat, end_ids
 from lightning_danube.data.chat_data import ChatData
+from lightning_danube.invocation import quoted, runnable
 from lightning_danube.model import generate
 from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table

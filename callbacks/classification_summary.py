@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lightning_danube.callbacks.position import is_done, run_directory, steps_ahead
 from lightning_danube.callbacks.progress import can_draw, say
-from lightning_danube.invocation import quoted, runnable
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.data.classification import SPLITS, ClassificationData
+from lightning_danube.invocation import quoted, runnable
 from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 from lightning_danube.tasks.classification import Classified, TextClassification

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.position import run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
-from lightning_danube.intervals import wilson
-from lightning_danube.invocation import quoted, runnable
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.data.preference_data import PreferenceData
+from lightning_danube.intervals import wilson
+from lightning_danube.invocation import quoted, runnable
 from lightning_danube.result_files import write_json
 from lightning_danube.tables import text_table
 

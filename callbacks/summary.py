@@ -142,7 +142,8 @@ class PretrainingSummary(Callback):
         ledger = next((c for c in trainer.callbacks if isinstance(c, TokenLedger)), None)  # type: ignore[attr-defined]
         if ledger is None:
             raise ValueError(
-                "PretrainingSummary reads the TokenLedger: name lightning_danube.callbacks.TokenLedger in trainer.callbacks"
+                "PretrainingSummary reads the TokenLedger: name lightning_danube.callbacks.TokenLedger in "
+                "trainer.callbacks"
             )
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         recall = next((c for c in trainer.callbacks if isinstance(c, FactRecall)), None)  # type: ignore[attr-defined]

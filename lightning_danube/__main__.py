@@ -1,4 +1,4 @@
-"""`lightning-danube <verb> …`, or `python -m lightning_danube <verb> …`: finds the verb before anything heavy is imported."""
+"""`lightning-danube <verb> …`, or `python -m lightning_danube …`: finds the verb before anything heavy is imported."""
 
 from __future__ import annotations
 

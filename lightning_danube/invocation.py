@@ -17,7 +17,7 @@ def as_typed() -> str:
 
 
 def runnable() -> str:
-    """The start of a command line that works when it is pasted here: with a path if PATH does not lead to the program."""
+    """The start of a command line that works when it is pasted here: a path where PATH does not lead to the program."""
     return program(SCRIPT) if _by_script() else f"{program('python')} -m lightning_danube"
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.callbacks import Checkpoints
 from lightning_danube.__main__ import main
+from lightning_danube.callbacks import Checkpoints
 from lightning_danube.checkpoint_files import damage, prepare_directory, read_manifest
 from lightning_danube.checkpoint_io import DurableCheckpointIO
 from lightning_danube.runs import newest_checkpoint, resolve_checkpoint

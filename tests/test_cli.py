@@ -41,7 +41,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoint}]}",
-            "there is no class 'Checkpoint' in callbacks: did you mean lightning_danube.callbacks.Checkpoints?",
+            "there is no class 'Checkpoint' in lightning_danube.callbacks: did you mean "
+            "lightning_danube.callbacks.Checkpoints?",
         ),
         (
             "trainer: {callbacks: [{class_path: nothing.Checkpoint}]}",
@@ -197,7 +198,7 @@ def test_wrong_configs_are_answered_in_one_line(
     [
         (["fti"], "unknown command 'fti': did you mean 'fit'?"),
         (["xyz"], "unknown command 'xyz': there are fit, validate, test, predict"),
-        (["fit"], "give a configuration, for example --config configs/quickstart.yaml"),
+        (["fit"], "give a configuration, for example --config quickstart"),
         (["fit", "--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
         (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),
         (["fit", "--config", "TINY", "--ckpt_path", "last"], "there is no checkpoint under"),

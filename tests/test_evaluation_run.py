@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.callbacks import Judge
 from lightning_danube.__main__ import main
+from lightning_danube.callbacks import Judge
 from lightning_danube.model import generate
 from lightning_danube.tasks import Evaluation
 from lightning_danube.weights import load_decoder
@@ -322,10 +322,10 @@ def test_what_is_missing_for_academic_tasks_is_told(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "lightning_danube.harness", raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(place, "--data.init_args.tasks", "[piqa]") == 2
     error = capsys.readouterr().err
-    assert "the lm-evaluation-harness, which asks the questions, is not installed; type: " in error
+    assert "an academic benchmark needs lm_eval, which is not installed; type: " in error
     assert "[evaluation]" in error and error.count("\n") == 1
 
 

@@ -50,7 +50,8 @@ def watched(tiny: Path) -> Path:
     config = (tiny / "tiny.yaml").read_text()
     config = config.replace("every_n_steps: 5", "every_n_steps: 2")
     config = config.replace(
-        "lightning_danube.callbacks.CurriculumStages", "lightning_danube.callbacks.CurriculumStages\n      init_args: {validate_every: 1K}"
+        "lightning_danube.callbacks.CurriculumStages",
+        "lightning_danube.callbacks.CurriculumStages\n      init_args: {validate_every: 1K}",
     )
     (tiny / "tiny.yaml").write_text(config + "    - class_path: moments.Moments\n")
     return tiny

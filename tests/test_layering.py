@@ -27,7 +27,18 @@ FORMATS = {
 TASKS_MAY_IMPORT_OF_OURS = frozenset(
     {
         f"lightning_danube.{name}"
-        for name in ("model", "device", "optim", "durations", "intervals", "tasks", "weights", "adapters", "quantization", "harness")
+        for name in (
+            "model",
+            "device",
+            "optim",
+            "durations",
+            "intervals",
+            "tasks",
+            "weights",
+            "adapters",
+            "quantization",
+            "harness",
+        )
     }
 )
 REPORTS_READ_WITH = (
@@ -122,8 +133,8 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return "data knows neither models nor tasks"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
         return (
-            "of ours, tasks import model, device, weights, adapters, quantization, optim, durations, intervals and harness only; "
-            "facts about data arrive as arguments"
+            "of ours, tasks import model, device, weights, adapters, quantization, optim, durations, intervals and "
+            "harness only; facts about data arrive as arguments"
         )
     return None
 

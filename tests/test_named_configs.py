@@ -103,7 +103,9 @@ def test_copy_never_overwrites(elsewhere: Path, capsys: pytest.CaptureFixture[st
 def test_copy_into_a_place_that_cannot_be_written_is_one_line(
     elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert error_of(capsys, "configs", "copy", "quickstart", "no/mine.yaml") == "no/mine.yaml: No such file or directory"
+    assert (
+        error_of(capsys, "configs", "copy", "quickstart", "no/mine.yaml") == "no/mine.yaml: No such file or directory"
+    )
     (elsewhere / "file").write_text("")
     assert error_of(capsys, "configs", "copy", "quickstart", "file/mine.yaml") == "file/mine.yaml: Not a directory"
 

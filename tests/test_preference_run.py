@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.intervals import wilson
 from lightning_danube.__main__ import main
+from lightning_danube.intervals import wilson
 from tests.test_chat_run import last_checkpoint, run_directory, same_weights
 from tests.test_pretraining_run import scalars
 from tests.test_world_size import run_in_ranks
@@ -247,7 +247,11 @@ def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixtu
 def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk) == 0
     for verb in ("validate", "test", "predict"):
-        more = ["--trainer.callbacks", "[{class_path: lightning_danube.callbacks.Predictions}]"] if verb == "predict" else []
+        more = (
+            ["--trainer.callbacks", "[{class_path: lightning_danube.callbacks.Predictions}]"]
+            if verb == "predict"
+            else []
+        )
         assert main([verb, "--config", str(talk / "talk.yaml"), "--ckpt_path", "last", *more]) == 0
     assert "talk" in capsys.readouterr().out
     trained, validated, tested = (summary_of(talk, name) for name in ("talk", "talk-validate", "talk-test"))

@@ -208,7 +208,8 @@ def test_validation_between_stage_ends_changes_nothing_else(tiny: Path) -> None:
     config = (tiny / "tiny.yaml").read_text()
     (tiny / "tiny.yaml").write_text(
         config.replace(
-            "lightning_danube.callbacks.CurriculumStages", "lightning_danube.callbacks.CurriculumStages\n      init_args: {validate_every: 1K}"
+            "lightning_danube.callbacks.CurriculumStages",
+            "lightning_danube.callbacks.CurriculumStages\n      init_args: {validate_every: 1K}",
         )
     )
     assert fit(tiny, "--name", "watched") == 0

@@ -29,7 +29,8 @@ class EvaluationData(LightningDataModule):
         directory: where their files are, laid out as on the hub:
             `<directory>/allenai/ai2_arc/ARC-Challenge/test.jsonl`; from the hub itself where it is not given.
         limit: most questions of an academic benchmark, chosen by the seed.
-        mt_bench, wildbench: chat benchmarks. Scores need `lightning_danube.callbacks.Judge`; without it answers are written, no more.
+        mt_bench, wildbench: chat benchmarks. Scores need `lightning_danube.callbacks.Judge`; without it, only the
+            answers are written.
         retrieval: questions to be answered from passages.
         texts: source → where its running text stands, for the perplexity.
         text_rows: most rows of `context_length` tokens of each such source, the first ones.

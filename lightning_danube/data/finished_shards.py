@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightning_danube.extras import install_command
+
 LISTING = "shards.json"
 
 

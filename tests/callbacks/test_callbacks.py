@@ -7,9 +7,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
 from lightning_danube.callbacks.summary import write_json
-from lightning_danube.__main__ import main
 from lightning_danube.tables import text_table
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_danube.__main__ import main
 from lightning_danube.callbacks import FactRecall
 from lightning_danube.callbacks.fact_recall import answered, shares
-from lightning_danube.__main__ import main
 from lightning_danube.data import world
 from lightning_danube.data.world import the_world, world_tokenizer
 
@@ -95,7 +95,9 @@ def test_a_run_tells_what_it_knows(
 def test_another_tokenizer_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     config.write_text(
-        config.read_text().replace("callbacks:\n", "callbacks:\n    - class_path: lightning_danube.callbacks.FactRecall\n")
+        config.read_text().replace(
+            "callbacks:\n", "callbacks:\n    - class_path: lightning_danube.callbacks.FactRecall\n"
+        )
     )
     assert main(["fit", "--config", str(config)]) == 2
     assert "FactRecall asks in words of the made-up world, data.tokenizer is 'mistral'" in capsys.readouterr().err

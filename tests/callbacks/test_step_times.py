@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_danube.callbacks import StepTimes
 from lightning_danube.__main__ import main
+from lightning_danube.callbacks import StepTimes
 
 
 def test_the_parts_of_a_step_are_told_at_the_end_of_fit(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:

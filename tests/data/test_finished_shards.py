@@ -112,5 +112,5 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(ValueError, match=r"needs a package \(Install s3fs to access S3\); for s3: pip install s3fs"):
+    with pytest.raises(ValueError, match=r"needs a package \(Install s3fs to access S3\); for s3://, type: .*\[s3\]"):
         fetch("web", "s3://bucket/web", tmp_path)

@@ -76,7 +76,9 @@ def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: PretrainingRu
 
 def test_a_figure_of_nothing_says_what_is_missing(run: PretrainingRun) -> None:
     del run.curves["throughput/tokens_per_second"]
-    with pytest.raises(runs.MissingResult, match=r"name callbacks\.Throughput in trainer\.callbacks and train again"):
+    with pytest.raises(
+        runs.MissingResult, match=r"name lightning_danube\.callbacks\.Throughput in trainer\.callbacks and train again"
+    ):
         figures.throughput(run)
 
 

@@ -57,9 +57,7 @@ def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None
 
 
 def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
-    with pytest.raises(
-        MissingResult, match=r"no result of the study heads: .*study --config studies/heads`"
-    ):
+    with pytest.raises(MissingResult, match=r"no result of the study heads: .*study --config studies/heads`"):
         studies.read_study(tmp_path, "heads")
     with pytest.raises(MissingResult, match="no result of the study heads"):
         studies.read_summary(tmp_path, "heads")

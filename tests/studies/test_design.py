@@ -74,7 +74,7 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
         ({"verb": "predict"}, "verb is 'predict'"),
         ({"equal": {"flops": 0}}, "equal has 'flops': there are parameters, tokens, tokens_by_source"),
         ({"equal": {"tokens": 2}}, "equal.tokens is 2: give the share"),
-        ({"base": "nowhere.yaml"}, "base nowhere.yaml is not there"),
+        ({"base": "nowhere.yaml"}, "base: there is no config file nowhere.yaml"),
         ({"search": {"x": [1, 2]}, "trials": 3}, "a study has variants, which are compared, or search"),
         (SEARCH | {"trials": "gone"}, "trials is 0: it must be a whole number of at least 1, or left out where each"),
         ({"law": True}, "a study has a baseline, which variants are compared with, or a law"),
