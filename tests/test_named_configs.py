@@ -1,6 +1,7 @@
 """Configurations by name, the verb `configs`, and what a clone without its symbolic links says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,8 +110,12 @@ def test_copy_into_a_place_that_cannot_be_written_is_one_line(
     (elsewhere / "file").write_text("")
     assert error_of(capsys, "configs", "copy", "quickstart", "file/mine.yaml") == "file/mine.yaml: Not a directory"
 
-    def refuse(self: Path, *args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    really_open = Path.open
+
+    def refuse(self: Path, mode: str = "r", **kwargs: Any) -> Any:
+        if mode == "x":
+            raise PermissionError(13, "Permission denied", str(self))
+        return really_open(self, mode, **kwargs)
 
     # Root may write everywhere, so the file system's refusal is made up.
     monkeypatch.setattr(Path, "open", refuse)
