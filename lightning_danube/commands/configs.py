@@ -6,7 +6,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lightning_danube.invocation import as_typed, quoted
+from lightning_danube.invocation import as_typed, quoted, runnable
 from lightning_danube.named_configs import config_file, config_names, description
 
 
@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> None:
             copy.write(text)
     except FileExistsError:
         raise ValueError(f"{file} exists and is left as it is: name another file") from None
-    print(f"written: {file}; edit it, then: {as_typed()} {_verb(text)} --config {quoted(file)}")
+    print(f"written: {file}; edit it, then: {runnable()} {_verb(text)} --config {quoted(file)}")
 
 
 def _verb(text: str) -> str:
