@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -19,17 +21,26 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 OURS = canonicalize_name(PROJECT["name"])
 # Packages whose names differ from the names of their modules and may not be installed.
 PACKAGES = {"lm_eval": "lm-eval", "llama_cpp": "llama-cpp-python"}
-BLOCKED = sorted({module for modules in MODULES.values() for module in modules} - {"jinja2"})
+# A plain install has the last two: datasets asks for pandas.
+BLOCKED = sorted({module for modules in MODULES.values() for module in modules} - {"jinja2", "pandas"})
+HIDDEN = sorted({PACKAGES.get(module, module) for module in BLOCKED})
 # Runs command lines, until one fails, as if the modules of all extras were not installed.
 WITHOUT_EXTRAS = f"""
-import importlib.abc, json, sys
+import json, sys
 
-class Blocked(importlib.abc.MetaPathFinder):
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path=None, target=None):
-        if name in {BLOCKED!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        return None if name in {BLOCKED!r} else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocked())
+    def find_distributions(self, context):
+        if context.name in {HIDDEN!r}:
+            return []
+        return getattr(self.finder, "find_distributions", lambda context: [])(context)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 from lightning_danube.__main__ import main
 sys.exit(next((code for code in map(main, json.loads(sys.argv[1])) if code), 0))
 """
@@ -68,8 +79,14 @@ def imported_modules() -> dict[str, str]:
     return {name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, "lightning_danube"}}
 
 
+@cache
+def installed_packages() -> Mapping[str, list[str]]:
+    """Module → the packages that are installed with it."""
+    return packages_distributions()
+
+
 def packages_with(module: str) -> set[str]:
-    installed = packages_distributions().get(module, [])
+    installed = installed_packages().get(module, [])
     return {canonicalize_name(name) for name in (*installed, PACKAGES.get(module, module))}
 
 
