@@ -132,7 +132,7 @@ def train(
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
-    from lightning_danube.optim import LearningRate
+    from lightning_danube.training.optim import LearningRate
     from lightning_danube.tasks import Pretraining
 
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
 from lightning_danube.model.memory import Layout, TrainingMemory
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.optim import AdamW
+from lightning_danube.training.optim import AdamW
 
 CASES = [
     # name, layout, precision, activation checkpointing

@@ -38,6 +38,7 @@ from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zer
 from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.sharded_strategy import ShardedStrategy
 from lightning_danube.stopping import LEAVING_TRAINER, SIGNALS, tell
+from lightning_danube.training.optim import AdamW
 
 FACTS_OF_DATA = {
     "vocab_size": "data.tokenizer",
@@ -121,7 +122,7 @@ class DanubeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
         super().__init__(
             LightningModule,
             LightningDataModule,

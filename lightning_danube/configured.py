@@ -80,11 +80,14 @@ def _parser(configs: Sequence[str], others: Sequence[str] = ()) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from lightning_danube.config_errors import TOP_LEVEL, read_config
+    from lightning_danube.training.optim import AdamW
 
     for config in configs:
         read_config(config)
     # A section that is not looked at is not made, either: a model of billions of weights may stand there.
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, instantiate_subclass_spec_in_any=False)
+    set_parsing_settings(
+        omegaconf_absolute_to_relative_paths=True, instantiate_subclass_spec_in_any=False, subclasses_enabled=[AdamW]
+    )
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     for name in {*TOP_LEVEL, *others} - {"config", *({"data", "model", "trainer"} - {*others})}:

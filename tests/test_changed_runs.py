@@ -13,7 +13,7 @@ import yaml
 from lightning_danube.__main__ import main
 from lightning_danube.data.tokenizer import DocumentTokenizer
 from lightning_danube.history import append_history, differences, read_saved_config
-from lightning_danube.optim import LearningRate
+from lightning_danube.training.optim import LearningRate
 from tests.conftest import write_tiny
 from tests.test_cli import error_of
 from tests.test_pretraining_run import scalars

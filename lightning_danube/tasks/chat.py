@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.adapters import Lora
-from lightning_danube.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
 from lightning_danube.weights import load_decoder
 
@@ -37,6 +37,10 @@ class SupervisedFineTuning(NextTokenTask):
         optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
         activation_checkpointing: bool = False,
     ) -> None:
+        if type(optimizer) is not AdamW:
+            raise ValueError(
+                f"model.optimizer is {type(optimizer).__name__}, which trains from random weights only: use AdamW"
+            )
         # Master weights in float32: 16-bit ones would lose the small steps of fine-tuning.
         super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
         self.weights, self.lora = weights, lora

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lightning_danube.adapters import Lora, base_digest
 from lightning_danube.model import Decoder
-from lightning_danube.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.chat import SupervisedFineTuning
 from lightning_danube.tasks.classification_scores import scores
 
@@ -166,25 +166,14 @@ class TextClassification(SupervisedFineTuning):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Any:
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
+        """Returns the optimizer, and for each of its parameter groups its learning rate as a multiple of the
+        schedule's."""
         optimizer = self.optimizer_settings.build(self.decoder, lr=1.0)
-        rates: list[Callable[[int], float]] = [self._rate_of_step] * len(optimizer.param_groups)
-        rates.append(self._head_rate_of_step)
+        multiples = [1.0] * len(optimizer.param_groups)
         decay = self.optimizer_settings.weight_decay
         optimizer.add_param_group({"params": list(self.head.parameters()), "weight_decay": decay})
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        self._group_settings = [
-            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
-        ]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _head_rate_of_step(self, step: int) -> float:
-        return self.head_rate * self._rate_of_step(step)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        optimizer.param_groups[-1]["lr"] = self._head_rate_of_step(config.scheduler.last_epoch)
+        return optimizer, [*multiples, self.head_rate]
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
@@ -144,23 +145,36 @@ class NextTokenTask(LightningModule):
         return {}
 
     def on_train_start(self) -> None:
-        """Lets the config decide the optimizer's settings: a loaded optimizer brings those it was saved with, and the
-        rate of its next step from the old schedule."""
-        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
+        """Lets the config decide the optimizer's settings. A loaded optimizer brings those that it was saved with, and
+        the rate of its next step from the old schedule."""
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            groups = zip(optimizer.param_groups, self._group_settings, config.scheduler.lr_lambdas, strict=True)
+            for group, settings, rate_of_step in groups:
                 group.update(settings)
-                group["lr"] = self._rate_of_step(scheduler.scheduler.last_epoch)
+                group["lr"] = rate_of_step(config.scheduler.last_epoch)
 
     def _rate_of_step(self, step: int) -> float:
         batch_tokens, total_tokens = self.length_in_tokens()
         return self.learning_rate.at((step + 1) * batch_tokens, total_tokens)
 
-    def configure_optimizers(self) -> Any:
+    def _rate_of_group(self, multiple: float, step: int) -> float:
+        return multiple * self._rate_of_step(step)
+
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
+        """Returns the optimizer, and for each of its parameter groups its learning rate as a multiple of the
+        schedule's."""
         optimizer = self.optimizer_settings.build(self, lr=1.0)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_of_step)
+        peak = self.learning_rate.peak
+        return optimizer, [self.optimizer_settings.peak_of(group, peak) / peak for group in optimizer.param_groups]
+
+    def configure_optimizers(self) -> Any:
+        optimizer, multiples = self.build_optimizer()
         self._group_settings = [
-            {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
         ]
+        rates = [partial(self._rate_of_group, multiple) for multiple in multiples]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- evaluation ---------------------------------------------------------------------------------------------------

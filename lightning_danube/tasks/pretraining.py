@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_danube.durations import parse_tokens
 from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
 from lightning_danube.model.compilation import check_compiler
-from lightning_danube.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
 
 
@@ -20,7 +20,7 @@ class Pretraining(NextTokenTask):
         decoder: the shape, or the name of a preset ("danube3-500m", "danube3-4b"). Vocabulary and context length are
             taken from the data.
         learning_rate: schedule in tokens.
-        optimizer: AdamW's other settings.
+        optimizer: settings of AdamW, or of Muon by its class path.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         compile_blocks: have PyTorch compile each block for training and held-out losses: some 20 s at the start of a
             run on a CPU, which needs a C++ compiler.

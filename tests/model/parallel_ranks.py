@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.optim import AdamW
+from lightning_danube.training.optim import AdamW
 
 CONFIG = DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8)
 STEPS, ROWS, CONTEXT = 3, 4, 12

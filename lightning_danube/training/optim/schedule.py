@@ -1,53 +1,12 @@
-"""AdamW's parameter groups and learning-rate schedules stated in tokens."""
+"""Learning-rate schedules, stated in tokens."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import Literal
 
 from lightning_danube.durations import parse_tokens
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW as the H2O-Danube-1.8B report states it (arXiv 2401.16818); Danube3's own values are not published.
-
-    Args:
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: on the matrices only; not on embeddings, norms and biases.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def build(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
-        """The optimizer of all parameters that train, with the fused kernel where there is one."""
-        return torch.optim.AdamW(
-            parameter_groups(module, self.weight_decay), lr=lr, betas=self.betas, eps=self.eps, fused=True
-        )
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the parameters that train: matrices with decay; embeddings, norms and biases without."""
-    embeddings = {
-        id(parameter)
-        for layer in module.modules()
-        if isinstance(layer, nn.Embedding)
-        for parameter in layer.parameters()
-    }
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 @dataclass(frozen=True)

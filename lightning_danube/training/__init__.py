@@ -1,0 +1,1 @@
+"""What trains a model, whatever the task."""

@@ -1,0 +1,8 @@
+"""Optimizers and the learning rate. One optimizer is one file; `groups.py` says which parameters decay."""
+
+from .adamw import AdamW
+from .groups import parameter_groups
+from .muon import Muon
+from .schedule import LearningRate
+
+__all__ = ["AdamW", "LearningRate", "Muon", "parameter_groups"]

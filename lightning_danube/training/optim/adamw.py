@@ -1,0 +1,36 @@
+"""AdamW, the optimizer of every task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .groups import parameter_groups
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW as the H2O-Danube-1.8B report states it (arXiv 2401.16818). The values of Danube3 are not published.
+
+    Args:
+        betas: decay rates of the two moments.
+        eps: is added to the root of the second moment.
+        weight_decay: of the matrices. Embeddings, norms and biases do not decay.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def build(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """Returns the optimizer of all parameters that train, with the fused kernel where there is one."""
+        return torch.optim.AdamW(
+            parameter_groups(module, self.weight_decay), lr=lr, betas=self.betas, eps=self.eps, fused=True
+        )
+
+    def peak_of(self, group: dict[str, Any], peak: float) -> float:
+        """Returns the highest learning rate of a parameter group. `peak` is that of the schedule."""
+        return peak
