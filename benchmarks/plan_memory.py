@@ -132,8 +132,8 @@ def train(
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
-    from lightning_danube.training.optim import LearningRate
     from lightning_danube.tasks import Pretraining
+    from lightning_danube.training.optim import LearningRate
 
     torch.manual_seed(0)
     batch_tokens = rows * context * micro_batches

@@ -55,8 +55,8 @@ from machine import ROOT, described, write_result
 
 from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
 from lightning_danube.model import PRESETS, Decoder, DecoderConfig, next_token_loss
-from lightning_danube.training.optim import AdamW
 from lightning_danube.tables import markdown_table
+from lightning_danube.training.optim import AdamW
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,9 @@ class PretrainingSummary(Callback):
     `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
     parameters, precision, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
     its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
-    same for a model that only knows how frequent each token is. Beside FactRecall it has the share of facts known. That
-    of `validate` and `test` holds val_loss and perplexity with the tokens they were measured on.
+    same for a model that only knows how frequent each token is. val_bits_per_byte is the last held-out loss in a unit
+    that does not depend on the tokenizer. Beside FactRecall it has the share of facts known. That of `validate` and
+    `test` holds val_loss, perplexity and val_bits_per_byte with the tokens they were measured on.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class PretrainingSummary(Callback):
         self._seconds_before = 0.0
         self._began = time.monotonic()
         self._unigram: dict[str, float] = {}
+        self._bits_per_nat: dict[str, float] = {}
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ class PretrainingSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, curriculum = curriculum_of(trainer)
-        self._unigram = data.unigram_losses()
+        self._unigram, self._bits_per_nat = data.unigram_losses(), bits_per_nat(data, data.validation_rows)
         config: Any = pl_module.config
         lines = [
             f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
@@ -117,6 +119,8 @@ class PretrainingSummary(Callback):
                 # A source that joined later was not measured then.
                 shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in sources)
                 rows.append([f"after {stage['name']}", *shown])
+        if bits := summary["val_bits_per_byte"]:
+            rows.append(["the last in bits a byte", *(f"{bits[name]:.3f}" for name in sources)])
         lines = ["", text_table(["held-out loss, nats a token", *sources], rows), ""]
         shares = [
             [s["name"], f"{s['tokens']:,}", *(f"{100 * s['mix'][n]:.1f} %" for n in sources)] for s in summary["stages"]
@@ -174,6 +178,9 @@ class PretrainingSummary(Callback):
             "tokens_per_second": round(tokens / throughput.seconds, 1) if throughput and throughput.seconds else None,
             "stages": stages,
             "val_loss": self._stage_losses[-1] if self._stage_losses else {},
+            "val_bits_per_byte": in_bits_per_byte(self._stage_losses[-1], self._bits_per_nat)
+            if self._stage_losses
+            else {},
             "val_tokens": data.evaluation_tokens(data.validation_rows),
             "unigram_loss": self._unigram,
             **({} if recall is None else {"recall": recall.summary()}),
@@ -201,6 +208,7 @@ class PretrainingSummary(Callback):
             "precision": trainer.precision,
             "val_loss": losses,
             "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+            "val_bits_per_byte": in_bits_per_byte(losses, bits_per_nat(data, limit)),
             "val_tokens": tokens,
         }
         if trainer.is_global_zero:
@@ -214,6 +222,16 @@ class PretrainingSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report_evaluation(trainer, None)
+
+
+def bits_per_nat(data: CurriculumData, limit: int | None) -> dict[str, float]:
+    """Returns for each source what turns its held-out loss in nats a token into bits a byte of its text."""
+    tokens, sizes = data.evaluation_tokens(limit), data.evaluation_bytes(limit)
+    return {name: n / max(1, sizes[name]) / math.log(2) for name, n in tokens.items()}
+
+
+def in_bits_per_byte(losses: dict[str, float], factors: dict[str, float]) -> dict[str, float]:
+    return {name: loss * factors[name] for name, loss in losses.items()}
 
 
 def held_out_losses(trainer: Trainer) -> dict[str, float]:

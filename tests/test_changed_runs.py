@@ -87,6 +87,10 @@ def stages(old: str, new: str) -> str:
             "model: {init_args: {decoder: {hidden_size: 64}}}",
             "the checkpoint holds another decoder than the config: hidden_size 32 (here 64)",
         ),
+        (
+            "model: {init_args: {optimizer: {class_path: Muon}}}",
+            "the run was trained with AdamW, model.optimizer is Muon: set it back",
+        ),
     ],
 )
 def test_what_would_be_another_run_is_refused_and_nothing_is_written(

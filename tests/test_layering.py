@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "lightning_danube/model",
     "lightning_danube/data",
+    "lightning_danube/training",
     "lightning_danube/tasks",
     "lightning_danube/reports",
     "callbacks",
@@ -30,7 +31,7 @@ TASKS_MAY_IMPORT_OF_OURS = frozenset(
         for name in (
             "model",
             "device",
-            "optim",
+            "training",
             "durations",
             "intervals",
             "tasks",
@@ -41,6 +42,7 @@ TASKS_MAY_IMPORT_OF_OURS = frozenset(
         )
     }
 )
+TRAINING_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "durations", "training")})
 REPORTS_READ_WITH = (
     "config_errors",
     "durations",
@@ -54,7 +56,10 @@ REPORTS_READ_WITH = (
 )
 REPORTS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in REPORTS_READ_WITH})
 DATA_MUST_NOT_IMPORT = frozenset(
-    {f"lightning_danube.{name}" for name in ("model", "tasks", "weights", "adapters", "quantization", "harness")}
+    {
+        f"lightning_danube.{name}"
+        for name in ("model", "training", "tasks", "weights", "adapters", "quantization", "harness")
+    }
 )
 # Libraries that one place of the package deals with, for all others. Most come with an extra (tests/test_extras.py).
 IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
@@ -141,12 +146,14 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
     ):
         return "what the machine can do is asked with the standard library and torch only"
     if folders[:2] == ("lightning_danube", "data") and is_within(name, DATA_MUST_NOT_IMPORT):
-        return "data knows neither models nor tasks"
+        return "data knows neither models nor what trains them"
     if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
         return (
-            "of ours, tasks import model, device, weights, adapters, quantization, optim, durations, intervals and "
-            "harness only; facts about data arrive as arguments"
+            "of ours, tasks import model, training, device, weights, adapters, quantization, durations, intervals and "
+            "harness; facts about data arrive as arguments"
         )
+    if folders[:2] == ("lightning_danube", "training") and ours and not is_within(name, TRAINING_MAY_IMPORT_OF_OURS):
+        return "of ours, training imports model and durations only: it knows no task"
     return None
 
 
@@ -191,7 +198,7 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
             "def f():\n    from transformers import AutoModel",
             "standard library and",
         ),
-        ("lightning_danube/model/decoder.py", "from ..optim import schedule", "standard library and"),
+        ("lightning_danube/model/decoder.py", "from ..training.optim import schedule", "standard library and"),
         ("lightning_danube/model/decoder.py", "import torchmetrics", "standard library and"),
         ("lightning_danube/model/deep/er.py", "from ... import data", "standard library and"),
         ("lightning_danube/model/checkpoints.py", "import lightning", "standard library and"),
@@ -212,7 +219,12 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("lightning_danube/tasks/chat.py", "from ..data.chat import Chat", "tasks import"),
         ("lightning_danube/tasks/chat.py", "if TYPE_CHECKING:\n    import lightning_danube.data.chat", "tasks import"),
         ("lightning_danube/data/chat.py", "from lightning_danube.weights import load_model", "data knows"),
-        ("lightning_danube/optim.py", "from . import callbacks", "never imports callbacks"),
+        (
+            "lightning_danube/training/optim/adamw.py",
+            "from lightning_danube import callbacks",
+            "never imports callbacks",
+        ),
+        ("lightning_danube/training/optim/muon.py", "from lightning_danube.tasks import Pretraining", "knows no task"),
         ("lightning_danube/tasks/chat.py", "from peft import LoraConfig", "only lightning_danube/adapters.py"),
         ("lightning_danube/weights.py", "import llama_cpp", "only lightning_danube/llama_cpp.py"),
         ("callbacks/preference_summary.py", "from statsmodels import api", "only lightning_danube/studies/"),
@@ -253,9 +265,10 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
         ("lightning_danube/data/chat.py", "import datasets\nfrom .tokenizer import Tokenizer"),
         (
             "lightning_danube/tasks/chat.py",
-            "import lightning\nfrom lightning_danube import model, optim\nfrom . import pretraining",
+            "import lightning\nfrom lightning_danube import model, training\nfrom . import pretraining",
         ),
         ("lightning_danube/tasks/chat.py", "from ..weights import load_decoder\nfrom ..adapters import load_adapter"),
+        ("lightning_danube/training/optim/muon.py", "from lightning_danube.model.decoder import Block"),
         ("lightning_danube/adapters.py", "import peft"),
         ("lightning_danube/llama_cpp.py", "import llama_cpp"),
         ("lightning_danube/harness.py", "import lm_eval"),

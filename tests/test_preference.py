@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_danube.adapters import Lora, weights_digest
-from lightning_danube.training.optim import LearningRate
 from lightning_danube.tasks import PreferenceTuning
+from lightning_danube.training.optim import LearningRate
 from lightning_danube.weights import load_decoder
 from tests.tiny_models import save_tiny
 

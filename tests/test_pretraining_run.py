@@ -1,6 +1,7 @@
 """Whole runs through the command line: what they write, and that going on equals never having stopped."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.__main__ import main
+from lightning_danube.configured import configured_data
+from lightning_danube.data import CurriculumData
 from lightning_danube.data.tokenizer import load_hf_tokenizer
 from lightning_danube.model import load_checkpoint
 from lightning_danube.runs import newest_checkpoint
@@ -16,6 +19,7 @@ from lightning_danube.runs import newest_checkpoint
 GOLDEN = Path(__file__).parent / "goldens" / "tiny_losses.txt"
 STEPS = 12 + 8 + 6
 LAST = "stage_3_finish_step_00000026.ckpt"
+MUON = ["--model.init_args.optimizer", "Muon", "--model.init_args.optimizer.peak", "0.03"]
 
 
 def fit(tiny: Path, *options: str) -> int:
@@ -73,6 +77,18 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     # A vocabulary of 14 words: far below the uniform ln 32000 = 10.4 after 26 steps, and below the first stage's end.
     assert summary["val_loss"]["web"] < summary["stages"][0]["val_loss"]["web"] < 10
 
+    # Bits a byte, from the text itself: the held-out rows as the data module reads them.
+    data = configured_data([str(tiny / "tiny.yaml")], [])
+    assert isinstance(data, CurriculumData)
+    data.setup("validate")
+    for name, loss in summary["val_loss"].items():
+        n = summary["val_tokens"][name]
+        text = data.tokenizer.hf.decode(data.shards[name].tokens("validation").read(1, n + 1), skip_special_tokens=True)
+        assert text.count(name) >= 1 and "<s>" not in text
+        bits = loss * n / len(text.encode()) / math.log(2)
+        assert summary["val_bits_per_byte"][name] == pytest.approx(bits)
+    assert "the last in bits a byte" in printed.out
+
     names = sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))
     assert names == ["stage_1_foundation_step_00000012.ckpt", "stage_2_refinement_step_00000020.ckpt", LAST]
     for text in (
@@ -118,6 +134,7 @@ def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
         (8, []),  # inside the first stage, and as if killed: the newest checkpoint is that of step 5
         (12, []),  # exactly at a stage's end
         pytest.param(16, ["--data.init_args.micro_batch_size", "2"], marks=pytest.mark.slow),  # accumulating four
+        (8, MUON),
         (23, ["--data.init_args.workers", "1", "--model.init_args.decoder.attention_dropout", "0.1"]),
         # Weights that a float32 module would round when it loads them.
         pytest.param(8, ["--trainer.precision", "64-true"], marks=pytest.mark.slow),

@@ -348,6 +348,15 @@ class CurriculumData(LightningDataModule):
             for name, stream in self._validation.items()
         }
 
+    def evaluation_bytes(self, limit: int | None) -> dict[str, int]:
+        """Returns for each source the UTF-8 bytes of the text that those tokens stand for."""
+        return {
+            name: len(
+                self.tokenizer.hf.decode(self._validation[name].read(1, n + 1), skip_special_tokens=True).encode()
+            )
+            for name, n in self.evaluation_tokens(limit).items()
+        }
+
     def unigram_losses(self) -> dict[str, float]:
         """Nats a token of a unigram model of each source (training counts plus one) on its validation rows.
 

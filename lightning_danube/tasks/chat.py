@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_danube.adapters import Lora
-from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.weights import load_decoder
 
 

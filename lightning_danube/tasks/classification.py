@@ -5,7 +5,6 @@ Shapes: B texts, T tokens, D hidden size, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from torchmetrics import Metric
 
 from lightning_danube.adapters import Lora, base_digest
 from lightning_danube.model import Decoder
-from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.chat import SupervisedFineTuning
 from lightning_danube.tasks.classification_scores import scores
+from lightning_danube.training.optim import AdamW, LearningRate
 
 IGNORE_INDEX = -100
 Head = Literal["hidden", "logits"]

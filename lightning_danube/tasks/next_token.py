@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
@@ -241,7 +241,8 @@ class NextTokenTask(LightningModule):
         float64 weights are not rounded on their way in.
 
         Raises:
-            ValueError: the checkpoint's decoder is not this one, or training would go on with another seed.
+            ValueError: the checkpoint's decoder is not this one, or training would go on with another seed or another
+                optimizer.
         """
         saved, mine = checkpoint.get("decoder_config"), asdict(self.config)
         if saved is None:
@@ -267,7 +268,20 @@ class NextTokenTask(LightningModule):
                 f"seed_everything is {self._seed}, the run began with {checkpoint['seed']}: set it back, or begin a "
                 "new run without --ckpt_path"
             )
+        saved_by, mine_is = _optimizer_of(checkpoint), type(self.optimizer_settings).__name__
+        if saved_by is not None and saved_by != mine_is:
+            raise ValueError(
+                f"the run was trained with {saved_by}, model.optimizer is {mine_is}: set it back, or begin a new run "
+                "without --ckpt_path"
+            )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def _optimizer_of(checkpoint: dict[str, Any]) -> str | None:
+    """Returns the name of the optimizer that a checkpoint was trained with, and None if it has none."""
+    groups = [group for state in checkpoint.get("optimizer_states", ()) for group in state["param_groups"]]
+    groups += [group for groups in checkpoint.get("optimizer_groups", ()) for group in groups]
+    return optimizer_of(groups) if groups else None
 
 
 _OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_size": "vocabulary of data.tokenizer"}

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_danube.durations import parse_tokens
 from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
 from lightning_danube.model.compilation import check_compiler
-from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.tasks.next_token import NextTokenTask
+from lightning_danube.training.optim import AdamW, LearningRate
 
 
 class Pretraining(NextTokenTask):

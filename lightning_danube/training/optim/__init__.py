@@ -2,7 +2,7 @@
 
 from .adamw import AdamW
 from .groups import parameter_groups
-from .muon import Muon
+from .muon import Muon, optimizer_of
 from .schedule import LearningRate
 
-__all__ = ["AdamW", "LearningRate", "Muon", "parameter_groups"]
+__all__ = ["AdamW", "LearningRate", "Muon", "optimizer_of", "parameter_groups"]

@@ -87,6 +87,11 @@ def matrices_of_blocks(module: nn.Module) -> list[nn.Parameter]:
     return matrices
 
 
+def optimizer_of(groups: Sequence[dict[str, Any]]) -> str:
+    """Returns the name of the settings that made these parameter groups, also when they come from a checkpoint."""
+    return "Muon" if any("momentum" in group for group in groups) else "AdamW"
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """The first parameter group is trained by Muon, the others by fused AdamW.
 
