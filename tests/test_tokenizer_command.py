@@ -84,7 +84,7 @@ def test_a_tokenizer_is_there_whole_or_not_at_all(tiny: Path, capsys: pytest.Cap
     [
         (["--vocab-size", "260", "--source", "TMP/web.jsonl"], "--vocab-size is 260: the special tokens"),
         (["--vocab-size", "many", "--source", "TMP/web.jsonl"], "invalid int value: 'many'"),
-        ([], "give the texts either by --config YAML, which has data.sources, or by --source PATH"),
+        ([], "give the texts either by --config NAME, which has data.sources, or by --source PATH"),
         (["--config", "TMP/tiny.yaml", "--source", "TMP/web.jsonl"], "give the texts either by --config"),
         (["--source", "TMP/nowhere.jsonl"], "there is no file TMP/nowhere.jsonl"),
         (["--source", "TMP/empty.txt"], "holds no text to learn from"),

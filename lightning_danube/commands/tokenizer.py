@@ -19,7 +19,10 @@ WRITTEN_FILES = ("tokenizer*",)
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--config", action="append", metavar="YAML", help="the configuration of a pre-training run: its data.sources"
+        "--config",
+        action="append",
+        metavar="NAME",
+        help="the configuration of a pre-training run, a name or a file: its data.sources",
     )
     parser.add_argument(
         "--source",
@@ -53,7 +56,7 @@ def _sample(arguments: Namespace) -> TextSample:
     from lightning_danube.data.tokenizer_training import TextSample
 
     if bool(arguments.config) == bool(arguments.source):
-        raise ValueError("give the texts either by --config YAML, which has data.sources, or by --source PATH")
+        raise ValueError("give the texts either by --config NAME, which has data.sources, or by --source PATH")
     if arguments.config:
         return _configured_sample(arguments.config, arguments.overrides)
     if arguments.overrides:

@@ -1,7 +1,8 @@
 """Trains a tokenizer of one's own on the texts of a run: byte-level BPE with Danube's special tokens.
 
-The split into words is SmolLM2's: GPT-2's pattern after digits are cut apart. llama.cpp knows this split by name, so a
-model with such a tokenizer can be exported to GGUF. All 256 bytes are pieces, so every text can be encoded.
+The split into words is Qwen2's: a word keeps the space or the mark before it, and each digit is a word. llama.cpp
+knows this split by name, so a model with such a tokenizer can be exported to GGUF. All 256 bytes are pieces, so every
+text can be encoded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LONGEST_PIECE = 24
 """Characters. Keeps rulers such as "----------" from taking up the vocabulary."""
 _PASSAGE_BYTES = 1 << 12
 _ONE_PASSAGE_IN = 50
-_SPLIT = next(split for split in WORD_SPLITS if "smollm" in split.names)
+_SPLIT = next(split for split in WORD_SPLITS if "qwen2" in split.names)
 
 
 def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast:

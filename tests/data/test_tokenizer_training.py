@@ -59,7 +59,7 @@ def test_ids_are_danubes_and_the_markers_are_tokens() -> None:
     assert [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "bos", "eos", "pad")] == [0, 1, 2, 0]
     assert tokenizer("<|prompt|>a</s>", add_special_tokens=False).input_ids[::2] == [3, 2]
     fields = gguf_tokenizer_fields(tokenizer)
-    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
     assert fields["tokenizer.ggml.token_type"] == [3] * 5 + [1] * (SMALLEST + 35)
 
 
