@@ -89,9 +89,12 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._end_first: list[Callable[[], object]] = []
         self._phase = ENDING
-        self._first: float | None = None  # when the first signal was answered
+        self._answered: object | None = None
+        self._first: float | None = None  # when the first signal was seen
+        self._answering = threading.Lock()
         self._listening = self._threaded = self._forks_known = False
         self._held: dict[int, Any] = {}
+        self._waiting: list[int] | None = None  # signals of the main thread while it starts processes
 
     @contextmanager
     def ending_first(self, end: Callable[[], object]) -> Iterator[None]:
@@ -105,7 +108,7 @@ class StopSignals:
     @property
     def answered(self) -> bool:
         """Whether the user has been told that the process stops."""
-        return self._first is not None
+        return self._answered is not None
 
     # --- what a signal means ------------------------------------------------------------------------------------------
 
@@ -121,7 +124,8 @@ class StopSignals:
             return
         # A signal that whoever started this process has had ignored (nohup, a shell's background job) stays ignored.
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-        self.received, self._first, self._phase, self._listening = None, None, ENDING, True
+        self._forget()
+        self._phase, self._listening = ENDING, True
         before = self._handle_all(numbers)
         self._leave_to_parent_after_fork()
         close = self._start_thread() if own_process else None
@@ -143,13 +147,13 @@ class StopSignals:
         finally:
             self._phase = before
             if phase.handles_interrupts and self.received == signal.SIGINT:
-                self.received = self._first = None
+                self._forget()
 
     def hold(self, numbers: Iterable[int]) -> None:
         """From now on these signals are remembered for whoever looks at `received`, until `release`."""
         if threading.current_thread() is threading.main_thread():
             if not self._listening:
-                self.received = self._first = None
+                self._forget()
             self._held = self._handle_all(numbers)
         self._phase = SAVING
 
@@ -164,13 +168,21 @@ class StopSignals:
         _restore(self._held)
         self._held = {}
 
+    def _forget(self) -> None:
+        self.received = self._answered = self._first = None
+
     def _handle_all(self, numbers: Iterable[int]) -> dict[int, Any]:
         return {number: signal.signal(number, self._handle) for number in numbers}
 
     # --- in the main thread -------------------------------------------------------------------------------------------
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._threaded and self._answer(number):
+        if self._waiting is not None:
+            self._waiting.append(number)
+            return
+        again = not self._threaded and self._is_second_interrupt(number)
+        self._answer(number)
+        if again:
             raise KeyboardInterrupt if self._phase.raises is KeyboardInterrupt else Stopped("", 128 + signal.SIGINT)
         if self.received is not None:
             return  # the exception is on its way, or `received` is going to be looked at
@@ -180,26 +192,34 @@ class StopSignals:
         if self._phase.raises is not None:
             raise Stopped("", 128 + number)
 
-    # --- in the thread, or without one in the handler ---------------------------------------------------------------
+    # --- in either thread, whichever is first -------------------------------------------------------------------------
 
-    def _answer(self, number: int) -> bool:
-        """Tells the user what happens now, once. Returns whether this is the second Ctrl-C."""
-        phase, now = self._phase, time.monotonic()
+    def _answer(self, number: int) -> None:
+        """Tells the user, once, what happens now."""
+        phase = self._phase
         if number == signal.SIGTERM and phase.handles_interrupts:
             phase = ENDING
-        if phase is PROMPTING:
-            return False
-        if self._first is not None:
-            return number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_STOP
-        self._first = now
+        # Not a lock that waits: the handler may have interrupted this very function.
+        if phase is PROMPTING or not self._answering.acquire(blocking=False):
+            return
+        try:
+            if self.answered:
+                return
+            answer = self._answered = object()
+        finally:
+            self._answering.release()
         if phase.handles_interrupts:
-            if self._threaded:
-                _later(SECONDS_OF_PATIENCE, lambda: self._first == now and _say(number, phase))
-            return False
+            _later(SECONDS_OF_PATIENCE, lambda: self._answered is answer and _say(number, phase))
+            return
         _say(number, phase)
         if number == signal.SIGTERM and phase.raises is not None and self._threaded:
             _later(SECONDS_TO_END, lambda: self._end_now(128 + number))
-        return False
+
+    def _is_second_interrupt(self, number: int) -> bool:
+        now = time.monotonic()
+        if self._first is None and self._phase is not PROMPTING:
+            self._first = now
+        return number == signal.SIGINT and self._first is not None and now - self._first > SECONDS_OF_ONE_STOP
 
     def _start_thread(self) -> Callable[[], None] | None:
         """Has a thread answer. Returns what ends it; None where another library listens already."""
@@ -217,8 +237,10 @@ class StopSignals:
         def read() -> None:
             while numbers := os.read(reading, 64):
                 for number in numbers:
-                    if signal.getsignal(number) == self._handle and self._answer(number):
-                        self._end_now(128 + signal.SIGINT)
+                    if signal.getsignal(number) == self._handle:
+                        if self._is_second_interrupt(number):
+                            self._end_now(128 + signal.SIGINT)
+                        self._answer(number)
             os.close(reading)
 
         def close() -> None:
@@ -245,6 +267,29 @@ class StopSignals:
 
     # --- processes that this one starts -------------------------------------------------------------------------------
 
+    @contextmanager
+    def starting_processes(self) -> Iterator[None]:
+        """Processes that are started inside never get SIGINT, from their first instruction on.
+
+        A terminal sends Ctrl-C to them as well, and a handler of their own would come too late while they import. Here
+        the exception waits until they have been started: half a start ends with a traceback of the new process.
+        """
+        before = None
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        waits = threading.current_thread() is threading.main_thread()
+        if waits:
+            self._waiting = []
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if waits:
+                waiting, self._waiting = self._waiting, None
+                for number in waiting or ():
+                    self._handle(number, None)
+
     def _leave_to_parent_after_fork(self) -> None:
         if not self._forks_known and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget_in_child)
@@ -261,22 +306,6 @@ class StopSignals:
 
 
 SIGNALS = StopSignals()
-
-
-@contextmanager
-def children_without_interrupts() -> Iterator[None]:
-    """Processes that are started inside never get SIGINT, from their first instruction on.
-
-    A handler that they set themselves would come too late for a Ctrl-C while they still import.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_child(command: Sequence[str], *, timeout: float | None = None, **options: Any) -> CompletedProcess[str]:

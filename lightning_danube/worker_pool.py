@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-from lightning_danube.stopping import children_without_interrupts
+from lightning_danube.stopping import SIGNALS
 
 
 class WorkerPool(ProcessPoolExecutor):
@@ -25,7 +25,7 @@ class WorkerPool(ProcessPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         # Processes start here. A terminal sends Ctrl-C to them as well, and each would print a traceback.
-        with children_without_interrupts():
+        with SIGNALS.starting_processes():
             return super().submit(function, *args, **kwargs)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

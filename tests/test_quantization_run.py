@@ -217,13 +217,14 @@ def test_a_full_disk_loses_nothing(
 def test_when_told_to_stop_it_keeps_what_is_measured(
     bits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = quantization.save_measured
+    begin = quantization.QuantizationEvaluation._begin
 
-    def save_and_signal(path: Path, measured: Any) -> None:
-        save(path, measured)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def signal_and_begin(self: Any, level: Any) -> None:
+        if self.done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin(self, level)
 
-    monkeypatch.setattr(quantization, "save_measured", save_and_signal)
+    monkeypatch.setattr(quantization.QuantizationEvaluation, "_begin", signal_and_begin)
     assert run(bits) == 128 + signal.SIGTERM
     assert "stopped: 1 of 4 are measured and kept; the same command goes on" in capsys.readouterr().out
     # What it worked with goes with the process, which here is the one of the tests.

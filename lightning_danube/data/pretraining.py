@@ -29,7 +29,7 @@ from lightning_danube.data.shards import TokenShards, TokenStream, shards_direct
 from lightning_danube.data.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.device import usable_cores
 from lightning_danube.durations import parse_tokens
-from lightning_danube.stopping import children_without_interrupts
+from lightning_danube.stopping import SIGNALS
 
 IGNORE_INDEX = -100
 
@@ -465,7 +465,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         # Processes start here, and a Ctrl-C while they import would end them with a traceback.
-        with children_without_interrupts():
+        with SIGNALS.starting_processes():
             return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

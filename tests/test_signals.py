@@ -1,0 +1,363 @@
+"""Ctrl-C and SIGTERM while a process is busy in one long call: the answer comes before the call returns."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_danube.__main__ import TRAINER_VERBS, main
+from lightning_danube.commands import COMMANDS
+from lightning_danube.stopping import ANSWERING, PROMPTING, SIGNALS, Stopped
+from tests.conftest import write_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# One call into C that no signal interrupts, and that leaves Python's lock to other threads, as torch's products do.
+# 10 million rounds take seconds; the tests that end the process at once have the call take minutes.
+BUSY = """
+import hashlib, os, signal, sys, threading
+
+def busy(rounds, what="returned"):
+    threading.Timer(0.1, lambda: print("busy", flush=True)).start()  # when the call has begun
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+    print(what, flush=True)
+"""
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals to other processes")
+
+
+class Busy:
+    """A Python program that is told to stop while it works; `lines` are what it prints on both outputs, in order."""
+
+    def __init__(self, folder: Path, program: str, *arguments: str) -> None:
+        script = folder / "program.py"
+        script.write_text(BUSY + program)
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=folder,
+            process_group=0,
+        )
+        assert self.process.stdout is not None
+        self.lines = iter(self.process.stdout)
+
+    def wait_for(self, text: str) -> list[str]:
+        """What it prints until a line has the text."""
+        seen = []
+        for line in self.lines:
+            seen.append(line.rstrip("\n"))
+            if text in line:
+                return seen
+        raise AssertionError(f"it ended without {text!r}: {seen}")
+
+    def end(self) -> tuple[int, list[str]]:
+        """Its exit code, and what it still prints. Its children have its outputs, too: they have ended as well."""
+        rest = [line.rstrip("\n") for line in self.lines]
+        return self.process.wait(timeout=60), rest
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Any]:
+    started: list[Busy] = []
+
+    def start(text: str, *arguments: str) -> Busy:
+        started.append(Busy(tmp_path, text, *arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+
+
+VERB = """
+if __name__ == "__main__":
+    from lightning_danube import __main__
+
+    def dispatch(args):
+        WORK
+
+    __main__._dispatch = dispatch
+    sys.exit(__main__.main())
+"""
+
+
+def verb(work: str) -> str:
+    return VERB.replace("WORK", work)
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "code"),
+    [
+        (signal.SIGINT, "SIGINT: stopping; once more ends at once", 130),
+        (signal.SIGTERM, "SIGTERM: stopping", 143),
+    ],
+)
+def test_the_answer_comes_before_the_call_returns(program: Any, number: int, answer: str, code: int) -> None:
+    busy = program(verb("busy(3_000_000); busy(10**9)"))
+    busy.wait_for("busy")
+    busy.process.send_signal(number)
+    assert busy.wait_for("SIG") == [answer]
+    # It ends as soon as the first call has returned, and does not begin the second.
+    assert busy.end() == (code, [])
+
+
+def test_a_second_interrupt_ends_the_process_in_the_midst_of_a_call(program: Any) -> None:
+    busy = program(verb("busy(10**9)"))
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGINT)
+    busy.wait_for("SIGINT: stopping")
+    time.sleep(0.3)  # two at once count as one
+    busy.process.send_signal(signal.SIGINT)
+    assert busy.end() == (130, [])
+
+
+def test_one_stop_may_arrive_twice(program: Any) -> None:
+    """`timeout` sends its signal to the child and then to its group."""
+    busy = program(verb("busy(3_000_000); busy(10**9)"))
+    busy.wait_for("busy")
+    for _ in range(2):
+        busy.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    assert busy.end() == (130, ["SIGINT: stopping; once more ends at once"])
+
+
+POOL = """
+        from lightning_danube.worker_pool import WorkerPool
+        with WorkerPool(2) as pool:
+            print("begin", flush=True)
+            for work in [pool.submit(busy, ROUNDS, "made") for _ in range(20)]:
+                work.result()
+"""
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_pool_leaves_the_answer_to_its_parent(program: Any, early: bool) -> None:
+    """A terminal sends Ctrl-C to all processes of a command; here also while the pool's processes still import."""
+    busy = program(verb(POOL.replace("ROUNDS", "300_000")))
+    busy.wait_for("begin" if early else "busy")
+    if early:
+        time.sleep(0.05)
+    os.killpg(busy.process.pid, signal.SIGINT)
+    code, rest = busy.end()
+    assert code == 130
+    # No traceback, no warning about semaphores; what had begun was finished, what waited was not begun.
+    assert rest.count("SIGINT: stopping; once more ends at once") == 1
+    assert set(rest) <= {"SIGINT: stopping; once more ends at once", "busy", "made"}
+    assert rest.count("made") < 20
+
+
+def test_a_second_interrupt_ends_a_pool_as_well(program: Any) -> None:
+    busy = program(verb(POOL.replace("ROUNDS", "10**9")))
+    busy.wait_for("busy")
+    for _ in range(2):
+        os.killpg(busy.process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    code, rest = busy.end()  # returns when the outputs are closed by all processes
+    assert code == 130 and set(rest) <= {"busy", "SIGINT: stopping; once more ends at once"}, rest
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *TRAINER_VERBS])
+def test_every_verb_answers(program: Any, name: str) -> None:
+    """Whatever module does a verb's work."""
+    module = "cli" if name in TRAINER_VERBS else f"commands.{name}"
+    function = "main" if name in TRAINER_VERBS else "run"
+    text = f"""
+import types
+module = types.ModuleType("lightning_danube.{module}")
+module.add_arguments = lambda parser: None
+module.{function} = lambda arguments: busy(10**9)
+sys.modules[module.__name__] = module
+import lightning_danube
+if "{module}" == "cli":
+    lightning_danube.cli = module
+from lightning_danube.__main__ import main
+sys.exit(main())
+"""
+    busy = program(text, name)
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGTERM)
+    assert busy.wait_for("SIGTERM") == ["SIGTERM: stopping"]
+    time.sleep(0.3)
+    busy.process.send_signal(signal.SIGINT)
+    assert busy.end() == (130, [])
+
+
+CHILD = """
+from lightning_danube.stopping import run_child
+print(run_child([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(600)"]))
+"""
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)])
+def test_a_program_that_was_started_ends_too(program: Any, numbers: tuple[int, ...]) -> None:
+    busy = program(verb("exec(CHILD)").replace("if __name__", f"CHILD = '''{CHILD}'''\nif __name__", 1))
+    busy.wait_for("child")
+    for number in numbers:
+        busy.process.send_signal(number)
+        time.sleep(0.3)
+    code, rest = busy.end()
+    assert (code, rest) == (143, ["SIGTERM: stopping"])
+
+
+def test_a_fork_leaves_signals_to_its_parent(program: Any) -> None:
+    busy = program(verb("child = os.fork(); busy(2_000_000, 'parent' if child else 'child'); child or os._exit(0)"))
+    busy.wait_for("busy")
+    busy.wait_for("busy")
+    os.killpg(busy.process.pid, signal.SIGINT)
+    code, rest = busy.end()
+    assert code == 130 and sorted(rest) == ["SIGINT: stopping; once more ends at once", "child"], rest
+
+
+def test_an_ignored_signal_stays_ignored(program: Any) -> None:
+    """As `nohup`, or a shell's background job, asks."""
+    busy = program("signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + verb("busy(2_000_000); return 0"))
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGINT)
+    assert busy.end() == (0, ["returned"])
+
+
+def test_another_listener_keeps_its_descriptor(program: Any) -> None:
+    """Without a thread the answer waits for the call, but comes."""
+    text = "ours, theirs = os.pipe(); os.set_blocking(theirs, False); signal.set_wakeup_fd(theirs)\n"
+    busy = program(text + verb("busy(2_000_000); busy(10**9)"))
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGINT)
+    assert busy.end() == (130, ["SIGINT: stopping; once more ends at once"])
+
+
+# --- inside another program -------------------------------------------------------------------------------------------
+
+
+def test_called_as_a_function_it_gives_all_handlers_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["--version"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_in_a_thread_it_takes_no_signals() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_held_signals_are_remembered_and_a_second_interrupt_raises(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    SIGNALS.hold([signal.SIGINT])
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert SIGNALS.received is signal.SIGINT
+        time.sleep(0.3)
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.value.code == 130
+    finally:
+        SIGNALS.release()
+    assert signal.getsignal(signal.SIGINT) is before
+    line = "SIGINT: saving after this optimizer step, then stopping; once more stops at once, without saving\n"
+    assert capfd.readouterr().err == line
+
+
+def test_a_chat_goes_on_after_an_interrupt(capfd: pytest.CaptureFixture[str]) -> None:
+    with SIGNALS.listening(own_process=False), SIGNALS.during(PROMPTING):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt), SIGNALS.during(ANSWERING):
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)  # at the prompt
+            SIGNALS.received = None
+        with pytest.raises(Stopped) as stopped, SIGNALS.during(ANSWERING):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 143
+    assert capfd.readouterr().err == "SIGTERM: stopping\n"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+CALLBACK = """
+import hashlib, threading
+from lightning.pytorch import Callback
+
+class Block(Callback):
+    def __init__(self, moment: str, rounds: int) -> None:
+        self.moment, self.rounds = moment, rounds
+
+    def _block(self, moment):
+        if moment == self.moment:
+            threading.Timer(0.1, lambda: print("busy", flush=True)).start()  # when the call has begun
+            hashlib.pbkdf2_hmac("sha256", b"", b"", self.rounds)
+            self.moment = ""
+
+    def on_fit_start(self, trainer, pl_module):
+        self._block("start")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            self._block("step")
+
+    def on_validation_start(self, trainer, pl_module):
+        self._block("validation")
+
+    def on_fit_end(self, trainer, pl_module):
+        self._block("end")
+"""
+
+SAVES = "saving after this optimizer step, then stopping"
+
+
+@pytest.mark.parametrize(
+    ("moment", "answer", "code", "then"),
+    [
+        ("start", "SIGTERM: stopping", 143, ""),
+        ("step", f"SIGTERM: {SAVES}", 75, "stopped after step 4, saved: go on with --ckpt_path last"),
+        ("end", "SIGTERM: all steps are done and saved, the run ends by itself soon", 0, "stopped after 4 of 26 steps"),
+    ],
+)
+def test_a_run_answers_at_any_moment(
+    program: Any, tmp_path: Path, moment: str, answer: str, code: int, then: str
+) -> None:
+    busy = run(program, tmp_path, moment, 4_000_000, "--trainer.max_steps", "4")
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGTERM)
+    assert busy.wait_for("SIG")[-1] == answer
+    found, rest = busy.end()
+    assert found == code and "Traceback" not in "\n".join(rest), rest
+    assert then in "\n".join(rest) or moment == "end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_second_interrupt_ends_a_run_and_its_processes(program: Any, tmp_path: Path, verb: str) -> None:
+    moment = "step" if verb == "fit" else "validation"
+    busy = run(program, tmp_path, moment, 10**9, "--trainer.max_steps", "8", "--data.init_args.workers", "1", verb=verb)
+    busy.wait_for("busy")
+    os.killpg(busy.process.pid, signal.SIGINT)
+    busy.wait_for("SIGINT: saving" if verb == "fit" else "SIGINT: stopping")
+    time.sleep(0.3)
+    os.killpg(busy.process.pid, signal.SIGINT)
+    assert busy.end() == (130, [])
+
+
+def run(program: Any, folder: Path, moment: str, rounds: int, *options: str, verb: str = "fit") -> Busy:
+    (folder / "blocking.py").write_text(CALLBACK)
+    tiny = write_tiny(folder)
+    callback = f"    - class_path: blocking.Block\n      init_args: {{moment: {moment}, rounds: {rounds}}}\n"
+    (folder / "told.yaml").write_text((tiny / "tiny.yaml").read_text() + callback)
+    text = "from lightning_danube.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    busy: Busy = program(text, verb, "--config", "told.yaml", *options)
+    return busy
