@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 from machine import ROOT, described, write_result
 
+from lightning_danube.device import usable_cores
+
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 CONFIG = """
@@ -92,7 +94,7 @@ class Took(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, help="a jsonl file with a column text")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     become_reaper()

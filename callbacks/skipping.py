@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_danube.callbacks.position import at_logged_step, curriculum_of, run_directory
 from lightning_danube.callbacks.progress import say
+from lightning_danube.device import widest_float
 from lightning_danube.runs import newest_checkpoint
 
 
@@ -62,7 +63,7 @@ class SkipBadSteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = trainer.strategy.root_device
-        self._recent, self._counted = self._recent.to(device), self._counted.to(device)
+        self._recent, self._counted = self._recent.to(device, widest_float(device)), self._counted.to(device)
         pl_module.step_verdict = self._verdict  # type: ignore[assignment]
         if trainer.is_global_zero:
             # Steps after the checkpoint are done again, and written again if they are skipped again.
@@ -74,7 +75,7 @@ class SkipBadSteps(Callback):
                 )
 
     def _verdict(self, loss: Tensor, norm: Tensor) -> Tensor:
-        loss, norm = loss.detach().double(), norm.detach().double()
+        loss, norm = (x.detach().to(self._recent.dtype) for x in (loss, norm))
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         spike = torch.zeros_like(finite)
         if self.spike_deviations is not None:
@@ -84,7 +85,7 @@ class SkipBadSteps(Callback):
             self._recent = torch.where(counts, torch.cat([self._recent[1:], loss[None]]), self._recent)
             self._counted = self._counted + counts
         skip = ~finite | spike
-        self._latest = torch.stack([skip.double(), spike.double(), loss, norm])
+        self._latest = torch.stack([skip.to(loss.dtype), spike.to(loss.dtype), loss, norm])
         return skip
 
     # --- the record, on the host --------------------------------------------------------------------------------------

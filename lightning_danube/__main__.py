@@ -51,6 +51,9 @@ def _run(args: list[str]) -> int:
     # be better still there, but costs a quarter on a quiet machine (docs/speed.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if sys.platform == "darwin":
+        # Torch reads this when it is loaded, too: what MPS cannot compute goes to the CPU, with a warning.
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         try:
             return _dispatch(args)

@@ -184,6 +184,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type for sums that must not round: float64. MPS has none, so there float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # --- what kernels ask, also from compiled code ------------------------------------------------------------------------
 
 

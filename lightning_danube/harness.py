@@ -211,7 +211,7 @@ class DecoderLM(TemplateLM):
             rows.append(torch.tensor(longer).repeat_interleave(counts))
         logs_N, likeliest_N = self._of_tokens(torch.cat(states), torch.cat(targets))
         rows_N = torch.cat(rows)
-        sums_R = torch.zeros(len(continuations), dtype=torch.float64).index_add(0, rows_N, logs_N.double().cpu())
+        sums_R = torch.zeros(len(continuations), dtype=torch.float64).index_add(0, rows_N, logs_N.cpu().double())
         misses_R = torch.zeros(len(continuations)).index_add(0, rows_N, (~likeliest_N).float().cpu())
         return [(log, misses == 0) for log, misses in zip(sums_R.tolist(), misses_R.tolist(), strict=True)]
 

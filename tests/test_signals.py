@@ -325,19 +325,19 @@ SAVES = "saving after this optimizer step, then stopping"
     [
         ("start", "SIGTERM: stopping", 143, ""),
         ("step", f"SIGTERM: {SAVES}", 75, "stopped after step 4, saved: go on with --ckpt_path last"),
-        ("end", "SIGTERM: all steps are done and saved, the run ends by itself soon", 0, "stopped after 4 of 26 steps"),
+        ("end", "SIGTERM: all steps are done and saved, the run ends by itself soon", 0, ""),
     ],
 )
 def test_a_run_answers_at_any_moment(
     program: Any, tmp_path: Path, moment: str, answer: str, code: int, then: str
 ) -> None:
-    busy = run(program, tmp_path, moment, 4_000_000, "--trainer.max_steps", "4")
+    busy = run(program, tmp_path, moment, 4_000_000, "--trainer.max_steps", "6")
     busy.wait_for("busy")
     busy.process.send_signal(signal.SIGTERM)
     assert busy.wait_for("SIG")[-1] == answer
     found, rest = busy.end()
     assert found == code and "Traceback" not in "\n".join(rest), rest
-    assert then in "\n".join(rest) or moment == "end"
+    assert then in "\n".join(rest)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder
 from lightning_danube.quantization.levels import Level
 from lightning_danube.quantization.running import Content
@@ -60,7 +61,7 @@ def check_finite(decoder: Decoder) -> None:
     """
     for name, parameter in decoder.named_parameters():
         # The sum is not finite if a part is not; one that overflows is told apart by looking again.
-        if not bool(parameter.sum(dtype=torch.float64).isfinite()):
+        if not bool(parameter.sum(dtype=widest_float(parameter.device)).isfinite()):
             raise ValueError(
                 f"{name} has weights that are no finite numbers: the model is damaged, nothing is measured"
             )

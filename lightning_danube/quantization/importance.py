@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder
 from lightning_danube.model.gguf_files import gguf_names
 
@@ -38,7 +39,7 @@ def importance_matrix(decoder: Decoder, ids: Tensor) -> dict[str, NDArray[np.flo
     def collector(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             (x,) = inputs
-            squares_D = x.detach().double().flatten(0, -2).square().sum(0)
+            squares_D = x.detach().to(widest_float(x.device)).flatten(0, -2).square().sum(0)
             sums[name] = sums.get(name, 0) + squares_D
 
         return collect

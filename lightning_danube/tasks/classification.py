@@ -195,7 +195,7 @@ class TextClassification(SupervisedFineTuning):
     def _log_scores(self, split: str) -> None:
         classes_N, log_probabilities_NC = self.classified.compute()
         # Kept in float64, where softmax and its logarithm undo each other.
-        log_probabilities_NC = log_probabilities_NC.double()
+        classes_N, log_probabilities_NC = classes_N.cpu(), log_probabilities_NC.cpu().double()
         self.latest = Classified(classes_N, log_probabilities_NC.exp())
         found = {"loss": float(F.nll_loss(log_probabilities_NC, classes_N)), **scores(self.latest[1], classes_N)}
         named = {f"{name}/{split}": value for name, value in found.items()}

@@ -186,7 +186,7 @@ class Evaluation(LightningModule):
         ):
             logits_CV = self.decoder.lm_head(states_CD)
             logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-            nats.append(F.cross_entropy(logits_CV, targets_C, reduction="none").double().cpu())
+            nats.append(F.cross_entropy(logits_CV, targets_C, reduction="none").cpu().double())
         return torch.cat(nats).view(len(ids_BT), -1)
 
     # --- what comes next ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
@@ -203,6 +204,7 @@ class NextTokenTask(LightningModule):
         """For each held-out row: its source, number, tokens and mean loss (nats a token)."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
+            .cpu()
             .double()
             .sum(1)
             .tolist()
@@ -220,9 +222,10 @@ class NextTokenTask(LightningModule):
         if name not in self._evaluation_means:
             # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
             metric = MeanMetric().to(self.device)
-            metric.set_dtype(torch.float64)
+            metric.set_dtype(widest_float(self.device))
             self._evaluation_means[name] = metric
-        self._evaluation_means[name].update(total.double() / count.clamp(min=1), weight=count.double())
+        total, weight = (x.to(widest_float(self.device)) for x in (total, count))
+        self._evaluation_means[name].update(total / weight.clamp(min=1), weight=weight)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
