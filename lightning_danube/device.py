@@ -220,6 +220,14 @@ def onednn_packs(dtype: torch.dtype) -> bool:
     )
 
 
+def fbgemm_packs() -> bool:
+    """Whether FBGEMM has a linear layer with float16 weights and float32 sums (PyTorch's x86 builds on AVX2)."""
+    return "fbgemm" in torch.backends.quantized.supported_engines and torch.backends.quantized.engine in (
+        "fbgemm",
+        "x86",
+    )
+
+
 # --- cores and memory -------------------------------------------------------------------------------------------------
 
 

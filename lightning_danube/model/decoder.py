@@ -156,6 +156,13 @@ class Decoder(nn.Module):
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The type of the hidden states, outside of autocast."""
+        embedding = self.model.embed_tokens
+        dtype: torch.dtype = getattr(embedding, "activation_dtype", embedding.weight.dtype)
+        return dtype
+
     def tie_weights(self) -> None:
         """Make the head the embedding again, when the config says so: leaving the meta device and loading by
         assignment replace parameters one by one, and so would quietly untie them."""

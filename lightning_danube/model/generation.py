@@ -46,9 +46,9 @@ class KVCache:
     @classmethod
     def for_decoder(cls, decoder: "Decoder", batch: int, length: int) -> "KVCache":
         """A cache for `length` tokens in the type that the decoder's attention computes in right here."""
-        c, weight = decoder.config, decoder.model.embed_tokens.weight
+        c, device = decoder.config, decoder.model.embed_tokens.weight.device
         assert c.head_dim is not None  # resolved by the config
-        dtype, device = weight.dtype, weight.device
+        dtype = decoder.activation_dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         shape = (batch, c.num_key_value_heads, length, c.head_dim)
