@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..device import fastest_type, fbgemm_packs, onednn_multiplies, onednn_packs
+from ..device import fastest_type, fbgemm_packs, mkl_reads_columns_faster, onednn_multiplies, onednn_packs
 from .attention import GroupedQueryAttention, rotate
 from .decoder import Block, Decoder, RMSNorm, SwiGLU
 
@@ -43,8 +43,10 @@ FEW_ROWS = 4
 """Rows up to which `ConvertingLinear` multiplies in 16 bits."""
 
 
-def pack_for_generation(decoder: Decoder) -> bool:
+def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     """Packs the matrices of a decoder where that makes generation faster. Returns whether it did.
+
+    `rows` is the number of texts that are continued at once. The layout that is fastest for one row is slower for many.
 
     A packed decoder can neither be trained nor saved nor moved. Each matrix is freed when its packed copy is made, so
     memory stays the same, except for a tied embedding: its plain copy is still needed. Layers that are more than plain
@@ -58,6 +60,9 @@ def pack_for_generation(decoder: Decoder) -> bool:
     weight = decoder.lm_head.weight
     if weight.device.type != "cpu":
         pack(decoder, JoinedLinear)
+    elif weight.dtype == torch.float32 and rows == 1 and mkl_reads_columns_faster():
+        pack(decoder, TransposedLinear)
+        pack_head(decoder, TransposedLinear)
     elif onednn_packs(weight.dtype):
         pack(decoder, PackedLinear)
         pack_head(decoder, PackedLinear)
@@ -136,6 +141,14 @@ class JoinedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+
+class TransposedLinear(JoinedLinear):
+    """A linear layer whose weight is stored by columns, (in, out): the products of a column are then neighbours."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__(layers)
+        self.weight.data = self.weight.t().contiguous().t()
 
 
 class PackedLinear(nn.Module):
