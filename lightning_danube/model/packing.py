@@ -105,9 +105,7 @@ def are_plain(*layers: nn.Module) -> bool:
 def has_only_plain_matrices(decoder: Decoder) -> bool:
     """Whether every module with weights is one of those that `Decoder` itself makes."""
     holders = (module for module in decoder.modules() if next(module.parameters(recurse=False), None) is not None)
-    return all(
-        are_plain(module) or type(module) in (nn.Embedding, RMSNorm) for module in holders
-    )
+    return all(are_plain(module) or type(module) in (nn.Embedding, RMSNorm) for module in holders)
 
 
 def widen_activations(decoder: Decoder) -> None:
