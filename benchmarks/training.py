@@ -53,7 +53,7 @@ import yaml
 from lightning.pytorch import Callback
 from machine import ROOT, described, write_result
 
-from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
+from lightning_danube.device import exact_products_by_onednn, fastest_type, keep_freed_memory
 from lightning_danube.model import PRESETS, Decoder, DecoderConfig, next_token_loss
 from lightning_danube.tables import markdown_table
 from lightning_danube.training.optim import AdamW
@@ -94,7 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=["bf16", "fp32"],
+        help="both by default, or fp32 where the CPU has no fast bf16",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a contestant in a round")
     parser.add_argument("--threads", type=int, default=1)
@@ -125,7 +130,8 @@ def main() -> None:
         f"shape {arguments.shape} on {arguments.device}, {arguments.threads} thread(s), {arguments.rounds} rounds of "
         f"{arguments.steps} steps, medians; load at the start {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     ]
-    for precision in arguments.precision:
+    slow_in_16_bits = arguments.device == "cpu" and fastest_type(training=True) == torch.float32
+    for precision in arguments.precision or (["fp32"] if slow_in_16_bits else ["bf16", "fp32"]):
         lines += ["", f"{precision}:", "", *compare(arms, precision, arguments)]
     write_result("training-overhead" if arguments.overhead else f"training-{arguments.shape}", "\n".join(lines))
 

@@ -30,11 +30,12 @@ class PretrainingSummary(Callback):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
     `summary.json` of `fit` holds tokens, steps, skipped_steps (those among them that left the model as it was),
-    parameters, precision, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for each stage
-    its tokens, the shares and tokens by source, and the held-out loss by source in nats a token; unigram_loss is the
-    same for a model that only knows how frequent each token is. val_bits_per_byte is the last held-out loss in a unit
-    that does not depend on the tokenizer. Beside FactRecall it has the share of facts known. That of `validate` and
-    `test` holds val_loss, perplexity and val_bits_per_byte with the tokens they were measured on.
+    parameters, precision, seconds (all of the run, over its sessions), tokens_per_second (of training alone), and for
+    each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats a token;
+    unigram_loss is the same for a model that only knows how frequent each token is. val_bits_per_byte is the last
+    held-out loss in a unit that does not depend on the tokenizer. Beside FactRecall it has the share of facts known.
+    That of `validate` and `test` holds val_loss, perplexity and val_bits_per_byte with the tokens they were measured
+    on.
     """
 
     def __init__(self) -> None:
