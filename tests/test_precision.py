@@ -1,17 +1,22 @@
 """The precision of a run follows the machine. Rates are faked: both kinds of processor on either."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lightning_danube import precision
 from lightning_danube.__main__ import main
+from lightning_danube.cli import RunRecord
 from lightning_danube.device import ProductRate
 from lightning_danube.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
+from lightning_danube.ranks import RankLauncher
 from tests.test_cli import error_of
 
 WITH_16_BITS = {torch.float32: 100e9, torch.bfloat16: 200e9, torch.float16: 10e9}
@@ -199,3 +204,39 @@ def test_a_plugin_decides_alone(free: Path, capsys: pytest.CaptureFixture[str]) 
     assert fit(free, "--trainer.max_steps", "1", "--trainer.plugins", plugin) == 0
     assert not lines_with(capsys.readouterr().out, "precision ")
     assert saved_precision(free) is None
+
+
+def test_ranks_that_would_differ_are_stopped() -> None:
+    record: Any = RunRecord(parser=Any, config=Any)
+    strategy = SimpleNamespace(broadcast=lambda mine: "bf16-mixed")
+    trainer: Any = SimpleNamespace(precision="32-true", global_rank=1, strategy=strategy)
+    with pytest.raises(
+        ValueError, match=r"rank 1 computes in 32-true, rank 0 in bf16-mixed, .*: set trainer\.precision"
+    ):
+        record.setup(trainer, None, "fit")
+
+
+def test_the_ranks_of_a_machine_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str | None] = []
+    monkeypatch.setattr(RankLauncher, "_call_children_scripts", lambda self: told.append(os.environ.get(RANK_ZEROS)))
+    trainer: Any = SimpleNamespace(precision="bf16-mixed")
+    RankLauncher(LightningEnvironment(), 1, 1).launch(lambda: None, trainer=trainer)
+    assert told == ["bf16-mixed"] and RANK_ZEROS not in os.environ
+
+
+@pytest.mark.parametrize(("rates", "expected"), [(WITH_16_BITS, "bf16-mixed"), (WITHOUT, "32-true")])
+def test_a_plan_takes_what_the_run_would_take(
+    free: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rates: dict[torch.dtype, float],
+    expected: str,
+) -> None:
+    fake_rates(monkeypatch, rates)
+    assert main(["plan", "--config", str(free / "tiny.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert f"GiB on a device, {expected}" in said
+    assert (f"note: the run computes in {expected}, the fastest on this CPU; " in said) == (expected == "32-true")
+    # Accelerators multiply in 16 bits, whatever this machine is.
+    assert main(["plan", "--config", str(free / "tiny.yaml"), "--trainer.accelerator", "gpu"]) == 0
+    assert "GiB on a device, bf16-mixed" in capsys.readouterr().out
