@@ -109,5 +109,6 @@ class CheckpointAdvice:
 
 
 def checkpoint_bytes(memory: TrainingMemory) -> int:
-    """Weights and both moments of AdamW, all in the type of the weights; the rest is a few kilobytes."""
-    return 3 * memory.config.parameters * memory.weight_bytes
+    """Weights and the optimizer's averages, all in the type of the weights. The rest is a few kilobytes."""
+    alone = dataclasses.replace(memory, layout=Layout())
+    return (memory.config.parameters + alone.optimizer_values) * memory.weight_bytes

@@ -96,6 +96,7 @@ def run(arguments: Namespace) -> None:
 def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[TrainingMemory, list[str]]:
     from lightning_danube.model.memory import TrainingMemory
     from lightning_danube.planning import layout_of
+    from lightning_danube.training.optim import Muon
 
     layout, notes = layout_of(trainer)
     memory = TrainingMemory(
@@ -108,6 +109,7 @@ def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[Trai
         layout=layout,
         gpu=trainer.accelerator != "cpu",
         document_masks=data.document_masks,
+        muon=isinstance(task.optimizer_settings, Muon),
     )
     return memory, notes
 
@@ -284,7 +286,7 @@ def _checkpoints(
         (callback.every_n_steps for callback in trainer.callbacks or () if hasattr(callback, "every_n_steps")), None
     )
     lines = [
-        f"checkpoint: {size / 1e9:.2f} GB (weights and both moments), {advice.write:,.1f} s at "
+        f"checkpoint: {size / 1e9:.2f} GB (weights and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",

@@ -56,7 +56,7 @@ class DeviceMemory:
     Args:
         weights: parameters, as stored.
         gradients: of all parameters.
-        optimizer: both moments of AdamW.
+        optimizer: the averages that it keeps.
         casts: 16-bit copies of weights that autocast makes.
         activations: kept for the backward pass, and what one block needs meanwhile.
         logits: of one chunk of tokens, and the gradients that the loss computes with them.
@@ -94,6 +94,7 @@ class TrainingMemory:
         gpu: kernels of CUDA rather than of the CPU: one for RMSNorm, which keeps its input alone, and flash attention
             for 16 bits alone.
         document_masks: packed documents do not see each other.
+        muon: the optimizer keeps one average of the blocks' matrices, where AdamW keeps two moments.
     """
 
     config: DecoderConfig
@@ -105,12 +106,19 @@ class TrainingMemory:
     layout: Layout = Layout()
     gpu: bool = False
     document_masks: bool = False
+    muon: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in BYTES:
             raise ValueError(f"precision is {self.precision!r}; memory is known for {', '.join(BYTES)}")
 
     # --- what the whole run holds -------------------------------------------------------------------------------------
+
+    @property
+    def optimizer_values(self) -> int:
+        """Numbers that a device's optimizer keeps."""
+        saved = self.config.num_hidden_layers * self.block_parameters if self.muon else 0
+        return 2 * self.stored_parameters - saved
 
     @property
     def tokens(self) -> int:
@@ -247,7 +255,7 @@ class TrainingMemory:
         return DeviceMemory(
             weights=w * self.stored_parameters,
             gradients=w * gradients,
-            optimizer=2 * w * self.stored_parameters,
+            optimizer=w * self.optimizer_values,
             casts=casts,
             activations=activations,
             logits=logits,

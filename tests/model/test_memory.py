@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.model.memory import BYTES, Layout, TrainingMemory
+from lightning_danube.training.optim import Muon
 
 TINY = DecoderConfig(
     hidden_size=32,
@@ -55,6 +56,18 @@ def test_weights_gradients_and_moments_follow_the_number_of_parameters(tied: boo
     peak = TrainingMemory(config, 2, 48, "32-true").loss_phase()
     assert peak.weights == peak.gradients == peak.optimizer // 2 == 4 * config.parameters
     assert peak.total == sum(getattr(peak, part) for part in peak.PARTS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_keeps_what_is_counted(tied: bool) -> None:
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    decoder = Decoder(config)
+    optimizer = Muon().build(decoder, lr=0.1)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+    assert TrainingMemory(config, 2, 48, muon=True).loss_phase().optimizer == 4 * kept
 
 
 def test_the_papers_4b_as_computed_by_hand() -> None:

@@ -1,0 +1,204 @@
+"""Trials of the quickstart's settings: real runs of `fit` that have equal CPU time, compared by bits a byte.
+
+    python benchmarks/quickstart_trials.py                    all trials, 480 CPU seconds of training each
+    python benchmarks/quickstart_trials.py --seconds 120 --only chosen "8 rows"
+
+A trial is the configuration `quickstart` with some options changed. Its steps are timed first, on one thread. Its
+stages then get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed up
+over the same share of its tokens. At the end `test` measures all held-out text of the five sources.
+
+Each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback
+from machine import ROOT, described, write_result
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.provenance import commit, machine
+from lightning_danube.tables import markdown_table
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+RESULTS = ROOT / "benchmarks" / "results" / "quickstart-trials.jsonl"
+TIMED_STEPS = 24
+CLOCK = "LIGHTNING_DANUBE_TRIAL_CLOCK"
+"""Environment variable: the file that StepClock writes."""
+
+DATA, MODEL = "--data.init_args", "--model.init_args"
+DECODER, OPTIMIZER = f"{MODEL}.decoder", f"{MODEL}.optimizer"
+
+TRIALS: dict[str, list[str]] = {
+    "chosen": [],
+}
+"""Name of a trial → what it changes."""
+
+
+class StepClock(Callback):
+    """Measures the CPU seconds of each optimizer step. Validation and checkpoints between steps do not count."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._began = time.process_time()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self._began)
+
+    def on_train_end(self, *_: Any) -> None:
+        Path(os.environ[CLOCK]).write_text(json.dumps(self.seconds), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480, help="CPU seconds of training (default 480)")
+    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="names of trials")
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        if not any(one["trial"] == name and one["options"] == TRIALS[name] for one in finished(arguments.seconds)):
+            result = trial(name, TRIALS[name], arguments.seconds)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    report(arguments.seconds)
+
+
+def finished(seconds: float) -> list[dict[str, Any]]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [one for one in map(json.loads, lines) if one["budget_seconds"] == seconds]
+
+
+def trial(name: str, options: list[str], seconds: float) -> dict[str, Any]:
+    """Trains and tests one setting."""
+    with tempfile.TemporaryDirectory() as directory:
+        runs = Path(directory)
+        _, steps = run("fit", runs, "timed", [*options, "--trainer.max_steps", str(TIMED_STEPS)])
+        seconds_per_step = statistics.median(steps[TIMED_STEPS // 3 :])
+        tokens = round(seconds / seconds_per_step) * tokens_of_a_step(runs / "timed" / "version_0")
+        length = [f"{DATA}.stages", json.dumps(stages_of(tokens)), *scaled_schedule(tokens, options)]
+        said, steps = run("fit", runs, "trial", [*options, *length])
+        run("test", runs, "trial", [*options, *length, "--ckpt_path", "last"])
+        (measured,) = (summary for summary in summaries(runs / "trial") if "perplexity" in summary)
+        (trained,) = (summary for summary in summaries(runs / "trial") if "stages" in summary)
+    sample = re.search(r"^sample: (.*)$", said, flags=re.MULTILINE)
+    bits = measured["val_bits_per_byte"]
+    return {
+        "trial": name,
+        "options": options,
+        "budget_seconds": seconds,
+        "seconds_per_step": round(seconds_per_step, 4),
+        "cpu_seconds": round(sum(steps), 1),
+        "parameters": trained["parameters"],
+        "tokens": trained["tokens"],
+        "steps": trained["steps"],
+        "bits_per_byte": {source: round(value, 4) for source, value in bits.items()},
+        "mean_bits_per_byte": round(sum(bits.values()) / len(bits), 4),
+        "sample": sample[1] if sample else "",
+        "machine": machine(),
+        "avx2_only": os.environ.get("ATEN_CPU_CAPABILITY") == "avx2",
+        "commit": commit(),
+    }
+
+
+def run(verb: str, runs: Path, name: str, options: list[str]) -> tuple[str, list[float]]:
+    """Runs a verb on one thread. Returns what it printed, and the CPU seconds of its training steps."""
+    clock = runs / "clock.json"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        CLOCK: str(clock),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "lightning_danube", verb, "--config", str(CONFIG), *options]
+    command += ["--runs", str(runs), "--name", name]
+    if verb == "fit":
+        command.append("--trainer.callbacks+=quickstart_trials.StepClock")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout, json.loads(clock.read_text(encoding="utf-8"))
+
+
+def summaries(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.rglob("summary.json"))]
+
+
+def tokens_of_a_step(run_directory: Path) -> int:
+    config = yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf-8"))
+    return parse_tokens(config["data"]["init_args"]["batch_tokens"])
+
+
+def quickstart() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    return config
+
+
+def whole_quickstart() -> int:
+    return sum(parse_tokens(stage["tokens"]) for stage in quickstart()["data"]["init_args"]["stages"])
+
+
+def stages_of(tokens: int) -> list[dict[str, Any]]:
+    """The quickstart's stages with another number of tokens in all."""
+    stages = quickstart()["data"]["init_args"]["stages"]
+    whole = whole_quickstart()
+    return [{**stage, "tokens": round(parse_tokens(stage["tokens"]) * tokens / whole)} for stage in stages]
+
+
+def scaled_schedule(tokens: int, options: list[str]) -> list[str]:
+    """Warm-up and decay as the same share of another number of tokens, unless the trial states them."""
+    rate = quickstart()["model"]["init_args"]["learning_rate"]
+    key = f"{MODEL}.learning_rate"
+    if any(option.startswith(key) for option in options):
+        return []
+    scaled = [name for name in ("warmup", "decay") if name in rate]
+    # Rounded down: together they must fit into the run.
+    return [
+        word
+        for name in scaled
+        for word in (f"{key}.{name}", str(max(1, int(parse_tokens(rate[name]) * tokens / whole_quickstart() * 0.999))))
+    ]
+
+
+def report(seconds: float) -> None:
+    results = sorted(finished(seconds), key=lambda one: one["mean_bits_per_byte"])
+    sources = list(results[0]["bits_per_byte"])
+    header = ["trial", "parameters", "tokens", "steps", "s/step", "CPU s", "mean bits a byte", *sources]
+    rows = [
+        [
+            one["trial"],
+            f"{one['parameters'] / 1e6:.2f}M",
+            f"{one['tokens'] / 1e6:.2f}M",
+            f"{one['steps']:,}",
+            f"{one['seconds_per_step']:.3f}",
+            f"{one['cpu_seconds']:.0f}",
+            f"{one['mean_bits_per_byte']:.3f}",
+            *(f"{one['bits_per_byte'][source]:.2f}" for source in sources),
+        ]
+        for one in results
+    ]
+    kind = "AVX2 only (AVX-512 switched off)" if results[0]["avx2_only"] else "all instructions of the processor"
+    text = [
+        described("torch"),
+        f"float32 and one thread, {kind}; one run each, seed 1",
+        "",
+        markdown_table(header, rows),
+    ]
+    samples = [f"- {one['trial']}: {one['sample']}" for one in results]
+    write_result(f"quickstart-trials-{seconds:.0f}s", "\n".join([*text, "", "Samples:", "", *samples]))
+
+
+if __name__ == "__main__":
+    main()
