@@ -61,6 +61,22 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "line 1: model: 'peek' is not an option of LearningRate: did you mean 'peak'?",
         ),
         (
+            "model: {init_args: {optimizer: {bettas: [0.9, 0.9]}}}",
+            "line 1: model.optimizer: 'bettas' is not an option of AdamW: did you mean 'betas'?",
+        ),
+        (
+            "model: {init_args: {optimizer: {class_path: Muon, init_args: {peek: 0.1}}}}",
+            "line 1: model.optimizer: 'peek' is not an option of Muon: did you mean 'peak'?",
+        ),
+        (
+            "model: {init_args: {optimizer: {class_path: Muon, init_args: {momentum: 1.0}}}}",
+            "optimizer.momentum is 1.0: give a number from 0 to below 1, such as 0.95",
+        ),
+        (
+            "model: {init_args: {optimizer: {class_path: lightning_danube.training.optim.Muno}}}",
+            "there is no class 'Muno' in lightning_danube.training.optim: did you mean lightning_danube.training.optim.Muon?",
+        ),
+        (
             "model: {init_args: {decoder: {hidden_size: x}}}",
             "model.decoder.hidden_size: expected a whole number, not x",
         ),
