@@ -102,6 +102,8 @@ def _dispatch(args: list[str]) -> int:
         print(importlib.metadata.version("lightning-danube"))
         return 0
     if verb in TRAINER_VERBS:
+        if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all
+            _check_at_once(args[1:])
         from lightning_danube import cli
 
         return cli.main(args)
@@ -113,6 +115,8 @@ def _dispatch(args: list[str]) -> int:
         arguments, rest = parser.parse_known_args(args[1:])
         if hasattr(arguments, "overrides"):
             arguments.overrides = rest
+            if arguments.config:
+                _check_at_once([*(f"--config={config}" for config in arguments.config), *rest])
         elif rest:
             parser.refuse(rest)
         command.run(arguments)
@@ -120,6 +124,12 @@ def _dispatch(args: list[str]) -> int:
     close = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join([*TRAINER_VERBS, *COMMANDS])}"
     raise ValueError(f"unknown command {verb!r}: {hint}")
+
+
+def _check_at_once(args: list[str]) -> None:
+    from lightning_danube.command_line import check_command_line
+
+    check_command_line(args)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
-import re
 import warnings
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.config_errors import explain, parse, read_config
+from lightning_danube.command_line import FACTS_OF_DATA, check_command_line, config_files, with_config_paths
+from lightning_danube.config_errors import explain, parse
 from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
 from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.invocation import as_typed
-from lightning_danube.named_configs import config_file
 from lightning_danube.precision import Choice, check_precision, choose, full_name, has_precision_plugin, kind_of_device
 from lightning_danube.precision import warning_of as precision_warning
 from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
@@ -39,15 +37,6 @@ from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoin
 from lightning_danube.sharded_strategy import ShardedStrategy
 from lightning_danube.stopping import LEAVING_TRAINER, SIGNALS, tell
 from lightning_danube.training.optim import AdamW
-
-FACTS_OF_DATA = {
-    "vocab_size": "data.tokenizer",
-    "context_length": "data.context_length",
-    "max_position_embeddings": "data.context_length",
-    "batch_tokens": "data.batch_tokens",
-    "total_tokens": "data.stages",
-}
-"""Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the method of a task that does it."""
@@ -156,7 +145,7 @@ class DanubeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        check_config_files(args)
+        check_command_line(args[1:])
         self.config = parse(parser, args, config_files(args), FACTS_OF_DATA)
 
     def _parse_ckpt_path(self) -> None:
@@ -336,47 +325,6 @@ def remove_unused_version(trainer: Trainer) -> None:
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
-
-
-def config_files(args: list[str]) -> list[str]:
-    """Files that a command line names by --config or -c."""
-    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
-    return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-
-
-def with_config_paths(args: list[str]) -> list[str]:
-    """A command line where each config is the path of its file: those of the package are given by name.
-
-    Raises:
-        ValueError: there is neither a file nor a name like that.
-    """
-    found = list(args)
-    for place, arg in enumerate(args):
-        if arg in ("--config", "-c") and place + 1 < len(args):
-            found[place + 1] = config_file(args[place + 1])
-        elif arg.startswith("--config="):
-            found[place] = f"--config={config_file(arg.partition('=')[2])}"
-    return found
-
-
-def check_config_files(args: list[str]) -> None:
-    """Raises ValueError for a config that is no YAML mapping, or that states a fact of the data again for the model.
-
-    jsonargparse would override the latter by the link without a word, and would not name the file of the former.
-    """
-    for file in config_files(args):
-        config = read_config(file)
-        model = config.get("model")
-        init_args = model.get("init_args") if isinstance(model, dict) else None
-        for fact in LINKED:
-            if isinstance(init_args, dict) and fact in init_args:
-                raise ValueError(
-                    f"{file}: model.init_args.{fact} is taken from {FACTS_OF_DATA[fact]}: leave it out here"
-                )
-    for arg in args:
-        match = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
-        if match and match[1] in LINKED:
-            raise ValueError(f"{arg.partition('=')[0]} is taken from {FACTS_OF_DATA[match[1]]}: set that instead")
 
 
 def _quieten_lightning() -> None:

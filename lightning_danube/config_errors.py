@@ -81,7 +81,7 @@ def explain(message: str, config_files: Sequence[str], facts_of_data: dict[str, 
     if wrong_option:
         wrong_option = _refused(wrong_option, class_path)[0] if class_path else wrong_option.split(".")[-1]
     names = [wrong_option] if wrong_option else re.findall(r"class_path '([^']+)'", reason) or keys[-1:]
-    where = _place(
+    where = place_of_key(
         names[0].split(".")[-1] if names and "class_path" not in reason else names[0] if names else "", config_files
     )
     if reason.startswith("expected") and ", not " not in reason and value is not None and len(value) <= 60:
@@ -230,7 +230,7 @@ def _type_name(name: str) -> str:
     return name
 
 
-def _place(key: str, config_files: Sequence[str]) -> str:
+def place_of_key(key: str, config_files: Sequence[str]) -> str:
     """ "file, line n: " of the first line that states the key (or holds the class path), "" if no file does."""
     if not key:
         return ""

@@ -57,7 +57,8 @@ if __name__ == "__main__":
     fitting = ["--config", "quickstart", "--config", "small.yaml"]
     assert main(["prepare", *fitting, "--processes", "2"]) == 0
     assert main(["fit", *fitting]) == 0
-    assert main(["generate", "--weights", "runs/quickstart/version_0", "--prompt", "The river", "--max-new-tokens", "4"]) == 0
+    writing = ["--weights", "runs/quickstart/version_0", "--prompt", "The river", "--max-new-tokens", "4"]
+    assert main(["generate", *writing]) == 0
 """
 
 SMALL = """

@@ -341,23 +341,22 @@ def test_a_run_answers_at_any_moment(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["fit", "validate"])
-def test_a_second_interrupt_ends_a_run_and_its_processes(program: Any, tmp_path: Path, verb: str) -> None:
-    moment = "step" if verb == "fit" else "validation"
-    busy = run(program, tmp_path, moment, 10**9, "--trainer.max_steps", "8", "--data.init_args.workers", "1", verb=verb)
+@pytest.mark.parametrize("moment", ["start", "step", "validation"])
+def test_a_second_interrupt_ends_a_run_and_its_processes(program: Any, tmp_path: Path, moment: str) -> None:
+    busy = run(program, tmp_path, moment, 10**9, "--data.init_args.workers", "1")
     busy.wait_for("busy")
     os.killpg(busy.process.pid, signal.SIGINT)
-    busy.wait_for("SIGINT: saving" if verb == "fit" else "SIGINT: stopping")
+    busy.wait_for("SIGINT: stopping" if moment == "start" else "SIGINT: saving")
     time.sleep(0.3)
     os.killpg(busy.process.pid, signal.SIGINT)
     assert busy.end() == (130, [])
 
 
-def run(program: Any, folder: Path, moment: str, rounds: int, *options: str, verb: str = "fit") -> Busy:
+def run(program: Any, folder: Path, moment: str, rounds: int, *options: str) -> Busy:
     (folder / "blocking.py").write_text(CALLBACK)
     tiny = write_tiny(folder)
     callback = f"    - class_path: blocking.Block\n      init_args: {{moment: {moment}, rounds: {rounds}}}\n"
     (folder / "told.yaml").write_text((tiny / "tiny.yaml").read_text() + callback)
     text = "from lightning_danube.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
-    busy: Busy = program(text, verb, "--config", "told.yaml", *options)
+    busy: Busy = program(text, "fit", "--config", "told.yaml", *options)
     return busy

@@ -1,0 +1,95 @@
+"""What is wrong with a command line, as far as it shows without the classes that it configures: at once.
+
+Importing PyTorch and Lightning takes seconds, and most typing errors need neither of them to be found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+
+from lightning_danube.config_errors import TOP_LEVEL, place_of_key, read_config
+from lightning_danube.configured import LINKED
+from lightning_danube.named_configs import config_file
+
+FACTS_OF_DATA = {
+    "vocab_size": "data.tokenizer",
+    "context_length": "data.context_length",
+    "max_position_embeddings": "data.context_length",
+    "batch_tokens": "data.batch_tokens",
+    "total_tokens": "data.stages",
+}
+"""Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
+
+# Of single verbs, and of the parser itself.
+_OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
+
+
+def check_command_line(args: Sequence[str]) -> None:
+    """
+    Args:
+        args: of a verb that takes a configuration, without the verb.
+
+    Raises:
+        ValueError: a configuration is missing or no YAML mapping, a section is unknown, or a fact of the data is stated
+            for the model.
+    """
+    args = with_config_paths(args)
+    for file in config_files(args):
+        for key in read_config(file):
+            if key not in (*TOP_LEVEL, *_OTHER_FLAGS):
+                raise ValueError(
+                    f"{place_of_key(str(key), [file])}{key!r} is not an option of this command: {_meant(str(key))}"
+                )
+    for arg in args:
+        match = re.match(r"--([A-Za-z]\w*)", arg)
+        if match and match[1] not in (*TOP_LEVEL, *_OTHER_FLAGS):
+            close = get_close_matches(match[1], TOP_LEVEL, n=1)
+            hint = f": did you mean --{close[0]}?" if close else ", see --help"
+            raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
+    _check_facts_of_data(args)
+
+
+def _meant(key: str) -> str:
+    close = get_close_matches(key, TOP_LEVEL, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TOP_LEVEL)}"
+
+
+def config_files(args: Sequence[str]) -> list[str]:
+    """Files that a command line names by --config or -c."""
+    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
+    return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+
+
+def with_config_paths(args: Sequence[str]) -> list[str]:
+    """A command line where each config is the path of its file: those of the package are given by name.
+
+    Raises:
+        ValueError: there is neither a file nor a name like that.
+    """
+    found = list(args)
+    for place, arg in enumerate(args):
+        if arg in ("--config", "-c") and place + 1 < len(args):
+            found[place + 1] = config_file(args[place + 1])
+        elif arg.startswith("--config="):
+            found[place] = f"--config={config_file(arg.partition('=')[2])}"
+    return found
+
+
+def _check_facts_of_data(args: Sequence[str]) -> None:
+    """Refuses a fact of the data that is stated again for the model: the link would override it without a word."""
+    for file in config_files(args):
+        config = read_config(file)
+        model = config.get("model")
+        init_args = model.get("init_args") if isinstance(model, dict) else None
+        for fact in LINKED:
+            if isinstance(init_args, dict) and fact in init_args:
+                raise ValueError(
+                    f"{file}: model.init_args.{fact} is taken from {FACTS_OF_DATA[fact]}: leave it out here"
+                )
+    for arg in args:
+        match = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
+        if match and match[1] in LINKED:
+            raise ValueError(f"{arg.partition('=')[0]} is taken from {FACTS_OF_DATA[match[1]]}: set that instead")

@@ -1,0 +1,68 @@
+"""What a command line may import before it does its work. Heavy libraries take seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.__main__ import TRAINER_VERBS
+from lightning_danube.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HEAVY = (
+    *("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "peft", "bitsandbytes"),
+    *("tensorboard", "matplotlib", "scipy", "sklearn", "pandas", "pyarrow", "numpy", "jsonargparse", "optuna"),
+    *("lm_eval", "hqq", "llama_cpp", "gguf", "datatrove", "huggingface_hub", "safetensors", "omegaconf", "yaml"),
+)
+
+
+def imported_by(*args: str) -> set[str]:
+    """Heavy libraries that a command line has imported when it ends."""
+    code = (
+        "import sys\nfrom lightning_danube.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\nprint()\nprint(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return {*HEAVY} & {*done.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fti"], *([verb, "--help"] for verb in COMMANDS)])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    assert imported_by(*args) == set()
+
+
+@pytest.mark.parametrize("verb", [*TRAINER_VERBS, "plan", "prepare"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--config", "quickstrat"],
+        ["--config", "quickstart", "--trainerr.max_steps", "3"],
+        ["--config", "quickstart", "--model.init_args.vocab_size", "3"],
+    ],
+)
+def test_a_typing_error_is_found_before_anything_heavy_is_imported(verb: str, mistake: list[str]) -> None:
+    assert imported_by(verb, *mistake) <= {"yaml", "omegaconf"}
+
+
+def test_generate_reads_its_options_before_it_loads_torch() -> None:
+    assert imported_by("generate", "--weights", "there", "--promt", "x") == set()
+    assert imported_by("generate", "--weights", "there") == set()  # nothing to continue
+
+
+def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
+    """Weights that are missing: the loader is imported, the trainer's libraries are not."""
+    found = imported_by("generate", "--weights", str(tmp_path / "nothing"), "--prompt", "x")
+    assert not found & {"lightning", "torchmetrics", "datasets", "peft", "scipy", "sklearn", "matplotlib", "pandas"}
+
+
+def test_the_test_sees_what_is_imported() -> None:
+    assert "yaml" in imported_by("fit", "--config", "quickstrat")
