@@ -26,6 +26,8 @@ from lightning_danube.runs import newest_checkpoint
 from tests.test_world_size import Sessions, assert_same_run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 MOMENTS = """
 from lightning.pytorch import Callback
 

@@ -416,6 +416,7 @@ def test_rows_without_end_are_refused_by_name(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_a_single_line(tmp_path: Path) -> None:
     """200 MB without a line break: memory stays below that of the libraries (about 500 MB) and a few units."""
     line = (" ".join(texts(2000)).replace("\n", " ") + " ").encode()

@@ -527,6 +527,7 @@ print(max(peak, anonymous()) - start, sum(p.numel() * p.element_size() for p in 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("stored", "wanted"), [("F32", "float32"), ("F32", "bfloat16"), ("Q8_0", "float32")])
 def test_a_big_model_is_never_there_twice(stored: str, wanted: str, tmp_path: Path) -> None:
     decoder = Decoder(DecoderConfig(1024, 2816, 6, 8, 4, vocab_size=8192))
