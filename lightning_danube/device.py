@@ -15,9 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Allowed error of a matrix product, relative to its largest element, by type.
@@ -192,7 +196,13 @@ def widest_float(device: torch.device) -> torch.dtype:
 # --- what kernels ask, also from compiled code ------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+def constant_in_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
+    """Does what `torch.compiler.assume_constant_result` does, which imports PyTorch's compiler (1.4 CPU seconds)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_compiled_code
 def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN has products of this type on this processor. Asks for instructions and measures nothing."""
     if not torch.backends.mkldnn.is_available():
@@ -204,7 +214,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-@torch.compiler.assume_constant_result
+@constant_in_compiled_code
 def onednn_multiplies_float32() -> bool:
     """Whether oneDNN multiplies float32 matrices at the moment: `exact_products_by_onednn` or the user allows it."""
     return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() != "highest"

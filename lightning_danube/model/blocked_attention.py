@@ -12,8 +12,9 @@ Shapes: B batch, T tokens, H query heads, G key-value heads (G divides H), R = H
 of a head, Q queries of a block, S the keys that a block may see, N = B * G.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..device import onednn_multiplies, onednn_multiplies_float32
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # One core of an EPYC with AVX-512, 6 heads on 2 of 64 channels, bfloat16, ms of forward + backward:
 #
@@ -46,7 +50,20 @@ def is_faster(q_BHTK: Tensor) -> bool:
     return q_BHTK.dtype == torch.float32 and q_BHTK.shape[2] <= WIDE_TOKENS and onednn_multiplies_float32()
 
 
-@torch.compiler.disable
+def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
+    """Does what `torch.compiler.disable` does, at the first call. It imports PyTorch's compiler (1.4 CPU seconds)."""
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+@outside_compiled_code
 def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
     """Causal `F.scaled_dot_product_attention` of as many queries as keys, (B, H, T, K). A mask (true where a query may
     see a key; each sees one at least) hides more, it does not show what is later. Compiled code calls it as it is."""

@@ -120,6 +120,13 @@ class Backbone(nn.Module):
         return self.norm(hidden_BTD)
 
 
+def new_embedding(rows: int, size: int) -> nn.Embedding:
+    """nn.Embedding. On the meta device its own initialization would import PyTorch's compiler (1.4 CPU seconds)."""
+    if torch.get_default_device().type == "meta":
+        return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+    return nn.Embedding(rows, size)
+
+
 class Decoder(nn.Module):
     """A language model built from its config, with initialized weights unless it is built on the meta device
     (then: `to_empty`, `init_weights`, or `load_state_dict(..., assign=True)`).
@@ -135,7 +142,7 @@ class Decoder(nn.Module):
         c, head_dim = config, config.head_dim
         assert head_dim is not None  # resolved by the config
         self.model = Backbone(
-            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            embed_tokens=new_embedding(c.vocab_size, c.hidden_size),
             layers=[
                 Block(
                     c.hidden_size,

@@ -145,8 +145,9 @@ class TransposedLinear(JoinedLinear):
     """A linear layer whose weight is stored by columns, (in, out): the products of a column are then neighbours."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        super().__init__(layers)
-        self.weight.data = self.weight.t().contiguous().t()
+        nn.Module.__init__(self)
+        weight_KN = torch.cat([layer.weight.detach().t() for layer in layers], dim=1).contiguous()
+        self.weight = nn.Parameter(weight_KN.t(), requires_grad=False)
 
 
 class PackedLinear(nn.Module):
