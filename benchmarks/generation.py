@@ -145,7 +145,7 @@ def open_contestants(
     """Name → what generates so many tokens after a prompt; the model's shape; and a line about who is not there."""
     unpacked = decoder_of(arguments, dtype)
     packed = copy.deepcopy(unpacked)
-    is_packed = pack_for_generation(packed)
+    is_packed = pack_for_generation(packed, rows=arguments.rows)
     context = max(arguments.prompt_tokens) + arguments.new_tokens
     config = LlamaConfig.from_dict(unpacked.config.to_hf(None, None, None))
     with torch.device(arguments.device):

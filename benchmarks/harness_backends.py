@@ -40,7 +40,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     torch.set_num_threads(arguments.threads)
     decoder, tokenizer = load_as_exported(arguments.weights, dtype="float32")
-    pack_for_generation(decoder)
+    pack_for_generation(decoder, rows=8192)
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "model"
         assert danube(["export", "--weights", arguments.weights, "--dtype", "float32", "--out", str(out)]) == 0

@@ -90,7 +90,7 @@ def run(arguments: Namespace) -> None:
     )
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
-    pack_for_generation(decoder)
+    pack_for_generation(decoder, rows=min(arguments.batch_size, len(prompts)))
     compiled = None
     if arguments.compile:
         compiled = CompiledStep(decoder)

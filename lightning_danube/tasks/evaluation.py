@@ -83,7 +83,7 @@ class Evaluation(LightningModule):
     def on_test_start(self) -> None:
         # A CPU reads prompts in less than two thirds of the time then. What is packed takes no other type than its own.
         if not str(self.trainer.precision).endswith("mixed"):
-            pack_for_generation(self.decoder)
+            pack_for_generation(self.decoder, rows=self.places)
 
     def test_step(self, batch: int, batch_idx: int) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

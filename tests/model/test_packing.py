@@ -4,9 +4,18 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.device import onednn_packs
-from lightning_danube.model import Decoder, DecoderConfig, generate
-from lightning_danube.model.packing import JoinedLinear, PackedLinear, pack, pack_for_generation
+from lightning_danube.device import fbgemm_packs, mkl_reads_columns_faster, onednn_packs
+from lightning_danube.model import Decoder, DecoderConfig, KVCache, generate, packing
+from lightning_danube.model.packing import (
+    ConvertingLinear,
+    Float16Linear,
+    JoinedLinear,
+    PackedLinear,
+    TransposedLinear,
+    linear_of_16_bits,
+    pack,
+    pack_for_generation,
+)
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 SHAPES = {
@@ -26,20 +35,117 @@ def pair(config: DecoderConfig, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
     return exact, rounded
 
 
+def linear_layers(decoder: Decoder) -> set[type]:
+    return {type(layer) for layer in decoder.modules() if type(layer).__name__.endswith("Linear")}
+
+
+def differences(exact: Decoder, packed: Decoder) -> float:
+    """The largest relative error of the logits, over batches of few rows and of many."""
+    errors = []
+    for batch in ((1, 1), (3, 1), (2, 17)):
+        ids = torch.randint(0, 101, batch)
+        expected = exact(ids)
+        errors.append(float((packed(ids) - expected).norm() / expected.norm()))
+    return max(errors)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-2)])
-def test_packed_decoders_give_the_same_logits(shape: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("rows", [1, 8])
+def test_packed_decoders_give_the_same_logits(shape: str, rows: int) -> None:
+    with torch.inference_mode():
+        exact, packed = pair(SHAPES[shape], torch.float32)
+        assert pack_for_generation(packed, rows=rows)
+        assert linear_layers(packed) == {TransposedLinear if rows == 1 and mkl_reads_columns_faster() else PackedLinear}
+        # A few roundings of 6e-8 in sums of up to a hundred.
+        assert differences(exact, packed) < 1e-6
+
+
+@pytest.mark.parametrize("linear", [PackedLinear, TransposedLinear])
+def test_layouts_give_the_same_logits(linear: Any) -> None:
+    with torch.inference_mode():
+        exact, packed = pair(CONFIG, torch.float32)
+        pack(packed, linear)
+        # As above.
+        assert differences(exact, packed) < 1e-6
+
+
+@pytest.mark.skipif(not onednn_packs(torch.bfloat16), reason="no 16-bit products here")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_decoders_give_the_same_logits_in_bfloat16(shape: str) -> None:
+    with torch.inference_mode():
+        exact, packed = pair(SHAPES[shape], torch.bfloat16)
+        assert pack_for_generation(packed)
+        assert linear_layers(packed) == {PackedLinear}
+        # About ten roundings to 8 bits in a row.
+        assert differences(exact, packed) < 4e-2
+
+
+@pytest.fixture
+def slow_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that does not multiply 16-bit matrices fast."""
+    real = packing.onednn_packs
+    monkeypatch.setattr(packing, "onednn_packs", lambda dtype: dtype == torch.float32 and real(dtype))
+    monkeypatch.setattr(packing, "onednn_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(packing, "fastest_type", lambda: torch.float32)
+
+
+@pytest.mark.skipif(not fbgemm_packs(), reason="this build of PyTorch has no FBGEMM")
+@pytest.mark.usefixtures("slow_16_bit_products")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_compute_in_float32(shape: str, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         exact, packed = pair(SHAPES[shape], dtype)
-        # Without 16-bit products oneDNN has no packed layout for bfloat16: such a decoder stays as it is.
-        assert pack_for_generation(packed) is onednn_packs(dtype)
-        packed_layers = 2 * 4 + 1 if onednn_packs(dtype) else 0
-        assert [type(layer) for layer in packed.modules()].count(PackedLinear) == packed_layers
-        for batch in ((1, 1), (3, 1), (2, 17)):
-            ids = torch.randint(0, 101, batch)
-            expected = exact(ids)
-            # float32: a few roundings of 6e-8 in sums of up to a hundred; bfloat16: about ten of 8 bits in a row.
-            assert (packed(ids) - expected).norm() < tolerance * expected.norm()
+        assert pack_for_generation(packed)
+        assert linear_layers(packed) == {Float16Linear}
+        # Weights are exact, all else is float32: as in a decoder with float32 weights.
+        assert differences(exact, packed) < 1e-6
+        assert KVCache.for_decoder(packed, 1, 8).keys_BGSK[0].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("slow_16_bit_products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_without_fbgemm_are_converted_for_many_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "fbgemm_packs", lambda: False)
+    with torch.inference_mode():
+        exact, packed = pair(CONFIG, dtype)
+        assert pack_for_generation(packed)
+        assert linear_layers(packed) == {ConvertingLinear}
+        ids = torch.randint(0, 101, (2, 17))
+        expected = exact(ids)
+        assert (packed(ids) - expected).norm() < 1e-6 * expected.norm()
+        # Few rows are rounded to the 16 bits of the weight.
+        assert differences(exact, packed) < {torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+        matrices = [tensor for tensor in packed.state_dict().values() if tensor.ndim > 1]
+        assert {tensor.dtype for tensor in matrices} == {dtype}
+
+
+@pytest.mark.skipif(not fbgemm_packs(), reason="this build of PyTorch has no FBGEMM")
+def test_weights_beyond_float16_are_not_packed_as_float16() -> None:
+    plain = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+    assert type(linear_of_16_bits([plain])) is Float16Linear
+    x = torch.randn(9, 8)
+    for factor in (2.0**20, 2.0**-20):
+        with torch.no_grad():
+            plain.weight.copy_(torch.randn(4, 8) * factor)
+        layer = linear_of_16_bits([plain])
+        assert type(layer) is ConvertingLinear
+        torch.testing.assert_close(layer(x), x @ plain.weight.float().t())
+
+
+@pytest.mark.usefixtures("slow_16_bit_products")
+def test_16_bit_decoders_with_other_layers_stay() -> None:
+    class Special(torch.nn.Linear):
+        pass
+
+    _, rounded = pair(CONFIG, torch.bfloat16)
+    first: Any = rounded.model.layers[0]
+    first.mlp.up_proj = Special(64, 96, bias=False, dtype=torch.bfloat16)
+    modules = list(rounded.modules())
+    assert not pack_for_generation(rounded)
+    assert list(rounded.modules()) == modules
 
 
 def test_packed_decoders_generate_the_same() -> None:
