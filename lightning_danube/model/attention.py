@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocked_attention import blocked_attention, is_faster
+from .elementwise import Turn, gains
 
 
 class Past(Protocol):
@@ -44,6 +45,9 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     bits, in 5.9 instead of 6.8 ms in float32, 6.8 instead of 7.1 in bfloat16 (one core, forward and backward, 4 x 1024
     tokens, 12 heads of 64).
     """
+    if gains(x_BTHK) and x_BTHK.dtype == cos_BT1K.dtype:
+        own: Tensor = Turn.apply(x_BTHK, cos_BT1K, sin_BT1K)
+        return own
     turned = x_BTHK * cos_BT1K + x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1) * sin_BT1K
     return turned.to(x_BTHK.dtype)
 

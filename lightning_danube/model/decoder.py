@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import GroupedQueryAttention, Past, RotaryEmbedding, document_mask
 from .config import DecoderConfig
+from .elementwise import Gate, RootMeanSquareNorm, gains
 
 if TYPE_CHECKING:
     from .generation import KVCache
@@ -36,6 +37,9 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         weight = self.weight
         if weight.dtype == hidden_BTD.dtype:
+            if gains(hidden_BTD) and weight.dtype in (torch.float32, torch.float64) and type(weight) is nn.Parameter:
+                normed: Tensor = RootMeanSquareNorm.apply(hidden_BTD, weight, self.eps)
+                return normed
             return F.rms_norm(hidden_BTD, weight.shape, weight, self.eps)
         # 16-bit activations with float32 gains (a quantized base, say) would leave the fused path with a warning.
         dtype = torch.promote_types(hidden_BTD.dtype, weight.dtype)
@@ -52,7 +56,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        gate, up = self.gate_proj(hidden_BTD), self.up_proj(hidden_BTD)
+        gated = Gate.apply(gate, up) if gains(gate) else F.silu(gate) * up
+        return self.down_proj(gated)
 
 
 class Block(nn.Module):

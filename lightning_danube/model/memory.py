@@ -91,8 +91,8 @@ class TrainingMemory:
         recompute: activation checkpointing.
         accumulate: whether a step has several micro-batches; gradients then live through all but the first.
         layout: how it is spread over devices.
-        gpu: kernels of CUDA rather than of the CPU: one for RMSNorm, which keeps its input alone, and flash attention
-            for 16 bits alone.
+        gpu: kernels of CUDA rather than of the CPU: RMSNorm keeps its input alone in 16 bits, too; the activated gate
+            is kept; flash attention is for 16 bits alone.
         document_masks: packed documents do not see each other.
         muon: the optimizer keeps one average of the blocks' matrices, where AdamW keeps two moments.
     """
@@ -167,8 +167,9 @@ class TrainingMemory:
     def norm_bytes(self) -> int:
         """Kept by one RMSNorm for its backward pass."""
         D, T = self.config.hidden_size, self.tokens
-        if self.gpu:
+        if self.gpu or self.weight_bytes == self._wide:
             return T * (D * self.weight_bytes + self._wide)
+        # The CPU's plain operations on 16-bit weights.
         return T * (2 * D * self._wide + self._wide)
 
     def block_bytes(self) -> int:
@@ -183,7 +184,9 @@ class TrainingMemory:
         # keeps, in float32.
         of_a_row = a if not self.gpu and a == 2 and onednn_multiplies(torch.bfloat16) else self._wide
         attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
-        per_token = a * c.hidden_size * queries_and_feed_forward + (attention + a * 4 * c.intermediate_size) // tp
+        # Gate, up and their product; on a GPU the activated gate, too.
+        feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
+        per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
         return 2 * self.norm_bytes() + self.tokens * per_token
 
     def kept_bytes(self) -> int:

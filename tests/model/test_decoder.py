@@ -133,7 +133,8 @@ def test_it_compiles_into_one_graph() -> None:
     decoder = Decoder(CONFIG)
     ids = torch.randint(0, 101, (1, 7))
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(ids), decoder(ids))
+    # Compiled code takes the plain operations, eager training those of elementwise.py: a few roundings of float32.
+    torch.testing.assert_close(compiled(ids), decoder(ids), rtol=1e-5, atol=1e-6)
     torch.compiler.reset()
 
 
