@@ -99,15 +99,14 @@ class Block:
 
     def scores(self, q_NPK: Tensor, k_NSK: Tensor, offset_NP1: Tensor | None) -> Tensor:
         """(N, R * Q, S), less an offset, -inf where hidden."""
-        scores_NPS = q_NPK.new_empty(len(q_NPK), q_NPK.shape[1], k_NSK.shape[1])
         if offset_NP1 is None:
-            scores_NPS.zero_()
+            scores_NPS = q_NPK @ k_NSK.transpose(1, 2)
         else:
-            torch.neg(offset_NP1.expand_as(scores_NPS), out=scores_NPS)
+            scores_NPS = torch.neg(offset_NP1.expand(-1, -1, k_NSK.shape[1])).baddbmm_(q_NPK, k_NSK.transpose(1, 2))
         rows = self.rows.stop - self.rows.start
         scores_BGRQS = scores_NPS.view(rows, -1, self.groups, self.queries.stop - self.queries.start, self.keys.stop)
         scores_BGRQS[..., self.masked].masked_fill_(self.hidden, float("-inf"))
-        return scores_NPS.baddbmm_(q_NPK, k_NSK.transpose(1, 2))
+        return scores_NPS
 
     def probabilities(self, q_NPK: Tensor, k_NSK: Tensor, largest_NP1: Tensor) -> Tensor:
         centred = largest_NP1 if largest_NP1.dtype in (torch.bfloat16, torch.float16) else None
@@ -128,6 +127,8 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         groups = q_BHTK.shape[1] // k_BGTK.shape[1]
         q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
+        # Copied once: the keys of each block are then a view.
+        k_BGTK, v_BGTK = k_BGTK.contiguous(), v_BGTK.contiguous()
         # Laid out as the caller reads it: heads side by side in each token.
         mixed_BHTK = torch.empty_like(q_BHTK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         largest_BHT1 = q_BHTK.new_zeros(*q_BHTK.shape[:3], 1)
