@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+# No variable leads to the clone: pip, too, would take the project for installed.
+CLEAN = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 pytestmark = pytest.mark.wheel
 
@@ -21,8 +23,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the clone: a build leaves folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "clone", symlinks=True, ignore=NOT_COPIED)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(folder / "clone")]
-    subprocess.run(build, check=True)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-qq",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(folder / "clone"),
+    ]
+    subprocess.run(build, check=True, env=CLEAN)
     shutil.rmtree(folder / "clone")
     (file,) = folder.glob("*.whl")
     return file
@@ -35,8 +47,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(environment, with_pip=True)
     pins = ROOT / "constraints.txt"
     torch = next(line for line in pins.read_text().splitlines() if line.startswith("torch=="))
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", str(pins), torch, str(wheel)], check=True)
+    # Without --no-compile, pip compiles every file of every package, which takes a minute of one core.
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-qq", "--no-compile"]
+    subprocess.run([*pip, "--disable-pip-version-check", "-c", str(pins), torch, str(wheel)], check=True, env=CLEAN)
     return environment / "bin"
 
 
@@ -46,9 +59,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(programs: Path, elsewhere: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs a command as in an activated environment; no variable leads to the clone."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environ = kept | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "XDG_CACHE_HOME": str(elsewhere / "cache")}
+    """Runs a command as in an activated environment."""
+    environ = CLEAN | {"PATH": f"{programs}{os.pathsep}{CLEAN['PATH']}", "XDG_CACHE_HOME": str(elsewhere / "cache")}
     done = subprocess.run(
         [str(programs / command[0]), *command[1:]], cwd=elsewhere, env=environ, capture_output=True, text=True
     )
