@@ -6,9 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-# For the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# This holds for the processes that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import ipaddress
 import json
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def is_local(host: Any) -> bool:

@@ -20,9 +20,7 @@ PIECE = 2**16
 
 def gains(x: Tensor) -> bool:
     """Whether these functions are faster than plain operations: in eager training on a CPU."""
-    return (
-        not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
-    )
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
 
 
 def pieces(rows: int, width: int) -> Iterator[slice]:
