@@ -74,7 +74,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {optimizer: {class_path: lightning_danube.training.optim.Muno}}}",
-            "there is no class 'Muno' in lightning_danube.training.optim: did you mean lightning_danube.training.optim.Muon?",
+            "there is no class 'Muno' in lightning_danube.training.optim: did you mean "
+            "lightning_danube.training.optim.Muon?",
         ),
         (
             "model: {init_args: {decoder: {hidden_size: x}}}",
