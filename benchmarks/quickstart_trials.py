@@ -43,6 +43,22 @@ DECODER, OPTIMIZER = f"{MODEL}.decoder", f"{MODEL}.optimizer"
 
 TRIALS: dict[str, list[str]] = {
     "chosen": [],
+    "3 × 96": [f"{DECODER}.hidden_size", "96", f"{DECODER}.intermediate_size", "256"],
+    "3 × 192": [f"{DECODER}.hidden_size", "192", f"{DECODER}.intermediate_size", "512"],
+    "3 × 256": [f"{DECODER}.hidden_size", "256", f"{DECODER}.intermediate_size", "768"],
+    "4 × 128": [f"{DECODER}.num_hidden_layers", "4"],
+    "6 × 128": [f"{DECODER}.num_hidden_layers", "6"],
+    "AdamW alone": [OPTIMIZER, "AdamW"],
+    "Muon 0.01": [f"{OPTIMIZER}.peak", "0.01"],
+    "Muon 0.04": [f"{OPTIMIZER}.peak", "0.04"],
+    "AdamW 0.0015 for the rest": [f"{MODEL}.learning_rate.peak", "1.5e-3"],
+    "AdamW 0.006 for the rest": [f"{MODEL}.learning_rate.peak", "6e-3"],
+    "8 rows": [f"{DATA}.batch_tokens", "2048", f"{DATA}.micro_batch_size", "8"],
+    "8 rows of 128": [f"{DATA}.context_length", "128", f"{DATA}.micro_batch_size", "8"],
+    "2 rows": [f"{DATA}.batch_tokens", "512", f"{DATA}.micro_batch_size", "2"],
+    "untied": [f"{DECODER}.tie_word_embeddings", "false"],
+    "no weight decay": [f"{OPTIMIZER}.weight_decay", "0.0"],
+    "Mistral's 32,000 pieces": [f"{DATA}.tokenizer", "mistral"],
 }
 """Name of a trial → what it changes."""
 
@@ -161,7 +177,7 @@ def scaled_schedule(tokens: int, options: list[str]) -> list[str]:
     """Warm-up and decay as the same share of another number of tokens, unless the trial states them."""
     rate = quickstart()["model"]["init_args"]["learning_rate"]
     key = f"{MODEL}.learning_rate"
-    if any(option.startswith(key) for option in options):
+    if any(option.startswith((f"{key}.warmup", f"{key}.decay")) for option in options):
         return []
     scaled = [name for name in ("warmup", "decay") if name in rate]
     # Rounded down: together they must fit into the run.
