@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_danube.adapters import Lora, weights_digest
 from lightning_danube.tasks import PreferenceTuning
-from lightning_danube.training.optim import LearningRate
+from lightning_danube.training.optim import LearningRate, Muon
 from lightning_danube.weights import load_decoder
 from tests.tiny_models import save_tiny
 
@@ -154,6 +154,11 @@ def test_a_fresh_adapter_leaves_the_reference_that_of_its_base(model: Path) -> N
 def test_a_beta_of_no_use_is_refused(model: Path, beta: float) -> None:
     with pytest.raises(ValueError, match=rf"model.beta is {beta}: give a number above 0, such as 0.1"):
         PreferenceTuning(weights=str(model), learning_rate=LearningRate(1e-3, 0.0, 0), beta=beta)
+
+
+def test_fine_tuning_refuses_muon(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.optimizer is Muon, which trains from random weights only: use AdamW"):
+        PreferenceTuning(weights=str(model), learning_rate=LearningRate(1e-3, 0.0, 0), optimizer=Muon())
 
 
 @pytest.mark.trl

@@ -217,3 +217,11 @@ def test_a_model_without_a_matrix_to_train_is_refused() -> None:
 def test_values_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon(**arguments)
+
+
+def test_sharded_matrices_are_refused() -> None:
+    decoder = tiny()
+    # What tells a distributed tensor from a plain one everywhere in this project.
+    decoder.model.layers[1].self_attn.o_proj.weight.device_mesh = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"Muon needs whole matrices, and trainer\.strategy shards them: use AdamW"):
+        Muon().build(decoder, lr=0.1)
