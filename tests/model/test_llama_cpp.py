@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lightning_danube.data.chat import MARKERS
 from lightning_danube.data.gguf_tokenizer import WORD_SPLITS, WordSplit, gguf_tokenizer_fields, load_gguf_tokenizer
 from lightning_danube.data.tokenizer import load_hf_tokenizer, mistral_model_file
 from lightning_danube.model import Decoder, DecoderConfig, generate
@@ -274,6 +275,20 @@ def test_mistral_ids_are_equal_here_in_sentencepiece_and_in_llama_cpp(mistral_fi
     assert_same_ids(tokenizer, mistral_file, texts)
     for text in texts:
         assert ids_of(tokenizer, text, special=False) == reference.encode(text), text
+
+
+@pytest.mark.llama_cpp
+def test_the_small_tokenizers_ids_are_equal_in_llama_cpp(tmp_path: Path) -> None:
+    tokenizer, file = load_hf_tokenizer("danube-small"), tmp_path / "model.gguf"
+    shape = DecoderConfig(32, 32, 1, 2, 1, vocab_size=len(tokenizer))
+    save_gguf(random_decoder(shape), file, dtype=torch.float32, tokenizer_fields=gguf_tokenizer_fields(tokenizer))
+    assert_same_ids(tokenizer, file, [*HARD, "".join(MARKERS), *random_texts(3000)])
+    with opened(file, vocab_only=True) as llama:
+        assert llama.tokenize(b"Once")[0] == tokenizer.bos_token_id
+        for text in HARD:
+            assert llama.detokenize(ids_of(tokenizer, text, special=False)).decode() == tokenizer.decode(
+                ids_of(tokenizer, text, special=False)
+            )
 
 
 @pytest.mark.llama_cpp
