@@ -209,7 +209,12 @@ class StopSignals:
         finally:
             self._answering.release()
         if phase.handles_interrupts:
-            _later(SECONDS_OF_PATIENCE, lambda: self._answered is answer and _say(number, phase))
+
+            def say_if_unanswered() -> None:
+                if self._answered is answer:
+                    _say(number, phase)
+
+            _later(SECONDS_OF_PATIENCE, say_if_unanswered)
             return
         _say(number, phase)
         if number == signal.SIGTERM and phase.raises is not None and self._threaded:
