@@ -17,7 +17,8 @@ First form: a prompt of random ids, greedy, --rows times at once, with the same 
 
 All live in one process with the same number of threads. In each round every contestant runs once, one after the other,
 each round begins with another one, and the first round is not counted. Prefill is the time to the first token, decode
-that from the first to the last; ratios are medians of the rounds' ratios. CPU seconds are those of the process.
+that from the first to the last; ratios are medians of the rounds' ratios. CPU seconds are those of the process. With
+--threads 1 on a CPU all times are CPU seconds, which a busy machine disturbs less.
 
 The memory's share is how much a second is read while decoding (each token the weights, and the cache as it is half way
 between the first and the last new token) beside what is read while summing one large tensor (the best of ten times).
@@ -92,6 +93,7 @@ def contest(arguments: argparse.Namespace) -> None:
                 notes.append(missing)
             elif "llama.cpp" in contestants:
                 packages.append("llama-cpp-python")
+                notes.append(f"llama.cpp uses {instructions(import_llama_cpp())}")
             speed = bytes_a_second(arguments.device)
             notes.append(f"memory is read at {speed / 1e9:,.1f} GB/s")
             for length in arguments.prompt_tokens:
@@ -105,6 +107,7 @@ def contest(arguments: argparse.Namespace) -> None:
         gc.collect()
     lines = [
         described(*dict.fromkeys(packages)),
+        f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
         *([torch.cuda.get_device_name()] if arguments.device == "cuda" else []),
         f"{arguments.threads} threads, {arguments.rows} row(s), {arguments.new_tokens} new tokens, {arguments.rounds} "
         f"rounds, medians (least to most); weights: {arguments.weights or f'random, {arguments.shape}'}",
@@ -116,8 +119,16 @@ def contest(arguments: argparse.Namespace) -> None:
         *rows,
     ]
     name = "generation" if arguments.device == "cpu" else "generation-cuda"
+    if arguments.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        name += "-avx2"
     name = f"{name}-{arguments.shape}" + (f"-rows-{arguments.rows}" if arguments.rows > 1 else "")
     write_result(name, "\n".join(lines))
+
+
+def instructions(llama_cpp: Any) -> str:
+    """The processor's instructions that llama.cpp was compiled for."""
+    flags = llama_cpp.llama_print_system_info().decode().split("|")
+    return ", ".join(flag.split("=")[0].split(":")[-1].strip() for flag in flags if flag.strip().endswith("= 1"))
 
 
 def bytes_a_second(device: str) -> float:
@@ -196,11 +207,18 @@ def decoder_of(arguments: argparse.Namespace, dtype: torch.dtype) -> Decoder:
     return decoder
 
 
+def now() -> float:
+    """Seconds. With one thread those of the process: other processes then disturb little."""
+    return (
+        time.process_time() if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter()
+    )
+
+
 def ours(decoder: Decoder, prompts: list[list[int]], new_tokens: int, compiled: CompiledStep | None = None) -> Times:
-    times = [time.perf_counter()]
+    times = [now()]
     for ids in TokenStream(decoder, prompts, new_tokens, compiled=compiled):
         ids.tolist()
-        times.append(time.perf_counter())
+        times.append(now())
     return times
 
 
@@ -209,7 +227,7 @@ class Clock(BaseStreamer):
         self.times: Times = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(now())
 
     def end(self) -> None:
         pass
@@ -217,7 +235,7 @@ class Clock(BaseStreamer):
 
 def transformers(model: Any, prompts: list[list[int]], new_tokens: int, cache: str | None = None) -> Times:
     clock = Clock()
-    began = time.perf_counter()
+    began = now()
     ids = torch.tensor(prompts, device=model.device)
     model.generate(
         ids,
@@ -232,9 +250,9 @@ def transformers(model: Any, prompts: list[list[int]], new_tokens: int, cache: s
 
 def llamas(llama: Any, prompt: list[int], new_tokens: int) -> Times:
     llama.reset()
-    times = [time.perf_counter()]
+    times = [now()]
     for _ in llama.generate(prompt, temp=0.0):
-        times.append(time.perf_counter())
+        times.append(now())
         if len(times) > new_tokens:
             break
     return times

@@ -1,14 +1,36 @@
-"""Decoders that only generate, with their matrices as the device's kernels read them best.
+"""Decoders that only generate, with their matrices stored as the device's kernels read them fastest.
 
-A decoding step at batch 1 reads every weight once and computes next to nothing, so what counts is how fast a kernel
-streams a matrix, and what each call costs besides. F.linear calls MKL for float32, and oneDNN for bfloat16 with the
-matrix as it lies. From oneDNN's own blocked layout both stream about twice as fast, and other numbers of rows gain, too
-(see `LAYOUT_ROWS`). torch.compile does the same when it freezes a model, with a C++ compiler at hand; these are the
-operators that it calls. As a call of theirs costs 8 us more than F.linear, matrices that share an input become one.
+A decoding step at batch 1 reads every weight once and computes almost nothing. Its speed is the speed at which a kernel
+streams a matrix, plus what each call costs. Which layout is fastest depends on the type, the number of rows and the
+processor. Matrices that share an input become one matrix, because a call of a packed layer costs 8 us more than
+F.linear.
 
-On a GPU matrices of one input become one, too, as they lie: a compiled step then has ten kernels a layer beside
-attention's three, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that gains
-was not measured.
+ms for the 106 million weights of SmolLM2-135M's blocks (120 matrices), CPU time of one core of an EPYC (Zen 4) on a
+busy machine, the best of ten. AVX2 was emulated on the same core (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
+FBGEMM_ENABLE_INSTRUCTIONS, MKL_ENABLE_INSTRUCTIONS). Activations have the weight's type, with FBGEMM and where the
+weight is converted they are float32:
+
+                                     AVX-512                             AVX2
+    rows                             1     2     8    32   128           1     2     8    32   128
+    float32, F.linear             41.7  70.2  87.5   141   388        41.8  66.1  66.4   156   383
+    float32, stored by columns    31.6  42.3  97.4   169   383        30.8  45.6  77.4   144   366
+    float32, oneDNN               37.7  45.9  50.7   106   299        46.8  50.3  69.5   120   328
+    bfloat16, F.linear            31.5  31.6  51.3    89   195        14.5  25.1  94.0   492  1547
+    bfloat16, oneDNN              18.9  23.0  23.8    50   157           -     -     -     -     -
+    bfloat16, converted           27.2  39.1  89.9   180   387        27.5  41.5  62.5   146   411
+    float16, F.linear             14.6  23.8   131   487  2031        13.8  24.0  97.3   411  1812
+    float16, FBGEMM               11.7  12.2  27.7    95   301        11.8  12.2  23.5    81   299
+
+So 16-bit weights go to oneDNN where the processor multiplies their type, and to FBGEMM elsewhere. float16 has more
+digits than bfloat16, so FBGEMM holds bfloat16 weights exactly unless they are very large or very small. float32 goes to
+oneDNN, but one row on AVX2 is read by columns. There a prompt of 64 tokens takes about 10 % longer (238 and
+259 ms, not 221 and 225), and each new token 20 % less (50 and 54 ms, not 61 and 67).
+
+torch.compile uses oneDNN's operators, too, when it freezes a model and finds a C++ compiler.
+
+On a GPU matrices of one input become one, too, in their plain layout: a compiled step then has ten kernels a layer
+beside attention's three, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that
+gains was not measured.
 """
 
 import itertools
@@ -40,7 +62,8 @@ ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with
 
 
 FEW_ROWS = 4
-"""Rows up to which `ConvertingLinear` multiplies in 16 bits."""
+"""Rows up to which `ConvertingLinear` multiplies in 16 bits. With AVX2 alone 4 rows take as long either way (bfloat16,
+the matrices above: 46 ms, converted 49)."""
 
 
 def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
