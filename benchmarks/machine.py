@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_danube.provenance import commit, machine
 from lightning_danube.result_files import write_parquet
@@ -21,7 +24,14 @@ def described(*packages: str) -> str:
     """Day, commit, processor and versions, as one line."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     parts = [str(datetime.date.today()), f"commit {commit()}", machine()]
-    return ", ".join([*parts, f"Python {platform.python_version()}", *versions])
+    return ", ".join([*parts, instructions(), f"Python {platform.python_version()}", *versions])
+
+
+def instructions() -> str:
+    """The vector instructions that PyTorch uses here, and whether the environment has lowered them."""
+    chosen = any(os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability} by ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA" if chosen else capability
 
 
 def write_result(name: str, text: str, rows: Sequence[dict[str, Any]] = ()) -> None:

@@ -133,7 +133,9 @@ def main() -> None:
     slow_in_16_bits = arguments.device == "cpu" and fastest_type(training=True) == torch.float32
     for precision in arguments.precision or (["fp32"] if slow_in_16_bits else ["bf16", "fp32"]):
         lines += ["", f"{precision}:", "", *compare(arms, precision, arguments)]
-    write_result("training-overhead" if arguments.overhead else f"training-{arguments.shape}", "\n".join(lines))
+    kind = "cuda" if arguments.device == "cuda" else torch.backends.cpu.get_cpu_capability().lower()
+    name = "training-overhead" if arguments.overhead else f"training-{arguments.shape}"
+    write_result(f"{name}-{kind}", "\n".join(lines))
 
 
 def compare(arms: list[str], precision: str, arguments: argparse.Namespace) -> list[str]:

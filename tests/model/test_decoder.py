@@ -130,11 +130,11 @@ def test_activation_checkpointing_changes_no_gradient(documents: torch.Tensor | 
 
 def test_it_compiles_into_one_graph() -> None:
     torch.manual_seed(0)
-    decoder = Decoder(CONFIG)
+    decoder = Decoder(CONFIG).double()
     ids = torch.randint(0, 101, (1, 7))
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
-    # Compiled code takes the plain operations, eager training those of elementwise.py: a few roundings of float32.
-    torch.testing.assert_close(compiled(ids), decoder(ids), rtol=1e-5, atol=1e-6)
+    # Compiled code takes the plain operations, eager training those of elementwise.py: they sum in another order.
+    torch.testing.assert_close(compiled(ids), decoder(ids), rtol=1e-10, atol=1e-12)
     torch.compiler.reset()
 
 
