@@ -260,7 +260,6 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _MADV_HUGEPAGE = 14
 
 
-@functools.cache
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory in the process, in huge pages. Returns whether the memory is kept (Linux with
     glibc only).
