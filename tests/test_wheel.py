@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 # No variable leads to the clone: pip, too, would take the project for installed.
-CLEAN = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+# Modules are compiled once, at their first import: pip would compile every file of every package, which takes a minute.
+DROPPED = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+CLEAN = {name: value for name, value in os.environ.items() if name not in DROPPED}
 
 pytestmark = pytest.mark.wheel
 
@@ -47,7 +49,6 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(environment, with_pip=True)
     pins = ROOT / "constraints.txt"
     torch = next(line for line in pins.read_text().splitlines() if line.startswith("torch=="))
-    # Without --no-compile, pip compiles every file of every package, which takes a minute of one core.
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-qq", "--no-compile"]
     subprocess.run([*pip, "--disable-pip-version-check", "-c", str(pins), torch, str(wheel)], check=True, env=CLEAN)
     return environment / "bin"
@@ -112,8 +113,9 @@ def test_plan(programs: Path, elsewhere: Path) -> None:
 
 
 def test_the_quickstart_from_prepare_to_gguf(programs: Path, elsewhere: Path) -> None:
-    """The README's commands in its order. The copy of the config counts as much as the name."""
-    said = run(programs, elsewhere, "lightning-danube", "prepare", "--config", "mine.yaml", "--processes", "2").stdout
+    """The README's commands in its order. A copy of the config has the same data as the name."""
+    run(programs, elsewhere, "lightning-danube", "configs", "copy", "quickstart", "copy.yaml")
+    said = run(programs, elsewhere, "lightning-danube", "prepare", "--config", "copy.yaml", "--processes", "2").stdout
     assert "web" in said
     steps = ["--trainer.max_steps", "2", "--trainer.num_sanity_val_steps", "0"]
     fit = run(programs, elsewhere, "lightning-danube", "fit", "--config", "quickstart", *steps)
