@@ -107,11 +107,10 @@ def trial(name: str, options: list[str], seconds: float) -> dict[str, Any]:
         tokens = round(seconds / seconds_per_step) * tokens_of_a_step(runs / "timed" / "version_0")
         length = [f"{DATA}.stages", json.dumps(stages_of(tokens)), *scaled_schedule(tokens, options)]
         said, steps = run("fit", runs, "trial", [*options, *length])
-        run("test", runs, "trial", [*options, *length, "--ckpt_path", "last"])
-        (measured,) = (summary for summary in summaries(runs / "trial") if "perplexity" in summary)
-        (trained,) = (summary for summary in summaries(runs / "trial") if "stages" in summary)
+        tested, _ = run("test", runs, "trial", [*options, *length, "--ckpt_path", "last"])
+        trained = summary_of(runs / "trial" / "version_0" / "summary.json")
+        bits = summary_of(Path(re.findall(r"^written to (.*)$", tested, flags=re.MULTILINE)[0]))["val_bits_per_byte"]
     sample = re.search(r"^sample: (.*)$", said, flags=re.MULTILINE)
-    bits = measured["val_bits_per_byte"]
     return {
         "trial": name,
         "options": options,
@@ -148,8 +147,9 @@ def run(verb: str, runs: Path, name: str, options: list[str]) -> tuple[str, list
     return done.stdout, json.loads(clock.read_text(encoding="utf-8"))
 
 
-def summaries(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.rglob("summary.json"))]
+def summary_of(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
 
 
 def tokens_of_a_step(run_directory: Path) -> int:
