@@ -144,7 +144,7 @@ class WideEmbedding(nn.Module):
 
     activation_dtype = torch.float32
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
 

@@ -113,7 +113,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([muon, *(self._adamw.param_groups if self._adamw else [])], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
