@@ -94,8 +94,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "bad.yaml: model.init_args.total_tokens is taken from data.stages: leave it out here",
         ),
         (
-            "model: {init_args: {learning_rate: {shape: linear}}}",
-            "model.learning_rate.shape: expected one of 'cosine', 'wsd', not linear",
+            "model: {init_args: {learning_rate: {shape: exponential}}}",
+            "model.learning_rate.shape: expected one of 'cosine', 'linear', 'wsd', not exponential",
         ),
         (
             "model: {init_args: {decoder: danube3-500M}}",

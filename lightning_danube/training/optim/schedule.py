@@ -17,7 +17,7 @@ class LearningRate:
         peak: rate after the warm-up.
         final: rate at the end of the run.
         warmup: tokens of linear rise from 0 ("2.36B").
-        shape: "cosine" falls from the peak to the end; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395)
+        shape: "cosine" and "linear" fall from the peak to the end; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395)
             stays at the peak and falls linearly over the last `decay` tokens.
         decay: tokens of the fall, for "wsd" only.
 
@@ -28,7 +28,7 @@ class LearningRate:
     peak: float
     final: float
     warmup: int | str
-    shape: Literal["cosine", "wsd"] = "cosine"
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
     decay: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -57,9 +57,10 @@ class LearningRate:
         warmup = int(self.warmup)
         if tokens < warmup:
             return self.peak * tokens / warmup
-        if self.shape == "cosine":
+        if self.shape != "wsd":
             progress = min(1.0, (tokens - warmup) / max(1, total_tokens - warmup))
-            return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+            left = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+            return self.final + (self.peak - self.final) * left
         decay = int(self.decay or 0)
         left = max(0.0, (total_tokens - tokens) / decay)
         return self.peak if left >= 1 else self.final + (self.peak - self.final) * left

@@ -15,6 +15,12 @@ def test_cosine_goes_through_hand_computed_values() -> None:
     assert rate.at(1100, 1100) == pytest.approx(1e-5)
 
 
+def test_linear_falls_evenly_after_the_warm_up() -> None:
+    rate = LearningRate(peak=1e-3, final=2e-4, warmup=100, shape="linear")
+    assert rate.at(50, 1100) == pytest.approx(5e-4)
+    assert [rate.at(t, 1100) for t in (100, 600, 850, 1100)] == pytest.approx([1e-3, 6e-4, 4e-4, 2e-4])
+
+
 def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
     rate = LearningRate(peak=1e-3, final=1e-4, warmup="0.1K", shape="wsd", decay=200)
     assert [rate.at(t, 1000) for t in (100, 500, 800)] == pytest.approx([1e-3] * 3)
