@@ -273,7 +273,7 @@ class DanubeCLI(LightningCLI):
             )
         RankLauncher.install(trainer)
         # Lightning takes SIGTERM when it starts, and in a validation or a test does nothing about it.
-        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
     def _plugins(self) -> list[Any]:

@@ -86,7 +86,9 @@ def choose(kind: str, *, trains: bool = True, before: str | None = None) -> Choi
     if RANK_ZEROS in os.environ:
         return Choice(os.environ[RANK_ZEROS], "as on rank 0")
     precision, reason = _fastest(kind)
-    if before in PRECISION_OF.values() and before != precision and _slowdown(before, precision, kind) < MUCH_SLOWER:
+    if before is None or before not in PRECISION_OF.values():
+        return Choice(precision, reason)
+    if before != precision and _slowdown(before, precision, kind) < MUCH_SLOWER:
         return Choice(before, f"as before; a new run would take {precision} here")
     return Choice(precision, reason)
 

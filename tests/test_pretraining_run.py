@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     data.setup("validate")
     for name, loss in summary["val_loss"].items():
         n = summary["val_tokens"][name]
-        text = data.tokenizer.hf.decode(data.shards[name].tokens("validation").read(1, n + 1), skip_special_tokens=True)
+        text = data.tokenizer.text(data.shards[name].tokens("validation").read(1, n + 1))
         assert text.count(name) >= 1 and "<s>" not in text
         bits = loss * n / len(text.encode()) / math.log(2)
         assert summary["val_bits_per_byte"][name] == pytest.approx(bits)

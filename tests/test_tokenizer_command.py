@@ -11,11 +11,11 @@ from lightning_danube.data.shards import is_held_out
 from lightning_danube.data.tokenizer import load_hf_tokenizer
 
 
-def make(*arguments: str | Path) -> int:
+def make(*arguments: object) -> int:
     return main(["tokenizer", *map(str, arguments)])
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a mistake gets."""
     capsys.readouterr()
     assert make(*arguments) == 2

@@ -351,9 +351,7 @@ class CurriculumData(LightningDataModule):
     def evaluation_bytes(self, limit: int | None) -> dict[str, int]:
         """Returns for each source the UTF-8 bytes of the text that those tokens stand for."""
         return {
-            name: len(
-                self.tokenizer.hf.decode(self._validation[name].read(1, n + 1), skip_special_tokens=True).encode()
-            )
+            name: len(self.tokenizer.text(self._validation[name].read(1, n + 1)).encode())
             for name, n in self.evaluation_tokens(limit).items()
         }
 

@@ -70,6 +70,12 @@ class DocumentTokenizer:
         """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
         return encode_documents(self.hf.backend_tokenizer, texts, self.bos_id, self.eos_id, self.dtype)
 
+    def text(self, ids: NDArray[Any]) -> str:
+        """The text of ids, (N,), without special tokens."""
+        decoded = self.hf.decode(ids, skip_special_tokens=True)
+        assert isinstance(decoded, str)
+        return decoded
+
     def identity(self) -> dict[str, Any]:
         """What is written beside ids made with this tokenizer."""
         return {

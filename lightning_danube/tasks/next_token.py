@@ -149,10 +149,12 @@ class NextTokenTask(LightningModule):
         """Lets the config decide the optimizer's settings. A loaded optimizer brings those that it was saved with, and
         the rate of its next step from the old schedule."""
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            groups = zip(optimizer.param_groups, self._group_settings, config.scheduler.lr_lambdas, strict=True)
+            scheduler = config.scheduler
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+            groups = zip(optimizer.param_groups, self._group_settings, scheduler.lr_lambdas, strict=True)
             for group, settings, rate_of_step in groups:
                 group.update(settings)
-                group["lr"] = rate_of_step(config.scheduler.last_epoch)
+                group["lr"] = rate_of_step(scheduler.last_epoch)
 
     def _rate_of_step(self, step: int) -> float:
         batch_tokens, total_tokens = self.length_in_tokens()
@@ -174,7 +176,7 @@ class NextTokenTask(LightningModule):
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
-        rates = [partial(self._rate_of_group, multiple) for multiple in multiples]
+        rates: list[Callable[[int], float]] = [partial(self._rate_of_group, multiple) for multiple in multiples]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

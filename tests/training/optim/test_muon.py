@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_the_matrices_of_the_blocks_are_muons_and_the_rest_is_adamws(tied: bool)
 
 def test_a_frozen_matrix_is_left_out() -> None:
     decoder = tiny()
-    frozen = decoder.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    frozen = decoder.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
     groups = Muon().build(decoder, lr=0.1).param_groups
     assert not any(parameter is frozen for group in groups for parameter in group["params"])
 
@@ -214,7 +215,7 @@ def test_a_model_without_a_matrix_to_train_is_refused() -> None:
         ({"momentum": 1.0}, r"optimizer\.momentum is 1\.0: give a number from 0 to below 1"),
     ],
 )
-def test_values_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_values_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon(**arguments)
 
@@ -222,6 +223,7 @@ def test_values_out_of_range_are_refused(arguments: dict[str, float], message: s
 def test_sharded_matrices_are_refused() -> None:
     decoder = tiny()
     # What tells a distributed tensor from a plain one everywhere in this project.
-    decoder.model.layers[1].self_attn.o_proj.weight.device_mesh = object()  # type: ignore[assignment]
+    sharded: Any = decoder.get_parameter("model.layers.1.self_attn.o_proj.weight")
+    sharded.device_mesh = object()
     with pytest.raises(ValueError, match=r"Muon needs whole matrices, and trainer\.strategy shards them: use AdamW"):
         Muon().build(decoder, lr=0.1)
