@@ -17,8 +17,8 @@ class LearningRate:
         peak: rate after the warm-up.
         final: rate at the end of the run.
         warmup: tokens of linear rise from 0 ("2.36B").
-        shape: "cosine" and "linear" fall from the peak to the end; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395)
-            stays at the peak and falls linearly over the last `decay` tokens.
+        shape: "cosine" and "linear" fall from the peak to the end. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv
+            2404.06395) stays at the peak and falls linearly over the last `decay` tokens.
         decay: tokens of the fall, for "wsd" only.
 
     Raises:
