@@ -56,6 +56,7 @@ TRIALS: dict[str, list[str]] = {
     "8 rows": [f"{DATA}.batch_tokens", "2048", f"{DATA}.micro_batch_size", "8"],
     "8 rows of 128": [f"{DATA}.context_length", "128", f"{DATA}.micro_batch_size", "8"],
     "2 rows": [f"{DATA}.batch_tokens", "512", f"{DATA}.micro_batch_size", "2"],
+    "cosine": [f"{MODEL}.learning_rate.shape", "cosine"],
     "untied": [f"{DECODER}.tie_word_embeddings", "false"],
     "no weight decay": [f"{OPTIMIZER}.weight_decay", "0.0"],
     "Mistral's 32,000 pieces": [f"{DATA}.tokenizer", "mistral"],
