@@ -16,4 +16,5 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding may not put the share itself outside, as it does by 1e-18 for no success in 40 trials.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
