@@ -257,12 +257,10 @@ def usable_cores() -> int:
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory in the process, in huge pages. Returns whether the memory is kept (Linux with
-    glibc only).
+    """Tells glibc to keep freed memory in the process. Returns whether this took effect (Linux with glibc only).
 
     glibc gives large blocks back to the system and gets them again page by page in every step. Up to half of the time
     of an eager training step goes into page faults on the logits. The price is that the peak stays reserved.
@@ -270,32 +268,9 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        glibc = ctypes.CDLL("libc.so.6")
-        mallopt = glibc.mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
     # -1: never give the end of the heap back, however large it is.
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 2**28}
-    kept = all(mallopt(option, value) == 1 for option, value in settings.items())
-    if kept:
-        _use_huge_pages(glibc)
-    return kept
-
-
-def _use_huge_pages(glibc: ctypes.CDLL) -> None:
-    """Asks Linux to back the heap by pages of 2 MiB. Most distributions give them only on request.
-
-    A step walks through gigabytes, and the processor translates the address of each page of 4 KiB anew. Addresses for
-    half of the machine's memory are reserved first, because the request holds only for addresses that the heap has.
-    Memory is used when it is written to, as before. A refusal of the system changes nothing.
-    """
-    glibc.malloc.restype = glibc.sbrk.restype = ctypes.c_void_p
-    glibc.malloc.argtypes, glibc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
-    glibc.sbrk.argtypes = [ctypes.c_ssize_t]
-    glibc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page = os.sysconf("SC_PAGE_SIZE")
-    start = -(-glibc.sbrk(0) // page) * page
-    glibc.free(glibc.malloc(os.sysconf("SC_PHYS_PAGES") * page // 2))
-    length = glibc.sbrk(0) - start
-    if length > 0:
-        glibc.madvise(start, length, _MADV_HUGEPAGE)
+    return all(mallopt(option, value) == 1 for option, value in settings.items())

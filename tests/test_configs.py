@@ -121,5 +121,5 @@ def test_the_quickstart_has_the_papers_web_shares_and_a_million_tokens(tmp_path:
     assert [stage.mix["web"] for stage in cli.datamodule.stages] == [90.6, 81.7, 51.6]
     assert cli.datamodule.total_tokens >= 1_000_000
     c = cli.model.config
-    # So that every quantization type of llama.cpp, which takes blocks of 256, applies to every matrix.
-    assert c.hidden_size % 256 == c.intermediate_size % 256 == c.num_attention_heads * c.head_dim % 256 == 0
+    # So that llama.cpp's types with blocks of 32 apply to every matrix. The K-quants need rows of 256.
+    assert c.hidden_size % 32 == c.intermediate_size % 32 == c.num_attention_heads * c.head_dim % 32 == 0

@@ -110,9 +110,10 @@ def test_at_the_start_the_loss_is_log_2_whatever_the_pairs(model: Path) -> None:
     task, batch = task_of(model).double(), batch_of_pairs()
     with torch.no_grad():
         batch["reference"] = task.log_probabilities(batch)
-    losses, rewards, _ = task.losses_of(batch)
+        losses, rewards, _ = task.losses_of(batch)
     assert torch.equal(losses, torch.full((3,), math.log(2), dtype=torch.float64)) and not rewards.any()
-    task.sum_of_losses(batch)
+    with torch.no_grad():
+        task.sum_of_losses(batch)
     chosen, rejected, margin, accuracy, pairs = task._sums.tolist()
     # Without any difference there is nothing to be right about: half of them are.
     assert (chosen, rejected, margin, accuracy, pairs) == (0, 0, 0, 1.5, 3)

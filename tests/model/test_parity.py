@@ -61,6 +61,9 @@ def test_logits_and_gradients(shape: str, dtype: torch.dtype, monkeypatch: pytes
     F.cross_entropy(reference.flatten(0, 1), labels.flatten()).backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    if dtype == torch.float32:
+        # Against float64 the gradients of both err by up to 2e-5 of the largest value: norms add up in another order.
+        tolerance = 5e-5
     for name, parameter in theirs.named_parameters():
         ours_grad = gradients[name]
         assert ours_grad is not None and parameter.grad is not None

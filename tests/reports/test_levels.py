@@ -66,7 +66,9 @@ def test_the_picture_has_a_point_for_each_file(evaluation: Path) -> None:
 
 def test_what_is_missing_is_said(evaluation: Path) -> None:
     runs = evaluation.parent.parent
-    with pytest.raises(MissingResult, match=r"no evaluation under .*other-test: .*quantization/other\.yaml` makes one"):
+    with pytest.raises(
+        MissingResult, match=r"no evaluation under .*other-test: .*--config quantization/other` makes one"
+    ):
         levels.read_levels(runs, "quantization-other")
     frame = levels.read_levels(runs, "quantization-tiny").assign(prefill_tokens_per_second=None)
     with pytest.raises(MissingResult, match=r"model\.cost: true"):

@@ -183,9 +183,12 @@ def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
         with pytest.raises(runs.MissingResult, match=going_on):
             part(run)
     for ask, answer in (
-        (runs.stage_spans, r"logged no mix/stage: name callbacks\.CurriculumStages in trainer\.callbacks"),
-        (runs.mix_over_tokens, r"logged no tokens_seen/web: name callbacks\.TokenLedger"),
-        (runs.text_samples, r"no text samples: name callbacks\.TextSamples"),
+        (
+            runs.stage_spans,
+            r"logged no mix/stage: name lightning_danube\.callbacks\.CurriculumStages in trainer\.callbacks",
+        ),
+        (runs.mix_over_tokens, r"logged no tokens_seen/web: name lightning_danube\.callbacks\.TokenLedger"),
+        (runs.text_samples, r"no text samples: name lightning_danube\.callbacks\.TextSamples"),
     ):
         with pytest.raises(runs.MissingResult, match=answer):
             ask(run)

@@ -147,5 +147,5 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
     assert len(scaling.loss_by_compute(study, "val_loss.web", law).axes[0].lines) == 6
     assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
     few = made(tmp_path, rows[:4], "few")
-    with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few\.yaml --resume` goes on"):
+    with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few --resume` goes on"):
         scaling.read_ladder(str(few), "few", "val_loss.web")

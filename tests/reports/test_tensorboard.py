@@ -28,5 +28,5 @@ def test_a_group_has_a_panel_a_tag(tiny_run: Path) -> None:
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert {ax.get_title() for ax in shown} == {"loss/train", "loss/held_out_web", "loss/held_out_wiki"}
     assert "web" in tensorboard.plan(run)
-    with pytest.raises(MissingResult, match=r"logged no recall/…: name callbacks\.FactRecall"):
+    with pytest.raises(MissingResult, match=r"logged no recall/…: name lightning_danube\.callbacks\.FactRecall"):
         tensorboard.group(run, "recall")

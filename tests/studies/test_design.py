@@ -95,14 +95,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, changes: dict[str, Any], message:
 def test_facts_of_a_config() -> None:
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     facts = facts_of(config)
-    assert facts["parameters"] == 21_105_920
-    # Stages end at whole batches of 4,096.
-    assert facts["tokens"] == 1_024_000
-    assert sum(facts["tokens_by_source"].values()) == pytest.approx(1_024_000)
-    assert facts["tokens_by_source"]["web"] == pytest.approx(610_304 * 0.906 + 270_336 * 0.817 + 143_360 * 0.516)
+    assert facts["parameters"] == 1_115_008
+    # Stages end at whole batches of 1,024.
+    assert facts["tokens"] == 1_601_536
+    assert sum(facts["tokens_by_source"].values()) == pytest.approx(1_601_536)
+    assert facts["tokens_by_source"]["web"] == pytest.approx(960_512 * 0.906 + 430_080 * 0.817 + 210_944 * 0.516)
     assert facts_of({"data": {}, "model": {}}) == {"parameters": None, "tokens": None, "tokens_by_source": None}
     table = facts_table({"one": facts, "two": facts_of({"data": {}, "model": {}})})
-    assert "21,105,920" in table and "–" in table
+    assert "1,115,008" in table and "–" in table
 
 
 def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
@@ -113,4 +113,4 @@ def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
         check_variants(design)
     assert "\n" not in str(caught.value)
     fine = read_design(write(tmp_path, base=base, baseline="a", variants={"a": {}, "b": {"trainer.max_steps": 2}}))
-    assert check_variants(fine)["b"]["parameters"] == 21_105_920
+    assert check_variants(fine)["b"]["parameters"] == 1_115_008
