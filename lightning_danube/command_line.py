@@ -1,4 +1,4 @@
-"""What is wrong with a command line, as far as it shows without the classes that it configures: at once.
+"""Finds the mistakes in a command line that show without the classes it configures, and reports them at once.
 
 Importing PyTorch and Lightning takes seconds, and most typing errors need neither of them to be found.
 """

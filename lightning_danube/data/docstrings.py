@@ -142,7 +142,7 @@ class Environment:
         return cls(tuple(dict.fromkeys(paths)), Path(sysconfig.get_path("stdlib")))
 
     def distributions(self) -> list[Distribution]:
-        """Those of `DISTRIBUTIONS` that are installed, in order of name.
+        """The installed distributions of `DISTRIBUTIONS`, in order of name.
 
         Of two that share a name, as an interrupted upgrade leaves them, the lower version counts.
         """

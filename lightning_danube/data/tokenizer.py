@@ -178,7 +178,6 @@ def mistral_model_file() -> Path:
 def _mistral_v1() -> PreTrainedTokenizerFast:
     import sentencepiece
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
     backend = sentencepiece_backend(
@@ -186,6 +185,18 @@ def _mistral_v1() -> PreTrainedTokenizerFast:
         [pieces.get_score(i) for i in range(pieces.vocab_size())],
     )
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return with_danube_tokens(backend, model_max_length=8192)
+
+
+def with_danube_tokens(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers whose special tokens have the roles that they have in Danube's tokenizer.
+
+    Args:
+        backend: a tokenizer that has `<unk>`, `<s>` and `</s>`.
+        options: further arguments of `PreTrainedTokenizerFast`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -194,7 +205,7 @@ def _mistral_v1() -> PreTrainedTokenizerFast:
         # Danube3 pads with id 0, as its config.json says.
         pad_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_max_length=8192,
+        **options,
     )
 
 

@@ -22,6 +22,7 @@ from lightning_danube.data.finished_shards import is_finished
 from lightning_danube.data.gguf_tokenizer import WORD_SPLITS
 from lightning_danube.data.reading import BadRow, DamagedFile, Document, cut, read_file
 from lightning_danube.data.shards import is_held_out
+from lightning_danube.data.tokenizer import with_danube_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,7 +49,6 @@ def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFas
         ValueError: too few pieces are asked for, or the texts have too few pairs that occur twice.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     check_pieces(pieces)
     backend = Tokenizer(models.BPE(ignore_merges=_SPLIT.ignore_merges))
@@ -69,15 +69,7 @@ def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFas
             f"the text gives {found:,} pieces, not {pieces:,}: no other pair of pieces occurs twice in it; give more "
             f"text, or --vocab-size {found}"
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        # As Danube3 pads: id 0.
-        pad_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return with_danube_tokens(backend)
 
 
 def check_pieces(pieces: int) -> None:
