@@ -24,10 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BUSY = """
 import hashlib, os, signal, sys, threading
 
+def say(what):
+    os.write(1, f"{what}\\n".encode())  # print writes text and newline apart, and another thread may come between
+
 def busy(rounds, what="returned"):
-    threading.Timer(0.1, lambda: print("busy", flush=True)).start()  # when the call has begun
+    threading.Timer(0.1, say, ["busy"]).start()  # when the call has begun
     hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
-    print(what, flush=True)
+    say(what)
 """
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals to other processes")
@@ -137,7 +140,7 @@ def test_one_stop_may_arrive_twice(program: Any) -> None:
 POOL = """
         from lightning_danube.worker_pool import WorkerPool
         with WorkerPool(2) as pool:
-            print("begin", flush=True)
+            say("begin")
             for work in [pool.submit(busy, ROUNDS, "made") for _ in range(20)]:
                 work.result()
 """
