@@ -230,14 +230,6 @@ def onednn_packs(dtype: torch.dtype) -> bool:
     )
 
 
-def mkl_reads_columns_faster() -> bool:
-    """Whether a float32 matrix with one row beside it is multiplied fastest by MKL from a transposed weight.
-
-    This was measured on processors with AVX2 alone (see model/packing.py). It asks for instructions, measures nothing.
-    """
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def fbgemm_packs() -> bool:
     """Whether FBGEMM has a linear layer with float16 weights and float32 sums (PyTorch's x86 builds on AVX2)."""
     return "fbgemm" in torch.backends.quantized.supported_engines and torch.backends.quantized.engine in (

@@ -5,26 +5,26 @@ streams a matrix, plus what each call costs. Which layout is fastest depends on 
 processor. Matrices that share an input become one matrix, because a call of a packed layer costs 8 us more than
 F.linear.
 
-ms for the 106 million weights of SmolLM2-135M's blocks (120 matrices), CPU time of one core of an EPYC (Zen 4) on a
-busy machine, the best of ten. AVX2 was emulated on the same core (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
+ms for the 106 million weights of SmolLM2-135M's blocks (120 matrices), by the clock of two cores of an idle EPYC
+(Zen 4), the best of ten. AVX2 was emulated on the same cores (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
 FBGEMM_ENABLE_INSTRUCTIONS, MKL_ENABLE_INSTRUCTIONS). Activations have the weight's type, with FBGEMM and where the
-weight is converted they are float32:
+weight is converted they are float32 (python benchmarks/layouts.py --threads 2):
 
                                      AVX-512                             AVX2
     rows                             1     2     8    32   128           1     2     8    32   128
-    float32, F.linear             41.7  70.2  87.5   141   388        41.8  66.1  66.4   156   383
-    float32, stored by columns    31.6  42.3  97.4   169   383        30.8  45.6  77.4   144   366
-    float32, oneDNN               37.7  45.9  50.7   106   299        46.8  50.3  69.5   120   328
-    bfloat16, F.linear            31.5  31.6  51.3    89   195        14.5  25.1  94.0   492  1547
-    bfloat16, oneDNN              18.9  23.0  23.8    50   157           -     -     -     -     -
-    bfloat16, converted           27.2  39.1  89.9   180   387        27.5  41.5  62.5   146   411
-    float16, F.linear             14.6  23.8   131   487  2031        13.8  24.0  97.3   411  1812
-    float16, FBGEMM               11.7  12.2  27.7    95   301        11.8  12.2  23.5    81   299
+    float32, F.linear             42.0  76.7  47.1  79.6   193        42.8  80.6  47.4  76.2   197
+    float32, batch of products    19.7  32.5  36.0  65.4   177        22.0  32.4  36.4  63.0   179
+    float32, oneDNN               25.3  28.3  26.6  47.4   143        28.8  27.8  32.8  56.2   158
+    bfloat16, F.linear            17.3  18.5  23.2  32.7    84         9.4  11.2  45.6   177   679
+    bfloat16, oneDNN              13.4  15.0  13.2  25.0    74           -     -     -     -     -
+    bfloat16, converted           18.5  27.2  44.9  77.2   189        19.1  28.8  44.7  74.0   193
+    float16, F.linear              9.2  11.4  45.5   175   679         9.0  11.5  45.8   175   686
+    float16, FBGEMM                8.8   9.3  12.8  38.3   137         8.0   8.4  14.3  39.5   138
 
 So 16-bit weights go to oneDNN where the processor multiplies their type, and to FBGEMM elsewhere. float16 has more
 digits than bfloat16, so FBGEMM holds bfloat16 weights exactly unless they are very large or very small. float32 goes to
-oneDNN, but one row on AVX2 is read by columns. There a prompt of 64 tokens takes about 10 % longer (238 and
-259 ms, not 221 and 225), and each new token 20 % less (50 and 54 ms, not 61 and 67).
+oneDNN for a batch of texts. For a single text it becomes a batch of products: a prompt of 128 tokens then takes an
+eighth to a quarter longer, and each new token a quarter less.
 
 torch.compile uses oneDNN's operators, too, when it freezes a model and finds a C++ compiler.
 
@@ -34,6 +34,7 @@ gains was not measured.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
@@ -41,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..device import fastest_type, fbgemm_packs, mkl_reads_columns_faster, onednn_multiplies, onednn_packs
-from .attention import GroupedQueryAttention, rotate
+from ..device import fastest_type, fbgemm_packs, onednn_multiplies, onednn_packs
+from .attention import GroupedQueryAttention, Past, attend_once, rotate
 from .decoder import Block, Decoder, RMSNorm, SwiGLU
 
 OPERATORS = torch.ops.mkldnn
@@ -60,6 +61,9 @@ ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with
     bfloat16, this layout         6.0   6.2   6.0  11.9  28.7    89
 """
 
+
+PARTS = 8
+"""Products of a batch in `SplitLinear`. One row takes as long with 4 to 64 of them, 64 rows longer with 16 or more."""
 
 FEW_ROWS = 4
 """Rows up to which `ConvertingLinear` multiplies in 16 bits. With AVX2 alone 4 rows take as long either way (bfloat16,
@@ -83,18 +87,18 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     weight = decoder.lm_head.weight
     if weight.device.type != "cpu":
         pack(decoder, JoinedLinear)
-    elif weight.dtype == torch.float32 and rows == 1 and mkl_reads_columns_faster():
-        pack(decoder, TransposedLinear)
-        pack_head(decoder, TransposedLinear)
+    elif weight.dtype == torch.float32 and rows == 1 and torch.backends.mkl.is_available():
+        pack(decoder, SplitLinear)
+        pack_head(decoder, SplitLinear)
     elif onednn_packs(weight.dtype):
         pack(decoder, PackedLinear)
         pack_head(decoder, PackedLinear)
     elif weight.dtype in (torch.bfloat16, torch.float16) and has_only_plain_matrices(decoder):
         if onednn_multiplies(weight.dtype) or (not fbgemm_packs() and fastest_type() != torch.float32):
             return False
+        widen_activations(decoder)
         pack(decoder, linear_of_16_bits)
         pack_head(decoder, linear_of_16_bits)
-        widen_activations(decoder)
     else:
         return False
     return True
@@ -106,13 +110,17 @@ Join = Callable[[Sequence[nn.Linear]], nn.Module]
 
 def pack(decoder: Decoder, linear: Join) -> None:
     """Replaces the plain matrices of the blocks."""
-    for block in decoder.model.layers:
+    layers = decoder.model.layers
+    for index, block in enumerate(layers):
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
         if are_plain(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
             block.self_attn = PackedAttention(attention, linear)
         if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             block.mlp = PackedSwiGLU(mlp, linear)
+        if block.self_attn is not attention and block.mlp is not mlp:
+            layers[index] = PackedBlock(block)
+    decoder.model.norm = packed_norm(decoder.model.norm)  # type: ignore[assignment]
 
 
 def pack_head(decoder: Decoder, linear: Join) -> None:
@@ -164,13 +172,25 @@ class JoinedLinear(nn.Module):
         return F.linear(x, self.weight)
 
 
-class TransposedLinear(JoinedLinear):
-    """A linear layer whose weight is stored by columns, (in, out): the products of a column are then neighbours."""
+class SplitLinear(nn.Module):
+    """A linear layer that is computed as a batch of products, each with a part of the output channels.
+
+    MKL multiplies one row by a large matrix in one thread, and a batch of matrices in all.
+    """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        nn.Module.__init__(self)
-        weight_KN = torch.cat([layer.weight.detach().t() for layer in layers], dim=1).contiguous()
-        self.weight = nn.Parameter(weight_KN.t(), requires_grad=False)
+        super().__init__()
+        weights = [layer.weight.detach() for layer in layers]
+        # A single one is not copied: a tied head keeps the embedding's memory.
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight_PNK = weight.view(math.gcd(len(weight), PARTS), -1, weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_PRK = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight_PNK), -1, -1)
+        if x_PRK.shape[1] == 1:
+            return torch.bmm(self.weight_PNK, x_PRK.transpose(1, 2)).view(*x.shape[:-1], -1)
+        y_PRN = torch.bmm(x_PRK, self.weight_PNK.transpose(1, 2))
+        return y_PRN.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):
@@ -257,6 +277,29 @@ class ConvertingLinear(nn.Module):
         return F.linear(x, self.weight.float())
 
 
+# PyTorch takes 2 us to find and call a submodule. That is a tenth of a token's time in a model with 30 small layers. So
+# the modules below keep the functions of their parts beside the parts.
+
+
+class PackedBlock(Block):
+    """A block whose attention and feed-forward are packed."""
+
+    def __init__(self, plain: Block) -> None:
+        nn.Module.__init__(self)
+        self.self_attn, self.mlp = plain.self_attn, plain.mlp
+        self.input_layernorm = packed_norm(plain.input_layernorm)  # type: ignore[assignment]
+        self.post_attention_layernorm = packed_norm(plain.post_attention_layernorm)  # type: ignore[assignment]
+        self.norms = self.input_layernorm.forward, self.post_attention_layernorm.forward
+        self.attend, self.feed_forward = self.self_attn.forward, self.mlp.forward
+
+    def forward(
+        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        first_norm, second_norm = self.norms
+        hidden_BTD = self.attend(first_norm(hidden_BTD), cos, sin, mask, past).add_(hidden_BTD)
+        return self.feed_forward(second_norm(hidden_BTD)).add_(hidden_BTD)
+
+
 class PackedAttention(GroupedQueryAttention):
     def __init__(self, plain: GroupedQueryAttention, linear: Join) -> None:
         nn.Module.__init__(self)
@@ -264,11 +307,27 @@ class PackedAttention(GroupedQueryAttention):
         self.kv_heads = plain.k_proj.out_features // plain.head_dim
         self.qkv_proj = linear([plain.q_proj, plain.k_proj, plain.v_proj])
         self.o_proj = linear([plain.o_proj])  # type: ignore[assignment]
+        self.project_in, self.project_out = self.qkv_proj.forward, self.o_proj.forward
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        cos_BT1K: Tensor,
+        sin_BT1K: Tensor,
+        mask_B1TS: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        if past is None or hidden_BTD.shape[1] > 1:
+            return super().forward(hidden_BTD, cos_BT1K, sin_BT1K, mask_B1TS, past)
+        q_B1HK, k_B1GK, v_B1GK = self.project(hidden_BTD, cos_BT1K, sin_BT1K)
+        k_BGSK, v_BGSK = past.extend(k_B1GK.transpose(1, 2), v_B1GK.transpose(1, 2))
+        mixed_BGJK = attend_once(q_B1HK.transpose(1, 2), k_BGSK, v_BGSK, mask_B1TS)
+        return self.project_out(mixed_BGJK.reshape(len(mixed_BGJK), 1, -1))
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = hidden_BTD.shape
         G, H = self.kv_heads, self.kv_heads * self.groups
-        heads = self.qkv_proj(hidden_BTD).view(B, T, -1, self.head_dim)
+        heads = self.project_in(hidden_BTD).view(B, T, -1, self.head_dim)
         # Queries and keys turn alike, so they turn together.
         turned = rotate(heads[:, :, : H + G], cos_BT1K, sin_BT1K)
         return turned[:, :, :H], turned[:, :, H:], heads[:, :, H + G :]
@@ -279,7 +338,28 @@ class PackedSwiGLU(SwiGLU):
         nn.Module.__init__(self)
         self.gate_up_proj = linear([plain.gate_proj, plain.up_proj])
         self.down_proj = linear([plain.down_proj])  # type: ignore[assignment]
+        self.widen, self.narrow = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden_BTD).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = self.widen(hidden_BTD).chunk(2, dim=-1)
+        return self.narrow(F.silu(gate).mul_(up))
+
+
+def packed_norm(norm: RMSNorm) -> nn.Module:
+    return PackedNorm(norm) if norm.weight.device.type == "cpu" and norm.weight.dtype != torch.float64 else norm
+
+
+class PackedNorm(nn.Module):
+    """RMSNorm with float32 sums in four operations, six for 16 bits. On a CPU `F.rms_norm` is nine or more."""
+
+    def __init__(self, plain: RMSNorm) -> None:
+        super().__init__()
+        D, gain_D = plain.weight.numel(), plain.weight.detach().float()
+        # x / sqrt(|x|^2 / D + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
+        self.gain_and_least = gain_D * D**0.5, gain_D.new_tensor((D * plain.eps) ** 0.5)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        gain_D, least = self.gain_and_least
+        wide_BTD = hidden_BTD.float()
+        length_BT1 = torch.linalg.vector_norm(wide_BTD, dim=-1, keepdim=True)
+        return wide_BTD.div(length_BT1.hypot_(least)).mul_(gain_D).to(hidden_BTD.dtype)

@@ -4,14 +4,16 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.device import fbgemm_packs, mkl_reads_columns_faster, onednn_packs
+from lightning_danube.device import fbgemm_packs, onednn_packs
 from lightning_danube.model import Decoder, DecoderConfig, KVCache, generate, packing
+from lightning_danube.model.decoder import RMSNorm
 from lightning_danube.model.packing import (
     ConvertingLinear,
     Float16Linear,
     JoinedLinear,
     PackedLinear,
-    TransposedLinear,
+    PackedNorm,
+    SplitLinear,
     linear_of_16_bits,
     pack,
     pack_for_generation,
@@ -55,12 +57,13 @@ def test_packed_decoders_give_the_same_logits(shape: str, rows: int) -> None:
     with torch.inference_mode():
         exact, packed = pair(SHAPES[shape], torch.float32)
         assert pack_for_generation(packed, rows=rows)
-        assert linear_layers(packed) == {TransposedLinear if rows == 1 and mkl_reads_columns_faster() else PackedLinear}
+        split = rows == 1 and torch.backends.mkl.is_available()
+        assert linear_layers(packed) == {SplitLinear if split else PackedLinear}
         # A few roundings of 6e-8 in sums of up to a hundred.
         assert differences(exact, packed) < 1e-6
 
 
-@pytest.mark.parametrize("linear", [PackedLinear, TransposedLinear])
+@pytest.mark.parametrize("linear", [PackedLinear, SplitLinear])
 def test_layouts_give_the_same_logits(linear: Any) -> None:
     with torch.inference_mode():
         exact, packed = pair(CONFIG, torch.float32)
@@ -166,6 +169,27 @@ def test_joined_decoders_give_the_same_logits(shape: str) -> None:
     for batch in ((1, 1), (2, 17)):
         ids = torch.randint(0, 101, batch)
         torch.testing.assert_close(joined(ids), exact(ids), rtol=0, atol=1e-12)
+
+
+def test_a_tied_head_is_not_copied() -> None:
+    with torch.inference_mode():
+        _, packed = pair(SHAPES["mha, tied"], torch.float32)
+        pack(packed, SplitLinear)
+        packing.pack_head(packed, SplitLinear)
+        head: Any = packed.lm_head
+        assert head.weight_PNK.data_ptr() == packed.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_pytorch(dtype: torch.dtype) -> None:
+    plain = RMSNorm(48, 1e-3)
+    torch.nn.init.normal_(plain.weight)
+    plain.to(dtype)
+    x = torch.randn(2, 5, 48, dtype=dtype)
+    x[0, 0], x[0, 1] = 0, 1e-3 * x[0, 1]  # eps decides
+    with torch.no_grad():
+        exact = torch.nn.functional.rms_norm(x.double(), (48,), plain.weight.double(), 1e-3)
+        torch.testing.assert_close(PackedNorm(plain)(x), exact.to(dtype))
 
 
 def test_what_cannot_be_packed_stays() -> None:
