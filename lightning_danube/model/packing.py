@@ -183,14 +183,36 @@ class SplitLinear(nn.Module):
         weights = [layer.weight.detach() for layer in layers]
         # A single one is not copied: a tied head keeps the embedding's memory.
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.weight_PNK = weight.view(math.gcd(len(weight), PARTS), -1, weight.shape[1])
+        # A buffer, as in PackedLinear. Of another tensor the compiler would not take the shape for constant.
+        self.register_buffer(
+            "weight_PNK", weight.view(math.gcd(len(weight), PARTS), -1, weight.shape[1]), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x_PRK = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight_PNK), -1, -1)
-        if x_PRK.shape[1] == 1:
-            return torch.bmm(self.weight_PNK, x_PRK.transpose(1, 2)).view(*x.shape[:-1], -1)
-        y_PRN = torch.bmm(x_PRK, self.weight_PNK.transpose(1, 2))
-        return y_PRN.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling():
+            y: Tensor = split_linear(x, self.weight_PNK)
+            return y
+        return products_of_parts(x, self.weight_PNK)
+
+
+def products_of_parts(x: Tensor, weight_PNK: Tensor) -> Tensor:
+    """x (…, K) by a weight of P parts with N output channels each: (…, P N)."""
+    x_PRK = x.reshape(1, -1, x.shape[-1]).expand(len(weight_PNK), -1, -1)
+    if x_PRK.shape[1] == 1:
+        return torch.bmm(weight_PNK, x_PRK.transpose(1, 2)).view(*x.shape[:-1], -1)
+    y_PRN = torch.bmm(x_PRK, weight_PNK.transpose(1, 2))
+    return y_PRN.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+# One operator for a compiler, which would make loops of these products that take twice as long.
+split_linear = torch.library.custom_op(
+    "lightning_danube::split_linear", products_of_parts, mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor"
+)
+
+
+@split_linear.register_fake
+def _(x: Tensor, weight_PNK: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_PNK.shape[0] * weight_PNK.shape[1])
 
 
 class PackedLinear(nn.Module):
@@ -356,10 +378,10 @@ class PackedNorm(nn.Module):
         super().__init__()
         D, gain_D = plain.weight.numel(), plain.weight.detach().float()
         # x / sqrt(|x|^2 / D + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
-        self.gain_and_least = gain_D * D**0.5, gain_D.new_tensor((D * plain.eps) ** 0.5)
+        self.register_buffer("gain_D", gain_D * D**0.5, persistent=False)
+        self.register_buffer("least", gain_D.new_tensor((D * plain.eps) ** 0.5), persistent=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        gain_D, least = self.gain_and_least
         wide_BTD = hidden_BTD.float()
         length_BT1 = torch.linalg.vector_norm(wide_BTD, dim=-1, keepdim=True)
-        return wide_BTD.div(length_BT1.hypot_(least)).mul_(gain_D).to(hidden_BTD.dtype)
+        return wide_BTD.div(length_BT1.hypot_(self.least)).mul_(self.gain_D).to(hidden_BTD.dtype)
