@@ -8,7 +8,8 @@
 First form: a Llama of one shape from random weights; forward, backward, clipping by the norm and AdamW on batches of
 one size. bf16 is mixed: float32 weights, autocast. Contestants are
 
-* danube: `python -m lightning_danube fit` with the quickstart's trainer and callbacks, on a text file of random words;
+* danube: `python -m lightning_danube fit` with the trainer and callbacks of pretrain/laptop, on a text file of random
+  words;
 * danube, plain loop: the same decoder and optimizer without Lightning, data and callbacks;
 * transformers: its Trainer with defaults (they are sdpa and fused AdamW) and this project's allocator settings;
 * transformers as installed: the same with the allocator's defaults, which is what its user has; CPU only;
@@ -383,10 +384,10 @@ def plain_loop(
 
 
 def run_danube(work: Work, precision: str, clock: Clock, arguments: argparse.Namespace) -> None:
-    """`fit` with the quickstart's trainer; only the sources, the shape and the precision are others."""
+    """`fit` with pretrain/laptop, which has 32,000 pieces, too; only sources, shape and precision are others."""
     from lightning_danube.__main__ import main as command
 
-    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "configs" / "pretrain" / "laptop.yaml").read_text(encoding="utf-8"))
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
     needed = (WARM_UP + arguments.steps + 2) * work.tokens
@@ -399,7 +400,10 @@ def run_danube(work: Work, precision: str, clock: Clock, arguments: argparse.Nam
     data |= {"sources": {"words": {"path": str(texts.resolve())}}, "max_passes": 100.0}
     data |= {"stages": [{"name": "all", "tokens": max(needed, 200_000), "mix": {"words": 1}}]}
     fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    model |= {"compile_blocks": "compiled" in arguments.contestant}
+    model |= {
+        "compile_blocks": "compiled" in arguments.contestant,
+        "learning_rate": {"peak": 1e-3, "final": 0.0, "warmup": 0},
+    }
     model |= {"decoder": {field: getattr(work.config, field) for field in fields}}
     trainer |= {"precision": "bf16-mixed" if precision == "bf16" else "32-true"}
     trainer |= {"accelerator": "gpu" if clock.device == "cuda" else "cpu", "devices": 1}
