@@ -11,7 +11,7 @@ import torch
 
 from lightning_danube.model import CompiledStep, Decoder, DecoderConfig, KVCache, Sampling, TokenStream
 from lightning_danube.model.compiled_steps import StepsOfCache
-from lightning_danube.model.packing import pack_for_generation
+from lightning_danube.model.packing import SplitLinear, pack, pack_for_generation
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2, max_position_embeddings=600)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -70,6 +70,14 @@ def test_packed_decoders_compile(dtype: torch.dtype) -> None:
     decoder = decoder_of(dtype)
     assert pack_for_generation(decoder)
     assert rows(decoder, prompts_of(9, 4), 8, compiled=CompiledStep(decoder)) == rows(decoder, prompts_of(9, 4), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [prompts_of(9), prompts_of(9, 4)])
+def test_split_matrices_compile(prompts: list[list[int]]) -> None:
+    decoder = decoder_of(torch.float32)
+    pack(decoder, SplitLinear)
+    assert rows(decoder, prompts, 8, compiled=CompiledStep(decoder)) == rows(decoder, prompts, 8)
 
 
 @pytest.mark.slow
