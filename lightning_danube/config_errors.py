@@ -81,6 +81,8 @@ def explain(message: str, config_files: Sequence[str], facts_of_data: dict[str, 
     if wrong_option:
         wrong_option = _refused(wrong_option, class_path)[0] if class_path else wrong_option.split(".")[-1]
     names = [wrong_option] if wrong_option else re.findall(r"class_path '([^']+)'", reason) or keys[-1:]
+    if class_path is not None and (group := (_missing(reasons[0]) or "").rpartition(".")[0]):
+        names = [group]  # a group stands in the file, what is missing from it does not
     where = place_of_key(
         names[0].split(".")[-1] if names and "class_path" not in reason else names[0] if names else "", config_files
     )
@@ -157,8 +159,11 @@ def _reason(reasons: list[str], class_path: str | None, facts_of_data: dict[str,
         return f"expected a mapping of the options of {match[1]}" + (f", not {match[2]}" if match[2] else "")
     if match := re.match(r"File does not exist: '(.*)'", first):
         return f"there is no config file {match[1]}"
-    if match := re.search(r"the following arguments are required: (.*)", first):
-        return "give a configuration, for example --config quickstart"
+    if missing := _missing(first):
+        if class_path is None:
+            return "give a configuration, for example --config quickstart"
+        group, _, option = missing.rpartition(".")
+        return f"{option!r} is missing" + (f" from {group}" if group else "")
     if match := re.match(r"(?:Unrecognized|unrecognized) arguments: (.*)", first):
         flag = match[1].split()[0]
         dotted = flag.lstrip("-").partition("=")[0]
@@ -177,6 +182,12 @@ def _option_in(reason: str) -> str | None:
     if match := re.search(r"(?:Group '([^']+)' does not accept )?option '([^']+)'", reason, re.IGNORECASE):
         return f"{match[1]}.{match[2]}" if match[1] else match[2]
     return None
+
+
+def _missing(reason: str) -> str | None:
+    """The first required option that a reason says is not given, with the groups that it stands in."""
+    match = re.search(r"the following arguments are required: ([^,\s]+)", reason)
+    return match[1] if match else None
 
 
 def _no_option(option: str, known: Sequence[str], owner: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -208,6 +209,16 @@ def test_wrong_configs_are_answered_in_one_line(
     said = error_of(capsys, "fit", "--config", str(tiny / "tiny.yaml"), "--config", str(tiny / "bad.yaml"))
     assert message in said
     assert not (tiny / "runs").exists()
+
+
+def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (tiny / "tiny.yaml").read_text()
+    without = re.sub(r"(learning_rate: \{peak: [^,]+), final: [^,}]+", r"\1", config)
+    assert without != config
+    (tiny / "bad.yaml").write_text(without)
+    line = next(number for number, text in enumerate(without.splitlines(), 1) if "learning_rate" in text)
+    said = error_of(capsys, "fit", "--config", str(tiny / "bad.yaml"))
+    assert f"bad.yaml, line {line}: model: 'final' is missing from learning_rate" in said
 
 
 @pytest.mark.parametrize(
