@@ -23,8 +23,8 @@ weight is converted they are float32 (python benchmarks/layouts.py --threads 2):
 
 So 16-bit weights go to oneDNN where the processor multiplies their type, and to FBGEMM elsewhere. float16 has more
 digits than bfloat16, so FBGEMM holds bfloat16 weights exactly unless they are very large or very small. float32 goes to
-oneDNN, but for a single text on AVX2 it becomes a batch of products: a prompt of 128 tokens then takes an eighth
-longer, and each new token a quarter less. (With AVX-512 a prompt would take a quarter longer.)
+oneDNN, but for a single text it becomes a batch of products. A prompt of 128 tokens then takes an eighth to a quarter
+longer, and each new token a third less (whole steps: docs/generation.md).
 
 torch.compile uses oneDNN's operators, too, when it freezes a model and finds a C++ compiler.
 
@@ -87,7 +87,7 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     weight = decoder.lm_head.weight
     if weight.device.type != "cpu":
         pack(decoder, JoinedLinear)
-    elif weight.dtype == torch.float32 and rows == 1 and splits_pay():
+    elif weight.dtype == torch.float32 and rows == 1 and torch.backends.mkl.is_available():
         pack(decoder, SplitLinear)
         pack_head(decoder, SplitLinear)
     elif onednn_packs(weight.dtype):
@@ -102,11 +102,6 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     else:
         return False
     return True
-
-
-def splits_pay() -> bool:
-    """Whether `SplitLinear` is the fastest layout of float32 weights for a single text."""
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 Join = Callable[[Sequence[nn.Linear]], nn.Module]
