@@ -111,6 +111,8 @@ class PretrainingSummary(Callback):
             saved = newest_checkpoint(directory)
             last = f"the last checkpoint is of step {read_step(saved)}" if saved is not None else "nothing was saved"
             say(trainer, f"stopped after {trainer.global_step} of {curriculum.total_steps} steps; {last}")
+            if not self._stage_losses:
+                say(trainer, f"run:  {directory}")
         if not self._stage_losses:
             return
         sources = list(curriculum.sources)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import re
 import signal
 import sys
 import traceback
@@ -173,8 +174,13 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and os.path.realpath(raised_in).startswith(_OURS):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{_as_asked_for(str(error.filename))}: {error.strerror}"
     return None
+
+
+def _as_asked_for(path: str) -> str:
+    """What is written has a hidden name of ours until it is whole: the name that it will have."""
+    return re.sub(r"\.([^/\\]+)\.[0-9a-f]{32}\.partial(?=$|[/\\])", r"\1", path)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from lightning_danube.command_line import FACTS_OF_DATA, check_command_line, con
 from lightning_danube.config_errors import explain, parse
 from lightning_danube.configured import LINKED
 from lightning_danube.data.pretraining import CurriculumData
-from lightning_danube.device import exact_products_by_onednn, keep_freed_memory
+from lightning_danube.device import exact_products_by_onednn, keep_freed_memory, usable_cores
 from lightning_danube.history import append_history, differences, read_saved_config
 from lightning_danube.invocation import as_typed
 from lightning_danube.precision import Choice, check_precision, choose, full_name, has_precision_plugin, kind_of_device
@@ -37,6 +37,9 @@ from lightning_danube.runs import read_step, remove_if_unused, resolve_checkpoin
 from lightning_danube.sharded_strategy import ShardedStrategy
 from lightning_danube.stopping import LEAVING_TRAINER, SIGNALS, tell
 from lightning_danube.training.optim import AdamW
+
+MOST_PROCESSES = 8
+"""Processes of a CPU run that every machine may start: with fewer cores they are slow, and show that a run works."""
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the method of a task that does it."""
@@ -271,6 +274,12 @@ class DanubeCLI(LightningCLI):
                 f"trainer.num_nodes is {trainer.num_nodes}, and nothing tells the machines of each other: start the "
                 "run by torchrun or SLURM (docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
             )
+        cores = usable_cores()
+        if self._on_cpu() and nobody_tells and trainer.num_devices > max(MOST_PROCESSES, cores):
+            raise ValueError(
+                f"trainer.devices is {trainer.num_devices}, and this machine has {cores} cores: each process of a CPU "
+                "run needs one"
+            )
         RankLauncher.install(trainer)
         # Lightning takes SIGTERM when it starts, and in a validation or a test does nothing about it.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -303,6 +312,12 @@ class DanubeCLI(LightningCLI):
             if done == steps and same_size:
                 print(
                     f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
+                )
+                return
+            if same_size and 0 <= self.trainer.max_steps <= done:
+                print(
+                    f"{self.place.checkpoint.parent.parent} has {done} of {steps} steps, and trainer.max_steps is "
+                    f"{self.trainer.max_steps}; nothing is left to do"
                 )
                 return
         self._show_changes()

@@ -23,6 +23,12 @@ FACTS_OF_DATA = {
 }
 """Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
 
+PRECISIONS = (
+    *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    *("64-true", "32", "16", "bf16", "64", "transformer-engine", "transformer-engine-float16", "null"),
+)
+"""Lightning's names of precisions, the usual ones first."""
+
 # Of single verbs, and of the parser itself.
 _OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
 
@@ -36,6 +42,8 @@ def check_command_line(args: Sequence[str]) -> None:
         ValueError: a configuration is missing or no YAML mapping, a section is unknown, or a fact of the data is stated
             for the model.
     """
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
     args = with_config_paths(args)
     for file in config_files(args):
         for key in read_config(file):
@@ -50,6 +58,7 @@ def check_command_line(args: Sequence[str]) -> None:
             hint = f": did you mean --{close[0]}?" if close else ", see --help"
             raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
     _check_facts_of_data(args)
+    _check_precision(args)
 
 
 def _meant(key: str) -> str:
@@ -76,6 +85,21 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
         elif arg.startswith("--config="):
             found[place] = f"--config={config_file(arg.partition('=')[2])}"
     return found
+
+
+def _check_precision(args: Sequence[str]) -> None:
+    """Refuses what is no precision. The parser of the trainer would list the parts of a union of types."""
+    stated = [
+        (f"{place_of_key('precision', [file])}trainer.precision", trainer.get("precision"))
+        for file in config_files(args)
+        if isinstance(trainer := read_config(file).get("trainer"), dict)
+    ]
+    flag = "--trainer.precision"
+    stated += [(flag, value) for name, value in pairwise(args) if name == flag]
+    stated += [(flag, arg.partition("=")[2]) for arg in args if arg.startswith(f"{flag}=")]
+    for where, value in stated:
+        if value is not None and str(value) not in PRECISIONS:
+            raise ValueError(f"{where} is {value}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")
 
 
 def _check_facts_of_data(args: Sequence[str]) -> None:

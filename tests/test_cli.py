@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_danube.__main__ import main
+from lightning_danube.__main__ import main, user_message
 from lightning_danube.commands import COMMANDS
 
 
@@ -174,6 +174,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "source 'web': there is no file missing.jsonl",
         ),
         ("seed_everything: abc", "seed_everything: expected true or false or a whole number, not abc"),
+        ("trainer: {precision: half}", "bad.yaml, line 1: trainer.precision is half: choose one of 32-true,"),
         ("trainer: {max_epochs: 3}", "trainer.max_epochs is 3: a curriculum is one pass; make its stages longer"),
         (
             "trainer: {accumulate_grad_batches: 4}",
@@ -211,6 +212,11 @@ def test_wrong_configs_are_answered_in_one_line(
     assert not (tiny / "runs").exists()
 
 
+def test_a_path_is_told_as_it_was_asked_for() -> None:
+    error = PermissionError(13, "Permission denied", f"shared/.my-model.{'0' * 32}.partial/config.json")
+    assert user_message(error) == "shared/my-model/config.json: Permission denied"
+
+
 def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (tiny / "tiny.yaml").read_text()
     without = re.sub(r"(learning_rate: \{peak: [^,]+), final: [^,}]+", r"\1", config)
@@ -228,6 +234,13 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         (["xyz"], "unknown command 'xyz': there are fit, validate, test, predict"),
         (["fit"], "give a configuration, for example --config quickstart"),
         (["fit", "--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
+        (["fit", "quickstart"], "'quickstart' is no option: a configuration is given by --config quickstart"),
+        (
+            ["fit", "--config", "TINY", "--trainer.precision", "fp8"],
+            "--trainer.precision is fp8: choose one of 32-true,",
+        ),
+        (["fit", "--config", "TINY", "--trainer.precision=fp8"], "--trainer.precision is fp8: choose one of 32-true,"),
+        (["fit", "--config", "TINY", "--trainer.devices", "64"], "trainer.devices is 64, and this machine has"),
         (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),
         (["fit", "--config", "TINY", "--ckpt_path", "last"], "there is no checkpoint under"),
         (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),

@@ -171,8 +171,10 @@ def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: p
     assert fit(tiny, *accumulated, "--name", "stopped") == 0
     stopped = tiny / "runs" / "stopped" / "version_0"
     assert newest_checkpoint(stopped) == stopped / "checkpoints" / "step_00000007.ckpt"
-    assert "stopped after 7 of 26 steps; the last checkpoint is of step 7" in capsys.readouterr().out
+    assert "stopped after 7 of 26 steps; the last checkpoint is of step 7\nrun:  " in capsys.readouterr().out
     config.write_text(text)
+    assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last", "--trainer.max_steps", "7") == 0
+    assert "has 7 of 26 steps, and trainer.max_steps is 7; nothing is left to do" in capsys.readouterr().out
     assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last") == 0
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
 

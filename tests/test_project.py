@@ -86,7 +86,7 @@ def test_every_requirement_is_pinned_to_a_version_it_allows() -> None:
 
 
 def test_what_the_requirements_require_is_pinned_too() -> None:
-    """The quickstart's text is that of the installed packages: one without a pin would change it some day."""
+    """A new version of one without a pin could break a fresh clone. What torch brings for GPUs follows torch."""
     pins = pinned()
     seen: set[tuple[str, ...]] = set()
     waiting = [Requirement("lightning-danube[test]")]
@@ -96,6 +96,8 @@ def test_what_the_requirements_require_is_pinned_too() -> None:
         if (name, *sorted(requirement.extras)) in seen:
             continue
         seen.add((name, *sorted(requirement.extras)))
+        if name == "triton" or name.startswith(("nvidia-", "cuda-")):
+            continue
         assert name in pins or name in ("lightning-danube", "pip"), f"constraints.txt does not pin {name}"
         for line in distribution(name).requires or []:
             needed = Requirement(line)

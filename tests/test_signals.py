@@ -42,7 +42,12 @@ class Busy:
     def __init__(self, folder: Path, program: str, *arguments: str) -> None:
         script = folder / "program.py"
         script.write_text(BUSY + program)
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",  # a warning quotes a line of the program
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(script), *arguments],
             stdout=subprocess.PIPE,
