@@ -183,6 +183,7 @@ class SplitLinear(nn.Module):
         weights = [layer.weight.detach() for layer in layers]
         # A single one is not copied: a tied head keeps the embedding's memory.
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight_PNK: Tensor
         # A buffer, as in PackedLinear. Of another tensor the compiler would not take the shape for constant.
         self.register_buffer(
             "weight_PNK", weight.view(math.gcd(len(weight), PARTS), -1, weight.shape[1]), persistent=False
@@ -378,6 +379,8 @@ class PackedNorm(nn.Module):
         super().__init__()
         D, gain_D = plain.weight.numel(), plain.weight.detach().float()
         # x / sqrt(|x|^2 / D + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
+        self.gain_D: Tensor
+        self.least: Tensor
         self.register_buffer("gain_D", gain_D * D**0.5, persistent=False)
         self.register_buffer("least", gain_D.new_tensor((D * plain.eps) ** 0.5), persistent=False)
 
