@@ -179,7 +179,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 def _as_asked_for(path: str) -> str:
-    """What is written has a hidden name of ours until it is whole: the name that it will have."""
+    """The path that the user named. A file or directory has a hidden name until it is whole."""
     return re.sub(r"\.([^/\\]+)\.[0-9a-f]{32}\.partial(?=$|[/\\])", r"\1", path)
 
 

@@ -98,7 +98,8 @@ def _check_precision(args: Sequence[str]) -> None:
     stated += [(flag, value) for name, value in pairwise(args) if name == flag]
     stated += [(flag, arg.partition("=")[2]) for arg in args if arg.startswith(f"{flag}=")]
     for where, value in stated:
-        if value is not None and str(value) not in PRECISIONS:
+        refers = str(value).startswith("${")  # to another key
+        if value is not None and not refers and str(value) not in PRECISIONS:
             raise ValueError(f"{where} is {value}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")
 
 

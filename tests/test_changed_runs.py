@@ -170,10 +170,13 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
 def test_the_same_config_shows_nothing(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["--runs", str(tmp_path)]
     command = ["fit", "--config", str(stopped / "tiny.yaml"), *runs, "--trainer.log_every_n_steps", "2"]
-    assert main([*command, "--trainer.max_steps", "5"]) == 0
+    assert main([*command, "--trainer.max_steps", "7"]) == 0
     config = str(version(tmp_path) / "config.yaml")
+    for checkpoint in (version(tmp_path) / "checkpoints").iterdir():
+        if checkpoint.name != "step_00000005.ckpt":
+            checkpoint.unlink()
     capsys.readouterr()
-    assert main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+    assert main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "7"]) == 0
     assert "changed" not in capsys.readouterr().out
     second = json.loads((version(tmp_path) / "history.jsonl").read_text().splitlines()[1])
     assert second["differences"] == {} and second["step"] == 5

@@ -164,7 +164,10 @@ def test_float64_is_never_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         ("16-mixed", "trainer.precision 16-mixed needs a GPU, and this run is on a CPU: leave trainer.precision out"),
         ("16", "trainer.precision 16-mixed needs a GPU"),
         ("transformer-engine", "trainer.precision transformer-engine needs an NVIDIA GPU, and this run is on 'cpu'"),
-        ("bf17", "one of '64', '32', '16', 'bf16' or null, not bf17"),
+        (
+            "bf17",
+            "--trainer.precision is bf17: choose one of 32-true, bf16-mixed, 16-mixed, bf16-true, 16-true, or null",
+        ),
     ],
 )
 def test_a_precision_that_no_device_here_has(
