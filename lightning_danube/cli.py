@@ -309,16 +309,12 @@ class DanubeCLI(LightningCLI):
             steps = self.datamodule.total_tokens // self.datamodule.batch_tokens
             # Steps of another size tell nothing about it, and fewer than are done are refused with the reason.
             same_size = not {"data.batch_tokens", "data.context_length"} & self.changes.keys()
-            if done == steps and same_size:
-                print(
-                    f"{self.place.checkpoint.parent.parent} is complete: {done} of {steps} steps; nothing is left to do"
-                )
+            run = self.place.checkpoint.parent.parent
+            if same_size and done == steps:
+                print(f"{run} is complete: {done} of {steps} steps; nothing is left to do")
                 return
-            if same_size and 0 <= self.trainer.max_steps <= done:
-                print(
-                    f"{self.place.checkpoint.parent.parent} has {done} of {steps} steps, and trainer.max_steps is "
-                    f"{self.trainer.max_steps}; nothing is left to do"
-                )
+            if same_size and 0 <= (limit := self.trainer.max_steps) <= done:
+                print(f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do")
                 return
         self._show_changes()
         self._tell_precision()
