@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_danube.device import keep_freed_memory
 from lightning_danube.model.attention import attend_once, repeat_heads, sums_of_products
 from lightning_danube.model.blocked_attention import blocked_attention
-from lightning_danube.tables import markdown_table
+from lightning_danube.terminal import markdown_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CALLS = 50

@@ -47,10 +47,12 @@ from machine import described, write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from lightning_danube.llama_cpp import import_llama_cpp
-from lightning_danube.model import PRESETS, CompiledStep, Decoder, DecoderConfig, KVCache, TokenStream
-from lightning_danube.model.gguf_files import save_gguf
-from lightning_danube.model.packing import pack_for_generation
+from lightning_danube.generation.compiled_steps import CompiledStep
+from lightning_danube.generation.packing import pack_for_generation
+from lightning_danube.generation.token_stream import TokenStream
+from lightning_danube.model import PRESETS, Decoder, DecoderConfig, KVCache
+from lightning_danube.weights.gguf.files import save_gguf
+from lightning_danube.weights.llama_cpp import import_llama_cpp
 
 SHAPES = {"smollm2": DecoderConfig(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True), **PRESETS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,7 +198,7 @@ def open_contestants(
 
 def decoder_of(arguments: argparse.Namespace, dtype: torch.dtype) -> Decoder:
     if arguments.weights is not None:
-        from lightning_danube.weights import load_decoder
+        from lightning_danube.weights.loading import load_decoder
 
         return load_decoder(arguments.weights, dtype=dtype, device=arguments.device).eval()
     torch.manual_seed(0)

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from machine import described, write_result
 
-from lightning_danube.llama_cpp import planned_bytes, quantize
 from lightning_danube.model import PRESETS, Decoder
-from lightning_danube.model.gguf_files import save_gguf, save_gguf_shape
+from lightning_danube.weights.gguf.files import save_gguf, save_gguf_shape
+from lightning_danube.weights.llama_cpp import planned_bytes, quantize
 
 PUBLISHED_GB = {
     "danube3-4b": {

@@ -21,11 +21,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from machine import described, write_result
 
-from lightning_danube import harness
 from lightning_danube.__main__ import main as danube
-from lightning_danube.data.academic import academic_tasks
-from lightning_danube.model.packing import pack_for_generation
-from lightning_danube.weights import load_as_exported
+from lightning_danube.evaluation import harness
+from lightning_danube.evaluation.parts.academic import academic_tasks
+from lightning_danube.generation.packing import pack_for_generation
+from lightning_danube.weights.loading import load_as_exported
 
 
 def main() -> None:

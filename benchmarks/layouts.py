@@ -20,7 +20,7 @@ from machine import described
 from torch import Tensor, nn
 
 from lightning_danube.device import fbgemm_packs, onednn_packs
-from lightning_danube.model.packing import SplitLinear
+from lightning_danube.generation.packing import SplitLinear
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 LAYERS, MEASURED_LAYERS = 30, 10

@@ -83,7 +83,7 @@ class RandomTokens:
 
 
 def write_danube(tokens: NDArray[np.uint16], directory: Path, context: int) -> None:
-    from lightning_danube.data.shards import FORMAT, SplitWriter
+    from lightning_danube.tokens.shards import FORMAT, SplitWriter
 
     directory.mkdir(parents=True)
     splits = {}
@@ -98,9 +98,9 @@ def write_danube(tokens: NDArray[np.uint16], directory: Path, context: int) -> N
 
 
 def danube_loader(directory: Path, context: int, workers: int, start: int = 0, stages: Any = None) -> Any:
-    from lightning_danube.data.curriculum import Curriculum, Stage
-    from lightning_danube.data.pretraining import CurriculumLoader, CurriculumSampler, TrainingRows
-    from lightning_danube.data.shards import TokenShards
+    from lightning_danube.pretraining.curriculum import Curriculum, Stage
+    from lightning_danube.pretraining.data import CurriculumLoader, CurriculumSampler, TrainingRows
+    from lightning_danube.tokens.shards import TokenShards
 
     stream = TokenShards(directory, RandomTokens()).tokens("train")  # type: ignore[arg-type]
     rows = stream.rows(context)
@@ -194,7 +194,7 @@ def whole_rows(tokens: NDArray[np.uint16], context: int) -> NDArray[np.uint16]:
 
 def training_batch(ids: Any) -> dict[str, Any]:
     """input_ids and labels of (rows, context + 1) ids, as danube makes them."""
-    from lightning_danube.data.pretraining import inputs_and_labels
+    from lightning_danube.pretraining.data import inputs_and_labels
 
     return inputs_and_labels(ids.numpy(), None)
 
@@ -338,7 +338,7 @@ def cost_at(directory: Path, context: int, start: int, seconds: float) -> Cost:
 
 
 def long_run(directory: Path, context: int, start: int) -> Any:
-    from lightning_danube.data.curriculum import Stage
+    from lightning_danube.pretraining.curriculum import Stage
 
     lengths = {"foundation": "4.6T", "refinement": "1.35T", "finish": "0.05T"}
     stages = [Stage(name, length, {"random": 1.0}) for name, length in lengths.items()]
@@ -407,7 +407,7 @@ def main() -> None:
     names = [name for name, contestant in CONTESTANTS.items() if installed(name, contestant)]
     context_of = multiprocessing.get_context("forkserver")
     context_of.set_forkserver_preload(
-        ["torch", "datasets", "lightning_danube.data.pretraining", *(["litdata"] if "litdata" in names else [])]
+        ["torch", "datasets", "lightning_danube.pretraining.data", *(["litdata"] if "litdata" in names else [])]
     )
     with tempfile.TemporaryDirectory() as scratch:
         places: dict[tuple[str, int], Path] = {}

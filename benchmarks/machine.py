@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lightning_danube.provenance import commit, machine
-from lightning_danube.result_files import write_parquet
+from lightning_danube.files import write_parquet
+from lightning_danube.training.provenance import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,7 +24,7 @@ import torch
 from machine import described, write_result
 
 from lightning_danube.model import DecoderShape
-from lightning_danube.model.memory import TrainingMemory
+from lightning_danube.planning.memory import TrainingMemory
 
 MiB = 2**20
 SHAPES = {
@@ -132,7 +132,7 @@ def train(
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
-    from lightning_danube.tasks import Pretraining
+    from lightning_danube.pretraining.task import Pretraining
     from lightning_danube.training.optim import LearningRate
 
     torch.manual_seed(0)

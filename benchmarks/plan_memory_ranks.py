@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
-from lightning_danube.model.memory import Layout, TrainingMemory
 from lightning_danube.model.parallel import parallelize
+from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.training.optim import AdamW
 
 CASES = [

@@ -35,7 +35,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 CONFIG = """
 data:
-  class_path: lightning_danube.data.CurriculumData
+  class_path: lightning_danube.pretraining.CurriculumData
   init_args:
     context_length: 512
     batch_tokens: 4096
@@ -55,7 +55,7 @@ if __name__ == "__main__":
 # The tokenizer of `prepare`, ids as 16 bit like there; batches of 1000 are the default of `datasets`.
 DATASETS = """
 import datasets
-from lightning_danube.data.tokenizer import DocumentTokenizer
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 def encode(batch, tokenizer):
     return {{"input_ids": tokenizer.encode_documents(batch["text"])}}
 if __name__ == "__main__":
@@ -99,9 +99,9 @@ def main() -> None:
     arguments = parser.parse_args()
     become_reaper()
 
-    from lightning_danube.data.documentation import collect_documentation
-    from lightning_danube.data.pretraining import default_cache_dir
-    from lightning_danube.data.tokenizer import DocumentTokenizer
+    from lightning_danube.files import default_cache_dir
+    from lightning_danube.text.embedded.documentation import collect_documentation
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
     arguments.texts = arguments.texts or collect_documentation(default_cache_dir())["web"]
     tokenizer = DocumentTokenizer()

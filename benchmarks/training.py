@@ -56,7 +56,7 @@ from machine import ROOT, described, write_result
 
 from lightning_danube.device import exact_products_by_onednn, fastest_type, keep_freed_memory
 from lightning_danube.model import PRESETS, Decoder, DecoderConfig, next_token_loss
-from lightning_danube.tables import markdown_table
+from lightning_danube.terminal import markdown_table
 from lightning_danube.training.optim import AdamW
 
 

@@ -19,7 +19,7 @@ from machine import described, write_result
 from torch import Tensor
 
 from lightning_danube.model import Decoder, token_losses
-from lightning_danube.weights import load_model
+from lightning_danube.weights.loading import load_model
 
 
 def main() -> None:

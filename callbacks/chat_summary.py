@@ -11,16 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_danube.callbacks.position import run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.summary import held_out_losses
 from lightning_danube.callbacks.throughput import Throughput
-from lightning_danube.data.chat import encode_chat, end_ids
-from lightning_danube.data.chat_data import ChatData
-from lightning_danube.invocation import quoted, runnable
-from lightning_danube.model import generate
-from lightning_danube.result_files import write_json
-from lightning_danube.tables import text_table
+from lightning_danube.chat.data import ChatData
+from lightning_danube.files import write_json
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.terminal import quoted, runnable, text_table
+from lightning_danube.tokens.chat_template import encode_chat, end_ids
+from lightning_danube.training.position import run_directory, steps_ahead
 
 
 class ChatSummary(Callback):

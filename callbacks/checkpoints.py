@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lightning_danube.callbacks.position import curriculum_of, finished_stage, is_done
-from lightning_danube.checkpoint_files import prepare_directory
-from lightning_danube.runs import read_step
-from lightning_danube.sharded_strategy import ShardedStrategy
-from lightning_danube.stopping import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
+from lightning_danube.checkpoints.files import prepare_directory
+from lightning_danube.checkpoints.runs import read_step
+from lightning_danube.checkpoints.strategy import ShardedStrategy
+from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
+from lightning_danube.training.position import curriculum_of, finished_stage, is_done
 
 
 class Checkpoints(Checkpoint):

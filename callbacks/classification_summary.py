@@ -14,16 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_danube.callbacks.position import is_done, run_directory, steps_ahead
 from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.callbacks.throughput import Throughput
-from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
-from lightning_danube.data.classification import SPLITS, ClassificationData
-from lightning_danube.invocation import quoted, runnable
-from lightning_danube.result_files import write_json
-from lightning_danube.tables import text_table
-from lightning_danube.tasks.classification import Classified, TextClassification
-from lightning_danube.tasks.classification_scores import (
+from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
+from lightning_danube.classification.data import SPLITS, ClassificationData
+from lightning_danube.classification.scores import (
     METRICS,
     Estimate,
     accuracy_gain,
@@ -32,6 +27,10 @@ from lightning_danube.tasks.classification_scores import (
     confusion,
     estimates,
 )
+from lightning_danube.classification.task import Classified, TextClassification
+from lightning_danube.files import write_json
+from lightning_danube.terminal import quoted, runnable, text_table
+from lightning_danube.training.position import is_done, run_directory, steps_ahead
 
 SHOWN_CLASSES = 20
 """Rows of a table of classes; of more, those at both ends are shown."""

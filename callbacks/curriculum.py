@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.callbacks.position import at_logged_step, curriculum_of, finished_stage, samples_done
 from lightning_danube.callbacks.progress import say
 from lightning_danube.durations import parse_tokens
+from lightning_danube.training.position import at_logged_step, curriculum_of, finished_stage, samples_done
 
 
 class CurriculumStages(Callback):

@@ -12,13 +12,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_danube.callbacks.position import run_directory
 from lightning_danube.callbacks.progress import can_draw, say
-from lightning_danube.data.evaluation import EvaluationData
-from lightning_danube.result_files import write_json, write_parquet, write_text
-from lightning_danube.tables import markdown_table, text_table
-from lightning_danube.tasks.evaluation import Evaluation
-from lightning_danube.tasks.evaluation_results import Measured, PaperScores, paper_scores
+from lightning_danube.evaluation.data import EvaluationData
+from lightning_danube.evaluation.results import Measured, PaperScores, paper_scores
+from lightning_danube.evaluation.task import Evaluation
+from lightning_danube.files import write_json, write_parquet, write_text
+from lightning_danube.terminal import markdown_table, text_table
+from lightning_danube.training.position import run_directory
 
 TITLES = {
     "academic": "Academic benchmarks",

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.data.chat_questions import ChatQuestions
-from lightning_danube.judge import (
+from lightning_danube.evaluation.judge import (
     PROMPTS,
     ChatJudge,
     Judgement,
@@ -20,8 +19,9 @@ from lightning_danube.judge import (
     grading_messages,
     judgement_key,
 )
-from lightning_danube.tasks.evaluation import Evaluation, read_jsonl
-from lightning_danube.tasks.evaluation_results import Measured, mean_of
+from lightning_danube.evaluation.parts.chat import ChatQuestions
+from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.evaluation.task import Evaluation, read_jsonl
 
 
 class Judge(Callback):

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lightning_danube.callbacks.position import speaks_for_replica
 from lightning_danube.callbacks.progress import say
+from lightning_danube.training.position import speaks_for_replica
 
 
 class Predictions(BasePredictionWriter):

@@ -7,14 +7,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.callbacks.position import run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.throughput import Throughput
-from lightning_danube.data.preference_data import PreferenceData
+from lightning_danube.chat.preference_data import PreferenceData
+from lightning_danube.files import write_json
 from lightning_danube.intervals import wilson
-from lightning_danube.invocation import quoted, runnable
-from lightning_danube.result_files import write_json
-from lightning_danube.tables import text_table
+from lightning_danube.terminal import quoted, runnable, text_table
+from lightning_danube.training.position import run_directory, steps_ahead
 
 # What is logged of the held-out pairs of a source → what summary.json calls it.
 METRICS = {

@@ -9,17 +9,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_danube.callbacks.position import run_directory
 from lightning_danube.callbacks.progress import can_draw, say
-from lightning_danube.data.text_windows import TextWindows
+from lightning_danube.files import write_json, write_parquet, write_text
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
 from lightning_danube.quantization.statistics import Estimate
-from lightning_danube.result_files import write_json, write_parquet, write_text
-from lightning_danube.stopping import Stopped
-from lightning_danube.tables import markdown_table, text_table
-from lightning_danube.tasks.quantization import QuantizationEvaluation
+from lightning_danube.quantization.task import QuantizationEvaluation
+from lightning_danube.quantization.text_windows import TextWindows
+from lightning_danube.signals import Stopped
+from lightning_danube.terminal import markdown_table, text_table
+from lightning_danube.training.position import run_directory
 
 NOISE = "≈"
 

@@ -7,9 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_danube.callbacks.position import curriculum_of
-from lightning_danube.model import Sampling, generate
-from lightning_danube.text_generation import encode_prompt
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.text import encode_prompt
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.training.position import curriculum_of
 
 
 class TextSamples(Callback):

@@ -6,8 +6,8 @@ import math
 
 from lightning.pytorch.profilers import SimpleProfiler
 
-from lightning_danube.tables import text_table
-from lightning_danube.tasks.next_token import FORWARD
+from lightning_danube.terminal import text_table
+from lightning_danube.training.task import FORWARD
 
 
 class StepTimes(SimpleProfiler):

@@ -12,18 +12,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_danube.callbacks.checkpoints import wait_for_checkpoint
 from lightning_danube.callbacks.fact_recall import FactRecall
 from lightning_danube.callbacks.ledger import TokenLedger
-from lightning_danube.callbacks.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.samples import TextSamples
 from lightning_danube.callbacks.skipping import skipped_steps
 from lightning_danube.callbacks.throughput import Throughput
-from lightning_danube.data.pretraining import CurriculumData
-from lightning_danube.data.replicas import replicas_of
-from lightning_danube.invocation import program, quoted, runnable
+from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
+from lightning_danube.files import write_json
 from lightning_danube.model import DecoderConfig
-from lightning_danube.result_files import write_json
-from lightning_danube.runs import newest_checkpoint, read_step
-from lightning_danube.tables import text_table
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.terminal import program, quoted, runnable, text_table
+from lightning_danube.training.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
+from lightning_danube.training.replicas import replicas_of
 
 
 class PretrainingSummary(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.callbacks.position import at_logged_step, data_of
+from lightning_danube.training.position import at_logged_step, data_of
 
 
 class Throughput(Callback):

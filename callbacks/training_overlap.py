@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.data.overlap import TrainingTexts, overlap, training_texts
-from lightning_danube.data.quality import NGRAM
-from lightning_danube.tasks.evaluation import Evaluation
-from lightning_danube.weights import locate_weights
+from lightning_danube.evaluation.task import Evaluation
+from lightning_danube.text.quality import NGRAM
+from lightning_danube.tokens.overlap import TrainingTexts, overlap, training_texts
+from lightning_danube.weights.loading import locate_weights
 
 
 class TrainingOverlap(Callback):

@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_danube.commands import COMMANDS
-from lightning_danube.invocation import as_typed
-from lightning_danube.stopping import SIGNALS, Stopped, tell
+from lightning_danube.cli.verbs import COMMANDS
+from lightning_danube.signals import SIGNALS, Stopped
+from lightning_danube.terminal import as_typed, tell
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -105,11 +105,11 @@ def _dispatch(args: list[str]) -> int:
     if verb in TRAINER_VERBS:
         if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all
             _check_at_once(args[1:])
-        from lightning_danube import cli
+        from lightning_danube.cli import trainer_verbs as cli
 
         return cli.main(args)
     if verb in COMMANDS:
-        command = importlib.import_module(f"lightning_danube.commands.{verb}")
+        command = importlib.import_module(f"lightning_danube.cli.verbs.{verb}")
         parser = _Parser(prog=f"{as_typed()} {verb}", description=command.__doc__, allow_abbrev=False)
         command.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -128,7 +128,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _check_at_once(args: list[str]) -> None:
-    from lightning_danube.command_line import check_command_line
+    from lightning_danube.cli.command_line import check_command_line
 
     check_command_line(args)
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 from pathlib import Path
 
-from lightning_danube.invocation import program
+from lightning_danube.terminal import program
 
 MODULES = {
     "dedup": ("rensa",),

@@ -114,7 +114,7 @@ name: tiny
 runs: TMP/runs
 seed_everything: 3
 data:
-  class_path: lightning_danube.data.CurriculumData
+  class_path: lightning_danube.pretraining.CurriculumData
   init_args:
     context_length: 32
     batch_tokens: 256
@@ -132,7 +132,7 @@ data:
       - {name: refinement, tokens: 2K, mix: {web: 81.7, wiki: 18.3}}
       - {name: finish, tokens: 1.5K, mix: {web: 51.6, wiki: 48.4}}
 model:
-  class_path: lightning_danube.tasks.Pretraining
+  class_path: lightning_danube.pretraining.Pretraining
   init_args:
     decoder:
       {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 4, num_key_value_heads: 2}

@@ -14,8 +14,8 @@ import traceback
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 import lightning_danube.callbacks  # noqa: F401  (for the forks)
-from lightning_danube import cli  # noqa: F401
 from lightning_danube.__main__ import main
+from lightning_danube.cli import trainer_verbs as cli  # noqa: F401
 
 
 def start(rank: int, ranks: int, port: int, args: list[str]) -> int:

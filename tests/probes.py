@@ -167,7 +167,7 @@ class KillInSave(Callback):
             return
         from torch.distributed.checkpoint import FileSystemWriter
 
-        from lightning_danube import sharded_checkpoints
+        from lightning_danube.checkpoints import sharded as sharded_checkpoints
 
         owner: Any = FileSystemWriter if self.moment == "part" else sharded_checkpoints
         name = "write_data" if self.moment == "part" else "remove_checkpoint"

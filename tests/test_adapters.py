@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lightning_danube.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
-from lightning_danube.model import Decoder, DecoderConfig, load_hf, save_hf
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.weights.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
+from lightning_danube.weights.huggingface import load_hf, save_hf
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from lightning_danube.__main__ import main
-from lightning_danube.data.tokenizer import DocumentTokenizer
-from lightning_danube.history import append_history, differences, read_saved_config
+from lightning_danube.checkpoints.runs import read_saved_config
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.training.history import append_history, differences
 from lightning_danube.training.optim import LearningRate
 from tests.conftest import write_tiny
 from tests.test_cli import error_of

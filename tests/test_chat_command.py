@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.conversation import Conversation, common_beginning
-from lightning_danube.data.chat import Message, encode_chat
-from lightning_danube.data.tokenizer import load_hf_tokenizer
-from lightning_danube.model import Decoder, DecoderConfig, Sampling, generate, save_hf
+from lightning_danube.generation.conversation import Conversation, common_beginning
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.tokens.chat_template import Message, encode_chat
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.weights.huggingface import save_hf
 
 CONTEXT = 128
 
@@ -215,7 +218,7 @@ def test_wrong_options_are_answered_in_one_line(
 def test_an_interrupt_stops_the_answer_only(
     weights: str, decoder: Decoder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_danube.model import TokenStream
+    from lightning_danube.generation.token_stream import TokenStream
 
     plain, steps = TokenStream.__next__, 0
 

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_danube.__main__ import main
-from lightning_danube.data.chat import DANUBE_TEMPLATE, encode_chat, end_ids
-from lightning_danube.model import generate
-from lightning_danube.weights import load_decoder, load_model
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, encode_chat, end_ids
+from lightning_danube.weights.loading import load_decoder, load_model
 from tests.test_world_size import run_in_ranks
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
@@ -26,7 +26,7 @@ name: talk
 runs: TMP/runs
 seed_everything: 3
 data:
-  class_path: lightning_danube.data.ChatData
+  class_path: lightning_danube.chat.ChatData
   init_args:
     tokenizer: ${model.init_args.weights}
     context_length: 32
@@ -37,7 +37,7 @@ data:
     sources:
       talk: {path: TMP/talk.jsonl}
 model:
-  class_path: lightning_danube.tasks.SupervisedFineTuning
+  class_path: lightning_danube.chat.SupervisedFineTuning
   init_args:
     weights: BASE
     learning_rate: {peak: 2.0e-2, final: 0.0, warmup: 128}
@@ -256,5 +256,5 @@ def test_evaluation_reports_the_answers(talk: Path) -> None:
 
 
 def test_importing_tasks_imports_no_adapters() -> None:
-    code = "import sys, lightning_danube.tasks; sys.exit('bitsandbytes' in sys.modules or 'peft' in sys.modules)"
+    code = "import sys, lightning_danube.chat.fine_tuning; sys.exit('bitsandbytes' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

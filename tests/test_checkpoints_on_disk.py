@@ -15,10 +15,10 @@ import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints
-from lightning_danube.checkpoint_files import damage, prepare_directory, read_manifest
-from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.runs import newest_checkpoint, resolve_checkpoint
-from lightning_danube.stopping import requeue_slurm_job
+from lightning_danube.checkpoints.files import damage, prepare_directory, read_manifest
+from lightning_danube.checkpoints.runs import newest_checkpoint, resolve_checkpoint
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.signals import requeue_slurm_job
 from tests.test_ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[1]

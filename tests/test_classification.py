@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_danube.adapters import Lora, add_adapter, base_digest, merge_adapter
+from lightning_danube.classification.task import TextClassification, last_token_states
 from lightning_danube.model import Decoder
-from lightning_danube.tasks.classification import TextClassification, last_token_states
 from lightning_danube.training.optim import LearningRate
+from lightning_danube.weights.adapters import Lora, add_adapter, base_digest, merge_adapter
 from tests.tiny_models import save_tiny, tiny_decoder
 
 LENGTHS = (9, 4, 1)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from lightning_danube.__main__ import main
-from lightning_danube.weights import load_decoder
+from lightning_danube.weights.loading import load_decoder
 from tests.test_chat_run import CONFIG as CHAT
 from tests.test_chat_run import LORA
 from tests.test_world_size import run_in_ranks
@@ -28,7 +28,7 @@ name: words
 runs: TMP/runs
 seed_everything: 3
 data:
-  class_path: lightning_danube.data.ClassificationData
+  class_path: lightning_danube.classification.ClassificationData
   init_args:
     tokenizer: ${model.init_args.weights}
     train: TMP/train.csv
@@ -39,7 +39,7 @@ data:
     epochs: 3
     cache_dir: TMP/cache
 model:
-  class_path: lightning_danube.tasks.TextClassification
+  class_path: lightning_danube.classification.TextClassification
   init_args:
     weights: BASE
     learning_rate: {peak: 1.0e-2, final: 0.0, warmup: 0}

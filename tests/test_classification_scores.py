@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor
 
-from lightning_danube.tasks.classification_scores import (
+from lightning_danube.classification.scores import (
     accuracy_gain,
     average_precision,
     by_class,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lightning_danube.__main__ import main, user_message
-from lightning_danube.commands import COMMANDS
+from lightning_danube.cli.verbs import COMMANDS
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -307,7 +307,7 @@ def test_bad_rows_are_named_with_file_and_row(tiny: Path, capsys: pytest.Capture
 
 
 def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_danube.data.tokenizer import DocumentTokenizer
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
     config = ["--config", str(tiny / "tiny.yaml")]
     assert main(["fit", *config]) == 0
@@ -350,7 +350,7 @@ def test_our_own_faults_keep_their_traceback(
     def broken(*_: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("lightning_danube.tasks.pretraining.Pretraining.training_step", broken)
+    monkeypatch.setattr("lightning_danube.pretraining.task.Pretraining.training_step", broken)
     assert main(["fit", "--config", str(tiny / "tiny.yaml")]) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from lightning_danube.cli import DanubeCLI
-from lightning_danube.data import CurriculumData
-from lightning_danube.data.curriculum import Curriculum
-from lightning_danube.named_configs import config_file, config_names, description
+from lightning_danube.cli.trainer_verbs import DanubeCLI
+from lightning_danube.pretraining.curriculum import Curriculum
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.pretraining.task import Pretraining
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_equal, facts_of
-from lightning_danube.tasks import Pretraining
+from lightning_danube.yaml_files import config_file, config_names, description
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))

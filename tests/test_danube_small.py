@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_danube.__main__ import main
-from lightning_danube.data.chat import MARKERS, encode_chat
-from lightning_danube.data.tokenizer import load_hf_tokenizer
-from lightning_danube.weight_files import load_tokenizer, locate_weights, tokenizer_of
-from lightning_danube.weights import load_decoder
+from lightning_danube.tokens.chat_template import MARKERS, encode_chat
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.weights.loading import load_decoder
+from lightning_danube.weights.names import load_tokenizer, locate_weights, tokenizer_of
 from tests.conftest import write_tiny
 from tests.data.test_tokenizer import HARD
 from tests.test_chat_run import CONFIG as CHAT_CONFIG

@@ -5,8 +5,8 @@ import math
 import pytest
 from scipy import stats
 
-from lightning_danube.data.academic import PAPER_TASKS
-from lightning_danube.tasks.evaluation_results import Measured, mean_of, paper_scores
+from lightning_danube.evaluation.parts.academic import PAPER_TASKS
+from lightning_danube.evaluation.results import Measured, mean_of, paper_scores
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 5), (5, 5), (130, 299)])

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Judge
-from lightning_danube.model import generate
-from lightning_danube.tasks import Evaluation
-from lightning_danube.weights import load_decoder
+from lightning_danube.evaluation.task import Evaluation
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.weights.loading import load_decoder
 from tests.test_judge import ScriptedServer
 from tests.tiny_models import CONFIG, save_tiny, tiny_tokenizer
 
@@ -28,7 +28,7 @@ YAML = """
 name: asked
 runs: TMP/runs
 data:
-  class_path: lightning_danube.data.EvaluationData
+  class_path: lightning_danube.evaluation.EvaluationData
   init_args:
     tokenizer: ${model.init_args.weights}
     context_length: 160
@@ -39,7 +39,7 @@ data:
     retrieval: {path: TMP/questions.jsonl, new_tokens: 4}
     cache_dir: TMP/cache
 model:
-  class_path: lightning_danube.tasks.Evaluation
+  class_path: lightning_danube.evaluation.Evaluation
   init_args:
     weights: TMP/model
     places: 400
@@ -54,14 +54,14 @@ CHAT = """
 name: chat
 runs: TMP/runs
 data:
-  class_path: lightning_danube.data.EvaluationData
+  class_path: lightning_danube.evaluation.EvaluationData
   init_args:
     tokenizer: ${model.init_args.weights}
     mt_bench: {path: TMP/mt.jsonl, keep: TMP/kept, new_tokens: 5}
     wildbench: {path: TMP/wild.jsonl, keep: TMP/kept, new_tokens: 5}
     cache_dir: TMP/cache
 model:
-  class_path: lightning_danube.tasks.Evaluation
+  class_path: lightning_danube.evaluation.Evaluation
   init_args: {weights: TMP/model}
 trainer:
   accelerator: cpu
@@ -321,7 +321,7 @@ def test_it_measures_and_does_not_train(place: Path, capsys: pytest.CaptureFixtu
 def test_what_is_missing_for_academic_tasks_is_told(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "lightning_danube.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_danube.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(place, "--data.init_args.tasks", "[piqa]") == 2
     error = capsys.readouterr().err

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_danube.__main__ import main
-from lightning_danube.llama_cpp import check_file_type, file_types, measure, quantize
-from lightning_danube.model import generate, load_hf
-from lightning_danube.model.checkpoints import EXPORTED_FILES, replaced_directory
-from lightning_danube.model.gguf_files import load_gguf, save_gguf
-from lightning_danube.weight_files import SMOLLM2, locate_weights
-from lightning_danube.weights import load_decoder, load_model
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.weights.gguf.files import load_gguf, save_gguf
+from lightning_danube.weights.huggingface import EXPORTED_FILES, load_hf, replaced_directory
+from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
+from lightning_danube.weights.loading import load_decoder, load_model
+from lightning_danube.weights.names import SMOLLM2, locate_weights
 from tests.test_weights import save_tiny_adapter
 from tests.tiny_models import CONFIG, TEMPLATE, save_tiny, tiny_decoder, tiny_tokenizer
 
@@ -253,7 +253,7 @@ def test_what_was_set_aside_when_the_process_was_killed_comes_back(tmp_path: Pat
 KILLED = """
 import importlib, os, signal
 from lightning_danube.__main__ import main
-import lightning_danube.commands.export, torch, transformers  # once, for all forks
+import lightning_danube.cli.verbs.export, torch, transformers  # once, for all forks
 for place, moment, arguments in {cases!r}:
     if not os.fork():
         os.chdir(place)
@@ -264,15 +264,15 @@ for place, moment, arguments in {cases!r}:
 """
 # In the midst of writing, and with all written but the target's name.
 MOMENTS = [
-    ("lightning_danube.model.checkpoints.write_shards", ["--out", "model"]),
-    ("lightning_danube.model.checkpoints.synchronize", ["--out", "model"]),
-    ("lightning_danube.model.gguf_files.synchronize", ["--format", "gguf", "--out", "model.gguf"]),
+    ("lightning_danube.weights.huggingface.write_shards", ["--out", "model"]),
+    ("lightning_danube.weights.huggingface.synchronize", ["--out", "model"]),
+    ("lightning_danube.weights.gguf.files.synchronize", ["--format", "gguf", "--out", "model.gguf"]),
 ]
 QUANTIZED = ["--format", "gguf", "--type", "Q8_0", "--out", "model.gguf"]
 QUANTIZED_MOMENTS = [
-    ("lightning_danube.llama_cpp.import_llama_cpp", QUANTIZED),
-    ("lightning_danube.llama_cpp._captured_log", QUANTIZED),
-    ("lightning_danube.llama_cpp.measure", QUANTIZED),
+    ("lightning_danube.weights.llama_cpp.import_llama_cpp", QUANTIZED),
+    ("lightning_danube.weights.llama_cpp._captured_log", QUANTIZED),
+    ("lightning_danube.weights.llama_cpp.measure", QUANTIZED),
 ]
 
 
@@ -493,7 +493,7 @@ def test_types_that_need_an_importance_matrix(tmp_path: Path, capsys: pytest.Cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     decoder = load_hf(base)
     save_gguf(decoder, tmp_path / "F32.gguf", dtype=torch.float32)
-    from lightning_danube.model.gguf_files import gguf_names
+    from lightning_danube.weights.gguf.files import gguf_names
 
     names = {theirs: decoder.get_parameter(ours) for ours, theirs in gguf_names(WIDE).items()}
     even = {name: np.ones(parameter.shape[-1], np.float32) for name, parameter in names.items() if parameter.ndim > 1}

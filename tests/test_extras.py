@@ -169,9 +169,9 @@ def test_levels_by_hqq_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_academic_benchmarks_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     block(monkeypatch, "lm_eval")
-    monkeypatch.delitem(sys.modules, "lightning_danube.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_danube.evaluation.harness", raising=False)
     with pytest.raises(ValueError, match=r"an academic benchmark needs lm_eval, .*\[evaluation\]'"):
-        import lightning_danube.harness  # noqa: F401
+        import lightning_danube.evaluation.harness  # noqa: F401
 
 
 def test_without_matplotlib_no_figure_is_drawn_and_a_line_says_so(

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.data.chat import encode_chat
-from lightning_danube.data.tokenizer import load_hf_tokenizer
-from lightning_danube.model import Decoder, DecoderConfig, Sampling, generate, save_hf
-from lightning_danube.model.packing import pack_for_generation
-from lightning_danube.weights import load_model
+from lightning_danube.generation.packing import pack_for_generation
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.tokens.chat_template import encode_chat
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.weights.huggingface import save_hf
+from lightning_danube.weights.loading import load_model
 
 PROMPTS = ["The river", "Seven green mountains walk slowly under", "x"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.data.academic import PAPER_TASKS, AcademicTask
-from lightning_danube.model import save_hf
+from lightning_danube.evaluation.parts.academic import PAPER_TASKS, AcademicTask
+from lightning_danube.weights.huggingface import save_hf
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 
 pytestmark = pytest.mark.evaluation
@@ -73,7 +73,7 @@ def exported(path: Path, context: int) -> tuple[Any, Any]:
     """A random decoder in float64, and the harness's Hugging Face backend on its export."""
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_danube.data.tokenizer import adding_bos
+    from lightning_danube.tokens.tokenizer import adding_bos
 
     decoder = tiny_decoder(dataclasses.replace(CONFIG, max_position_embeddings=context)).double().eval()
     tokenizer = adding_bos(tiny_tokenizer())
@@ -94,7 +94,7 @@ def test_answers_are_those_of_the_harness_own_backend(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     monkeypatch.setattr(harness, "NEW_TOKENS", 16)
     monkeypatch.setattr(HFLM, "max_gen_toks", 16)
@@ -121,7 +121,7 @@ def test_questions_in_a_chat_template_are_those_of_the_harness_own_backend(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     monkeypatch.setattr(harness, "NEW_TOKENS", 16)
     monkeypatch.setattr(HFLM, "max_gen_toks", 16)
@@ -140,7 +140,7 @@ def test_questions_in_a_chat_template_are_those_of_the_harness_own_backend(
 def test_whole_texts_are_as_likely_as_the_harness_own_backend_says(tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     (decoder, tokenizer), theirs = exported(tmp_path / "model", 24)
     requests = [Instance("loglikelihood_rolling", {}, (words(n, 3 + 9 * n),), n) for n in range(3)]
@@ -152,7 +152,7 @@ def test_whole_texts_are_as_likely_as_the_harness_own_backend_says(tmp_path: Pat
 
 
 def test_what_is_not_there_is_replaced_where_a_note_can_say_by_what(directory: Path) -> None:
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     folder = directory / LAYOUTS["arc_challenge"][0]
     task = with_fewer_shots("arc_challenge", 3)
@@ -170,7 +170,7 @@ def test_what_is_not_there_is_replaced_where_a_note_can_say_by_what(directory: P
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_a_question_is_never_its_own_example(split: str, directory: Path) -> None:
     """Four questions with three examples each: these are the three others."""
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     folder = directory / LAYOUTS["arc_challenge"][0]
     for name in ("train", "test"):
@@ -190,7 +190,7 @@ def test_a_group_is_asked_with_as_many_examples_as_there_are(directory: Path) ->
     """MMLU has exactly five of them for each of its 57 subjects."""
     import lm_eval.tasks
 
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     folder = Path(lm_eval.tasks.__file__).parent / TASKS["mmlu"].folder
     manager = harness.TaskManager(include_defaults=False, include_path=str(folder))
@@ -233,7 +233,7 @@ def CountingLM() -> Any:
 
 
 def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     with pytest.raises(harness.MissingData, match="there are 6 examples, too few for 25 before each question"):
         harness.prepare(TASKS["arc_challenge"], directory, None, seed=0)
@@ -261,7 +261,7 @@ def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
     ],
 )
 def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory: Path) -> None:
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [arc(1), arc(2), row])
     task = with_fewer_shots("arc_challenge", 1)
@@ -277,7 +277,7 @@ def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory:
 
 
 def test_a_limit_takes_of_each_part_its_share() -> None:
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     sizes = {"a": 10, "b": 30, "c": 1}
     chosen = harness.chosen_documents(sizes, 8, seed=1)
@@ -289,7 +289,7 @@ def test_a_limit_takes_of_each_part_its_share() -> None:
 
 
 def test_more_new_tokens_than_the_context_has_are_a_row_that_says_so(directory: Path) -> None:
-    from lightning_danube import harness
+    from lightning_danube.evaluation import harness
 
     (decoder, tokenizer), _ = exported(directory / "model", 96)
     prepared = harness.prepare(with_fewer_shots("gsm8k", 0), directory, None, seed=0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_danube.invocation import as_typed, program, quoted, runnable
+from lightning_danube.terminal import as_typed, program, quoted, runnable
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.judge import (
+from lightning_danube.evaluation.judge import (
     ChatJudge,
     JudgeRefused,
     estimated_cost,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lightning_danube.__main__ import main
-from lightning_danube.judge import grade_in
-from lightning_danube.llama_cpp import import_llama_cpp
-from lightning_danube.weight_files import smollm2_file
+from lightning_danube.evaluation.judge import grade_in
+from lightning_danube.weights.llama_cpp import import_llama_cpp
+from lightning_danube.weights.names import smollm2_file
 from tests.test_evaluation_run import CHAT, results, write
 
 GRADE = 'root ::= "The grade is [[" [1-9] "]]"'

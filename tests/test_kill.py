@@ -22,7 +22,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.runs import newest_checkpoint
+from lightning_danube.checkpoints.runs import newest_checkpoint
 from tests.test_world_size import Sessions, assert_same_run
 
 ROOT = Path(__file__).resolve().parents[1]

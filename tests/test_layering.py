@@ -3,71 +3,46 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = (
-    "lightning_danube/model",
-    "lightning_danube/data",
-    "lightning_danube/training",
-    "lightning_danube/tasks",
-    "lightning_danube/reports",
+PACKAGE = "lightning_danube"
+GENERAL = ("yaml_files", "terminal", "files", "intervals", "device", "durations", "extras", "signals")
+TASKS = ("pretraining", "chat", "classification", "quantization", "evaluation")
+# Each room imports only itself and rooms that stand before it.
+ORDER = (
+    *GENERAL,
+    "model",
+    "text",
+    "tokens",
+    "checkpoints",
+    "weights",
+    "generation",
+    "training",
+    *TASKS,
+    "planning",
+    "studies",
+    "reports",
     "callbacks",
+    "cli",
+    "__main__",
 )
+MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
+MODEL_MAY_IMPORT = frozenset({"torch", f"{PACKAGE}.model", f"{PACKAGE}.device"})
+# A task's data module takes at most a tokenizer from the weights.
+DATA_MAY_IMPORT_OF_WEIGHTS = frozenset({f"{PACKAGE}.weights.names"})
 # Kept apart from the rules: these folders may be absent.
 OTHERS = ("benchmarks", "notebooks")
-
-MODEL_MAY_IMPORT = frozenset({"torch", "lightning_danube.model", "lightning_danube.device"})
-# The files that read and write formats of others, and what each needs for it.
-FORMATS = {
-    "checkpoints.py": frozenset({"safetensors"}),
-    "gguf_files.py": frozenset({"gguf", "numpy", "lightning_danube.gguf_header"}),
-}
-TASKS_MAY_IMPORT_OF_OURS = frozenset(
-    {
-        f"lightning_danube.{name}"
-        for name in (
-            "model",
-            "device",
-            "training",
-            "durations",
-            "intervals",
-            "tasks",
-            "weights",
-            "adapters",
-            "quantization",
-            "harness",
-        )
-    }
-)
-TRAINING_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in ("model", "durations", "training")})
-REPORTS_READ_WITH = (
-    "config_errors",
-    "durations",
-    "extras",
-    "invocation",
-    "model",
-    "quantization.frontier",
-    "reports",
-    "studies.comparison",
-    "studies.scaling",
-)
-REPORTS_MAY_IMPORT_OF_OURS = frozenset({f"lightning_danube.{name}" for name in REPORTS_READ_WITH})
-DATA_MUST_NOT_IMPORT = frozenset(
-    {
-        f"lightning_danube.{name}"
-        for name in ("model", "training", "tasks", "weights", "adapters", "quantization", "harness")
-    }
-)
 # Libraries that one place of the package deals with, for all others. Most come with an extra (tests/test_extras.py).
 IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
-    "bitsandbytes": "lightning_danube/quantized_linear.py",
-    "gigatoken": "lightning_danube/data/encoding.py",
+    "bitsandbytes": "lightning_danube/weights/quantized_linear.py",
+    "gigatoken": "lightning_danube/tokens/encoding.py",
     "hqq": "lightning_danube/quantization/grouped.py",
-    "llama_cpp": "lightning_danube/llama_cpp.py",
-    "lm_eval": "lightning_danube/harness.py",
+    "llama_cpp": "lightning_danube/weights/llama_cpp.py",
+    "lm_eval": "lightning_danube/evaluation/harness.py",
     "matplotlib": (
         "lightning_danube/reports/",
         "lightning_danube/quantization/frontier.py",
@@ -76,8 +51,8 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     ),
     "optuna": "lightning_danube/studies/",
     "pandas": "lightning_danube/reports/",
-    "peft": "lightning_danube/adapters.py",
-    "rensa": "lightning_danube/data/quality.py",
+    "peft": "lightning_danube/weights/adapters.py",
+    "rensa": "lightning_danube/text/quality.py",
     "sqlalchemy": "lightning_danube/studies/",
     "statsmodels": "lightning_danube/studies/",
 }
@@ -116,44 +91,46 @@ def violations(path: PurePosixPath, source: str) -> list[str]:
     return found
 
 
+def room_of_file(path: PurePosixPath) -> str | None:
+    """The room that a file of the package lies in; None for `lightning_danube/__init__.py` and files elsewhere."""
+    parts = path.with_suffix("").parts
+    if parts[0] == "callbacks":
+        return "callbacks"
+    return parts[1] if parts[0] == PACKAGE and parts[1] != "__init__" else None
+
+
 def broken_rule(path: PurePosixPath, name: str) -> str | None:
-    folders = path.parts
-    ours = is_within(name, frozenset({"lightning_danube"}))
+    room = room_of_file(path)
     if is_within(name, frozenset({"callbacks"})):
         return "the folder callbacks is imported as lightning_danube.callbacks, the name that a wheel has, too"
-    if is_within(name, frozenset({"lightning_danube.cli"})):
-        allowed = folders[0] == "tests" or folders[:2] in (
-            ("lightning_danube", "__main__.py"),
-            ("lightning_danube", "cli.py"),
-        )
-        return None if allowed else "only __main__ and tests import the command line"
-    if is_within(name, frozenset({"lightning_danube.reports"})):
-        allowed = folders[0] in ("tests", "notebooks") or folders[:2] == ("lightning_danube", "reports")
-        return None if allowed else "only notebooks and tests import reports, whose pandas is an extra"
-    if folders[:2] == ("lightning_danube", "reports") and ours and not is_within(name, REPORTS_MAY_IMPORT_OF_OURS):
-        return f"reports read the files of runs; of ours they import {', '.join(REPORTS_READ_WITH)} only"
-    if folders[0] == "lightning_danube" and is_within(name, frozenset({"lightning_danube.callbacks"})):
-        return "the package never imports callbacks; YAML names them"
     only = IN_ONE_FILE.get(name.split(".")[0])
-    if only is not None and folders[0] in ("lightning_danube", "callbacks") and not str(path).startswith(only):
+    if only is not None and path.parts[0] in (PACKAGE, "callbacks") and not str(path).startswith(only):
         return f"only {only} imports {name.split('.')[0]}"
-    if folders[:2] == ("lightning_danube", "model"):
-        may = MODEL_MAY_IMPORT | FORMATS.get(path.name, frozenset())
-        if name.split(".")[0] not in sys.stdlib_module_names and not is_within(name, may):
-            return f"the model imports the standard library and {', '.join(sorted(may))} only"
-    if folders == ("lightning_danube", "device.py") and not is_within(
-        name, frozenset({"torch", *sys.stdlib_module_names})
-    ):
+    if room == "model":
+        if name.split(".")[0] not in sys.stdlib_module_names and not is_within(name, MODEL_MAY_IMPORT):
+            return f"the model imports the standard library and {', '.join(sorted(MODEL_MAY_IMPORT))} only"
+    elif room == "device" and not is_within(name, frozenset({"torch", *sys.stdlib_module_names})):
         return "what the machine can do is asked with the standard library and torch only"
-    if folders[:2] == ("lightning_danube", "data") and is_within(name, DATA_MUST_NOT_IMPORT):
-        return "data knows neither models nor what trains them"
-    if folders[:2] == ("lightning_danube", "tasks") and ours and not is_within(name, TASKS_MAY_IMPORT_OF_OURS):
-        return (
-            "of ours, tasks import model, training, device, weights, adapters, quantization, durations, intervals and "
-            "harness; facts about data arrive as arguments"
-        )
-    if folders[:2] == ("lightning_danube", "training") and ours and not is_within(name, TRAINING_MAY_IMPORT_OF_OURS):
-        return "of ours, training imports model and durations only: it knows no task"
+    if not name.startswith(f"{PACKAGE}."):
+        return None
+    other = name.split(".")[1]
+    if room is None:
+        if path.parts[0] in (PACKAGE, "tests") or other not in ("cli", "reports"):
+            return None
+        if other == "reports" and path.parts[0] == "notebooks":
+            return None
+        return f"only tests import {other}"
+    if other not in ORDER or other == room:
+        return None
+    if ORDER.index(other) > ORDER.index(room):
+        return f"{other} stands after {room} in the order of rooms"
+    if other in TASKS and room in TASKS:
+        return "no task's room imports that of another"
+    if room in TASKS and path.name.endswith("data.py") and other == "weights":
+        if not is_within(name, DATA_MAY_IMPORT_OF_WEIGHTS):
+            return "a data module takes at most a tokenizer from the weights"
+    if other in ("callbacks", "reports") and room != "__main__":
+        return f"no room imports {other}: YAML names callbacks, notebooks read reports"
     return None
 
 
@@ -161,13 +138,25 @@ def python_files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_every_layer_has_files(layer: str) -> None:
-    assert python_files(layer), f"no Python file under {layer}: the rules about it check nothing"
+def of_package() -> list[Path]:
+    return [*python_files(PACKAGE), *python_files("callbacks")]
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_every_room_of_the_order_is_there(room: str) -> None:
+    place = ROOT / ("" if room == "callbacks" else PACKAGE) / room
+    assert place.with_suffix(".py").is_file() or list(place.glob("*.py")), (
+        f"no {room}: the rules about it check nothing"
+    )
+
+
+def test_every_room_stands_in_the_order() -> None:
+    there = {room_of_file(PurePosixPath(file.relative_to(ROOT).as_posix())) for file in of_package()} - {None}
+    assert there == set(ORDER)
 
 
 def test_every_import_keeps_to_the_layers() -> None:
-    files = [file for folder in ("lightning_danube", "callbacks", *OTHERS) for file in python_files(folder)]
+    files = [file for folder in (PACKAGE, "callbacks", *OTHERS) for file in python_files(folder)]
     assert files, "no Python file found: the rules check nothing"
     found = [
         violation
@@ -177,8 +166,46 @@ def test_every_import_keeps_to_the_layers() -> None:
     assert not found, "\n".join(found)
 
 
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Drops imports that are there for the type checker alone."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if is_type_checking(node) else self.generic_visit(node)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    sources = {file: WithoutTypes().visit(ast.parse(file.read_text("utf-8"))) for file in of_package()}
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sources}
+    modules = {name.removesuffix(".__init__"): file for file, name in names.items()}
+    graph: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        if file.name == "__init__.py":
+            continue  # it only names what the others hold
+        path = PurePosixPath(file.relative_to(ROOT).as_posix())
+        imported = {name for _, name in imported_names(path, ast.unparse(sources[file]))}
+        graph[module] = {
+            other for name in imported for other in (name, name.rpartition(".")[0]) if other in modules
+        } - {module}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_folders_are_small_enough_to_read() -> None:
+    for folder in [ROOT / PACKAGE, *(ROOT / PACKAGE).rglob("*")]:
+        if folder.is_dir() and not folder.is_symlink():
+            most = MOST_MODULES_IN_ROOT if folder == ROOT / PACKAGE else MOST_MODULES_IN_A_FOLDER
+            modules = sorted(file.name for file in folder.glob("*.py"))
+            assert len(modules) <= most, f"{folder.relative_to(ROOT)} holds {len(modules)} modules: {modules}"
+
+
 def test_every_file_is_named_after_what_lives_in_it() -> None:
-    files = [file for folder in ("lightning_danube", "callbacks", "tests", *OTHERS) for file in python_files(folder)]
+    files = [file for folder in (PACKAGE, "callbacks", "tests", *OTHERS) for file in python_files(folder)]
     assert files, "no Python file found: the rule checks nothing"
     found = [
         str(file.relative_to(ROOT))
@@ -199,47 +226,49 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
             "standard library and",
         ),
         ("lightning_danube/model/decoder.py", "from ..training.optim import schedule", "standard library and"),
-        ("lightning_danube/model/decoder.py", "import torchmetrics", "standard library and"),
-        ("lightning_danube/model/deep/er.py", "from ... import data", "standard library and"),
-        ("lightning_danube/model/checkpoints.py", "import lightning", "standard library and"),
-        ("lightning_danube/model/checkpoints.py", "import gguf", "standard library and"),
-        ("lightning_danube/model/gguf_files.py", "import safetensors", "standard library and"),
-        ("lightning_danube/model/decoder.py", "import gguf", "standard library and"),
-        ("lightning_danube/model/gguf_files.py", "from ..data.gguf_tokenizer import KEY", "standard library and"),
-        ("lightning_danube/model/decoder.py", "from ..gguf_header import GGUFHeader", "standard library and"),
+        ("lightning_danube/model/deep/er.py", "from ... import text", "standard library and"),
+        ("lightning_danube/model/decoder.py", "from ..weights.gguf.header import GGUFHeader", "standard library and"),
         ("lightning_danube/device.py", "import numpy", "what the machine can do"),
         ("lightning_danube/device.py", "from .model import Decoder", "what the machine can do"),
-        ("lightning_danube/data/chat.py", "from lightning_danube.model.config import DecoderConfig", "data knows"),
-        ("lightning_danube/data/chat.py", "from lightning_danube import tasks", "data knows"),
+        ("lightning_danube/text/corpora.py", "from lightning_danube.tokens.shards import TokenShards", "stands after"),
+        ("lightning_danube/tokens/shards.py", "from lightning_danube import weights", "stands after"),
         (
-            "lightning_danube/data/chat.py",
-            "import importlib\nimportlib.import_module('lightning_danube.model')",
-            "data",
+            "lightning_danube/tokens/shards.py",
+            "import importlib\nimportlib.import_module('lightning_danube.chat')",
+            "after",
         ),
-        ("lightning_danube/tasks/chat.py", "from ..data.chat import Chat", "tasks import"),
-        ("lightning_danube/tasks/chat.py", "if TYPE_CHECKING:\n    import lightning_danube.data.chat", "tasks import"),
-        ("lightning_danube/data/chat.py", "from lightning_danube.weights import load_model", "data knows"),
         (
-            "lightning_danube/training/optim/adamw.py",
-            "from lightning_danube import callbacks",
-            "never imports callbacks",
+            "lightning_danube/tokens/shards.py",
+            "if TYPE_CHECKING:\n    import lightning_danube.chat.data",
+            "stands after",
         ),
-        ("lightning_danube/training/optim/muon.py", "from lightning_danube.tasks import Pretraining", "knows no task"),
-        ("lightning_danube/tasks/chat.py", "from peft import LoraConfig", "only lightning_danube/adapters.py"),
-        ("lightning_danube/weights.py", "import llama_cpp", "only lightning_danube/llama_cpp.py"),
-        ("callbacks/preference_summary.py", "from statsmodels import api", "only lightning_danube/studies/"),
-        ("lightning_danube/tasks/chat.py", "from matplotlib.figure import Figure", "callbacks/evaluation_report.py"),
-        ("lightning_danube/tasks/evaluation.py", "from lm_eval.api import model", "only lightning_danube/harness.py"),
-        ("lightning_danube/data/academic.py", "from lightning_danube.harness import run", "data knows"),
-        ("lightning_danube/data/chat.py", "from ..callbacks.curriculum import Curriculum", "never imports"),
-        ("lightning_danube/data/chat.py", "from lightning_danube.cli import main", "the command line"),
-        ("lightning_danube/tasks/chat.py", "from .. import cli", "the command line"),
-        ("callbacks/samples.py", "from lightning_danube.cli import main", "the command line"),
+        ("lightning_danube/training/optim/muon.py", "from lightning_danube.pretraining import Pretraining", "after"),
+        ("lightning_danube/chat/fine_tuning.py", "from ..pretraining.task import Pretraining", "no task's room"),
+        ("lightning_danube/evaluation/task.py", "from lightning_danube import chat", "no task's room"),
+        (
+            "lightning_danube/chat/data.py",
+            "from lightning_danube.weights.loading import load_model",
+            "at most a tokenizer",
+        ),
+        (
+            "lightning_danube/chat/fine_tuning.py",
+            "from peft import LoraConfig",
+            "only lightning_danube/weights/adapters",
+        ),
+        ("lightning_danube/weights/loading.py", "import llama_cpp", "only lightning_danube/weights/llama_cpp.py"),
+        (
+            "lightning_danube/chat/fine_tuning.py",
+            "from matplotlib.figure import Figure",
+            "callbacks/evaluation_report.py",
+        ),
+        ("lightning_danube/chat/data.py", "from ..callbacks.curriculum import CurriculumStages", "stands after"),
+        ("lightning_danube/cli/configs.py", "from ..callbacks.curriculum import CurriculumStages", "no room imports"),
+        ("lightning_danube/chat/data.py", "from lightning_danube.cli.trainer_verbs import main", "stands after"),
+        ("callbacks/samples.py", "from lightning_danube.cli.trainer_verbs import main", "stands after"),
         ("callbacks/samples.py", "from callbacks.progress import say", "imported as lightning_danube.callbacks"),
+        ("callbacks/samples.py", "from lightning_danube.reports import runs", "no room imports"),
         ("tests/test_cli.py", "import callbacks", "imported as lightning_danube.callbacks"),
-        ("callbacks/samples.py", "from lightning_danube.reports import runs", "only notebooks and tests"),
-        ("lightning_danube/tables.py", "from lightning_danube import reports", "only notebooks and tests"),
-        ("lightning_danube/reports/runs.py", "from lightning_danube.data import CurriculumData", "reports read"),
+        ("benchmarks/loader.py", "from lightning_danube.cli import configs", "only tests import"),
     ],
 )
 def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
@@ -254,31 +283,21 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
             "lightning_danube/model/decoder.py",
             "import math, torch\nfrom torch import nn\nfrom .config import DecoderConfig",
         ),
-        ("lightning_danube/model/packing.py", "from ..device import onednn_packs"),
+        ("lightning_danube/model/attention.py", "from ..device import onednn_packs"),
         ("lightning_danube/device.py", "import os\nimport torch"),
-        ("lightning_danube/model/checkpoints.py", "import json, safetensors.torch"),
-        (
-            "lightning_danube/model/gguf_files.py",
-            "import gguf, numpy\nfrom lightning_danube.gguf_header import is_gguf",
-        ),
-        ("lightning_danube/data/gguf_tokenizer.py", "from lightning_danube.gguf_header import read_gguf_header"),
-        ("lightning_danube/data/chat.py", "import datasets\nfrom .tokenizer import Tokenizer"),
-        (
-            "lightning_danube/tasks/chat.py",
-            "import lightning\nfrom lightning_danube import model, training\nfrom . import pretraining",
-        ),
-        ("lightning_danube/tasks/chat.py", "from ..weights import load_decoder\nfrom ..adapters import load_adapter"),
+        ("lightning_danube/weights/gguf/tokenizer.py", "from lightning_danube.tokens.tokenizer import begin_token"),
+        ("lightning_danube/chat/data.py", "from lightning_danube.weights.names import tokenizer_of"),
+        ("lightning_danube/chat/fine_tuning.py", "import lightning\nfrom lightning_danube import model, training"),
         ("lightning_danube/training/optim/muon.py", "from lightning_danube.model.decoder import Block"),
-        ("lightning_danube/adapters.py", "import peft"),
-        ("lightning_danube/llama_cpp.py", "import llama_cpp"),
-        ("lightning_danube/harness.py", "import lm_eval"),
-        ("lightning_danube/tasks/evaluation.py", "from lightning_danube import harness"),
+        ("lightning_danube/weights/adapters.py", "import peft"),
         ("benchmarks/speed.py", "import llama_cpp"),
-        ("lightning_danube/cli.py", "from .data import chat\nfrom .tasks import chat as task"),
-        ("lightning_danube/__main__.py", "from lightning_danube.cli import main"),
-        ("tests/test_cli.py", "from lightning_danube.cli import main"),
+        ("lightning_danube/cli/configs.py", "from ..pretraining import CurriculumData\nfrom ..chat import ChatData"),
+        ("lightning_danube/__main__.py", "from lightning_danube.cli.trainer_verbs import main"),
+        ("lightning_danube/__init__.py", "from lightning_danube.cli.trainer_verbs import main"),
+        ("tests/test_cli.py", "from lightning_danube.cli.trainer_verbs import main"),
+        ("notebooks/execute.py", "from lightning_danube.reports import runs"),
         ("lightning_danube/reports/figures.py", "import matplotlib\nfrom lightning_danube.reports import runs"),
-        ("callbacks/samples.py", "import lightning\nfrom lightning_danube.model.generation import generate"),
+        ("callbacks/samples.py", "import lightning\nfrom lightning_danube.generation import generate"),
     ],
 )
 def test_an_allowed_import_passes(path: str, source: str) -> None:

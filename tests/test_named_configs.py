@@ -7,8 +7,8 @@ import pytest
 
 from lightning_danube import __main__
 from lightning_danube.__main__ import check_links, main
-from lightning_danube.command_line import with_config_paths
-from lightning_danube.named_configs import FOLDER, config_file, config_names, description
+from lightning_danube.cli.command_line import with_config_paths
+from lightning_danube.yaml_files import FOLDER, config_file, config_names, description
 
 ROOT = Path(__file__).resolve().parents[1]
 

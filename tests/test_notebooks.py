@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from lightning_danube.__main__ import main
-from lightning_danube.config_errors import read_config
+from lightning_danube.yaml_files import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -93,12 +93,12 @@ def tiny_levels(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     options = {
         "name": "tiny",
         "runs": str(directory / "runs"),
-        "data.class_path": "lightning_danube.data.TextWindows",
+        "data.class_path": "lightning_danube.quantization.TextWindows",
         "data.init_args.text.path": str(directory / "text.txt"),
         "data.init_args.tokenizer": str(tiny_run),
         "data.init_args.context_lengths": "[32]",
         "data.init_args.cache_dir": str(directory),
-        "model.class_path": "lightning_danube.tasks.QuantizationEvaluation",
+        "model.class_path": "lightning_danube.quantization.QuantizationEvaluation",
         "model.init_args.weights": str(tiny_run),
         "model.init_args.levels": "[hqq:4/32, rounding:2/32, bitsandbytes:int8]",
         "trainer.accelerator": "cpu",

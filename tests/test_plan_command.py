@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from lightning_danube.__main__ import main
-from lightning_danube.accelerators import parse_accelerator
-from lightning_danube.data.curriculum import Curriculum, Stage
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.model.memory import Layout, TrainingMemory
-from lightning_danube.planning import CheckpointAdvice, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.planning.accelerators import parse_accelerator
+from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.planning.run import CheckpointAdvice, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "pretrain"

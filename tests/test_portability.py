@@ -51,7 +51,7 @@ if __name__ == "__main__":
     torch.backends.mkldnn.is_available = lambda: False
     torch.ops.mkldnn = Missing()
     from lightning_danube.__main__ import main
-    from lightning_danube.data import preparation
+    from lightning_danube.tokens import preparation
 
     preparation.WORTH_PROCESSES = 1
     fitting = ["--config", "quickstart", "--config", "small.yaml"]

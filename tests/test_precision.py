@@ -11,12 +11,12 @@ import torch
 import yaml
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from lightning_danube import precision
 from lightning_danube.__main__ import main
-from lightning_danube.cli import RunRecord
+from lightning_danube.cli.trainer_verbs import RunRecord
 from lightning_danube.device import ProductRate
-from lightning_danube.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
-from lightning_danube.ranks import RankLauncher
+from lightning_danube.training import precision
+from lightning_danube.training.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
+from lightning_danube.training.ranks import RankLauncher
 from tests.test_cli import error_of
 
 WITH_16_BITS = {torch.float32: 100e9, torch.bfloat16: 200e9, torch.float16: 10e9}

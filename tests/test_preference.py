@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_danube.adapters import Lora, weights_digest
-from lightning_danube.tasks import PreferenceTuning
+from lightning_danube.chat.preference_tuning import PreferenceTuning
 from lightning_danube.training.optim import LearningRate, Muon
-from lightning_danube.weights import load_decoder
+from lightning_danube.weights.adapters import Lora, weights_digest
+from lightning_danube.weights.loading import load_decoder
 from tests.tiny_models import save_tiny
 
 BETA = 0.3

@@ -20,7 +20,7 @@ name: talk
 runs: TMP/runs
 seed_everything: 3
 data:
-  class_path: lightning_danube.data.PreferenceData
+  class_path: lightning_danube.chat.PreferenceData
   init_args:
     tokenizer: ${model.init_args.weights}
     context_length: 32
@@ -31,7 +31,7 @@ data:
     sources:
       talk: {path: TMP/talk.jsonl}
 model:
-  class_path: lightning_danube.tasks.PreferenceTuning
+  class_path: lightning_danube.chat.PreferenceTuning
   init_args:
     weights: BASE
     beta: 0.5

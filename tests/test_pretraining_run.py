@@ -10,11 +10,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.__main__ import main
-from lightning_danube.configured import configured_data
-from lightning_danube.data import CurriculumData
-from lightning_danube.data.tokenizer import load_hf_tokenizer
-from lightning_danube.model import load_checkpoint
-from lightning_danube.runs import newest_checkpoint
+from lightning_danube.checkpoints.runs import newest_checkpoint
+from lightning_danube.cli.configs import configured_data
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.weights.huggingface import load_checkpoint
 
 GOLDEN = Path(__file__).parent / "goldens" / "tiny_losses.txt"
 STEPS = 12 + 8 + 6

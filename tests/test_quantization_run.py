@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.__main__ import main
-from lightning_danube.tasks import quantization
-from lightning_danube.weights import load_decoder
+from lightning_danube.quantization import task as quantization
+from lightning_danube.weights.loading import load_decoder
 from tests.tiny_models import CONFIG as TINY
 from tests.tiny_models import save_tiny
 
@@ -28,7 +28,7 @@ CONFIG = """
 name: bits
 runs: TMP/runs
 data:
-  class_path: lightning_danube.data.TextWindows
+  class_path: lightning_danube.quantization.TextWindows
   init_args:
     text: {path: TMP/text.txt}
     tokenizer: ${model.init_args.weights}
@@ -37,7 +37,7 @@ data:
     cloze_questions: 12
     cache_dir: TMP/cache
 model:
-  class_path: lightning_danube.tasks.QuantizationEvaluation
+  class_path: lightning_danube.quantization.QuantizationEvaluation
   init_args:
     weights: TMP/model
     cost: false
@@ -87,8 +87,8 @@ def test_a_table_of_all_levels(bits: Path, capsys: pytest.CaptureFixture[str]) -
 
     # The full model's perplexity, computed here from its logits.
     decoder = load_decoder(str(bits / "model")).eval()
-    from lightning_danube.data import TextWindows
-    from lightning_danube.data.corpora import Source
+    from lightning_danube.quantization.text_windows import TextWindows
+    from lightning_danube.text.corpora import Source
 
     data = TextWindows(Source(str(bits / "text.txt")), str(bits / "model"), context_lengths=[64], max_tokens=1024)
     data.setup("test")
@@ -296,7 +296,7 @@ def test_data_of_another_task(bits: Path, tiny_run: Path, capsys: pytest.Capture
     config = (tiny_run / "config.yaml").read_text()
     start, end = config.index("model:\n"), config.index("data:\n")
     model = f"""model:
-  class_path: lightning_danube.tasks.QuantizationEvaluation
+  class_path: lightning_danube.quantization.QuantizationEvaluation
   init_args: {{weights: {tiny_run}, levels: ["hqq:4/64"], cost: false}}
 """
     (bits / "bits.yaml").write_text(config[:start] + model + config[end:])

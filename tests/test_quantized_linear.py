@@ -10,9 +10,9 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_danube.adapters import Lora, add_adapter, merge_adapter
 from lightning_danube.model import Decoder, next_token_loss
-from lightning_danube.quantized_linear import FrozenLinear4bit, dequantize_linear_layers
+from lightning_danube.weights.adapters import Lora, add_adapter, merge_adapter
+from lightning_danube.weights.quantized_linear import FrozenLinear4bit, dequantize_linear_layers
 from tests.tiny_models import CONFIG, tiny_decoder
 
 IDS = torch.arange(30).view(2, 15)

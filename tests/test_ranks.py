@@ -16,9 +16,9 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from lightning_danube import ranks
-from lightning_danube.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
-from lightning_danube.stopping import Stopped
+from lightning_danube.signals import Stopped
+from lightning_danube.training import ranks
+from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 from tests.probes import samples_of_steps
 from tests.test_kill import processes_marked
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.checkpoint_files import damage, remove_checkpoint
-from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.weights import load_decoder
+from lightning_danube.checkpoints.files import damage, remove_checkpoint
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.weights.loading import load_decoder
 from tests.test_pretraining_run import scalars
 from tests.test_world_size import LAST, ROOT, Sessions, assert_same_run, run_in_ranks
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lightning_danube.__main__ import TRAINER_VERBS, main
-from lightning_danube.commands import COMMANDS
-from lightning_danube.stopping import ANSWERING, PROMPTING, SIGNALS, Stopped
+from lightning_danube.cli.verbs import COMMANDS
+from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS, Stopped
 from tests.conftest import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def test_one_stop_may_arrive_twice(program: Any) -> None:
 
 
 POOL = """
-        from lightning_danube.worker_pool import WorkerPool
+        from lightning_danube.text.worker_pool import WorkerPool
         with WorkerPool(2) as pool:
             say("begin")
             for work in [pool.submit(busy, ROUNDS, "made") for _ in range(20)]:
@@ -190,7 +190,7 @@ module.{function} = lambda arguments: busy(10**9)
 sys.modules[module.__name__] = module
 import lightning_danube
 if "{module}" == "cli":
-    lightning_danube.cli = module
+    lightning_danube.cli.trainer_verbs = module
 from lightning_danube.__main__ import main
 sys.exit(main())
 """
@@ -204,7 +204,7 @@ sys.exit(main())
 
 
 CHILD = """
-from lightning_danube.stopping import run_child
+from lightning_danube.signals import run_child
 print(run_child([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(600)"]))
 """
 

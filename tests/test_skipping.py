@@ -9,7 +9,7 @@ import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import SkipBadSteps
-from lightning_danube.data.curriculum import SampleKey
+from lightning_danube.pretraining.curriculum import SampleKey
 from tests.probes import samples_of_steps
 
 

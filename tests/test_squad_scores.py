@@ -3,7 +3,7 @@
 import pytest
 from torchmetrics.functional.text import squad
 
-from lightning_danube.squad_scores import compute_exact, compute_f1
+from lightning_danube.evaluation.squad_scores import compute_exact, compute_f1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_danube.__main__ import TRAINER_VERBS
-from lightning_danube.commands import COMMANDS
+from lightning_danube.cli.verbs import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 

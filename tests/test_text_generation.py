@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.data.tokenizer import load_hf_tokenizer
-from lightning_danube.model import Decoder, DecoderConfig, Sampling, generate
-from lightning_danube.text_generation import Continuation, TextGeneration, encode_prompt, overlap
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.text import Continuation, TextGeneration, encode_prompt, overlap
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 
 HARD = [
     " walks slowly",

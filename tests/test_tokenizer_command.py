@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_danube.__main__ import main
-from lightning_danube.data.shards import is_held_out
-from lightning_danube.data.tokenizer import load_hf_tokenizer
+from lightning_danube.tokens.shards import is_held_out
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 
 
 def make(*arguments: object) -> int:
@@ -99,7 +99,7 @@ def test_mistakes_get_one_line(
 ) -> None:
     (tiny / "empty.txt").write_text("\n\n")
     (tiny / "chat.yaml").write_text(
-        "data: {class_path: lightning_danube.data.ChatData, "
+        "data: {class_path: lightning_danube.chat.ChatData, "
         "init_args: {context_length: 8, sources: {a: {path: a.jsonl}}}}"
     )
     given = [argument.replace("TMP", str(tiny)) for argument in arguments]
@@ -110,6 +110,8 @@ def test_mistakes_get_one_line(
 def test_a_place_that_cannot_be_written_is_told_before_text_is_read(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_danube.data.tokenizer_training.TextSample.texts", lambda sample: pytest.fail("read"))
+    monkeypatch.setattr(
+        "lightning_danube.tokens.tokenizer_training.TextSample.texts", lambda sample: pytest.fail("read")
+    )
     message = refused(capsys, "--source", tiny / "web.jsonl", "--out", tiny / "web.jsonl" / "own")
     assert f"{tiny / 'web.jsonl'}" in message

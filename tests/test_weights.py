@@ -16,14 +16,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from lightning_danube.adapters import add_adapter, load_adapter, save_adapter
-from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
+from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.extras import pip_command
-from lightning_danube.model import Decoder, load_checkpoint, load_hf
-from lightning_danube.model.gguf_files import save_gguf
-from lightning_danube.runs import newest_checkpoint
-from lightning_danube.weight_files import SMOLLM2, Weights, hub_id, locate_adapter, locate_weights
-from lightning_danube.weights import load_decoder, load_model
+from lightning_danube.model import Decoder
+from lightning_danube.weights.adapters import add_adapter, load_adapter, save_adapter
+from lightning_danube.weights.gguf.files import save_gguf
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
+from lightning_danube.weights.huggingface import load_checkpoint, load_hf
+from lightning_danube.weights.loading import load_decoder, load_model
+from lightning_danube.weights.names import SMOLLM2, Weights, hub_id, locate_adapter, locate_weights
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder, tiny_tokenizer
 
 IDS = torch.arange(30).view(2, 15)
@@ -349,8 +350,8 @@ def test_only_what_a_model_needs_is_fetched_from_the_hub(hub: tuple[str, type[Hu
     handler.repositories |= {"owner/model": model, "owner/adapter": adapter}
     code = """
 import sys
-from lightning_danube.weight_files import locate_adapter, locate_weights
-from lightning_danube.weights import load_decoder
+from lightning_danube.weights.names import locate_adapter, locate_weights
+from lightning_danube.weights.loading import load_decoder
 print(sorted(path.name for path in locate_weights("owner/model").path.iterdir()))
 load_decoder("owner/model@v1.0", adapter="owner/adapter")
 for locate, name in (
@@ -405,7 +406,7 @@ def test_a_download_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france() -> None:
-    from lightning_danube.model import generate
+    from lightning_danube.generation.token_stream import generate
 
     decoder, tokenizer = load_model(SMOLLM2)
     question = [{"role": "user", "content": "What is the capital of France?"}]

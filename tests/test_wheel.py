@@ -75,7 +75,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert {
         "lightning_danube/py.typed",
         "lightning_danube/callbacks/progress.py",
-        "lightning_danube/tasks/paper_scores.json",
+        "lightning_danube/evaluation/paper_scores.json",
         *(f"lightning_danube/configs/{file.relative_to(ROOT / 'configs')}" for file in ROOT.glob("configs/**/*.yaml")),
         *(
             file.relative_to(ROOT).as_posix()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.curriculum import Stage
-from lightning_danube.data.pretraining import CurriculumData
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.pretraining.curriculum import Stage
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.text.corpora import Source
 from tests.probes import losses_of_steps, samples_of_steps
 from tests.test_pretraining_run import scalars
 
@@ -152,6 +152,6 @@ def test_a_step_that_does_not_divide_is_refused_with_numbers_that_would(
         batch_tokens=256,
         micro_batch_size=micro_batch,
     )
-    monkeypatch.setattr("lightning_danube.data.pretraining.replicas_of", lambda _: (replicas, 0))
+    monkeypatch.setattr("lightning_danube.pretraining.data.replicas_of", lambda _: (replicas, 0))
     with pytest.raises(ValueError, match=re.escape(numbers)):
         data._accumulation()

@@ -7,7 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_danube.model import Decoder, DecoderConfig, save_hf
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.weights.huggingface import save_hf
 
 # Room for the tokenizer's 262 tokens. Weights ten times the usual size, as in test_parity.py.
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=272, max_position_embeddings=128, initializer_range=0.2)

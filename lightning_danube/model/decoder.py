@@ -17,7 +17,7 @@ from .config import DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
 
 if TYPE_CHECKING:
-    from .generation import KVCache
+    from .cache import KVCache
 
 
 class RMSNorm(nn.Module):

@@ -1,1 +1,15 @@
-"""Models in fewer bits, by several methods behind one interface, and what is measured of them."""
+"""Levels of quantization: what each costs and what quality remains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_danube import lazy_attributes
+
+if TYPE_CHECKING:
+    from lightning_danube.quantization.task import QuantizationEvaluation
+    from lightning_danube.quantization.text_windows import TextWindows
+
+__all__ = ["QuantizationEvaluation", "TextWindows"]
+
+__getattr__ = lazy_attributes(__name__, {"QuantizationEvaluation": "task", "TextWindows": "text_windows"})

@@ -22,7 +22,7 @@ from typing import Any
 
 from lightning_danube.quantization.levels import FULL, Level, parse_level
 from lightning_danube.quantization.measured import Cost
-from lightning_danube.stopping import run_child
+from lightning_danube.signals import run_child
 
 PREFILL_TOKENS, DECODE_TOKENS = 256, 16
 ROUNDS = 3
@@ -70,8 +70,8 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _llama_cpp(level: Level, request: dict[str, Any]) -> Cost:
-    from lightning_danube.gguf_header import read_gguf_header
-    from lightning_danube.llama_cpp import LlamaCpp, import_llama_cpp
+    from lightning_danube.weights.gguf.header import read_gguf_header
+    from lightning_danube.weights.llama_cpp import LlamaCpp, import_llama_cpp
 
     import_llama_cpp()
     vocabulary = read_gguf_header(request["file"]).fields["llama.vocab_size"]
@@ -97,7 +97,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
 
     from lightning_danube.model import Decoder, DecoderConfig, KVCache
     from lightning_danube.quantization.decoders import full_decoder, quantized_decoder
-    from lightning_danube.weights import load_decoder
+    from lightning_danube.weights.loading import load_decoder
 
     device = torch.device(request["device"])
 

@@ -119,7 +119,7 @@ def _layer_builder(level: Level) -> tuple[Callable[[Tensor], nn.Module], int]:
         bits, group = level.group
         return lambda weight_ND: GroupedLinear(weight_ND, bits, group, optimize=level.method == "hqq"), group
     assert level.method == "bitsandbytes"
-    from lightning_danube.quantized_linear import BLOCK, FrozenLinear4bit, FrozenLinear8bit
+    from lightning_danube.weights.quantized_linear import BLOCK, FrozenLinear4bit, FrozenLinear8bit
 
     if level.type == "int8":
         return lambda weight_ND: FrozenLinear8bit(_linear(weight_ND)), 1

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
-from lightning_danube.llama_cpp import UNQUANTIZED, GGUFContent, LlamaCpp, import_llama_cpp, measure, quantize
 from lightning_danube.model import Decoder
-from lightning_danube.model.gguf_files import save_gguf
 from lightning_danube.quantization.importance import importance_matrix
 from lightning_danube.quantization.levels import Level
 from lightning_danube.quantization.running import Content
+from lightning_danube.weights.gguf.files import save_gguf
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
+from lightning_danube.weights.llama_cpp import UNQUANTIZED, GGUFContent, LlamaCpp, import_llama_cpp, measure, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

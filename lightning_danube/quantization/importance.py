@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder
-from lightning_danube.model.gguf_files import gguf_names
+from lightning_danube.weights.gguf.files import gguf_names
 
 WINDOW = 512
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from lightning_danube.extras import need
-from lightning_danube.llama_cpp import check_file_type, import_llama_cpp
+from lightning_danube.weights.llama_cpp import check_file_type, import_llama_cpp
 
 Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
 METHODS = ("gguf", "bitsandbytes", "hqq", "rounding")

@@ -6,11 +6,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from lightning_danube.config_errors import read_config
 from lightning_danube.model import DecoderConfig
 from lightning_danube.reports.figures import FAINT, INK, legend, new_figure
 from lightning_danube.reports.runs import committed_result
 from lightning_danube.reports.studies import MARKS, differences
+from lightning_danube.yaml_files import read_config
 
 SPEEDS = "grouped-queries-2026-11-24.parquet"
 DECODER = "model.init_args.decoder."

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.durations import parse_tokens
-from lightning_danube.invocation import as_typed
+from lightning_danube.terminal import as_typed
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""

@@ -12,16 +12,7 @@ from lightning_danube.model import PRESETS
 from lightning_danube.reports.figures import INK, legend, new_figure
 from lightning_danube.reports.runs import MissingResult
 from lightning_danube.reports.studies import MARKS, command_of, read_study
-from lightning_danube.studies.scaling import (
-    PAPER_RUNS,
-    SIZE,
-    TOKENS,
-    Law,
-    Point,
-    fit_law,
-    points_of,
-    predict_largest,
-)
+from lightning_danube.studies.scaling import PAPER_RUNS, SIZE, TOKENS, Law, Point, fit_law, points_of, predict_largest
 
 
 @cache

@@ -17,12 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from lightning_danube.config_errors import read_config
 from lightning_danube.durations import parse_tokens
-from lightning_danube.invocation import as_typed
-from lightning_danube.reports.figures import COLOURS, FAINT, INK, count, legend, new_figure, readable_on, source_colours
+from lightning_danube.reports.figures import (
+    COLOURS,
+    FAINT,
+    INK,
+    count,
+    legend,
+    new_figure,
+    readable_on,
+    source_colours,
+)
 from lightning_danube.reports.runs import RESULTS, MissingResult, committed_result
 from lightning_danube.studies.comparison import compare, half_interval, verdict
+from lightning_danube.terminal import as_typed
+from lightning_danube.yaml_files import read_config
 
 MARKS = list(COLOURS.values())
 LABELS = {"rank": "rank of the adapter", "peak": "peak learning rate", "alpha": "alpha of the adapter"}

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lightning_danube.config_errors import read_config
-from lightning_danube.named_configs import config_file
 from lightning_danube.studies.scaling import SIZE, TOKENS
+from lightning_danube.yaml_files import config_file, read_config
 
 Overrides = Mapping[str, Any]
 """Dotted key of a run's config → value."""

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_danube.studies.design import Design, Overrides
-from lightning_danube.tables import text_table
+from lightning_danube.terminal import text_table
 
 Facts = dict[str, Any]
 """parameters and tokens as numbers, tokens_by_source by name; None where a config does not say."""
@@ -77,8 +77,8 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
     model = config["model"].get("init_args") or {}
     tokens = by_source = None
     if data.get("stages"):
-        from lightning_danube.data.curriculum import Stage, stage_samples
         from lightning_danube.durations import parse_tokens
+        from lightning_danube.pretraining.curriculum import Stage, stage_samples
 
         stages = [Stage(**stage) for stage in data["stages"]]
         length = data["context_length"]
@@ -97,7 +97,7 @@ def _parameters(model: Mapping[str, Any], data: Mapping[str, Any]) -> int | None
     if shape is None:
         return None
     from lightning_danube.model import PRESETS, DecoderConfig
-    from lightning_danube.weight_files import tokenizer_of
+    from lightning_danube.weights.names import tokenizer_of
 
     if isinstance(shape, str):
         return PRESETS[shape].parameters

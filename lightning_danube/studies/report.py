@@ -9,13 +9,13 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from lightning_danube.result_files import write_json, write_parquet, write_text
+from lightning_danube.files import write_json, write_parquet, write_text
 from lightning_danube.studies.comparison import Comparison, compare, half_interval, verdict
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.scaling import SIZE, TOKENS, fit_law, law_lines, points_of, predict_largest
 from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
-from lightning_danube.tables import markdown_table, text_table
+from lightning_danube.terminal import markdown_table, text_table
 
 SHOWN_TRIALS = 10
 Table = tuple[list[str], list[list[str]]]

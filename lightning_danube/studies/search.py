@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_danube.stopping import Stopped
+from lightning_danube.signals import Stopped
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.trials import POLL_SECONDS, Runner, TrialFailed, minutes_of, open_study
 

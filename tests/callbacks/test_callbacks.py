@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
 from lightning_danube.callbacks.summary import write_json
-from lightning_danube.tables import text_table
+from lightning_danube.terminal import text_table
 
 
 def test_other_data_is_refused_by_name() -> None:

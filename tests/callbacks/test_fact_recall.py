@@ -12,8 +12,8 @@ from torch import nn
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import FactRecall
 from lightning_danube.callbacks.fact_recall import answered, shares
-from lightning_danube.data import world
-from lightning_danube.data.world import the_world, world_tokenizer
+from lightning_danube.text.embedded import world
+from lightning_danube.text.embedded.world import the_world, world_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

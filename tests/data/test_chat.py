@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.data.chat import (
+from lightning_danube.tokens.chat_template import (
     MARKERS,
     ChatEncoder,
     Message,
@@ -13,7 +13,7 @@ from lightning_danube.data.chat import (
     end_ids,
     render_chat,
 )
-from lightning_danube.data.tokenizer import load_hf_tokenizer
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

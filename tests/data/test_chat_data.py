@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_danube.data.chat_data import ChatData, StepSampler
-from lightning_danube.data.conversations import ConversationSource
+from lightning_danube.chat.conversations import ConversationSource
+from lightning_danube.chat.data import ChatData
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
+from lightning_danube.training.loaders import StepSampler
 
 
 def write(path: Path, count: int) -> Path:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_danube.data.baselines import majority_probabilities, tfidf_probabilities
-from lightning_danube.data.classification import ClassificationData
+from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
+from lightning_danube.classification.data import ClassificationData
 
 WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
 

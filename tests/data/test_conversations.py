@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_danube.data.conversations import Conversation, ConversationSource, read_conversations
-from lightning_danube.data.reading import BadRow
+from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
+from lightning_danube.text.reading import BadRow
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 TALK = [USER, ASSISTANT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye."}]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lightning_danube.data.corpora import Document, Source, read_documents
+from lightning_danube.text.corpora import Document, Source, read_documents
 
 ROWS = [{"text": "First, with a comma and ü.", "id": 1}, {"text": 'Second "quoted"\nover two lines.', "id": 2}]
 

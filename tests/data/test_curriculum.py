@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from lightning_danube.data.curriculum import Curriculum, Stage
 from lightning_danube.durations import parse_tokens
+from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 STAGES = [
     Stage("first", 40_000, {"web": 90.6, "wiki": 9.4}),

@@ -17,10 +17,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lightning_danube.data import docstrings, documentation, made_text, prose
-from lightning_danube.data.docstrings import Environment, Seen
-from lightning_danube.data.documentation import ROLES
-from lightning_danube.data.made_text import Fact
+from lightning_danube.text.embedded import docstrings, documentation, made_text, prose
+from lightning_danube.text.embedded.docstrings import Environment, Seen
+from lightning_danube.text.embedded.documentation import ROLES
+from lightning_danube.text.embedded.made_text import Fact
 
 SHARED = """Balance a tree whose leaves carry weights.
 
@@ -310,7 +310,7 @@ def test_a_killed_collection_leaves_nothing(
         return "{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lightning_danube.data.documentation.{killer}", die)
+        patch.setattr(f"lightning_danube.text.embedded.documentation.{killer}", die)
         with pytest.raises(KeyboardInterrupt):
             collect(environment, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -324,7 +324,7 @@ def test_ctrl_c_ends_a_collection_and_its_processes_and_warns_of_nothing(tmp_pat
     script.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from lightning_danube.data import docstrings, documentation\n"
+        "from lightning_danube.text.embedded import docstrings, documentation\n"
         "def slowly(sources):\n"
         "    print('reading', flush=True)\n"
         "    time.sleep(1)\n"
@@ -374,7 +374,7 @@ def test_the_slower_of_two_keeps_what_the_faster_wrote(
         shutil.copytree(partial, folder)
         replace(partial, folder)
 
-    monkeypatch.setattr("lightning_danube.data.documentation.os.replace", race)
+    monkeypatch.setattr("lightning_danube.text.embedded.documentation.os.replace", race)
     files = collect(environment, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [files["web"].parent]
     assert all(rows_of(file) for file in files.values())

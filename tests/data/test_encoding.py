@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lightning_danube.data.encoding import TextEncoder, can_encode_in_parts, gigatoken_encoder
-from lightning_danube.data.tokenizer import load_hf_tokenizer
+from lightning_danube.tokens.encoding import TextEncoder, can_encode_in_parts, gigatoken_encoder
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 HARD = [

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.data.chat_questions import ChatOptions, chat_questions
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.evaluation import EvaluationData
-from lightning_danube.data.long_contexts import NeedleOptions, make_needles, position_buckets, text_rows
-from lightning_danube.data.passages import RetrievalOptions, passage_questions, retrieved, says
+from lightning_danube.evaluation.data import EvaluationData
+from lightning_danube.evaluation.parts.chat import ChatOptions, chat_questions
+from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles, position_buckets, text_rows
+from lightning_danube.evaluation.parts.passages import RetrievalOptions, passage_questions, retrieved, says
+from lightning_danube.text.corpora import Source
 from tests.tiny_models import tiny_tokenizer
 
 TEXT = "Rivers run over stones, and the light is green under the trees there. "

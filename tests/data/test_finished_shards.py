@@ -9,11 +9,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.finished_shards import fetch, finished_directory
-from lightning_danube.data.preparation import open_or_prepare
-from lightning_danube.data.shards import TokenShards
-from lightning_danube.data.tokenizer import DocumentTokenizer
+from lightning_danube.text.corpora import Source
+from lightning_danube.tokens.finished_shards import fetch, finished_directory
+from lightning_danube.tokens.preparation import open_or_prepare
+from lightning_danube.tokens.shards import TokenShards
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 OPTIONS: dict[str, Any] = {"held_out": 0.2, "processes": 1}
 

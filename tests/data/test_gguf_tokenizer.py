@@ -12,14 +12,9 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_danube.data.gguf_tokenizer import (
-    PROBE,
-    WORD_SPLITS,
-    WordSplit,
-    gguf_tokenizer_fields,
-    load_gguf_tokenizer,
-)
-from lightning_danube.data.tokenizer import load_hf_tokenizer, mistral_model_file, sentencepiece_backend
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer, mistral_model_file, sentencepiece_backend
+from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
+from lightning_danube.weights.gguf.tokenizer import PROBE, gguf_tokenizer_fields, load_gguf_tokenizer
 
 TEXT = (
     "The tokenizer of a model cuts a text into pieces. It's 1234 or 5,678.90 of them, DON'T you'll see?\n\n  Über "

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_danube.data.labelled_texts import (
+from lightning_danube.classification.labelled_texts import (
     PACKAGES,
     LabelledText,
     LabelledTexts,
@@ -17,7 +17,7 @@ from lightning_danube.data.labelled_texts import (
     split_off,
     stratified,
 )
-from lightning_danube.data.reading import BadRow
+from lightning_danube.text.reading import BadRow
 
 
 def read(path: Path | str, text: str = "text", label: str | None = "label", cache: str = ".") -> list[Any]:
@@ -101,7 +101,7 @@ def test_the_name_of_a_package_is_hidden_in_its_documentation(tmp_path: Path, mo
             (tmp_path / f"{role}.jsonl").write_text(json.dumps(row))
         return {role: tmp_path / f"{role}.jsonl" for role in ("web", "academic")}
 
-    monkeypatch.setattr("lightning_danube.data.corpora.collect_documentation", collected)
+    monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", collected)
     first, second = read(PACKAGES)
     assert (first.label, second.label) == ("rich", "numpy")
     assert first.text == "Class package.core.A\n\nAn enriched package thing."

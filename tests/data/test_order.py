@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.data.curriculum import Curriculum, Stage
-from lightning_danube.data.mixture import whole_counts
-from lightning_danube.data.order import OrderFacts, check_order, stream_identity
-from lightning_danube.data.shards import TokenStream
+from lightning_danube.pretraining.curriculum import Curriculum, Stage
+from lightning_danube.pretraining.mixture import whole_counts
+from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
+from lightning_danube.tokens.shards import TokenStream
 
 STAGES = [Stage("first", 40_960, {"web": 75, "wiki": 25}), Stage("second", 20_480, {"web": 50, "wiki": 50})]
 ROWS = {"web": 300, "wiki": 90, "code": 70}

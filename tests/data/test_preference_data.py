@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_danube.data.chat import ChatEncoder
-from lightning_danube.data.chat_data import StepSampler
-from lightning_danube.data.preference_data import PreferenceData
-from lightning_danube.data.preferences import PreferenceSource
-from lightning_danube.data.rows_of_chats import DoesNotFit, fit_pair
-from lightning_danube.data.tokenizer import load_hf_tokenizer
+from lightning_danube.chat.preference_data import PreferenceData
+from lightning_danube.chat.preferences import PreferenceSource
+from lightning_danube.chat.rows import DoesNotFit, fit_pair
+from lightning_danube.tokens.chat_template import ChatEncoder
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.training.loaders import StepSampler
 
 
 def write(path: Path, count: int) -> Path:

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_danube.data.preferences import Preference, PreferenceSource, read_preferences
-from lightning_danube.data.reading import BadRow
+from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
+from lightning_danube.text.reading import BadRow
 
 ASKED = [{"role": "user", "content": "Hi"}]
 LONG = [*ASKED, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"}]
@@ -197,7 +197,7 @@ Answer: In `textwrap`.
 def test_the_embedded_questions_lend_each_other_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": QUESTIONS}, {"text": QUESTIONS.partition("\n\n")[0]}, {"text": QUESTIONS.replace("json", "toml")}]
     path = write(tmp_path / "instruct.jsonl", *rows)
-    monkeypatch.setattr("lightning_danube.data.corpora.collect_documentation", lambda cache: {"instruct": path})
+    monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", lambda cache: {"instruct": path})
     source = PreferenceSource("documentation:instruct")
     pairs = [pair for pair in read_preferences("src", source, tmp_path) if isinstance(pair, Preference)]
     assert [(pair.chosen, pair.rejected, pair.row) for pair in pairs[:5]] == [
@@ -222,5 +222,5 @@ def test_the_embedded_questions_lend_each_other_their_answers(tmp_path: Path, mo
 
 def test_embedded_answers_that_are_the_same_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "instruct.jsonl", {"text": "Question: A?\nAnswer: None.\n\nQuestion: B?\nAnswer: None."})
-    monkeypatch.setattr("lightning_danube.data.corpora.collect_documentation", lambda cache: {"instruct": path})
+    monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", lambda cache: {"instruct": path})
     assert not list(read_preferences("src", PreferenceSource("documentation:instruct"), tmp_path))

@@ -19,17 +19,18 @@ import pytest
 import zstandard
 
 from lightning_danube.__main__ import main
-from lightning_danube.data import encoding, preparation, reading
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.preparation import Preparation, open_or_prepare, prepare
-from lightning_danube.data.quality import Filters, Quality
-from lightning_danube.data.shards import TokenShards, is_held_out
-from lightning_danube.data.tokenizer import DocumentTokenizer
+from lightning_danube.text import reading
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.quality import Filters, Quality
+from lightning_danube.tokens import encoding, preparation
+from lightning_danube.tokens.preparation import Preparation, open_or_prepare, prepare
+from lightning_danube.tokens.shards import TokenShards, is_held_out
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_UNITS = """
 import sys
-from lightning_danube.data import preparation
+from lightning_danube.tokens import preparation
 preparation.UNIT_BYTES, preparation.WORTH_PROCESSES, preparation.SHARD_TOKENS = 20_000, 1, 30_000
 from lightning_danube.__main__ import main
 if __name__ == "__main__":
@@ -74,7 +75,7 @@ def config(directory: Path, sources: dict[str, str], extra: str = "") -> str:
         f"""
 seed_everything: 3
 data:
-  class_path: lightning_danube.data.CurriculumData
+  class_path: lightning_danube.pretraining.CurriculumData
   init_args:
     context_length: 32
     batch_tokens: 256
@@ -85,7 +86,7 @@ data:
     sources:
 {lines}
     stages: [{{name: all, tokens: 1K, mix: {{{mix}}}}}]
-model: {{class_path: lightning_danube.tasks.Pretraining}}
+model: {{class_path: lightning_danube.pretraining.Pretraining}}
 trainer: {{accelerator: cpu}}
 """
     )
@@ -498,7 +499,11 @@ def test_mistakes_in_the_file_are_told_in_one_line(tiny: Path, capsys: pytest.Ca
     whole = path.read_text()
     for wrong, right, message in (
         ("context_lenght:", "context_length:", "'context_lenght' is not an option of CurriculumData"),
-        ("data.CurriculumDat\n", "data.CurriculumData\n", "there is no class 'CurriculumDat' in lightning_danube.data"),
+        (
+            "pretraining.CurriculumDat\n",
+            "pretraining.CurriculumData\n",
+            "there is no class 'CurriculumDat' in lightning_danube.pretraining",
+        ),
         ("{path: nothing.jsonl}", f"{{path: {tiny}/web.jsonl}}", "source 'web': there is no file nothing.jsonl"),
         ("finnish: 3\ndata:\n", "data:\n", "finnish"),
     ):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.curriculum import Curriculum, SampleKey, Stage
-from lightning_danube.data.pretraining import IGNORE_INDEX, CurriculumData, CurriculumSampler
+from lightning_danube.pretraining.curriculum import Curriculum, SampleKey, Stage
+from lightning_danube.pretraining.data import CurriculumData, CurriculumSampler
+from lightning_danube.text.corpora import Source
+from lightning_danube.training.contract import IGNORE_INDEX
 
 STAGES = [Stage("a", 5_000, {"web": 0.9, "wiki": 0.1}), Stage("b", 3_000, {"web": 0.5, "wiki": 0.5})]
 

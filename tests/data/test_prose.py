@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_danube.data.prose import clean, plain, prose
+from lightning_danube.text.embedded.prose import clean, plain, prose
 
 NUMPYDOC = """
 Smooth a signal with a window.

@@ -8,19 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_danube.data import preparation
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.preparation import open_or_prepare
-from lightning_danube.data.quality import (
-    NEAR,
-    Benchmarks,
-    Filters,
-    NearDuplicates,
-    Quality,
-    first_of_each,
-    sketches,
-)
-from lightning_danube.data.tokenizer import DocumentTokenizer
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.quality import NEAR, Benchmarks, Filters, NearDuplicates, Quality, first_of_each, sketches
+from lightning_danube.tokens import preparation
+from lightning_danube.tokens.preparation import open_or_prepare
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 VOCABULARY = [f"{a}{b}" for a in "bcdfghklm" for b in ("an", "el", "ir", "os", "ut", "ay")]
 

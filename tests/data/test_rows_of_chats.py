@@ -3,9 +3,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lightning_danube.data.chat import ChatEncoder, Message, encode_chat
-from lightning_danube.data.rows_of_chats import LAYOUTS, DoesNotFit, fit_chat
-from lightning_danube.data.tokenizer import load_hf_tokenizer
+from lightning_danube.chat.rows import DoesNotFit, fit_chat
+from lightning_danube.tokens.chat_template import ChatEncoder, Message, encode_chat
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.training.passes import LAYOUTS
 
 TURNS: list[Message] = [
     {"role": role, "content": f"{role} says word number {n}, and some more words after that"}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.configured import configured_data
-from lightning_danube.data import CurriculumData
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.cli.configs import configured_data
+from lightning_danube.pretraining.data import CurriculumData
 
 pytestmark = pytest.mark.s3
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.data import preparation
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.preparation import open_or_prepare
-from lightning_danube.data.quality import Filters, Quality
-from lightning_danube.data.shards import TokenShards, is_held_out
-from lightning_danube.data.tokenizer import DocumentTokenizer
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.quality import Filters, Quality
+from lightning_danube.tokens import preparation
+from lightning_danube.tokens.preparation import open_or_prepare
+from lightning_danube.tokens.shards import TokenShards, is_held_out
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 Make = Callable[..., TokenShards]
 TEXTS = [f"Document number {n} is about {n * n} things; it has {'many ' * (n % 7)}words." for n in range(400)]

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.data import TextWindows
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.shards import is_held_out
-from lightning_danube.data.text_windows import CLOZE_CONTEXT
+from lightning_danube.quantization.text_windows import CLOZE_CONTEXT, TextWindows
+from lightning_danube.text.corpora import Source
+from lightning_danube.tokens.shards import is_held_out
 from tests.tiny_models import save_tiny
 
 

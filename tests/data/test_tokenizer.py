@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lightning_danube.data.gguf_tokenizer import WORD_SPLITS, gguf_tokenizer_fields, load_gguf_tokenizer
-from lightning_danube.data.tokenizer import DocumentTokenizer, load_hf_tokenizer, mistral_model_file
-from lightning_danube.data.tokenizer_training import SPECIAL_TOKENS
+from lightning_danube.tokens.tokenizer import DocumentTokenizer, load_hf_tokenizer, mistral_model_file
+from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
+from lightning_danube.tokens.word_splits import WORD_SPLITS
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
 from tests.data.test_gguf_tokenizer import write
 
 HARD = [
@@ -24,7 +25,7 @@ HARD = [
     "<|prompt|>hi</s><|answer|>x</s> <s> <unk>",
     "def f(x):\n    return x ** 2  # über\n",
 ]
-# Of lightning_danube/data/danube-small. A model that was trained with other pieces can not be used any more.
+# Of lightning_danube/tokens/danube-small. A model that was trained with other pieces can not be used any more.
 SMALL_PIECES, SMALL_FINGERPRINT = 4096, "70ef6ce9ddb97bde"
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from tokenizers import pre_tokenizers
 
-from lightning_danube.data import tokenizer_training
-from lightning_danube.data.corpora import Source
-from lightning_danube.data.gguf_tokenizer import gguf_tokenizer_fields
-from lightning_danube.data.shards import is_held_out
-from lightning_danube.data.tokenizer import DocumentTokenizer
-from lightning_danube.data.tokenizer_training import SMALLEST, TextSample, train_tokenizer
+from lightning_danube.text.corpora import Source
+from lightning_danube.tokens import tokenizer_training
+from lightning_danube.tokens.shards import is_held_out
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.tokens.tokenizer_training import SMALLEST, TextSample, train_tokenizer
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
 from tests.conftest import WORDS
 
 TEXTS = [f"{word} walks 2024 times under the {word} mountain.\n" for word in WORDS] * 3
@@ -73,7 +73,7 @@ def test_the_order_of_the_texts_and_the_threads_change_nothing(tmp_path: Path) -
     one, other = (train_tokenizer(texts, SMALLEST + 60).backend_tokenizer.to_str() for texts in (TEXTS, shuffled))
     assert one == other
     program = (
-        "import sys; from lightning_danube.data.tokenizer_training import train_tokenizer; "
+        "import sys; from lightning_danube.tokens.tokenizer_training import train_tokenizer; "
         "from tests.data.test_tokenizer_training import TEXTS; "
         f"train_tokenizer(TEXTS, {SMALLEST + 60}).save_pretrained(sys.argv[1])"
     )

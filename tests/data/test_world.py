@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_danube.data import world
-from lightning_danube.data.corpora import Source, local_files
-from lightning_danube.data.world import GROUPS, the_world, world_tokenizer, write_world
+from lightning_danube.text.corpora import Source, local_files
+from lightning_danube.text.embedded import world
+from lightning_danube.text.embedded.world import GROUPS, the_world, world_tokenizer, write_world
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def texts() -> dict[str, list[str]]:
 
 def test_the_world_is_the_same_everywhere() -> None:
     script = (
-        "from lightning_danube.data.world import the_world\n"
+        "from lightning_danube.text.embedded.world import the_world\n"
         "print(the_world().subjects[7], next(the_world().documents('noisy')))"
     )
     said = {

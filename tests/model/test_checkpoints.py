@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lightning_danube.model import Decoder, DecoderConfig, load_checkpoint, load_hf, save_hf
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.weights.huggingface import load_checkpoint, load_hf, save_hf
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.model import CompiledStep, Decoder, DecoderConfig, KVCache, Sampling, TokenStream
-from lightning_danube.model.compiled_steps import StepsOfCache
-from lightning_danube.model.packing import SplitLinear, pack, pack_for_generation
+from lightning_danube.generation.compiled_steps import CompiledStep, StepsOfCache
+from lightning_danube.generation.packing import SplitLinear, pack, pack_for_generation
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.token_stream import TokenStream
+from lightning_danube.model import Decoder, DecoderConfig, KVCache
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2, max_position_embeddings=600)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

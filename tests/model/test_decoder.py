@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_danube.model import Decoder, DecoderConfig, RMSNorm, Sampling, generate
+from lightning_danube.generation.sampling import Sampling
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig, RMSNorm
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

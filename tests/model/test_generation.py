@@ -18,8 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightning_danube.model import Decoder, DecoderConfig, KVCache, Sampling, TokenStream, generate, sample
-from lightning_danube.model.generation import candidates, penalize, uniforms
+from lightning_danube.generation.sampling import Sampling, candidates, penalize, sample, uniforms
+from lightning_danube.generation.token_stream import TokenStream, generate
+from lightning_danube.model import Decoder, DecoderConfig, KVCache
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2, max_position_embeddings=40)
 MHA, MQA = (dataclasses.replace(CONFIG, num_key_value_heads=kv_heads) for kv_heads in (4, 1))

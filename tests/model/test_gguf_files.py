@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_danube.gguf_header import read_gguf_header
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.model.gguf_files import load_gguf, read_gguf_config, readable_types, save_gguf
+from lightning_danube.weights.gguf.files import load_gguf, read_gguf_config, readable_types, save_gguf
+from lightning_danube.weights.gguf.header import read_gguf_header
 
 # The file does not say how weights were once initialized, so these have the default of that.
 CONFIGS = {
@@ -201,7 +201,7 @@ def test_a_large_tensor_is_dequantized_in_pieces(
 
     file = rewrite(written, tmp_path / "quantized.gguf", encode=encode)
     whole = load_gguf(file)
-    monkeypatch.setattr("lightning_danube.model.gguf_files.PIECE_VALUES", 1000)
+    monkeypatch.setattr("lightning_danube.weights.gguf.files.PIECE_VALUES", 1000)
     assert_same_parameters(load_gguf(file), whole)
 
 
@@ -495,7 +495,7 @@ def test_a_decoder_with_adapters_is_not_saved(decoder: Decoder, tmp_path: Path) 
 
 
 def test_importing_the_file_imports_neither_gguf_nor_transformers() -> None:
-    code = "import sys, lightning_danube.model.gguf_files as _\nprint({'transformers', 'gguf'} & sys.modules.keys())"
+    code = "import sys, lightning_danube.weights.gguf.files as _\nprint({'transformers', 'gguf'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
@@ -505,7 +505,7 @@ import re, sys, threading
 from pathlib import Path
 import torch
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.model.gguf_files import load_gguf, readable_types
+from lightning_danube.weights.gguf.files import load_gguf, readable_types
 
 def anonymous():  # what this process holds, without pages of files, which the system takes back at need
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -8,8 +8,8 @@ LOAD = """
 import sys
 import torch
 from lightning_danube.model import Decoder, DecoderConfig, generate
-from lightning_danube.model.gguf_files import load_gguf, save_gguf
-from lightning_danube.model.packing import pack_for_generation
+from lightning_danube.weights.gguf.files import load_gguf, save_gguf
+from lightning_danube.generation.packing import pack_for_generation
 
 config = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101)
 save_gguf(Decoder(config), sys.argv[1], dtype=torch.float32)

@@ -24,11 +24,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lightning_danube.data.chat import MARKERS
-from lightning_danube.data.gguf_tokenizer import WORD_SPLITS, WordSplit, gguf_tokenizer_fields, load_gguf_tokenizer
-from lightning_danube.data.tokenizer import load_hf_tokenizer, mistral_model_file
-from lightning_danube.model import Decoder, DecoderConfig, generate
-from lightning_danube.model.gguf_files import load_gguf, save_gguf
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.tokens.chat_template import MARKERS
+from lightning_danube.tokens.tokenizer import load_hf_tokenizer, mistral_model_file
+from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
+from lightning_danube.weights.gguf.files import load_gguf, save_gguf
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
 
 CONFIGS = {
     "multi-head": DecoderConfig(64, 96, 2, 4, 4, vocab_size=128, max_position_embeddings=512),

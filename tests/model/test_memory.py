@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.model.memory import BYTES, Layout, TrainingMemory
+from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
 from lightning_danube.training.optim import Muon
 
 TINY = DecoderConfig(

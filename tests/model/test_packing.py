@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from lightning_danube.device import fbgemm_packs, onednn_packs
-from lightning_danube.model import Decoder, DecoderConfig, KVCache, generate, packing
-from lightning_danube.model.decoder import RMSNorm
-from lightning_danube.model.packing import (
+from lightning_danube.generation import packing
+from lightning_danube.generation.packing import (
     ConvertingLinear,
     Float16Linear,
     JoinedLinear,
@@ -18,6 +17,9 @@ from lightning_danube.model.packing import (
     pack,
     pack_for_generation,
 )
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder, DecoderConfig, KVCache
+from lightning_danube.model.decoder import RMSNorm
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 SHAPES = {

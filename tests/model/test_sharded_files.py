@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_danube.checkpoint_files import FILES, damage, prepare_directory, remove_checkpoint
-from lightning_danube.checkpoint_io import DurableCheckpointIO
-from lightning_danube.model import Decoder, DecoderConfig, load_checkpoint
-from lightning_danube.model.sharded_files import REST, load_whole, shapes
+from lightning_danube.checkpoints.files import FILES, damage, prepare_directory, remove_checkpoint
+from lightning_danube.checkpoints.sharded_files import REST, load_whole, shapes
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.weights.huggingface import load_checkpoint
 
 TINY = DecoderConfig(16, 24, 1, 2, 1, vocab_size=20)
 

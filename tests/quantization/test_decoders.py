@@ -12,8 +12,8 @@ from lightning_danube.quantization.decoders import check_finite, full_decoder, q
 from lightning_danube.quantization.grouped import GroupedLinear
 from lightning_danube.quantization.importance import importance_matrix
 from lightning_danube.quantization.levels import parse_level
-from lightning_danube.quantized_linear import FrozenLinear8bit
-from lightning_danube.tasks.quantization import divergence
+from lightning_danube.quantization.task import divergence
+from lightning_danube.weights.quantized_linear import FrozenLinear8bit
 from tests.tiny_models import CONFIG, TIED, tiny_decoder
 
 IDS = torch.arange(60).view(2, 30)

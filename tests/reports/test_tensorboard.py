@@ -13,7 +13,7 @@ def test_every_tag_is_explained_and_has_its_logger(tiny_run: Path) -> None:
     found = tensorboard.tags(run)
     assert set(found.index) == {*run.curves, *run.texts}
     assert not found["says"].str.contains("not described").any()
-    assert found.loc["loss/train", "logged by"] == "lightning_danube.tasks.Pretraining"
+    assert found.loc["loss/train", "logged by"] == "lightning_danube.pretraining.Pretraining"
     assert found.loc["mix/stage", "logged by"] == "lightning_danube.callbacks.CurriculumStages"
     assert found.loc["mix/web", "logged by"] == "lightning_danube.callbacks.TokenLedger"
     assert found.loc["run/plan", ["points", "last"]].tolist() == [1, "text"]

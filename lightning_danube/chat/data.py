@@ -1,0 +1,566 @@
+"""The data of fine-tuning: conversations, encoded once, in rows whose whole state is the number of steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
+from lightning_danube.chat.preferences import Preference, PreferenceSource
+from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
+from lightning_danube.files import default_cache_dir
+from lightning_danube.text.quality import text_hash
+from lightning_danube.text.reading import BadRow
+from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
+from lightning_danube.tokens.shards import files_identity, held_out_below
+from lightning_danube.tokens.tokenizer import MISTRAL, fingerprint_of
+from lightning_danube.training.contract import IGNORE_INDEX
+from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, steps_of
+from lightning_danube.training.passes import LAYOUTS, Pass
+from lightning_danube.training.replicas import accumulation, replicas_of
+from lightning_danube.weights.names import tokenizer_of
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+SHOWN_BAD_ROWS = 3
+TOO_LONG = "too long"
+
+
+@dataclass(frozen=True)
+class EncodedChats:
+    """Conversations of one split, one after the other: `ids` and `learned` (tokens,), `ends` (conversations + 1,)."""
+
+    ids: NDArray[Any]
+    learned: NDArray[np.bool_]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Places that each takes in a row: its last token is only a label."""
+        return np.diff(self.ends) - 1
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Tokens of each that the loss counts."""
+        counted = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+        # The first token of a conversation is nobody's label.
+        first = self.learned[self.ends[:-1]] if len(self.ids) else np.zeros(0, dtype=np.int64)
+        result: NDArray[np.int64] = np.diff(counted[self.ends]) - first
+        return result
+
+    def row(self, chats: Sequence[int], length: int) -> dict[str, Tensor]:
+        """One row of `length` places: inputs, labels, and for each place the conversation (from 1; 0 for none) and the
+        position in it."""
+        row = {name: torch.zeros(length, dtype=torch.int64) for name in ("input_ids", "document_ids", "position_ids")}
+        row["labels"] = torch.full((length,), IGNORE_INDEX)
+        place = 0
+        for number, chat in enumerate(chats, start=1):
+            start, end = int(self.ends[chat]), int(self.ends[chat + 1])
+            ids = torch.from_numpy(self.ids[start:end].astype(np.int64))
+            learned = torch.from_numpy(self.learned[start + 1 : end].copy())
+            here = slice(place, place + len(ids) - 1)
+            row["input_ids"][here] = ids[:-1]
+            row["labels"][here] = ids[1:].masked_fill(~learned, IGNORE_INDEX)
+            row["document_ids"][here] = number
+            row["position_ids"][here] = torch.arange(len(ids) - 1)
+            place = here.stop
+        return row
+
+
+class ConversationData(LightningDataModule):
+    """What the data modules of conversations share: sources that are encoded once, steps that are dealt to devices, and
+    a state that is the number of steps. What an example is (a conversation, a pair) is theirs.
+
+    Raises:
+        ValueError: for every mistake in its arguments, with the key's name.
+    """
+
+    example: ClassVar[str] = "conversation"
+    chats_each: ClassVar[int] = 1
+    """Encoded conversations of an example, which stand one after the other."""
+    batch_key: ClassVar[str] = "batch_rows"
+
+    def __init__(
+        self,
+        sources: Mapping[str, ConversationSource] | Mapping[str, PreferenceSource],
+        context_length: int,
+        batch_rows: int,
+        micro_batch_size: int,
+        tokenizer: str,
+        epochs: int,
+        too_long: Policy,
+        held_out: float,
+        validation_examples: int,
+        seed: int,
+        workers: int,
+        cache_dir: str | None,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "context_length": context_length,
+            self.batch_key: batch_rows,
+            "micro_batch_size": micro_batch_size,
+            "epochs": epochs,
+            f"validation_{self.example}s": validation_examples,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not sources:
+            raise ValueError("data.sources is empty: name at least one")
+        if not 0 < held_out < 1:
+            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.02")
+        self.sources, self.context_length = sources, context_length
+        self.batch_rows, self.micro_batch_size, self.epochs = batch_rows, micro_batch_size, epochs
+        self.too_long, self.held_out, self.validation_examples = too_long, held_out, validation_examples
+        self.seed, self.workers = seed, workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
+        self.encoder = ChatEncoder(self.tokenizer)
+        self.encoder.check_learnable()
+        self.vocab_size = len(self.tokenizer)
+        self.steps_done = 0
+        self._fingerprints: dict[str, str] = {}
+
+    # --- what an example is -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, name: str) -> Iterator[Conversation | Preference | BadRow]:
+        """The examples of a source, in a fixed order."""
+
+    @abstractmethod
+    def fit_example(self, found: Any) -> list[FittedChat]:
+        """An example as encoded conversations.
+
+        Raises:
+            DoesNotFit: it is left out by the policy.
+            ValueError: the template refuses it.
+        """
+
+    @abstractmethod
+    def encoded_by(self) -> list[Any]:
+        """The options that decide how an example is encoded."""
+
+    @abstractmethod
+    def lengths(self, chats: EncodedChats) -> NDArray[np.int64]:
+        """Places that each example takes in a row."""
+
+    @abstractmethod
+    def counted(self, chats: EncodedChats) -> NDArray[np.int64]:
+        """What the loss counts of each example."""
+
+    @abstractmethod
+    def plan(self, number: int) -> Pass:
+        """A pass over the examples of `train_chats`."""
+
+    @abstractmethod
+    def training_rows(self) -> Dataset[Any]:
+        """Micro-batches by the numbers of the examples in their rows."""
+
+    @abstractmethod
+    def held_out_rows(self, name: str, chats: EncodedChats, batches: list[list[list[int]]]) -> Dataset[Any]:
+        """Micro-batches of held-out examples of a source."""
+
+    # --- encoding -----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        for name in self.sources:
+            if not self._directory(name).exists():
+                self._encode(name)
+
+    def fingerprint(self, name: str) -> str:
+        """Hash of all that decides a source's encoded conversations, as its files are when a run begins: they may
+        change while it reads what was made of them."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self._fingerprint_now(name)
+        return self._fingerprints[name]
+
+    def _fingerprint_now(self, name: str) -> str:
+        source = self.sources[name]
+        facts = [
+            FORMAT,
+            asdict(source),
+            self.encoder.fingerprint,
+            self.context_length,
+            *self.encoded_by(),
+            self.held_out,
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(files_identity(name, source.texts, self.cache_dir))
+        return digest.hexdigest()[:12]
+
+    def _directory(self, name: str) -> Path:
+        return self.cache_dir / f"{self.example}s" / f"{name}-{self.fingerprint(name)}"
+
+    def _encode(self, name: str) -> None:
+        """Encodes a source and writes it beside its place, which appears by a rename when it is whole.
+
+        Raises:
+            ValueError: the source cannot be read, or holds a row to learn nothing from, unless those may be skipped.
+        """
+        source, least = self.sources[name], held_out_below(self.held_out)
+        report, left_out = Counter[str](), Counter[str]()
+        examples: list[str] = []
+        chats: dict[str, list[FittedChat]] = {split: [] for split in SPLITS}
+        for found in self.read(name):
+            fitted = found if isinstance(found, BadRow) else self._fitted(found)
+            if isinstance(fitted, BadRow):
+                # What is too long is left out by the policy that the user has declared: it is no mistake of the data.
+                if source.on_bad_row == "error" and fitted.cause != TOO_LONG:
+                    raise ValueError(f"source {name!r}: {fitted.message}; on_bad_row: skip leaves such rows out")
+                left_out[fitted.cause] += 1
+                examples += [fitted.message] * (len(examples) < SHOWN_BAD_ROWS)
+                continue
+            assert not isinstance(found, BadRow)
+            split = "validation" if text_hash(found.topic) < least else "train"
+            chats[split] += fitted
+            report[f"{self.example}s"] += 1
+            report[f"{self.example}s_held_out"] += split == "validation"
+            report[f"shortened_{self.example}s"] += any(chat.dropped_turns or chat.cut_tokens for chat in fitted)
+            report["dropped_turns"] += fitted[0].dropped_turns
+            for chat in fitted:
+                report["tokens"] += len(chat.ids)
+                report["answer_tokens"] += int(chat.learned.sum())
+                report["cut_tokens"] += chat.cut_tokens
+        if not report[f"{self.example}s"]:
+            raise ValueError(f"source {name!r} holds no {self.example} to learn from: {'; '.join(examples)}")
+        self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": examples})
+
+    def _fitted(self, found: Conversation | Preference) -> list[FittedChat] | BadRow:
+        where = f"{found.file}, row {found.row}"
+        try:
+            return self.fit_example(found)
+        except DoesNotFit as error:
+            return BadRow(found.file, found.row, TOO_LONG, f"{where}: {error}")
+        except ValueError as error:
+            return BadRow(found.file, found.row, "refused by the template", f"{where}: {error}")
+
+    def _write(self, name: str, chats: dict[str, list[FittedChat]], report: dict[str, Any]) -> None:
+        directory = self._directory(name)
+        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+        building.mkdir(parents=True)
+        try:
+            for split, members in chats.items():
+                dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+                # Begun with nothing, so that a split of no conversations is an array as well.
+                ids = np.concatenate([np.zeros(0, int), *(chat.ids for chat in members)], dtype=dtype, casting="unsafe")
+                learned = np.concatenate([np.zeros(0, bool), *(chat.learned for chat in members)])
+                ends = np.cumsum([0, *(len(chat.ids) for chat in members)], dtype=np.int64)
+                for what, array in {"ids": ids, "learned": learned, "ends": ends}.items():
+                    np.save(building / f"{split}-{what}.npy", array)
+            (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            for file in building.iterdir():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            if not directory.exists():
+                building.rename(directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """Of each source: examples, tokens, what was shortened and what was left out, by cause."""
+        return {
+            name: json.loads((self._directory(name) / "report.json").read_text(encoding="utf-8"))
+            for name in self.sources
+        }
+
+    def setup(self, stage: str) -> None:
+        """Opens the encoded conversations and, for training, plans the passes.
+
+        Raises:
+            ValueError: a split is empty, or the batch does not divide over the devices.
+        """
+        opened = {name: {split: self._open(name, split) for split in SPLITS} for name in self.sources}
+        self._validation = {name: splits["validation"] for name, splits in opened.items()}
+        for name, chats in self._validation.items():
+            if not len(chats):
+                raise ValueError(
+                    f"source {name!r} has {len(opened[name]['train']) // self.chats_each} {self.example}s, none of "
+                    f"them held out: raise data.held_out (now {self.held_out})"
+                )
+        if stage != "fit":
+            return
+        self.train_chats = joined([splits["train"] for splits in opened.values()])
+        if not len(self.train_chats):
+            raise ValueError(f"all {self.example}s are held out: lower data.held_out, or add {self.example}s")
+        self.passes: list[Pass] = [self.plan(number) for number in range(self.epochs)]
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = accumulation(
+                self.batch_key, self.batch_rows, self.micro_batch_size, replicas_of(self.trainer)[0]
+            )
+
+    def _open(self, name: str, split: str) -> EncodedChats:
+        directory = self._directory(name)
+        try:
+            ids, learned, ends = (
+                np.load(directory / f"{split}-{what}.npy", mmap_mode="r") for what in ("ids", "learned", "ends")
+            )
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"source {name!r}: {directory} is damaged ({error}): remove it, and it is made anew"
+            ) from error
+        if not len(ids) == len(learned) == ends[-1]:
+            raise ValueError(f"source {name!r}: {directory} is damaged: remove it, and it is made anew")
+        return EncodedChats(ids, learned, np.asarray(ends))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(one.steps for one in self.passes)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Places of one optimizer step."""
+        return self.batch_rows * self.chats_each * self.context_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Places of the run, padding included."""
+        return self.total_steps * self.batch_tokens
+
+    # --- devices and state --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {
+            "steps": self.trainer.global_step,
+            "tokenizer": {
+                "name": self.tokenizer_name,
+                "fingerprint": fingerprint_of(self.tokenizer),
+                # From here on the model knows a template, whether its tokenizer brought one or not.
+                "chat_template": chat_template_of(self.tokenizer),
+            },
+            "order": self._order(),
+        }
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that decides which examples stand in which step."""
+        return {
+            "sources": {name: self.fingerprint(name) for name in self.sources},
+            "seed": self.seed,
+            self.batch_key: self.batch_rows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved, now = state_dict["order"], self._order()
+        for key in now:
+            if saved[key] != now[key]:
+                raise ValueError(
+                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back (sources stand for their "
+                    "files and all that encodes them), or begin a new run without --ckpt_path"
+                )
+        self.steps_done = int(state_dict["steps"])
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        replicas, replica = replicas_of(self.trainer)
+        sampler = StepSampler(
+            self.passes,
+            self.counted(self.train_chats),
+            micro_batch_size=self.micro_batch_size,
+            replicas=replicas,
+            replica=replica,
+            start=self.steps_done,
+        )
+        return ResumableLoader(self.training_rows(), sampler, self.workers, pin_memory=torch.cuda.is_available())
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(self.validation_examples)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluation_loaders(None)
+
+    def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
+        """One loader a source; each replica has the same number of batches, the last of them possibly empty rows."""
+        replicas, replica = replicas_of(self.trainer)
+        loaders = []
+        for name, chats in self._validation.items():
+            longest_first = np.argsort(-self.lengths(chats)[: limit or len(chats)], kind="stable").tolist()
+            mine: list[list[int]] = [[example] for example in longest_first[replica::replicas]]
+            mine += [[] for _ in range(-(-len(longest_first) // replicas) - len(mine))]
+            batches = [mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size)]
+            loaders.append(DataLoader(self.held_out_rows(name, chats, batches), batch_size=None))
+        return loaders
+
+
+class ChatData(ConversationData):
+    """Conversations of several sources, for `SupervisedFineTuning`.
+
+    Args:
+        sources: name → source. All conversations of all of them are in each pass.
+        context_length: places of a row.
+        batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
+        micro_batch_size: rows a device holds at once.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
+            template is used, or Danube's where it has none.
+        epochs: passes over the conversations.
+        layout: "packed" puts several conversations into a row, which do not see each other; "bucketed" one, and
+            conversations of similar length into a step.
+        learned: the answers that the loss counts, "all" of a conversation or the "last".
+        too_long: "drop_turns" leaves out the oldest question and answer of a conversation until the rest fits; "cut"
+            cuts its end; "skip" leaves it out.
+        held_out: share of the conversations kept for validation, chosen by a hash of the first question.
+        validation_conversations: of each source, on which `fit` and `validate` report; `test` takes all held out.
+        seed: of the order.
+        workers: loader processes.
+        cache_dir: where encoded conversations are kept.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, ConversationSource],
+        context_length: int,
+        batch_rows: int = 8,
+        micro_batch_size: int = 8,
+        tokenizer: str = MISTRAL,
+        epochs: int = 1,
+        layout: Literal["packed", "bucketed"] = "packed",
+        learned: Learned = "all",
+        too_long: Policy = "drop_turns",
+        held_out: float = 0.02,
+        validation_conversations: int = 64,
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            sources,
+            context_length,
+            batch_rows,
+            micro_batch_size,
+            tokenizer,
+            epochs,
+            too_long,
+            held_out,
+            validation_conversations,
+            seed,
+            workers,
+            cache_dir,
+        )
+        self.layout, self.learned, self.validation_conversations = layout, learned, validation_conversations
+
+    def read(self, name: str) -> Iterator[Conversation | BadRow]:
+        source = self.sources[name]
+        assert isinstance(source, ConversationSource)
+        return read_conversations(name, source, self.cache_dir)
+
+    def fit_example(self, found: Conversation) -> list[FittedChat]:
+        return [fit_chat(self.encoder, found.messages, self.context_length, self.too_long, self.learned)]
+
+    def encoded_by(self) -> list[Any]:
+        return [self.learned, self.too_long]
+
+    def lengths(self, chats: EncodedChats) -> NDArray[np.int64]:
+        return chats.places
+
+    def counted(self, chats: EncodedChats) -> NDArray[np.int64]:
+        return chats.labels
+
+    def plan(self, number: int) -> Pass:
+        lay_out = LAYOUTS[self.layout]
+        return lay_out(self.train_chats.places, self.context_length, self.batch_rows, self.seed, number)
+
+    def training_rows(self) -> ChatRows:
+        return ChatRows(self.train_chats, self.context_length, packed=self.layout == "packed")
+
+    def held_out_rows(self, name: str, chats: EncodedChats, batches: list[list[list[int]]]) -> HeldOutChats:
+        return HeldOutChats(name, chats, batches, self.context_length)
+
+    def _order(self) -> dict[str, Any]:
+        return super()._order() | {"layout": self.layout}
+
+    def fill(self) -> float:
+        """Share of the places of all rows that hold a token: the rest is padding."""
+        places = sum(len(one.rows) for one in self.passes) * self.context_length
+        if self.layout == "bucketed":
+            places = sum(
+                int(self.train_chats.places[[chat for row in step for chat in row]].max()) * self.batch_rows
+                for one in self.passes
+                for step in steps_of(one)
+            )
+        return float(self.train_chats.places.sum()) * self.epochs / places
+
+    def evaluation_tokens(self, limit: int | None) -> dict[str, int]:
+        """Answer tokens behind each source's held-out loss."""
+        return {name: int(chats.labels[: limit or len(chats)].sum()) for name, chats in self._validation.items()}
+
+
+def joined(parts: Sequence[EncodedChats]) -> EncodedChats:
+    """Several sources as one; a single one stays on the disk."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+    ends = [part.ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    dtype = np.result_type(*(part.ids.dtype for part in parts))
+    return EncodedChats(
+        np.concatenate([part.ids.astype(dtype) for part in parts]),
+        np.concatenate([part.learned for part in parts]),
+        np.concatenate([np.zeros(1, dtype=np.int64), *ends]),
+    )
+
+
+class ChatRows(Dataset[Any]):
+    """Micro-batches by the conversations of their rows: input_ids, labels and, packed, document_ids and position_ids,
+    (rows, places) int64; `step_labels`, the tokens that the whole optimizer step counts."""
+
+    def __init__(self, chats: EncodedChats, context_length: int, packed: bool) -> None:
+        self.chats, self.context_length, self.packed = chats, context_length, packed
+
+    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
+        return batch_of(self.chats, rows, self.context_length, self.packed) | {"step_labels": rows.step_labels}
+
+
+class HeldOutChats(Dataset[Any]):
+    """Micro-batches of one source's held-out conversations, one a row."""
+
+    def __init__(self, source: str, chats: EncodedChats, batches: list[list[list[int]]], context_length: int) -> None:
+        self.source, self.chats, self.batches, self.context_length = source, chats, batches, context_length
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows = self.batches[number]
+        return batch_of(self.chats, rows, self.context_length, packed=False) | {
+            "source": self.source,
+            "rows": [row[0] if row else -1 for row in rows],
+        }
+
+
+def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> dict[str, Any]:
+    """Rows as tensors; one conversation a row is padded only to the longest, behind its end, where causal attention
+    keeps it from being seen."""
+    length = context_length
+    if not packed:
+        length = max([int(chats.places[chat]) for row in rows for chat in row], default=1)
+    tensors = [chats.row(row, length) for row in rows]
+    names = list(tensors[0]) if packed else ["input_ids", "labels"]
+    return {name: torch.stack([row[name] for row in tensors]) for name in names}

@@ -1,0 +1,283 @@
+"""The data of preference tuning: pairs of answers, encoded once, with what the model thought of them before."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lightning_danube.chat.data import SPLITS, ConversationData, EncodedChats, batch_of
+from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
+from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
+from lightning_danube.text.reading import BadRow
+from lightning_danube.tokens.tokenizer import MISTRAL
+from lightning_danube.training.loaders import StepRows
+from lightning_danube.training.passes import Pass, bucketed_pass
+from lightning_danube.training.replicas import replicas_of
+
+
+@dataclass
+class Reference:
+    """What the model that a run begins with gave the answers.
+
+    Args:
+        values: log-probabilities of the chosen and the rejected answers by source and split, (pairs, 2).
+        computed: pairs for which they were computed here.
+        reused: pairs for which an earlier run had.
+        seconds: all of it.
+    """
+
+    values: dict[tuple[str, str], NDArray[Any]] = field(default_factory=dict)
+    computed: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+
+
+class PreferenceData(ConversationData):
+    """Pairs of a chosen and a rejected answer to the same prompt, for `PreferenceTuning`.
+
+    Args:
+        sources: name → source. All pairs of all of them are in each pass.
+        context_length: most places of a prompt with one of its answers; each pair takes two rows.
+        batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; those of a step have
+            similar lengths.
+        micro_batch_size: pairs a device holds at once.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
+            template is used, or Danube's where it has none.
+        epochs: passes over the pairs.
+        too_long: "drop_turns" leaves out the oldest question and answer of a prompt until it fits with both answers,
+            and cuts the end of an answer that does not fit all the same; "cut" cuts the end; "skip" leaves the pair
+            out.
+        held_out: share of the pairs kept for validation, chosen by a hash of the first question.
+        validation_pairs: of each source, on which `fit` and `validate` report; `test` takes all held out.
+        seed: of the order.
+        workers: loader processes.
+        cache_dir: where encoded pairs and their reference log-probabilities are kept.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    example = "pair"
+    chats_each = 2
+    batch_key = "batch_pairs"
+
+    def __init__(
+        self,
+        sources: dict[str, PreferenceSource],
+        context_length: int,
+        batch_pairs: int = 8,
+        micro_batch_size: int = 4,
+        tokenizer: str = MISTRAL,
+        epochs: int = 1,
+        too_long: Policy = "drop_turns",
+        held_out: float = 0.02,
+        validation_pairs: int = 256,
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            sources,
+            context_length,
+            batch_pairs,
+            micro_batch_size,
+            tokenizer,
+            epochs,
+            too_long,
+            held_out,
+            validation_pairs,
+            seed,
+            workers,
+            cache_dir,
+        )
+        self.reference = Reference()
+
+    def read(self, name: str) -> Iterator[Preference | BadRow]:
+        source = self.sources[name]
+        assert isinstance(source, PreferenceSource)
+        return read_preferences(name, source, self.cache_dir)
+
+    def fit_example(self, found: Preference) -> list[FittedChat]:
+        answers = (found.chosen, found.rejected)
+        return fit_pair(self.encoder, found.prompt, answers, self.context_length, self.too_long)
+
+    def encoded_by(self) -> list[Any]:
+        return [self.too_long]
+
+    def lengths(self, chats: EncodedChats) -> NDArray[np.int64]:
+        longest: NDArray[np.int64] = chats.places.reshape(-1, 2).max(1)
+        return longest
+
+    def counted(self, chats: EncodedChats) -> NDArray[np.int64]:
+        """One a pair, however long its answers are."""
+        return np.ones(len(chats) // 2, dtype=np.int64)
+
+    def plan(self, number: int) -> Pass:
+        return bucketed_pass(self.lengths(self.train_chats), self.context_length, self.batch_rows, self.seed, number)
+
+    def training_rows(self) -> PairRows:
+        # The training pairs of the sources stand one source after the other.
+        parts = [self._reference_of(name, "train") for name in self.sources]
+        return PairRows(self.train_chats, np.concatenate(parts), self.context_length)
+
+    def held_out_rows(self, name: str, chats: EncodedChats, batches: list[list[list[int]]]) -> HeldOutPairs:
+        return HeldOutPairs(name, chats, self._reference_of(name, "validation"), batches, self.context_length)
+
+    def evaluation_pairs(self, limit: int | None) -> dict[str, int]:
+        """Pairs behind each source's held-out values."""
+        return {name: min(limit or len(chats), len(chats) // 2) for name, chats in self._validation.items()}
+
+    # --- reference log-probabilities ----------------------------------------------------------------------------------
+
+    def prepare_reference(self, model: str, log_probabilities: Callable[[dict[str, Any]], Tensor]) -> None:
+        """The reference log-probabilities of all pairs: read where a run of the same model left them beside the pairs,
+        else computed here once, each replica its share, and kept.
+
+        Args:
+            model: what decides them besides the pairs, as a file's name can hold it.
+            log_probabilities: batch → log-probabilities of the chosen and the rejected answers, (pairs, 2).
+        """
+        began, reference = time.monotonic(), Reference()
+        trains = self.trainer is None or self.trainer.state.fn == "fit"
+        for name, split in product(self.sources, SPLITS if trains else ("validation",)):
+            chats, file = self._open(name, split), self._directory(name) / f"{split}-reference-{model}.npy"
+            if self._all_replicas_have(file):
+                values = self._load(name, file, len(chats) // 2)
+                reference.reused += len(values)
+            else:
+                values = self._compute(chats, log_probabilities)
+                self._keep(file, values)
+                reference.computed += len(values)
+            reference.values[name, split] = values
+        reference.seconds = time.monotonic() - began
+        self.reference = reference
+
+    def _reference_of(self, name: str, split: str) -> NDArray[np.floating]:
+        try:
+            return self.reference.values[name, split]
+        except KeyError:
+            raise ValueError(
+                "PreferenceData has no reference log-probabilities, which its task computes: set model.class_path to "
+                "lightning_danube.chat.PreferenceTuning"
+            ) from None
+
+    def _all_replicas_have(self, file: Path) -> bool:
+        if self.trainer is None or self.trainer.world_size == 1:
+            return file.exists()
+        return bool(self.trainer.strategy.reduce_boolean_decision(file.exists(), all=True))
+
+    def _compute(self, chats: EncodedChats, log_probabilities: Callable[[dict[str, Any]], Tensor]) -> NDArray[Any]:
+        replicas, replica = replicas_of(self.trainer)
+        # Longest first, as in validation: what does not fit into memory shows at once.
+        mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
+        starts = range(0, len(mine), self.micro_batch_size)
+        if self.trainer is None or self.trainer.is_global_zero:
+            print(f"reference: computing {len(self.lengths(chats)):,} pairs", flush=True)
+        values: Tensor | None = None
+        for start in tqdm(starts, desc="reference", unit=" batches", disable=None, leave=False):
+            pairs = mine[start : start + self.micro_batch_size]
+            found = log_probabilities(pairs_of(chats, [[int(pair)] for pair in pairs], self.context_length))
+            if values is None:
+                values = found.new_zeros(len(chats) // 2, 2)
+            values[torch.from_numpy(pairs).to(values.device)] = found
+        if values is None:
+            values = torch.zeros(len(chats) // 2, 2)
+            if self.trainer is not None:
+                values = values.to(self.trainer.strategy.root_device)
+        if replicas > 1:
+            assert self.trainer is not None
+            # Nobody else has written into a pair of mine.
+            values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        result: NDArray[Any] = values.cpu().numpy()
+        return result
+
+    def _keep(self, file: Path, values: NDArray[Any]) -> None:
+        """Written by one process of each machine, beside its place, which appears when it is whole."""
+        if self.trainer is not None and self.trainer.local_rank != 0:
+            return
+        building = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+        try:
+            with building.open("wb") as handle:
+                np.save(handle, values)
+                handle.flush()
+                os.fsync(handle.fileno())
+            building.rename(file)
+        finally:
+            building.unlink(missing_ok=True)
+
+    def _load(self, name: str, file: Path, pairs: int) -> NDArray[Any]:
+        try:
+            values: NDArray[Any] = np.load(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"source {name!r}: {file} is damaged ({error}): remove it, and it is computed anew"
+            ) from error
+        if values.shape != (pairs, 2):
+            raise ValueError(f"source {name!r}: {file} is damaged: remove it, and it is computed anew")
+        return values
+
+
+class PairRows(Dataset[Any]):
+    """Micro-batches of pairs with their `reference`, (pairs, 2); `step_labels`, the pairs of the whole optimizer
+    step."""
+
+    def __init__(self, chats: EncodedChats, reference: NDArray[Any], context_length: int) -> None:
+        self.chats, self.reference, self.context_length = chats, reference, context_length
+
+    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
+        batch = pairs_of(self.chats, rows, self.context_length)
+        return batch | {"reference": reference_of(self.reference, rows), "step_labels": rows.step_labels}
+
+
+class HeldOutPairs(Dataset[Any]):
+    """Micro-batches of one source's held-out pairs."""
+
+    def __init__(
+        self,
+        source: str,
+        chats: EncodedChats,
+        reference: NDArray[Any],
+        batches: list[list[list[int]]],
+        context_length: int,
+    ) -> None:
+        self.source, self.chats, self.reference, self.batches = source, chats, reference, batches
+        self.context_length = context_length
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows = self.batches[number]
+        return pairs_of(self.chats, rows, self.context_length) | {
+            "reference": reference_of(self.reference, rows),
+            "source": self.source,
+            "rows": [row[0] if row else -1 for row in rows],
+        }
+
+
+def pairs_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int) -> dict[str, Any]:
+    """input_ids and labels of pairs, (2 × pairs, places): the chosen answer of each, then the rejected one. A row
+    without a pair has no label."""
+    answers = [[2 * row[0] + side] if row else [] for row in rows for side in (0, 1)]
+    return batch_of(chats, answers, context_length, packed=False)
+
+
+def reference_of(reference: NDArray[Any], rows: Sequence[Sequence[int]]) -> Tensor:
+    values = torch.zeros(len(rows), 2, dtype=torch.from_numpy(reference[:0]).dtype)
+    for number, row in enumerate(rows):
+        if row:
+            values[number] = torch.from_numpy(reference[row[0]])
+    return values

@@ -1,0 +1,134 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): a chat model learns which of two answers
+people prefer, without a reward model.
+
+The reward of an answer is β times how much likelier it has become than it was for the model that tuning began with, the
+reference; the loss is that of telling the chosen answer from the rejected one by their rewards.
+
+Shapes: P pairs; 2 the chosen answer and the rejected one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lightning_danube.chat.fine_tuning import SupervisedFineTuning
+from lightning_danube.model import token_losses
+from lightning_danube.weights.adapters import weights_digest
+
+REWARDS = ("chosen", "rejected", "margin", "accuracy")
+
+
+class PreferenceTuning(SupervisedFineTuning):
+    """The loss of pairs, -log σ(reward of the chosen answer - reward of the rejected one), as a mean over the pairs of
+    the whole optimizer step.
+
+    The reference's log-probabilities are computed once, before training, with the weights that it begins with; no
+    second model is kept. Besides what every task logs, it logs `rewards/chosen`, `rewards/rejected`, `rewards/margin`
+    and `rewards/accuracy` (share of pairs whose chosen answer has the higher reward; a tie counts half), and the same
+    of each source's held-out pairs after each validation, with `ranking/accuracy_held_out_<source>`, the share of pairs
+    whose chosen answer is the likelier one.
+
+    Args:
+        beta: how much the model is held to the reference; the smaller, the further it may go.
+        options: those of SupervisedFineTuning.
+
+    Raises:
+        ValueError: the weights cannot be read, or beta is not above 0.
+    """
+
+    def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"model.beta is {beta}: give a number above 0, such as 0.1")
+        super().__init__(**options)
+        self.beta = beta
+        self._sums = torch.zeros(len(REWARDS) + 1)
+        """Over the last batch, REWARDS and the number of pairs."""
+        self._ranked = torch.zeros(())
+        self._step_sums: list[Tensor] = []
+        self._step_rewards: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "prepare_reference"):
+            raise ValueError(
+                f"PreferenceTuning learns from pairs, {type(data).__name__} has none: set data.class_path to "
+                "lightning_danube.chat.PreferenceData"
+            )
+        # No checkpoint has been loaded yet: these are the weights to begin with, and a fresh adapter changes nothing.
+        model = f"{weights_digest(self.decoder)}-{self.trainer.precision}"
+        plugin, training = self.trainer.precision_plugin, self.training
+        plugin.convert_module(self.to(self.trainer.strategy.root_device))
+        self.eval()
+        with torch.no_grad(), plugin.forward_context():
+            data.prepare_reference(model, self._reference_log_probabilities)
+        self.train(training)
+
+    def _reference_log_probabilities(self, batch: dict[str, Any]) -> Tensor:
+        return self.log_probabilities({name: tensor.to(self.device) for name, tensor in batch.items()})
+
+    def log_probabilities(self, batch: dict[str, Any]) -> Tensor:
+        """Of the answers, each a sum over its tokens: (P, 2)."""
+        nats_BT = token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
+        return -nats_BT.sum(1).view(-1, 2)
+
+    def losses_of(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (P,), rewards (P, 2) and log-probabilities (P, 2)."""
+        logps_P2 = self.log_probabilities(batch)
+        rewards_P2 = self.beta * (logps_P2 - batch["reference"].to(logps_P2))
+        return -logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1]), rewards_P2, logps_P2
+
+    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum over the pairs, and their number."""
+        losses_P, rewards_P2, logps_P2 = self.losses_of(batch)
+        # The last batches are filled up with rows of no pair.
+        there_P = (batch["labels"] >= 0).any(1).view(-1, 2)[:, 0]
+        chosen_P, rejected_P = rewards_P2.detach().unbind(1)
+        values_PR = torch.stack([chosen_P, rejected_P, chosen_P - rejected_P, won(rewards_P2), there_P.to(chosen_P)], 1)
+        self._sums = (values_PR * there_P[:, None]).sum(0)
+        self._ranked = (won(logps_P2) * there_P).sum()
+        return (losses_P * there_P).sum(), there_P.sum()
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self._step_sums.append(self._sums)
+        return loss
+
+    def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
+        super().configure_gradient_clipping(*arguments, **named)
+        self._step_rewards = torch.stack(self._step_sums).sum(0)
+        self._step_sums.clear()
+
+    def more_of_the_step(self) -> dict[str, float]:
+        assert self._step_rewards is not None
+        *sums, pairs = self._mean_over_ranks(self._step_rewards).tolist()
+        return {f"rewards/{name}": value / pairs for name, value in zip(REWARDS, sums, strict=True)}
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx, dataloader_idx)
+        source, (*sums, pairs) = batch["source"], self._sums
+        for name, total in zip(REWARDS, sums, strict=True):
+            self.update_mean(f"rewards/{name}_held_out_{source}", total, pairs)
+        self.update_mean(f"ranking/accuracy_held_out_{source}", self._ranked, pairs)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """For each held-out pair: its source, number, loss and rewards."""
+        losses_P, rewards_P2, _ = self.losses_of(batch)
+        return [
+            {"source": batch["source"], "row": row, "loss": loss, "chosen": chosen, "rejected": rejected}
+            for row, loss, (chosen, rejected) in zip(batch["rows"], losses_P.tolist(), rewards_P2.tolist(), strict=True)
+            if row >= 0
+        ]
+
+
+def won(values_P2: Tensor) -> Tensor:
+    """1 where the chosen answer's value is the higher, 0 where it is the lower, a half where they are equal: (P,)."""
+    return 0.5 + 0.5 * (values_P2[:, 0] - values_P2[:, 1]).detach().sign()

@@ -1,0 +1,234 @@
+"""Preference pairs out of the files that people have: a prompt, the answer that was chosen and the one rejected.
+
+A prompt is a list of messages whose last is the user's. A row that is no such pair comes out as a `BadRow`, for the
+caller to refuse or to set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lightning_danube.chat.conversations import (
+    Message,
+    NoConversation,
+    check_messages,
+    first_question,
+    messages_of,
+    questions_of_documentation,
+    text_of,
+)
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.embedded.made_text import turns_of
+from lightning_danube.text.objects import read_objects
+from lightning_danube.text.reading import BadRow
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "conversations", "question", "instruction"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "system": ("system",),
+    "input": ("input",),
+}
+"""Part of a pair → the columns that may hold it."""
+
+
+@dataclass(frozen=True)
+class PreferenceSource:
+    """A source of preference pairs.
+
+    Args:
+        path: "documentation:instruct" (pairs made of the embedded questions and answers), a file, a directory or a glob
+            of files (jsonl, json, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets`
+            `save_to_disk`, or a hub id such as "HuggingFaceH4/ultrafeedback_binarized".
+        columns: part → column, where a column has another name: {prompt: question, chosen: best}. The parts are prompt,
+            chosen, rejected, system, and input, which is added to an instruction.
+        name, split, revision: configuration, split and commit of a hub data set.
+        max_pairs: stop after so many: for sets larger than the run needs.
+        on_bad_row: "error" refuses the source at the first row that is no pair to learn from, "skip" leaves such rows
+            out and counts them by cause.
+    """
+
+    path: str
+    columns: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    max_pairs: int | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ValueError(f"max_pairs is {self.max_pairs}: it must be at least 1")
+        for part in self.columns:
+            if part not in COLUMNS:
+                raise ValueError(f"columns names the part {part!r}: the parts are {', '.join(COLUMNS)}")
+
+    @property
+    def texts(self) -> Source:
+        """The same place as a source of documents, which finds and identifies its files."""
+        return Source(self.path, name=self.name, split=self.split, revision=self.revision)
+
+
+class Preference(NamedTuple):
+    """A pair and where it stands: rows count from 1, as an editor shows them.
+
+    `topic` decides whether it is held out: pairs of one topic never stand on both sides.
+    """
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    topic: str
+    file: str
+    row: int
+
+
+def read_preferences(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference | BadRow]:
+    """All pairs of a source, in a fixed order.
+
+    Raises:
+        ValueError: the source cannot be opened, has no row, or not the columns of a pair.
+    """
+    pairs = _made_pairs if source.texts.is_documentation else _read_pairs
+    taken = 0
+    for pair in pairs(name, source, cache_dir):
+        if taken == source.max_pairs:
+            return
+        taken += isinstance(pair, Preference)
+        yield pair
+
+
+def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference | BadRow]:
+    first = True
+    for file, row, values in read_objects(name, source.texts, cache_dir):
+        where = f"{file}, row {row}"
+        if isinstance(values, BadRow):
+            yield values
+        elif not isinstance(values, Mapping):
+            yield BadRow(file, row, "not an object", f"{where}: expected an object, found {type(values).__name__}")
+        else:
+            try:
+                prompt, chosen, rejected = pair_of(parts_of(values, source))
+            except NoColumns as error:
+                if first:
+                    raise ValueError(f"{where}: {error}") from error
+                yield BadRow(file, row, error.cause, f"{where}: {error}")
+            except NoConversation as error:
+                yield BadRow(file, row, error.cause, f"{where}: {error}")
+            else:
+                yield Preference(prompt, chosen, rejected, first_question(prompt), file, row)
+            first = False
+
+
+class NoColumns(NoConversation):
+    """A row has other columns than a pair: of the first one, the whole source is to blame."""
+
+
+def parts_of(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, Any]:
+    """Part of a pair → what stands in its column. Each row is asked, since many files leave out what a row has not.
+
+    Raises:
+        NoColumns: they are not there.
+    """
+    shown = ", ".join(map(str, row)) or "nothing"
+    for part, named in source.columns.items():
+        if named not in row:
+            raise NoColumns("other columns", f"there is no column {named!r} for {part!r}, only {shown}")
+    found = {part: next((name for name in names if name in row), None) for part, names in COLUMNS.items()}
+    columns = {part: column for part, column in found.items() if column is not None} | source.columns
+    # Elsewhere a column of that name holds the prompt once more.
+    if "input" not in source.columns and columns.get("prompt") != "instruction":
+        columns.pop("input", None)
+    if not {"chosen", "rejected"} <= columns.keys():
+        raise NoColumns(
+            "other columns",
+            f"a pair needs chosen and rejected, the row has {shown}: name its columns with columns",
+        )
+    return {part: row[column] for part, column in columns.items()}
+
+
+def pair_of(parts: Mapping[str, Any]) -> tuple[list[Message], str, str]:
+    """(prompt, chosen answer, rejected answer) of the values of a row.
+
+    The answers are texts, single turns or lists of turns; lists may hold the whole conversation, whose common beginning
+    is then the prompt, and a prompt that stands beside them only says the same again.
+
+    Raises:
+        NoConversation: that is no pair to learn from.
+    """
+    for side in ("chosen", "rejected"):
+        if not parts[side]:
+            raise NoConversation("empty answer", f"the {side} answer is empty")
+    chosen, rejected = (_turns(parts[side], "assistant", f"the {side} answer") for side in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise NoConversation("equal answers", "the chosen and the rejected answer are the same")
+    begins = {turns[0]["role"] != "assistant" for turns in (chosen, rejected) if turns}
+    if begins == {True}:
+        common = next(
+            (n for n, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
+            min(len(chosen), len(rejected)),
+        )
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+        if any(turns and turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
+            raise NoConversation("different prompts", "the chosen and the rejected answer are to different prompts")
+    else:
+        prompt = _turns(parts.get("prompt"), "user", "the prompt")
+        if prompt and (given := parts.get("input")) is not None and text_of(given, "the input").strip():
+            prompt[-1]["content"] += f"\n\n{given.strip()}"
+    system = parts.get("system")
+    if system is not None and text_of(system, "the system message").strip() and prompt[:1] != [_system(system)]:
+        prompt = [_system(system), *prompt]
+    if not prompt:
+        raise NoConversation(
+            "no prompt", "there is no prompt: name its column with columns, or give whole conversations"
+        )
+    if prompt[-1]["role"] != "user":
+        raise NoConversation("last turn not the user's", "the last message of the prompt is not the user's")
+    for side, turns in (("chosen", chosen), ("rejected", rejected)):
+        if [turn["role"] for turn in turns] != ["assistant"]:
+            raise NoConversation(
+                "not one answer", f"the {side} answer is {len(turns)} turns, not one of the assistant after the prompt"
+            )
+        check_messages([*prompt, *turns])
+    one, other = chosen[0]["content"], rejected[0]["content"]
+    if one.strip() == other.strip():
+        raise NoConversation("equal answers", "the chosen and the rejected answer are the same")
+    return prompt, one, other
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text.strip()}
+
+
+def _turns(value: Any, role: str, what: str) -> list[Message]:
+    """A text, a turn or a list of turns as messages; of a text, the role is known."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": text_of(value, what)}]
+    turns = value if isinstance(value, list) else [value]
+    if not all(isinstance(turn, Mapping) for turn in turns):
+        raise NoConversation("no turns", f"{what} is {type(value).__name__}, neither text nor turns")
+    keys = ("from", "value") if turns and "from" in turns[0] else ("role", "content")
+    try:
+        return messages_of(turns, *keys)
+    except NoConversation as error:
+        raise NoConversation(error.cause, f"{what}: {error}") from error
+
+
+def _made_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference]:
+    """The answer to a question, against the answer to the next one on the same things.
+
+    Both questions lend each other their answers: each is right once and wrong once, on the same side of the split, so
+    that only what belongs together tells right from wrong.
+    """
+    for file, row, text in questions_of_documentation(name, source.texts, cache_dir):
+        turns = turns_of(text)
+        for first, second in zip(turns[::2], turns[1::2], strict=False):
+            for (asked, right), (_, wrong) in ((first, second), (second, first)):
+                if right != wrong:
+                    prompt = [{"role": "user", "content": asked}]
+                    yield Preference(prompt, right, wrong, turns[0][0], file, row)

@@ -1,0 +1,93 @@
+"""Conversations cut to the context and laid into rows: which stand together, in which order, the same on every machine.
+
+Like the order of pre-training, the plan of a pass is a pure function of (seed, pass), so going on after a stop needs
+nothing but the number of steps done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.tokens.chat_template import ChatEncoder, Message
+
+Policy = Literal["drop_turns", "cut", "skip"]
+Learned = Literal["all", "last"]
+
+
+class FittedChat(NamedTuple):
+    """A conversation within the context. `ids` has one token more than a row has places: the last is only a label."""
+
+    ids: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    dropped_turns: int
+    cut_tokens: int
+
+
+class DoesNotFit(ValueError):
+    """Nothing to learn is left of a conversation within the context."""
+
+
+def fit_chat(
+    encoder: ChatEncoder, messages: Sequence[Message], context_length: int, policy: Policy, learned: Learned
+) -> FittedChat:
+    """A conversation as at most `context_length + 1` tokens.
+
+    "drop_turns" leaves out the oldest question and answer until the rest fits (a system message stays), and cuts the
+    end of a single answer that is too long all the same; "cut" cuts the end; "skip" takes only what fits.
+
+    Raises:
+        DoesNotFit: by the policy, or no answer is left.
+        ValueError: the template refuses the conversation.
+    """
+    most = context_length + 1
+    system = 1 if messages[0]["role"] == "system" else 0
+    kept, dropped = list(messages), 0
+    encoded = encoder.encode(kept, answers=learned)
+    if len(encoded.ids) > most and policy == "skip":
+        raise DoesNotFit(f"has {len(encoded.ids)} tokens, {most} fit")
+    while len(encoded.ids) > most and policy == "drop_turns" and len(kept) > system + 2:
+        del kept[system : system + 2]
+        dropped += 2
+        encoded = encoder.encode(kept, answers=learned)
+    ids, counts = encoded.ids[:most], encoded.learned[:most]
+    if not any(counts[1:]):
+        raise DoesNotFit(f"has {len(encoded.ids)} tokens, and no answer within the first {most}")
+    cut = len(encoded.ids) - len(ids)
+    return FittedChat(np.array(ids, np.int32), np.array(counts, bool), dropped, cut)
+
+
+def fit_pair(
+    encoder: ChatEncoder,
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    context_length: int,
+    policy: Policy,
+) -> list[FittedChat]:
+    """Answers to one prompt, each as a conversation in which only it is learned; turns that have to be left out for one
+    of them are left out for all.
+
+    Raises:
+        DoesNotFit: by the policy, or what is left of the answers is the same.
+        ValueError: the template refuses the conversation, or writes the same for all answers.
+    """
+
+    def fit_all(kept: Sequence[Message]) -> list[FittedChat]:
+        answered = ([*kept, {"role": "assistant", "content": answer}] for answer in answers)
+        return [fit_chat(encoder, messages, context_length, policy, "last") for messages in answered]
+
+    fitted = fit_all(prompt)
+    dropped = max(one.dropped_turns for one in fitted)
+    if any(one.dropped_turns < dropped for one in fitted):
+        system = 1 if prompt[0]["role"] == "system" else 0
+        # None of them has to drop more now; what they dropped is counted from the whole prompt.
+        fitted = fit_all([*prompt[:system], *prompt[system + dropped :]])
+        fitted = [one._replace(dropped_turns=dropped) for one in fitted]
+    if all(np.array_equal(one.ids, fitted[0].ids) for one in fitted):
+        if any(one.cut_tokens for one in fitted):
+            raise DoesNotFit(f"has answers that are the same within the first {context_length + 1} tokens")
+        raise ValueError("the chat template writes the same for the chosen and the rejected answer")
+    return fitted

@@ -1,0 +1,155 @@
+"""Where runs live: `<runs>/<name>/version_<n>/checkpoints/…step_<k>.ckpt`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """The directory of runs with one name, and the checkpoint this run starts from.
+
+    Args:
+        directory: `<runs>/<name>`.
+        checkpoint: file to load, if any.
+        continues: the run goes on in the checkpoint's own version instead of a new one.
+        warnings: lines that the user has to see: what was passed over.
+    """
+
+    directory: Path
+    checkpoint: Path | None
+    continues: bool
+    warnings: Sequence[str] = ()
+
+    def logger_place(self) -> tuple[str, str, str | None]:
+        """save_dir, name and version for a Lightning logger; version None means the next free one."""
+        version = None
+        if self.continues:
+            assert self.checkpoint is not None
+            version = self.checkpoint.parent.parent.name
+        return str(self.directory.parent), self.directory.name, version
+
+
+def resolve_checkpoint(
+    verb: str, runs: str, name: str, ckpt_path: str | None, *, has_weights: bool = False
+) -> RunPlace:
+    """What `--ckpt_path` means: nothing, a file, a run's directory, or "last".
+
+    `fit` with "last" goes on in the same version; anything else begins a new one. Evaluation writes beside the runs, to
+    `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded: of a run the one before it is taken, with a warning; a
+    file that was asked for by name has no substitute.
+
+    Raises:
+        ValueError: there is no checkpoint, none that is whole, or evaluation was asked for without one, of a model that
+            does not have weights from elsewhere.
+    """
+    directory = Path(runs) / name
+    place = directory if verb == "fit" else Path(runs) / f"{name}-{verb}"
+    if ckpt_path is None:
+        if verb != "fit" and not has_weights:
+            raise ValueError(
+                f"{verb} needs a trained model: give --ckpt_path last, a checkpoint file or a run's directory"
+            )
+        return RunPlace(place, None, continues=False)
+    if ckpt_path == "last":
+        versions = sorted(directory.glob("version_*"), key=_version_number, reverse=True)
+        with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
+        if not with_checkpoint:
+            raise ValueError(
+                f"there is no checkpoint under {directory} to go on from: leave out --ckpt_path last to begin, "
+                "or name the run with --name"
+            )
+        last = with_checkpoint[0]
+        checkpoint, warnings = newest_whole_checkpoint(last)
+        for version in versions[: versions.index(last)]:
+            warnings.insert(0, f"{version} has no checkpoint yet: taking {last}, which began before it")
+        return RunPlace(place, checkpoint, verb == "fit", warnings)
+    refuse_address(ckpt_path)
+    path = Path(ckpt_path)
+    if path.is_dir() and not is_sharded(path):
+        if newest_checkpoint(path) is None:
+            raise ValueError(f"--ckpt_path {ckpt_path}: the directory has no checkpoints/*.ckpt")
+        checkpoint, warnings = newest_whole_checkpoint(path)
+        return RunPlace(place, checkpoint, False, warnings)
+    if not path.exists():
+        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
+    if wrong := damage(path):
+        raise ValueError(
+            f"--ckpt_path {ckpt_path} is damaged: {wrong}; name another checkpoint, or the run's directory for the "
+            "newest that is whole"
+        )
+    return RunPlace(place, path, continues=False)
+
+
+def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
+    """The checkpoint of the most optimizer steps in a run's directory that is not damaged, and a line for each that is.
+
+    Raises:
+        ValueError: there is none, with what is wrong with each.
+    """
+    damaged: list[str] = []
+    for checkpoint in _newest_first(run):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            warnings = [f"damaged checkpoint {name}" for name in damaged]
+            return checkpoint, [*warnings, f"going on from {checkpoint} instead"] if damaged else []
+        damaged.append(f"{checkpoint}: {wrong}")
+    raise ValueError(
+        f"no checkpoint under {run} is whole: {'; '.join(damaged)}. Restore one from a copy, or leave out --ckpt_path "
+        "to begin anew"
+    )
+
+
+def _version_number(version: Path) -> int:
+    match = re.search(r"_(\d+)$", version.name)
+    return int(match[1]) if match else -1
+
+
+def _newest_first(run: Path) -> list[Path]:
+    paths = [path for path in (run / "checkpoints").glob("*.ckpt") if re.search(r"step_\d+$", path.stem)]
+    return sorted(paths, key=lambda path: (read_step(path), path.name), reverse=True)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the most optimizer steps in a run's directory, if there is one."""
+    return next(iter(_newest_first(run)), None)
+
+
+def read_step(checkpoint: Path) -> int:
+    """Optimizer steps after which a checkpoint was saved, from its name; 0 if the name does not say."""
+    match = re.search(r"step_(\d+)$", checkpoint.stem)
+    return int(match[1]) if match else 0
+
+
+def remove_if_unused(version: Path) -> None:
+    """Removes a version's directory that holds nothing but what every start writes, and its parents if that was all."""
+    if not version.is_dir():
+        return
+    files = [path for path in version.rglob("*") if not path.is_dir()]
+    if all(
+        path.name in ("config.yaml", "hparams.yaml", "history.jsonl") or path.name.startswith("events.out")
+        for path in files
+    ):
+        shutil.rmtree(version)
+        for parent in version.parents[:2]:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+
+def read_saved_config(path: Path) -> dict[str, Any] | None:
+    """A saved config; None if there is none or it cannot be read, as beside a checkpoint that was moved."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None

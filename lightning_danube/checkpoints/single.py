@@ -1,0 +1,56 @@
+"""How a run's checkpoints reach the disk and come back: durable, and as data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+
+from lightning_danube.checkpoints.files import (
+    HashingWriter,
+    read_plain,
+    refuse_address,
+    remove_checkpoint,
+    write_checkpoint,
+)
+from lightning_danube.checkpoints.sharded import consolidated
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Checkpoints of one file on this machine's file systems, written by rank zero as `checkpoint_files` says.
+
+    Lightning's own plugin stages in TMPDIR; on another file system, a kill then leaves a torn file. What all ranks of
+    a sharded run write is `sharded_checkpoints`; here it is read by a run that is not sharded. FSDP with
+    `state_dict_type: sharded` and DeepSpeed write and read themselves, past this plugin.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        assert storage_options is None, "a local file has no storage options"
+        refuse_address(str(path))
+
+        def write(file: HashingWriter) -> None:
+            torch.save(checkpoint, file)  # type: ignore[arg-type]  # it asks for write and flush only
+
+        write_checkpoint(Path(path), write)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads tensors and plain data; whatever asks for code to be run is refused, also where Lightning would run it.
+
+        Raises:
+            ValueError: the file holds more than that, or is no checkpoint.
+        """
+        refuse_address(str(path))
+        if Path(path).is_dir():
+            return consolidated(Path(path))
+        return read_plain(Path(path), map_location=map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        remove_checkpoint(Path(path))

@@ -1,0 +1,175 @@
+"""Lightning's ModelParallelStrategy with checkpoints that are whole or not there, and that any sharding can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from lightning_danube.checkpoints import sharded as sharded_checkpoints
+from lightning_danube.checkpoints.files import read_plain
+from lightning_danube.checkpoints.sharded import Saver, numbered
+from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, shapes
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Takes the place of Lightning's when a configuration names that one.
+
+    With `save_distributed_checkpoint` (the default) each rank writes its part while training goes on; without, all
+    wait until rank zero has gathered the tensors in its host's memory, one after the other, and written the same file
+    as an unsharded run. Lightning's own numbers an optimizer's state in the order of the module; ours is grouped, hence
+    moments would meet the wrong weights.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._saver = Saver(self._timeout)
+        self._interrupted = False
+
+    @classmethod
+    def like(cls, strategy: ModelParallelStrategy) -> ShardedStrategy:
+        return cls(
+            strategy._data_parallel_size,
+            strategy._tensor_parallel_size,
+            strategy._save_distributed_checkpoint,
+            strategy._process_group_backend,
+            strategy._timeout,
+        )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        weights = self.lightning_module.state_dict()
+        return weights if self._save_distributed_checkpoint else self._whole(weights)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        names = self._names()
+        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+        state = {names[id(parameter)]: values for parameter, values in optimizer.state.items()}
+        if self._save_distributed_checkpoint:
+            return {"state": state, "param_groups": groups}
+        return numbered({name: self._whole(values) for name, values in state.items()}, groups)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        assert storage_options is None, "a local file has no storage options"
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, path)
+            return
+        tensors = {WEIGHT + name: tensor for name, tensor in checkpoint.pop("state_dict").items()}
+        groups = []
+        for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            groups.append(state["param_groups"])
+            for name, values in state["state"].items():
+                tensors |= {f"{MOMENT}{number}/{key}/{name}": tensor for key, tensor in values.items()}
+        self._saver.save(tensors, {**checkpoint, "optimizer_groups": groups}, path)
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when what `save_checkpoint` began is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._saver.wait()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._interrupted = True  # other ranks may be gone: nothing is waited for
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        if not self._interrupted:
+            self.wait_for_checkpoint()
+        super().teardown()
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads model and optimizers from either kind, and gives the rest."""
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        weights = self.lightning_module.state_dict()
+        if path.is_dir():
+            return self._load_together(path, weights)
+        # Of the mapped file each rank reads what it keeps.
+        checkpoint = read_plain(path, mmap=True)
+        self.lightning_module.on_load_checkpoint(checkpoint)
+        for name, tensor in weights.items():
+            take_part(tensor, checkpoint["state_dict"][name])
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, values in saved["state"].items():
+                parameter = parameters[number]
+                optimizer.state[parameter] = {key: like(parameter, value.shape, value) for key, value in values.items()}
+                for key, value in values.items():
+                    take_part(optimizer.state[parameter][key], value)
+            restore_groups(optimizer, saved["param_groups"])
+        return checkpoint
+
+    def _load_together(self, path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        rest = sharded_checkpoints.read_rest(path)
+        assert self.lightning_module is not None
+        self.lightning_module.on_load_checkpoint(rest)
+        tensors = {WEIGHT + name: tensor for name, tensor in weights.items()}
+        saved = shapes(path)
+        for number, optimizer in enumerate(self.optimizers):
+            parameter_of = {self._names()[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+            prefix = f"{MOMENT}{number}/"
+            for name in (name for name in saved if name.startswith(prefix)):
+                key, of = name.removeprefix(prefix).split("/", 1)
+                size, dtype = saved[name]
+                value = like(parameter_of[of], size, torch.empty((), dtype=dtype))
+                optimizer.state[parameter_of[of]][key] = tensors[name] = value
+        load_into(tensors, path)
+        for optimizer, groups in zip(self.optimizers, rest["optimizer_groups"], strict=False):
+            restore_groups(optimizer, groups)
+        return rest
+
+    def _names(self) -> dict[int, str]:
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):  # after validation gathered weights may stand in the place of its own
+                module.reshard()
+        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In one piece, on rank zero's host alone; all ranks have to ask."""
+        whole = {}
+        for name, tensor in tensors.items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self.is_global_zero:
+                whole[name] = full.detach().cpu()
+        return whole
+
+
+def like(parameter: Tensor, size: torch.Size, value: Tensor) -> Tensor:
+    """Room for a value of an optimizer's state: sharded as its parameter where it has that one's shape."""
+    if parameter.shape == size:
+        return torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+    return torch.empty(size, dtype=value.dtype)
+
+
+@torch.no_grad()
+def take_part(target: Tensor, whole: Tensor) -> None:
+    """Fills a tensor, distributed or not, with its part of a whole one."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if target.shape != whole.shape:
+        raise ValueError(f"the checkpoint has a tensor of {tuple(whole.shape)} where {tuple(target.shape)} is needed")
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    target.to_local().copy_(whole[place])
+
+
+def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    for group, old in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in old.items() if key != "params"})

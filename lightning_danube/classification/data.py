@@ -1,0 +1,434 @@
+"""The data of text classification: labelled texts in three splits, in batches whose whole state is the number of
+steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_danube.classification.labelled_texts import (
+    PACKAGE_SOURCES,
+    PACKAGES,
+    LabelledText,
+    LabelledTexts,
+    most_frequent,
+    ordered,
+    read_labelled_texts,
+    same_text,
+    split_off,
+    stratified,
+)
+from lightning_danube.files import default_cache_dir
+from lightning_danube.text.corpora import local_files
+from lightning_danube.text.reading import BadRow
+from lightning_danube.tokens.tokenizer import MISTRAL, begin_token, fingerprint_of
+from lightning_danube.training.contract import IGNORE_INDEX
+from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler
+from lightning_danube.training.passes import Pass, bucketed_pass
+from lightning_danube.training.replicas import accumulation, replicas_of
+from lightning_danube.weights.names import tokenizer_of
+
+SPLITS = ("train", "validation", "test")
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Texts one after the other: `ids` (tokens,), `ends` (texts + 1,), `classes` (texts,), NO_CLASS where unknown."""
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    cut: int
+    """Texts whose end did not fit."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        result: NDArray[np.int64] = np.diff(self.ends)
+        return result
+
+    def batch(self, numbers: Sequence[int | None]) -> dict[str, Any]:
+        """Texts as tensors, padded behind their ends to the longest: input_ids and attention_mask (B, T), classes and
+        rows (B,). None is an empty row that counts nothing."""
+        length = max([int(self.lengths[number]) for number in numbers if number is not None], default=1)
+        ids = torch.zeros(len(numbers), length, dtype=torch.int64)
+        mask = torch.zeros(len(numbers), length, dtype=torch.int64)
+        classes = torch.full((len(numbers),), IGNORE_INDEX)
+        rows = torch.full((len(numbers),), -1)
+        for place, number in enumerate(numbers):
+            if number is None:
+                continue
+            start, end = int(self.ends[number]), int(self.ends[number + 1])
+            ids[place, : end - start] = torch.from_numpy(self.ids[start:end].astype(np.int64))
+            mask[place, : end - start] = 1
+            rows[place] = number
+            if self.classes[number] != NO_CLASS:
+                classes[place] = int(self.classes[number])
+        return {"input_ids": ids, "attention_mask": mask, "classes": classes, "rows": rows}
+
+
+class ClassificationData(LightningDataModule):
+    """Labelled texts, for `TextClassification`.
+
+    Args:
+        train, validation, test: where the texts of each split stand: a path, or a mapping of the options of
+            LabelledTexts. What is not given is split off the training texts.
+        predict: texts to classify with `predict`, with or without labels; those of the test split where not given.
+        text_column: the column that holds the text, or a pattern of several, such as "{title} {abstract}".
+        label_column: the column that holds the label, a word or a whole number.
+        context_length: most tokens of a text; what is longer loses its end.
+        batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; those of a step have
+            similar lengths.
+        micro_batch_size: texts a device holds at once.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
+        epochs: passes over the training texts.
+        validation_share, test_share: of the training texts, of each class alike, for the splits that are not given.
+        most_frequent_classes: leave out the texts of all other classes.
+        max_texts: split → most texts, chosen by the seed, of each class its share; for sets larger than the run needs.
+        on_bad_row: "error" refuses a row without text or label, with a label that training does not know, and a
+            training text that stands in another split as well, and names file and row; "skip" leaves them out, counts
+            them by cause and lists them in rejected.jsonl in the run's directory.
+        seed: of the splits and the order.
+        workers: loader processes.
+        cache_dir: where the embedded texts are kept.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        train: str | dict[str, str],
+        validation: str | dict[str, str] | None = None,
+        test: str | dict[str, str] | None = None,
+        predict: str | dict[str, str] | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        context_length: int = 512,
+        batch_texts: int = 8,
+        micro_batch_size: int = 8,
+        tokenizer: str = MISTRAL,
+        epochs: int = 1,
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        most_frequent_classes: int | None = None,
+        max_texts: dict[str, int] | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "context_length": context_length,
+            "batch_texts": batch_texts,
+            "micro_batch_size": micro_batch_size,
+            "epochs": epochs,
+        } | {f"max_texts.{split}": most for split, most in (max_texts or {}).items()}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        for name, share in (("validation_share", validation_share), ("test_share", test_share)):
+            if not 0 < share < 1:
+                raise ValueError(f"data.{name} is {share}: give a share between 0 and 1, such as 0.1")
+        if most_frequent_classes is not None and most_frequent_classes < 2:
+            raise ValueError(f"data.most_frequent_classes is {most_frequent_classes}: it takes two classes to tell")
+        if unknown := sorted(set(max_texts or {}) - set(SPLITS)):
+            raise ValueError(f"data.max_texts names {', '.join(unknown)}: the splits are {', '.join(SPLITS)}")
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources = {role: LabelledTexts.named(role, source) for role, source in given.items() if source is not None}
+        self.text_column, self.label_column = text_column, label_column
+        self.context_length, self.batch_texts, self.micro_batch_size = context_length, batch_texts, micro_batch_size
+        self.epochs, self.shares = epochs, {"test": test_share, "validation": validation_share}
+        self.most_frequent_classes, self.max_texts = most_frequent_classes, max_texts or {}
+        self.on_bad_row, self.seed, self.workers = on_bad_row, seed, workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
+        self.vocab_size = len(self.tokenizer)
+        self.labels: list[str] = []
+        """The classes, by number."""
+        self.splits: dict[str, list[LabelledText]] = {}
+        self.rejected: list[BadRow] = []
+        self.other_classes = 0
+        """Texts left out because of `most_frequent_classes`."""
+        self.encoded: dict[str, EncodedTexts] = {}
+        self.steps_done = 0
+
+    # --- splits -------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        if any(source.path == PACKAGES for source in self.sources.values()):
+            for name in PACKAGE_SOURCES:
+                local_files(name, LabelledTexts(f"documentation:{name}").texts("train"), self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Reads and encodes the texts and, for training, plans the passes.
+
+        Raises:
+            ValueError: a source cannot be read or holds bad rows, there are no two classes, a split is empty, or the
+                batch does not divide over the devices.
+        """
+        if stage == "predict" and "predict" in self.sources:
+            # The classes are in the checkpoint: training texts need not be there.
+            self.splits["predict"] = self._read("predict")
+            self.encoded["predict"] = self._encode(self.splits["predict"])
+            return
+        if not self.splits:
+            self._make_splits()
+            self.encoded = {split: self._encode(texts) for split, texts in self.splits.items()}
+        if stage != "fit":
+            return
+        train = self.encoded["train"]
+        self.passes: list[Pass] = [
+            bucketed_pass(train.lengths, self.context_length, self.batch_texts, self.seed, number)
+            for number in range(self.epochs)
+        ]
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = accumulation(
+                "batch_texts", self.batch_texts, self.micro_batch_size, replicas_of(self.trainer)[0]
+            )
+
+    def _make_splits(self) -> None:
+        splits = {role: self._read(role) for role in SPLITS if role in self.sources}
+        if self.most_frequent_classes is not None:
+            kept = most_frequent(splits["train"], self.most_frequent_classes)
+            for role, texts in splits.items():
+                splits[role] = [text for text in texts if text.label in kept]
+                self.other_classes += len(texts) - len(splits[role])
+        self.labels = ordered([str(text.label) for text in splits["train"]])
+        if len(self.labels) < 2:
+            raise ValueError(
+                f"data.train: all {len(splits['train']):,} texts have the label {self.labels[0]!r}: it takes two "
+                "classes to tell"
+            )
+        for role in splits.keys() - {"train"}:
+            splits[role] = [text for text in splits[role] if self._is_known(text)]
+        self._keep_apart(splits)
+        for role, share in self.shares.items():
+            if role not in splits:
+                splits["train"], splits[role] = split_off(splits["train"], share, seed=self.seed, stream=role)
+                if not splits[role]:
+                    raise ValueError(
+                        f"data.train has too few texts ({len(splits['train']):,}) to split off a share of {share} for "
+                        f"{role}: raise data.{role}_share, or give data.{role}"
+                    )
+        for role, most in self.max_texts.items():
+            texts = splits[role]
+            if len(texts) > most:
+                splits[role] = [texts[n] for n in stratified(texts, most, seed=self.seed, stream=f"{role} limit")]
+        for role, texts in splits.items():
+            if not texts:
+                raise ValueError(f"data.{role}: no text is left of {self.sources[role].path}")
+        if len({text.label for text in splits["train"]}) < 2:
+            raise ValueError(f"data.max_texts.train is {self.max_texts['train']}: that leaves a single class; raise it")
+        self.splits = {role: splits[role] for role in SPLITS}
+
+    def _read(self, role: str) -> list[LabelledText]:
+        label_column = None if role == "predict" else self.label_column
+        found = read_labelled_texts(role, self.sources[role], self.text_column, label_column, self.cache_dir)
+        texts = [text for text in found if not self._is_rejected(text)]
+        if not texts:
+            raise ValueError(f"data.{role}: {self.sources[role].path} holds no text to use")
+        return texts  # type: ignore[return-value]  # no bad row is among them
+
+    def _is_rejected(self, row: LabelledText | BadRow) -> bool:
+        """Whether a row is bad, and then left out.
+
+        Raises:
+            ValueError: it is, and the user has not asked for that.
+        """
+        if not isinstance(row, BadRow):
+            return False
+        if self.on_bad_row == "error":
+            raise ValueError(f"{row.message}; data.on_bad_row: skip leaves such rows out")
+        self.rejected.append(row)
+        return True
+
+    def _is_known(self, text: LabelledText) -> bool:
+        if text.label in self._numbers:
+            return True
+        known = ", ".join(self.labels[:8]) + (" …" if len(self.labels) > 8 else "")
+        message = f"{text.place}: the label {text.label!r} does not occur in training, where there are {known}"
+        return not self._is_rejected(BadRow(text.file, text.row, "unknown label", message))
+
+    def _keep_apart(self, splits: dict[str, list[LabelledText]]) -> None:
+        """Takes out of training what stands in another split as well, and out of validation what stands in test: what
+        was seen before says nothing, and the test stays as others know it."""
+        for role, others in (("train", ("test", "validation")), ("validation", ("test",))):
+            there: dict[str, LabelledText] = {}
+            for other in others:
+                for text in splits.get(other, ()):
+                    there.setdefault(same_text(text.text), text)
+            if there and role in splits:
+                splits[role] = [text for text in splits[role] if not self._stands_elsewhere(text, there)]
+
+    def _stands_elsewhere(self, text: LabelledText, there: dict[str, LabelledText]) -> bool:
+        copy = there.get(same_text(text.text))
+        if copy is None:
+            return False
+        message = f"{text.place}: the same text stands in {copy.place}, so a score on it would be too good"
+        return self._is_rejected(BadRow(text.file, text.row, "stands in another split", message))
+
+    @property
+    def _numbers(self) -> dict[str | None, int]:
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Label → split → texts."""
+        counts = {split: Counter(text.label for text in texts) for split, texts in self.splits.items()}
+        return {label: {split: counts[split][label] for split in counts} for label in self.labels}
+
+    def causes(self) -> dict[str, int]:
+        """Rows left out, by cause."""
+        return dict(Counter(row.cause for row in self.rejected))
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[LabelledText]) -> EncodedTexts:
+        """Begun as documents are in training. Text that spells a special token stays text."""
+        bos, backend = begin_token(self.tokenizer), self.tokenizer.backend_tokenizer
+        head = [] if bos is None else [bos]
+        room, cut = self.context_length - len(head), 0
+        parts: list[NDArray[np.int32]] = []
+        remaining = iter(texts)
+        backend.encode_special_tokens = True
+        try:
+            # In parts, since the encodings of a part take many times the memory of its ids.
+            while part := list(islice(remaining, 1000)):
+                for encoding in backend.encode_batch_fast([text.text for text in part], add_special_tokens=False):
+                    cut += len(encoding.ids) > room
+                    parts.append(np.array([*head, *encoding.ids[:room]], np.int32))
+        finally:
+            backend.encode_special_tokens = False
+        ends = np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64)
+        numbers = self._numbers
+        classes = np.array([numbers.get(text.label, NO_CLASS) for text in texts], np.int64)
+        return EncodedTexts(np.concatenate(parts), ends, classes, cut)
+
+    # --- length -------------------------------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        return sum(one.steps for one in self.passes)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a mean optimizer step, padding left out: texts differ in length, and steps in their tokens."""
+        # The steps first: before setup they are an AttributeError, by which the parser sees that there is no length.
+        steps = self.total_steps
+        return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.batch_tokens
+
+    # --- devices and state --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {
+            "steps": self.trainer.global_step,
+            "tokenizer": {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)},
+            "order": self._order(),
+        }
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that decides which texts stand in which step."""
+        train = self.encoded["train"]
+        digest = hashlib.sha256()
+        for array in (train.ids, train.ends, train.classes):
+            digest.update(array.tobytes())
+        return {"train": digest.hexdigest()[:16], "seed": self.seed, "batch_texts": self.batch_texts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved, now = state_dict["order"], self._order()
+        for key in ("seed", "batch_texts", "train"):
+            if saved[key] != now[key]:
+                raise ValueError(
+                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back (train stands for the "
+                    "training texts and all that encodes them), or begin a new run without --ckpt_path"
+                )
+        self.steps_done = int(state_dict["steps"])
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        replicas, replica = replicas_of(self.trainer)
+        texts = self.encoded["train"]
+        sampler = StepSampler(
+            self.passes,
+            np.ones(len(texts), np.int64),
+            micro_batch_size=self.micro_batch_size,
+            replicas=replicas,
+            replica=replica,
+            start=self.steps_done,
+        )
+        return ResumableLoader(TextRows(texts), sampler, self.workers, pin_memory=torch.cuda.is_available())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation_loader("test")
+
+    @property
+    def predicted(self) -> str:
+        """The split that `predict` classifies."""
+        return "predict" if "predict" in self.sources else "test"
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        # In the order of the file, so that the answers stand beside the questions.
+        return self._evaluation_loader(self.predicted, longest_first=False)
+
+    def _evaluation_loader(self, split: str, longest_first: bool = True) -> DataLoader[Any]:
+        """Each replica has the same number of batches, the last of them possibly with empty rows."""
+        replicas, replica = replicas_of(self.trainer)
+        texts = self.encoded[split]
+        order: list[int] = list(range(len(texts)))
+        if longest_first:
+            order = np.argsort(-texts.lengths, kind="stable").tolist()
+        mine: list[int | None] = [*order[replica::replicas]]
+        mine += [None] * (-(-len(order) // replicas) - len(mine))
+        size = self.micro_batch_size
+        return DataLoader(TextBatches(texts, [mine[i : i + size] for i in range(0, len(mine), size)]), batch_size=None)
+
+
+class TextRows(Dataset[Any]):
+    """Micro-batches by the numbers of their texts, with `step_labels`, the texts of the whole optimizer step."""
+
+    def __init__(self, texts: EncodedTexts) -> None:
+        self.texts = texts
+
+    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
+        numbers = [row[0] if row else None for row in rows]
+        return self.texts.batch(numbers) | {"step_labels": rows.step_labels}
+
+
+class TextBatches(Dataset[Any]):
+    """Micro-batches of a split that is evaluated."""
+
+    def __init__(self, texts: EncodedTexts, batches: list[list[int | None]]) -> None:
+        self.texts, self.batches = texts, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.texts.batch(self.batches[number])

@@ -1,0 +1,142 @@
+"""Classifiers of ours for other programs: transformers' LlamaForSequenceClassification and PEFT.
+
+Both pool the last token that is not padding, as training did, and score it by a linear layer without a bias.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.weights.names import Weights, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_danube.model import Decoder
+
+PROBE = "Whether a text begins as in training: 12 words, and no end."
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier.
+
+    Args:
+        decoder: with the adapter merged, or beside its weights.
+        score_CD: the head as a linear layer over the last hidden state, (classes, hidden size).
+        labels: the classes, by number.
+        tokenizer: begins and cuts a text by itself as training did.
+        base: what `--weights` of the training named.
+    """
+
+    decoder: Decoder
+    score_CD: Tensor
+    labels: list[str]
+    tokenizer: PreTrainedTokenizerFast
+    base: str
+
+
+def is_classifier(weights: Weights) -> bool:
+    """Whether the weights are those of a run of TextClassification."""
+    if weights.kind != "checkpoint":
+        return False
+    from lightning_danube.weights.huggingface import read_checkpoint
+
+    return "classifier" in read_checkpoint(weights.path)
+
+
+def load_classifier(weights: Weights, *, merge: bool = True, dtype: torch.dtype | str | None = None) -> Classifier:
+    """
+    Args:
+        merge: add the adapter to the weights, instead of keeping it beside them.
+
+    Raises:
+        ValueError: the model that the adapter was trained on is not there any more, or is another one.
+    """
+    import torch
+
+    from lightning_danube.weights.huggingface import read_checkpoint
+    from lightning_danube.weights.loading import load_decoder, load_trained_adapter, parse_dtype
+
+    checkpoint = read_checkpoint(weights.path)
+    facts = checkpoint["classifier"]
+    tokenizer = _as_in_training(load_tokenizer(weights), facts["context_length"])
+    if merge:
+        decoder = load_decoder(weights, dtype=torch.float32)
+    else:
+        decoder = load_decoder(checkpoint["base_weights"], dtype=torch.float32)
+        load_trained_adapter(decoder, weights.path)
+    score_CD = checkpoint["state_dict"]["head.weight"].clone()
+    if facts["head"] == "logits":
+        # A linear layer of a linear layer is one: the output embedding becomes a part of the head.
+        score_CD = (score_CD.double() @ decoder.lm_head.weight.detach().double()).to(torch.float32)
+    kind = parse_dtype(dtype)
+    decoder.to(dtype=kind)
+    return Classifier(decoder, score_CD.to(kind), list(facts["labels"]), tokenizer, checkpoint["base_weights"])
+
+
+def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> PreTrainedTokenizerFast:
+    """A copy that begins a text with the bos token if there is one, and cuts it (`truncation=True`) at the length of
+    training; with a padding token that no text ends in, since the last token that is another one is scored.
+
+    Raises:
+        ValueError: the tokenizer cannot be made to begin a text so.
+    """
+    from lightning_danube.tokens.tokenizer import begin_token
+
+    tokenizer = copy.deepcopy(tokenizer)
+    bos = begin_token(tokenizer)
+    if bos is not None:
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+    tokenizer.model_max_length = context_length
+    tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    expected = [*([] if bos is None else [bos]), *tokenizer(PROBE, add_special_tokens=False).input_ids]
+    if tokenizer(PROBE).input_ids != expected:
+        raise ValueError(
+            "the tokenizer of the model adds other tokens to a text than training did: it cannot be exported with "
+            "equal scores"
+        )
+    return tokenizer
+
+
+def hf_config(classifier: Classifier) -> dict[str, Any]:
+    """The content of a `config.json` for LlamaForSequenceClassification."""
+    tokenizer = classifier.tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return classifier.decoder.config.to_hf(*ids) | {
+        "architectures": ["LlamaForSequenceClassification"],
+        "dtype": str(classifier.score_CD.dtype).removeprefix("torch."),
+        "id2label": {str(number): label for number, label in enumerate(classifier.labels)},
+        "label2id": {label: number for number, label in enumerate(classifier.labels)},
+        "problem_type": "single_label_classification",
+        "use_cache": False,
+    }
+
+
+def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: str, overwrite: bool = False) -> None:
+    """Write a directory that transformers' `pipeline("text-classification")` runs."""
+    from lightning_danube.weights.huggingface import (
+        EXPORTED_FILES,
+        plain_tensors,
+        replaced_directory,
+        write_json,
+        write_shards,
+    )
+
+    tensors = plain_tensors(classifier.decoder)
+    # Its place is taken by the head.
+    tensors.pop("lm_head.weight", None)
+    tensors["score.weight"] = classifier.score_CD
+    with replaced_directory(directory, EXPORTED_FILES, overwrite) as partial:
+        config = hf_config(classifier)
+        write_json(partial / "config.json", config)
+        write_shards(partial, tensors, 5 * 10**9)
+        classifier.tokenizer.save_pretrained(str(partial))
+        (partial / "README.md").write_text(card, "utf-8")

@@ -1,0 +1,211 @@
+"""Texts with labels out of the files that people have, and the splits that are made of them.
+
+A row without a usable text or label comes out as a `BadRow`, for the caller to refuse or to set aside. Which texts go
+into a split depends on their content and a seed alone, not on their place in a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
+from lightning_danube.text.objects import read_objects
+from lightning_danube.text.quality import text_hash
+from lightning_danube.text.reading import BadRow, read_rows, text_of
+
+PACKAGES = f"{DOCUMENTATION}packages"
+"""The embedded set: documentation of installed packages. The label is the package."""
+PACKAGE_SOURCES = ("web", "academic")
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Where texts with labels stand.
+
+    Args:
+        path: "documentation:packages" (the embedded set), a file, a directory or a glob of files (jsonl, csv, tsv,
+            parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub id such as
+            "stanfordnlp/imdb".
+        name, split, revision: configuration, split and commit of a hub data set; the split is the one of the role's
+            name where it is not given.
+    """
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def named(cls, role: str, given: str | Mapping[str, str]) -> LabelledTexts:
+        """What a config says for a role: a path, or a mapping of the options.
+
+        A plain mapping, since the parser of the command line reads the file of a path that could be one of a class.
+
+        Raises:
+            ValueError: the mapping has other options, or no path.
+        """
+        if isinstance(given, str):
+            return cls(given)
+        known = [field.name for field in fields(cls)]
+        if (unknown := [key for key in given if key not in known]) or "path" not in given:
+            wrong = f"has the option {unknown[0]!r}" if unknown else "has no path"
+            raise ValueError(f"data.{role} {wrong}: the options are {', '.join(known)}")
+        return cls(**given)
+
+    def texts(self, role: str) -> Source:
+        """The same place as a source of documents, which finds its files."""
+        return Source(self.path, name=self.name, split=self.split or role, revision=self.revision)
+
+
+class LabelledText(NamedTuple):
+    """A text, its label (None where it is to be predicted), and where it stands: rows count from 1."""
+
+    text: str
+    label: str | None
+    file: str
+    row: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+def read_labelled_texts(
+    role: str, source: LabelledTexts, text_column: str, label_column: str | None, cache_dir: Path
+) -> Iterator[LabelledText | BadRow]:
+    """All rows of a source, in a fixed order.
+
+    Args:
+        role: train, validation, test or predict, for messages and as the split of a hub data set.
+        text_column: the column that holds the text, or a pattern of several, such as "{title} {abstract}".
+        label_column: None where labels are not wanted.
+
+    Raises:
+        ValueError: the source cannot be opened, has no row, or its first row does not have the columns.
+    """
+    first = True
+    for file, row, values in _rows(role, source, cache_dir):
+        where = f"{file}, row {row}"
+        if first and isinstance(values, Mapping):
+            first = False
+            _check_columns(values, text_column, label_column, where)
+        if isinstance(values, BadRow):
+            yield values
+            continue
+        text = text_of(values, text_column, file, row, where)
+        if isinstance(text, BadRow):
+            yield text
+        elif not text.strip():
+            yield BadRow(file, row, "empty text", f"{where}: column {text_column!r} is empty")
+        elif label_column is None:
+            yield LabelledText(text, None, file, row)
+        else:
+            label = _label(values.get(label_column), label_column, file, row)
+            yield label if isinstance(label, BadRow) else LabelledText(text, label, file, row)
+
+
+def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+    texts = source.texts("test" if role == "predict" else role)
+    if texts.is_documentation:
+        if source.path != PACKAGES:
+            raise ValueError(f"data.{role}: {source.path} has no labels: the embedded set with labels is {PACKAGES}")
+        yield from _documentation_of_packages(role, cache_dir)
+        return
+    yield from read_objects(role, texts, cache_dir, called=f"data.{role}")
+
+
+def _documentation_of_packages(role: str, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
+    for name in PACKAGE_SOURCES:
+        (file,) = local_files(role, Source(DOCUMENTATION + name), cache_dir)
+        for row, values in read_rows(file):
+            package = values["origin"].partition(":")[0]
+            # The heading of a text has the path of its module, which would give the label away.
+            text = re.sub(rf"\b{re.escape(package)}\b", "package", values["text"], flags=re.IGNORECASE)
+            yield file, row, {"text": text, "label": package}
+
+
+def _check_columns(values: Mapping[str, Any], text_column: str, label_column: str | None, where: str) -> None:
+    wanted = re.findall(r"\{([^{}]+)\}", text_column) if "{" in text_column else [text_column]
+    for option, names in (("text_column", wanted), ("label_column", [label_column] if label_column else [])):
+        for name in names:
+            if name not in values:
+                there = ", ".join(map(str, values)) or "none"
+                raise ValueError(f"{where}: there is no column {name!r}, only {there}: name it with data.{option}")
+
+
+def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
+    where = f"{file}, row {row}"
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return BadRow(file, row, "no label", f"{where}: column {column!r} is empty")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    kind = type(value).__name__
+    return BadRow(file, row, "no label", f"{where}: column {column!r} holds {kind}, no word and no whole number")
+
+
+def ordered(labels: Sequence[str]) -> list[str]:
+    """Labels in the order that numbers the classes: by value where all are whole numbers, else by the alphabet."""
+    unique = set(labels)
+    if all(re.fullmatch(r"-?\d+", label) for label in unique):
+        return sorted(unique, key=int)
+    return sorted(unique)
+
+
+def same_text(text: str) -> str:
+    """What two texts share that count as one: all but case and white space."""
+    return " ".join(text.split()).casefold()
+
+
+def stratified(
+    texts: Sequence[LabelledText], count: int, *, seed: int, stream: str, leave_one: bool = False
+) -> list[int]:
+    """Numbers of `count` of the texts, of each class its share (largest remainder), in the order of the texts.
+
+    Args:
+        stream: what the choice is for, so that two choices with one seed are not the same.
+        leave_one: never take all texts of a class.
+    """
+    members: dict[str, list[int]] = {}
+    for number, text in enumerate(texts):
+        assert text.label is not None
+        members.setdefault(text.label, []).append(number)
+    ideal = {label: count * len(numbers) / len(texts) for label, numbers in members.items()}
+    takes = {label: int(ideal[label]) for label in members}
+    by_remainder = sorted(members, key=lambda label: (takes[label] - ideal[label], label))
+    for label in by_remainder[: count - sum(takes.values())]:
+        takes[label] += 1
+    chosen: list[int] = []
+    for label, numbers in members.items():
+        most = len(numbers) - 1 if leave_one else len(numbers)
+        ranked = sorted(numbers, key=lambda number: text_hash(f"{seed}/{stream}/{same_text(texts[number].text)}"))
+        chosen += ranked[: min(takes[label], most)]
+    return sorted(chosen)
+
+
+def split_off(
+    texts: Sequence[LabelledText], share: float, *, seed: int, stream: str
+) -> tuple[list[LabelledText], list[LabelledText]]:
+    """The rest and the share of each class that is split off; copies of a text stay together."""
+    first: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        first.setdefault(same_text(text.text), number)
+    unique = [texts[number] for number in first.values()]
+    chosen = stratified(unique, round(share * len(unique)), seed=seed, stream=stream, leave_one=True)
+    taken = {same_text(unique[number].text) for number in chosen}
+    rest = [text for text in texts if same_text(text.text) not in taken]
+    return rest, [text for text in texts if same_text(text.text) in taken]
+
+
+def most_frequent(texts: Sequence[LabelledText], count: int) -> set[str]:
+    """The labels of most texts; of equally frequent ones those that come first in the alphabet."""
+    counts = Counter(str(text.label) for text in texts)
+    return set(sorted(counts, key=lambda label: (-counts[label], label))[:count])

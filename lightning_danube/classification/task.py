@@ -1,0 +1,258 @@
+"""Text classification: a trained decoder with a LoRA adapter, and a linear head on the last token of a text.
+
+Shapes: B texts, T tokens, D hidden size, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_danube.chat.fine_tuning import SupervisedFineTuning
+from lightning_danube.classification.scores import scores
+from lightning_danube.model import Decoder
+from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.weights.adapters import Lora, base_digest
+
+IGNORE_INDEX = -100
+Head = Literal["hidden", "logits"]
+
+
+class Classified(NamedTuple):
+    """What a model says of the texts of a split, in their order, on the CPU."""
+
+    classes_N: Tensor
+    probabilities_NC: Tensor
+
+
+class ClassifiedTexts(Metric):
+    """Collects what is said of each text, over all devices, in the order of the texts: scores then do not depend on
+    how texts are dealt, and can be resampled."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("rows", "classes", "log_probabilities"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.rows: Any
+        self.classes: Any
+        self.log_probabilities: Any
+
+    def update(self, rows_B: Tensor, classes_B: Tensor, log_probabilities_BC: Tensor) -> None:
+        real_B = rows_B >= 0
+        self.rows.append(rows_B[real_B])
+        self.classes.append(classes_B[real_B])
+        self.log_probabilities.append(log_probabilities_BC[real_B])
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Classes (N,) and log-probabilities (N, C)."""
+        # After a sync each is one tensor, before it a list.
+        rows_N, classes_N, log_probabilities_NC = (
+            torch.cat(state) if isinstance(state, list) else state
+            for state in (self.rows, self.classes, self.log_probabilities)
+        )
+        order_N = rows_N.argsort()
+        return classes_N[order_N].cpu(), log_probabilities_NC[order_N].cpu()
+
+
+def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """(B, D): after the last norm, the state of the last token that is not padding, wherever the padding stands.
+
+    Behind a text it is out of sight of causal attention. Before a text it is kept out of sight by a mask, and positions
+    count from the first token, so a text has the same state either way.
+    """
+    real_BT = attention_mask_BT.bool()
+    position_ids_BT = document_ids_BT = None
+    if not bool(real_BT[:, 0].all()):
+        position_ids_BT = (attention_mask_BT.cumsum(1) - 1).clamp(min=0)
+        document_ids_BT = attention_mask_BT
+    hidden_BTD = decoder.hidden_states(input_ids_BT, position_ids_BT, document_ids_BT)
+    places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+    last_B = (places_T * real_BT).argmax(1)
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+class TextClassification(SupervisedFineTuning):
+    """Cross-entropy of the classes of texts. The adapter and the head train, the decoder's own weights stay.
+
+    It shares with chat what has nothing to do with answers: the adapter, the optimizer step as a mean over the texts of
+    all micro-batches and devices, and checkpoints of what trains.
+
+    Logs `loss/train` and after each validation or test `loss/<split>` (nats a text), `accuracy/<split>`,
+    `macro_f1/<split>` and `calibration_error/<split>`.
+
+    Args:
+        weights: the model to begin with: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or
+            "smollm2".
+        learning_rate: of the adapter; a schedule in tokens, those of a mean step being counted for each.
+        head: what the linear head sees of the last token: its "hidden" state, as LlamaForSequenceClassification does,
+            or its "logits", as H2O LLM Studio did when the paper was written.
+        head_learning_rate: peak of the head's learning rate, which follows the same schedule; that of the adapter if
+            not given.
+        lora: the adapter.
+        optimizer: AdamW's other settings.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations: for
+            long documents.
+
+    Raises:
+        ValueError: the weights cannot be read.
+    """
+
+    head: nn.Linear
+
+    def __init__(
+        self,
+        weights: str,
+        learning_rate: LearningRate,
+        head: Head = "hidden",
+        head_learning_rate: float | None = None,
+        lora: Lora = Lora(),  # noqa: B008  (frozen)
+        optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
+        activation_checkpointing: bool = False,
+    ) -> None:
+        if head_learning_rate is not None and not head_learning_rate > 0:
+            raise ValueError(f"model.head_learning_rate is {head_learning_rate}: it must be above 0")
+        super().__init__(
+            weights,
+            learning_rate,
+            lora=lora,
+            optimizer=optimizer,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.head_sees: Head = head
+        self.head_rate = 1.0 if head_learning_rate is None else head_learning_rate / learning_rate.peak
+        self.classified = ClassifiedTexts()
+        self.latest: Classified | None = None
+        """What the last validation or test said."""
+        self.labels: list[str] = []
+        self._base_digest = ""
+
+    def configure_model(self) -> None:
+        """Makes the head, if the data say how many classes there are; to predict, the checkpoint does."""
+        if self._base_digest:
+            return
+        self._base_digest = base_digest(self.decoder)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.labels:
+            self._make_head(data.labels)
+
+    def _make_head(self, labels: list[str]) -> None:
+        self.labels = list(labels)
+        width = self.config.hidden_size if self.head_sees == "hidden" else self.config.vocab_size
+        # What was drawn before differs between one process and several: the head begins alike in all.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.head = nn.Linear(width, len(labels), bias=False)
+
+    def class_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """(B, C), in float32 at least: probabilities of 8 bits are not worth calibrating."""
+        seen_BD = last_token_states(self.decoder, input_ids_BT, attention_mask_BT)
+        if self.head_sees == "logits":
+            seen_BD = self.decoder.lm_head(seen_BD)
+        with torch.autocast(seen_BD.device.type, enabled=False):
+            return self.head(seen_BD.to(self.head.weight.dtype))
+
+    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of nats, and the number of texts."""
+        logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
+        total = F.cross_entropy(logits_BC, batch["classes"], ignore_index=IGNORE_INDEX, reduction="sum")
+        return total, (batch["classes"] != IGNORE_INDEX).sum()
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
+        """Returns the optimizer, and for each of its parameter groups its learning rate as a multiple of the
+        schedule's."""
+        optimizer = self.optimizer_settings.build(self.decoder, lr=1.0)
+        multiples = [1.0] * len(optimizer.param_groups)
+        decay = self.optimizer_settings.weight_decay
+        optimizer.add_param_group({"params": list(self.head.parameters()), "weight_decay": decay})
+        return optimizer, [*multiples, self.head_rate]
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
+        self.classified.update(batch["rows"], batch["classes"], logits_BC.log_softmax(1))
+
+    def on_validation_epoch_start(self) -> None:
+        self.classified.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("validation")
+
+    def on_test_epoch_start(self) -> None:
+        self.classified.reset()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        classes_N, log_probabilities_NC = self.classified.compute()
+        # Kept in float64, where softmax and its logarithm undo each other.
+        classes_N, log_probabilities_NC = classes_N.cpu(), log_probabilities_NC.cpu().double()
+        self.latest = Classified(classes_N, log_probabilities_NC.exp())
+        found = {"loss": float(F.nll_loss(log_probabilities_NC, classes_N)), **scores(self.latest[1], classes_N)}
+        named = {f"{name}/{split}": value for name, value in found.items()}
+        self.log_dict(named, logger=False)
+        # Straight to the loggers: Lightning counts their steps anew after a resume.
+        for logger in self.trainer.loggers:
+            logger.log_metrics(named, step=self.trainer.global_step)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """For each text: where it stands, the likeliest label, the probability of each; its true label if known."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        texts = data.splits[data.predicted]
+        logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
+        said = []
+        for row, probabilities in zip(batch["rows"].tolist(), logits_BC.softmax(1).tolist(), strict=True):
+            if row < 0:
+                continue
+            by_label = dict(zip(self.labels, probabilities, strict=True))
+            answer = {"file": texts[row].file, "row": texts[row].row, "label": max(by_label, key=by_label.__getitem__)}
+            known = {} if texts[row].label is None else {"true_label": texts[row].label}
+            said.append(answer | known | {"probabilities": by_label})
+        return said
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["base_digest"] = self._base_digest
+        checkpoint["classifier"] = {
+            "labels": self.labels,
+            "head": self.head_sees,
+            "context_length": data.context_length,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("classifier")
+        if saved is None:
+            raise ValueError("the checkpoint is no classifier: name a run of TextClassification with --ckpt_path")
+        if saved["head"] != self.head_sees:
+            raise ValueError(
+                f"the checkpoint has model.head {saved['head']!r}, the config {self.head_sees!r}: set it back"
+            )
+        if "head" not in self._modules:
+            self._make_head(saved["labels"])
+        if saved["labels"] != self.labels:
+            raise ValueError(
+                f"the checkpoint tells {_shown(saved['labels'])} apart, the data have {_shown(self.labels)}: give the "
+                "data it was trained on"
+            )
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["base_digest"] != self._base_digest:
+            raise ValueError(
+                f"the checkpoint was trained on other weights ({checkpoint['base_weights']}) than model.weights "
+                f"{self.weights} names now: bring those back"
+            )
+
+
+def _shown(labels: list[str]) -> str:
+    return f"{len(labels)} classes ({', '.join(labels[:5])}{', …' if len(labels) > 5 else ''})"

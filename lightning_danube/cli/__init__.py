@@ -1,0 +1,1 @@
+"""The command line: LightningCLI for the trainer's verbs, and the project's own verbs."""

@@ -1,0 +1,374 @@
+"""LightningCLI for every task: fit, validate, test, predict."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.checkpoints.strategy import ShardedStrategy
+from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line, config_files, with_config_paths
+from lightning_danube.cli.configs import LINKED
+from lightning_danube.cli.errors import explain, parse
+from lightning_danube.device import exact_products_by_onednn, keep_freed_memory, usable_cores
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
+from lightning_danube.terminal import as_typed, tell
+from lightning_danube.training.history import append_history, differences
+from lightning_danube.training.optim import AdamW
+from lightning_danube.training.precision import (
+    Choice,
+    check_precision,
+    choose,
+    full_name,
+    has_precision_plugin,
+    kind_of_device,
+)
+from lightning_danube.training.precision import warning_of as precision_warning
+from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
+
+MOST_PROCESSES = 8
+"""Processes of a CPU run that every machine may start: with fewer cores they are slow, and show that a run works."""
+
+STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+"""Verb → the method of a task that does it."""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml`, and a line of `history.jsonl` each time the run goes on.
+
+    `fit` writes when the checkpoint has been accepted: a resume that is refused must not replace the config that the
+    run was really trained with, which the next one is compared to.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        resumed_from: Path | None = None,
+        changes: dict[str, tuple[Any, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed_from, self.changes = resumed_from, changes or {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        agreed = trainer.strategy.broadcast(trainer.precision)
+        if trainer.precision != agreed:
+            raise ValueError(
+                f"rank {trainer.global_rank} computes in {trainer.precision}, rank 0 in {agreed}, as each is the "
+                "fastest on its machine: set trainer.precision"
+            )
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """On rank zero alone, after the config: nothing collective may be called here."""
+        if stage != "fit":
+            return
+        directory = (
+            trainer.logger.log_dir if isinstance(trainer.logger, TensorBoardLogger) else trainer.default_root_dir
+        )
+        append_history(
+            Path(str(directory)) / "history.jsonl",
+            step=read_step(self.resumed_from) if self.resumed_from else 0,
+            checkpoint=str(self.resumed_from) if self.resumed_from else None,
+            devices=trainer.world_size,
+            differences={key: list(pair) for key, pair in self.changes.items()},
+        )
+
+
+class DanubeCLI(LightningCLI):
+    """`<verb> --config <yaml> [--overrides]` for any task.
+
+    Beyond LightningCLI: facts of the data reach the model by links; a run's directory is `<runs>/<name>/version_<n>`;
+    `--ckpt_path last` goes on in the newest version that has a checkpoint, and a checkpoint's own hyperparameters never
+    override what the user asked for.
+
+    Raises:
+        ValueError: for a user's mistake, in one line.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": as_typed()},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Checkpoints are always read as plain data: the switch that would run their code is not offered."""
+        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+
+    # --- parsing ------------------------------------------------------------------------------------------------------
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        ours = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
+        return super().init_parser(**{**ours, **kwargs})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="Name of the run: <runs>/<name>/version_<n>.")
+        parser.add_argument("--runs", type=str, default="runs", help="Directory of all runs.")
+        for fact in LINKED:
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        check_command_line(args[1:])
+        self.config = parse(parser, args, config_files(args), FACTS_OF_DATA)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters override the config here; the config decides."""
+
+    # --- the run's place ----------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        self.place = resolve_checkpoint(
+            self.subcommand,
+            self._get(self.config, "runs"),
+            self._get(self.config, "name"),
+            self._get(self.config, "ckpt_path"),
+            # A task that begins with a trained model can evaluate that one.
+            has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
+        )
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            for warning in self.place.warnings:
+                tell(f"warning: {warning}")
+        if self.place.checkpoint is not None:
+            self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
+        saved = None
+        if self.subcommand == "fit" and self.place.checkpoint is not None:
+            saved = read_saved_config(self.place.checkpoint.parent.parent / "config.yaml")
+        self.precision = self._choose_precision(saved)
+        self._note_changes(saved)
+        if self._on_cpu():
+            keep_freed_memory()
+
+    def _on_cpu(self) -> bool:
+        return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"
+
+    def _choose_precision(self, saved: dict[str, Any] | None) -> Choice | None:
+        """Writes the run's precision into its config. None if a plugin decides it.
+
+        Args:
+            saved: the config of the run that goes on.
+
+        Raises:
+            ValueError: the precision that is set is not for the run's device.
+        """
+        trainer = self._get(self.config, "trainer")
+        kind = kind_of_device(trainer.accelerator)
+        if trainer.precision is not None:
+            check_precision(full_name(trainer.precision), kind)
+            return Choice(full_name(trainer.precision), "as set")
+        if has_precision_plugin(trainer.plugins):
+            return None
+        task = pkgutil.resolve_name(self._get(self.config, "model").class_path)
+        before = ((saved or {}).get("trainer") or {}).get("precision")
+        choice = choose(kind, trains=task.training_step is not LightningModule.training_step, before=before)
+        trainer.precision = choice.precision
+        return choice
+
+    def _tell_precision(self) -> None:
+        if self.precision is None or not self.trainer.is_global_zero:
+            return
+        print(f"precision {self.trainer.precision}: {self.precision.reason}")
+        if self.precision.reason == "as set":
+            warning = precision_warning(self.precision.precision, self.trainer.strategy.root_device)
+            if warning:
+                tell(warning)
+
+    def _note_changes(self, saved: dict[str, Any] | None) -> None:
+        """Compares the config with the one saved beside the checkpoint, before anything of it is replaced."""
+        assert self.subcommand is not None
+        checkpoint = self.place.checkpoint
+        changes: dict[str, tuple[Any, Any]] = {}
+        if self.subcommand == "fit" and checkpoint is not None:
+            new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+            if saved is not None:
+                changes = differences(saved, new)
+            self.save_config_kwargs |= {"resumed_from": checkpoint, "changes": changes}
+        self.changes = changes
+
+    def _show_changes(self) -> None:
+        """Says what is different from when the run stopped, and what that means for the schedule."""
+        if not self.changes or not self.trainer.is_global_zero:
+            return
+        assert self.place.checkpoint is not None
+        step = read_step(self.place.checkpoint)
+        print(f"the config has changed since {self.place.checkpoint}, step {step}:")
+        for key, (old, new) in self.changes.items():
+            print(f"  {key}: {_shown(old)} → {_shown(new)}")
+        if any(key.startswith(("data.stages", "data.batch_tokens")) for key in self.changes):
+            total = getattr(self.datamodule, "total_tokens", None)
+            if total is not None:
+                print(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a class says of its arguments arrives wrapped in the union "the class, or null".
+            if str(error).startswith("Does not validate"):
+                raise ValueError(explain(str(error), [], FACTS_OF_DATA)) from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.subcommand is not None
+        if self._get(self.config_init, "trainer")["logger"] in (None, True):
+            directory, name, version = self.place.logger_place()
+            purge = None
+            if self.place.continues and self.place.checkpoint is not None:
+                # Steps logged after the checkpoint are trained again: TensorBoard drops their first version.
+                purge = read_step(self.place.checkpoint) + 1
+            kwargs["logger"] = TensorBoardLogger(directory, name=name, version=version, purge_step=purge)
+        if self._get(self.config_init, "trainer")["default_root_dir"] is None:
+            kwargs["default_root_dir"] = str(self.place.directory)
+        kwargs["plugins"] = self._plugins()
+        strategy = self._get(self.config_init, "trainer")["strategy"]
+        if type(strategy) is ModelParallelStrategy:
+            kwargs["strategy"] = ShardedStrategy.like(strategy)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            # Lightning's word for an option that this machine, or no machine, can follow.
+            raise ValueError(f"trainer: {error}") from error
+        nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+        if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                f"trainer.num_nodes is {trainer.num_nodes}, and nothing tells the machines of each other: start the "
+                "run by torchrun or SLURM (docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+            )
+        cores = usable_cores()
+        if self._on_cpu() and nobody_tells and trainer.num_devices > max(MOST_PROCESSES, cores):
+            raise ValueError(
+                f"trainer.devices is {trainer.num_devices}, and this machine has {cores} cores: each process of a CPU "
+                "run needs one"
+            )
+        RankLauncher.install(trainer)
+        # Lightning takes SIGTERM when it starts, and in a validation or a test does nothing about it.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
+
+    def _plugins(self) -> list[Any]:
+        """The user's plugins, and ours for checkpoints unless they or their strategy bring one."""
+        trainer = self._get(self.config_init, "trainer")
+        plugins = trainer["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
+        return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
+
+    def _check_verb(self, verb: str) -> None:
+        """
+        Raises:
+            ValueError: the task is not for this verb.
+        """
+        possible = [name for name, step in STEPS.items() if is_overridden(step, self.model)]
+        if verb not in possible:
+            raise ValueError(f"{type(self.model).__name__} has no {verb}: say {' or '.join(possible)}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._check_verb(subcommand)
+        if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
+            done = read_step(self.place.checkpoint)
+            steps = self.datamodule.total_tokens // self.datamodule.batch_tokens
+            # Steps of another size tell nothing about it, and fewer than are done are refused with the reason.
+            same_size = not {"data.batch_tokens", "data.context_length"} & self.changes.keys()
+            run = self.place.checkpoint.parent.parent
+            if same_size and done == steps:
+                print(f"{run} is complete: {done} of {steps} steps; nothing is left to do")
+                return
+            if same_size and 0 <= (limit := self.trainer.max_steps) <= done:
+                print(f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do")
+                return
+        self._show_changes()
+        self._tell_precision()
+        try:
+            with exact_products_by_onednn() if self._on_cpu() else nullcontext():
+                super()._run_subcommand(subcommand)
+        except BaseException:
+            if not self.place.continues:
+                remove_unused_version(self.trainer)
+            raise
+
+
+def remove_unused_version(trainer: Trainer) -> None:
+    """A run that failed before its first step leaves no version behind."""
+    if trainer.global_step == 0 and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        trainer.logger.finalize("failed")
+        remove_if_unused(Path(trainer.logger.log_dir))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _quieten_lightning() -> None:
+    """Drops what Lightning says at every start and what has no meaning here; real warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Whoever asks for a profiler wants to read what it says.
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+    # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The means of a validation are over all ranks before they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    # Rows that are predicted say themselves where they stand.
+    warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
+    # Lightning 2.6 asks torch >= 2.12 in a way that torch deprecates.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def main(args: list[str]) -> int:
+    """Runs one of the trainer's verbs; returns the exit code."""
+    _quieten_lightning()
+    end_with_launcher()
+    try:
+        with SIGNALS.during(LEAVING_TRAINER):
+            DanubeCLI(with_config_paths(args))
+    except Exception as error:
+        let_rank_zero_speak(rank_zero_only.rank, error)  # type: ignore[attr-defined]
+        raise
+    return 0

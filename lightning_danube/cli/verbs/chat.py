@@ -1,0 +1,123 @@
+"""`chat`: a conversation with a model in the terminal, or with lines from a pipe."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING
+
+from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
+from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS
+from lightning_danube.weights.loading import add_weights_arguments, load_model
+
+if TYPE_CHECKING:
+    from lightning_danube.generation.conversation import Conversation
+
+COMMANDS = "/reset begins anew, /system TEXT too with a system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_weights_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message, where the chat template has one")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer, for which the history leaves room (1024, or half the context if that is less)",
+    )
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first answer's draws; answer n has S + n - 1 (0)"
+    )
+
+
+def run(arguments: Namespace) -> None:
+    import torch
+
+    from lightning_danube.generation.conversation import Conversation
+    from lightning_danube.generation.packing import pack_for_generation
+
+    sampling = sampling_of(arguments)
+    decoder, tokenizer = load_model(
+        arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
+    )
+    decoder.eval()
+    pack_for_generation(decoder)
+    longest = arguments.max_new_tokens
+    if longest is None:
+        longest = min(1024, decoder.config.max_position_embeddings // 2)
+    with torch.inference_mode():
+        conversation = Conversation(
+            decoder,
+            tokenizer,
+            max_new_tokens=longest,
+            sampling=sampling,
+            seed=arguments.seed,
+            system=arguments.system,
+        )
+        with SIGNALS.during(PROMPTING):
+            converse(conversation)
+
+
+def converse(conversation: Conversation) -> None:
+    """Questions from stdin, answers to stdout, all else to stderr, until the input ends."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401 (input() has a history and editing keys once it is imported)
+        tell(COMMANDS)
+    while True:
+        try:
+            line = input("> " if at_terminal else "").strip()
+        except EOFError:
+            if at_terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            print()
+            tell("/exit or Ctrl-D ends")
+            continue
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/exit":
+                return
+            if command == "/reset":
+                conversation.reset(conversation.system)
+                tell("the conversation begins anew")
+            elif command == "/system":
+                conversation.reset(rest.strip() or None)
+                tell("the conversation begins anew" + (" with this system message" if rest.strip() else ""))
+            elif command.startswith("/"):
+                tell(f"there is no {command}: {COMMANDS}")
+            elif line:
+                answer(conversation, line)
+        except ValueError as error:
+            tell(str(error))
+
+
+def answer(conversation: Conversation, question: str) -> None:
+    """Print an answer as it comes."""
+    coming = conversation.ask(question)
+    if coming.dropped_turns:
+        tell(f"the context is full: the oldest {coming.dropped_turns} of the turns are forgotten")
+    interrupted = False
+    try:
+        with SIGNALS.during(ANSWERING), closing(iter(coming)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    said = coming.continuation
+    if said is None or not said.text:
+        tell("nothing was said, so the question is not part of the conversation")
+    elif interrupted:
+        tell("stopped; what was said stays part of the conversation")
+    elif said.finish_reason == "length":
+        tell(f"the answer was cut after {said.tokens} tokens (--max-new-tokens)")
+
+
+def tell(message: str) -> None:
+    """What is not part of the conversation."""
+    print(f"({message})", file=sys.stderr, flush=True)

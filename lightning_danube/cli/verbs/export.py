@@ -1,0 +1,203 @@
+"""`export`: writes a trained model for other programs: Hugging Face, llama.cpp, PEFT."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning_danube.weights.loading import add_weights_arguments, load_decoder
+from lightning_danube.weights.names import Weights, load_tokenizer, locate_weights
+
+FORMATS = ("hf", "gguf", "peft")
+DEFAULT_TYPE = "F16"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_weights_arguments(parser, device=False)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="hf: config.json, safetensors, tokenizer, model card (default); gguf: one file for llama.cpp; "
+        "peft: the adapter alone, the one of --adapter or the one that the run has trained",
+    )
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        help="of a GGUF file: F32, F16, BF16, or one that llama.cpp quantizes to, such as Q8_0 or Q4_K_M "
+        f"({DEFAULT_TYPE})",
+    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="directory to create; for gguf a file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+
+
+def run(arguments: Namespace) -> None:
+    _check(arguments)
+    export = {"hf": _export_hf, "gguf": _export_gguf, "peft": _export_adapter}[arguments.format]
+    try:
+        export(arguments)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # numpy says how much of a tensor it has written, and nothing else.
+        raise OSError(error.errno or errno.EIO, f"not written: {error}; is the disk full?", arguments.out) from error
+
+
+def _check(arguments: Namespace) -> None:
+    """Refuses options that would change nothing."""
+    if arguments.format == "gguf":
+        if arguments.dtype is not None:
+            raise ValueError("--dtype is for --format hf: the type of a GGUF file is --type")
+        if not arguments.out.endswith(".gguf"):
+            raise ValueError(f"--out {arguments.out}: a GGUF file is looked for by its ending, so add .gguf")
+    elif arguments.type is not None:
+        raise ValueError(f"--type is for --format gguf: the type of --format {arguments.format} is --dtype")
+    if arguments.format == "peft" and arguments.dtype is not None:
+        raise ValueError("--dtype is for --format hf: an adapter is written as it is")
+
+
+def _export_hf(arguments: Namespace) -> None:
+    from lightning_danube.classification.exported import is_classifier
+    from lightning_danube.tokens.tokenizer import adding_bos
+    from lightning_danube.weights.huggingface import EXPORTED_FILES, check_target, read_json, save_hf
+    from lightning_danube.weights.model_card import model_card
+
+    out = Path(arguments.out)
+    # Before minutes of reading.
+    check_target(out, EXPORTED_FILES, arguments.overwrite)
+    weights = locate_weights(arguments.weights)
+    if is_classifier(weights):
+        _export_classifier(arguments, weights)
+        return
+    tokenizer = load_tokenizer(weights)
+    decoder = load_decoder(weights, adapter=arguments.adapter, dtype=arguments.dtype)
+    generation = weights.path / "generation_config.json"
+    save_hf(
+        decoder,
+        out,
+        tokenizer=tokenizer if weights.kind == "hf" else adding_bos(tokenizer),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        generation=read_json(generation) if weights.kind == "hf" and generation.is_file() else None,
+        card=model_card(out.resolve().name, decoder, tokenizer, arguments.weights, weights, arguments.adapter),
+        overwrite=arguments.overwrite,
+    )
+    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
+
+
+def _export_classifier(arguments: Namespace, weights: Weights) -> None:
+    """A run of TextClassification, as LlamaForSequenceClassification."""
+    from lightning_danube.classification.exported import load_classifier, save_hf_classifier
+    from lightning_danube.weights.model_card import classifier_card
+
+    if arguments.adapter is not None:
+        raise ValueError(f"--adapter: {arguments.weights} is a classifier with an adapter of its own; leave it out")
+    classifier, out = load_classifier(weights, dtype=arguments.dtype), Path(arguments.out)
+    card = classifier_card(out.resolve().name, classifier, weights)
+    save_hf_classifier(classifier, out, card=card, overwrite=arguments.overwrite)
+    dtype = str(classifier.score_CD.dtype).removeprefix("torch.")
+    print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
+
+
+def _export_gguf(arguments: Namespace) -> None:
+    import torch
+
+    from lightning_danube.classification.exported import is_classifier
+    from lightning_danube.weights.gguf.files import check_target, save_gguf
+    from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
+    from lightning_danube.weights.huggingface import partial_name, remove_leftovers
+    from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
+
+    file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), Path(arguments.out).absolute()
+    if file_type not in UNQUANTIZED:
+        import_llama_cpp()
+    # All of this before minutes of reading and rounding.
+    check_target(out, arguments.overwrite)
+    weights = locate_weights(arguments.weights)
+    if is_classifier(weights):
+        raise ValueError(f"{arguments.weights} is a classifier, which llama.cpp has no head for: --format hf or peft")
+    fields = gguf_tokenizer_fields(load_tokenizer(weights))
+    decoder = load_decoder(weights, adapter=arguments.adapter)
+    name = _model_name(arguments.weights, weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    written_as = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if file_type in UNQUANTIZED:
+        save_gguf(decoder, out, dtype=written_as[file_type], tokenizer_fields=fields, name=name, overwrite=True)
+        content = measure(out)
+    else:
+        whole = partial_name(out)
+        try:
+            # Beside the target, not in $TMPDIR, which may be memory; in the type the weights have, so that they are
+            # rounded once.
+            dtype = decoder.model.embed_tokens.weight.dtype
+            save_gguf(decoder, whole, dtype=dtype, tokenizer_fields=fields, name=name)
+            del decoder
+            content = quantize(whole, out, file_type)
+        finally:
+            whole.unlink(missing_ok=True)
+    print(f"{file_type} written to {arguments.out}: {content.describe()}", file=sys.stderr)
+
+
+def _export_adapter(arguments: Namespace) -> None:
+    from lightning_danube.weights.adapters import load_adapter, read_settings, save_adapter
+    from lightning_danube.weights.model_card import adapter_card
+    from lightning_danube.weights.names import locate_adapter
+
+    if arguments.adapter is None:
+        _export_trained_adapter(arguments)
+        return
+    directory, weights = locate_adapter(arguments.adapter), locate_weights(arguments.weights)
+    decoder = load_decoder(weights)
+    load_adapter(decoder, directory, trainable=True)
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    settings = read_settings(directory)
+    # A name that transformers can load: a checkpoint or a GGUF file of ours is none.
+    base = arguments.weights if weights.kind == "hf" else settings.get("base_model_name_or_path")
+    out = Path(arguments.out)
+    card = adapter_card(out.resolve().name, base, settings, parameters)
+    save_adapter(decoder, out, base=base, card=card, overwrite=arguments.overwrite)
+    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+
+
+def _export_trained_adapter(arguments: Namespace) -> None:
+    """The adapter that a run of ours has trained."""
+    from lightning_danube.classification.exported import is_classifier, load_classifier
+    from lightning_danube.weights.adapters import save_adapter
+    from lightning_danube.weights.loading import adapter_base, load_trained_adapter
+    from lightning_danube.weights.model_card import adapter_card
+
+    weights = locate_weights(arguments.weights)
+    trained_on = adapter_base(weights)
+    if trained_on is None:
+        raise ValueError(
+            f"--format peft writes an adapter: {arguments.weights} has none of its own, so name one with --adapter"
+        )
+    if is_classifier(weights):
+        classifier = load_classifier(weights, merge=False)
+        decoder, score_CD, labels = classifier.decoder, classifier.score_CD, classifier.labels
+    else:
+        decoder, score_CD, labels = load_decoder(trained_on), None, None
+        load_trained_adapter(decoder, weights.path)
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
+    base = trained_on if locate_weights(trained_on).kind == "hf" else None
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    parameters += 0 if score_CD is None else score_CD.numel()
+    out = Path(arguments.out)
+    card = adapter_card(out.resolve().name, base, config.to_dict(), parameters, labels)
+    save_adapter(decoder, out, base=base, card=card, score=score_CD, overwrite=arguments.overwrite)
+    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+
+
+def _model_name(name: str, weights: Weights) -> str:
+    """What a program that reads the file shows: the run, or what the weights were called."""
+    if weights.kind == "checkpoint":
+        run = weights.path.parent.parent
+        return f"{run.parent.name}/{run.name}"
+    return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")

@@ -1,0 +1,303 @@
+"""`plan`: what a pre-training run of a configuration would take: memory, time, money, text."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator
+from lightning_danube.terminal import text_table
+
+if TYPE_CHECKING:
+    from lightning_danube.model.config import DecoderConfig
+    from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
+    from lightning_danube.pretraining.curriculum import Curriculum
+    from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.pretraining.supply import Supply
+    from lightning_danube.pretraining.task import Pretraining
+
+GIB = 2**30
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="the configuration that `fit` takes: a name or a file",
+    )
+    parser.add_argument(
+        "--accelerator",
+        action="append",
+        metavar="NAME[=PRICE]",
+        help=f"{', '.join(ACCELERATORS)}, or FLOPS/MEMORY such as 400e12/64GiB; with the price of one device for an "
+        "hour the cost is told; may be repeated (all, without prices)",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that the model's own arithmetic reaches (0.4, an assumption: measure it)",
+    )
+    parser.add_argument(
+        "--source-tokens",
+        metavar="SOURCE=TOKENS,…",
+        help="tokens of sources without prepared shards, such as web=10T,wiki=6B",
+    )
+    parser.add_argument(
+        "--write-speed",
+        type=float,
+        default=1.0,
+        metavar="GB/S",
+        help="at which a checkpoint is written (1 GB/s, an assumption)",
+    )
+    # Everything else overrides a key of the configuration, as in `fit`.
+    parser.set_defaults(overrides=[])
+
+
+def run(arguments: Namespace) -> None:
+    if not 0 < arguments.utilisation <= 1:
+        raise ValueError(f"--utilisation is {arguments.utilisation}: a share of the peak, above 0 and at most 1")
+    if not arguments.write_speed > 0:
+        raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
+    accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
+
+    from lightning_danube.cli.configs import configured_pretraining
+    from lightning_danube.planning.memory import BYTES
+    from lightning_danube.pretraining.supply import parse_source_tokens, supplies
+
+    configured = configured_pretraining(arguments.config, arguments.overrides)
+    data, task = configured.data, configured.task
+    supply = supplies(data, parse_source_tokens(arguments.source_tokens, data.sources))
+    memory, notes = _memory(configured.trainer, data, task)
+    sections = [
+        _model(configured.name, task.config, data, memory),
+        _stages(data, supply),
+        _texts(data, supply),
+        _parts(memory),
+        _accelerators(accelerators, memory, data, arguments.utilisation),
+        _checkpoints(accelerators, memory, data, configured.trainer, arguments),
+    ]
+    print("\n\n".join(sections))
+    if BYTES[memory.precision][1] != 2:
+        why = "" if configured.trainer.precision is not None else ", the fastest on this CPU"
+        notes.append(
+            f"the run computes in {memory.precision}{why}; the peaks are those of 16 bits: state one with "
+            "--accelerator FLOPS/MEMORY for its time"
+        )
+    if notes:
+        print("\n" + "\n".join(f"note: {note}" for note in notes))
+
+
+def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[TrainingMemory, list[str]]:
+    from lightning_danube.planning.memory import TrainingMemory
+    from lightning_danube.planning.run import layout_of
+    from lightning_danube.training.optim import Muon
+
+    layout, notes = layout_of(trainer)
+    memory = TrainingMemory(
+        task.config,
+        rows=data.micro_batch_size,
+        context=data.context_length,
+        precision=_precision(trainer),
+        recompute=task.decoder.activation_checkpointing,
+        accumulate=data.accumulation(layout.replicas) > 1,
+        layout=layout,
+        gpu=trainer.accelerator != "cpu",
+        document_masks=data.document_masks,
+        muon=isinstance(task.optimizer_settings, Muon),
+    )
+    return memory, notes
+
+
+def _precision(trainer: Any) -> str:
+    """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
+    from lightning_danube.training.precision import choose, full_name
+
+    if trainer.precision is not None:
+        return full_name(trainer.precision)
+    return choose("cpu").precision if trainer.accelerator == "cpu" else "bf16-mixed"
+
+
+def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: TrainingMemory) -> str:
+    flops = config.flops_per_token(data.context_length)
+    total = data.total_tokens * flops
+    steps = data.total_tokens // data.batch_tokens
+    layout = memory.layout
+    held = layout.replicas * data.micro_batch_size
+    lines = [
+        f"{name}: {config.num_hidden_layers} layers × {config.hidden_size:,} hidden, {config.num_attention_heads} "
+        f"query and {config.num_key_value_heads} key-value heads, {config.parameters:,} parameters",
+        f"run: {data.total_tokens:,} tokens in {steps:,} steps of {data.batch_tokens:,} "
+        f"({layout.replicas} × {data.batch_samples // held} × {data.micro_batch_size} rows of {data.context_length:,})",
+        f"arithmetic: {flops:.4g} FLOPs a token at {data.context_length:,} tokens of context, forward and backward, "
+        f"{total:.4g} in all",
+        f"key-value cache, when it writes: {config.cache_bytes(1):,} bytes a token, "
+        f"{config.cache_bytes(data.context_length) / GIB:.2f} GiB for {data.context_length:,} (16 bits)",
+    ]
+    return "\n".join(lines)
+
+
+def _curriculum(data: CurriculumData, supply: dict[str, Supply]) -> Curriculum:
+    from lightning_danube.pretraining.curriculum import Curriculum
+
+    # A source of unknown size takes its share all the same; its passes are not shown.
+    rows = {name: s.rows(data.context_length) or 1 for name, s in supply.items()}
+    return Curriculum(
+        data.stages, rows, context_length=data.context_length, batch_samples=data.batch_samples, seed=data.seed
+    )
+
+
+def _stages(data: CurriculumData, supply: dict[str, Supply]) -> str:
+    """The walk through the run: where each stage ends, and what it takes of each source."""
+    curriculum = _curriculum(data, supply)
+    rows = []
+    for span in curriculum.spans:
+        shares = (f"{100 * span.samples_by_source[name] / span.samples:.2f} %" for name in curriculum.sources)
+        rows.append(
+            [
+                span.name,
+                f"{span.samples * data.context_length:,}",
+                f"{span.stop * data.context_length:,}",
+                f"{span.stop // data.batch_samples:,}",
+                *shares,
+            ]
+        )
+    return text_table(["stage", "tokens", "ends after token", "after step", *curriculum.sources], rows)
+
+
+def _texts(data: CurriculumData, supply: dict[str, Supply]) -> str:
+    """How often each source will have been gone through at the end of each stage."""
+    curriculum = _curriculum(data, supply)
+    known = {name for name, s in supply.items() if s.rows(data.context_length)}
+    after = [curriculum.passes_after(k + 1) for k in range(len(data.stages))]
+    taken = {name: sum(span.samples_by_source[name] for span in curriculum.spans) for name in curriculum.sources}
+    rows, notes = [], []
+    for name, s in supply.items():
+        passes = [f"{passed[name]:.2f}" if name in known else "?" for passed in after]
+        has = "?" if s.tokens is None else f"{s.tokens:,}"
+        rows.append([name, f"{taken[name] * data.context_length:,}", has, s.said_by, *passes])
+        if name in known and after[-1][name] > data.max_passes:
+            notes.append(
+                f"{name}: {after[-1][name]:.1f} passes are more than data.max_passes = {data.max_passes:g}: fit will "
+                "refuse"
+            )
+    first, *others = (stage.name for stage in data.stages)
+    header = ["source", "tokens taken", "training tokens", "said by", f"passes after {first}"]
+    table = text_table([*header, *(f"… {name}" for name in others)], rows)
+    return "\n".join([table, *notes])
+
+
+def _engine(memory: TrainingMemory) -> str:
+    layout = memory.layout
+    if layout.devices == 1:
+        return "one device"
+    parts = [f"{'FSDP2' if layout.sharded else 'DDP'} over {layout.replicas}"] if layout.replicas > 1 else []
+    if layout.tensor_parallel > 1:
+        parts.append(f"tensor parallel over {layout.tensor_parallel}")
+    return ", ".join(parts)
+
+
+def _parts(memory: TrainingMemory) -> str:
+    """Memory of one device by part, as the trainer section has it, and what else it could be."""
+    from lightning_danube.planning.memory import DeviceMemory, Layout
+
+    columns: list[tuple[str, DeviceMemory]] = [(_engine(memory), memory.peak())]
+    devices = memory.layout.devices
+    if devices > 1:
+        for layout in (Layout(devices), Layout(devices, sharded=True)):
+            other = dataclasses.replace(memory, layout=layout)
+            if layout != memory.layout:
+                columns.append((_engine(other), other.peak()))
+    rows = [[part, *(f"{getattr(peak, part) / GIB:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
+    rows.append(["in all", *(f"{peak.total / GIB:.2f}" for _, peak in columns)])
+    rows.append(["greatest in", *(peak.moment for _, peak in columns)])
+    lines = [text_table([f"GiB on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
+    what = "" if memory.recompute else "out"
+    lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
+    if not memory.recompute:
+        less = dataclasses.replace(memory, recompute=True).peak().total
+        lines.append(f"model.init_args.activation_checkpointing: true would take {less / GIB:.2f} GiB in all")
+    return "\n".join(lines)
+
+
+def _accelerators(
+    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumData, utilisation: float
+) -> str:
+    from lightning_danube.planning.run import USABLE, fewest_devices, seconds_of
+
+    devices = memory.layout.devices
+    flops = memory.config.flops_per_token(data.context_length) * data.total_tokens
+    peak, rows = memory.peak().total, []
+    for accelerator in accelerators:
+        capacity = USABLE * accelerator.memory
+        fewest = [fewest_devices(memory, data, capacity, sharded=sharded) for sharded in (False, True)]
+        hours = seconds_of(flops, devices, accelerator, utilisation) / 3600
+        rows.append(
+            [
+                accelerator.name,
+                f"{accelerator.flops / 1e12:,.0f}" if accelerator.flops >= 1e13 else f"{accelerator.flops / 1e12:.2g}",
+                f"{accelerator.memory / GIB:.0f}",
+                "yes" if peak <= capacity else "no",
+                *(f"{n:,}" if n else "none" for n in fewest),
+                _rounded(hours / 24),
+                _rounded(hours * devices),
+                "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
+            ]
+        )
+    header = [
+        f"{devices:,} ×",
+        "TFLOP/s",
+        "GiB",
+        "fits",
+        "fewest, DDP",
+        "fewest, FSDP2",
+        "days",
+        "device-hours",
+        "cost" if any(a.price is not None for a in accelerators) else "",
+    ]
+    return text_table(header, rows) + (
+        f"\nat {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), {100 * USABLE:g} % of the memory for "
+        "tensors; prices are those you gave, in their money"
+    )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
+
+
+def _checkpoints(
+    accelerators: Sequence[Accelerator],
+    memory: TrainingMemory,
+    data: CurriculumData,
+    trainer: Any,
+    arguments: Namespace,
+) -> str:
+    from lightning_danube.planning.run import HOURS_BETWEEN_FAILURES, CheckpointAdvice, checkpoint_bytes, seconds_of
+
+    size, devices = checkpoint_bytes(memory), memory.layout.devices
+    advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
+    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
+    every = next(
+        (callback.every_n_steps for callback in trainer.callbacks or () if hasattr(callback, "every_n_steps")), None
+    )
+    lines = [
+        f"checkpoint: {size / 1e9:.2f} GB (weights and the optimizer's averages), {advice.write:,.1f} s at "
+        f"{arguments.write_speed:g} GB/s (--write-speed)",
+        f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
+        "device, as in the training of Llama 3 (arXiv 2407.21783)",
+    ]
+    rows = []
+    for accelerator in accelerators:
+        seconds = seconds_of(flops, devices, accelerator, arguments.utilisation)
+        steps = max(1, round(advice.interval / seconds))
+        row = [accelerator.name, f"{seconds:,.2f}", f"{steps:,}", f"{100 * advice.lost(steps * seconds):.2f} %"]
+        if every is not None:
+            row += [f"{100 * advice.lost(every * seconds):.2f} %"]
+        rows.append(row)
+    header = ["", "seconds a step", "best: save every … steps", "time lost"]
+    return "\n".join([*lines, text_table([*header, *([f"lost with {every:,}"] if every is not None else [])], rows)])

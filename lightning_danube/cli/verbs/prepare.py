@@ -1,0 +1,135 @@
+"""`prepare`: makes the token shards of a configuration's data, so that a following `fit` starts at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.terminal import text_table
+
+if TYPE_CHECKING:
+    from lightning_danube.pretraining.data import CurriculumData
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="the configuration that `fit` takes: a name or a file",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make part I of N, counted from 1: on N machines with one cache directory, the last one joins the parts",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="how many tokenize (data.processes, all cores)")
+    parser.add_argument("--verify", action="store_true", help="read shards that are there and compare their checksums")
+    # Everything else overrides a key of the configuration, as in `fit`.
+    parser.set_defaults(overrides=[])
+
+
+def run(arguments: Namespace) -> None:
+    part = _part(arguments.shard)
+    if arguments.verify and part is not None:
+        raise ValueError("--verify checks whole shards: leave out --shard")
+    data = _data(arguments.config, arguments.overrides)
+    if arguments.processes is not None:
+        if arguments.processes < 1:
+            raise ValueError(f"--processes is {arguments.processes}: it must be at least 1")
+        data.processes = arguments.processes
+    if arguments.verify:
+        _verify(data)
+        return
+    seconds = data.prepare(part)
+    reports = []
+    for name, directory in data.shards_directories().items():
+        if (directory / "report.json").exists():
+            reports.append((directory, json.loads((directory / "report.json").read_text(encoding="utf-8"))))
+            if seconds[name]:
+                _open(data, directory).verify()
+    if reports:
+        print(_summary(reports, seconds))
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard is {text!r}: give part and parts, counted from 1, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
+    from lightning_danube.cli.configs import configured_data
+    from lightning_danube.pretraining.data import CurriculumData
+
+    data = configured_data(configs, overrides)
+    if not isinstance(data, CurriculumData):
+        raise ValueError(
+            f"data is {type(data).__name__}, which reads its files when it runs: only CurriculumData has shards"
+        )
+    return data
+
+
+def _open(data: CurriculumData, directory: Path) -> Any:
+    from lightning_danube.tokens.shards import TokenShards
+
+    return TokenShards(directory, data.tokenizer)
+
+
+def _verify(data: CurriculumData) -> None:
+    for name, directory in data.shards_directories().items():
+        if not directory.exists():
+            raise ValueError(f"source {name!r} has no shards at {directory}: make them with prepare, without --verify")
+        shards = _open(data, directory)
+        shards.verify()
+        files = sum(len(split["files"]) for split in shards.meta["splits"].values())
+        print(f"{name}: {files} files hold what was written, in {directory}")
+
+
+def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, float]) -> str:
+    rows, notes = [], []
+    for directory, report in reports:
+        name, duplicates = report["source"], report["duplicates"]
+        made = seconds[name]
+        rows.append(
+            [
+                name,
+                f"{report['documents']:,}",
+                f"{report['tokens']:,}",
+                f"{report['bytes_per_token']:.2f}",
+                f"{sum(report['rejected'].values()):,}",
+                f"{sum(report['filtered'].values()):,}",
+                f"{duplicates['exact'] + duplicates['near']:,}",
+                f"{report['contaminated']:,}",
+                f"{report['seconds']:.1f}" if made else "there",
+                # Sources overlap, so the time that processes spent on one is what tells its speed.
+                f"{report['tokens'] / report['seconds_of_all_processes']:,.0f}" if made else "",
+            ]
+        )
+        notes += [f"{name}: {os.path.relpath(directory) if _is_near(directory) else directory}"]
+        for what in ("rejected", "filtered"):
+            if report[what]:
+                notes.append(f"  {what}: " + ", ".join(f"{cause} {n:,}" for cause, n in report[what].items()))
+        notes += [f"    {message}" for message in report["first_rejected"]]
+        if report["pieces_of_long_documents"]:
+            notes.append(f"  long documents were cut: {report['pieces_of_long_documents']:,} more pieces")
+        for file in report["benchmarks"]:
+            if file["rows_found"]:
+                notes.append(
+                    f"  {file['rows_found']:,} of {file['rows']:,} rows of {file['file']} stood in "
+                    f"{file['documents']:,} documents, now removed"
+                )
+    header = ["source", "documents", "tokens", "bytes/token", "rejected", "filtered", "duplicates", "contaminated"]
+    return "\n".join([text_table([*header, "seconds", "tokens/s a process"], rows), *notes])
+
+
+def _is_near(directory: Path) -> bool:
+    return directory.is_relative_to(Path.cwd())

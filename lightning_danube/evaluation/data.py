@@ -1,0 +1,116 @@
+"""What to ask a model: a list of parts, each a row or a few of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_danube.evaluation.parts.academic import AcademicTask, academic_tasks
+from lightning_danube.evaluation.parts.chat import ChatOptions, ChatQuestions, chat_questions
+from lightning_danube.evaluation.parts.needles import NeedleOptions, Needles, TextRows, make_needles, text_rows
+from lightning_danube.evaluation.parts.passages import FUNCTIONS, PassageQuestions, RetrievalOptions, passage_questions
+from lightning_danube.files import default_cache_dir
+from lightning_danube.text.corpora import Source, local_files
+from lightning_danube.tokens.chat_template import end_ids
+from lightning_danube.weights.names import tokenizer_of
+
+Part = AcademicTask | TextRows | Needles | PassageQuestions | ChatQuestions
+
+
+class EvaluationData(LightningDataModule):
+    """The questions of an evaluation, for `Evaluation`. What is not given is not asked.
+
+    Args:
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
+        tasks: academic benchmarks, by their names in the lm-evaluation-harness.
+        directory: where their files are, laid out as on the hub:
+            `<directory>/allenai/ai2_arc/ARC-Challenge/test.jsonl`; from the hub itself where it is not given.
+        limit: most questions of an academic benchmark, chosen by the seed.
+        mt_bench, wildbench: chat benchmarks. Scores need `lightning_danube.callbacks.Judge`; without it, only the
+            answers are written.
+        retrieval: questions to be answered from passages.
+        texts: source → where its running text stands, for the perplexity.
+        text_rows: most rows of `context_length` tokens of each such source, the first ones.
+        needle: needles in haystacks.
+        context_length: tokens of a row of text, and most of a haystack.
+        seed: of every choice.
+        cache_dir: where the embedded texts are kept.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tasks: Sequence[str] = (),
+        directory: str | None = None,
+        limit: int | None = None,
+        mt_bench: ChatOptions | None = None,
+        wildbench: ChatOptions | None = None,
+        retrieval: RetrievalOptions | None = None,
+        texts: dict[str, Source] | None = None,
+        text_rows: int = 32,
+        needle: NeedleOptions | None = None,
+        context_length: int = 512,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("limit", limit), ("text_rows", text_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if context_length < 2:
+            raise ValueError(f"data.context_length is {context_length}: it must be at least 2")
+        self.directory = None if directory is None else Path(directory).expanduser()
+        if self.directory is not None and not self.directory.is_dir():
+            raise ValueError(f"data.directory: there is no directory {directory}")
+        self.tasks: list[AcademicTask] = academic_tasks(tasks)
+        if not any((tasks, mt_bench, wildbench, retrieval, texts, needle)):
+            raise ValueError("data: nothing is asked: give tasks, mt_bench, wildbench, retrieval, texts or needle")
+        self.limit, self.seed = limit, seed
+        self.mt_bench, self.wildbench, self.retrieval, self.needle = mt_bench, wildbench, retrieval, needle
+        self.texts, self.text_rows, self.context_length = texts or {}, text_rows, context_length
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
+        self.vocab_size = len(self.tokenizer)
+        self.parts: list[Part] = []
+
+    def prepare_data(self) -> None:
+        needed = [*self.texts.values()]
+        if self.needle is not None:
+            needed.append(self.needle.haystack)
+        if self.retrieval is not None and self.retrieval.path == FUNCTIONS:
+            needed.append(Source("documentation:wiki"))
+        for source in needed:
+            if source.is_documentation:
+                local_files(source.path, source, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Reads and encodes all but the academic questions, which the harness brings itself.
+
+        Raises:
+            ValueError: a file cannot be read or holds a row that is no question; with file and row.
+        """
+        if self.parts:
+            return
+        ends = end_ids(self.tokenizer)
+        parts: list[Part] = [*self.tasks]
+        for name, source in self.texts.items():
+            parts.append(text_rows(name, source, self.text_rows, self.context_length, self.tokenizer, self.cache_dir))
+        if self.needle is not None:
+            parts += make_needles(self.needle, self.context_length, self.seed, self.tokenizer, self.cache_dir)
+        if self.retrieval is not None:
+            parts.append(passage_questions(self.retrieval, self.tokenizer, ends, self.seed, self.cache_dir))
+        if self.mt_bench is not None:
+            parts.append(chat_questions("mt_bench", self.mt_bench, self.tokenizer, ends, self.seed, self.cache_dir))
+        if self.wildbench is not None:
+            parts.append(chat_questions("wildbench", self.wildbench, self.tokenizer, ends, self.seed, self.cache_dir))
+        self.parts = parts
+
+    def test_dataloader(self) -> DataLoader[int]:
+        """Numbers of parts: Lightning would take the parts themselves apart, to move and to convert what is in them."""
+        return DataLoader(range(len(self.parts)), batch_size=None)  # type: ignore[arg-type]

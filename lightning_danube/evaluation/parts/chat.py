@@ -1,0 +1,175 @@
+"""Questions of chat benchmarks: MT-Bench (80 of two turns, arXiv 2306.05685) and WildBench v2 (arXiv 2406.04770)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.objects import read_objects
+from lightning_danube.text.reading import BadRow
+from lightning_danube.tokens.chat_template import encode_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Benchmark = Literal["mt_bench", "wildbench"]
+TITLES: dict[Benchmark, str] = {"mt_bench": "MT-Bench", "wildbench": "WildBench v2"}
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+"""Of MT-Bench's categories, as its authors drew answers; the others, and WildBench, get the likeliest tokens."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """
+    Args:
+        path: the benchmark's questions. MT-Bench: rows with question_id, category and turns. WildBench: rows as in
+            its data set on the hub, "allenai/WildBench", with id, conversation_input and checklist.
+        references: answers of MT-Bench that the judge sees: rows with question_id and choices, as its authors give
+            them.
+        name, split: configuration and split of a data set on the hub ("v2" and "test" for WildBench).
+        limit: most questions, chosen by the seed.
+        keep: directory for `<benchmark>-answers.jsonl` and `<benchmark>-judgements.jsonl`, written line by line. A
+            later run takes from them what was answered or judged in the same way.
+        new_tokens: most tokens of an answer.
+    """
+
+    path: str
+    references: str | None = None
+    name: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    keep: str = "runs/chat-answers"
+    new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ChatQuestion:
+    """
+    Args:
+        history: messages before the first question.
+        turns: what the user says; the model answers after each.
+        references: what a good answer to each turn would be, where that is known.
+        checklist: what a judge should look for.
+    """
+
+    id: str
+    category: str
+    history: list[dict[str, str]]
+    turns: list[str]
+    references: list[str] = field(default_factory=list)
+    checklist: list[str] = field(default_factory=list)
+
+    def messages(self, answers: Sequence[str]) -> list[dict[str, str]]:
+        """The conversation up to the question that follows these answers."""
+        said = list(self.history)
+        for number, turn in enumerate(self.turns[: len(answers) + 1]):
+            said.append({"role": "user", "content": turn})
+            if number < len(answers):
+                said.append({"role": "assistant", "content": answers[number]})
+        return said
+
+
+@dataclass(frozen=True)
+class ChatQuestions:
+    """The part of an evaluation that is one chat benchmark."""
+
+    benchmark: Benchmark
+    questions: list[ChatQuestion]
+    available: int
+    options: ChatOptions
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.benchmark]
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def temperature(self, question: ChatQuestion) -> float:
+        return TEMPERATURES.get(question.category, 0.0) if self.benchmark == "mt_bench" else 0.0
+
+    def prompt_ids(self, question: ChatQuestion, answers: Sequence[str]) -> list[int]:
+        """
+        Raises:
+            ValueError: the template has no place for these messages.
+        """
+        return encode_chat(self.tokenizer, question.messages(answers), add_generation_prompt=True)
+
+    def file(self, what: Literal["answers", "judgements"]) -> Path:
+        return Path(self.options.keep).expanduser() / f"{self.benchmark}-{what}.jsonl"
+
+
+def chat_questions(
+    benchmark: Benchmark,
+    options: ChatOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    seed: int,
+    cache_dir: Path,
+) -> ChatQuestions:
+    """
+    Raises:
+        ValueError: a file cannot be read, or a row lacks something; with file and row.
+    """
+    key = f"data.{benchmark}"
+    references = _references(options.references, cache_dir, key) if options.references is not None else {}
+    make = _of_mt_bench if benchmark == "mt_bench" else _of_wildbench
+    source = Source(options.path, name=options.name, split=options.split)
+    questions = []
+    for file, row, values in read_objects(benchmark, source, cache_dir, called=key):
+        if isinstance(values, BadRow):
+            raise ValueError(values.message)
+        try:
+            questions.append(make(values, references))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{file}, row {row}: no question of {TITLES[benchmark]} ({type(error).__name__}: {error})"
+            ) from None
+    available = len(questions)
+    if options.limit is not None and options.limit < available:
+        numbers = sorted(random.Random(f"{seed}/{benchmark}").sample(range(available), options.limit))
+        questions = [questions[number] for number in numbers]
+    return ChatQuestions(benchmark, questions, available, options, tokenizer, list(ends))
+
+
+def _references(path: str, cache_dir: Path, key: str) -> dict[str, list[str]]:
+    found = {}
+    for file, row, values in read_objects("references", Source(path), cache_dir, called=f"{key}.references"):
+        if isinstance(values, BadRow):
+            raise ValueError(values.message)
+        try:
+            found[str(values["question_id"])] = [str(turn) for turn in values["choices"][0]["turns"]]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{file}, row {row}: no reference answer ({type(error).__name__}: {error})") from None
+    return found
+
+
+def _of_mt_bench(values: Mapping[str, Any], references: Mapping[str, list[str]]) -> ChatQuestion:
+    name, turns = str(values["question_id"]), [str(turn) for turn in values["turns"]]
+    if not turns:
+        raise KeyError("turns")
+    return ChatQuestion(name, str(values["category"]), [], turns, references.get(name, []))
+
+
+def _of_wildbench(values: Mapping[str, Any], references: Mapping[str, list[str]]) -> ChatQuestion:
+    said = [
+        {"role": str(message["role"]), "content": str(message["content"])} for message in values["conversation_input"]
+    ]
+    if said[-1]["role"] != "user":
+        raise KeyError("conversation_input does not end with a user's message")
+    checklist = [str(point) for point in values["checklist"]]
+    name = str(values.get("id") or values["session_id"])
+    return ChatQuestion(name, str(values.get("primary_tag", "")), said[:-1], [said[-1]["content"]], [], checklist)

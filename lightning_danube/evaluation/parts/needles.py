@@ -1,0 +1,194 @@
+"""What a model makes of its context: rows of running text, and needles in haystacks.
+
+Shapes: N rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.text.corpora import Source, read_documents
+from lightning_danube.tokens.tokenizer import begin_token, encode_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIRST_BUCKET = 64
+"""Tokens before which the first figure by position counts; each further bucket is twice as long."""
+ANSWER_TOKENS = 8
+CITIES = ("Lisbon", "Oslo", "Lima", "Kyoto", "Accra", "Quito", "Riga", "Hanoi", "Tunis", "Perth", "Porto", "Bergen")
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Running text of one source: documents one after the other as in training, cut into rows without regard to their
+    ends, so that texts of the same kind stand at every position.
+
+    Args:
+        bytes_of_rows: length of each row's text but its first token, which is not predicted, in UTF-8.
+    """
+
+    source: str
+    ids_NT: NDArray[np.int64]
+    bytes_of_rows: list[int]
+
+    @property
+    def title(self) -> str:
+        return f"perplexity of {self.source}"
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """Positions, counted from 0, that share a figure: up to 64, up to 128, and so on."""
+        return position_buckets(self.ids_NT.shape[1])
+
+
+def position_buckets(length: int) -> list[tuple[int, int]]:
+    ends = [FIRST_BUCKET]
+    while ends[-1] < length:
+        ends.append(ends[-1] * 2)
+    ends[-1] = length
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def text_rows(
+    name: str, source: Source, rows: int, length: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> TextRows:
+    """The first rows of a source.
+
+    Raises:
+        ValueError: it cannot be read, or holds less than one row.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("data.tokenizer has no token that ends a text")
+    parts: list[NDArray[np.int64]] = []
+    count = 0
+    for document in read_documents(name, source, cache_dir):
+        (ids,) = encode_documents(
+            tokenizer.backend_tokenizer, [document.text], begin_token(tokenizer), int(eos), np.dtype(np.int64)
+        )
+        parts.append(ids)
+        count += len(ids)
+        if count >= rows * length:
+            break
+    found = count // length
+    if not found:
+        raise ValueError(
+            f"data.texts.{name}: {source.path} has {count:,} tokens, less than one row of {length:,}: lower "
+            "data.context_length"
+        )
+    ids_NT = np.concatenate(parts)[: min(rows, found) * length].reshape(-1, length)
+    return TextRows(name, ids_NT, [len(str(tokenizer.decode(row[1:].tolist())).encode()) for row in ids_NT])
+
+
+@dataclass(frozen=True)
+class NeedleOptions:
+    """A sentence with a number, somewhere in a long text, and a question for the number at its end.
+
+    Args:
+        lengths: tokens of the whole prompt; powers of two up to the context if not given.
+        depths: where the sentence stands, as shares of the text before it.
+        haystack: the text around it.
+        trials: sentences at each length and depth.
+    """
+
+    lengths: Sequence[int] | None = None
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    haystack: Source = Source("documentation:wiki")  # noqa: RUF009  (frozen)
+    trials: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"data.needle.depths is {list(self.depths)}: give shares from 0 to 1")
+        if self.trials < 1:
+            raise ValueError(f"data.needle.trials is {self.trials}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Needle:
+    prompt_ids: list[int]
+    answer: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class Needles:
+    """All prompts of one length."""
+
+    length: int
+    needles: list[Needle]
+
+    new_tokens = ANSWER_TOKENS
+
+    @property
+    def title(self) -> str:
+        return f"needle in {self.length:,} tokens"
+
+    def is_found(self, needle: Needle, text: str) -> bool:
+        """Whether the number comes first in what was said."""
+        return text.strip().startswith(needle.answer)
+
+    def by_depth(self, found: Sequence[bool]) -> dict[float, float]:
+        depths: dict[float, list[bool]] = {}
+        for needle, one in zip(self.needles, found, strict=True):
+            depths.setdefault(needle.depth, []).append(one)
+        return {depth: sum(ones) / len(ones) for depth, ones in depths.items()}
+
+
+def make_needles(
+    options: NeedleOptions, context: int, seed: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> list[Needles]:
+    """
+    Raises:
+        ValueError: a length does not hold the sentence, or the haystack is too short.
+    """
+    lengths = sorted(options.lengths or [2**k for k in range(7, 32) if 2**k <= context])
+    if not lengths:
+        raise ValueError(f"data.needle: the context of {context:,} tokens is too short: give lengths")
+    # The answer takes part of the context, too.
+    if lengths[-1] > context:
+        raise ValueError(f"data.needle.lengths has {lengths[-1]:,}, beyond data.context_length of {context:,}")
+    hay: list[int] = []
+    for document in read_documents("haystack", options.haystack, cache_dir):
+        hay += tokenizer.backend_tokenizer.encode(document.text + "\n\n", add_special_tokens=False).ids
+        if len(hay) >= lengths[-1]:
+            break
+    else:
+        if len(hay) < lengths[-1]:
+            raise ValueError(f"data.needle.haystack has {len(hay):,} tokens, fewer than {lengths[-1]:,}")
+    return [
+        Needles(
+            length,
+            [
+                _needle(length, depth, random.Random(f"{seed}/{length}/{depth}/{trial}"), hay, tokenizer)
+                for depth in options.depths
+                for trial in range(options.trials)
+            ],
+        )
+        for length in lengths
+    ]
+
+
+def _needle(
+    length: int, depth: float, draw: random.Random, hay: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Needle:
+    city, number = draw.choice(CITIES), str(draw.randrange(1000, 10000))
+    begin = begin_token(tokenizer)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    sentence = ids(f"\n\nThe secret number of {city} is {number}.\n\n")
+    question = ids(f"\n\nWhat is the secret number of {city}? The secret number of {city} is")
+    head = [] if begin is None else [begin]
+    room = length - ANSWER_TOKENS - len(head) - len(sentence) - len(question)
+    if room < 1:
+        raise ValueError(f"data.needle.lengths has {length}: the sentence and its question alone take more")
+    at = round(depth * room)
+    return Needle([*head, *hay[:at], *sentence, *hay[at:room], *question], number, depth)

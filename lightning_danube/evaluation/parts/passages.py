@@ -1,0 +1,201 @@
+"""Questions to be answered from passages: retrieval-augmented answering, scored by whether the answer is said.
+
+Passages come with a question, or are retrieved for it from a corpus by TF-IDF, which finds words and no meaning: what
+is measured is the reader, beside how often the retriever brought it the answer at all.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
+from lightning_danube.text.objects import read_objects
+from lightning_danube.text.reading import BadRow, read_rows
+from lightning_danube.tokens.chat_template import encode_chat
+from lightning_danube.tokens.tokenizer import begin_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FUNCTIONS = f"{DOCUMENTATION}functions"
+"""The embedded set: questions that quote the documentation of a function of the standard library, and ask for its
+name."""
+INSTRUCTION = "Answer the question from the passages, with a few words and nothing else."
+
+
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """
+    Args:
+        path: "documentation:functions" (the embedded set), or rows with `question`, `answers` (one text or a list, any
+            of which will do) and, unless there is a corpus, `passages` (a list of texts).
+        corpus: rows with `text`, of which each question gets the `passages` most similar ones.
+        passages: how many a question gets.
+        limit: most questions, chosen by the seed.
+        new_tokens: most tokens of an answer.
+    """
+
+    path: str = FUNCTIONS
+    corpus: str | None = None
+    passages: int = 3
+    limit: int | None = None
+    new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("passages", "limit", "new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.retrieval.{name} is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class PassageQuestion:
+    question: str
+    answers: list[str]
+    passages: list[str]
+    prompt_ids: list[int]
+
+    @property
+    def answer_is_there(self) -> bool:
+        """Whether a passage says it."""
+        return any(says(passage, self.answers) for passage in self.passages)
+
+
+@dataclass(frozen=True)
+class PassageQuestions:
+    """The part of an evaluation that is answered from passages."""
+
+    questions: list[PassageQuestion]
+    available: int
+    new_tokens: int
+    end_ids: list[int]
+    source: str
+    title: str = "answers from passages"
+
+    def is_right(self, question: PassageQuestion, text: str) -> bool:
+        return says(text, question.answers)
+
+
+def says(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in a text as whole words, whatever the case and the punctuation."""
+    there = f" {' '.join(_words(text))} "
+    return any(f" {' '.join(_words(answer))} " in there for answer in answers if _words(answer))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def passage_questions(
+    options: RetrievalOptions, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], seed: int, cache_dir: Path
+) -> PassageQuestions:
+    """
+    Raises:
+        ValueError: a file cannot be read, or a row lacks something; with file and row.
+    """
+    corpus: list[str] | None = None
+    if options.path == FUNCTIONS:
+        rows, corpus = _functions(cache_dir)
+    else:
+        rows = _read_questions(options, cache_dir)
+        if options.corpus is not None:
+            corpus = _read_corpus(options.corpus, cache_dir)
+    chosen = rows
+    if options.limit is not None and options.limit < len(rows):
+        numbers = sorted(random.Random(f"{seed}/retrieval").sample(range(len(rows)), options.limit))
+        chosen = [rows[number] for number in numbers]
+    if corpus is not None:
+        found = retrieved([row["question"] for row in chosen], corpus, options.passages)
+        chosen = [row | {"passages": passages} for row, passages in zip(chosen, found, strict=True)]
+    questions = []
+    for row in chosen:
+        passages = row["passages"][: options.passages]
+        ids = prompt_ids(tokenizer, row["question"], passages)
+        questions.append(PassageQuestion(row["question"], row["answers"], passages, ids))
+    return PassageQuestions(questions, len(rows), options.new_tokens, list(ends), options.path)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequence[str]) -> list[int]:
+    """A user's message where the tokenizer has a chat template, else a text whose next line is the answer."""
+    numbered = "\n\n".join(f"Passage {number}: {passage}" for number, passage in enumerate(passages, start=1))
+    text = f"{INSTRUCTION}\n\n{numbered}\n\nQuestion: {question}"
+    if tokenizer.chat_template is not None:
+        return encode_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+    begin = begin_token(tokenizer)
+    ids = list(tokenizer(f"{text}\nAnswer:", add_special_tokens=False).input_ids)
+    return ids if begin is None else [begin, *ids]
+
+
+def retrieved(questions: Sequence[str], corpus: Sequence[str], count: int) -> list[list[str]]:
+    """For each question the most similar texts of the corpus, the best first."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
+    texts = vectorizer.fit_transform(corpus)
+    similarities = vectorizer.transform(questions) @ texts.T
+    best = []
+    for row in similarities:
+        # Stable, so that of equals the first of the corpus comes first, on every machine.
+        order = sorted(zip(-row.data, row.indices, strict=True))[:count]
+        best.append([corpus[number] for _, number in order])
+    return best
+
+
+def _read_questions(options: RetrievalOptions, cache_dir: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file, number, values in read_objects("retrieval", Source(options.path), cache_dir, called="data.retrieval"):
+        where = f"{file}, row {number}"
+        if isinstance(values, BadRow):
+            raise ValueError(values.message)
+        wanted = ["question", "answers", *(["passages"] if options.corpus is None else [])]
+        if not isinstance(values, Mapping) or (missing := [name for name in wanted if name not in values]):
+            lacks = missing[0] if isinstance(values, Mapping) else "question"
+            way = ", or give data.retrieval.corpus" if lacks == "passages" else ""
+            raise ValueError(f"{where}: there is no column {lacks!r}; a row has {', '.join(wanted)}{way}")
+        answers = values["answers"]
+        answers = [answers] if isinstance(answers, str) else answers
+        passages = values.get("passages", [])
+        for name, texts in (("answers", answers), ("passages", passages)):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: {name} has to be a list of texts")
+        if not isinstance(values["question"], str) or not any(_words(answer) for answer in answers):
+            raise ValueError(f"{where}: it has no question, or no answer with a word in it")
+        rows.append({"question": values["question"], "answers": answers, "passages": passages})
+    return rows
+
+
+def _read_corpus(path: str, cache_dir: Path) -> list[str]:
+    texts = []
+    for file, number, values in read_objects("corpus", Source(path), cache_dir, called="data.retrieval.corpus"):
+        if isinstance(values, BadRow):
+            raise ValueError(values.message)
+        if not isinstance(values, Mapping) or not isinstance(values.get("text"), str):
+            raise ValueError(f"{file}, row {number}: there is no column 'text' with a text in it")
+        texts.append(values["text"])
+    return texts
+
+
+def _functions(cache_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Questions about functions of the standard library, and the passages that describe them.
+
+    A question quotes the first sentence of a function's documentation; the passage has its name, too.
+    """
+    (file,) = local_files("retrieval", Source(f"{DOCUMENTATION}wiki"), cache_dir)
+    rows, corpus = [], []
+    for _, values in read_rows(file):
+        heading, _, rest = values["text"].partition("\n\n")
+        if not heading.startswith("The module "):
+            continue
+        module = heading.removeprefix("The module ")
+        for name, paragraph in re.findall(r"^The function (\w+)\n\n(\S[^\n]*)", rest, flags=re.MULTILINE):
+            sentence = re.split(r"(?<=\.)\s", paragraph)[0]
+            corpus.append(f"{heading}\nThe function {name}\n{paragraph}")
+            if 6 <= len(sentence.split()) <= 30 and name.lower() not in sentence.lower():
+                asked = f"Which function of the module {module} is described like this: {sentence}"
+                rows.append({"question": asked, "answers": [name], "passages": []})
+    return rows, corpus

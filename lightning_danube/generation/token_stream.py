@@ -1,0 +1,259 @@
+"""Sampling with a key-value cache: `TokenStream` gives the tokens of a batch step by step, `generate` all of them.
+
+Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, E tokens that end a row; of the cache: G
+key-value heads, S tokens that fit, K channels of a head.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_danube.generation.compiled_steps import CompiledStep, StepsOfCache, next_logits
+from lightning_danube.generation.sampling import GREEDY, Sampling, penalize, sample, uniforms
+from lightning_danube.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from lightning_danube.model.decoder import Decoder
+
+
+class TokenStream(Iterator[Tensor]):
+    """The new tokens of a batch of prompts, (B,) at each step, until every row has ended or has `max_new_tokens`.
+
+    A row gets the tokens that it would get alone: prompts of different lengths are read as they are, nothing padded is
+    seen, and each row draws from random numbers of its own seed. What comes after a row's end is to be ignored.
+
+    Args:
+        decoder: in evaluation mode.
+        prompts: token ids of each row.
+        seeds: one for each row; 0 for all where left out. The same on every device.
+        eos_ids: tokens that end a row; the row's last token is then one of them.
+        window: how many tokens the model reads at most. Whenever a text would outgrow it, all but its last
+            `window // 2` tokens are dropped and these are read anew, as if the text began there; so each token is
+            predicted from at least the half of the window, and what the model computes is what it computes for a text
+            of that length. Without it, a text that does not fit the context is refused.
+        cache: one that already holds the beginning of every prompt (`length` tokens, fewer than the shortest has), and
+            has room for the rest and all new tokens but the last.
+        compiled: what computes the steps after a prompt; without it they are computed as they are written.
+
+    Raises:
+        ValueError: an impossible request.
+    """
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        prompts: Sequence[Sequence[int]] | Tensor,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        eos_ids: Sequence[int] = (),
+        window: int | None = None,
+        cache: KVCache | None = None,
+        compiled: CompiledStep | None = None,
+    ) -> None:
+        check_request(decoder, prompts, max_new_tokens, window)
+        device = decoder.model.embed_tokens.weight.device
+        self.decoder, self.max_new_tokens, self.sampling, self.window = decoder, max_new_tokens, sampling, window
+        self.prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
+        self.steps: list[Tensor] = []
+        """What was given so far."""
+        self.lengths = [len(prompt) for prompt in self.prompts]
+        self.starts = [0] * len(self.prompts)
+        """Of each row: how many tokens its text has, and the first of them that the model still reads."""
+        # The last token is never read again, hence one less.
+        capacity = max(self.lengths) + max_new_tokens - 1
+        if window is not None:
+            capacity = min(capacity, window)
+        if compiled is not None:
+            capacity += 1  # see StepsOfCache
+        self.cache = KVCache.for_decoder(decoder, len(self.prompts), capacity) if cache is None else cache
+        assert self.cache.capacity >= capacity and self.cache.length < min(self.lengths)
+        assert cache is None or window is None, "a window starts from its own cache"
+        assert compiled is None or compiled.decoder is decoder
+        self.compiled = None if compiled is None else StepsOfCache(compiled, self.cache)
+
+        self.eos_ids_E = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+        self.finished_B = torch.zeros(len(self.prompts), dtype=torch.bool, device=device)
+        self.can_finish = bool(eos_ids)
+        if sampling.repetition_penalty != 1:
+            shape = (len(self.prompts), decoder.config.vocab_size)
+            self.seen_BV = torch.zeros(shape, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(self.prompts):
+                self.seen_BV[row, prompt] = True
+        if sampling.temperature > 0:
+            # All draws at once, and Python's own generator: one transfer, whose numbers depend on no device or version.
+            seeds = [0] * len(self.prompts) if seeds is None else seeds
+            assert len(seeds) == len(self.prompts)
+            drawn = [uniforms(seed, max_new_tokens) for seed in seeds]
+            self.uniforms_NB = torch.tensor(drawn, dtype=torch.float32, device=device).t()
+
+    # no_grad, not inference_mode: layers that keep tensors between calls (quantized ones do) would keep inference
+    # tensors, and training would fail on them after a sample was drawn in its midst. Who only generates, as the
+    # commands do, goes on in inference_mode, which no_grad leaves alone.
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        step = len(self.steps)
+        # Whether all have ended is the one thing that a step asks the device for.
+        if step == self.max_new_tokens or (step and self.can_finish and bool(self.finished_B.all())):
+            raise StopIteration
+        logits_BV = self._logits()
+        if logits_BV.dtype != torch.float64:
+            logits_BV = logits_BV.float()
+        if not step and not bool(logits_BV.isfinite().all()):
+            raise ValueError(
+                "the model gives logits that are no finite numbers: its weights are damaged, or "
+                f"{self.decoder.model.norm.weight.dtype} is too narrow for them"
+            )
+        if self.sampling.repetition_penalty != 1:
+            logits_BV = penalize(logits_BV, self.seen_BV, self.sampling.repetition_penalty)
+        ids_B = sample(logits_BV, self.sampling, self.uniforms_NB[step] if self.sampling.temperature > 0 else None)
+        if self.sampling.repetition_penalty != 1:
+            self.seen_BV.scatter_(1, ids_B[:, None], True)
+        if self.can_finish:
+            self.finished_B |= torch.isin(ids_B, self.eos_ids_E)
+        self.steps.append(ids_B)
+        self.lengths = [length + 1 for length in self.lengths]
+        return ids_B
+
+    def finish(self, row: int) -> None:
+        """End a row for a reason that is not in its tokens."""
+        self.finished_B[row] = True
+        self.can_finish = True
+
+    def _logits(self) -> Tensor:
+        """(B, V) after the last token of each row, after reading what has not been read."""
+        rows = range(len(self.lengths))
+        moved = [row for row in rows if self._slide(row)]
+        if not self.steps or len(moved) == len(rows):
+            if self.steps:
+                self.cache.length, self.cache.lengths_B = 0, None
+            return self._read(rows, self.cache)
+        longest = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
+        if self.cache.lengths_B is not None:
+            for row in moved:
+                # The step below writes something into every row; what it writes here is overwritten right after.
+                self.cache.lengths_B[row] = 0
+            self.cache.visible = longest
+        if self.compiled is None:
+            logits_BV = next_logits(self.decoder, self.steps[-1], self.cache)
+        else:
+            logits_BV = self.compiled(self.steps[-1], longest)
+        for row in moved:
+            assert self.cache.lengths_B is not None, "rows of one length move together"
+            logits_BV[row] = self._read([row], self.cache.row(row))[0]
+            self.cache.lengths_B[row] = self.lengths[row] - self.starts[row]
+        return logits_BV
+
+    def _slide(self, row: int) -> bool:
+        """Drop the older half of what a row reads, if the window is full."""
+        if self.window is None or self.lengths[row] - self.starts[row] <= self.window:
+            return False
+        self.starts[row] = self.lengths[row] - self.window // 2
+        return True
+
+    def _read(self, rows: Sequence[int], cache: KVCache) -> Tensor:
+        """Read the texts of these rows into their cache, past what it holds already; (rows, V) after their last tokens.
+
+        Shorter rows are filled up behind their end, where causal attention keeps them from seeing it.
+        """
+        begun = cache.length
+        texts = [self._text(row)[begun:] for row in rows]
+        counts = [len(text) for text in texts]
+        ids_BT = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        hidden_BTD = self.decoder.hidden_states(ids_BT, cache=cache)
+        of_one_length = min(counts) == max(counts)
+        if not of_one_length or (self.compiled is not None and cache is self.cache):
+            cache.set_lengths([begun + count for count in counts])
+            if self.compiled is not None:
+                self.compiled.forget()
+        if of_one_length:
+            last_BD = hidden_BTD[:, -1]
+        else:
+            last_B = torch.tensor(counts, device=ids_BT.device) - 1
+            last_BD = hidden_BTD[torch.arange(len(counts), device=ids_BT.device), last_B]
+        logits_BV: Tensor = self.decoder.lm_head(last_BD)
+        return logits_BV
+
+    def _text(self, row: int) -> Tensor:
+        """What the model reads of a row."""
+        new = [torch.stack(self.steps)[:, row]] if self.steps else []
+        return torch.cat([self.prompts[row], *new])[self.starts[row] :]
+
+
+def generate(
+    decoder: "Decoder",
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    eos_ids: Sequence[int] = (),
+    window: int | None = None,
+) -> list[list[int]]:
+    """The new tokens of each row, its end included; arguments as for TokenStream.
+
+    Modules in training mode are put in evaluation mode for the time being.
+    """
+    with evaluation_mode(decoder):
+        stream = TokenStream(
+            decoder, prompts, max_new_tokens, sampling=sampling, seeds=seeds, eos_ids=eos_ids, window=window
+        )
+        rows = torch.stack(list(stream), dim=1).tolist()
+    ends = ([place for place, token in enumerate(row) if token in eos_ids] for row in rows)
+    return [row[: end[0] + 1] if end else row for row, end in zip(rows, ends, strict=True)]
+
+
+@contextmanager
+def evaluation_mode(decoder: "Decoder") -> Iterator[None]:
+    """Evaluation mode, then each module's own mode again."""
+    training = [module for module in decoder.modules() if module.training]
+    decoder.eval()
+    try:
+        yield
+    finally:
+        # One by one: decoder.train() would also wake those that were asleep before.
+        for module in training:
+            module.training = True
+
+
+def check_request(
+    decoder: "Decoder", prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, window: int | None
+) -> None:
+    context, vocabulary = decoder.config.max_position_embeddings, decoder.config.vocab_size
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it has to be at least 1")
+    if window is not None and not 2 <= window <= context:
+        raise ValueError(f"the window is {window}; it has to be at least 2 and at most the context of {context}")
+    if not len(prompts):
+        raise ValueError("there is no prompt")
+    for number, prompt in enumerate(prompts, start=1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+        ids = torch.as_tensor(prompt)
+        if ids.ndim != 1:
+            raise ValueError(f"prompt ids have the shape {tuple(ids.shape)} a row; they have to be (tokens,)")
+        if not len(ids):
+            raise ValueError(f"{name} has no tokens")
+        if window is None:
+            check_room(len(ids), max_new_tokens, context, name)
+        least, largest = int(ids.min()), int(ids.max())
+        if least < 0 or largest >= vocabulary:
+            raise ValueError(
+                f"{name} has token ids from {least} to {largest}; the model knows 0 to {vocabulary - 1}: is the "
+                "tokenizer another model's?"
+            )
+
+
+def check_room(prompt_tokens: int, max_new_tokens: int, context: int, name: str) -> None:
+    """
+    Raises:
+        ValueError: the prompt and so many new tokens do not fit the context.
+    """
+    if prompt_tokens + max_new_tokens > context:
+        raise ValueError(
+            f"{name} has {prompt_tokens} tokens, and with {max_new_tokens} new ones exceeds the context of {context}; "
+            f"at most {max(0, context - prompt_tokens)} new tokens fit, or any number with a window"
+        )

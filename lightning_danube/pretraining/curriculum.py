@@ -1,0 +1,210 @@
+"""Stages of a pre-training run, and the sample that stands at each position of it.
+
+The paper trains in three stages whose share of web text falls from 90.6 to 81.7 to 51.6 % (arXiv 2407.09276). Here a
+run is a list of `Stage`s, and `Curriculum` maps the number of a sample to (stage, source, epoch, row) by arithmetic
+alone. The state of the training data is therefore one integer: how many samples the optimizer has consumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.pretraining.mixture import IntArray, Mixture
+from lightning_danube.training.permutation import permute
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum.
+
+    Args:
+        name: how logs, checkpoints and tables call it.
+        tokens: its length, as an integer or like "2.8T"; rounded up to whole global batches.
+        mix: source → share of the stage's samples, in any unit (percent here).
+    """
+
+    name: str
+    tokens: int | str
+    mix: dict[str, float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", parse_tokens(self.tokens, f"tokens of stage {self.name!r}"))
+        if not self.mix:
+            raise ValueError(f"stage {self.name!r} has an empty mix: name at least one source with its share")
+        for source, share in self.mix.items():
+            if not math.isfinite(share) or share < 0:
+                raise ValueError(
+                    f"stage {self.name!r} gives source {source!r} the share {share}: shares are finite and not negative"
+                )
+        if not sum(self.mix.values()) > 0:
+            raise ValueError(f"all shares of stage {self.name!r} are 0: at least one source needs a positive share")
+
+
+class SampleKey(NamedTuple):
+    """Address of one training sample: indices of stage and source, the pass over that source, the row in it."""
+
+    stage: int
+    source: int
+    epoch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """Where a stage lies in the run: samples [start, stop), and what is taken from each source in it."""
+
+    name: str
+    start: int
+    stop: int
+    samples_by_source: dict[str, int]
+
+    @property
+    def samples(self) -> int:
+        return self.stop - self.start
+
+
+class Curriculum:
+    """The whole run as a function of the sample's number.
+
+    Args:
+        stages: in order.
+        source_rows: source → rows (windows of `context_length` tokens) in one pass over it. The order numbers the
+            sources.
+        context_length: tokens a sample.
+        batch_samples: samples of one optimizer step over all ranks; every stage ends with a whole step.
+        seed: of the shuffling.
+
+    Raises:
+        ValueError: no stage, two stages of one name, a mix that names an unknown source or a share too small to meet.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        source_rows: Mapping[str, int],
+        *,
+        context_length: int,
+        batch_samples: int,
+        seed: int,
+    ) -> None:
+        check_stages(stages, list(source_rows))
+        self.stages = tuple(stages)
+        self.source_rows = dict(source_rows)
+        self.sources = tuple(source_rows)
+        self.context_length = context_length
+        self.batch_samples = batch_samples
+        self.seed = seed
+
+        self._mixtures = [Mixture({name: stage.mix.get(name, 0.0) for name in self.sources}) for stage in stages]
+        lengths = [stage_samples(stage, context_length, batch_samples) for stage in stages]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # _taken[k, s]: samples of source s consumed by the stages before stage k; a pass goes on across stages.
+        taken = [np.zeros(len(self.sources), dtype=np.int64)]
+        for mixture, length in zip(self._mixtures, lengths, strict=True):
+            taken.append(taken[-1] + mixture.taken_before(np.array([length]))[0])
+        self._taken = np.stack(taken)
+        self._rows = np.array([source_rows[name] for name in self.sources], dtype=np.int64)
+
+    @property
+    def total_samples(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_samples * self.context_length
+
+    @property
+    def total_steps(self) -> int:
+        return self.total_samples // self.batch_samples
+
+    @property
+    def spans(self) -> list[StageSpan]:
+        taken = np.diff(self._taken, axis=0)
+        return [
+            StageSpan(
+                stage.name,
+                int(self._starts[k]),
+                int(self._starts[k + 1]),
+                {name: int(taken[k, s]) for s, name in enumerate(self.sources)},
+            )
+            for k, stage in enumerate(self.stages)
+        ]
+
+    def stage_index(self, sample: int) -> int:
+        """Number of the stage that holds `sample`; the last stage for the end of the run."""
+        assert 0 <= sample <= self.total_samples
+        return min(int(np.searchsorted(self._starts, sample, side="right")) - 1, len(self.stages) - 1)
+
+    def passes(self) -> dict[str, float]:
+        """How often the whole run goes through each source."""
+        return self.passes_after(len(self.stages))
+
+    def passes_after(self, stages: int) -> dict[str, float]:
+        """How often the run has gone through each source when so many stages are over."""
+        return {name: float(self._taken[stages, s] / self._rows[s]) for s, name in enumerate(self.sources)}
+
+    def samples(self, start: int, stop: int) -> list[SampleKey]:
+        """Keys of the samples [start, stop); their cost does not depend on `start`."""
+        return list(map(SampleKey._make, self.keys(start, stop).tolist()))
+
+    def __getitem__(self, sample: int) -> SampleKey:
+        return self.samples(sample, sample + 1)[0]
+
+    def keys(self, start: int, stop: int) -> IntArray:
+        """The same as an array, (samples, 4), in the order of the fields of `SampleKey`."""
+        assert 0 <= start <= stop <= self.total_samples
+        keys = np.empty((stop - start, len(SampleKey._fields)), dtype=np.int64)
+        at = start
+        while at < stop:
+            k = self.stage_index(at)
+            end = min(stop, int(self._starts[k + 1]))
+            self._stage_keys(k, np.arange(at, end) - self._starts[k], keys[at - start : end - start])
+            at = end
+        return keys
+
+    def _stage_keys(self, k: int, positions: IntArray, keys: IntArray) -> None:
+        """Writes the keys of positions of one stage, (positions, 4)."""
+        mixture = self._mixtures[k]
+        sources = mixture.sources_at(positions)
+        here = np.arange(len(positions))
+        ordinals = (self._taken[k] + mixture.taken_before(positions))[here, sources]
+        epochs, places = np.divmod(ordinals, self._rows[sources])
+        keys[:, 0], keys[:, 1], keys[:, 2] = k, sources, epochs
+        for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
+            chosen = (sources == source) & (epochs == epoch)
+            keys[chosen, 3] = permute(
+                places[chosen], int(self._rows[source]), seed=self.seed, stream=self.sources[source], epoch=epoch
+            )
+
+
+def stage_samples(stage: Stage, context_length: int, batch_samples: int) -> int:
+    """Samples in a stage: its tokens rounded up to whole optimizer steps."""
+    batch_tokens = context_length * batch_samples
+    return -(-int(stage.tokens) // batch_tokens) * batch_samples
+
+
+def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
+    """Checks what can be known before a source is opened.
+
+    Raises:
+        ValueError: no stage, two stages of one name, or a mix that names a source which does not exist.
+    """
+    if not stages:
+        raise ValueError("data.stages is empty: a run needs at least one stage")
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two stages are called {name!r}: every stage needs a name of its own")
+    for stage in stages:
+        for name in stage.mix:
+            if name not in sources:
+                close = get_close_matches(name, sources, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"data.sources has {', '.join(sources)}"
+                raise ValueError(f"stage {stage.name!r} mixes the unknown source {name!r}: {hint}")

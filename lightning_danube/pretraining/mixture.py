@@ -1,0 +1,103 @@
+"""Which source does the n-th sample of a stage come from, and which row of it?
+
+Both answers are pure functions of position, so nothing has to be remembered to go on after a stop:
+
+* `Mixture` spreads the sources of one stage evenly. The shares are brought to whole counts in a block (largest
+  remainder); inside the block each source's k-th sample has to fall between its ideal times k/share and (k+1)/share,
+  which earliest-deadline-first always achieves (Baruah et al. 1996, "Proportionate progress"). After *any* number of
+  samples no source is a whole sample away from its share.
+* `permute` shuffles the rows of one pass without a permutation array: a Feistel network is a bijection on a power of
+  four, and walking its cycles restricts it to any size (Black & Rogaway 2002). A pass over trillions of tokens costs no
+  memory, and the cost of a sample does not depend on its position.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_BLOCK = 10_000
+"""Samples in a block at most: shares are then exact to 0.01 %."""
+
+IntArray = NDArray[np.int64]
+
+
+def whole_counts(shares: Mapping[str, float], largest_block: int = LARGEST_BLOCK) -> dict[str, int]:
+    """Samples of each source in one block: the smallest block in which all shares are whole, else `largest_block`.
+
+    Args:
+        shares: source → weight, of any positive sum (percent, fractions, tokens).
+
+    Raises:
+        ValueError: a share is so small that a block would not hold one sample of it.
+    """
+    exact = {name: Fraction(str(float(share))) for name, share in shares.items()}
+    total = sum(exact.values())
+    exact = {name: share / total for name, share in exact.items()}
+    block = math.lcm(*(share.denominator for share in exact.values()))
+    if block > largest_block:
+        block = largest_block
+    counts = {name: int(share * block) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (counts[name] - exact[name] * block, -exact[name]))
+    for name in by_remainder[: block - sum(counts.values())]:
+        counts[name] += 1
+    for name, share in exact.items():
+        if share > 0 and counts[name] == 0:
+            raise ValueError(
+                f"the share of source {name!r} is {float(share):.2g} of its stage; "
+                f"the smallest share a stage can hold is 1/{block}: raise it, or leave the source out"
+            )
+    return counts
+
+
+class Mixture:
+    """The order of sources in one stage, periodic in blocks.
+
+    Args:
+        shares: source → weight, in the order in which the sources are numbered. A weight of 0 is allowed.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        self.sources = tuple(shares)
+        counts = whole_counts(shares)
+        self.counts = np.array([counts[name] for name in self.sources], dtype=np.int64)
+        self.block = int(self.counts.sum())
+        self._order = _even_order([int(count) for count in self.counts])
+        one_hot = self._order[:, None] == np.arange(len(self.sources))[None, :]
+        # _before[n, s]: samples of source s among the first n of a block, n from 0 to the block itself.
+        self._before = np.zeros((self.block + 1, len(self.sources)), dtype=np.int64)
+        np.cumsum(one_hot, axis=0, out=self._before[1:])
+
+    def sources_at(self, positions: IntArray) -> IntArray:
+        """Number of the source of each position, (n,) → (n,)."""
+        return self._order[positions % self.block]
+
+    def taken_before(self, positions: IntArray) -> IntArray:
+        """Samples of every source before each position, (n,) → (n, sources)."""
+        blocks, rest = np.divmod(positions, self.block)
+        return blocks[:, None] * self.counts[None, :] + self._before[rest]
+
+
+def _even_order(counts: list[int]) -> IntArray:
+    """Source number at each place of a block, every source spread evenly over it."""
+    block = sum(counts)
+    releases: list[tuple[int, int, int]] = [(0, source, 0) for source, count in enumerate(counts) if count]
+    ready: list[tuple[int, int, int]] = []
+    order = np.empty(block, dtype=np.int64)
+    heapq.heapify(releases)
+    for place in range(block):
+        while releases and releases[0][0] <= place:
+            _, source, k = heapq.heappop(releases)
+            deadline = -(-(k + 1) * block // counts[source])
+            heapq.heappush(ready, (deadline, source, k))
+        deadline, source, k = heapq.heappop(ready)
+        assert place < deadline, "earliest deadline first meets every deadline at full utilisation"
+        order[place] = source
+        if k + 1 < counts[source]:
+            heapq.heappush(releases, ((k + 1) * block // counts[source], source, k + 1))
+    return order

@@ -1,0 +1,112 @@
+"""What a run may change about its data between a stop and going on: only what lies ahead.
+
+The data module keeps `OrderFacts` in each checkpoint, so the check needs neither the old config nor the old machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_danube.tokens.shards import TokenStream
+
+_WINDOWS, _WINDOW = 256, 1024
+_WAY_OUT = "or begin a new run without --ckpt_path"
+
+
+@dataclass(frozen=True)
+class OrderFacts:
+    """Everything that decides which tokens stand at each position of a run.
+
+    Args:
+        stages: name, samples, and samples of each source in a block of the mixture.
+        sources: source → what tells its tokens, in the order that numbers the sources.
+    """
+
+    seed: int
+    context_length: int
+    batch_samples: int
+    stages: list[tuple[str, int, dict[str, int]]]
+    sources: dict[str, dict[str, Any]]
+
+
+def stream_identity(stream: TokenStream) -> dict[str, Any]:
+    """Tells one source's tokens from another's by content: the same shards on another machine are the same source.
+
+    The digest reads windows spread over the whole, not all of it, which could be terabytes.
+    """
+    digest = hashlib.sha256()
+    last = max(0, len(stream) - _WINDOW)
+    for start in sorted({last * k // (_WINDOWS - 1) for k in range(_WINDOWS)}):
+        digest.update(stream.read(start, min(start + _WINDOW, len(stream))).astype("<u4").tobytes())
+    return {"tokens": len(stream), "digest": digest.hexdigest()[:16]}
+
+
+def check_order(saved: OrderFacts, now: OrderFacts, samples_done: int) -> None:
+    """Checks that the samples before `samples_done` are the same under both.
+
+    Raises:
+        ValueError: they are not; the message names the key and the way out.
+    """
+    _same("data.seed", saved.seed, now.seed)
+    _same("data.context_length", saved.context_length, now.context_length)
+    _same("data.batch_tokens", saved.batch_samples * saved.context_length, now.batch_samples * now.context_length)
+    drawn: set[str] = set()
+    start = 0
+    for k, (name, samples, mix) in enumerate(saved.stages):
+        if start >= samples_done:
+            break
+        drawn |= {source for source, count in mix.items() if count}
+        here = f"stage {name!r} (number {k + 1})"
+        if k >= len(now.stages) or now.stages[k][0] != name:
+            found = f"has {now.stages[k][0]!r} there" if k < len(now.stages) else f"ends after {len(now.stages)}"
+            raise ValueError(f"data.stages: {here} has begun, the config {found}: put it back, {_WAY_OUT}")
+        _, length, new_mix = now.stages[k]
+        if _without_zeros(new_mix) != _without_zeros(mix):
+            raise ValueError(
+                f"data.stages: {here} has begun with the mix {_without_zeros(mix)}, the config has "
+                f"{_without_zeros(new_mix)}: put it back, and change the mix in a stage of its own after it, {_WAY_OUT}"
+            )
+        over = start + samples <= samples_done
+        if over and length != samples:
+            raise ValueError(
+                f"data.stages: {here} is over, after {samples * saved.context_length:,} tokens, the config gives it "
+                f"{length * now.context_length:,}: put its length back, and add tokens in a stage of its own after it, "
+                f"{_WAY_OUT}"
+            )
+        if not over and start + length < samples_done:
+            raise ValueError(
+                f"data.stages: {here} would end {(samples_done - start - length) * now.context_length:,} tokens before "
+                f"the place where the run goes on: give it at least {(samples_done - start) * now.context_length:,} "
+                f"tokens, {_WAY_OUT}"
+            )
+        start += samples
+    kept = [name for name in saved.sources if name in drawn]
+    for name in kept:
+        if name not in now.sources:
+            raise ValueError(f"data.sources: {name!r} has been read and is gone: put it back, {_WAY_OUT}")
+        _same_source(name, saved.sources[name], now.sources[name])
+    if kept != [name for name in now.sources if name in drawn]:
+        raise ValueError(
+            f"data.sources: the order of the sources decides the order of samples: keep {', '.join(kept)} in this "
+            f"order, {_WAY_OUT}"
+        )
+
+
+def _same(key: str, saved: Any, now: Any) -> None:
+    if saved != now:
+        raise ValueError(f"{key} is {now}, the run began with {saved}: set it back, {_WAY_OUT}")
+
+
+def _same_source(name: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    if saved != now:
+        raise ValueError(
+            f"data.sources: {name!r} now holds {now['tokens']:,} tokens ({now['digest']}), the run has read from "
+            f"{saved['tokens']:,} ({saved['digest']}): bring back its files (of the embedded documentation: the "
+            f"versions of Python and of the packages), tokenizer and data.held_out, {_WAY_OUT}"
+        )
+
+
+def _without_zeros(mix: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in sorted(mix.items()) if count}

@@ -1,0 +1,71 @@
+"""How much training text each source has, as far as that is known without reading any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.text.embedded.documentation import is_collected
+from lightning_danube.tokens.shards import TokenShards
+
+if TYPE_CHECKING:
+    from lightning_danube.pretraining.data import CurriculumData
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Tokens of training text in one pass over a source, None if nobody knows, and who says so."""
+
+    tokens: int | None
+    said_by: str
+
+    def rows(self, context_length: int) -> int | None:
+        """Rows in one pass, as shards would count them."""
+        return None if self.tokens is None else max(0, self.tokens - 1) // context_length
+
+
+def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict[str, int]:
+    """Source → tokens from "web=10T,wiki=6B".
+
+    Raises:
+        ValueError: it is not written so, or a source is none of the run's.
+    """
+    stated: dict[str, int] = {}
+    for item in text.split(",") if text else ():
+        name, equals, tokens = item.strip().partition("=")
+        if not equals:
+            raise ValueError(f"--source-tokens has {item!r}: write source=tokens, such as web=10T,wiki=6B")
+        if name not in sources:
+            close = get_close_matches(name, list(sources), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"data.sources has {', '.join(sources)}"
+            raise ValueError(f"--source-tokens names the unknown source {name!r}: {hint}")
+        stated[name] = parse_tokens(tokens, f"--source-tokens of {name!r}")
+    return stated
+
+
+def supplies(data: CurriculumData, stated: Mapping[str, int]) -> dict[str, Supply]:
+    """What is stated counts first, then prepared shards, then the `max_tokens` of a source, less what is held out."""
+    found = {}
+    for name, source in data.sources.items():
+        if name in stated:
+            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens")
+        elif (tokens := _prepared_tokens(data, name)) is not None:
+            found[name] = Supply(tokens, "its shards")
+        elif source.max_tokens is not None:
+            found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
+        else:
+            found[name] = Supply(None, "say it by --source-tokens")
+    return found
+
+
+def _prepared_tokens(data: CurriculumData, name: str) -> int | None:
+    if data.sources[name].is_documentation and not is_collected(data.cache_dir):
+        return None  # asking for its files would collect them
+    try:
+        directory = data.shards_directory(name)
+    except ValueError:  # its files are somewhere else, or not there yet
+        return None
+    return TokenShards(directory, data.tokenizer).counts("train").tokens if directory.exists() else None

@@ -1,0 +1,68 @@
+"""Pre-training as a Lightning system around the plain decoder: its loss, its length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
+from lightning_danube.model.compilation import check_compiler
+from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.task import NextTokenTask
+
+
+class Pretraining(NextTokenTask):
+    """Next-token prediction with the Danube decoder.
+
+    Args:
+        decoder: the shape, or the name of a preset ("danube3-500m", "danube3-4b"). Vocabulary and context length are
+            taken from the data.
+        learning_rate: schedule in tokens.
+        optimizer: settings of AdamW, or of Muon by its class path.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile_blocks: have PyTorch compile each block for training and held-out losses: some 20 s at the start of a
+            run on a CPU, which needs a C++ compiler.
+        vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderShape | str,
+        learning_rate: LearningRate,
+        vocab_size: int,
+        context_length: int,
+        batch_tokens: int,
+        total_tokens: int,
+        optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        shape = DecoderConfig.preset(decoder) if isinstance(decoder, str) else decoder
+        learning_rate.check(parse_tokens(total_tokens))
+        super().__init__(Decoder(shape.with_data(vocab_size, context_length)), learning_rate, optimizer)
+        self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
+        self.decoder.activation_checkpointing = activation_checkpointing
+        if compile_blocks:
+            self.decoder.compile_blocks()
+
+    def configure_model(self) -> None:
+        """
+        Raises:
+            ValueError: blocks are to be compiled for a CPU, and there is no C++ compiler.
+        """
+        if self.decoder.has_compiled_blocks and self.trainer.strategy.root_device.type == "cpu":
+            check_compiler("model.compile_blocks", "set model.compile_blocks to false")
+        super().configure_model()
+
+    def length_in_tokens(self) -> tuple[int, int]:
+        return self.batch_tokens, self.total_tokens
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if self.config.attention_dropout:
+            self.seed_dropout(batch_idx)
+        total, count = self.sum_of_losses(batch)
+        loss = total / count
+        self._losses.append(loss.detach())
+        return loss

@@ -1,0 +1,218 @@
+"""A text in windows, for what is said of a model token by token: perplexity by the conventions of the field, and a
+cloze made of the text itself.
+
+Shapes: B windows or continuations of a batch, T tokens of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.files import default_cache_dir
+from lightning_danube.text.corpora import Source, read_documents
+from lightning_danube.tokens.shards import is_held_out
+from lightning_danube.tokens.tokenizer import begin_token
+from lightning_danube.weights.names import tokenizer_of
+
+CLOZE_CHOICES = 4
+CLOZE_CONTEXT, CLOZE_CONTINUATION = 32, 8
+"""Tokens of a question and of each answer."""
+BATCH_TOKENS = 1024
+"""Of a batch, at least one window: all logits of it are held at once."""
+
+
+class TextWindows(LightningDataModule):
+    """The beginning of a text, in windows of one or several lengths.
+
+    A token is predicted from those before it in its window; with the usual bos token, a window begins with one. How
+    tokens are counted:
+
+    * without `stride`, as llama.cpp's perplexity program does it: windows stand side by side, and the tokens of the
+      second half of each count;
+    * with it, windows slide by so many tokens, and the last so many of each count: every token once, with the most of
+      what stands before it that a window can show.
+
+    Args:
+        text: where it comes from; of several documents each is ended by the eos token.
+        tokenizer: "danube-small", "mistral", a model, a directory or a hub id.
+        held_out: take only the documents that `CurriculumData` with this share keeps out of training.
+        context_lengths: tokens of a window. Everything is measured on the first of them, the others show how
+            perplexity depends on it.
+        stride: tokens by which windows slide.
+        max_tokens: how much of the text is read ("16K"); the whole text if not given.
+        calibration_tokens: tokens behind those, for methods that look at text to quantize; none of them counts.
+        cloze_questions: the text is continued, and has to be told from three continuations of other places of it.
+        cache_dir: where the embedded texts are kept.
+
+    Raises:
+        ValueError: for every mistake in the above; the text is too short.
+    """
+
+    def __init__(
+        self,
+        text: Source,
+        tokenizer: str,
+        held_out: float | None = None,
+        context_lengths: list[int] = [512],  # noqa: B006  (the parser shows it)
+        stride: int | None = None,
+        max_tokens: int | str | None = "16K",
+        calibration_tokens: int | str = "16K",
+        cloze_questions: int = 100,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not context_lengths or min(context_lengths) < 4 or len(set(context_lengths)) < len(context_lengths):
+            raise ValueError(
+                f"data.context_lengths is {context_lengths}: name different numbers of at least 4 tokens, such as [512]"
+            )
+        if stride is not None and not 1 <= stride < min(context_lengths):
+            raise ValueError(
+                f"data.stride is {stride}: it must be at least 1 and below the shortest of data.context_lengths "
+                f"({min(context_lengths)}), or left out"
+            )
+        if held_out is not None and not 0 < held_out < 1:
+            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, or leave it out")
+        if cloze_questions < 0:
+            raise ValueError(f"data.cloze_questions is {cloze_questions}: it must be at least 0")
+        self.text, self.held_out = text, held_out
+        self.context_lengths, self.stride = list(context_lengths), stride
+        self.max_tokens = None if max_tokens is None else parse_tokens(max_tokens, "data.max_tokens")
+        self.calibration_tokens = parse_tokens(calibration_tokens, "data.calibration_tokens")
+        self.cloze_questions = cloze_questions
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
+        self.vocab_size = len(self.tokenizer)
+        self._begin = begin_token(self.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        self.ids, self.calibration_ids = self._read()
+        longest = max(self.context_lengths)
+        if len(self.ids) < longest:
+            raise ValueError(
+                f"{self.text.path}: {len(self.ids):,} tokens are fewer than one window of data.context_lengths "
+                f"({longest:,}): give more text, raise data.max_tokens or take shorter windows"
+            )
+        self.questions = self._questions()
+
+    def _read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What is measured on, and what stands behind it."""
+        wanted = None if self.max_tokens is None else self.max_tokens + self.calibration_tokens
+        parts: list[list[int]] = [] if self._begin is None else [[self._begin]]
+        count = documents = 0
+        ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        try:
+            for document in read_documents("text", self.text, self.cache_dir):
+                if self.held_out is not None and not is_held_out(document.text, self.held_out):
+                    continue
+                if documents:
+                    parts.append(ends)
+                documents += 1
+                parts.append(backend.encode(document.text, add_special_tokens=False).ids)
+                count += len(parts[-1])
+                if wanted is not None and count >= wanted:
+                    break
+        finally:
+            backend.encode_special_tokens = False
+        if not documents:
+            which = "" if self.held_out is None else f", none of its documents is held out at {self.held_out}"
+            raise ValueError(f"{self.text.path}: there is no text to measure on{which}")
+        ids = np.array([token for part in parts for token in part], np.int64)
+        measured = len(ids) if self.max_tokens is None else min(self.max_tokens, len(ids))
+        return ids[:measured], ids[measured : measured + self.calibration_tokens]
+
+    # --- windows ------------------------------------------------------------------------------------------------------
+
+    def windows(self, context_length: int) -> NDArray[np.int64]:
+        """(windows, T): each begins with the bos token if there is one."""
+        step = context_length if self.stride is None else self.stride
+        starts = range(0, len(self.ids) - context_length + 1, step)
+        windows = np.stack([self.ids[start : start + context_length] for start in starts])
+        if self._begin is not None:
+            windows[:, 0] = self._begin
+        return windows
+
+    def first_counted(self, context_length: int) -> int:
+        """The place in a window from which on predictions count; the token there predicts the first that does."""
+        return context_length // 2 if self.stride is None else context_length - 1 - self.stride
+
+    def _questions(self) -> NDArray[np.int64]:
+        """(questions, choices, tokens): the first choice is the true one, the others continue other questions."""
+        length = CLOZE_CONTEXT + CLOZE_CONTINUATION
+        places = len(self.ids) // length
+        count = min(self.cloze_questions, places)
+        if not count:
+            return np.empty((0, CLOZE_CHOICES, length), np.int64)
+        if count < CLOZE_CHOICES:
+            raise ValueError(
+                f"{self.text.path}: {len(self.ids):,} tokens are too few for a cloze: give more text or set "
+                "data.cloze_questions: 0"
+            )
+        starts = np.linspace(0, len(self.ids) - length, count).astype(np.int64)
+        texts = np.stack([self.ids[start : start + length] for start in starts])
+        if self._begin is not None:
+            texts[:, 0] = self._begin
+        questions = np.repeat(texts[:, None], CLOZE_CHOICES, axis=1)
+        for choice in range(1, CLOZE_CHOICES):
+            # Continuations of far-away places: a quarter, half, three quarters of the text from here.
+            others = np.roll(texts, -(count * choice // CLOZE_CHOICES), axis=0)
+            questions[:, choice, CLOZE_CONTEXT:] = others[:, CLOZE_CONTEXT:]
+        return questions
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is measured on which tokens."""
+        digest = hashlib.sha256(self.ids.tobytes())
+        digest.update(self.questions.tobytes())
+        return {"text": digest.hexdigest(), "context_lengths": self.context_lengths, "stride": self.stride}
+
+    def calibration_identity(self) -> str:
+        return hashlib.sha256(self.calibration_ids.tobytes()).hexdigest()
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """The whole text once for each model that the task wants to show it to."""
+        assert self.trainer is not None
+        task: Any = self.trainer.lightning_module
+        # The trainer wants to be given something even where nothing is left to read.
+        batches = self.batches() if task.passes else [{}]
+        return [DataLoader(WindowBatches(batches), batch_size=None) for _ in range(max(1, task.passes))]
+
+    def batches(self) -> Sequence[dict[str, Any]]:
+        """Windows: input_ids (B, T), their context_length, and `first`, the place from where on predictions count. Then
+        questions: input_ids (B, T), so many `choices` of each one after the other, the true one first."""
+        result: list[dict[str, Any]] = []
+        for length in self.context_lengths:
+            windows, rows = torch.from_numpy(self.windows(length)), max(1, BATCH_TOKENS // length)
+            first = self.first_counted(length)
+            result += [{"input_ids": part, "context_length": length, "first": first} for part in windows.split(rows)]
+        count, choices, length = self.questions.shape
+        if not count:
+            return result
+        for part in torch.from_numpy(self.questions).split(max(1, BATCH_TOKENS // (choices * length))):
+            result.append({"input_ids": part.flatten(0, 1), "choices": choices, "first": CLOZE_CONTEXT - 1})
+        return result
+
+
+class WindowBatches(Dataset[Any]):
+    """Batches that are there already."""
+
+    def __init__(self, batches: Sequence[dict[str, Any]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.batches[number]

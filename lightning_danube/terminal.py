@@ -1,0 +1,70 @@
+"""Lines for a terminal: tables, and commands as the user types them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SCRIPT = "lightning-danube"
+
+
+def as_typed() -> str:
+    """The start of this command line: `lightning-danube`, or `python -m lightning_danube`."""
+    return SCRIPT if _by_script() else "python -m lightning_danube"
+
+
+def runnable() -> str:
+    """The start of a command line that works when it is pasted here: a path where PATH does not lead to the program."""
+    return program(SCRIPT) if _by_script() else f"{program('python')} -m lightning_danube"
+
+
+def program(name: str) -> str:
+    """A program of this environment as it can be typed here: its name if PATH leads to it, otherwise its path."""
+    folder = Path(sys.executable).parent
+    if name == "python" and not (folder / name).exists():
+        name = Path(sys.executable).name
+    found = shutil.which(name)
+    if found is not None and Path(found).parent.resolve() == folder.resolve():
+        return name
+    path = folder / name
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
+
+
+def quoted(text: object) -> str:
+    """A text as one argument of a shell, in double quotes where that is enough."""
+    text = str(text)
+    if shlex.quote(text) == text or set(text) & set('"$`\\!'):
+        return shlex.quote(text)
+    return f'"{text}"'
+
+
+def _by_script() -> bool:
+    return Path(sys.argv[0]).stem == SCRIPT
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell: the first aligned left, the others right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "─" * len(max(lines, key=len)))
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells without the spaces around them; a bar inside one stays a bar."""
+    lines = [[re.sub(r"([|\\])", r"\\\1", cell.strip()) for cell in row] for row in [header, *rows]]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tell(text: str) -> None:
+    """A line for whoever watches, beside what the run prints."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""A file or a hub set becomes documents."""

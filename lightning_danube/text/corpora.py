@@ -1,0 +1,181 @@
+"""Sources of text: what a person names in YAML, and where its documents come from.
+
+Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error has to name the
+file and the row; everything else that `datasets` can load (hub ids, directories of `save_to_disk`) comes through it,
+streamed, so that a slice of a huge set never lands on the disk whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_danube.durations import parse_tokens
+from lightning_danube.text.embedded.documentation import ROLES, collect_documentation
+from lightning_danube.text.embedded.world import ROLES as WORLD_ROLES
+from lightning_danube.text.embedded.world import WORLD, write_world
+from lightning_danube.text.reading import FORMATS, BadRow, DamagedFile, Document, documents_of, format_of, read_file
+
+DOCUMENTATION = "documentation:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of documents.
+
+    Args:
+        path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), "world:clean" or
+            "world:noisy" (made up, with facts that can be counted), a file, a directory or a glob of files, a directory
+            written by `datasets` `save_to_disk`, or a hub id such as
+            "HuggingFaceFW/fineweb-edu".
+        text: the column that holds the text, or a pattern of several, such as "{question} {answer}"; of no meaning for
+            plain text files.
+        name: configuration of a hub data set, for example "sample-10BT".
+        split: split of a hub data set.
+        revision: commit or tag of a hub data set; state it, and the source can be made again later.
+        separator: what ends a document inside a plain text file, for example "\\n" for one document a line. Without it
+            a file is one document.
+        max_tokens: stop after about so many tokens ("10B", duplicates counted): for hub sets larger than the run needs.
+        on_bad_row: "error" refuses a source with a row that cannot be read, and names file and row; "skip" goes on and
+            writes the rejected rows to rejected.jsonl beside the shards.
+        filters: whether `data.filters` judges this source; they are made for prose, so say false for code.
+    """
+
+    path: str
+    text: str = "text"
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    separator: str | None = None
+    max_tokens: int | str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    filters: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", parse_tokens(self.max_tokens, "max_tokens"))
+        if self.separator == "":
+            raise ValueError('separator is empty: give what ends a document, for example "\\n", or leave it out')
+
+    @property
+    def is_documentation(self) -> bool:
+        return self.path.startswith(DOCUMENTATION)
+
+    @property
+    def is_hub(self) -> bool:
+        """An id like owner/name; a path that exists, or that is written as a path or a file, is local."""
+        if self.is_documentation or os.path.exists(self.path):
+            return False
+        looks_local = self.path.startswith((".", "/", "~")) or format_of(self.path) or glob.has_magic(self.path)
+        return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) is not None
+
+
+def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
+    """Files of a local source, sorted. The embedded texts are collected first if they are not there yet.
+
+    Raises:
+        ValueError: nothing is there, or a file has no known format.
+    """
+    if source.is_documentation:
+        role = source.path.removeprefix(DOCUMENTATION)
+        if role not in ROLES:
+            raise ValueError(
+                f"source {name!r} asks for {source.path!r}: the embedded texts are "
+                + ", ".join(DOCUMENTATION + known for known in ROLES)
+            )
+        return [str(collect_documentation(cache_dir)[role])]
+    if source.path.startswith(f"{WORLD}:"):
+        role = source.path.removeprefix(f"{WORLD}:")
+        if role not in WORLD_ROLES:
+            raise ValueError(
+                f"source {name!r} asks for {source.path!r}: of the made-up world there are "
+                + " and ".join(f"{WORLD}:{known}" for known in WORLD_ROLES)
+            )
+        return [str(write_world(cache_dir)[role])]
+    path = os.path.expanduser(source.path)
+    if os.path.isdir(path):
+        files = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file() and format_of(file.name)]
+        if not files:
+            raise ValueError(
+                f"source {name!r}: the directory {source.path} holds no file of a known format "
+                f"({', '.join(sorted(FORMATS))}, plain or with .gz or .zst)"
+            )
+        return files
+    files = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    files = [file for file in files if os.path.isfile(file)]
+    if not files:
+        raise ValueError(f"source {name!r}: there is no file {source.path}")
+    for file in files:
+        if not format_of(file):
+            raise ValueError(
+                f"source {name!r}: {file} has no known format ({', '.join(sorted(FORMATS))}, plain or with .gz or .zst)"
+            )
+    return files
+
+
+def is_saved_dataset(source: Source) -> bool:
+    """Whether the path is a directory that `datasets` wrote by `save_to_disk`."""
+    return os.path.isfile(os.path.join(os.path.expanduser(source.path), "state.json"))
+
+
+def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Document]:
+    """All documents of a source in a fixed order. Rows whose text is null or blank are left out.
+
+    Raises:
+        ValueError: with file and row, for bytes that are not UTF-8, a row that does not parse, a text that is missing
+            or not a string; with the name of the source for what cannot be opened.
+    """
+    if is_streamed(source):
+        rows = read_stream(name, source)
+    else:
+        files = local_files(name, source, cache_dir)
+        rows = (row for file in files for row in read_file(file, source.text, source.separator))
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise DamagedFile(row.message)
+        yield row
+
+
+def is_streamed(source: Source) -> bool:
+    """Whether `datasets` reads the source, row after row."""
+    return source.is_hub or is_saved_dataset(source)
+
+
+def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
+    """The documents of a source that `datasets` reads.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    where = stream_name(source)
+    for row, values in enumerate(open_stream(name, source), start=1):
+        yield from documents_of(values, source.text, where, row, f"source {name!r}: {where}, row {row}")
+
+
+def stream_name(source: Source) -> str:
+    """How messages call a set that `datasets` reads."""
+    return source.path if source.name is None else f"{source.path} ({source.name})"
+
+
+def open_stream(name: str, source: Source) -> Iterable[Any]:
+    """The rows of a source that `datasets` reads, as mappings.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    import datasets
+
+    try:
+        if is_saved_dataset(source):
+            return datasets.load_from_disk(os.path.expanduser(source.path))
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=True
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+        raise ValueError(f"source {name!r}: {stream_name(source)} cannot be loaded ({reason})") from error

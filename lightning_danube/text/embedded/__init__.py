@@ -1,0 +1,1 @@
+"""Text that is on every machine: documentation of installed packages, and a made-up world."""

@@ -1,0 +1,215 @@
+"""A pre-training corpus without a network: the documentation inside the installed Python packages.
+
+The docstrings and READMEs of a fixed list of distributions (`docstrings.DISTRIBUTIONS`) and of the standard library are
+collected into five sources, one for each source of the paper. They are English about programming. None of the text is
+from the web, from Wikipedia, from papers, from a language model or from people who wrote instructions.
+
+* `web`: the docstrings that `academic` does not take, and the READMEs of the distributions.
+* `wiki`: the reference topics of the Python language (`pydoc_data`) and the docstrings of the standard library.
+* `academic`: the docstrings of the packages and modules in `docstrings.ACADEMIC`: numerics, algebra, graphs, metrics.
+* `synthetic`: passages about modules, as in a textbook. Templates make them from signatures and first sentences. In the
+  paper, a language model wrote this part.
+* `instruct`: questions and answers that templates make from the same material, as plain text.
+
+The first three sources hold prose: `prose.py` removes markup, code, tables and formulas. They take docstrings of more
+than one sentence, of which at least `docstrings.SHORTEST` characters are prose. The last two see only first sentences
+and signatures. A hash of its name decides to which of the two a module goes. No text is in two sources.
+
+Packages are read, never imported. The same versions give the same bytes, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lightning_danube.text.embedded.docstrings import (
+    FORMAT,
+    Document,
+    Environment,
+    Module,
+    Reading,
+    Seen,
+    Source,
+    documents_of,
+    read_all,
+    readmes,
+    role_of,
+)
+from lightning_danube.text.embedded.made_text import facts_of, passages_about, pick, questions_about
+from lightning_danube.text.worker_pool import WorkerPool
+
+_PROCESSES_WORTH_STARTING = 16
+_FILES_PER_CHUNK = 16
+
+ROLES = ("web", "wiki", "academic", "synthetic", "instruct")
+
+
+def collect_documentation(cache_dir: Path, *, processes: int | None = None, progress: bool = True) -> dict[str, Path]:
+    """Collects the documentation of the running environment: for each role a JSONL file of {"text", "origin"} rows.
+
+    It is collected once for the versions of Python and of the distributions that are read. The files are kept in
+    `cache_dir`, with a `manifest.json` beside them.
+
+    Args:
+        cache_dir: made if missing.
+        processes: number of processes that read files, by default one per core. They are spawned, so a script that
+            calls this needs the usual `if __name__ == "__main__"`, unless it asks for one process.
+        progress: whether to tell on stderr what is done.
+
+    Raises:
+        ValueError: a source would be empty, because the interpreter comes without sources or documentation.
+    """
+    return _collect(Environment.running(), cache_dir, processes=processes, progress=progress)
+
+
+def is_collected(cache_dir: Path) -> bool:
+    """Whether `collect_documentation` would return at once."""
+    folder = cache_dir / f"documentation-{Environment.running().fingerprint()}"
+    return _is_complete({role: folder / f"{role}.jsonl" for role in ROLES})
+
+
+def _collect(environment: Environment, cache_dir: Path, *, processes: int | None, progress: bool) -> dict[str, Path]:
+    fingerprint = environment.fingerprint()
+    folder = cache_dir / f"documentation-{fingerprint}"
+    files = {role: folder / f"{role}.jsonl" for role in ROLES}
+    if _is_complete(files):
+        return files
+
+    start = time.monotonic()
+    lively = progress and sys.stderr.isatty()
+    if progress and not lively:
+        print("Collecting text from the installed packages (once for their versions) ...", file=sys.stderr)
+    sources = environment.sources()
+    readings = read_sources(sources, processes, lively)
+    documents, manifest = assemble(environment, readings)
+    for role in ROLES:
+        if not documents[role]:
+            raise ValueError(
+                f"no documentation was found for the source {role!r} under {', '.join(map(str, environment.packages))} "
+                f"and {environment.stdlib}: install the dependencies there as source files, or use data of your own"
+            )
+    manifest = {"format": FORMAT, "fingerprint": fingerprint, "python": platform.python_version(), **manifest}
+    _write(folder, files, documents, manifest)
+    if progress:
+        counts = ", ".join(f"{role} {len(documents[role]):,}" for role in ROLES)
+        print(f"Collected documents: {counts}, in {time.monotonic() - start:.0f} s.", file=sys.stderr)
+    return files
+
+
+def read_sources(sources: Sequence[Source], processes: int | None, lively: bool) -> list[Reading]:
+    """Reads all files, in the order given.
+
+    Raises:
+        ValueError: a process was ended from outside.
+    """
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes is {processes}: give at least 1, or None for one per core")
+    # Neighbours are alike (one package's large files), so chunks are dealt out across the whole list.
+    n_chunks = max(1, -(-len(sources) // _FILES_PER_CHUNK))
+    chunks = [sources[number::n_chunks] for number in range(n_chunks)]
+    processes = min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), n_chunks)
+    readings: list[Reading] = [""] * len(sources)
+    with tqdm(total=len(sources), desc="Collecting text", unit=" files", disable=not lively, leave=False) as bar:
+
+        def keep(results: Iterable[list[Reading]]) -> None:
+            for number, result in enumerate(results):
+                readings[number::n_chunks] = result
+                bar.update(len(result))
+
+        if processes == 1:
+            keep(map(read_all, chunks))
+            return readings
+        try:
+            # Trees have no cycles, and looking for some takes a fifth of the time.
+            with WorkerPool(processes, gc.disable) as pool:
+                keep(pool.map(read_all, chunks))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that collects text was ended from outside (is memory short?): run the command again"
+            ) from error
+    return readings
+
+
+def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dict[str, list[Document]], dict[str, Any]]:
+    """Documents of every role, and what the manifest says of them."""
+    modules = [reading for reading in readings if isinstance(reading, Module)]
+    skipped = Counter(reading for reading in readings if isinstance(reading, str))
+    documents: dict[str, list[Document]] = {role: [] for role in ROLES}
+
+    # Who comes first keeps what others repeat: the reference before the mathematics, both before the rest. Of one role,
+    # topics come before docstrings.
+    seen = Seen()
+    for role in ("wiki", "academic", "web"):
+        if role == "web":
+            documents[role] += [document for document in readmes(environment) if not seen.repeats(document.text)]
+        for module in sorted((m for m in modules if role_of(m) == role), key=lambda m: not m.topics):
+            documents[role] += documents_of(module, seen)
+
+    used: set[bytes] = set()
+    for module in modules:
+        facts = facts_of(module, used)
+        if facts:
+            role = pick(("synthetic", "instruct"), module.name)
+            documents[role] += passages_about(facts) if role == "synthetic" else questions_about(facts)
+
+    counts = {
+        role: {
+            "documents": len(documents[role]),
+            "characters": sum(len(document.text) for document in documents[role]),
+            "packages": len({document.package for document in documents[role]}),
+        }
+        for role in ROLES
+    }
+    manifest = {
+        "sources": counts,
+        "files": {"found": len(readings), "read": len(modules), "skipped": dict(sorted(skipped.items()))},
+        "repetitions_dropped": {"exact": seen.exact, "near": seen.near},
+        "distributions": [
+            f"{distribution.name}=={distribution.version}" for distribution in environment.distributions()
+        ],
+    }
+    return documents, manifest
+
+
+def _write(
+    folder: Path, files: dict[str, Path], documents: dict[str, list[Document]], manifest: dict[str, Any]
+) -> None:
+    """All files at once or none: under another name first, then renamed."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        for role, file in files.items():
+            with open(partial / file.name, "w", encoding="utf-8", newline="\n") as stream:
+                for document in documents[role]:
+                    row = {"text": document.text, "origin": f"{document.package}:{document.origin}"}
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with open(partial / "manifest.json", "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        if folder.is_dir() and not _is_complete(files):
+            shutil.rmtree(folder)  # somebody removed a part
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            # Another process was faster; its files are the same.
+            if not _is_complete(files):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_complete(files: dict[str, Path]) -> bool:
+    return all(file.is_file() for file in files.values())

@@ -1,0 +1,46 @@
+"""Processes that share the work of a verb: they end with the process that started them, and never get SIGINT."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+from lightning_danube.signals import SIGNALS
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """Starts its processes by "spawn", as threads of torch or of a tokenizer do not survive a fork.
+
+    Args:
+        processes: how many there are.
+        initializer: is called first in each of them.
+    """
+
+    def __init__(self, processes: int, initializer: Callable[[], object] | None = None) -> None:
+        super().__init__(processes, multiprocessing.get_context("spawn"), _begin, (initializer,))
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        # Processes start here. A terminal sends Ctrl-C to them as well, and each would print a traceback.
+        with SIGNALS.starting_processes():
+            return super().submit(function, *args, **kwargs)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # What nobody is going to read is not worth waiting for.
+        self.shutdown(cancel_futures=kind is not None)
+
+
+def _begin(initializer: Callable[[], object] | None) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()  # also after kill -9
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer()

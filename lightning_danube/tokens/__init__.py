@@ -1,0 +1,1 @@
+"""Documents and messages become token ids in memory-mapped shards."""

@@ -1,0 +1,72 @@
+"""Which questions of a benchmark stood in the texts that a run was trained on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lightning_danube.files import default_cache_dir
+from lightning_danube.text.corpora import Source, is_streamed, read_documents
+from lightning_danube.text.quality import Benchmarks
+
+
+class TrainingTexts(NamedTuple):
+    """What a run's own files say about its texts: the sources it has taken tokens from, and where it kept those that
+    come with the project."""
+
+    sources: dict[str, Source]
+    cache_dir: Path
+
+
+def training_texts(run: Path) -> TrainingTexts | None:
+    """Of a pre-training run's directory; None for another kind of run, or where its files do not say."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        data = config["data"]["init_args"]
+        if not str(config["data"]["class_path"]).endswith("CurriculumData"):
+            return None
+        sources = {name: Source(**options) for name, options in data["sources"].items()}
+        stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
+        seen = {name for stage in stages for name, tokens in stage["tokens_by_source"].items() if tokens}
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    cache = data.get("cache_dir")
+    kept = {name: source for name, source in sources.items() if name in seen}
+    return TrainingTexts(kept, Path(cache).expanduser() if cache else default_cache_dir())
+
+
+class Overlap(NamedTuple):
+    """Questions found in the texts, how many were looked for, and the sources that were not looked through."""
+
+    found: set[int]
+    looked_for: int
+    not_read: list[str]
+
+
+def overlap(rows: Sequence[Mapping[str, Any]], texts: TrainingTexts) -> Overlap:
+    """Numbers of the rows that share a run of 13 words (or all their words, of shorter texts) with a training text.
+
+    All of a source is looked through, of which a run may have seen a part.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        try:
+            benchmark = Benchmarks.read([str(file)])
+        except ValueError:
+            return Overlap(set(), 0, [])  # all are too short to be told from chance
+    looked_for = len(rows) - benchmark.files[0].rows_too_short
+    found: set[int] = set()
+    not_read = []
+    for name, source in texts.sources.items():
+        if is_streamed(source):
+            not_read.append(name)
+            continue
+        for document in read_documents(name, source, texts.cache_dir):
+            found.update(benchmark.found_in(document.text))
+    return Overlap(found, looked_for, not_read)

@@ -1,0 +1,560 @@
+"""From texts to token shards: cuts sources into units, has them made by processes or machines, and joins them.
+
+The bytes of a shard directory depend on the texts and the options alone, not on who made which unit or how often the
+work was interrupted. Beside them stands report.json, which also says how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.text.corpora import Source, is_streamed, local_files, read_stream
+from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
+from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
+from lightning_danube.text.worker_pool import WorkerPool
+from lightning_danube.tokens.encoding import can_encode_in_parts
+from lightning_danube.tokens.finished_shards import fetch, is_finished
+from lightning_danube.tokens.shards import (
+    FORMAT,
+    SHARD_TOKENS,
+    SPLITS,
+    SplitWriter,
+    TokenShards,
+    held_out_below,
+    shards_directory,
+)
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.tokens.units import Job, load_part, load_unit, make_unit
+
+UNIT_BYTES = 1 << 22
+"""Text of a unit, about a second of work. A source of more than `MOST_UNITS` times that has larger ones."""
+MOST_UNITS = 1 << 16
+STREAMED_DOCUMENTS = 2048
+"""Documents of a unit of a source that is streamed."""
+WORTH_PROCESSES = 1 << 23
+"""Bytes of text below which starting processes costs more than it saves."""
+SHOWN_REJECTIONS = 5
+
+Part = tuple[int, int]
+"""(number from 1, of how many) parts of the work, each done by another machine."""
+
+
+def prepare(
+    sources: Mapping[str, Source],
+    tokenizer: DocumentTokenizer,
+    *,
+    held_out: float,
+    quality: Quality,
+    cache_dir: Path,
+    processes: int,
+    part: Part | None = None,
+) -> dict[str, float]:
+    """Makes the shards of all sources that are not there yet; the seconds that each took, 0 for one that was there.
+
+    With `part`, only every so-manieth unit is made; whoever makes the last one joins them all.
+
+    Raises:
+        ValueError: a source cannot be read, holds no text, or a process was ended from outside.
+    """
+    seconds = dict.fromkeys(sources, 0.0)
+    todo = []
+    for name, source in sources.items():
+        directory = shards_directory(name, source, tokenizer, held_out, quality, cache_dir)
+        if is_finished(source.path):
+            began = time.monotonic()
+            fetch(name, source.path, cache_dir)
+            seconds[name] = time.monotonic() - began
+            continue
+        preparation = Preparation(directory, name, source, tokenizer, held_out, quality, cache_dir, part)
+        if (directory / "shards.json").exists():
+            shutil.rmtree(preparation.building, ignore_errors=True)
+        else:
+            todo.append(preparation)
+    if todo:
+        benchmarks = Benchmarks.read(quality.decontaminate) if quality.decontaminate else None
+        _Workshop(todo, benchmarks, processes).run()
+        seconds |= {preparation.name: preparation.seconds for preparation in todo}
+    return seconds
+
+
+class Preparation:
+    """One source on its way to a shard directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        source: Source,
+        tokenizer: DocumentTokenizer,
+        held_out: float,
+        quality: Quality,
+        cache_dir: Path,
+        part: Part | None = None,
+    ) -> None:
+        self.directory, self.name, self.source, self.tokenizer = directory, name, source, tokenizer
+        self.held_out, self.quality, self.cache_dir, self.part = held_out, quality, cache_dir, part
+        self.building = directory.with_name(f".{directory.name}.building")
+        self.limit = math.inf if source.max_tokens is None else int(source.max_tokens)
+        self.job = Job(
+            building=self.building,
+            column=source.text,
+            separator=source.separator,
+            skip_bad_rows=source.on_bad_row == "skip",
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            dtype=tokenizer.dtype.name,
+            in_parts=can_encode_in_parts(self.tokenizer_json()),
+            filters=quality.filters if source.filters else None,
+            near=quality.deduplicate == "near",
+            benchmarks=bool(quality.decontaminate),
+        )
+        self.units: int | None = None  # how many there are; a streamed source knows at its end
+        self.weight = 0
+        self.tokens = 0
+        self.began, self.seconds = time.monotonic(), 0.0
+
+    # --- units --------------------------------------------------------------------------------------------------------
+
+    def open(self, benchmarks: Benchmarks | None) -> None:
+        """Lays out the directory in which units are collected; going on after a kill finds it as it was left."""
+        (self.building / "units").mkdir(parents=True, exist_ok=True)
+        if not self.job.tokenizer_file.exists():
+            _write_whole(self.job.tokenizer_file, lambda path: path.write_text(self.tokenizer_json()))
+        if benchmarks is not None and not self.job.benchmarks_file.exists():
+            _write_whole(self.job.benchmarks_file, benchmarks.save)
+
+    def tokenizer_json(self) -> str:
+        text: str = self.tokenizer.hf.backend_tokenizer.to_str()
+        return text
+
+    def plan(self, pool: Callable[[], Executor]) -> list[list[Span]]:
+        """The units of a source of files; kept, so that it is worked out once."""
+        path = self.building / "plan.json"
+        if path.exists():
+            return [[Span(*span) for span in unit] for unit in json.loads(path.read_text())]
+        files = local_files(self.name, self.source, self.cache_dir)
+        sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
+        size = max(UNIT_BYTES, -(-sum(sizes.values()) // MOST_UNITS))
+        separators, limits = [self.source.separator] * len(files), [size] * len(files)
+        # Lines are counted at the speed of the disk; other formats have to be taken apart.
+        slow = sum(size for file, size in sizes.items() if format_of(file) != "parquet")
+        found = pool().map(spans, files, separators, limits) if len(files) > 1 and slow > 1 << 28 else None
+        units: list[list[Span]] = [[]]
+        for file_spans in found if found is not None else map(spans, files, separators, limits):
+            for span in file_spans:
+                if sum(span.weight for span in units[-1]) >= size:
+                    units.append([])
+                units[-1].append(span)
+        _write_whole(path, lambda file: file.write_text(json.dumps(units)))
+        return units
+
+    def work(self, pool: Callable[[], Executor]) -> Iterator[tuple[int, list[Span] | list[Document | BadRow], int]]:
+        """(number, rows, weight) of the units that are still to be made, in order."""
+        self.began = time.monotonic()
+        numbered: Iterator[tuple[int, Any]]
+        if is_streamed(self.source):
+            rows = read_stream(self.name, self.source)
+            numbered = enumerate(iter(lambda: list(islice(rows, STREAMED_DOCUMENTS)), []))
+        else:
+            units = self.plan(pool)
+            self.units, self.weight = len(units), sum(span.weight for unit in units for span in unit)
+            numbered = enumerate(units)
+        number, whole_so_far = -1, True
+        for number, unit in numbered:
+            if self.tokens >= self.limit:
+                return
+            if self.part is not None and number % self.part[1] != self.part[0] - 1:
+                continue
+            weight = sum(span.weight for span in unit) if self.units is not None else 0
+            if self.job.path(number).exists():
+                self.weight -= weight
+                if whole_so_far and self.limit < math.inf:
+                    self.tokens += int(load_part(self.job.path(number), "lengths").sum())
+                continue
+            whole_so_far = False
+            yield number, unit, weight
+        if self.units is None:
+            self.units = number + 1
+            _write_whole(self.building / "units.json", lambda file: file.write_text(str(self.units)))
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def missing(self) -> int | None:
+        """How many units the others have still to make; None for some unknown number, 0 if all are here."""
+        counted = self.building / "units.json"
+        units = self.units if self.units is not None else int(counted.read_text()) if counted.exists() else None
+        missing, tokens, number = 0, 0, 0
+        while number != units and tokens < self.limit:
+            if not self.job.path(number).exists():
+                if units is None:
+                    return None
+                missing += 1
+            elif not missing and self.limit < math.inf:
+                tokens += int(load_part(self.job.path(number), "lengths").sum())
+            number += 1
+        self.used = number
+        return missing
+
+    def join(self) -> None:
+        """Puts the units together into the shard directory.
+
+        Raises:
+            ValueError: no text is left.
+        """
+        kept, duplicates = self._kept()
+        building = Path(tempfile.mkdtemp(prefix="joining-", dir=self.building))
+        os.chmod(building, 0o777 & ~_umask())
+        writers = {split: SplitWriter(building, split, self.tokenizer.dtype, SHARD_TOKENS) for split in SPLITS}
+        border = held_out_below(self.held_out)
+        total: Counter[str] = Counter()
+        filtered: Counter[str] = Counter()
+        rejected: Counter[str] = Counter()
+        found_rows: set[int] = set()
+        found_in: Counter[str] = Counter()
+        first: list[BadRow] = []
+        last: list[Any] | None = None  # file and row where the unit before ended
+        seconds = 0.0
+        rejections = open(building / "rejected.jsonl", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        with rejections:
+            for number, keep in enumerate(kept):
+                unit = load_unit(self.job.path(number))
+                at = 0
+                for length, hashed, wanted in zip(unit.lengths.tolist(), unit.hashes.tolist(), keep, strict=True):
+                    if wanted:
+                        writers["validation" if hashed < border else "train"].add(unit.ids[at : at + length])
+                    at += length
+                account = unit.account
+                total["bytes"] += int(unit.sizes[keep].sum())
+                for name in ("read", "cut", "contaminated"):
+                    total[name] += account[name]
+                total["cut"] += account["first"] is not None and account["first"] == last
+                last = account["last"] or last
+                filtered.update(account["filtered"])
+                found_rows.update(account["found_rows"])
+                found_in.update(account["found_in"])
+                seconds += account["seconds"]
+                for row in account["rejected"]:
+                    rejected[row.cause] += 1
+                    rejections.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
+                first += account["rejected"][: SHOWN_REJECTIONS - len(first)]
+        if not first:
+            os.remove(building / "rejected.jsonl")
+        splits = {split: writer.close() for split, writer in writers.items()}
+        documents, tokens = (sum(split[what] for split in splits.values()) for what in ("documents", "tokens"))
+        if not tokens:
+            lost = sum(rejected.values()) + sum(filtered.values()) + total["contaminated"]
+            reason = f" that may be kept: {lost:,} rows were rejected or removed" if lost else ""
+            raise DamagedFile(f"source {self.name!r} ({self.source.path}) holds no text{reason}")
+        counts = {
+            "documents": documents,
+            "tokens": tokens,
+            "bytes_per_token": round(total["bytes"] / tokens, 4),
+            "documents_read": total["read"],
+            "pieces_of_long_documents": total["cut"],
+            "rejected": dict(sorted(rejected.items())),
+            "filtered": dict(sorted(filtered.items())),
+            "contaminated": total["contaminated"],
+            "duplicates": duplicates,
+            "benchmarks": self._contamination(found_rows, found_in),
+        }
+        meta = {
+            "format": FORMAT,
+            "source": asdict(self.source),
+            "held_out": self.held_out,
+            "dtype": self.tokenizer.dtype.name,
+            "tokenizer": self.tokenizer.identity(),
+            "quality": asdict(self.quality),
+            "counts": counts,
+            "splits": splits,
+        }
+        self.seconds = time.monotonic() - self.began
+        report = {
+            "source": self.name,
+            **counts,
+            "first_rejected": [row.message for row in first],
+            "seconds": round(self.seconds, 3),
+            "seconds_of_all_processes": round(seconds, 3),
+        }
+        _write_json(building / "shards.json", meta)
+        _write_json(building / "report.json", report)
+        try:
+            os.rename(building, self.directory)
+        except OSError:  # another process has finished the same shards meanwhile
+            if not (self.directory / "shards.json").exists():
+                raise
+        shutil.rmtree(self.building, ignore_errors=True)
+
+    def _kept(self) -> tuple[list[NDArray[np.bool_]], dict[str, int]]:
+        """For each unit, which of its documents stay; and how many duplicates go."""
+        paths = [self.job.path(number) for number in range(self.used)]
+        lengths = [load_part(path, "lengths") for path in paths]
+        if self.limit < math.inf:
+            before = 0
+            for number, unit in enumerate(lengths):
+                # The document that reaches the limit is the last.
+                lengths[number] = unit[: int(np.searchsorted(before + np.cumsum(unit), self.limit)) + 1]
+                before += int(lengths[number].sum())
+        counts = [load_part(path, "lengths").size for path in paths]
+        keep = [np.arange(count) < len(unit) for count, unit in zip(counts, lengths, strict=True)]
+        gone = {"exact": 0, "near": 0}
+        if self.quality.deduplicate == "none":
+            return keep, gone
+        here = np.concatenate(keep)
+        hashes = np.concatenate([load_part(path, "hashes") for path in paths])
+        first = np.zeros(len(here), dtype=bool)
+        first[here] = first_of_each(hashes[here])
+        gone["exact"] = int(here.sum() - first.sum())
+        borders = np.cumsum(counts)[:-1]
+        keep = np.split(first, borders)
+        if self.quality.deduplicate == "near":
+            seen = NearDuplicates()
+            for path, wanted in zip(paths, keep, strict=True):
+                drawn = load_part(path, "sketches")
+                for document in np.flatnonzero(wanted).tolist():
+                    if seen.repeats(drawn[document]):
+                        wanted[document] = False
+                        gone["near"] += 1
+        return keep, gone
+
+    def _contamination(self, rows: set[int], documents: Counter[str]) -> list[dict[str, Any]]:
+        """Per benchmark file: how many of its rows stood in the source, and in how many documents, all removed."""
+        if not self.job.benchmarks:
+            return []
+        benchmarks = Benchmarks.load(self.job.benchmarks_file)
+        found = Counter(benchmarks.place_of(row)[0] for row in rows)
+
+        def line(number: int, file: BenchmarkFile) -> dict[str, Any]:
+            return {**vars(file), "rows_found": found[number], "documents": documents[str(number)]}
+
+        return [line(number, file) for number, file in enumerate(benchmarks.files)]
+
+
+class _Workshop:
+    """Has the units of several sources made, by this process or by several, and each source joined when it is whole."""
+
+    def __init__(self, preparations: Sequence[Preparation], benchmarks: Benchmarks | None, processes: int) -> None:
+        self.preparations, self.benchmarks, self.processes = preparations, benchmarks, processes
+        self._pool: WorkerPool | None = None
+        self._progress = _Progress(preparations)
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that tokenizes was ended from outside (was memory short?): run it again and it goes on "
+                "where it stopped, with --processes for fewer"
+            ) from error
+        finally:
+            self._progress.close()
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+    def _start_pool(self) -> WorkerPool:
+        if self._pool is None:
+            self._pool = WorkerPool(self.processes)
+        return self._pool
+
+    def _run(self) -> None:
+        waiting: deque[tuple[Preparation, int, int, Any]] = deque()
+        held: list[tuple[Preparation, int, Any, int]] = []
+        weight = 0
+        for preparation in self.preparations:
+            self._guarded(preparation, lambda p: p.open(self.benchmarks))
+            for number, rows, size in self._works(preparation):
+                # Small sources are done before processes have started, so the first units wait for the others.
+                weight += size or WORTH_PROCESSES // 16
+                held.append((preparation, number, rows, size))
+                if weight >= WORTH_PROCESSES and self.processes > 1:
+                    self._start_pool()
+                if self._pool is not None or self.processes == 1 or len(held) > 64:
+                    self._hand_out(held, waiting)
+            held.append((preparation, -1, None, 0))
+        self._hand_out(held, waiting)
+        while waiting:
+            self._take(waiting)
+
+    def _works(self, preparation: Preparation) -> Iterator[tuple[int, Any, int]]:
+        work = preparation.work(self._start_pool)
+        while (unit := self._guarded(preparation, lambda _: next(work, None))) is not None:
+            yield unit
+
+    def _hand_out(self, held: list[tuple[Preparation, int, Any, int]], waiting: deque[Any]) -> None:
+        for preparation, number, rows, size in held:
+            future: Any = None
+            if number >= 0 and preparation.tokens < preparation.limit:
+                if self._pool is not None:
+                    future = self._pool.submit(make_unit, preparation.job, number, rows)
+                else:
+                    future = _Done(self._guarded(preparation, partial(_make, number=number, rows=rows)))
+            waiting.append((preparation, number, size, future))
+            while len(waiting) > 2 * self.processes:
+                self._take(waiting)
+        held.clear()
+
+    def _take(self, waiting: deque[tuple[Preparation, int, int, Any]]) -> None:
+        preparation, number, size, future = waiting.popleft()
+        if future is not None:
+            documents, tokens = self._guarded(preparation, lambda _: future.result()) or (0, 0)
+            preparation.tokens += tokens
+            self._progress.add(preparation, documents, tokens, size)
+        elif number < 0:
+            self._guarded(preparation, self._finish)
+
+    def _finish(self, preparation: Preparation) -> None:
+        missing = preparation.missing()
+        if missing == 0:
+            preparation.join()
+            return
+        if (preparation.directory / "shards.json").exists():
+            return  # another process has joined the source, and cleared its units up
+        assert preparation.part is not None and preparation.units is not None
+        number, of = preparation.part
+        print(
+            f"{preparation.name}: part {number} of {of} is made; "
+            f"{missing:,} of {preparation.units:,} units are left to the other parts",
+            file=sys.stderr,
+        )
+
+    def _guarded(self, preparation: Preparation, do: Callable[[Preparation], Any]) -> Any:
+        """Runs a step. What is wrong with a text leaves nothing behind, and is told here for the user to read; what
+        fails because another process has finished the source, and cleared up, gives None."""
+        try:
+            return do(preparation)
+        except DamagedFile as error:
+            if preparation.part is None:
+                shutil.rmtree(preparation.building, ignore_errors=True)
+            raise ValueError(str(error)) from error
+        except FileNotFoundError:
+            if not (preparation.directory / "shards.json").exists():
+                raise
+            return None
+
+
+def _make(preparation: Preparation, number: int, rows: Any) -> tuple[int, int]:
+    return make_unit(preparation.job, number, rows)
+
+
+class _Done:
+    """A future of what this process has made itself."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    EVERY = 30.0
+
+    def __init__(self, preparations: Sequence[Preparation]) -> None:
+        from tqdm import tqdm
+
+        self._preparations = preparations
+        self._began = self._said = time.monotonic()
+        self._documents = self._tokens = self._bytes = 0
+        self._bar = tqdm(
+            desc="tokenizing", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False, smoothing=0.05
+        )
+
+    def add(self, preparation: Preparation, documents: int, tokens: int, size: int) -> None:
+        self._documents += documents
+        self._tokens += tokens
+        self._bytes += size
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
+        rates = f"{self._documents / seconds:,.0f} documents/s, {self._tokens / seconds:,.0f} tokens/s"
+        self._bar.total = sum(p.weight for p in self._preparations) or None
+        self._bar.set_description(f"tokenizing {preparation.name}", refresh=False)
+        self._bar.set_postfix_str(rates, refresh=False)
+        self._bar.update(size)
+        if self._bar.disable and now - self._said >= self.EVERY:
+            self._said = now
+            total = sum(p.weight for p in self._preparations)
+            share, left = "", ""
+            if self._bytes and total:
+                share = f" {self._bytes / total:.0%},"
+                left = f", {_duration(seconds * max(0, total - self._bytes) / self._bytes)} left"
+            print(
+                f"tokenizing {preparation.name}:{share} {self._documents:,} documents, {self._tokens:,} tokens "
+                f"({rates}){left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name first, so that it is there whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+    os.close(handle)
+    write(Path(name))
+    os.chmod(name, 0o666 & ~_umask())
+    os.replace(name, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_or_prepare(
+    name: str,
+    source: Source,
+    tokenizer: DocumentTokenizer,
+    *,
+    held_out: float,
+    cache_dir: Path,
+    processes: int,
+    quality: Quality | None = None,
+) -> tuple[TokenShards, float]:
+    """The shards of a source, checked against their checksums if they were just made, and the seconds it took to make
+    them (0 when they were there).
+
+    Raises:
+        ValueError: see `prepare` and `TokenShards`.
+    """
+    quality = quality or Quality()
+    options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
+    seconds = prepare({name: source}, tokenizer, processes=processes, **options)[name]
+    shards = TokenShards(shards_directory(name, source, tokenizer, held_out, quality, cache_dir), tokenizer)
+    if seconds and not is_finished(source.path):
+        shards.verify()
+    return shards, seconds

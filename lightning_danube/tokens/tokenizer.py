@@ -1,0 +1,241 @@
+"""Tokenizers by name, without a hub: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1), a small one that
+comes with this package, and one of the made-up world's words; or any Hugging Face tokenizer.
+
+Danube3's vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
+because one object then serves training, the export and every tool that reads it. The rebuilding follows Llama's own
+conversion: prepend "▁", replace spaces, merge by piece score, fall back to bytes. What transformers 5.23 makes of the
+same file gives other ids where spaces lead a text or follow each other: it prepends nothing before a leading space, and
+it merges by id instead of score.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Collection, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.text.embedded.world import WORLD, world_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+MISTRAL = "mistral"
+DANUBE_SMALL = "danube-small"
+SMALL_DIRECTORY = Path(__file__).with_name(DANUBE_SMALL)
+"""Files of the small tokenizer that comes with this package; docs/tokenizer.md says how they were made."""
+KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}"
+
+
+class DocumentTokenizer:
+    """Encodes documents for pre-training and names itself, so that shards and checkpoints can check it.
+
+    Args:
+        name: "danube-small", "mistral", "world", a directory with tokenizer files, or a hub id.
+
+    Raises:
+        ValueError: nothing of that name can be loaded, or it has no token that ends a document.
+    """
+
+    def __init__(self, name: str = MISTRAL) -> None:
+        self.name = name
+        self.hf = load_hf_tokenizer(name)
+        if self.hf.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {name!r} has no end-of-sequence token, which ends documents: set eos_token in its files"
+            )
+        self.vocab_size = len(self.hf)
+        self.eos_id = int(self.hf.eos_token_id)
+        self.bos_id = begin_token(self.hf)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Smallest unsigned type for the ids."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        # Kept: to write down 32,000 words for it takes 50 ms, and each checkpoint names its tokenizer.
+        return fingerprint_of(self.hf)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
+        return encode_documents(self.hf.backend_tokenizer, texts, self.bos_id, self.eos_id, self.dtype)
+
+    def text(self, ids: NDArray[Any]) -> str:
+        """The text of ids, (N,), without special tokens."""
+        decoded = self.hf.decode(ids, skip_special_tokens=True)
+        assert isinstance(decoded, str)
+        return decoded
+
+    def identity(self) -> dict[str, Any]:
+        """What is written beside ids made with this tokenizer."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+        }
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that begins a document. GPT-type tokenizers use one token for both ends: then the previous document's
+    end is the next one's start."""
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and bos != tokenizer.eos_token_id else None
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
+
+    Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
+    """
+    if begin_token(tokenizer) is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+    return tokenizer
+
+
+def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(f"{begin_token(tokenizer)}/{tokenizer.eos_token_id}".encode())
+    return digest.hexdigest()[:16]
+
+
+def encode_documents(
+    backend: Tokenizer, texts: Sequence[str], bos_id: int | None, eos_id: int, dtype: np.dtype[Any]
+) -> list[NDArray[Any]]:
+    """Ids of whole documents by the tokenizer itself, for processes that never load transformers around it."""
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
+    head = [] if bos_id is None else [bos_id]
+    return [np.array([*head, *encoding.ids, eos_id], dtype=dtype) for encoding in encodings]
+
+
+@lru_cache(maxsize=4)
+def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The Hugging Face tokenizer of a name: "danube-small", "mistral", "world", a local directory, or a hub id.
+
+    Raises:
+        ValueError: nothing of that name can be loaded.
+    """
+    if name == MISTRAL:
+        return _mistral_v1()
+    if name == DANUBE_SMALL:
+        return _danube_small()
+    if name == WORLD:
+        return world_tokenizer()
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no tokenizer directory {name!r}: give {KNOWN_NAMES}, a directory or a hub id")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        where = "has no readable tokenizer files" if os.path.isdir(name) else "was found neither on disk nor on the hub"
+        raise ValueError(
+            f"tokenizer {name!r} {where} ({_first_line(error)}): give {KNOWN_NAMES}, a directory or a hub id"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
+    return tokenizer  # type: ignore[return-value]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
+
+
+def _danube_small() -> PreTrainedTokenizerFast:
+    # Not AutoTokenizer: its import takes two seconds longer.
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(SMALL_DIRECTORY)
+    return tokenizer
+
+
+def mistral_model_file() -> Path:
+    """SentencePiece model of Mistral v1 inside the installed package `mistral-common`."""
+    for file in importlib.metadata.files("mistral-common") or []:
+        if file.name == "tokenizer.model.v1":
+            return Path(str(file.locate()))
+    raise ValueError("the package mistral-common has no tokenizer.model.v1: reinstall it, or name another tokenizer")
+
+
+def _mistral_v1() -> PreTrainedTokenizerFast:
+    import sentencepiece
+    from tokenizers import AddedToken
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
+    backend = sentencepiece_backend(
+        {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())},
+        [pieces.get_score(i) for i in range(pieces.vocab_size())],
+    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return with_danube_tokens(backend, model_max_length=8192)
+
+
+def with_danube_tokens(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers whose special tokens have the roles that they have in Danube's tokenizer.
+
+    Args:
+        backend: a tokenizer that has `<unk>`, `<s>` and `</s>`.
+        options: further arguments of `PreTrainedTokenizerFast`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        # Danube3 pads with id 0, as its config.json says.
+        pad_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+
+
+def sentencepiece_backend(
+    vocabulary: dict[str, int],
+    scores: Sequence[float],
+    *,
+    unknown: str | None = "<unk>",
+    add_space_prefix: bool = True,
+    never_merged: Collection[str] = (),
+) -> Tokenizer:
+    """A SentencePiece BPE model as a tokenizer of the library `tokenizers`, without its special tokens.
+
+    Args:
+        scores: by id; of two possible merges, the one into the piece of the higher score comes first.
+        never_merged: pieces of the vocabulary that text never becomes part by part, such as control tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    # The score says which merge comes first, not the id: "▁▁" has the lowest id of all and merges late.
+    known = vocabulary.keys() - set(never_merged)
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(known, key=lambda piece: (-scores[vocabulary[piece]], vocabulary[piece])):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        possible = [pair for pair in splits if pair[0] in known and pair[1] in known]
+        merges += sorted(possible, key=lambda pair: (len(pair[0]), len(pair[1])))
+
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if add_space_prefix else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return backend

@@ -1,0 +1,190 @@
+"""Units: the parts of a source that are worked off one by one, by any process of any machine, each into one file.
+
+A unit's file appears whole, by a rename, and holds the same whoever makes it. So a run that was killed goes on with the
+units that are missing, and two that work on the same unit do no harm. Documents keep the order of the source; what
+needs all documents (duplicates, the split into files) happens when units are joined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.text.quality import Benchmarks, Filters, sketches, text_hash
+from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
+from lightning_danube.tokens.encoding import TextEncoder
+
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process has to know of a source, beside the rows, to make a unit of it."""
+
+    building: Path
+    column: str
+    separator: str | None
+    skip_bad_rows: bool
+    bos_id: int | None
+    eos_id: int
+    dtype: str
+    in_parts: bool
+    filters: Filters | None
+    near: bool
+    benchmarks: bool
+
+    def path(self, unit: int) -> Path:
+        return self.building / "units" / f"{unit:06d}.npz"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.building / "tokenizer.json"
+
+    @property
+    def benchmarks_file(self) -> Path:
+        return self.building / "benchmarks.npz"
+
+
+@dataclass
+class Unit:
+    """The documents of a unit that passed what a document alone can pass, and an account of the others."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    sizes: NDArray[np.int64]  # bytes of text
+    hashes: NDArray[np.uint64]
+    sketches: NDArray[np.uint32]
+    account: dict[str, Any]
+
+
+def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | BadRow]) -> tuple[int, int]:
+    """Writes the unit's file; the number of its documents and tokens.
+
+    Raises:
+        DamagedFile: a file, or (unless they are skipped) a row of it, cannot be read.
+        ValueError: see `TextEncoder.encode`.
+    """
+    began = time.monotonic()
+    reading = _read(job, rows)
+    benchmarks = _benchmarks(str(job.benchmarks_file)) if job.benchmarks else None
+    encoder = _encoder(str(job.tokenizer_file), job.in_parts)
+    head, tail = [] if job.bos_id is None else [job.bos_id], [job.eos_id]
+    filtered: Counter[str] = Counter()
+    rejected: list[BadRow] = []
+    found_rows: set[int] = set()
+    found_in: Counter[int] = Counter()  # benchmark file → documents that hold a text of it
+    ids: list[NDArray[Any]] = []
+    lengths: list[int] = []
+    sizes: list[int] = []
+    hashes: list[int] = []
+    drawn: list[NDArray[np.uint32]] = []
+    read = pieces = contaminated = 0
+    first: tuple[str, int] | None = None
+    last: tuple[str, int] | None = None
+
+    def keep(texts: list[str]) -> None:
+        encoded = [np.array([*head, *own, *tail], dtype=job.dtype) for own in encoder.encode(texts)]
+        ids.append(np.concatenate(encoded))
+        lengths.extend(map(len, encoded))
+        sizes.extend(len(text.encode()) for text in texts)
+        hashes.extend(map(text_hash, texts))
+        if job.near:
+            drawn.append(sketches(texts))
+
+    batch: list[str] = []
+    characters = 0
+    for row in reading:
+        if isinstance(row, BadRow):
+            if not job.skip_bad_rows:
+                raise DamagedFile(row.message)
+            rejected.append(row)
+            continue
+        read += 1
+        pieces += last == (row.file, row.row)
+        last = (row.file, row.row)
+        first = first or last
+        rule = job.filters.against(row.text) if job.filters is not None else None
+        if rule is not None:
+            filtered[rule] += 1
+            continue
+        if benchmarks is not None and (found := benchmarks.found_in(row.text)):
+            contaminated += 1
+            found_rows.update(found)
+            found_in.update({benchmarks.place_of(number)[0] for number in found})
+            continue
+        if batch and (len(batch) == _BATCH_DOCUMENTS or characters + len(row.text) > _BATCH_CHARACTERS):
+            keep(batch)
+            batch, characters = [], 0
+        batch.append(row.text)
+        characters += len(row.text)
+    if batch:
+        keep(batch)
+    account = {
+        "read": read,
+        "cut": pieces,
+        "first": first,
+        "last": last,
+        "filtered": dict(sorted(filtered.items())),
+        "rejected": rejected,
+        "contaminated": contaminated,
+        "found_rows": sorted(found_rows),
+        "found_in": {str(file): n for file, n in sorted(found_in.items())},
+        "seconds": time.monotonic() - began,
+    }
+    partial = job.path(number).with_name(f".{number:06d}-{os.getpid()}-{secrets.token_hex(4)}")
+    with open(partial, "wb") as file:
+        np.savez(
+            file,
+            ids=np.concatenate(ids) if ids else np.empty(0, dtype=job.dtype),
+            lengths=np.array(lengths, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.int64),
+            hashes=np.array(hashes, dtype=np.uint64),
+            sketches=np.concatenate(drawn) if drawn else np.empty((0, 0), dtype=np.uint32),
+            account=np.array(json.dumps(account)),
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, job.path(number))
+    return len(lengths), sum(lengths)
+
+
+def load_unit(path: Path) -> Unit:
+    with np.load(path) as saved:
+        account = json.loads(str(saved["account"]))
+        account["rejected"] = [BadRow(*row) for row in account["rejected"]]
+        return Unit(saved["ids"], saved["lengths"], saved["sizes"], saved["hashes"], saved["sketches"], account)
+
+
+def load_part(path: Path, name: str) -> NDArray[Any]:
+    """One array of a unit's file."""
+    with np.load(path) as saved:
+        array: NDArray[Any] = saved[name]
+        return array
+
+
+def _read(job: Job, rows: Iterable[Span] | Iterable[Document | BadRow]) -> Iterator[Document | BadRow]:
+    return chain.from_iterable(
+        read_span(row, job.column, job.separator) if isinstance(row, Span) else [row] for row in rows
+    )
+
+
+@lru_cache(2)
+def _encoder(file: str, in_parts: bool) -> TextEncoder:
+    return TextEncoder(Path(file).read_text(encoding="utf-8"), in_parts)
+
+
+@lru_cache(1)
+def _benchmarks(file: str) -> Benchmarks:
+    return Benchmarks.load(Path(file))

@@ -1,0 +1,65 @@
+"""What changed between the sessions of a run: shown when it goes on, kept in its `history.jsonl`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning_danube.training.provenance import commit
+
+_SAY_NOTHING = {"ckpt_path", "config"}
+_PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key → (old value, new value) for each key that differs; None stands for a key that is not there."""
+    before, after = _flat(old), _flat(new)
+    keys = [key for key in {**before, **after} if key.split(".")[0] not in _SAY_NOTHING]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key, without `init_args`; stages and callbacks by their name, not their number."""
+    if isinstance(value, dict) and value:
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        names = [str(item.get("name") or item.get("class_path", "")).rpartition(".")[2] for item in value]
+        unique = Counter(names)
+        items = [
+            (name if name and unique[name] == 1 else str(number), item)
+            for number, (name, item) in enumerate(zip(names, value, strict=True))
+        ]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, item in items:
+        key = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else name
+        flat |= _flat(item, key)
+    return flat
+
+
+def append_history(path: Path, **facts: Any) -> None:
+    """Adds a line to the run's history: when, with which versions and commit, and what the caller knows."""
+    record = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **facts,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
+        "commit": commit(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""One pass over the rows of a data set: which rows share a batch, and in which order the steps come."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.training.permutation import permute
+
+PACKED_TOGETHER = 1024
+"""Conversations among which a row's are chosen: enough to fill rows, few enough that who stands together is chance."""
+
+
+BATCHES_SORTED_TOGETHER = 50
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the conversations: rows of the numbers of conversations, padded with empty rows to whole steps."""
+
+    rows: list[list[int]]
+    batch_rows: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows) // self.batch_rows
+
+
+def packed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
+    """Several conversations a row: in each group, the longest first, each into the row that it fills best.
+
+    Args:
+        lengths: places that each takes in a row, (n,).
+    """
+    chats = _shuffled(len(lengths), seed, "conversations", number)
+    rows: list[list[int]] = []
+    for start in range(0, len(chats), PACKED_TOGETHER):
+        group = chats[start : start + PACKED_TOGETHER]
+        room: list[tuple[int, int]] = []  # (places left, row), sorted
+        for chat in group[np.argsort(-lengths[group], kind="stable")].tolist():
+            place = bisect_left(room, (int(lengths[chat]), 0))
+            if place == len(room):
+                left, row = context_length, len(rows)
+                rows.append([])
+            else:
+                left, row = room.pop(place)
+            rows[row].append(chat)
+            insort(room, (left - int(lengths[chat]), row))
+    return _whole_steps([rows[row] for row in _shuffled(len(rows), seed, "rows", number)], batch_rows)
+
+
+def bucketed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
+    """One conversation a row, those of a step of similar length, so that little is padding."""
+    chats = _shuffled(len(lengths), seed, "conversations", number)
+    chunk = batch_rows * BATCHES_SORTED_TOGETHER
+    batches: list[NDArray[np.int64]] = []
+    for start in range(0, len(chats), chunk):
+        part = chats[start : start + chunk]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_rows] for i in range(0, len(part), batch_rows)]
+    last = [batches.pop()] if len(batches[-1]) < batch_rows else []
+    order = _shuffled(len(batches), seed, "batches", number)
+    rows = [[int(chat)] for batch in [*(batches[i] for i in order), *last] for chat in batch]
+    return _whole_steps(rows, batch_rows)
+
+
+LAYOUTS: dict[str, Callable[[NDArray[np.int64], int, int, int, int], Pass]] = {
+    "packed": packed_pass,
+    "bucketed": bucketed_pass,
+}
+
+
+def _shuffled(size: int, seed: int, stream: str, number: int) -> NDArray[np.int64]:
+    if not size:
+        return np.zeros(0, dtype=np.int64)
+    return permute(np.arange(size, dtype=np.int64), size, seed=seed, stream=stream, epoch=number)
+
+
+def _whole_steps(rows: list[list[int]], batch_rows: int) -> Pass:
+    return Pass(rows + [[] for _ in range(-len(rows) % batch_rows)], batch_rows)

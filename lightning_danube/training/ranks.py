@@ -1,0 +1,196 @@
+"""The processes of one run ("ranks") on a machine: when one fails, all end soon, and one of them says why.
+
+Left alone, a rank waits for the others in a collective operation until that times out, half an hour later; or it fails
+there with an error of the network, which says nothing about the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.distributed import DistError
+
+from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped
+from lightning_danube.terminal import tell
+from lightning_danube.training.precision import RANK_ZEROS
+
+LAUNCHER = "LIGHTNING_DANUBE_LAUNCHER"
+"""Environment variable of a rank that rank zero has started: the process id of rank zero."""
+
+SECONDS_OF_SILENCE = 10.0
+"""How long a failed rank leaves it to rank zero, which often fails for the same cause, to say why."""
+
+SECONDS_OF_DOUBT = 3.0
+"""How long rank zero waits to see whether its error is but the echo of another rank's end."""
+
+SECONDS_TO_END = 30.0
+"""How long rank zero may take to end after an error; on a GPU it can wait for work that no peer will finish."""
+
+_POLL_SECONDS = 0.2
+
+
+class RankLauncher(_SubprocessScriptLauncher):
+    """Starts the other ranks of this machine as Lightning's does, and answers for them.
+
+    Lightning's kills rank zero, silently, up to five seconds after another rank has failed, and lets the others be when
+    rank zero itself fails or is done.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._over = threading.Event()
+        self._ending = threading.Lock()
+
+    @staticmethod
+    def install(trainer: Trainer) -> None:
+        """Takes the place of Lightning's, where that would start processes."""
+        launcher = trainer.strategy.launcher
+        if type(launcher) is _SubprocessScriptLauncher:
+            trainer.strategy._launcher = RankLauncher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        if self.cluster_environment.creates_processes_externally:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        os.environ[LAUNCHER] = str(os.getpid())
+        if trainer is not None:
+            os.environ[RANK_ZEROS] = str(trainer.precision)
+        self._call_children_scripts()
+        del os.environ[LAUNCHER]
+        os.environ.pop(RANK_ZEROS, None)
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        with SIGNALS.ending_first(self._end_at_once):
+            return self._answer_for_all(function, *args, **kwargs)
+
+    def _answer_for_all(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = function(*args, **kwargs)
+        except SystemExit as stop:
+            if isinstance(stop, Stopped) and stop.code != EXIT_STOPPED:
+                self._end_the_others(stop)  # there is nothing to save, and perhaps only this rank was told
+            else:
+                # Told to stop: all ranks were, and leave at the same step.
+                self._wait_for_the_others()
+            raise
+        except BaseException as error:
+            explain_silence(error)
+            self._end_the_others(error)
+            raise
+        self._wait_for_the_others()
+        return result
+
+    def _end_at_once(self) -> None:
+        self._over.set()
+        self.kill(signal.SIGKILL)
+
+    def _watch(self) -> None:
+        while not self._over.wait(_POLL_SECONDS):
+            for local_rank, process in enumerate(self.procs, start=1):
+                if process.poll():
+                    self._end_because_of(local_rank, process.returncode)
+
+    def _end_because_of(self, local_rank: int, code: int) -> None:
+        """Ends this process, whose main thread may be waiting for ever, and all that it started."""
+        with self._ending:
+            if self._over.is_set():
+                return  # ended by this process
+            self.kill(signal.SIGKILL)
+            sys.stdout.flush()
+            if code < 0:  # else it has said why
+                rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
+                ranks = self.num_nodes * self.num_processes
+                tell(f"error: rank {rank} of {ranks} {_ended_by(-code)}")
+            os._exit(code if code > 0 else 128 - code)
+
+    def _end_the_others(self, error: BaseException) -> None:
+        """Ends them at once, and this process should it not end by itself."""
+        if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
+            # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile,
+            # at once as a rule; on a busy machine a peer can take long to end whose connections are closed already.
+            time.sleep(SECONDS_TO_END if _is_of_the_network(error) else SECONDS_OF_DOUBT)
+        with self._ending:
+            self._over.set()
+            self.kill(signal.SIGKILL)
+
+        def end() -> None:
+            tell(f"error: {' '.join(str(error).split())}")
+            os._exit(1)
+
+        last_resort = threading.Timer(SECONDS_TO_END, end)
+        last_resort.daemon = True
+        last_resort.start()
+
+    def _wait_for_the_others(self) -> None:
+        deadline = time.monotonic() + SECONDS_TO_END
+        for local_rank, process in enumerate(self.procs, start=1):
+            try:
+                code = process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
+            if code:
+                self._end_because_of(local_rank, code)
+        with self._ending:
+            self._over.set()
+            # What was asked is done: who does not end by now is not waited for.
+            self.kill(signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """In a rank that rank zero has started: ends this process when that one is gone."""
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is not None:
+        threading.Thread(target=_watch_launcher, args=(int(launcher),), name="launcher", daemon=True).start()
+
+
+def _watch_launcher(launcher: int) -> NoReturn:
+    while os.getppid() == launcher:
+        time.sleep(_POLL_SECONDS)
+    if os.environ.get("LOCAL_RANK") == "1":
+        # It ends the others before itself in every case but this one.
+        tell(f"error: rank 0 {_ended_by(None)}")
+    os._exit(1)
+
+
+def explain_silence(error: BaseException) -> None:
+    """Says of a collective operation that timed out what that means; gloo's error speaks of sockets."""
+    found = re.search(r"Timed out waiting (\d+)ms", str(error))
+    if isinstance(error, RuntimeError) and found:
+        error.user_message = (  # type: ignore[attr-defined]
+            f"waited {int(found[1]) / 1000:g} s for another rank, which hangs or is much slower, and ended all: see "
+            "what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; go on from the last "
+            "checkpoint with --ckpt_path last"
+        )
+
+
+def let_rank_zero_speak(rank: int, error: Exception) -> None:
+    """Delays an error of another rank: often rank zero has it as well, says so, and ends this process meanwhile."""
+    explain_silence(error)
+    if rank:
+        time.sleep(SECONDS_OF_SILENCE)
+        error.add_note(f"on rank {rank}")
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Whether a back end of torch.distributed says so; gloo's errors have no class of their own."""
+    return isinstance(error, DistError) or "gloo" in str(error).lower()
+
+
+def _ended_by(number: int | None) -> str:
+    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+    by = "" if number is None else f" by {name}"
+    memory = ", as when memory runs out" if number in (None, signal.SIGKILL) else ""
+    return f"was ended{by}{memory}, and the other ranks with it: go on from the last checkpoint with --ckpt_path last"

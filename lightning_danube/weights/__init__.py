@@ -1,0 +1,1 @@
+"""Weights: what a name means, and loading and saving them in each format."""

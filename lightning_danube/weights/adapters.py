@@ -1,0 +1,384 @@
+"""LoRA adapters in PEFT's layout, on the plain decoder. The one file that imports peft.
+
+The decoder's modules are named as in Hugging Face's LlamaForCausalLM, so an adapter fits both: what is trained here
+loads with PeftModel on the exported model, and the other way round. PEFT skips what it does not know or find; here
+names, shapes and settings have to fit exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_danube.model import Decoder
+from lightning_danube.weights.huggingface import (
+    read_json,
+    read_tensor,
+    replaced_directory,
+    some,
+    tensor_types,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# bitsandbytes, which peft imports, looks for a kernel on the hub on some processors, and warns that there is none. Said
+# here, because jsonargparse runs the import above to know the types.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# PeftModel is a wrapper around the model's wrapper; on disk every name begins so.
+PREFIX = "base_model.model."
+# Settings that may have any value. Of the others only the default is known here to leave the base as it is.
+FREE = {
+    "auto_mapping",
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "peft_version",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685); the defaults are the paper's settings for classification.
+
+    Args:
+        rank: of the update of each layer.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, in training.
+        targets: linear layers of the blocks that get one.
+        dora: also learn the length of each layer's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353).
+        rslora: scale by alpha / √rank, so that a higher rank does not weaken the update (Kalajdzievski 2023,
+            arXiv 2312.03732).
+        quantization: "nf4" holds the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314).
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LINEAR_LAYERS
+    dora: bool = False
+    rslora: bool = False
+    quantization: Literal["nf4"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora has rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank at least 1, alpha above "
+                "0, dropout from 0 to below 1"
+            )
+        unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
+        if unknown or not self.targets:
+            known = ", ".join(LINEAR_LAYERS)
+            raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
+
+    def apply(self, decoder: Decoder) -> None:
+        """Put a fresh adapter onto a decoder, in place, on weights of the type that is asked for.
+
+        Raises:
+            ValueError: the decoder has an adapter.
+        """
+        if self.quantization is not None:
+            from lightning_danube.weights.quantized_linear import quantize_linear_layers
+
+            quantize_linear_layers(decoder, self.quantization)
+        add_adapter(decoder, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The same for peft.LoraConfig."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(self.targets),
+            "use_dora": self.dora,
+            "use_rslora": self.rslora,
+        }
+
+
+def add_adapter(decoder: Decoder, **settings: Any) -> None:
+    """A fresh adapter in place; from then on only it trains. Settings are those of peft.LoraConfig.
+
+    Raises:
+        ValueError: the decoder has an adapter, or the settings fit none of its layers.
+    """
+    config = _lora_config(settings, "the adapter")
+    _expected_shapes(decoder, config, "the adapter")
+    _inject(decoder, config, "the adapter")
+
+
+def load_adapter(decoder: Decoder, directory: str | Path, *, trainable: bool = False) -> None:
+    """Put an adapter from disk onto a decoder, in place and beside its weights; `merge_adapter` adds it to them.
+
+    Raises:
+        ValueError: it is no adapter, or does not fit the decoder, which then is as it was.
+    """
+    source = Path(directory)
+    settings = read_settings(source)
+    config = _lora_config({**settings, "inference_mode": not trainable}, f"{source / CONFIG}")
+    tensors = read_adapter_tensors(source)
+    _check_embeddings(decoder, tensors, source)
+    _check_shapes(_expected_shapes(decoder, config, f"{source / CONFIG}"), tensors, config, source)
+    _inject(decoder, config, f"{source / CONFIG}")
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(decoder, tensors)
+
+
+def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
+    """Add the adapter to the weights, in place: a plain decoder again, in the type it had.
+
+    In 16-bit weights the sum is rounded to 16 bits: load the base as float32 where that matters.
+
+    Args:
+        dequantize: merge into plain layers what was trained on 4-bit ones. Rounded to 4 bits, the sum would be another
+            model than the one that was trained.
+
+    Raises:
+        ValueError: the sum is not finite, or the base is in 4 bits and may not be dequantized.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(decoder, "is_loaded_in_4bit", False):
+        if not dequantize:
+            raise ValueError("the adapter's base is in 4 bits, which cannot hold the sum: merge with dequantize=True")
+        _onto_plain_layers(decoder)
+    for name, module in list(decoder.named_modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        try:
+            module.merge(safe_merge=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: the adapter cannot be merged: {error}") from error
+        parent, _, child = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), child, module.get_base_layer())
+    del decoder.peft_config
+    decoder.requires_grad_(True)
+
+
+def _onto_plain_layers(decoder: Decoder) -> None:
+    """Moves the adapter from 4-bit layers onto the plain ones that those compute as."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from lightning_danube.weights.quantized_linear import dequantize_linear_layers
+
+    adapters: Any = decoder.peft_config
+    config, state = adapters["default"], get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, module.get_base_layer())
+    del decoder.peft_config
+    dequantize_linear_layers(decoder)
+    _inject(decoder, config, "the adapter")
+    set_peft_model_state_dict(decoder, state)
+
+
+def save_adapter(
+    decoder: Decoder,
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    card: str | None = None,
+    score: Tensor | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the decoder's adapter as PEFT does. `base` names the model it belongs on, `card` goes into README.md;
+    `score` is the head of a LlamaForSequenceClassification, (classes, hidden size), that belongs to the adapter."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if not hasattr(decoder, "peft_config"):
+        raise ValueError("the decoder has no adapter to save")
+    adapters: Any = decoder.peft_config
+    config = adapters["default"]
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    content |= {"base_model_name_or_path": base, "inference_mode": True}
+    content["task_type"] = content["task_type"] or "CAUSAL_LM"
+    state = get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if score is not None:
+        content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
+    with replaced_directory(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
+        write_json(partial / CONFIG, content)
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        if card is not None:
+            (partial / "README.md").write_text(card, "utf-8")
+
+
+def base_digest(decoder: Decoder) -> str:
+    """Tells one frozen base from another by the beginning of each of its weights, with or without an adapter on it."""
+    digest = hashlib.sha256()
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in decoder.named_parameters()
+        if ".lora_" not in name
+    }
+    for name in sorted(frozen):
+        digest.update(name.encode())
+        begin = frozen[name].detach().flatten()[:256].cpu()
+        # In one type, so that a base is the same whether it is loaded in 16 bits or more; packed weights stay bytes.
+        begin = begin.float() if begin.is_floating_point() else begin
+        digest.update(begin.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(decoder: Decoder) -> str:
+    """Hash of all weights under an adapter, or without one, in the type they have."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in decoder.state_dict().items():
+        if ".lora_" not in name:
+            digest.update(f"{name.replace('.base_layer.', '.')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """An adapter_config.json whose every setting is known to do here what it does in PEFT."""
+    file = directory / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{directory}: no {CONFIG} in it, so no adapter in PEFT's layout")
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {settings.get('peft_type')!r}; only 'LORA' can be loaded")
+    initialization = settings.get("init_lora_weights", True)
+    if initialization not in INITIALIZATIONS:
+        raise ValueError(
+            f"{file}: init_lora_weights is {initialization!r}, which may change the base's own weights; convert it to "
+            "plain LoRA when saving (path_initial_model_for_weight_conversion in PEFT)"
+        )
+    from_peft = _peft_defaults()
+    for key, value in settings.items():
+        if key not in FREE and key != "init_lora_weights" and value and value != from_peft.get(key):
+            raise ValueError(f"{file}: {key} is {value!r}; only LoRA on whole linear or embedding layers can be loaded")
+    return {key: value for key, value in settings.items() if key in FREE}
+
+
+def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter by their names in the decoder."""
+    file = directory / TENSORS
+    if not file.is_file():
+        if (directory / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{directory}: only pickled weights (adapter_model.bin), which can run anything when read; convert "
+                "them to safetensors first"
+            )
+        raise ValueError(f"{directory}: no {TENSORS} in it")
+    tensors = {name: read_tensor(file, name, None, None) for name in tensor_types(file)}
+    if foreign := [name for name in tensors if not name.startswith(PREFIX)]:
+        raise ValueError(f"{file}: {len(foreign)} names do not begin with {PREFIX}, as PEFT's do: {some(foreign)}")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{file}: {len(broken)} tensors hold values that are not finite: {some(broken)}")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _check_embeddings(decoder: Decoder, tensors: dict[str, Tensor], source: Path) -> None:
+    """Takes out the copies of the base's embeddings that PEFT saves when an adapter sits on them."""
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
+        theirs, module = tensors.pop(name), name.removesuffix(".base_layer.weight")
+        ours = dict(decoder.named_parameters(remove_duplicate=False)).get(f"{module}.weight")
+        if ours is None or ours.shape != theirs.shape or not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
+            raise ValueError(
+                f"{source}: it brings another {module} than the model has: it was made for another base, or with added "
+                "tokens"
+            )
+
+
+def _expected_shapes(decoder: Decoder, config: LoraConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors that an adapter has on this decoder, found out on one without memory: the decoder
+    itself is not touched until all is known to fit."""
+    from peft import get_peft_model_state_dict
+
+    if hasattr(decoder, "peft_config"):
+        raise ValueError(f"{where}: the decoder has an adapter already; merge that one first")
+    with torch.device("meta"):
+        empty = Decoder(decoder.config)
+    _inject(empty, copy.deepcopy(config), where)
+    tied = {"model.embed_tokens": empty.model.embed_tokens, "lm_head": empty.lm_head}
+    adapted = [name for name, layer in tied.items() if hasattr(layer, "base_layer")]
+    if decoder.config.tie_word_embeddings and adapted:
+        raise ValueError(
+            f"{where}: it adapts {some(adapted)}, and this model's embedding and head share one weight: merged, it "
+            "would change both"
+        )
+    state = get_peft_model_state_dict(empty, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], config: LoraConfig, source: Path
+) -> None:
+    made_for = f" (made for {config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+    if missing := expected.keys() - tensors.keys():
+        raise ValueError(f"{source}: {len(missing)} tensors of the adapter{made_for} are missing: {some(missing)}")
+    if surplus := tensors.keys() - expected.keys():
+        raise ValueError(
+            f"{source}: {len(surplus)} tensors of the adapter{made_for} have no place in this model: {some(surplus)}"
+        )
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source}: {len(wrong)} tensors of the adapter{made_for} have another shape than this model's layers and "
+            f"its settings say: {some(wrong)}"
+        )
+
+
+def _lora_config(settings: Mapping[str, Any], where: str) -> LoraConfig:
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _inject(decoder: Decoder, config: LoraConfig, where: str) -> None:
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    try:
+        inject_adapter_in_model(config, decoder)
+    except Exception as error:
+        # PEFT takes settings as they come: a wrong one fails anywhere.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: it fits no layer of this model as it stands ({reason})") from error
+    # As PeftModel does: 16-bit adapters would lose their small steps.
+    cast_adapter_dtype(decoder, "default")
+
+
+def _peft_defaults() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    return LoraConfig().to_dict()

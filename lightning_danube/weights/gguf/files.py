@@ -1,0 +1,552 @@
+"""Decoders as GGUF files, the format of llama.cpp, in both directions.
+
+llama.cpp turns channels 2i and 2i + 1 of a head as one pair, where we turn i and i + K/2. So the rows of the query and
+key projections stand in another order there: taken as they are, they load, and the model answers wrongly.
+
+A wrong file is refused in one line that names it, before any tensor is read. gguf and numpy are imported inside the
+functions, so that importing the model stays cheap.
+"""
+
+import math
+import sys
+import uuid
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_danube.model.config import DecoderConfig
+from lightning_danube.model.decoder import Decoder
+from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
+from lightning_danube.weights.huggingface import assemble, plain_tensors, some, synchronize
+
+if TYPE_CHECKING:
+    import gguf
+
+ARCHITECTURE = "llama"
+# Our names of a block's tensors, and those of GGUF.
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OTHER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+# Keys whose meaning the config takes over or checks; any other one of the architecture could change what is computed.
+KNOWN_KEYS = frozenset(
+    {
+        "vocab_size",
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.type",
+    }
+)
+# No decoder has more of anything, and a damaged number costs no more than this to check.
+MOST = 2**24
+LARGEST_FLOAT16 = 65504.0
+# Dequantizing needs several times the memory of its result in between. Pieces that fit into the processor's cache
+# take 0.9 CPU seconds for SmolLM2's file, pieces of 2^20 values 1.5.
+PIECE_VALUES = 2**18
+
+
+def import_gguf() -> Any:
+    """The package gguf, without the tokenizers of mistral_common: gguf would import them, which takes 0.4 CPU seconds,
+    and uses them only to convert models."""
+    hidden = "mistral_common"
+    if "gguf" not in sys.modules and hidden not in sys.modules:
+        sys.modules[hidden] = None  # type: ignore[assignment]  # makes its import fail
+        try:
+            import gguf
+        finally:
+            del sys.modules[hidden]
+    import gguf
+
+    return gguf
+
+
+def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Decoder:
+    """The decoder in a GGUF file of the llama architecture, whatever type its tensors have.
+
+    In `dtype`, or without one in the file's own type where all its matrices are float16 or all bfloat16, else in
+    float32: what a quantized file says is then not rounded once more. Tensors are taken from a memory map one by one,
+    so two copies are never held. In training mode as after load_hf.
+    """
+    header = read_gguf_header(path)
+    config = config_of(header)
+    names = gguf_names(config)
+    check_tensors(header, config, names)
+    dtype = dtype or natural_type(header)
+
+    import numpy as np
+
+    content = np.memmap(header.path, dtype=np.uint8, mode="r")
+    tensors: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        tensor = read_tensor(content, header.tensors[theirs], dtype)
+        if heads := rotated_heads(config, ours):
+            tensor = rotated_by_halves(tensor, heads)
+        tensors[ours] = tensor.to(device)
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return assemble(config, tensors, header.path).to(device)
+
+
+def read_gguf_config(path: str | Path) -> DecoderConfig:
+    """The shape of the decoder in a GGUF file, without reading its tensors."""
+    return config_of(read_gguf_header(path))
+
+
+def save_gguf(
+    decoder: Decoder,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer_fields: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a file that llama.cpp loads: matrices in `dtype` (float32, float16 or bfloat16), gains in float32, as
+    llama.cpp wants them.
+
+    `tokenizer_fields` are keys and values of the tokenizer, as `gguf_tokenizer_fields` makes them. Without them the file
+    has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. The file is written
+    beside its place and renamed when complete. Only a GGUF file is ever overwritten.
+    """
+    target = Path(path).absolute()
+    file_type_of(dtype)
+    check_target(target, overwrite)
+    config = decoder.config
+    tensors = plain_tensors(decoder)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, not $TMPDIR: a rename within one filesystem is all or nothing.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    writer = begin_gguf(partial, config, dtype, tokenizer_fields, name)
+    try:
+        for ours in gguf_names(config):
+            # One converted copy at a time, however large the model.
+            tensor = tensors[ours].detach().cpu()
+            if heads := rotated_heads(config, ours):
+                tensor = rotated_by_neighbours(tensor, heads)
+            converted = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
+            check_finite(ours, tensor, converted)
+            # numpy has no bfloat16; the writer only copies bytes.
+            raw = converted.view(torch.int16) if converted.dtype == torch.bfloat16 else converted
+            writer.write_tensor_data(raw.numpy())
+        writer.close()
+        synchronize(partial)
+        partial.replace(target)
+        synchronize(target.parent)
+    finally:
+        # In this order: on a full disk closing fails once more.
+        partial.unlink(missing_ok=True)
+        writer.close()
+
+
+def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
+    """Write the head of a float16 file, with a hole in the place of the tensors: for programs that only ask for shapes.
+    However large the model is said to be, it takes next to no room on the disk."""
+    writer = begin_gguf(Path(path), config, torch.float16, None, None)
+    writer.close()
+    header = read_gguf_header(path)
+    last = max(header.tensors.values(), key=lambda tensor: tensor.offset)
+    with open(path, "r+b") as file:
+        # Gains, the last tensors of all, have 4 bytes a number.
+        file.truncate(last.offset + 4 * math.prod(last.shape))
+
+
+def file_type_of(dtype: torch.dtype) -> "tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]":
+    """The types of a matrix and of a file.
+
+    Raises:
+        ValueError: a file of ours has none such.
+    """
+    gguf = import_gguf()
+
+    quantizations = {
+        torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+        torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+        torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    }
+    if dtype not in quantizations:
+        raise ValueError(f"a GGUF file is written in float32, float16 or bfloat16, not in {dtype}")
+    return quantizations[dtype]
+
+
+def begin_gguf(
+    path: Path,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    tokenizer_fields: Mapping[str, Any] | None,
+    name: str | None,
+) -> "gguf.GGUFWriter":
+    """A file with all but its tensors, which have to follow in the order of `gguf_names`.
+
+    Nothing is left of it when that fails.
+    """
+    gguf = import_gguf()
+    import numpy as np
+
+    quantization, file_type = file_type_of(dtype)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        writer.add_type("model")
+        if name:
+            writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in model_fields(config).items():
+            add_field(writer, f"{ARCHITECTURE}.{key}", value)
+        for key, value in padded_to_vocabulary(tokenizer_fields, config.vocab_size).items():
+            add_field(writer, key, value)
+        for ours, shape in shapes_of(config).items():
+            kind = quantization if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+            size = math.prod(shape) * gguf.GGML_QUANT_SIZES[kind][1]
+            writer.add_tensor_info(gguf_names(config)[ours], shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        writer.close()
+        raise
+    return writer
+
+
+def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Our names of all tensors of a file, in their order, and their shapes in torch's."""
+    with torch.device("meta"):
+        parameters = Decoder(config).state_dict()
+    return {name: tuple(parameters[name].shape) for name in gguf_names(config)}
+
+
+def gguf_names(config: DecoderConfig) -> dict[str, str]:
+    """Our names of all tensors of a file, and GGUF's, in the order of the parameters; a tied head is left out."""
+    names = {"model.embed_tokens.weight": OTHER_NAMES["model.embed_tokens.weight"]}
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in BLOCK_NAMES.items():
+            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+    names["model.norm.weight"] = OTHER_NAMES["model.norm.weight"]
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = OTHER_NAMES["lm_head.weight"]
+    return names
+
+
+def rotated_heads(config: DecoderConfig, name: str) -> int | None:
+    """How many heads the rows of a tensor (our name) are, if they are rotated and so stand in another order in GGUF."""
+    if name.endswith("q_proj.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("k_proj.weight") else None
+
+
+def rotated_by_neighbours(weight_ND: Tensor, heads: int) -> Tensor:
+    """Rows of each head from our order (channel i turns with i + K/2) to llama.cpp's (2i with 2i + 1)."""
+    N, D = weight_ND.shape
+    return weight_ND.view(heads, 2, N // heads // 2, D).transpose(1, 2).reshape(N, D)
+
+
+def rotated_by_halves(weight_ND: Tensor, heads: int) -> Tensor:
+    """The way back."""
+    N, D = weight_ND.shape
+    return weight_ND.view(heads, N // heads // 2, 2, D).transpose(1, 2).reshape(N, D)
+
+
+def config_of(header: GGUFHeader) -> DecoderConfig:
+    """The config that a file's fields describe.
+
+    What this decoder cannot compute is refused: a field ignored here would be a model that loads and answers wrongly.
+    """
+    architecture = header.fields.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ValueError(f"{header.path}: the architecture is {architecture!r}; only {ARCHITECTURE!r} can be loaded")
+    if (parts := header.fields.get("split.count", 1)) not in (0, 1):
+        raise ValueError(f"{header.path}: one of {parts} parts of a model; join them (llama-gguf-split --merge)")
+    prefix = f"{ARCHITECTURE}."
+    fields = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
+    try:
+        return config_from_fields(fields, header.tensors)
+    except ValueError as error:
+        raise ValueError(f"{header.path}: {error}") from None
+
+
+def config_from_fields(fields: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> DecoderConfig:
+    refuse_what_is_not_computed(fields, tensors)
+    heads = whole(fields, "attention.head_count")
+    hidden_size = whole(fields, "embedding_length")
+    head_dim = whole(fields, "attention.key_length", hidden_size // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if whole(fields, key, head_dim) != head_dim:
+            raise ValueError(
+                f"{prefixed(key)} is {fields[key]}; only heads of {head_dim} channels, all rotated, are possible"
+            )
+    embedding = tensors.get(OTHER_NAMES["model.embed_tokens.weight"])
+    if embedding is None:
+        raise ValueError(f"1 tensors are missing: {OTHER_NAMES['model.embed_tokens.weight']}")
+    layers = whole(fields, "block_count")
+    if layers > len(tensors):
+        raise ValueError(f"{prefixed('block_count')} is {layers}, yet there are only {len(tensors)} tensors")
+    return DecoderConfig(
+        hidden_size=hidden_size,
+        intermediate_size=whole(fields, "feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=whole(fields, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab_size=whole(fields, "vocab_size", embedding.shape[0] if embedding.shape else 0),
+        max_position_embeddings=whole(fields, "context_length"),
+        rope_theta=real(fields, "rope.freq_base", 10000.0),
+        rms_norm_eps=real(fields, "attention.layer_norm_rms_epsilon"),
+        tie_word_embeddings=OTHER_NAMES["lm_head.weight"] not in tensors,
+    )
+
+
+def refuse_what_is_not_computed(fields: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
+    scaling = fields.get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"{prefixed('rope.scaling.type')} is {scaling!r}; positions are not scaled here")
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(
+            "rope_freqs.weight scales the rotary frequencies, as Llama 3.1 does; positions are not scaled here"
+        )
+    window, context = fields.get("attention.sliding_window") or 0, whole(fields, "context_length")
+    if window and window < context:
+        raise ValueError(
+            f"{prefixed('attention.sliding_window')} is {window}; this decoder attends to its whole context, {context}"
+        )
+    for key, value in fields.items():
+        # Settings that are off, and the other settings of a scaling that is off, change nothing.
+        if key not in KNOWN_KEYS and not key.startswith("rope.scaling.") and value not in (0, "", "none", "default"):
+            raise ValueError(f"{prefixed(key)} is {value!r}, which is not supported")
+
+
+def prefixed(key: str) -> str:
+    return f"{ARCHITECTURE}.{key}"
+
+
+def whole(fields: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = fields.get(key, default)
+    if value is None:
+        raise ValueError(f"no {prefixed(key)} in it")
+    if not isinstance(value, int) or isinstance(value, bool):
+        # A list has a number a layer: layers of different shapes.
+        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not one whole number")
+    if not 0 <= value <= MOST:
+        raise ValueError(f"{prefixed(key)} is {value}, and cannot be above {MOST}")
+    return value
+
+
+def real(fields: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = fields.get(key, default)
+    if value is None:
+        raise ValueError(f"no {prefixed(key)} in it")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not a number")
+    # The file holds a float32, and 1e-5 comes back as 9.999999747378752e-06: the shortest number of the same float32 is
+    # what was meant.
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def model_fields(config: DecoderConfig) -> dict[str, Any]:
+    """What llama.cpp has to know of the shape. It takes the key and value lengths for hidden size / heads when they are
+    left out, and the rotary base for 10,000, which is a model that loads and answers wrongly."""
+    assert config.head_dim is not None  # resolved by the config
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
+
+
+def padded_to_vocabulary(tokenizer_fields: Mapping[str, Any] | None, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer's fields with a token for every row of the embedding: llama.cpp counts on as many."""
+    if tokenizer_fields is None:
+        return {"tokenizer.ggml.model": "none"}
+    gguf = import_gguf()
+
+    fields = dict(tokenizer_fields)
+    tokens = list(fields["tokenizer.ggml.tokens"])
+    if len(tokens) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokens)} tokens, the model only {vocab_size}: is the tokenizer another model's?"
+        )
+    missing = range(len(tokens), vocab_size)
+    tokens += [f"[PAD{index}]" for index in missing]
+    # llama.cpp ends the whole process when two tokens have one text.
+    assert len(set(tokens)) == len(tokens), "two tokens have the same text"
+    fields["tokenizer.ggml.tokens"] = tokens
+    fillers = {"tokenizer.ggml.token_type": int(gguf.TokenType.UNUSED), "tokenizer.ggml.scores": -10000.0}
+    for key, filler in fillers.items():
+        if key in fields:
+            fields[key] = [*fields[key], *(filler for _ in missing)]
+    return fields
+
+
+def add_field(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+        case _:
+            raise AssertionError(f"{key} is a {type(value).__name__}, which no field holds")
+
+
+def check_finite(name: str, tensor: Tensor, converted: Tensor) -> None:
+    if bool(converted.isfinite().all()):
+        return
+    if bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"{name} holds {float(tensor.abs().max()):.3g}, beyond the {LARGEST_FLOAT16:,.0f} of float16: "
+            "write bfloat16 or float32"
+        )
+    raise ValueError(f"{name} holds values that are not finite: the model is broken, and is not written")
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if target.is_dir():
+        raise ValueError(f"{target} is a directory; give the name of a file")
+    if not overwrite:
+        raise ValueError(f"{target} exists; choose another name, or overwrite")
+    if not is_gguf(target):
+        raise ValueError(f"{target} is no GGUF file; it is not overwritten")
+
+
+def check_tensors(header: GGUFHeader, config: DecoderConfig, names: Mapping[str, str]) -> None:
+    """That each expected tensor is there in its shape, in a type that can be read, as a whole, and no other."""
+    path, entries = header.path, header.tensors
+    if missing := set(names.values()) - entries.keys():
+        raise ValueError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
+    if surplus := entries.keys() - set(names.values()):
+        raise ValueError(f"{path}: {len(surplus)} tensors have no place in the model of its fields: {some(surplus)}")
+    expected = shapes_of(config)
+    wrong = [
+        f"{theirs} {entries[theirs].shape}, not {expected[ours]}"
+        for ours, theirs in names.items()
+        if entries[theirs].shape != expected[ours]
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors have another shape than its fields say: {some(wrong)}")
+    readable = readable_types()
+    if unread := {entry.name for entry in entries.values() if entry.type not in readable}:
+        kinds = ", ".join(sorted({type_name(entries[name].type) for name in unread}))
+        raise ValueError(f"{path}: {len(unread)} tensors have a type that cannot be read ({kinds}): {some(unread)}")
+    if uneven := {entry.name for entry in entries.values() if entry.shape[-1] % block_size(entry)}:
+        raise ValueError(f"{path}: the rows of {len(uneven)} tensors are no whole blocks of their type: {some(uneven)}")
+    cut = {entry.name for entry in entries.values() if entry.offset + tensor_bytes(entry) > header.file_size}
+    if cut:
+        raise ValueError(
+            f"{path}: truncated: {len(cut)} tensors end beyond its {header.file_size:,} bytes: {some(cut)}"
+        )
+
+
+def type_name(kind: int) -> str:
+    gguf = import_gguf()
+
+    return gguf.GGMLQuantizationType(kind).name if kind in set(gguf.GGMLQuantizationType) else f"number {kind}"
+
+
+@lru_cache(maxsize=1)
+def readable_types() -> frozenset[int]:
+    """The types that the package dequantizes."""
+    gguf = import_gguf()
+    import numpy as np
+
+    readable = set()
+    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        readable.add(int(kind))
+    return frozenset(readable)
+
+
+def block_size(entry: TensorEntry) -> int:
+    """How many values are encoded together."""
+    gguf = import_gguf()
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.type)][0]
+
+
+def tensor_bytes(entry: TensorEntry) -> int:
+    gguf = import_gguf()
+
+    block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.type)][1]
+    return math.prod(entry.shape) // block_size(entry) * block_bytes
+
+
+def natural_type(header: GGUFHeader) -> torch.dtype:
+    """float16 or bfloat16 where every matrix has it, else float32."""
+    gguf = import_gguf()
+
+    kinds = {entry.type for entry in header.tensors.values() if len(entry.shape) > 1}
+    if kinds == {gguf.GGMLQuantizationType.F16}:
+        return torch.float16
+    return torch.bfloat16 if kinds == {gguf.GGMLQuantizationType.BF16} else torch.float32
+
+
+def read_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    """One tensor out of the mapped file (an array of bytes), as a copy: the file may be cut while the model lives."""
+    gguf = import_gguf()
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType(entry.type)
+    plain = {
+        gguf.GGMLQuantizationType.F32: torch.float32,
+        gguf.GGMLQuantizationType.F16: torch.float16,
+        gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+    }
+    tensor = torch.empty(entry.shape, dtype=dtype)
+    rows = tensor.view(-1, entry.shape[-1])
+    bytes_of_rows = content[entry.offset : entry.offset + tensor_bytes(entry)].reshape(len(rows), -1)
+    together = max(1, PIECE_VALUES // entry.shape[-1])
+    for start in range(0, len(rows), together):
+        piece = np.array(bytes_of_rows[start : start + together])
+        if kind in plain:
+            values = torch.from_numpy(piece).view(plain[kind])
+        else:
+            # As one long row: the package works on 16 rows at a time, which are small pieces here.
+            values = torch.from_numpy(gguf.dequantize(piece.reshape(1, -1), kind)).view(len(piece), -1)
+        rows[start : start + together] = values
+    return tensor

@@ -1,0 +1,292 @@
+"""Tokenizers in GGUF files, both ways: the same ids here and in llama.cpp.
+
+llama.cpp has its own implementation of two kinds. "llama" is SentencePiece's BPE, driven by a score a piece. "gpt2" is
+byte-level BPE, driven by a list of merges, after a split of the text into words for which the file holds only a name;
+the names and what they stand for are known to llama.cpp's source alone.
+
+One convention differs. For us a tokenizer that has a bos token (another one than eos) puts it before every document and
+prompt; a file says so apart, in `add_bos_token`. So a file that says no gives a tokenizer without a bos token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.tokens.tokenizer import sentencepiece_backend
+from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
+from lightning_danube.weights.gguf.header import read_gguf_header
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+KEY = "tokenizer.ggml."
+CHAT_TEMPLATE = "tokenizer.chat_template"
+# llama.cpp's types of tokens.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Our names of special tokens, and those of the keys that hold their ids.
+SPECIAL_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+    "sep_token": "seperator_token_id",  # spelt so in the format
+    "mask_token": "mask_token_id",
+}
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+# Tells the splits apart: whatever two of them treat differently is in here.
+PROBE = (
+    "Hello I've told HE'S, y'all'Ll  two   spaces\n\nnew \n line\r\n\ttab 3 33 333 3333 33333 3.3 a1b22 caf\u00e9 "
+    "cafe\u0301 camelCase XMLFile 我想在apple工作1314151天～ កាន់តែ нещо на Български \U0001f469\u200d\U0001f467 ?! "
+    "...\n//\n/ ''' \u00a0x ₂½Ⅷ "
+)
+# The same for SentencePiece: what the prefix and the spaces become. It starts with no space, see gguf_tokenizer_fields.
+SENTENCEPIECE_PROBE = "a b  c\td\n e"
+
+
+def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a GGUF file, with its special tokens, chat template, and the model's context length.
+
+    Raises:
+        ValueError: there is none, or one of a kind that is not known here.
+    """
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    header = read_gguf_header(path)
+    fields = header.fields
+    tokens, types = _tokens(fields, header.path)
+    kind = fields[f"{KEY}model"]
+    if kind == "llama":
+        backend = _sentencepiece(fields, tokens, types, header.path)
+    elif kind == "gpt2":
+        backend = _byte_level(fields, tokens, header.path)
+    else:
+        raise ValueError(f"{header.path}: its tokenizer is of the kind {kind!r}; only 'llama' and 'gpt2' can be loaded")
+    apart = [index for index, token_type in enumerate(types) if token_type in (CONTROL, UNKNOWN, USER_DEFINED)]
+    backend.add_tokens(
+        [AddedToken(tokens[index], normalized=False, special=types[index] != USER_DEFINED) for index in apart]
+    )
+    special: dict[str, str | None] = {}
+    for name, key in SPECIAL_IDS.items():
+        index = fields.get(KEY + key)
+        # llama.cpp passes over ids beyond the vocabulary, too; some files have them.
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            special[name] = tokens[index]
+    if not _adds_bos(fields, kind):
+        special["bos_token"] = None
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=fields.get(f"{fields.get('general.architecture')}.context_length"),
+        **special,
+    )
+    template = fields.get(CHAT_TEMPLATE)
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What a GGUF file has to say of a tokenizer, key by key.
+
+    Of a SentencePiece tokenizer's treatment of leading spaces nothing is kept: llama.cpp has SentencePiece's own, and
+    what transformers makes of such vocabularies often differs from it there.
+
+    Raises:
+        ValueError: llama.cpp has nothing that gives the same ids.
+    """
+    backend = tokenizer.backend_tokenizer
+    parts = json.loads(backend.to_str())
+    model = parts["model"]
+    if (
+        model["type"] != "BPE"
+        or model["continuing_subword_prefix"]
+        or model["end_of_word_suffix"]
+        or model["dropout"]
+        or (model["byte_fallback"] and model["ignore_merges"])
+    ):
+        raise ValueError("the tokenizer is no plain BPE, which is all that a GGUF file can hold here")
+    tokens = _tokens_by_id(backend)
+    added = {token["id"]: token for token in parts["added_tokens"]}
+    for token in added.values():
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise ValueError(
+                f"the token {token['content']!r} takes the spaces around it along, which llama.cpp does not do"
+            )
+    types = [_type(index, token, added, model, tokenizer.unk_token_id) for index, token in enumerate(tokens)]
+    fields: dict[str, Any] = {}
+    if model["byte_fallback"]:
+        add_space_prefix = _adds_space_prefix(backend)
+        fields[f"{KEY}model"], fields[f"{KEY}pre"] = "llama", "default"
+        fields[f"{KEY}scores"] = _scores(tokens, types, [tuple(pair) for pair in model["merges"]])
+    else:
+        add_space_prefix = False
+        fields[f"{KEY}model"], fields[f"{KEY}pre"] = "gpt2", _word_split(backend, model).names[0]
+        fields[f"{KEY}merges"] = [" ".join(pair) for pair in model["merges"]]
+    fields[f"{KEY}tokens"], fields[f"{KEY}token_type"] = tokens, types
+    for name, key in SPECIAL_IDS.items():
+        index = getattr(tokenizer, f"{name}_id")
+        if index is not None:
+            fields[KEY + key] = int(index)
+    bos = tokenizer.bos_token_id
+    fields[f"{KEY}add_space_prefix"] = add_space_prefix
+    fields[f"{KEY}add_bos_token"] = bos is not None and bos != tokenizer.eos_token_id
+    # Documents end with eos in training; a prompt must not.
+    fields[f"{KEY}add_eos_token"] = False
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if template:
+        fields[CHAT_TEMPLATE] = template
+    return fields
+
+
+def _tokens(fields: Mapping[str, Any], path: Path) -> tuple[list[str], list[int]]:
+    """All tokens and their types, by id, less the fillers at the end that only make up for the embedding's size."""
+    if fields.get(f"{KEY}model", "none") in ("none", "no_vocab"):
+        raise ValueError(f"{path}: holds no tokenizer; name one")
+    tokens = _list(fields, "tokens", str, path)
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: the token {repeated[0]!r} is there twice")
+    types = (
+        _list(fields, "token_type", int, path, len(tokens)) if f"{KEY}token_type" in fields else [NORMAL] * len(tokens)
+    )
+    count = len(tokens)
+    while count > 1 and types[count - 1] == UNUSED:
+        count -= 1
+    return tokens[:count], types[:count]
+
+
+def _list(fields: Mapping[str, Any], key: str, kind: type, path: Path, count: int | None = None) -> list[Any]:
+    value = fields.get(KEY + key)
+    if not isinstance(value, list) or not value or not isinstance(value[0], kind):
+        raise ValueError(f"{path}: {KEY}{key} is no list of type {kind.__name__}")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{path}: {KEY}{key} has {len(value)} values for {count} tokens")
+    return value
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> Tokenizer:
+    unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN]
+    return sentencepiece_backend(
+        {token: index for index, token in enumerate(tokens)},
+        _list(fields, "scores", float, path, len(fields[f"{KEY}tokens"])),
+        unknown=unknown[0] if unknown else None,
+        add_space_prefix=bool(fields.get(f"{KEY}add_space_prefix", True)),
+        never_merged=[token for token, kind in zip(tokens, types, strict=True) if kind != NORMAL],
+    )
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models
+
+    split = _named_split(fields, path)
+    merges = _list(fields, "merges", str, path)
+    # The space that parts a pair is the first one after its first character.
+    pairs = [(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in merges if " " in merge[1:]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    for left, right in pairs:
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ValueError(f"{path}: {KEY}merges joins {left!r} and {right!r}, which are not all tokens")
+    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split.ignore_merges))
+    backend.pre_tokenizer = split.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _named_split(fields: Mapping[str, Any], path: Path) -> WordSplit:
+    name = fields.get(f"{KEY}pre")
+    for split in WORD_SPLITS:
+        if name in split.names:
+            return split
+    known = ", ".join(split.names[0] for split in WORD_SPLITS)
+    raise ValueError(f"{path}: {KEY}pre is {name!r}, a split into words that is not known here; known are {known}")
+
+
+def _adds_bos(fields: Mapping[str, Any], kind: str) -> bool:
+    default = kind == "llama" or any(split.add_bos for split in WORD_SPLITS if fields.get(f"{KEY}pre") in split.names)
+    return bool(fields.get(f"{KEY}add_bos_token", default))
+
+
+def _tokens_by_id(backend: Tokenizer) -> list[str]:
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    by_id = {index: token for token, index in vocabulary.items()}
+    # Ids without a token exist where a vocabulary was cut; llama.cpp wants a text for each, all different.
+    return [by_id.get(index, f"[PAD{index}]") for index in range(max(by_id) + 1)]
+
+
+def _type(
+    index: int, token: str, added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any], unknown: int | None
+) -> int:
+    if index in added:
+        if not added[index]["special"]:
+            return USER_DEFINED
+        return UNKNOWN if index == unknown and model["byte_fallback"] else CONTROL
+    if token not in model["vocab"]:
+        return UNUSED
+    return BYTE if model["byte_fallback"] and BYTE_PIECE.fullmatch(token) else NORMAL
+
+
+def _adds_space_prefix(backend: Tokenizer) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text, by what it makes of one."""
+    text = backend.normalizer.normalize_str(SENTENCEPIECE_PROBE) if backend.normalizer else SENTENCEPIECE_PROBE
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+    plain = SENTENCEPIECE_PROBE.replace(" ", "▁")
+    if words == [plain] or words == ["▁" + plain]:
+        return words != [plain]
+    raise ValueError("the tokenizer changes texts in other ways than SentencePiece with spaces as '▁' does")
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
+    """A score a piece that makes llama.cpp merge in the order of the list: it prefers the piece of the higher score,
+    made of whatever two pieces, and of equal ones the leftmost.
+
+    llama.cpp's own converter writes -1000 for every piece here, and so gets other ids.
+    """
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    pairs, ranks = set(merges), dict[str, int]()
+    previous = None
+    for left, right in merges:
+        piece = left + right
+        if piece != previous and piece in ranks:
+            raise ValueError(
+                f"the tokenizer's merges into {piece!r} are not all of one rank: llama.cpp would merge otherwise"
+            )
+        ranks.setdefault(piece, len(ranks))
+        previous = piece
+    for piece in pieces:
+        for cut in range(1, len(piece)):
+            pair = piece[:cut], piece[cut:]
+            if pair[0] in pieces and pair[1] in pieces and pair not in pairs:
+                raise ValueError(
+                    f"the tokenizer never merges {pair[0]!r} and {pair[1]!r}, as no SentencePiece model does: "
+                    "llama.cpp would merge them"
+                )
+    # Pieces that nothing merges into need no score; those of an alphabet stand behind all others, as in SentencePiece.
+    rest = iter(range(len(ranks), len(ranks) + len(tokens)))
+    return [
+        0.0 if kind != NORMAL else float(-(ranks[token] if token in ranks else next(rest)))
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _word_split(backend: Tokenizer, model: Mapping[str, Any]) -> WordSplit:
+    """The split into words that a byte-level tokenizer has, by what it makes of a text in which all of them differ."""
+    if backend.normalizer is not None:
+        raise ValueError("the tokenizer normalizes texts before it cuts them into words, which llama.cpp does not do")
+    if backend.pre_tokenizer is not None:
+        words = backend.pre_tokenizer.pre_tokenize_str(PROBE)
+        for split in WORD_SPLITS:
+            if words == split.pre_tokenizer().pre_tokenize_str(PROBE) and split.ignore_merges == model["ignore_merges"]:
+                return split
+    known = ", ".join(split.names[0] for split in WORD_SPLITS)
+    raise ValueError(f"the tokenizer cuts texts into words in a way that a GGUF file cannot name; known are {known}")

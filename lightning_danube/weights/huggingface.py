@@ -1,0 +1,384 @@
+"""Decoders on disk: Hugging Face directories in and out, and our own Lightning checkpoints in.
+
+A wrong file is refused in one line that names it. Nothing here unpickles anything but tensors and plain data.
+safetensors is imported inside the functions, so that importing the model stays cheap.
+"""
+
+import errno
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_danube.checkpoints.sharded_files import REST, WEIGHT, load_whole
+from lightning_danube.model.config import DecoderConfig
+from lightning_danube.model.decoder import Decoder
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What an exported directory may hold, ours or transformers': nothing else is ever deleted by overwriting.
+EXPORTED_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "README.md",
+)
+# How a safetensors file names the types that a parameter can have; any other is a quantized weight.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class SavesPretrained(Protocol):
+    """What is asked of a tokenizer here."""
+
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+def save_hf(
+    decoder: Decoder,
+    directory: str | Path,
+    tokenizer: SavesPretrained | None = None,
+    *,
+    bos_id: int | None = 1,
+    eos_id: int | None = 2,
+    pad_id: int | None = 0,
+    generation: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write a directory that AutoModelForCausalLM loads with the same logits, in the types the parameters have.
+
+    `generation` goes into generation_config.json beside the ids, `card` into README.md. The directory is written beside
+    its place and renamed when complete. With `overwrite`, an export that is there already is replaced; a directory that
+    holds anything else is left alone.
+    """
+    tensors = plain_tensors(decoder)
+    config = decoder.config.to_hf(bos_id, eos_id, pad_id)
+    config["dtype"] = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    with replaced_directory(directory, EXPORTED_FILES, overwrite) as partial:
+        write_json(partial / "config.json", config)
+        known = {key: value for key, value in ids.items() if value is not None}
+        write_json(partial / "generation_config.json", known | dict(generation or {}))
+        write_shards(partial, tensors, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        if card is not None:
+            (partial / "README.md").write_text(card, "utf-8")
+
+
+@contextmanager
+def replaced_directory(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
+    """An empty directory to write into; it takes its place when all is written and on the disk, or not at all.
+
+    `known`: patterns of the files that `overwrite` may replace.
+    """
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    check_target(target, known, overwrite)
+    partial, replaced = partial_name(target), target.with_name(f".{target.name}.{uuid.uuid4().hex}.replaced")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                # safetensors makes files that only their owner can read.
+                file.chmod(partial.stat().st_mode & 0o666)
+            synchronize(file)
+        synchronize(partial)
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        synchronize(target.parent)
+    except Exception as error:
+        # Libraries report a disk that refuses in types of their own, and name the file that is not there any more.
+        if isinstance(error, OSError) or "(os error " in str(error):
+            reason = getattr(error, "strerror", None) or str(error)
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(target)) from error
+        raise
+    finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def partial_name(target: Path) -> Path:
+    """Where to write what is to become `target`. A sibling, not $TMPDIR: a rename within one filesystem is all or
+    nothing."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what earlier writes of the same target left beside it when they were killed; what one had just set aside
+    to take its place comes back."""
+    pattern = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{32}}\.(partial|replaced))+")
+    for leftover in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+        if leftover.suffix == ".replaced" and not target.exists():
+            leftover.rename(target)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def load_hf(
+    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Decoder:
+    """A decoder from a directory that save_hf or transformers wrote, in the type of the files unless `dtype` is given;
+    of several types, the one that holds them all.
+
+    Only safetensors files are read: a .bin is a pickle, which can run anything. Tensors are taken over one by one, so
+    two copies are never held. The decoder is in training mode, like any new module: Lightning leaves submodules in the
+    mode it finds, and would train one in evaluation mode without its dropout.
+    """
+    source = Path(directory)
+    config = read_config(source)
+    stored: dict[str, tuple[Path, torch.dtype]] = {}
+    for file in weight_files(source):
+        types = tensor_types(file)
+        if twice := stored.keys() & types.keys():
+            raise ValueError(f"{source}: {len(twice)} tensors stand in two of its files: {some(twice)}")
+        stored |= {name: (file, stored_as) for name, stored_as in types.items()}
+    if dtype is None and stored:
+        dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
+    tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in stored.items()}
+    # transformers up to 4.31 saved these tables, too.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        head = tensors.setdefault("lm_head.weight", embedding)
+        if head is not embedding and not torch.equal(head, embedding):
+            raise ValueError(
+                f"{source}: config.json says tie_word_embeddings, yet lm_head.weight is not the embedding: "
+                "one of the two is wrong"
+            )
+    return assemble(config, tensors, source).to(device)
+
+
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Decoder:
+    """The decoder inside a Lightning checkpoint of ours: `decoder_config`, a plain dict, and the `decoder.` part of
+    `state_dict`. In training mode, as after load_hf."""
+    file = Path(path)
+    checkpoint = read_checkpoint(file)
+    try:
+        config = DecoderConfig(**checkpoint["decoder_config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: decoder_config: {error}") from None
+    prefix = "decoder."
+    tensors = {
+        # A copy of each, as in read_tensor. Pages of the map are the system's to drop, so still only one copy is held.
+        name.removeprefix(prefix): tensor.to(device=device, dtype=dtype, copy=True)
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    return assemble(config, tensors, file).to(device)
+
+
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """What a checkpoint of ours holds, its tensors mapped, not read; of a directory that many ranks have written, the
+    weights in memory and the optimizer's state left out."""
+    if not file.exists():
+        raise ValueError(f"{file}: no such file")
+    try:
+        if file.is_dir():
+            weights = load_whole(file, lambda name: name.startswith(WEIGHT))
+            rest = torch.load(file / REST, map_location="cpu", weights_only=True)
+            return {**rest, "state_dict": {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}}
+        # mmap: the optimizer's state, twice the size of the weights, is never read.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{file}: truncated, or no checkpoint that holds only tensors and plain data ({reason})"
+        ) from None
+    if not isinstance(checkpoint, Mapping) or not {"decoder_config", "state_dict"} <= checkpoint.keys():
+        raise ValueError(f"{file}: not a checkpoint of this project: no decoder_config and state_dict in it")
+    return checkpoint
+
+
+def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
+    """A decoder around tensors that are there already; each expected one has to be there, and no other."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    if missing := expected.keys() - tensors.keys():
+        raise ValueError(f"{source}: {len(missing)} tensors are missing: {some(missing)}")
+    if surplus := tensors.keys() - expected.keys():
+        raise ValueError(f"{source}: {len(surplus)} tensors have no place in the model of its config: {some(surplus)}")
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors have another shape than its config says: {some(wrong)}")
+    decoder.load_state_dict(tensors, assign=True)
+    return decoder
+
+
+def plain_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's tensors under the names of LlamaForCausalLM; a tied head is left out, as transformers does."""
+    with torch.device("meta"):
+        expected = Decoder(decoder.config).state_dict().keys()
+    tensors = decoder.state_dict()
+    if tensors.keys() != expected:
+        raise ValueError(
+            f"the decoder is not a plain one: {some(tensors.keys() ^ expected)}; merge its adapters, undo its "
+            "quantization, then save"
+        )
+    if decoder.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def check_target(target: Path, known: Sequence[str], overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; give a directory that does not exist yet")
+    names = sorted(entry.name for entry in target.iterdir())
+    if names and not overwrite:
+        raise ValueError(f"{target} is not empty ({some(names)}); choose another directory, or overwrite")
+    foreign = [n for n in names if (target / n).is_dir() or not any(fnmatch(n, pattern) for pattern in known)]
+    if foreign:
+        raise ValueError(f"{target} holds more than an exported model ({some(foreign)}); it is not overwritten")
+
+
+def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
+    """One file, or several and an index, in the order of the parameters; a tensor above the limit has its own file."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE]
+    for file_name, shard in zip(names, shards, strict=True):
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        # transformers refuses a file that does not say which framework its tensors come from.
+        save_file(on_cpu, directory / file_name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def read_config(directory: Path) -> DecoderConfig:
+    file = directory / "config.json"
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    if not file.is_file():
+        raise ValueError(f"{directory}: no config.json in it")
+    try:
+        return DecoderConfig.from_hf(read_json(file))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(file)) else f"{file}: {message}") from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the model."""
+    if (directory / INDEX).is_file():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError(f"{directory / INDEX}: no weight_map from tensors to files of this directory")
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"{directory}: {len(missing)} files of its index are missing: {some(missing)}")
+        return [directory / name for name in names]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if pickles := sorted(file.name for file in directory.glob("*.bin")):
+        raise ValueError(
+            f"{directory}: only pickled weights ({some(pickles)}), which can run anything when read; "
+            "convert them to safetensors first"
+        )
+    raise ValueError(f"{directory}: no {SINGLE} and no {INDEX} in it")
+
+
+def tensor_types(file: Path) -> dict[str, torch.dtype]:
+    """Name → type of the tensors in a safetensors file, from its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated, or no safetensors file ({error})") from None
+    if quantized := [f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS]:
+        raise ValueError(
+            f"{file}: {len(quantized)} tensors are quantized or no floats ({some(quantized)}); load the unquantized "
+            "weights"
+        )
+    return {name: FLOATS[kind] for name, kind in types.items()}
+
+
+def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """One tensor of a safetensors file, as a copy: the file may be replaced or cut while the model lives.
+
+    The file is mapped for each tensor anew (0.1 ms): mapped once for all, its pages would stand beside the copies, and
+    loading would need the memory of two models.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def synchronize(path: Path) -> None:
+    """Have the system write a file's content, or a directory's entries, to the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def some(names: Iterable[str]) -> str:
+    """At most three of them."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

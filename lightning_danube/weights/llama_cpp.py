@@ -1,0 +1,292 @@
+"""llama.cpp, through the ctypes interface of the package llama-cpp-python, an optional extra.
+
+Its quantization is used rather than our own code: what is measured and shipped is then what every other program that
+reads GGUF files runs. This is the one file that imports the package.
+
+Shapes: B texts, T tokens, V vocabulary, D columns of a matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_danube.extras import install_command
+from lightning_danube.weights.gguf.header import read_gguf_header
+from lightning_danube.weights.huggingface import partial_name, synchronize
+
+# The letters of llama.cpp's own program for its mixtures.
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class GGUFContent:
+    """What a GGUF file holds, measured from its tensors: the name of its type says little about either.
+
+    `fallbacks`: type → how many tensors got it because their rows do not fit the one that the file's type has for them.
+    """
+
+    file_bytes: int
+    tensor_bytes: int
+    weights: int
+    tensors: Mapping[str, int]
+    fallbacks: Mapping[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.weights
+
+    def describe(self) -> str:
+        lines = [
+            f"{self.file_bytes:,} bytes, {self.weights:,} weights at {self.bits_per_weight:.2f} bits: "
+            f"{_counted(self.tensors)}"
+        ]
+        if self.fallbacks:
+            lines.append(
+                f"{sum(self.fallbacks.values())} of {sum(self.tensors.values())} tensors have rows that the type "
+                f"cannot hold, and fell back to {_counted(self.fallbacks)}"
+            )
+        return "\n".join(lines)
+
+
+def file_types() -> dict[str, int]:
+    """Name → number of the types that llama.cpp gives whole files."""
+    from gguf import LlamaFileType
+
+    types = {
+        kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(kind)
+        for kind in LlamaFileType
+        if kind != LlamaFileType.GUESSED
+    }
+    return types | {alias: types[name] for alias, name in ALIASES.items()}
+
+
+def check_file_type(name: str) -> str:
+    """The name of a file type as it is written; in any case of letters."""
+    types = file_types()
+    if name.upper() in types:
+        return name.upper()
+    close = get_close_matches(name.upper(), types, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"--type {name}: {hint}there are {', '.join(types)}")
+
+
+def import_llama_cpp() -> ModuleType:
+    """The package llama-cpp-python.
+
+    Raises:
+        ValueError: it is not installed; with the command that does it.
+    """
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        command = install_command("llama-cpp")
+        raise ValueError(
+            f"llama.cpp is not installed; type (it is compiled: some minutes, with a C++ compiler): {command}"
+        ) from None
+    return llama_cpp
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    type: str,
+    imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+    *,
+    embeddings: bool = True,
+) -> GGUFContent:
+    """Have llama.cpp write a GGUF file again in another type.
+
+    The target is written beside its place and renamed when complete; one that is there is replaced.
+
+    Args:
+        source: a file with F32, F16 or BF16 tensors.
+        type: one of `file_types()`.
+        imatrix: name of a tensor in the file → how much each of its D columns matters; types of 1 to 3 bits need it.
+        embeddings: whether embedding and head are quantized, too, as llama.cpp does by itself; if not they become F16.
+
+    Raises:
+        ValueError: llama.cpp refuses, with what it says.
+    """
+    llama_cpp = import_llama_cpp()
+    target = Path(target).absolute()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_types()[check_file_type(type)]
+    if not embeddings:
+        parameters.token_embedding_type = parameters.output_tensor_type = llama_cpp.GGML_TYPE_F16
+    if imatrix is not None:
+        # Rows are handed over by address: `columns` keeps them alive until the call is done.
+        columns = {name: np.ascontiguousarray(values, np.float32) for name, values in imatrix.items()}
+        # The last one, all null, ends the list.
+        entries = (llama_cpp.llama_model_imatrix_data * (len(columns) + 1))()
+        for entry, (name, values) in zip(entries, columns.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        parameters.imatrix = entries
+    partial = partial_name(target)
+    try:
+        with _captured_log(llama_cpp) as log:
+            failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
+        if failed:
+            raise _refusal(target, type, "".join(log))
+        try:
+            content = measure(partial, "".join(log))
+        except ValueError as error:
+            # Its stream may keep silent about a write that failed.
+            raise OSError(errno.EIO, f"not written by llama.cpp as a whole ({error})", str(target)) from error
+        synchronize(partial)
+        partial.replace(target)
+        synchronize(target.parent)
+        return content
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def planned_bytes(source: str | Path, type: str) -> int:
+    """Bytes of all tensors that a file would have in another type, by llama.cpp's own plan; nothing is rounded.
+
+    Args:
+        source: a file with F32, F16 or BF16 tensors, of which only the shapes count.
+        type: one of `file_types()`.
+
+    Raises:
+        ValueError: llama.cpp refuses, with what it says.
+    """
+    llama_cpp = import_llama_cpp()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_types()[check_file_type(type)]
+    parameters.dry_run = True
+    with _captured_log(llama_cpp) as log:
+        failed = llama_cpp.llama_model_quantize(os.fsencode(source), b"", ctypes.byref(parameters))
+    planned = re.search(r"quant size\s+=\s+([\d.]+) MiB", "".join(log))
+    if failed or planned is None:
+        raise _refusal(Path(source), type, "".join(log))
+    return round(float(planned[1]) * 2**20)
+
+
+class LlamaCpp:
+    """A GGUF file, run by llama.cpp with its own defaults.
+
+    Args:
+        path: the file.
+        context_length: the most tokens that it is going to be asked about.
+        cache: type of the keys and values: None for the default, F16, or one like "q8_0".
+        threads: of the processor.
+        all_logits: whether they are wanted at all places, or at none: a model that is only timed.
+
+    Raises:
+        ValueError: llama.cpp does not run it.
+    """
+
+    def __init__(
+        self, path: str | Path, context_length: int, *, cache: str | None, threads: int, all_logits: bool = True
+    ) -> None:
+        llama_cpp = import_llama_cpp()
+        kind = None if cache is None else getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}")
+        try:
+            self.llama = llama_cpp.Llama(
+                str(path),
+                n_ctx=context_length,
+                n_batch=min(context_length, 512),
+                n_threads=threads,
+                n_threads_batch=threads,
+                logits_all=all_logits,
+                # As llama.cpp's programs do where it can be had; values in few bits depend on it.
+                flash_attn=True,
+                type_k=kind,
+                type_v=kind,
+                n_gpu_layers=-1 if llama_cpp.llama_supports_gpu_offload() else 0,
+                verbose=False,
+            )
+        except ValueError as error:
+            if cache is None:
+                raise ValueError(f"llama.cpp does not run it: {error}") from None
+            raise ValueError(
+                f"llama.cpp makes no cache of type {cache} for this model: its blocks hold 32 channels, and each head "
+                "has to be whole blocks"
+            ) from None
+
+    def logits(self, ids_BT: Tensor, first: int) -> Tensor:
+        """(B, T - first, V), at the places from `first` on."""
+        rows = []
+        for ids_T in ids_BT.tolist():
+            self.llama.reset()
+            self.llama.eval(ids_T)
+            rows.append(torch.from_numpy(self.llama.scores[first : len(ids_T)].copy()))
+        return torch.stack(rows)
+
+    def read(self, ids: Sequence[int], *, anew: bool) -> None:
+        """Take in tokens, behind those before or as a text of their own."""
+        if anew:
+            self.llama.reset()
+        self.llama.eval(ids)
+
+    def close(self) -> None:
+        self.llama.close()
+
+
+def measure(path: str | Path, log: str = "") -> GGUFContent:
+    """What a GGUF file holds; fallbacks are known from llama.cpp's log alone."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    header = read_gguf_header(path)
+    tensor_bytes = weights = end = 0
+    types: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        kind = GGMLQuantizationType(tensor.type)
+        elements = int(np.prod(tensor.shape, dtype=np.int64))
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        size = elements // block * block_bytes
+        types[kind.name] += 1
+        tensor_bytes, weights, end = tensor_bytes + size, weights + elements, max(end, tensor.offset + size)
+    if end > header.file_size:
+        raise ValueError(f"{path}: truncated: its tensors end beyond its {header.file_size:,} bytes")
+    fallbacks = Counter(match[1].upper() for match in re.finditer(r"falling back to\s+(\w+)", log))
+    return GGUFContent(header.file_size, tensor_bytes, weights, types, fallbacks)
+
+
+@contextmanager
+def _captured_log(llama_cpp: ModuleType) -> Iterator[list[str]]:
+    """Collects what llama.cpp would print to the terminal: a line for each tensor, and the reason of a failure."""
+    log: list[str] = []
+
+    def collect(level: int, text: bytes, _: Any) -> None:
+        log.append(text.decode("utf-8", "replace"))
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield log
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _refusal(target: Path, type: str, log: str) -> Exception:
+    if "iostream error" in log or "No space" in log:
+        return OSError(errno.EIO, "not written by llama.cpp: is the disk full?", str(target))
+    reasons = re.findall(r"failed to quantize: (.+)", log) or ["no reason given"]
+    reason = reasons[-1].strip().rstrip("!")
+    if "matri" in reason:
+        reason += " (importance matrix), and none was given: take a type of more bits"
+    return ValueError(f"llama.cpp does not quantize to {type}: {reason}")
+
+
+def _counted(tensors: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(tensors.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,365 @@
+"""The README.md of an exported model, filled with what is known of it and nothing else.
+
+Of a run of ours that is a lot, from its checkpoint's token ledger and the files beside it; of other weights it is where
+they come from. What is not known is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_danube.checkpoints.runs import read_saved_config, read_step
+from lightning_danube.weights.names import Weights, hub_id, tokenizer_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_danube.classification.exported import Classifier
+    from lightning_danube.model import Decoder
+
+GGUF_FACTS = {
+    "general.name": "name",
+    "general.author": "author",
+    "general.organization": "organization",
+    "general.source.url": "source",
+    "general.url": "address",
+    "general.license": "licence",
+}
+KNOWN_TOKENIZERS = {
+    "mistral": "Mistral v1, the SentencePiece pieces of Danube3",
+    "danube-small": "danube-small, the byte-level pieces that come with lightning-danube",
+}
+
+
+def model_card(
+    title: str,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    weights: Weights,
+    adapter: str | None = None,
+) -> str:
+    """README.md of a Hugging Face directory. `name` is what was given to `--weights`, `weights` what it stood for."""
+    config = decoder.config
+    dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    sections = [
+        f"# {title}",
+        f"A decoder of the Llama type with {config.parameters:,} parameters, written by lightning-danube "
+        f"{importlib.metadata.version('lightning-danube')}.",
+    ]
+    licence, note, source_card = None, [], None
+    if weights.kind == "checkpoint":
+        sections += _of_run(weights.path, decoder)
+        note.append("The licence of these weights is not stated. It depends on the texts they were trained on.")
+    else:
+        origin, licence, source_card = (
+            _of_hub_or_directory(name, weights) if weights.kind == "hf" else _of_gguf(weights)
+        )
+        sections += ["## Where it comes from", origin]
+        if not licence:
+            note.append("The licence is that of the source.")
+    if adapter is not None:
+        sections.append(f"The LoRA adapter `{adapter}` is merged into the weights.")
+    sections += [
+        "## Architecture",
+        _table(
+            ("", ""),
+            [
+                ("layers", config.num_hidden_layers),
+                ("hidden size", config.hidden_size),
+                ("feed-forward size", config.intermediate_size),
+                ("query heads", config.num_attention_heads),
+                ("key-value heads", config.num_key_value_heads),
+                ("channels of a head", config.head_dim),
+                ("vocabulary", f"{config.vocab_size:,}"),
+                ("context, tokens", f"{config.max_position_embeddings:,}"),
+                ("rotary base", f"{config.rope_theta:,.0f}"),
+                ("input and output embedding", "shared" if config.tie_word_embeddings else "separate"),
+                ("parameters", f"{config.parameters:,}"),
+                ("stored as", dtype),
+            ],
+        ),
+        "## Tokenizer",
+        _of_tokenizer(tokenizer, weights),
+        "## Use",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("./{title}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("./{title}")\n'
+        "```",
+        f'or `python -m lightning_danube generate --weights ./{title} --prompt "…"`',
+        "## Licence and limits",
+        " ".join(
+            [
+                *([f"Licence: {licence}."] if licence else []),
+                *note,
+                f"A text may have at most {config.max_position_embeddings:,} tokens. Nothing was measured beyond what "
+                "stands here.",
+            ]
+        ),
+    ]
+    if source_card:
+        sections += ["---", "The card that came with the source:", source_card]
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence}
+    if weights.kind == "hf" and (repository := hub_id(name)):
+        front["base_model"] = repository
+    return _front_matter(front) + "\n\n".join(sections) + "\n"
+
+
+def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str:
+    """README.md of a LlamaForSequenceClassification. `weights` is the run that it comes from."""
+    config = classifier.decoder.config
+    length = classifier.tokenizer.model_max_length
+    sections = [
+        f"# {title}",
+        f"A classifier of texts into {len(classifier.labels)} classes: a decoder of the Llama type with "
+        f"{config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
+        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{classifier.base}` and is "
+        "merged into the weights.",
+        *_of_run(weights.path, classifier.decoder),
+        *_validation_scores(weights.path),
+        "## Classes",
+        ", ".join(f"`{label}`" for label in classifier.labels),
+        "## Use",
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("text-classification", model="./{title}")\n'
+        'classify(["a text", "another one"], truncation=True)\n'
+        "```",
+        f"`truncation=True` cuts a text at {length:,} tokens, as training did.",
+        "## Licence and limits",
+        "The licence of these weights is not stated. It depends on the model that was trained and the texts it was "
+        "trained on. The classes are those of the training texts; a text of any other kind is given to one of them all "
+        "the same.",
+    ]
+    return _front_matter({"library_name": "transformers", "pipeline_tag": "text-classification"}) + (
+        "\n\n".join(sections) + "\n"
+    )
+
+
+def adapter_card(
+    title: str, base: str | None, settings: Mapping[str, Any], parameters: int, labels: Sequence[str] | None = None
+) -> str:
+    """README.md of an adapter in PEFT's layout; `labels` are the classes of a classifier's."""
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    sections = [
+        f"# {title}",
+        f"A {kind} adapter with {parameters:,} parameters" + (f" for `{base}`." if base else "."),
+        _table(
+            ("", ""),
+            [
+                ("rank", settings["r"]),
+                ("alpha", settings["lora_alpha"]),
+                ("layers", ", ".join(sorted(settings["target_modules"]))),
+            ],
+        ),
+    ]
+    if labels is not None:
+        classes = {number: label for number, label in enumerate(labels)}
+        sections += [
+            f"It classifies texts into {len(labels)} classes by the head `score`, which is in it.",
+            "```python\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForSequenceClassification\n\n"
+            f'base = AutoModelForSequenceClassification.from_pretrained("{base or "the model it was trained on"}", '
+            f"num_labels={len(labels)}, id2label={classes})\n"
+            f'model = PeftModel.from_pretrained(base, "{title}")\n'
+            "```",
+        ]
+    elif base:
+        sections += [
+            "```python\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{title}")\n'
+            "```",
+            f'or `python -m lightning_danube generate --weights {base} --adapter {title} --prompt "…"`',
+        ]
+    front = {"library_name": "peft", "base_model": hub_id(base) if base else None}
+    return _front_matter(front) + "\n\n".join(sections) + "\n"
+
+
+def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
+    """What a run was trained on and what was measured, from its checkpoint and the files beside that."""
+    from lightning_danube.weights.huggingface import read_checkpoint
+
+    checkpoint = read_checkpoint(checkpoint_file)
+    run = checkpoint_file.parent.parent
+    config = read_saved_config(run / "config.yaml") or {}
+    ledger = checkpoint.get("token_ledger")
+    step = checkpoint.get("global_step")
+    sections = ["## Training", f"Checkpoint `{checkpoint_file.name}` of the run `{run.parent.name}/{run.name}`"]
+    facts: list[tuple[str, Any]] = [("optimizer steps", f"{step:,}")] if step else []
+    if ledger:
+        tokens = int(ledger["samples"].sum()) * ledger["context_length"]
+        facts.append(("tokens", f"{tokens:,}"))
+        facts.append(("tokens a parameter", f"{tokens / decoder.config.parameters:.3g}"))
+        facts.append(("tokens a row", f"{ledger['context_length']:,}"))
+    if precision := _at(config, "trainer", "precision"):
+        facts.append(("precision in training", precision))
+    if checkpoint.get("seed") is not None:
+        facts.append(("seed", checkpoint["seed"]))
+    facts += _of_history(run / "history.jsonl")
+    sections[-1] += ":" if facts else "."
+    sections.append(_table(("", ""), facts))
+    if ledger:
+        sections += ["### Tokens seen", _of_ledger(ledger)]
+        if paths := _source_paths(config, ledger["sources"]):
+            sections.append("\n".join(f"- {source}: `{path}`" for source, path in paths.items()))
+    if losses := _held_out_losses(checkpoint, run, ledger["stages"] if ledger else []):
+        sections += ["### Held-out loss", losses]
+    return [section for section in sections if section]
+
+
+def _validation_scores(checkpoint_file: Path) -> list[str]:
+    """What a finished run measured on its validation texts."""
+    try:
+        summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    # Scores of the end belong to no checkpoint before it.
+    if "validation" not in summary or summary.get("steps") != read_step(checkpoint_file):
+        return []
+    found = summary["validation"]
+    rows = [
+        (title, f"{found[name]:.3f}", *(f"{end:.3f}" for end in found[f"{name}_interval"]))
+        for name, title in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro F1"),
+            ("calibration_error", "calibration error"),
+        )
+    ]
+    above = f"{found['accuracy_above_tfidf']:+.3f}"
+    return [
+        f"### On {found['n']:,} validation texts",
+        _table(("", "score", "95 % from", "to"), rows),
+        f"The accuracy is {above} above that of TF-IDF with logistic regression, trained on the same texts.",
+    ]
+
+
+def _of_ledger(ledger: Mapping[str, Any]) -> str:
+    sources = ledger["sources"]
+    rows = []
+    for stage, samples in zip(ledger["stages"], ledger["samples"].tolist(), strict=True):
+        total = sum(samples)
+        if total:
+            shares = (f"{n * ledger['context_length']:,} ({100 * n / total:.1f} %)" for n in samples)
+            rows.append((stage, f"{total * ledger['context_length']:,}", *shares))
+    return _table(("stage", "tokens", *sources), rows)
+
+
+def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str, str]:
+    configured = _at(config, "data", "init_args", "sources") or {}
+    return {name: str(path) for name in sources if (path := _at(configured, name, "path"))}
+
+
+def _held_out_losses(checkpoint: Mapping[str, Any], run: Path, stages: Sequence[str]) -> str:
+    """Table of the losses after each stage that is done; of the run's summary only what holds for this checkpoint."""
+    losses = _at(checkpoint, "callbacks", "PretrainingSummary", "stage_losses") or []
+    losses = [(stage, by_source) for stage, by_source in zip(stages, losses, strict=False) if by_source]
+    if not losses:
+        return ""
+    try:
+        summary = json.loads((run / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        summary = {}
+    sources = list(losses[-1][1])
+    rows: list[tuple[str, ...]] = []
+    if counts := summary.get("val_tokens"):
+        rows.append(("tokens measured on", *(f"{counts[name]:,}" if name in counts else "" for name in sources)))
+    if unigram := summary.get("unigram_loss"):
+        rows.append(("unigram baseline", *(f"{unigram[name]:.3f}" if name in unigram else "" for name in sources)))
+    for stage, by_source in losses:
+        rows.append((f"after {stage}", *(f"{by_source[name]:.3f}" if name in by_source else "" for name in sources)))
+    table = _table(("nats a token", *sources), rows)
+    return table + "\n\nThe unigram baseline only knows how frequent each token is." if unigram else table
+
+
+def _of_history(file: Path) -> list[tuple[str, str]]:
+    """Versions and commit of the run's last session."""
+    try:
+        last = json.loads(file.read_text("utf-8").strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return []
+    facts = []
+    if began := last.get("time"):
+        facts.append(("session began", began))
+    if versions := last.get("versions"):
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    if commit := last.get("commit"):
+        facts.append(("commit of the code", f"`{commit}`"))
+    return facts
+
+
+def _of_hub_or_directory(name: str, weights: Weights) -> tuple[str, str | None, str | None]:
+    """Origin, licence and card of a Hugging Face directory."""
+    try:
+        text = (weights.path / "README.md").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    match = re.match(r"---\n(.*?)\n---\n(.*)", text, flags=re.DOTALL)
+    front, body = (match[1], match[2]) if match else ("", text)
+    licence = re.search(r"^license: *['\"]?([\w.-]+)", front, flags=re.MULTILINE)
+    where = "on the Hugging Face hub" if hub_id(name) else "a Hugging Face directory"
+    return f"The weights of `{name}`, {where}.", licence[1] if licence else None, body.strip() or None
+
+
+def _of_gguf(weights: Weights) -> tuple[str, str | None, None]:
+    """Origin and licence of a GGUF file, from its own fields."""
+    from lightning_danube.weights.gguf.header import read_gguf_header
+    from lightning_danube.weights.llama_cpp import UNQUANTIZED, measure
+
+    fields = read_gguf_header(weights.path).fields
+    content = measure(weights.path)
+    quantized = not set(content.tensors) <= set(UNQUANTIZED)
+    origin = f"The weights of the GGUF file `{weights.path.name}`" + (
+        f", quantized there to {content.bits_per_weight:.2f} bits a weight; what that rounded away is lost."
+        if quantized
+        else "."
+    )
+    facts = [(title, str(fields[key])) for key, title in GGUF_FACTS.items() if fields.get(key)]
+    licence = fields.get("general.license")
+    sections = [origin, *([_table(("", ""), facts)] if facts else [])]
+    return "\n\n".join(sections), str(licence) if licence else None, None
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Weights) -> str:
+    facts: list[tuple[str, Any]] = [("tokens", f"{len(tokenizer):,}")]
+    if weights.kind == "checkpoint":
+        identity = tokenizer_identity(weights.path) or {}
+        if name := identity.get("name"):
+            shown = KNOWN_TOKENIZERS.get(name, f"`{name}`")
+            facts.insert(0, ("name", shown))
+    for title, token, token_id in (
+        ("begins a text", tokenizer.bos_token, tokenizer.bos_token_id),
+        ("ends a text", tokenizer.eos_token, tokenizer.eos_token_id),
+        ("pads", tokenizer.pad_token, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            facts.append((title, f"`{token}`, {token_id}"))
+    facts.append(("chat template", "yes" if tokenizer.chat_template else "none"))
+    return _table(("", ""), facts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [header, ["---", *("---:" if len(header) > 2 else "---" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _front_matter(fields: Mapping[str, str | None]) -> str:
+    lines = [f"{key}: {value}" for key, value in fields.items() if value]
+    return "\n".join(["---", *lines, "---", "", ""])
+
+
+def _at(values: Any, *keys: str) -> Any:
+    """What stands under nested keys, or None."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
