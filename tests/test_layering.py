@@ -126,9 +126,9 @@ def broken_rule(path: PurePosixPath, name: str) -> str | None:
         return f"{other} stands after {room} in the order of rooms"
     if other in TASKS and room in TASKS:
         return "no task's room imports that of another"
-    if room in TASKS and path.name.endswith("data.py") and other == "weights":
-        if not is_within(name, DATA_MAY_IMPORT_OF_WEIGHTS):
-            return "a data module takes at most a tokenizer from the weights"
+    of_data_module = room in TASKS and path.name.endswith("data.py")
+    if of_data_module and other == "weights" and not is_within(name, DATA_MAY_IMPORT_OF_WEIGHTS):
+        return "a data module takes at most a tokenizer from the weights"
     if other in ("callbacks", "reports") and room != "__main__":
         return f"no room imports {other}: YAML names callbacks, notebooks read reports"
     return None
@@ -267,7 +267,7 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         ("callbacks/samples.py", "from lightning_danube.cli.trainer_verbs import main", "stands after"),
         ("callbacks/samples.py", "from callbacks.progress import say", "imported as lightning_danube.callbacks"),
         ("callbacks/samples.py", "from lightning_danube.reports import runs", "no room imports"),
-        ("tests/test_cli.py", "import callbacks", "imported as lightning_danube.callbacks"),
+        ("tests/cli/test_trainer_verbs.py", "import callbacks", "imported as lightning_danube.callbacks"),
         ("benchmarks/loader.py", "from lightning_danube.cli import configs", "only tests import"),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
         ("lightning_danube/cli/configs.py", "from ..pretraining import CurriculumData\nfrom ..chat import ChatData"),
         ("lightning_danube/__main__.py", "from lightning_danube.cli.trainer_verbs import main"),
         ("lightning_danube/__init__.py", "from lightning_danube.cli.trainer_verbs import main"),
-        ("tests/test_cli.py", "from lightning_danube.cli.trainer_verbs import main"),
+        ("tests/cli/test_trainer_verbs.py", "from lightning_danube.cli.trainer_verbs import main"),
         ("notebooks/execute.py", "from lightning_danube.reports import runs"),
         ("lightning_danube/reports/figures.py", "import matplotlib\nfrom lightning_danube.reports import runs"),
         ("callbacks/samples.py", "import lightning\nfrom lightning_danube.generation import generate"),

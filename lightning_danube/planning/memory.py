@@ -1,7 +1,7 @@
 """What training the decoder takes of a device's memory, by arithmetic: no weight is made, no device is asked.
 
 Every term is something that decoder.py, loss.py or the optimizer keeps, and is named after it. What was kept for the
-backward pass is checked against autograd's own hooks in tests/model/test_memory.py, the sums against the measured
+backward pass is checked against autograd's own hooks in tests/planning/test_memory.py, the sums against the measured
 peaks of processes in benchmarks/plan_memory.py.
 """
 

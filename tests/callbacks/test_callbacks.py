@@ -1,4 +1,4 @@
-"""What the callbacks do beyond what tests/test_pretraining_run.py sees in whole runs."""
+"""What the callbacks do beyond what tests/pretraining/test_run.py sees in whole runs."""
 
 from pathlib import Path
 

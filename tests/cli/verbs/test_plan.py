@@ -1,0 +1,168 @@
+"""`plan` as a user types it, and its arithmetic against counting and against numbers computed by hand."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_danube.__main__ import main
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.planning.accelerators import parse_accelerator
+from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.planning.run import CheckpointAdvice, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.pretraining.curriculum import Curriculum, Stage
+
+ROOT = Path(__file__).resolve().parents[3]
+PAPER = ROOT / "configs" / "pretrain"
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def cells(printed: str, first: str) -> list[str]:
+    """The cells of the first table row that begins so."""
+    line = next(line for line in printed.splitlines() if re.match(rf"{re.escape(first)}  ", line))
+    return re.split(r"  +", line.strip())
+
+
+def test_the_4b_on_64_nodes_of_8(capsys: pytest.CaptureFixture[str]) -> None:
+    """Six trillion tokens by arithmetic; what the paper publishes, and what follows from it by hand."""
+    batch = 1024 * 8192
+    printed = planned(
+        capsys,
+        *("--config", str(PAPER / "danube3-4b.yaml"), "--trainer.num_nodes", "64", "--trainer.devices", "8"),
+        *("--data.init_args.batch_tokens", str(batch), "--accelerator", "h100=2"),
+        *("--source-tokens", "web=4T,instruct=20B", "--utilisation", "0.5"),
+    )
+    assert "3,961,839,360 parameters" in printed
+    ends = [math.ceil(4.6e12 / batch)]
+    ends.append(ends[0] + math.ceil(1.35e12 / batch))
+    ends.append(ends[1] + math.ceil(0.05e12 / batch))
+    for name, end, web in zip(("web-heavy", "refined", "quality"), ends, ("90.60", "81.70", "51.60"), strict=True):
+        row = cells(printed, name)
+        assert row[2:5] == [f"{end * batch:,}", f"{end:,}", f"{web} %"]
+    assert f"{ends[2] * batch:,} tokens in {ends[2]:,} steps" in printed
+    taken = sum(n * batch * share for n, share in zip((ends[0], ends[1] - ends[0]), (0.906, 0.817), strict=True))
+    # Web text as in the paper: 5.296T of 4T less the held-out 0.05 %.
+    taken += (ends[2] - ends[1]) * batch * 0.516
+    assert float(cells(printed, "web")[-1]) == pytest.approx(taken / (4e12 * 0.9995), abs=0.006)
+    assert cells(printed, "code")[-3:] == ["?", "?", "?"]
+    days, device_hours, cost = cells(printed, "h100")[-3:]
+    config = DecoderConfig.preset("danube3-4b")
+    hours = config.flops_per_token(8192) * ends[2] * batch / (0.5 * 989e12) / 3600
+    assert float(device_hours.replace(",", "")) == pytest.approx(hours, abs=1)
+    assert float(days) == pytest.approx(hours / 512 / 24, abs=0.06)
+    assert float(cost.replace(",", "")) == pytest.approx(2 * hours, abs=2)
+
+
+def test_what_fit_would_refuse_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ("--config", str(PAPER / "danube3-500m.yaml"), "--accelerator", "h100")
+    printed = planned(capsys, *config, "--source-tokens", "instruct=1B")
+    assert re.search(r"instruct: \d+\.\d passes are more than data.max_passes = 16: fit will refuse", printed)
+    assert "note: trainer.devices is auto: counted as 1" in printed
+    assert "cost" not in printed
+    assert "does not divide into 512 device(s) × 6 rows" in refused(
+        capsys, *config, "--trainer.num_nodes", "64", "--trainer.devices", "8"
+    )
+
+
+def test_no_weight_is_made_and_no_text_is_read(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(decoder: Decoder) -> None:
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(Decoder, "init_weights", nothing)
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"))
+    assert "max_tokens" not in printed and "say it by --source-tokens" in printed
+    assert not (tiny / "cache").exists() and not (tiny / "runs").exists()
+
+
+def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ("--config", str(tiny / "tiny.yaml"))
+    assert main(["prepare", *config]) == 0
+    capsys.readouterr()
+    row = cells(planned(capsys, *config), "wiki")
+    assert row[3] == "its shards" and int(row[2].replace(",", "")) > 1000
+    # 6.5 thousand tokens in steps of 256: 26 of them, as the trained run has.
+    assert cells(planned(capsys, *config), "finish")[3] == "26"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accelerator", "h10"], "--accelerator is 'h10': did you mean 'h100', or state peak and memory"),
+        (["--accelerator", "h100=cheap"], "the price of one device for an hour is a number, such as 2.50"),
+        (["--utilisation", "40"], "--utilisation is 40.0: a share of the peak, above 0 and at most 1"),
+        (["--write-speed", "0"], "--write-speed is 0.0: give GB a second, above 0"),
+        (["--source-tokens", "web"], "--source-tokens has 'web': write source=tokens, such as web=10T,wiki=6B"),
+        (["--source-tokens", "wbe=1B"], "--source-tokens names the unknown source 'wbe': did you mean 'web'?"),
+        (["--trainer.num_nodes", "many"], "trainer.num_nodes: expected a whole number, not many"),
+        (["--trainer.strategy", "deepspeed"], "trainer.strategy is deepspeed: its memory is not known here"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, "--config", str(tiny / "tiny.yaml"), *arguments)
+
+
+def test_other_tasks_are_refused_before_their_weights_are_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--config", str(ROOT / "configs" / "sft" / "danube3-500m.yaml"))
+    assert "only pre-training can be planned (Pretraining on CurriculumData), not SupervisedFineTuning on Chat" in said
+
+
+class Section:
+    """What a trainer section holds."""
+
+    def __init__(self, devices: object = "auto", num_nodes: int = 1, strategy: object = "auto") -> None:
+        self.devices, self.num_nodes, self.strategy = devices, num_nodes, strategy
+
+
+def test_the_trainer_section_says_how_a_run_is_spread() -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    assert layout_of(Section())[0] == Layout() and len(layout_of(Section())[1]) == 1
+    assert layout_of(Section("0,1,2")) == (Layout(3), [])
+    assert layout_of(Section(8, 64, "ddp_find_unused_parameters_true"))[0] == Layout(512)
+    assert layout_of(Section(8, 64, "fsdp"))[0] == Layout(512, sharded=True)
+    parallel = ModelParallelStrategy(data_parallel_size=16, tensor_parallel_size=2)
+    assert layout_of(Section(8, 4, parallel))[0] == Layout(16, 2, sharded=True)
+    assert layout_of(Section(8, 4, ModelParallelStrategy()))[0] == Layout(4, 8, sharded=True)
+    with pytest.raises(ValueError, match=r"data_parallel_size 16 × tensor_parallel_size 2 is not 8"):
+        layout_of(Section(8, 1, parallel))
+
+
+def test_passes_by_stage_are_those_of_every_sample_counted() -> None:
+    stages = [Stage("a", 4000, {"x": 70, "y": 30}), Stage("b", 2000, {"x": 20, "y": 80})]
+    curriculum = Curriculum(stages, {"x": 31, "y": 17}, context_length=8, batch_samples=5, seed=1)
+    for k, span in enumerate(curriculum.spans, start=1):
+        seen = [key.source for key in curriculum.samples(0, span.stop)]
+        assert curriculum.passes_after(k) == {"x": seen.count(0) / 31, "y": seen.count(1) / 17}
+
+
+def test_time_and_advice_by_hand() -> None:
+    accelerator = parse_accelerator("400e12/64GiB=1.5")
+    assert (accelerator.flops, accelerator.memory, accelerator.price) == (400e12, 64 * 2**30, 1.5)
+    assert seconds_of(1.6e18, 10, accelerator, 0.4) == 1000
+    advice = CheckpointAdvice(size=0, write=50, between_failures=10_000)
+    assert advice.interval == 1000 and advice.lost(1000) == 0.05 + 0.05
+    assert min(range(100, 5000, 100), key=advice.lost) == 1000
+
+
+def test_a_checkpoint_has_the_size_that_is_told(tiny_run: Path) -> None:
+    config = DecoderConfig(32, 64, 2, 4, 2, vocab_size=32000, max_position_embeddings=32)
+    checkpoint = next((tiny_run / "checkpoints").glob("stage_3_*.ckpt"))
+    # Names and the state of loops and callbacks come on top: some 40 kB.
+    told = checkpoint_bytes(TrainingMemory(config, 8, 32))
+    assert told <= checkpoint.stat().st_size < told + 100_000

@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from lightning_danube.tokens.tokenizer import DocumentTokenizer, load_hf_tokenizer, mistral_model_file
+from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
+from lightning_danube.tokens.word_splits import WORD_SPLITS
+from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
+from tests.weights.gguf.test_tokenizer import write
+
+HARD = [
+    "Hello world",
+    "  two  spaces\n\nnew\ttab ",
+    " leading",
+    "x   \n  y",
+    "",
+    " ",
+    "\n\n",
+    "12345 3.14 1,000",
+    "emoji 👩‍👩‍👧 \U0001f600 é ü 中文 \u200b",
+    "a\x00b \x7f",
+    "▁x ▁▁ <0x0A> fi ﬁ",
+    "<|prompt|>hi</s><|answer|>x</s> <s> <unk>",
+    "def f(x):\n    return x ** 2  # über\n",
+]
+# Of lightning_danube/tokens/danube-small. A model that was trained with other pieces can not be used any more.
+SMALL_PIECES, SMALL_FINGERPRINT = 4096, "70ef6ce9ddb97bde"
+
+
+@pytest.fixture(scope="module")
+def mistral() -> DocumentTokenizer:
+    return DocumentTokenizer("mistral")
+
+
+def test_the_vocabulary_is_danube3s(mistral: DocumentTokenizer) -> None:
+    assert (mistral.vocab_size, mistral.bos_id, mistral.eos_id, mistral.hf.pad_token_id) == (32_000, 1, 2, 0)
+    assert mistral.dtype == np.uint16
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_ids_equal_sentencepieces(mistral: DocumentTokenizer, text: str) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
+    ids = mistral.encode_documents([text])[0]
+    assert ids.tolist() == [1, *reference.encode(text), 2]
+    assert mistral.hf.decode(ids[1:-1]) == reference.decode(ids[1:-1].tolist())
+
+
+@pytest.fixture(scope="module")
+def small() -> DocumentTokenizer:
+    return DocumentTokenizer("danube-small")
+
+
+def test_the_small_tokenizer_is_the_one_that_models_were_trained_with(small: DocumentTokenizer) -> None:
+    # It is a file of the package: nothing that is installed beside it changes the ids, and no model that was trained
+    # with it can be used without these very ids.
+    assert (small.vocab_size, small.fingerprint) == (SMALL_PIECES, SMALL_FINGERPRINT)
+    assert (small.bos_id, small.eos_id, small.hf.pad_token_id) == (1, 2, 0) and small.dtype == np.dtype(np.uint16)
+    assert tuple(small.hf.convert_ids_to_tokens(list(range(5)))) == SPECIAL_TOKENS
+
+
+def test_the_small_tokenizer_gives_every_text_back(small: DocumentTokenizer) -> None:
+    # Every byte that UTF-8 uses.
+    letters = [chr(code) for code in (*range(0x800), *range(0x1000, 0x10000, 0x800), *range(0x10000, 0x110000, 0x8000))]
+    letters = [letter for letter in letters if not "\ud800" <= letter <= "\udfff"]
+    texts = [*HARD, "".join(letters)]
+    assert {byte for letter in letters for byte in letter.encode()} == set(range(0xF5)) - {0xC0, 0xC1, 0xE0}
+    for text, ids in zip(texts, small.encode_documents(texts), strict=True):
+        assert small.hf.decode(ids[1:-1]) == text
+
+
+def test_the_small_tokenizer_cuts_digits_and_spaces_as_llama_cpp_does(small: DocumentTokenizer, tmp_path: Path) -> None:
+    assert [small.hf.decode([i]) for i in small.encode_documents(["in 2024"])[0][1:-1]] == ["in", " ", *"2024"]
+    fields = gguf_tokenizer_fields(small.hf)
+    assert fields["tokenizer.ggml.pre"] == "qwen2" and fields["tokenizer.ggml.add_bos_token"]
+    loaded = load_gguf_tokenizer(write(tmp_path / "tokenizer.gguf", fields))
+    assert loaded.special_tokens_map == small.hf.special_tokens_map
+    for text in HARD:
+        assert loaded(text).input_ids == small.hf(text, add_special_tokens=False).input_ids
+    # A space or a mark belongs to the word behind it, but not to a digit.
+    words = next(split for split in WORD_SPLITS if "qwen2" in split.names).pre_tokenizer()
+    assert [word for word, _ in words.pre_tokenize_str("a b  (c 12")] == ["a", "Ġb", "Ġ", "Ġ(", "c", "Ġ", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+def test_documents_cannot_spell_special_tokens_but_prompts_can(name: str) -> None:
+    tokenizer = DocumentTokenizer(name)
+    assert 2 not in tokenizer.encode_documents(["a</s>b"])[0][:-1]
+    assert 2 in tokenizer.hf("a</s>b", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+def test_an_exported_tokenizer_is_the_same_one(name: str, tmp_path: Path) -> None:
+    tokenizer = DocumentTokenizer(name)
+    tokenizer.hf.save_pretrained(tmp_path)
+    loaded = DocumentTokenizer(str(tmp_path))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert [x.tolist() for x in loaded.encode_documents(HARD)] == [x.tolist() for x in tokenizer.encode_documents(HARD)]
+
+
+def test_a_tokenizer_with_one_token_for_both_ends_writes_it_once(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="?"
+    ).save_pretrained(tmp_path / "gpt")
+    assert DocumentTokenizer(str(tmp_path / "gpt")).encode_documents(["a b"])[0].tolist() == [1, 2, 0]
+
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?").save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        DocumentTokenizer(str(tmp_path / "endless"))
+
+
+def test_unknown_tokenizers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"there is no tokenizer directory '\./nowhere'"):
+        load_hf_tokenizer("./nowhere")
+    with pytest.raises(ValueError, match="tokenizer 'nobody/nothing' was found neither on disk nor on the hub"):
+        load_hf_tokenizer("nobody/nothing")
+
+
+def test_a_directory_without_tokenizer_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no readable tokenizer files"):
+        load_hf_tokenizer(str(tmp_path))
