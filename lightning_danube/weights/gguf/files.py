@@ -131,8 +131,8 @@ def save_gguf(
     llama.cpp wants them.
 
     `tokenizer_fields` are keys and values of the tokenizer, as `gguf_tokenizer_fields` makes them. Without them, the
-    file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. The file is written
-    beside its place and renamed when complete. Only a GGUF file is ever overwritten.
+    file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. The file is
+    written beside its place and renamed when complete. Only a GGUF file is ever overwritten.
     """
     target = Path(path).absolute()
     file_type_of(dtype)
