@@ -14,8 +14,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.runs import read_step
 from lightning_danube.checkpoints.strategy import ShardedStrategy
+from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
-from lightning_danube.training.position import curriculum_of, finished_stage, is_done
+from lightning_danube.training.position import is_done
 
 
 class Checkpoints(Checkpoint):

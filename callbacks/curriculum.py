@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
 from lightning_danube.durations import parse_tokens
-from lightning_danube.training.position import at_logged_step, curriculum_of, finished_stage, samples_done
+from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
+from lightning_danube.training.position import at_logged_step
 
 
 class CurriculumStages(Callback):

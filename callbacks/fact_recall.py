@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
+from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.text.embedded.world import GROUPS, WORLD, Question, the_world
-from lightning_danube.training.position import curriculum_of
 
 ROWS = 256
 

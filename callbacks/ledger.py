@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_danube.training.position import at_logged_step, curriculum_of, speaks_for_replica
+from lightning_danube.pretraining.position import curriculum_of
+from lightning_danube.training.position import at_logged_step, speaks_for_replica
 
 
 class TokenLedger(Callback):

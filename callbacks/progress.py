@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lightning_danube.extras import install_command, missing_module
-from lightning_danube.training.position import end_of_run, stage_name, tokens_done
+from lightning_danube.pretraining.position import stage_name
+from lightning_danube.training.position import end_of_run, tokens_done
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 

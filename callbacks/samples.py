@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.text import encode_prompt
 from lightning_danube.generation.token_stream import generate
-from lightning_danube.training.position import curriculum_of
+from lightning_danube.pretraining.position import curriculum_of
 
 
 class TextSamples(Callback):

@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_danube.callbacks.progress import say
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.device import widest_float
-from lightning_danube.training.position import at_logged_step, curriculum_of, run_directory
+from lightning_danube.pretraining.position import curriculum_of
+from lightning_danube.training.position import at_logged_step, run_directory
 
 
 class TrainingStopped(RuntimeError):

@@ -20,8 +20,9 @@ from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
 from lightning_danube.files import write_json
 from lightning_danube.model import DecoderConfig
 from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.terminal import program, quoted, runnable, text_table
-from lightning_danube.training.position import curriculum_of, end_of_run, finished_stage, run_directory, steps_ahead
+from lightning_danube.training.position import end_of_run, run_directory, steps_ahead
 from lightning_danube.training.replicas import replicas_of
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_danube.training.position import at_logged_step, data_of
+from lightning_danube.training.position import at_logged_step, training_data_of
 
 
 class Throughput(Callback):
@@ -48,7 +48,7 @@ class Throughput(Callback):
         self._since = None
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = data_of(trainer)
+        data = training_data_of(trainer)
         if self._interval is not None and trainer.global_step > self._interval[1]:
             seconds, step = self._interval
             rate = (trainer.global_step - step) * data.batch_tokens / (self.seconds - seconds)

@@ -31,7 +31,7 @@ from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
 from lightning_danube.tokens.shards import files_identity, held_out_below
 from lightning_danube.tokens.tokenizer import MISTRAL, fingerprint_of
-from lightning_danube.training.contract import IGNORE_INDEX
+from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepBatch, TokenBatch
 from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, steps_of
 from lightning_danube.training.passes import LAYOUTS, Pass
 from lightning_danube.training.replicas import accumulation, replicas_of
@@ -102,6 +102,7 @@ class ConversationData(LightningDataModule):
 
     def __init__(
         self,
+        *,
         sources: Mapping[str, ConversationSource] | Mapping[str, PreferenceSource],
         context_length: int,
         batch_rows: int,
@@ -304,10 +305,14 @@ class ConversationData(LightningDataModule):
         if not len(self.train_chats):
             raise ValueError(f"all {self.example}s are held out: lower data.held_out, or add {self.example}s")
         self.passes: list[Pass] = [self.plan(number) for number in range(self.epochs)]
-        if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = accumulation(
-                self.batch_key, self.batch_rows, self.micro_batch_size, replicas_of(self.trainer)[0]
-            )
+
+    def accumulation(self, replicas: int) -> int:
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
+
+        Raises:
+            ValueError: the step does not divide evenly.
+        """
+        return accumulation(self.batch_key, self.batch_rows, self.micro_batch_size, replicas)
 
     def _open(self, name: str, split: str) -> EncodedChats:
         directory = self._directory(name)
@@ -452,18 +457,18 @@ class ChatData(ConversationData):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(
-            sources,
-            context_length,
-            batch_rows,
-            micro_batch_size,
-            tokenizer,
-            epochs,
-            too_long,
-            held_out,
-            validation_conversations,
-            seed,
-            workers,
-            cache_dir,
+            sources=sources,
+            context_length=context_length,
+            batch_rows=batch_rows,
+            micro_batch_size=micro_batch_size,
+            tokenizer=tokenizer,
+            epochs=epochs,
+            too_long=too_long,
+            held_out=held_out,
+            validation_examples=validation_conversations,
+            seed=seed,
+            workers=workers,
+            cache_dir=cache_dir,
         )
         self.layout, self.learned, self.validation_conversations = layout, learned, validation_conversations
 
@@ -534,8 +539,8 @@ class ChatRows(Dataset[Any]):
     def __init__(self, chats: EncodedChats, context_length: int, packed: bool) -> None:
         self.chats, self.context_length, self.packed = chats, context_length, packed
 
-    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
-        return batch_of(self.chats, rows, self.context_length, self.packed) | {"step_labels": rows.step_labels}
+    def __getitems__(self, rows: StepRows) -> StepBatch:
+        return {**batch_of(self.chats, rows, self.context_length, self.packed), "step_labels": rows.step_labels}
 
 
 class HeldOutChats(Dataset[Any]):
@@ -547,20 +552,29 @@ class HeldOutChats(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> HeldOutBatch:
         rows = self.batches[number]
-        return batch_of(self.chats, rows, self.context_length, packed=False) | {
+        return {
+            **batch_of(self.chats, rows, self.context_length, packed=False),
             "source": self.source,
             "rows": [row[0] if row else -1 for row in rows],
         }
 
 
-def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> dict[str, Any]:
-    """Rows as tensors; one conversation a row is padded only to the longest, behind its end, where causal attention
-    keeps it from being seen."""
+def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> TokenBatch:
+    """Returns rows as tensors. One conversation a row is padded only to the longest one.
+
+    The padding stands behind the conversation's end, where causal attention does not see it.
+    """
     length = context_length
     if not packed:
         length = max([int(chats.places[chat]) for row in rows for chat in row], default=1)
     tensors = [chats.row(row, length) for row in rows]
-    names = list(tensors[0]) if packed else ["input_ids", "labels"]
-    return {name: torch.stack([row[name] for row in tensors]) for name in names}
+    batch: TokenBatch = {
+        "input_ids": torch.stack([row["input_ids"] for row in tensors]),
+        "labels": torch.stack([row["labels"] for row in tensors]),
+    }
+    if packed:
+        batch["document_ids"] = torch.stack([row["document_ids"] for row in tensors])
+        batch["position_ids"] = torch.stack([row["position_ids"] for row in tensors])
+    return batch

@@ -23,6 +23,7 @@ from lightning_danube.chat.preferences import Preference, PreferenceSource, read
 from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL
+from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, TokenBatch
 from lightning_danube.training.loaders import StepRows
 from lightning_danube.training.passes import Pass, bucketed_pass
 from lightning_danube.training.replicas import replicas_of
@@ -90,18 +91,18 @@ class PreferenceData(ConversationData):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(
-            sources,
-            context_length,
-            batch_pairs,
-            micro_batch_size,
-            tokenizer,
-            epochs,
-            too_long,
-            held_out,
-            validation_pairs,
-            seed,
-            workers,
-            cache_dir,
+            sources=sources,
+            context_length=context_length,
+            batch_rows=batch_pairs,
+            micro_batch_size=micro_batch_size,
+            tokenizer=tokenizer,
+            epochs=epochs,
+            too_long=too_long,
+            held_out=held_out,
+            validation_examples=validation_pairs,
+            seed=seed,
+            workers=workers,
+            cache_dir=cache_dir,
         )
         self.reference = Reference()
 
@@ -142,7 +143,7 @@ class PreferenceData(ConversationData):
 
     # --- reference log-probabilities ----------------------------------------------------------------------------------
 
-    def prepare_reference(self, model: str, log_probabilities: Callable[[dict[str, Any]], Tensor]) -> None:
+    def prepare_reference(self, model: str, log_probabilities: Callable[[TokenBatch], Tensor]) -> None:
         """The reference log-probabilities of all pairs: read where a run of the same model left them beside the pairs,
         else computed here once, each replica its share, and kept.
 
@@ -179,7 +180,7 @@ class PreferenceData(ConversationData):
             return file.exists()
         return bool(self.trainer.strategy.reduce_boolean_decision(file.exists(), all=True))
 
-    def _compute(self, chats: EncodedChats, log_probabilities: Callable[[dict[str, Any]], Tensor]) -> NDArray[Any]:
+    def _compute(self, chats: EncodedChats, log_probabilities: Callable[[TokenBatch], Tensor]) -> NDArray[Any]:
         replicas, replica = replicas_of(self.trainer)
         # Longest first, as in validation: what does not fit into memory shows at once.
         mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
@@ -237,9 +238,9 @@ class PairRows(Dataset[Any]):
     def __init__(self, chats: EncodedChats, reference: NDArray[Any], context_length: int) -> None:
         self.chats, self.reference, self.context_length = chats, reference, context_length
 
-    def __getitems__(self, rows: StepRows) -> dict[str, Any]:
+    def __getitems__(self, rows: StepRows) -> PairBatch:
         batch = pairs_of(self.chats, rows, self.context_length)
-        return batch | {"reference": reference_of(self.reference, rows), "step_labels": rows.step_labels}
+        return {**batch, "reference": reference_of(self.reference, rows), "step_labels": rows.step_labels}
 
 
 class HeldOutPairs(Dataset[Any]):
@@ -259,16 +260,17 @@ class HeldOutPairs(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> HeldOutPairBatch:
         rows = self.batches[number]
-        return pairs_of(self.chats, rows, self.context_length) | {
+        return {
+            **pairs_of(self.chats, rows, self.context_length),
             "reference": reference_of(self.reference, rows),
             "source": self.source,
             "rows": [row[0] if row else -1 for row in rows],
         }
 
 
-def pairs_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int) -> dict[str, Any]:
+def pairs_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int) -> TokenBatch:
     """input_ids and labels of pairs, (2 × pairs, places): the chosen answer of each, then the rejected one. A row
     without a pair has no label."""
     answers = [[2 * row[0] + side] if row else [] for row in rows for side in (0, 1)]

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_danube.chat.fine_tuning import SupervisedFineTuning
 from lightning_danube.model import token_losses
-from lightning_danube.weights.adapters import weights_digest
+from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of
+from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.tuning import TuningTask
+from lightning_danube.weights.adapters import Lora, weights_digest
 
+NO_PAIRS = (
+    "PreferenceTuning learns from pairs, {data} has none: set data.class_path to lightning_danube.chat.PreferenceData"
+)
 REWARDS = ("chosen", "rejected", "margin", "accuracy")
 
 
-class PreferenceTuning(SupervisedFineTuning):
+class PreferenceTuning(TuningTask):
     """The loss of pairs, -log σ(reward of the chosen answer - reward of the rejected one), as a mean over the pairs of
     the whole optimizer step.
 
@@ -34,16 +39,24 @@ class PreferenceTuning(SupervisedFineTuning):
 
     Args:
         beta: how much the model is held to the reference; the smaller, the further it may go.
-        options: those of SupervisedFineTuning.
+        weights, learning_rate, lora, optimizer, activation_checkpointing: see `TuningTask`.
 
     Raises:
         ValueError: the weights cannot be read, or beta is not above 0.
     """
 
-    def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
+    def __init__(
+        self,
+        weights: str,
+        learning_rate: LearningRate,
+        beta: float = 0.1,
+        lora: Lora | None = None,
+        optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
+        activation_checkpointing: bool = False,
+    ) -> None:
         if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta is {beta}: give a number above 0, such as 0.1")
-        super().__init__(**options)
+        super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
         self.beta = beta
         self._sums = torch.zeros(len(REWARDS) + 1)
         """Over the last batch, REWARDS and the number of pairs."""
@@ -53,12 +66,7 @@ class PreferenceTuning(SupervisedFineTuning):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "prepare_reference"):
-            raise ValueError(
-                f"PreferenceTuning learns from pairs, {type(data).__name__} has none: set data.class_path to "
-                "lightning_danube.chat.PreferenceData"
-            )
+        data = data_of(self.trainer, PairData, NO_PAIRS)
         # No checkpoint has been loaded yet: these are the weights to begin with, and a fresh adapter changes nothing.
         model = f"{weights_digest(self.decoder)}-{self.trainer.precision}"
         plugin, training = self.trainer.precision_plugin, self.training
@@ -68,22 +76,24 @@ class PreferenceTuning(SupervisedFineTuning):
             data.prepare_reference(model, self._reference_log_probabilities)
         self.train(training)
 
-    def _reference_log_probabilities(self, batch: dict[str, Any]) -> Tensor:
-        return self.log_probabilities({name: tensor.to(self.device) for name, tensor in batch.items()})
+    def _reference_log_probabilities(self, batch: TokenBatch) -> Tensor:
+        return self.log_probabilities(
+            {"input_ids": batch["input_ids"].to(self.device), "labels": batch["labels"].to(self.device)}
+        )
 
-    def log_probabilities(self, batch: dict[str, Any]) -> Tensor:
-        """Of the answers, each a sum over its tokens: (P, 2)."""
+    def log_probabilities(self, batch: TokenBatch) -> Tensor:
+        """Returns the log-probabilities of the answers, each a sum over its tokens: (P, 2)."""
         nats_BT = token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
         return -nats_BT.sum(1).view(-1, 2)
 
-    def losses_of(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (P,), rewards (P, 2) and log-probabilities (P, 2)."""
+    def losses_of(self, batch: PairBatch | HeldOutPairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns losses (P,), rewards (P, 2) and log-probabilities (P, 2)."""
         logps_P2 = self.log_probabilities(batch)
         rewards_P2 = self.beta * (logps_P2 - batch["reference"].to(logps_P2))
         return -logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1]), rewards_P2, logps_P2
 
-    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum over the pairs, and their number."""
+    def sum_of_losses(self, batch: PairBatch | HeldOutPairBatch) -> tuple[Tensor, Tensor]:
+        """Returns the sum over the pairs, and their number."""
         losses_P, rewards_P2, logps_P2 = self.losses_of(batch)
         # The last batches are filled up with rows of no pair.
         there_P = (batch["labels"] >= 0).any(1).view(-1, 2)[:, 0]
@@ -95,7 +105,7 @@ class PreferenceTuning(SupervisedFineTuning):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         self._step_sums.append(self._sums)
         return loss
@@ -112,15 +122,15 @@ class PreferenceTuning(SupervisedFineTuning):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: HeldOutPairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         super().validation_step(batch, batch_idx, dataloader_idx)
         source, (*sums, pairs) = batch["source"], self._sums
         for name, total in zip(REWARDS, sums, strict=True):
             self.update_mean(f"rewards/{name}_held_out_{source}", total, pairs)
         self.update_mean(f"ranking/accuracy_held_out_{source}", self._ranked, pairs)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """For each held-out pair: its source, number, loss and rewards."""
+    def predict_step(self, batch: HeldOutPairBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns for each held-out pair its source, number, loss and rewards."""
         losses_P, rewards_P2, _ = self.losses_of(batch)
         return [
             {"source": batch["source"], "row": row, "loss": loss, "chosen": chosen, "rejected": rejected}

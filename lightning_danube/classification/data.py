@@ -198,10 +198,14 @@ class ClassificationData(LightningDataModule):
             bucketed_pass(train.lengths, self.context_length, self.batch_texts, self.seed, number)
             for number in range(self.epochs)
         ]
-        if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = accumulation(
-                "batch_texts", self.batch_texts, self.micro_batch_size, replicas_of(self.trainer)[0]
-            )
+
+    def accumulation(self, replicas: int) -> int:
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
+
+        Raises:
+            ValueError: `batch_texts` does not divide evenly.
+        """
+        return accumulation("batch_texts", self.batch_texts, self.micro_batch_size, replicas)
 
     def _make_splits(self) -> None:
         splits = {role: self._read(role) for role in SPLITS if role in self.sources}
@@ -392,6 +396,11 @@ class ClassificationData(LightningDataModule):
     def predicted(self) -> str:
         """The split that `predict` classifies."""
         return "predict" if "predict" in self.sources else "test"
+
+    def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns where a text that `predict` classifies stands, and its `true_label` if that is known."""
+        text = self.splits[self.predicted][row]
+        return {"file": text.file, "row": text.row}, {} if text.label is None else {"true_label": text.label}
 
     def predict_dataloader(self) -> DataLoader[Any]:
         # In the order of the file, so that the answers stand beside the questions.

@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_danube.chat.fine_tuning import SupervisedFineTuning
 from lightning_danube.classification.scores import scores
 from lightning_danube.model import Decoder
+from lightning_danube.training.contract import IGNORE_INDEX, LabelledData, TextBatch, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.adapters import Lora, base_digest
 
-IGNORE_INDEX = -100
+NO_LABELS = (
+    "TextClassification learns labels, {data} has none: set data.class_path to "
+    "lightning_danube.classification.ClassificationData"
+)
 Head = Literal["hidden", "logits"]
 
 
@@ -77,11 +81,8 @@ def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT:
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
 
-class TextClassification(SupervisedFineTuning):
+class TextClassification(TuningTask):
     """Cross-entropy of the classes of texts. The adapter and the head train, the decoder's own weights stay.
-
-    It shares with chat what has nothing to do with answers: the adapter, the optimizer step as a mean over the texts of
-    all micro-batches and devices, and checkpoints of what trains.
 
     Logs `loss/train` and after each validation or test `loss/<split>` (nats a text), `accuracy/<split>`,
     `macro_f1/<split>` and `calibration_error/<split>`.
@@ -117,13 +118,7 @@ class TextClassification(SupervisedFineTuning):
     ) -> None:
         if head_learning_rate is not None and not head_learning_rate > 0:
             raise ValueError(f"model.head_learning_rate is {head_learning_rate}: it must be above 0")
-        super().__init__(
-            weights,
-            learning_rate,
-            lora=lora,
-            optimizer=optimizer,
-            activation_checkpointing=activation_checkpointing,
-        )
+        super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
         self.head_sees: Head = head
         self.head_rate = 1.0 if head_learning_rate is None else head_learning_rate / learning_rate.peak
         self.classified = ClassifiedTexts()
@@ -137,9 +132,12 @@ class TextClassification(SupervisedFineTuning):
         if self._base_digest:
             return
         self._base_digest = base_digest(self.decoder)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.labels:
-            self._make_head(data.labels)
+        if self._data.labels:
+            self._make_head(self._data.labels)
+
+    @property
+    def _data(self) -> LabelledData:
+        return data_of(self.trainer, LabelledData, NO_LABELS)
 
     def _make_head(self, labels: list[str]) -> None:
         self.labels = list(labels)
@@ -157,8 +155,8 @@ class TextClassification(SupervisedFineTuning):
         with torch.autocast(seen_BD.device.type, enabled=False):
             return self.head(seen_BD.to(self.head.weight.dtype))
 
-    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum of nats, and the number of texts."""
+    def sum_of_losses(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """Returns the sum of nats, and the number of texts."""
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
         total = F.cross_entropy(logits_BC, batch["classes"], ignore_index=IGNORE_INDEX, reduction="sum")
         return total, (batch["classes"] != IGNORE_INDEX).sum()
@@ -176,7 +174,7 @@ class TextClassification(SupervisedFineTuning):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
         self.classified.update(batch["rows"], batch["classes"], logits_BC.log_softmax(1))
 
@@ -204,31 +202,30 @@ class TextClassification(SupervisedFineTuning):
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """For each text: where it stands, the likeliest label, the probability of each; its true label if known."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        texts = data.splits[data.predicted]
+    def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns for each text where it stands, the likeliest label, its true label if known, and the probability of
+        each."""
+        data = self._data
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
         said = []
         for row, probabilities in zip(batch["rows"].tolist(), logits_BC.softmax(1).tolist(), strict=True):
             if row < 0:
                 continue
             by_label = dict(zip(self.labels, probabilities, strict=True))
-            answer = {"file": texts[row].file, "row": texts[row].row, "label": max(by_label, key=by_label.__getitem__)}
-            known = {} if texts[row].label is None else {"true_label": texts[row].label}
-            said.append(answer | known | {"probabilities": by_label})
+            place, truth = data.described(row)
+            answer = {**place, "label": max(by_label, key=by_label.__getitem__), **truth}
+            said.append({**answer, "probabilities": by_label})
         return said
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["base_digest"] = self._base_digest
         checkpoint["classifier"] = {
             "labels": self.labels,
             "head": self.head_sees,
-            "context_length": data.context_length,
+            "context_length": self._data.context_length,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -196,8 +196,6 @@ class CurriculumData(LightningDataModule):
             seed=self.seed,
         )
         self._check_passes()
-        if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = self._accumulation()
 
     def _check_passes(self) -> None:
         for name, passes in self.curriculum.passes().items():
@@ -214,7 +212,7 @@ class CurriculumData(LightningDataModule):
             raise ValueError(
                 f"trainer.max_epochs is {self.trainer.max_epochs}: a curriculum is one pass; make its stages longer"
             )
-        if self.trainer.accumulate_grad_batches not in (1, self._accumulation()):
+        if self.trainer.accumulate_grad_batches not in (1, self.accumulation(replicas_of(self.trainer)[0])):
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: it follows from "
                 "data.batch_tokens and data.micro_batch_size; leave it out"
@@ -225,14 +223,16 @@ class CurriculumData(LightningDataModule):
                 "stage; for more, give lightning_danube.callbacks.CurriculumStages validate_every in tokens"
             )
 
-    def _accumulation(self) -> int:
-        return self.accumulation(replicas_of(self.trainer)[0])
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.total_tokens // self.batch_tokens
 
     def accumulation(self, replicas: int) -> int:
-        """Micro-batches of one optimizer step on each of so many data-parallel replicas.
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
 
         Raises:
-            ValueError: they do not divide it.
+            ValueError: the step does not divide evenly.
         """
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:

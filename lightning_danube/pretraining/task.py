@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lightning_danube.durations import parse_tokens
 from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
 from lightning_danube.model.compilation import check_compiler
+from lightning_danube.training.contract import TokenBatch
 from lightning_danube.training.optim import AdamW, LearningRate
-from lightning_danube.training.task import NextTokenTask
+from lightning_danube.training.task import DecoderTask
 
 
-class Pretraining(NextTokenTask):
+class Pretraining(DecoderTask):
     """Next-token prediction with the Danube decoder.
 
     Args:
@@ -59,7 +58,7 @@ class Pretraining(NextTokenTask):
     def length_in_tokens(self) -> tuple[int, int]:
         return self.batch_tokens, self.total_tokens
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         if self.config.attention_dropout:
             self.seed_dropout(batch_idx)
         total, count = self.sum_of_losses(batch)

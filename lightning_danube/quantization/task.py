@@ -26,11 +26,17 @@ from lightning_danube.quantization.decoders import check_finite, full_decoder, q
 from lightning_danube.quantization.levels import FULL, Level, parse_levels, why_not
 from lightning_danube.quantization.measured import Measured, load_measured, measured_key, save_measured
 from lightning_danube.quantization.running import RunningModel
+from lightning_danube.quantization.text_windows import TextWindows
+from lightning_danube.training.contract import WindowBatch, data_of
 from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_decoder
 
 REFERENCE_BYTES = 2**31
 """Of the full model's distributions, which stay on the disk while others are compared with them."""
+NO_WINDOWS = (
+    "QuantizationEvaluation reads a text, {data} has none in windows: set data.class_path to "
+    "lightning_danube.quantization.TextWindows"
+)
 PACKAGES = {"gguf": "llama-cpp-python", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "rounding": "hqq"}
 
 
@@ -71,12 +77,7 @@ class QuantizationEvaluation(LightningModule):
     # --- before -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "windows"):
-            raise ValueError(
-                f"QuantizationEvaluation reads a text, {type(data).__name__} has none in windows: set data.class_path "
-                "to lightning_danube.quantization.TextWindows"
-            )
+        data = self._data
         if self.trainer.world_size > 1:
             raise ValueError("QuantizationEvaluation runs in one process: set trainer.devices and num_nodes to 1")
         if max(data.context_lengths) > self.config.max_position_embeddings:
@@ -103,14 +104,13 @@ class QuantizationEvaluation(LightningModule):
         # To compare with, the full model reads the text again, as much of it as distributions are kept of.
         if self._missing and self._missing[0] != FULL:
             self._missing.insert(0, FULL)
+        data.passes = len(self._missing)
 
     @property
-    def passes(self) -> int:
-        """How often the text is to be read."""
-        return len(self._missing)
+    def _data(self) -> TextWindows:
+        return data_of(self.trainer, TextWindows, NO_WINDOWS)
 
     def _kept(self, level: Level) -> Path:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         try:
             package = version(PACKAGES.get(level.method, "torch"))
         except PackageNotFoundError:
@@ -121,10 +121,10 @@ class QuantizationEvaluation(LightningModule):
             "package": package,
             "precision": self.trainer.precision,
             "device": self.trainer.strategy.root_device.type,
-            **data.identity(),
+            **self._data.identity(),
         }
         if level.imatrix:
-            facts["calibration"] = data.calibration_identity()
+            facts["calibration"] = self._data.calibration_identity()
         return self._directory / f"{measured_key(**facts)}.npz"
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class QuantizationEvaluation(LightningModule):
         )
         self._divergences = _Divergences(Path(self._work.name) / "reference", self.config.vocab_size)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if not batch:
             return
         level = self._missing[dataloader_idx]
@@ -188,7 +188,7 @@ class QuantizationEvaluation(LightningModule):
             return quantized_decoder(self.decoder, level), None
         from lightning_danube.quantization.gguf import quantized_file
 
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self._data
         return quantized_file(
             self.decoder,
             level,
@@ -304,7 +304,7 @@ class _Reading:
         self.cloze: list[bool] = []
         self.primary: int | None = None
 
-    def read(self, batch: dict[str, Any]) -> None:
+    def read(self, batch: WindowBatch) -> None:
         self.primary = self.primary or batch.get("context_length")
         if self.to_compare_with and (batch.get("context_length") != self.primary or self.divergences.is_full):
             return

@@ -22,6 +22,7 @@ from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.shards import is_held_out
 from lightning_danube.tokens.tokenizer import begin_token
+from lightning_danube.training.contract import WindowBatch
 from lightning_danube.weights.names import tokenizer_of
 
 CLOZE_CHOICES = 4
@@ -93,6 +94,8 @@ class TextWindows(LightningDataModule):
         self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
         self.vocab_size = len(self.tokenizer)
         self._begin = begin_token(self.tokenizer)
+        self.passes = 1
+        """How often the text is read. The task sets it: once for each model that it still has to measure."""
 
     def setup(self, stage: str) -> None:
         self.ids, self.calibration_ids = self._read()
@@ -183,16 +186,14 @@ class TextWindows(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The whole text once for each model that the task wants to show it to."""
-        assert self.trainer is not None
-        task: Any = self.trainer.lightning_module
         # The trainer wants to be given something even where nothing is left to read.
-        batches = self.batches() if task.passes else [{}]
-        return [DataLoader(WindowBatches(batches), batch_size=None) for _ in range(max(1, task.passes))]
+        batches = self.batches() if self.passes else [WindowBatch()]
+        return [DataLoader(WindowBatches(batches), batch_size=None) for _ in range(max(1, self.passes))]
 
-    def batches(self) -> Sequence[dict[str, Any]]:
+    def batches(self) -> Sequence[WindowBatch]:
         """Windows: input_ids (B, T), their context_length, and `first`, the place from where on predictions count. Then
         questions: input_ids (B, T), so many `choices` of each one after the other, the true one first."""
-        result: list[dict[str, Any]] = []
+        result: list[WindowBatch] = []
         for length in self.context_lengths:
             windows, rows = torch.from_numpy(self.windows(length)), max(1, BATCH_TOKENS // length)
             first = self.first_counted(length)
@@ -208,11 +209,11 @@ class TextWindows(LightningDataModule):
 class WindowBatches(Dataset[Any]):
     """Batches that are there already."""
 
-    def __init__(self, batches: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, batches: Sequence[WindowBatch]) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> WindowBatch:
         return self.batches[number]

@@ -1,5 +1,6 @@
-"""What all tasks of next-token prediction share: the optimizer step and what is logged of it, held-out losses, what a
-checkpoint says about its decoder. They differ in their loss and in what trains."""
+"""The task that all training tasks extend: the optimizer step and its log, held-out losses, checkpoints.
+
+Tasks differ in their loss and in what trains."""
 
 from __future__ import annotations
 
@@ -19,13 +20,16 @@ from torchmetrics import MeanMetric
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
+from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
+from lightning_danube.training.position import log_interval, training_data_of
+from lightning_danube.training.replicas import replicas_of
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
 
 
-class NextTokenTask(LightningModule):
+class DecoderTask(LightningModule):
     """A decoder, its optimizer and a learning rate in tokens. A task adds `training_step`, which appends the detached
     loss of each micro-batch to `self._losses`.
 
@@ -57,29 +61,46 @@ class NextTokenTask(LightningModule):
             parallelize(self.decoder, self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"])
             self._is_parallel = True
 
-    def length_in_tokens(self) -> tuple[int, int]:
-        """Tokens of an optimizer step and of the whole run: what the learning rate goes by."""
-        raise AssertionError("a task says how long it is")
+    def setup(self, stage: str) -> None:
+        """Sets what the trainer has to know of the data. Lightning has set up the data by now."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = self.training_data.accumulation(replicas_of(self.trainer)[0])
 
-    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
-        """(B, T, D) after the last norm."""
-        measured = self._trainer is not None and self.training
-        with self.trainer.profiler.profile(FORWARD) if measured else nullcontext():  # type: ignore[attr-defined]
+    @property
+    def training_data(self) -> TrainingData:
+        """The run's data module.
+
+        Raises:
+            ValueError: it is none to train on.
+        """
+        return training_data_of(self.trainer)
+
+    def length_in_tokens(self) -> tuple[int, int]:
+        """Returns the tokens of an optimizer step and of the whole run: what the learning rate goes by."""
+        return self.training_data.batch_tokens, self.training_data.total_tokens
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """Returns the states after the last norm, (B, T, D)."""
+        profiler = getattr(self._trainer, "profiler", None) if self.training else None
+        with nullcontext() if profiler is None else profiler.profile(FORWARD):
             return self.decoder.hidden_states(
                 batch["input_ids"],
                 position_ids_BT=batch.get("position_ids"),
                 document_ids_BT=batch.get("document_ids"),
             )
 
-    def sum_of_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Sum of nats, and the number of counted tokens."""
+    def sum_of_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Returns the sum of nats of a `TokenBatch`, and the number of counted tokens.
+
+        A task with another loss or another batch overrides this.
+        """
         return next_token_loss(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout depends on (seed, micro-batch, replica) alone: a resumed run draws what the first would have."""
-        replica = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+        _, replica = replicas_of(self.trainer)
         digest = hashlib.blake2b(f"{self._seed}/{micro_batch}/{replica}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest))
 
@@ -126,7 +147,7 @@ class NextTokenTask(LightningModule):
             return
         loss, self._step_loss = self._step_loss, None
         step = self.trainer.global_step
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_interval(self.trainer)
         if every and (step % every == 0 or step == 1):
             if self.step_verdict is None:
                 loss = self._mean_over_ranks(loss)
@@ -182,7 +203,7 @@ class NextTokenTask(LightningModule):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         total, count = self.sum_of_losses(batch)
         self.update_mean(f"loss/held_out_{batch['source']}", total, count)
 
@@ -196,14 +217,14 @@ class NextTokenTask(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=self.trainer.global_step)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """For each held-out row: its source, number, tokens and mean loss (nats a token)."""
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens and mean loss (nats a token)."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()

@@ -38,7 +38,7 @@ def data(tmp_path: Path, count: int = 60, **options: Any) -> PreferenceData:
     return module
 
 
-def length_of_answers(batch: dict[str, Any]) -> Tensor:
+def length_of_answers(batch: Any) -> Tensor:
     """Stands in for a model: what it says of an answer depends on that answer alone."""
     return (batch["labels"].clamp(min=0) * (1 + batch["input_ids"] % 7)).sum(1).view(-1, 2).double() / 1000
 
@@ -111,7 +111,7 @@ def test_the_reference_is_computed_once_for_a_model(tmp_path: Path) -> None:
     first = module.reference
     assert (first.computed, first.reused) == (60, 0)
 
-    def refuse(batch: dict[str, Any]) -> Tensor:
+    def refuse(batch: Any) -> Tensor:
         raise AssertionError("computed twice")
 
     again = data(tmp_path, batch_pairs=2)

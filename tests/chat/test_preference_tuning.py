@@ -33,7 +33,7 @@ def random_pairs(seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids, answers
 
 
-def batch_of_pairs() -> dict[str, Any]:
+def batch_of_pairs() -> Any:
     ids, answers = random_pairs()
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(~answers[:, 1:], -100)}
 
@@ -130,7 +130,7 @@ def test_rows_without_a_pair_count_for_nothing(model: Path, reference: Path) -> 
         "labels": torch.full((2, 44), -100),
         "reference": torch.zeros(1, 2),
     }
-    filled = {name: torch.cat([batch[name], empty[name]]) for name in batch}
+    filled: Any = {name: torch.cat([batch[name], empty[name]]) for name in batch}
     total, pairs = task.sum_of_losses(filled)
     assert pairs == 3
     # Another number of rows may be multiplied in another order.

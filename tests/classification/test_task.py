@@ -106,7 +106,7 @@ def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: st
     randomize(model.decoder)
     ids, mask = padded("right")
     total, count = model.sum_of_losses(
-        {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, -100, 2])}
+        {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, -100, 2]), "rows": torch.arange(3)}
     )
     assert int(count) == 2
     total.backward()
@@ -126,9 +126,9 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
         ).train()
         randomize(model.decoder)
         ids, mask = padded("right")
-        model.sum_of_losses({"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2])})[
-            0
-        ].backward()
+        model.sum_of_losses(
+            {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2]), "rows": torch.arange(3)}
+        )[0].backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)

@@ -142,7 +142,7 @@ def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) 
     ],
 )
 def test_a_step_that_does_not_divide_is_refused_with_numbers_that_would(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, micro_batch: int, numbers: str
+    tiny: Path, replicas: int, micro_batch: int, numbers: str
 ) -> None:
     """One process is enough to see the words; tests/training/test_ranks.py has two, which say them once."""
     data = CurriculumData(
@@ -152,6 +152,5 @@ def test_a_step_that_does_not_divide_is_refused_with_numbers_that_would(
         batch_tokens=256,
         micro_batch_size=micro_batch,
     )
-    monkeypatch.setattr("lightning_danube.pretraining.data.replicas_of", lambda _: (replicas, 0))
     with pytest.raises(ValueError, match=re.escape(numbers)):
-        data._accumulation()
+        data.accumulation(replicas)

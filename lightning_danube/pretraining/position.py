@@ -1,0 +1,48 @@
+"""Where a pre-training run stands in its curriculum."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_danube.pretraining.curriculum import Curriculum
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.training.contract import data_of
+
+
+def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
+    """Returns the run's data module and its curriculum.
+
+    Raises:
+        ValueError: the run has other data.
+    """
+    problem = "this callback counts the stages of CurriculumData: remove it, or use that data module"
+    data = data_of(trainer, CurriculumData, problem)
+    return data, data.curriculum
+
+
+def has_stages(trainer: Trainer) -> bool:
+    """Whether the run's data come in stages."""
+    return isinstance(getattr(trainer, "datamodule", None), CurriculumData)
+
+
+def samples_done(trainer: Trainer) -> int:
+    """Returns the samples of finished optimizer steps."""
+    data, _ = curriculum_of(trainer)
+    return trainer.global_step * data.batch_samples
+
+
+def finished_stage(trainer: Trainer) -> int | None:
+    """Returns the number of the stage that ends exactly here; None within a stage, and for data without stages."""
+    if not has_stages(trainer):
+        return None
+    _, curriculum = curriculum_of(trainer)
+    done = samples_done(trainer)
+    return next((k for k, span in enumerate(curriculum.spans) if span.stop == done), None)
+
+
+def stage_name(trainer: Trainer) -> str | None:
+    """Returns the name of the next sample's stage; None for data without stages."""
+    if not has_stages(trainer):
+        return None
+    _, curriculum = curriculum_of(trainer)
+    return curriculum.stages[curriculum.stage_index(samples_done(trainer))].name

@@ -1,0 +1,118 @@
+"""The task that all tuning tasks extend: trained weights, an adapter or all of them, steps of unevenly dealt labels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_danube.training.contract import TokenizedData, data_of
+from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.position import log_interval
+from lightning_danube.training.replicas import replicas_of
+from lightning_danube.training.task import DecoderTask
+from lightning_danube.weights.adapters import Lora
+from lightning_danube.weights.loading import load_decoder
+
+
+class TuningTask(DecoderTask):
+    """A trained decoder that is trained further.
+
+    A subclass gives `sum_of_losses`: the sum over what counts in a micro-batch (tokens, pairs, texts), and its number.
+    The loss of an optimizer step is the mean over all that counts in it, however unevenly that is dealt to
+    micro-batches and devices; batches say how much counts in `step_labels`.
+
+    Args:
+        weights: the model to begin with: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or
+            "smollm2".
+        learning_rate: schedule in tokens.
+        lora: train an adapter on frozen weights instead of all weights.
+        optimizer: AdamW's other settings.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: the weights cannot be read, or the optimizer trains from random weights only.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        learning_rate: LearningRate,
+        lora: Lora | None,
+        optimizer: AdamW,
+        activation_checkpointing: bool,
+    ) -> None:
+        if type(optimizer) is not AdamW:
+            raise ValueError(
+                f"model.optimizer is {type(optimizer).__name__}, which trains from random weights only: use AdamW"
+            )
+        # Master weights in float32: 16-bit ones would lose the small steps of fine-tuning.
+        super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
+        self.weights, self.lora = weights, lora
+        self.decoder.activation_checkpointing = activation_checkpointing
+        if lora is not None:
+            lora.apply(self.decoder)
+            # A checkpoint has nothing of the frozen weights; on_load_checkpoint checks that it has all of the adapter.
+            self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        """
+        Raises:
+            ValueError: the data do not fit the model, or the learning rate does not fit the length of the run.
+        """
+        data = data_of(self.trainer, TokenizedData, "{data} has no vocab_size and context_length to compare")
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer has {data.vocab_size:,} tokens, the model of {self.weights} knows "
+                f"{self.config.vocab_size:,}: give the tokenizer that belongs to it"
+            )
+        if data.context_length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"data.context_length is {data.context_length:,}, the model of {self.weights} was made for "
+                f"{self.config.max_position_embeddings:,}: lower it"
+            )
+        super().setup(stage)
+        if stage == "fit":
+            self.learning_rate.check(self.training_data.total_tokens)
+            # A run on few examples is shorter than the usual interval, and the trainer would warn of that.
+            steps = min(log_interval(self.trainer), self.training_data.total_steps)
+            self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning's, see log_interval
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.config.attention_dropout or (self.lora and self.lora.dropout):
+            self.seed_dropout(batch_idx)
+        total, _ = self.sum_of_losses(batch)
+        # The trainer divides by the micro-batches of a step, and the strategy by the replicas. This undoes both.
+        replicas, _ = replicas_of(self.trainer)
+        loss = total * (self.trainer.accumulate_grad_batches * replicas / max(1, batch["step_labels"]))
+        self._losses.append(loss.detach())
+        return loss
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["base_weights"] = self.weights
+        if self.lora is not None:
+            checkpoint["lora"] = asdict(self.lora)
+            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trained()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint has another adapter, or see DecoderTask.
+        """
+        mine, saved = (None if self.lora is None else asdict(self.lora)), checkpoint.get("lora")
+        if saved != mine:
+            raise ValueError(
+                f"the checkpoint was trained with lora {saved}, the config has {mine}: set it back, or begin a new run "
+                "without --ckpt_path"
+            )
+        super().on_load_checkpoint(checkpoint)
+        if self.lora is not None and checkpoint["state_dict"].keys() != self._trained():
+            raise ValueError("the checkpoint holds another adapter than the config describes: begin a new run")
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
