@@ -23,7 +23,7 @@ from machine import described, write_result
 
 from lightning_danube.__main__ import main as danube
 from lightning_danube.evaluation import harness
-from lightning_danube.evaluation.parts.academic import academic_tasks
+from lightning_danube.evaluation.academic_tasks import academic_tasks
 from lightning_danube.generation.packing import pack_for_generation
 from lightning_danube.weights.loading import load_as_exported
 

@@ -44,7 +44,7 @@ class EvaluationReport(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, task = parts_of(trainer)
         self._began = self._last_line = time.monotonic()
-        task.on_progress = lambda title, done, total: self._progress(trainer, title, done, total)
+        task.asked.on_progress = lambda title, done, total: self._progress(trainer, title, done, total)
         names = ", ".join(part.title for part in data.parts)
         say(trainer, f"model: {task.weights}, {task.config.parameters:,} parameters\nasked: {names}")
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
+from lightning_danube.evaluation.asking import read_jsonl
 from lightning_danube.evaluation.judge import (
     PROMPTS,
     ChatJudge,
@@ -21,7 +22,7 @@ from lightning_danube.evaluation.judge import (
 )
 from lightning_danube.evaluation.parts.chat import ChatQuestions
 from lightning_danube.evaluation.results import Measured, mean_of
-from lightning_danube.evaluation.task import Evaluation, read_jsonl
+from lightning_danube.evaluation.task import Evaluation
 
 
 class Judge(Callback):
@@ -124,8 +125,7 @@ class Judge(Callback):
                     }
                     opened.write(json.dumps(line, ensure_ascii=False) + "\n")
                     opened.flush()
-                    if task.on_progress is not None:
-                        task.on_progress(f"{part.title}, judged", len(judged), len(gradings))
+                    task.asked.progress(f"{part.title}, judged", len(judged), len(gradings))
             except BaseException:
                 for future in futures:
                     future.cancel()

@@ -8,16 +8,17 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_danube.evaluation.parts.academic import AcademicTask, academic_tasks
-from lightning_danube.evaluation.parts.chat import ChatOptions, ChatQuestions, chat_questions
-from lightning_danube.evaluation.parts.needles import NeedleOptions, Needles, TextRows, make_needles, text_rows
-from lightning_danube.evaluation.parts.passages import FUNCTIONS, PassageQuestions, RetrievalOptions, passage_questions
+from lightning_danube.evaluation.academic_tasks import AcademicTask, academic_tasks
+from lightning_danube.evaluation.asking import Part
+from lightning_danube.evaluation.parts.academic import AcademicQuestions
+from lightning_danube.evaluation.parts.chat import ChatOptions, chat_questions
+from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles
+from lightning_danube.evaluation.parts.passages import FUNCTIONS, RetrievalOptions, passage_questions
+from lightning_danube.evaluation.parts.perplexity import text_rows
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, local_files
 from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.weights.names import tokenizer_of
-
-Part = AcademicTask | TextRows | Needles | PassageQuestions | ChatQuestions
 
 
 class EvaluationData(LightningDataModule):
@@ -98,7 +99,7 @@ class EvaluationData(LightningDataModule):
         if self.parts:
             return
         ends = end_ids(self.tokenizer)
-        parts: list[Part] = [*self.tasks]
+        parts: list[Part] = [AcademicQuestions(task, self.directory, self.limit, self.seed) for task in self.tasks]
         for name, source in self.texts.items():
             parts.append(text_rows(name, source, self.text_rows, self.context_length, self.tokenizer, self.cache_dir))
         if self.needle is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_danube.evaluation import squad_scores
-from lightning_danube.evaluation.parts.academic import AcademicTask, read_split, split_files
+from lightning_danube.evaluation.academic_tasks import AcademicTask, read_split, split_files
 from lightning_danube.extras import need
 from lightning_danube.generation.token_stream import TokenStream, evaluation_mode
 from lightning_danube.model import Decoder, KVCache

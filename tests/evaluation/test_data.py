@@ -9,8 +9,9 @@ import pytest
 
 from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.parts.chat import ChatOptions, chat_questions
-from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles, position_buckets, text_rows
+from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles
 from lightning_danube.evaluation.parts.passages import RetrievalOptions, passage_questions, retrieved, says
+from lightning_danube.evaluation.parts.perplexity import position_buckets, text_rows
 from lightning_danube.text.corpora import Source
 from tests.tiny_models import tiny_tokenizer
 

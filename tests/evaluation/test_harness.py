@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.evaluation.parts.academic import PAPER_TASKS, AcademicTask
+from lightning_danube.evaluation.academic_tasks import PAPER_TASKS, AcademicTask
 from lightning_danube.weights.huggingface import save_hf
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from lightning_danube.evaluation.parts.academic import PAPER_TASKS
+from lightning_danube.evaluation.academic_tasks import PAPER_TASKS
 from lightning_danube.evaluation.results import Measured, mean_of, paper_scores
 
 

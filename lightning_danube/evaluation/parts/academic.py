@@ -1,105 +1,76 @@
-"""The paper's academic benchmarks, and their questions in local files laid out as on the hub."""
+"""Academic benchmarks, asked and scored by the lm-evaluation-harness."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lightning_danube.text.reading import BadRow, format_of, read_rows
+from lightning_danube.evaluation.academic_tasks import AcademicTask
+from lightning_danube.evaluation.asking import AskedModel, Part, part_of
+from lightning_danube.evaluation.results import Measured, mean_of
+
+if TYPE_CHECKING:
+    from lightning_danube.evaluation.harness import PreparedTask
 
 
-@dataclass(frozen=True)
-class AcademicTask:
-    """A task of the lm-evaluation-harness as the paper ran it.
+@dataclass
+class AcademicQuestions(Part):
+    """The part of an evaluation that is one academic benchmark.
 
     Args:
-        name: of the task, or of the group of tasks whose documents are pooled, in the harness.
-        title: as the paper prints it.
-        folder: where the harness keeps the task, under lm_eval/tasks.
-        shots: examples before each question.
-        metric, filter: what is compared with the paper's figure. Accuracy is normalised by the answer's length
-            (acc_norm) where the Open LLM Leaderboard of that time did so, which is for ARC-c and HellaSwag; the report
-            does not say for the tasks that the leaderboard lacks.
-        chance: what guessing among the choices scores, where all questions have as many.
+        directory: where its files are, laid out as on the hub; None for the hub itself.
+        limit: most questions, chosen by the seed.
     """
 
-    name: str
-    title: str
-    folder: str
-    shots: int
-    metric: str = "acc"
-    filter: str = "none"
-    chance: float | None = None
+    task: AcademicTask
+    directory: Path | None
+    limit: int | None
+    seed: int
+    prepared: PreparedTask | None = None
+    missing: str | None = None
+    """Why the questions are not there."""
 
     @property
-    def setting(self) -> str:
-        named = {"exact_match": "exact match", "f1": "F1"}
-        return f"{self.shots}-shot {'mc2' if self.name.endswith('_mc2') else named.get(self.metric, self.metric)}"
+    def title(self) -> str:
+        return self.task.title
 
+    def prepare(self) -> None:
+        from lightning_danube.evaluation import harness
 
-PAPER_TASKS = (
-    AcademicTask("arc_challenge", "ARC-c", "arc", 25, "acc_norm", chance=0.25),
-    AcademicTask("hellaswag", "HellaSwag", "hellaswag", 10, "acc_norm", chance=0.25),
-    AcademicTask("mmlu", "MMLU", "mmlu/default", 5, chance=0.25),
-    AcademicTask("truthfulqa_mc2", "TruthfulQA", "truthfulqa", 0),
-    AcademicTask("winogrande", "Winogrande", "winogrande", 5, chance=0.5),
-    AcademicTask("gsm8k", "GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
-    AcademicTask("arc_easy", "ARC-e", "arc", 25, chance=0.25),
-    AcademicTask("bbh_cot_fewshot", "BBH", "bbh/cot_fewshot", 3, "exact_match", "get-answer"),
-    AcademicTask("commonsense_qa", "CommonsenseQA", "commonsense_qa", 3, chance=0.2),
-    AcademicTask("coqa", "CoQA", "coqa", 0, "f1"),
-    AcademicTask("piqa", "PIQA", "piqa", 3, chance=0.5),
-    AcademicTask("sciq", "SciQ", "sciq", 3, chance=0.25),
-)
-"""In the paper's order. PIQA is the one about physical interaction, which some summaries call PhysicsQA."""
+        try:
+            self.prepared = harness.prepare(self.task, self.directory, self.limit, self.seed)
+        except harness.MissingData as missing:
+            self.missing = str(missing)
 
+    def measure(self, model: AskedModel) -> list[Measured]:
+        from lightning_danube.evaluation import harness
 
-def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
-    """
-    Raises:
-        ValueError: there is no such task, with the one that is meant.
-    """
-    known = {task.name: task for task in PAPER_TASKS}
-    for name in names:
-        if name not in known:
-            by_title = {task.title.lower(): task.name for task in PAPER_TASKS}
-            close = by_title.get(name.lower()) or next(iter(get_close_matches(name.lower(), known, n=1)), None)
-            hint = f"did you mean {close}? " if close else ""
-            raise ValueError(f"data.tasks names {name!r}: {hint}there are {', '.join(known)}")
-    if twice := [name for name in names if list(names).count(name) > 1]:
-        raise ValueError(f"data.tasks names {twice[0]} twice")
-    return [known[name] for name in names]
-
-
-def split_files(directory: Path, dataset: str, name: str | None, split: str) -> list[Path]:
-    """The files of a split: `<directory>/<dataset>/<name>/<split>.jsonl` or `…/<split>-00000-of-00001.parquet`, which
-    is where a copy of the hub's repository has them; plain or compressed. None is an empty list."""
-    folder = directory / dataset / (name or "")
-    found = [file for pattern in (f"{split}.*", f"{split}-*") for file in sorted(folder.glob(pattern))]
-    return [file for file in found if format_of(file.name) in ("jsonl", "parquet", "csv")]
-
-
-def read_split(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """All rows of a split.
-
-    Raises:
-        ValueError: a row cannot be read, or has other columns than the first; with file and row.
-    """
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        for number, values in read_rows(str(file)):
-            if isinstance(values, BadRow):
-                raise ValueError(values.message)
-            if not isinstance(values, Mapping):
-                raise ValueError(f"{file}, row {number}: expected an object, found {type(values).__name__}")
-            if rows and values.keys() != rows[0].keys():
-                odd = sorted(set(values) ^ set(rows[0]))
-                where = "is missing, which the first row has" if odd[0] in rows[0] else "is not in the first row"
-                raise ValueError(f"{file}, row {number}: the column {odd[0]!r} {where}")
-            rows.append(dict(values))
-    if not rows:
-        raise ValueError(f"{', '.join(map(str, files))}: there are no rows")
-    return rows
+        task = self.task
+        row = Measured("academic", task.name, task.title, task.setting)
+        if task.chance is not None:
+            row.more["guessing"] = task.chance
+        if self.prepared is None:
+            row.not_run = self.missing
+            return [row]
+        lm = harness.DecoderLM(
+            model.decoder,
+            model.tokenizer,
+            batch_tokens=model.places,
+            progress=lambda done, total: model.progress(task.title, done, total),
+        )
+        try:
+            answered = harness.run(lm, self.prepared, chat_template=model.chat_template)
+        except harness.MissingData as missing:
+            row.not_run = str(missing)
+            return [row]
+        key = task.metric if task.filter == "none" else f"{task.metric},{task.filter}"
+        row.estimate = mean_of(answered.values[key])
+        row.more |= {name: mean_of(values)._asdict() for name, values in answered.values.items()}
+        row.notes = [*self.prepared.notes, *part_of(row.estimate.n, self.prepared.available)]
+        if model.chat_template:
+            row.notes.append("asked in the chat template")
+        if lm.truncated:
+            row.notes.append(f"{lm.truncated:,} prompts lost their beginning, at {lm.max_length:,} tokens")
+        row.records = [harness.record(sample) for sample in answered.samples]
+        return [row]

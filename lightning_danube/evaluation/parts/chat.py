@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_danube.evaluation.asking import AskedModel, Part, part_of, read_jsonl
+from lightning_danube.evaluation.results import Measured
+from lightning_danube.generation.sampling import Sampling
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow
@@ -80,7 +85,7 @@ class ChatQuestion:
 
 
 @dataclass(frozen=True)
-class ChatQuestions:
+class ChatQuestions(Part):
     """The part of an evaluation that is one chat benchmark."""
 
     benchmark: Benchmark
@@ -110,6 +115,90 @@ class ChatQuestions:
 
     def file(self, what: Literal["answers", "judgements"]) -> Path:
         return Path(self.options.keep).expanduser() / f"{self.benchmark}-{what}.jsonl"
+
+    def measure(self, model: AskedModel) -> list[Measured]:
+        """Writes answers as they come, and takes over those of an earlier run that were asked for in the same way.
+
+        A judge scores them: `lightning_danube.callbacks.Judge`.
+        """
+        file = self.file("answers")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {row["key"]: row for row in read_jsonl(file)}
+        keys = [self._key(model, question) for question in self.questions]
+        pending = [number for number, key in enumerate(keys) if key not in kept]
+        for numbers in self._batches(model, pending):
+            answered = self._answers(model, [self.questions[number] for number in numbers])
+            with file.open("a", encoding="utf-8") as opened:
+                for number, (answers, shortened) in zip(numbers, answered, strict=True):
+                    row = self._record(model, keys[number], self.questions[number], answers, shortened)
+                    kept[keys[number]] = row
+                    opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+            model.progress(self.title, sum(key in kept for key in keys), len(keys))
+        notes = part_of(len(self.questions), self.available)
+        if not self.has_template:
+            notes.append("the tokenizer has no chat template: asked in that of the H2O-Danube chat models")
+        records = [kept[key] for key in keys]
+        notes += model.note_of_cut_prompts(sum(record["shortened"] for record in records))
+        found = Measured("chat", self.benchmark, self.title, "score of 1 to 10", percent=False, notes=notes)
+        found.not_run = (
+            "its answers are written, and no judge is there to score them: add lightning_danube.callbacks.Judge"
+        )
+        found.records = records
+        return [found]
+
+    def _key(self, model: AskedModel, question: ChatQuestion) -> str:
+        """Returns the digest of all that decides an answer."""
+        asked = [model.digest, question.id, question.turns, question.history, self.options.new_tokens]
+        return hashlib.sha256(json.dumps([*asked, self.temperature(question)]).encode()).hexdigest()[:16]
+
+    def _record(
+        self, model: AskedModel, key: str, question: ChatQuestion, answers: list[str], shortened: int
+    ) -> dict[str, Any]:
+        return {
+            "key": key,
+            "weights": model.weights,
+            "question": question.id,
+            "category": question.category,
+            "temperature": self.temperature(question),
+            "history": question.history,
+            "turns": question.turns,
+            "answers": answers,
+            "shortened": shortened,
+        }
+
+    def _batches(self, model: AskedModel, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yields questions that are answered together: at one temperature, and few enough for the model's places."""
+        by_temperature: dict[float, list[int]] = {}
+        for number in numbers:
+            by_temperature.setdefault(self.temperature(self.questions[number]), []).append(number)
+        for mine in by_temperature.values():
+            lengths = [len(self.prompt_ids(self.questions[number], [])) for number in mine]
+            turns = max(len(self.questions[number].turns) for number in mine)
+            for batch in model.batches(lengths, turns * self.options.new_tokens):
+                yield [mine[place] for place in batch]
+
+    def _answers(self, model: AskedModel, questions: Sequence[ChatQuestion]) -> list[tuple[list[str], int]]:
+        """Returns for each question the answers to its turns, and how many of its prompts did not fit."""
+        new_tokens = min(self.options.new_tokens, model.context_length // 2)
+        room = model.context_length - new_tokens
+        sampling = Sampling(temperature=self.temperature(questions[0]))
+        answers: list[list[str]] = [[] for _ in questions]
+        cut = [0] * len(questions)
+        for turn in range(max(len(question.turns) for question in questions)):
+            rows = [row for row, question in enumerate(questions) if turn < len(question.turns)]
+            prompts = [self.prompt_ids(questions[row], answers[row]) for row in rows]
+            seeds = [seed_of(questions[row].id) + turn for row in rows]
+            kept = [prompt[-room:] for prompt in prompts]
+            new = model.generate(kept, new_tokens, self.end_ids, sampling, seeds)
+            for row, prompt, ids in zip(rows, prompts, new, strict=True):
+                cut[row] += len(prompt) > room
+                answers[row].append(str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+        return list(zip(answers, cut, strict=True))
+
+
+def seed_of(name: str) -> int:
+    """Returns the seed from which the answers to a question are drawn."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
 def chat_questions(

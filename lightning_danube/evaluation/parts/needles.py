@@ -1,7 +1,4 @@
-"""What a model makes of its context: rows of running text, and needles in haystacks.
-
-Shapes: N rows, T tokens of a row.
-"""
+"""Needles in haystacks: whether a model finds a number that stands somewhere in a long text."""
 
 from __future__ import annotations
 
@@ -11,80 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from lightning_danube.evaluation.asking import AskedModel, Part
+from lightning_danube.evaluation.results import Measured, mean_of
 from lightning_danube.text.corpora import Source, read_documents
-from lightning_danube.tokens.tokenizer import begin_token, encode_documents
+from lightning_danube.tokens.tokenizer import begin_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIRST_BUCKET = 64
-"""Tokens before which the first figure by position counts; each further bucket is twice as long."""
 ANSWER_TOKENS = 8
 CITIES = ("Lisbon", "Oslo", "Lima", "Kyoto", "Accra", "Quito", "Riga", "Hanoi", "Tunis", "Perth", "Porto", "Bergen")
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """Running text of one source: documents one after the other as in training, cut into rows without regard to their
-    ends, so that texts of the same kind stand at every position.
-
-    Args:
-        bytes_of_rows: length of each row's text but its first token, which is not predicted, in UTF-8.
-    """
-
-    source: str
-    ids_NT: NDArray[np.int64]
-    bytes_of_rows: list[int]
-
-    @property
-    def title(self) -> str:
-        return f"perplexity of {self.source}"
-
-    def buckets(self) -> list[tuple[int, int]]:
-        """Positions, counted from 0, that share a figure: up to 64, up to 128, and so on."""
-        return position_buckets(self.ids_NT.shape[1])
-
-
-def position_buckets(length: int) -> list[tuple[int, int]]:
-    ends = [FIRST_BUCKET]
-    while ends[-1] < length:
-        ends.append(ends[-1] * 2)
-    ends[-1] = length
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def text_rows(
-    name: str, source: Source, rows: int, length: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
-) -> TextRows:
-    """The first rows of a source.
-
-    Raises:
-        ValueError: it cannot be read, or holds less than one row.
-    """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("data.tokenizer has no token that ends a text")
-    parts: list[NDArray[np.int64]] = []
-    count = 0
-    for document in read_documents(name, source, cache_dir):
-        (ids,) = encode_documents(
-            tokenizer.backend_tokenizer, [document.text], begin_token(tokenizer), int(eos), np.dtype(np.int64)
-        )
-        parts.append(ids)
-        count += len(ids)
-        if count >= rows * length:
-            break
-    found = count // length
-    if not found:
-        raise ValueError(
-            f"data.texts.{name}: {source.path} has {count:,} tokens, less than one row of {length:,}: lower "
-            "data.context_length"
-        )
-    ids_NT = np.concatenate(parts)[: min(rows, found) * length].reshape(-1, length)
-    return TextRows(name, ids_NT, [len(str(tokenizer.decode(row[1:].tolist())).encode()) for row in ids_NT])
 
 
 @dataclass(frozen=True)
@@ -118,8 +51,8 @@ class Needle:
 
 
 @dataclass(frozen=True)
-class Needles:
-    """All prompts of one length."""
+class Needles(Part):
+    """The part of an evaluation that is all prompts of one length."""
 
     length: int
     needles: list[Needle]
@@ -139,6 +72,19 @@ class Needles:
         for needle, one in zip(self.needles, found, strict=True):
             depths.setdefault(needle.depth, []).append(one)
         return {depth: sum(ones) / len(ones) for depth, ones in depths.items()}
+
+    def measure(self, model: AskedModel) -> list[Measured]:
+        prompts = [needle.prompt_ids for needle in self.needles]
+        texts = model.continuations(self.title, prompts, self.new_tokens, [])
+        found = [self.is_found(needle, text) for needle, text in zip(self.needles, texts, strict=True)]
+        name, title = f"needle_{self.length}", f"{self.length:,} tokens"
+        row = Measured("needle", name, title, "number said first", mean_of(list(map(float, found))))
+        row.more = {"by_depth": self.by_depth(found)}
+        row.records = [
+            {"depth": needle.depth, "answer": needle.answer, "said": text, "found": one}
+            for needle, text, one in zip(self.needles, texts, found, strict=True)
+        ]
+        return [row]
 
 
 def make_needles(

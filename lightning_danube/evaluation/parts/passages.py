@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_danube.evaluation.asking import AskedModel, Part, part_of
+from lightning_danube.evaluation.results import Measured, mean_of
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow, read_rows
@@ -67,7 +69,7 @@ class PassageQuestion:
 
 
 @dataclass(frozen=True)
-class PassageQuestions:
+class PassageQuestions(Part):
     """The part of an evaluation that is answered from passages."""
 
     questions: list[PassageQuestion]
@@ -75,10 +77,43 @@ class PassageQuestions:
     new_tokens: int
     end_ids: list[int]
     source: str
-    title: str = "answers from passages"
+
+    @property
+    def title(self) -> str:
+        return "answers from passages"
 
     def is_right(self, question: PassageQuestion, text: str) -> bool:
         return says(text, question.answers)
+
+    def measure(self, model: AskedModel) -> list[Measured]:
+        prompts = [question.prompt_ids for question in self.questions]
+        texts = model.continuations(self.title, prompts, self.new_tokens, self.end_ids)
+        right = [self.is_right(question, text) for question, text in zip(self.questions, texts, strict=True)]
+        there = [float(question.answer_is_there) for question in self.questions]
+        row = Measured(
+            "retrieval",
+            "answers",
+            "answers",
+            "answer said",
+            mean_of(list(map(float, right))),
+            notes=part_of(len(right), self.available),
+        )
+        row.more = {"answer_is_in_a_passage": mean_of(there)._asdict()}
+        row.notes.append(f"in {100 * sum(there) / len(there):.1f} % of the questions a passage holds the answer")
+        row.notes.append(f"the questions are those of {self.source}: the paper's own set was not published")
+        room = model.context_length - self.new_tokens
+        row.notes += model.note_of_cut_prompts(sum(len(prompt) > room for prompt in prompts))
+        row.records = [
+            {
+                "question": question.question,
+                "answers": question.answers,
+                "passages": question.passages,
+                "said": text,
+                "right": one,
+            }
+            for question, text, one in zip(self.questions, texts, right, strict=True)
+        ]
+        return [row]
 
 
 def says(text: str, answers: Sequence[str]) -> bool:

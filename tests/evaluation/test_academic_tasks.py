@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_danube.evaluation.parts.academic import PAPER_TASKS, academic_tasks, read_split, split_files
+from lightning_danube.evaluation.academic_tasks import PAPER_TASKS, academic_tasks, read_split, split_files
 
 
 def test_the_papers_tasks_have_its_shots() -> None:

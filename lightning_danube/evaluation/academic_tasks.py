@@ -1,0 +1,105 @@
+"""The paper's academic benchmarks, and their questions in local files laid out as on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lightning_danube.text.reading import BadRow, format_of, read_rows
+
+
+@dataclass(frozen=True)
+class AcademicTask:
+    """A task of the lm-evaluation-harness as the paper ran it.
+
+    Args:
+        name: of the task, or of the group of tasks whose documents are pooled, in the harness.
+        title: as the paper prints it.
+        folder: where the harness keeps the task, under lm_eval/tasks.
+        shots: examples before each question.
+        metric, filter: what is compared with the paper's figure. Accuracy is normalised by the answer's length
+            (acc_norm) where the Open LLM Leaderboard of that time did so, which is for ARC-c and HellaSwag; the report
+            does not say for the tasks that the leaderboard lacks.
+        chance: what guessing among the choices scores, where all questions have as many.
+    """
+
+    name: str
+    title: str
+    folder: str
+    shots: int
+    metric: str = "acc"
+    filter: str = "none"
+    chance: float | None = None
+
+    @property
+    def setting(self) -> str:
+        named = {"exact_match": "exact match", "f1": "F1"}
+        return f"{self.shots}-shot {'mc2' if self.name.endswith('_mc2') else named.get(self.metric, self.metric)}"
+
+
+PAPER_TASKS = (
+    AcademicTask("arc_challenge", "ARC-c", "arc", 25, "acc_norm", chance=0.25),
+    AcademicTask("hellaswag", "HellaSwag", "hellaswag", 10, "acc_norm", chance=0.25),
+    AcademicTask("mmlu", "MMLU", "mmlu/default", 5, chance=0.25),
+    AcademicTask("truthfulqa_mc2", "TruthfulQA", "truthfulqa", 0),
+    AcademicTask("winogrande", "Winogrande", "winogrande", 5, chance=0.5),
+    AcademicTask("gsm8k", "GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
+    AcademicTask("arc_easy", "ARC-e", "arc", 25, chance=0.25),
+    AcademicTask("bbh_cot_fewshot", "BBH", "bbh/cot_fewshot", 3, "exact_match", "get-answer"),
+    AcademicTask("commonsense_qa", "CommonsenseQA", "commonsense_qa", 3, chance=0.2),
+    AcademicTask("coqa", "CoQA", "coqa", 0, "f1"),
+    AcademicTask("piqa", "PIQA", "piqa", 3, chance=0.5),
+    AcademicTask("sciq", "SciQ", "sciq", 3, chance=0.25),
+)
+"""In the paper's order. PIQA is the one about physical interaction, which some summaries call PhysicsQA."""
+
+
+def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
+    """
+    Raises:
+        ValueError: there is no such task, with the one that is meant.
+    """
+    known = {task.name: task for task in PAPER_TASKS}
+    for name in names:
+        if name not in known:
+            by_title = {task.title.lower(): task.name for task in PAPER_TASKS}
+            close = by_title.get(name.lower()) or next(iter(get_close_matches(name.lower(), known, n=1)), None)
+            hint = f"did you mean {close}? " if close else ""
+            raise ValueError(f"data.tasks names {name!r}: {hint}there are {', '.join(known)}")
+    if twice := [name for name in names if list(names).count(name) > 1]:
+        raise ValueError(f"data.tasks names {twice[0]} twice")
+    return [known[name] for name in names]
+
+
+def split_files(directory: Path, dataset: str, name: str | None, split: str) -> list[Path]:
+    """The files of a split: `<directory>/<dataset>/<name>/<split>.jsonl` or `…/<split>-00000-of-00001.parquet`, which
+    is where a copy of the hub's repository has them; plain or compressed. None is an empty list."""
+    folder = directory / dataset / (name or "")
+    found = [file for pattern in (f"{split}.*", f"{split}-*") for file in sorted(folder.glob(pattern))]
+    return [file for file in found if format_of(file.name) in ("jsonl", "parquet", "csv")]
+
+
+def read_split(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """All rows of a split.
+
+    Raises:
+        ValueError: a row cannot be read, or has other columns than the first; with file and row.
+    """
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        for number, values in read_rows(str(file)):
+            if isinstance(values, BadRow):
+                raise ValueError(values.message)
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{file}, row {number}: expected an object, found {type(values).__name__}")
+            if rows and values.keys() != rows[0].keys():
+                odd = sorted(set(values) ^ set(rows[0]))
+                where = "is missing, which the first row has" if odd[0] in rows[0] else "is not in the first row"
+                raise ValueError(f"{file}, row {number}: the column {odd[0]!r} {where}")
+            rows.append(dict(values))
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, files))}: there are no rows")
+    return rows

@@ -1,0 +1,162 @@
+"""What a part of an evaluation is, and the model that it asks.
+
+Shapes: B texts of a batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_danube.evaluation.results import Measured
+from lightning_danube.generation.sampling import GREEDY, Sampling
+from lightning_danube.generation.token_stream import TokenStream
+from lightning_danube.model import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD_ROWS = 256
+"""Tokens whose logits exist at once."""
+
+
+class Part(ABC):
+    """One part of an evaluation: it holds its questions, asks a model, and scores the answers.
+
+    A new part is a file in `evaluation/parts` with a class like this, and an option of `EvaluationData`.
+    """
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Returns what the progress and the report call this part."""
+
+    def prepare(self) -> None:  # noqa: B027  (most parts have read their questions by then)
+        """Reads what is not read yet. Every part is prepared before the first is asked, so a bad row is told at once.
+
+        Raises:
+            ValueError: a row cannot be used; with file and row.
+        """
+
+    @abstractmethod
+    def measure(self, model: AskedModel) -> list[Measured]:
+        """Asks the model. Returns the rows of the report."""
+
+
+class AskedModel:
+    """A decoder with its tokenizer, as parts ask it.
+
+    Args:
+        weights: what the user called the model.
+        digest: of its weights.
+        places: most places, padding included, of a batch of texts; a longer text is a batch of its own.
+        chat_template: whether academic questions are put as a user's messages.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: str,
+        digest: str,
+        places: int,
+        chat_template: bool,
+    ) -> None:
+        self.decoder, self.tokenizer, self.weights, self.digest = decoder, tokenizer, weights, digest
+        self.places, self.chat_template = places, chat_template
+        self.on_progress: Callable[[str, int, int], None] | None = None
+        """Called with a part's title, and how much of it is done."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.model.embed_tokens.weight.device
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text."""
+        return self.decoder.config.max_position_embeddings
+
+    def progress(self, title: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(title, done, total)
+
+    def nats(self, ids_BT: Tensor) -> Tensor:
+        """Returns the nats of each token but the first, (B, T - 1), in float64 on the CPU."""
+        states_ND = self.decoder.hidden_states(ids_BT[:, :-1]).flatten(0, 1)
+        nats = []
+        for states_CD, targets_C in zip(
+            states_ND.split(HEAD_ROWS), ids_BT[:, 1:].flatten().split(HEAD_ROWS), strict=True
+        ):
+            logits_CV = self.decoder.lm_head(states_CD)
+            logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
+            nats.append(F.cross_entropy(logits_CV, targets_C, reduction="none").cpu().double())
+        return torch.cat(nats).view(len(ids_BT), -1)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        ends: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Returns the new tokens of each prompt, up to the first of `ends`."""
+        stream = TokenStream(self.decoder, prompts, new_tokens, eos_ids=ends, sampling=sampling, seeds=seeds)
+        rows = torch.stack(list(stream), dim=1).tolist()
+        return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+    def continuations(
+        self, title: str, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
+    ) -> list[str]:
+        """Returns the likeliest continuation of each prompt. A prompt that is too long loses its beginning."""
+        room = self.context_length - new_tokens
+        kept = [list(prompt[-room:]) for prompt in prompts]
+        texts = [""] * len(kept)
+        done = 0
+        for numbers in self.batches(list(map(len, kept)), new_tokens):
+            batch = self.generate([kept[number] for number in numbers], new_tokens, ends)
+            for number, ids in zip(numbers, batch, strict=True):
+                texts[number] = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            done += len(numbers)
+            self.progress(title, done, len(kept))
+        return texts
+
+    def batches(self, lengths: Sequence[int], more: int) -> Iterator[list[int]]:
+        """Yields the numbers of texts, the longest first, in batches of `places` when each has grown by `more`."""
+        batch: list[int] = []
+        for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+            if batch and (len(batch) + 1) * (lengths[batch[0]] + more) > self.places:
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
+            yield batch
+
+    def note_of_cut_prompts(self, cut: int) -> list[str]:
+        """Returns what the report says of prompts that did not fit."""
+        return [f"{cut:,} prompts lost their beginning, at {self.context_length:,} tokens"] if cut else []
+
+
+def part_of(asked: int, available: int) -> list[str]:
+    """Returns what the report says where only some questions were asked."""
+    return [f"{asked:,} of {available:,} questions, chosen by seed"] if asked < available else []
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Returns rows that were appended one by one. A last line that a kill broke off is removed from the file."""
+    if not file.is_file():
+        return []
+    *whole, last = file.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in whole if line]
+    if last:
+        # The next row must begin a line of its own.
+        file.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    return rows
