@@ -1,5 +1,6 @@
 """The files around the code agree with each other (requirements, pins, environment, documents); the fence holds."""
 
+import ast
 import re
 import socket
 import tomllib
@@ -226,3 +227,14 @@ def test_this_machine_is_within_reach() -> None:
     with left, right:
         left.sendall(b"here")
         assert right.recv(4) == b"here"
+
+
+def test_no_function_takes_more_than_seven_positional_arguments() -> None:
+    """Long lists of options are given by name. Lightning and torch fix the arguments of the hooks and of `forward`."""
+    fixed = {"forward", "write_on_batch_end"}
+    found = []
+    for file in [*(ROOT / "lightning_danube").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name not in fixed and len(node.args.args) > 8:
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name} takes {len(node.args.args)}")
+    assert not found, "\n".join(found)

@@ -443,6 +443,7 @@ class ChatData(ConversationData):
         self,
         sources: dict[str, ConversationSource],
         context_length: int,
+        *,
         batch_rows: int = 8,
         micro_batch_size: int = 8,
         tokenizer: str = MISTRAL,

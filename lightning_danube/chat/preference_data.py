@@ -79,6 +79,7 @@ class PreferenceData(ConversationData):
         self,
         sources: dict[str, PreferenceSource],
         context_length: int,
+        *,
         batch_pairs: int = 8,
         micro_batch_size: int = 4,
         tokenizer: str = MISTRAL,

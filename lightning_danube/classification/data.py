@@ -114,6 +114,7 @@ class ClassificationData(LightningDataModule):
     def __init__(
         self,
         train: str | dict[str, str],
+        *,
         validation: str | dict[str, str] | None = None,
         test: str | dict[str, str] | None = None,
         predict: str | dict[str, str] | None = None,

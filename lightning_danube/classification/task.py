@@ -110,6 +110,7 @@ class TextClassification(TuningTask):
         self,
         weights: str,
         learning_rate: LearningRate,
+        *,
         head: Head = "hidden",
         head_learning_rate: float | None = None,
         lora: Lora = Lora(),  # noqa: B008  (frozen)

@@ -47,6 +47,7 @@ class EvaluationData(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
+        *,
         tasks: Sequence[str] = (),
         directory: str | None = None,
         limit: int | None = None,

@@ -65,6 +65,7 @@ class CurriculumData(LightningDataModule):
         self,
         sources: dict[str, Source],
         stages: list[Stage],
+        *,
         context_length: int,
         batch_tokens: int | str,
         micro_batch_size: int = 8,

@@ -30,6 +30,7 @@ class Pretraining(DecoderTask):
         self,
         decoder: DecoderShape | str,
         learning_rate: LearningRate,
+        *,
         vocab_size: int,
         context_length: int,
         batch_tokens: int,

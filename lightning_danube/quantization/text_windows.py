@@ -63,6 +63,7 @@ class TextWindows(LightningDataModule):
         self,
         text: Source,
         tokenizer: str,
+        *,
         held_out: float | None = None,
         context_lengths: list[int] = [512],  # noqa: B006  (the parser shows it)
         stride: int | None = None,

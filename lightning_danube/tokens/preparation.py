@@ -83,7 +83,9 @@ def prepare(
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
             continue
-        preparation = Preparation(directory, name, source, tokenizer, held_out, quality, cache_dir, part)
+        preparation = Preparation(
+            directory, name, source, tokenizer, held_out=held_out, quality=quality, cache_dir=cache_dir, part=part
+        )
         if (directory / "shards.json").exists():
             shutil.rmtree(preparation.building, ignore_errors=True)
         else:
@@ -104,6 +106,7 @@ class Preparation:
         name: str,
         source: Source,
         tokenizer: DocumentTokenizer,
+        *,
         held_out: float,
         quality: Quality,
         cache_dir: Path,
