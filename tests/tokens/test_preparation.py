@@ -364,7 +364,9 @@ def test_long_texts_are_encoded_in_parts_without_a_trace(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "_PART_CHARACTERS", 7)
-    preparation = Preparation(tmp_path / "shards", "src", Source("x.txt"), tokenizer, 0.1, Quality(), tmp_path)
+    preparation = Preparation(
+        tmp_path / "shards", "src", Source("x.txt"), tokenizer, held_out=0.1, quality=Quality(), cache_dir=tmp_path
+    )
     preparation.open(None)
     job = preparation.job
     assert job.in_parts
