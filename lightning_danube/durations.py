@@ -1,15 +1,23 @@
-"""Durations are stated in tokens, as people write them."""
+"""Options as people write them: numbers of tokens, and mappings in place of dataclasses."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
-    """Number of tokens from 1048576, 1e6, "700K", "2.36B" or "2.8T".
+    """Returns the number of tokens from 1048576, 1e6, "700K", "2.36B" or "2.8T".
 
     Raises:
         ValueError: not a positive whole number of tokens.
@@ -19,3 +27,34 @@ def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
     if not match or not tokens >= 1 or not math.isfinite(tokens):
         raise ValueError(f"{what} is {value!r}: give a positive number of tokens such as 1048576, 700K, 1.15T")
     return round(tokens)
+
+
+def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: str) -> Options:
+    """Returns options as the dataclass that holds them. In Python a mapping may stand for it, or its first field alone.
+
+    Args:
+        kind: the dataclass.
+        key: what the options are called in messages.
+
+    Raises:
+        ValueError: an option is missing or unknown.
+    """
+    if isinstance(given, kind):
+        return given
+    known = [field.name for field in fields(kind) if field.init]
+    if isinstance(given, str):
+        return kind(**{known[0]: given})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{key} is {given!r}: give a mapping with the options {', '.join(known)}")
+    if unknown := [str(name) for name in given if name not in known]:
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+        raise ValueError(f"{key} has the option {unknown[0]!r}: {hint}")
+    needed = [
+        field.name
+        for field in fields(kind)
+        if field.init and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{key} has no {missing[0]}: the options are {', '.join(known)}")
+    return kind(**given)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
+from lightning_danube.durations import options
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
@@ -95,6 +96,7 @@ class ConversationData(LightningDataModule):
         ValueError: for every mistake in its arguments, with the key's name.
     """
 
+    source: ClassVar[type[ConversationSource | PreferenceSource]] = ConversationSource
     example: ClassVar[str] = "conversation"
     chats_each: ClassVar[int] = 1
     """Encoded conversations of an example, which stand one after the other."""
@@ -131,7 +133,8 @@ class ConversationData(LightningDataModule):
             raise ValueError("data.sources is empty: name at least one")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.02")
-        self.sources, self.context_length = sources, context_length
+        self.sources = {name: options(self.source, given, f"data.sources.{name}") for name, given in sources.items()}
+        self.context_length = context_length
         self.batch_rows, self.micro_batch_size, self.epochs = batch_rows, micro_batch_size, epochs
         self.too_long, self.held_out, self.validation_examples = too_long, held_out, validation_examples
         self.seed, self.workers = seed, workers

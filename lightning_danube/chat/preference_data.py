@@ -71,6 +71,7 @@ class PreferenceData(ConversationData):
         ValueError: for every mistake in the above, with the key's name.
     """
 
+    source = PreferenceSource
     example = "pair"
     chats_each = 2
     batch_key = "batch_pairs"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_danube.durations import options
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.quality import text_hash
@@ -49,13 +50,7 @@ class LabelledTexts:
         Raises:
             ValueError: the mapping has other options, or no path.
         """
-        if isinstance(given, str):
-            return cls(given)
-        known = [field.name for field in fields(cls)]
-        if (unknown := [key for key in given if key not in known]) or "path" not in given:
-            wrong = f"has the option {unknown[0]!r}" if unknown else "has no path"
-            raise ValueError(f"data.{role} {wrong}: the options are {', '.join(known)}")
-        return cls(**given)
+        return options(cls, given, f"data.{role}")
 
     def texts(self, role: str) -> Source:
         """The same place as a source of documents, which finds its files."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_danube.durations import options
 from lightning_danube.evaluation.academic_tasks import AcademicTask, academic_tasks
 from lightning_danube.evaluation.asking import Part
 from lightning_danube.evaluation.parts.academic import AcademicQuestions
@@ -74,8 +75,12 @@ class EvaluationData(LightningDataModule):
         if not any((tasks, mt_bench, wildbench, retrieval, texts, needle)):
             raise ValueError("data: nothing is asked: give tasks, mt_bench, wildbench, retrieval, texts or needle")
         self.limit, self.seed = limit, seed
-        self.mt_bench, self.wildbench, self.retrieval, self.needle = mt_bench, wildbench, retrieval, needle
-        self.texts, self.text_rows, self.context_length = texts or {}, text_rows, context_length
+        self.mt_bench = None if mt_bench is None else options(ChatOptions, mt_bench, "data.mt_bench")
+        self.wildbench = None if wildbench is None else options(ChatOptions, wildbench, "data.wildbench")
+        self.retrieval = None if retrieval is None else options(RetrievalOptions, retrieval, "data.retrieval")
+        self.needle = None if needle is None else options(NeedleOptions, needle, "data.needle")
+        self.texts = {name: options(Source, source, f"data.texts.{name}") for name, source in (texts or {}).items()}
+        self.text_rows, self.context_length = text_rows, context_length
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
         self.vocab_size = len(self.tokenizer)

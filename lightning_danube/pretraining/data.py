@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.device import usable_cores
-from lightning_danube.durations import parse_tokens
+from lightning_danube.durations import options, parse_tokens
 from lightning_danube.files import default_cache_dir
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
 from lightning_danube.pretraining.mixture import IntArray, whole_counts
@@ -83,6 +83,9 @@ class CurriculumData(LightningDataModule):
         decontaminate: list[str] | None = None,
     ) -> None:
         super().__init__()
+        sources = {name: options(Source, source, f"data.sources.{name}") for name, source in sources.items()}
+        stages = [options(Stage, stage, f"data.stages[{number}]") for number, stage in enumerate(stages)]
+        filters = None if filters is None else options(Filters, filters, "data.filters")
         for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.durations import options, parse_tokens
 from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
 from lightning_danube.model.compilation import check_compiler
 from lightning_danube.training.contract import TokenBatch
@@ -40,6 +40,8 @@ class Pretraining(DecoderTask):
         compile_blocks: bool = False,
     ) -> None:
         shape = DecoderConfig.preset(decoder) if isinstance(decoder, str) else decoder
+        shape = options(DecoderShape, shape, "model.decoder")
+        learning_rate = options(LearningRate, learning_rate, "model.learning_rate")
         learning_rate.check(parse_tokens(total_tokens))
         super().__init__(Decoder(shape.with_data(vocab_size, context_length)), learning_rate, optimizer)
         self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.durations import options, parse_tokens
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.shards import is_held_out
@@ -86,7 +86,7 @@ class TextWindows(LightningDataModule):
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, or leave it out")
         if cloze_questions < 0:
             raise ValueError(f"data.cloze_questions is {cloze_questions}: it must be at least 0")
-        self.text, self.held_out = text, held_out
+        self.text, self.held_out = options(Source, text, "data.text"), held_out
         self.context_lengths, self.stride = list(context_lengths), stride
         self.max_tokens = None if max_tokens is None else parse_tokens(max_tokens, "data.max_tokens")
         self.calibration_tokens = parse_tokens(calibration_tokens, "data.calibration_tokens")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_danube.device import widest_float
+from lightning_danube.durations import options
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
 from lightning_danube.training.contract import TokenBatch, TrainingData
@@ -41,7 +42,8 @@ class DecoderTask(LightningModule):
     def __init__(self, decoder: Decoder, learning_rate: LearningRate, optimizer: AdamW) -> None:
         super().__init__()
         self.decoder, self.config = decoder, decoder.config
-        self.learning_rate, self.optimizer_settings = learning_rate, optimizer
+        self.learning_rate = options(LearningRate, learning_rate, "model.learning_rate")
+        self.optimizer_settings = options(AdamW, optimizer, "model.optimizer")
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
         self._step_loss: Tensor | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_danube.durations import options
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval
@@ -44,13 +45,15 @@ class TuningTask(DecoderTask):
         optimizer: AdamW,
         activation_checkpointing: bool,
     ) -> None:
+        optimizer = options(AdamW, optimizer, "model.optimizer")
         if type(optimizer) is not AdamW:
             raise ValueError(
                 f"model.optimizer is {type(optimizer).__name__}, which trains from random weights only: use AdamW"
             )
         # Master weights in float32: 16-bit ones would lose the small steps of fine-tuning.
         super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
-        self.weights, self.lora = weights, lora
+        self.weights = weights
+        self.lora = lora = None if lora is None else options(Lora, lora, "model.lora")
         self.decoder.activation_checkpointing = activation_checkpointing
         if lora is not None:
             lora.apply(self.decoder)
