@@ -28,7 +28,7 @@ from lightning_danube.classification.scores import (
     estimates,
 )
 from lightning_danube.classification.task import Classified, TextClassification
-from lightning_danube.files import write_json
+from lightning_danube.files import write_json, write_text
 from lightning_danube.terminal import quoted, runnable, text_table
 from lightning_danube.training.position import is_done, run_directory, steps_ahead
 
@@ -280,9 +280,8 @@ def report_rejected(trainer: Trainer, data: ClassificationData) -> None:
     if not data.rejected or not trainer.is_global_zero:
         return
     path: Path = run_directory(trainer) / "rejected.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in data.rejected]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(rows) + "\n")
     causes = ", ".join(f"{count:,} × {cause}" for cause, count in data.causes().items())
     lines = [f"{len(data.rejected):,} rows left out ({causes}), listed in {path}"]
     lines += [f"  {row.message}" for row in data.rejected[:SHOWN_BAD_ROWS]]

@@ -29,6 +29,7 @@ class Predictions(BasePredictionWriter):
             suffix = f"-{trainer.global_rank:05d}" if trainer.world_size > 1 else ""
             self._path = Path(trainer.log_dir) / f"predictions{suffix}.jsonl"
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Written row by row under its name: a run that is stopped keeps the rows that it has made.
             self._file = self._path.open("w", encoding="utf-8")
 
     def write_on_batch_end(

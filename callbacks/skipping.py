@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_danube.callbacks.progress import say
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.device import widest_float
+from lightning_danube.files import write_text
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.training.position import at_logged_step, run_directory
 
@@ -71,9 +72,7 @@ class SkipBadSteps(Callback):
             path = run_directory(trainer) / "skipped.jsonl"
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                path.write_text(
-                    "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step), encoding="utf-8"
-                )
+                write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
 
     def _verdict(self, loss: Tensor, norm: Tensor) -> Tensor:
         loss, norm = (x.detach().to(self._recent.dtype) for x in (loss, norm))

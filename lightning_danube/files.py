@@ -1,22 +1,49 @@
-"""Files on disk: each appears complete or not at all. The cache directory."""
+"""The only writer of whole files and folders. The cache directory.
+
+Everything written here has one guarantee:
+
+- A file or a folder appears complete under its name, or not at all, also after `kill -9` and after a power cut. The
+  content is written under a hidden name in the same directory and flushed to the disk (fsync). Then the hidden name
+  becomes the final name, and the directory is flushed.
+- A failed write raises the error, removes its hidden file, and leaves what was there before.
+- A killed process leaves `.<name>.<32 hexadecimal digits>.partial`. The next writer of the same name removes this
+  leftover. A writer at work holds a lock on its hidden file, so no other process takes that file for a leftover.
+- A folder cannot be replaced in one step. The old folder becomes `.<name>.<digits>.replaced` until the new folder has
+  the name. If the process is killed in between, the next writer of the same name puts the old folder back.
+- The user's umask decides the permissions, also where a library makes files that only their owner can read.
+
+Files inside a new folder are written plainly: `new_folder` flushes all of them before the folder gets its name.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+SECONDS_UNTIL_ABANDONED = 24 * 3600
+"""Where the file system has no locks, a hidden file that was not changed for this time is a leftover."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with new_file(path) as partial:
+        partial.write_bytes(content)
+
 
 def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, text.encode())
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -28,13 +55,135 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any = None
     import pyarrow as pa
     import pyarrow.parquet
 
-    temporary = _beside(path)
-    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
-    os.replace(temporary, path)
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    with new_file(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+@contextmanager
+def new_file(target: Path, *, clear: bool = True) -> Iterator[Path]:
+    """The hidden path of an empty file to write into. At the end of the block the file is `target`, and replaces a
+    file of that name.
+
+    Args:
+        clear: remove leftovers of the same name first, which lists the directory. False for a directory of many files
+            that is removed as a whole.
+
+    Raises:
+        OSError: the file cannot be written. Its filename may be the hidden path.
+    """
+    make_folder(target.parent)
+    if clear:
+        remove_leftovers(target)
+    with _claimed(target, is_folder=False) as partial:
+        mode = partial.stat().st_mode
+        yield partial
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode & 0o777)
+        sync(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+
+
+@contextmanager
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """The hidden path of an empty folder to write into. At the end of the block the folder is `target`.
+
+    Args:
+        replace: replace what has the name. Otherwise a folder that appears meanwhile stays, and the new one is
+            discarded: for content that every process makes alike.
+
+    Raises:
+        OSError: the folder cannot be written; names `target` and the reason.
+    """
+    with _hidden_folder(target) as partial:
+        try:
+            yield partial
+            finish_folder(partial, target, replace=replace)
+        except Exception as error:
+            told = _about_target(error, partial, target)
+            if told is error:
+                raise
+            raise told from error
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """The hidden path of a folder beside `target`, for large files that are needed while `target` is made. The folder
+    is removed at the end of the block, or after a kill by the next writer of `target`."""
+    with _hidden_folder(target) as partial:
+        yield partial
+
+
+def finish_folder(partial: Path, target: Path, *, replace: bool = False) -> None:
+    """Flushes a folder that was written under another name in the same directory, and names it `target`.
+
+    Args:
+        replace: see `new_folder`.
+    """
+    mode = partial.stat().st_mode
+    for path in partial.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode & 0o666:
+            path.chmod(mode & 0o666)
+        sync(path)
+    sync(partial)
+    if replace and os.path.lexists(target):
+        _replace_folder(partial, target)
+    else:
+        try:
+            os.replace(partial, target)
+        except OSError as error:
+            if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another process was faster, and made the same content.
+            shutil.rmtree(partial)
+    sync(target.parent)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what killed writers of `target` left beside it. Puts back a folder that was just set aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.(partial|replaced)")
+    for name in os.listdir(target.parent):
+        if pattern.fullmatch(name):
+            _remove_leftover(target.parent / name, target)
+
+
+def remove_all_leftovers(folder: Path) -> None:
+    """Removes what killed writers of any name left in a folder. Puts back folders that were just set aside."""
+    for name in os.listdir(folder):
+        if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.(?:partial|replaced)", name):
+            _remove_leftover(folder / name, folder / match[1])
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, if they are missing; all of them survive a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's content or a folder's entries. Some file systems cannot flush a folder; there
+    the call does nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_whole(path: Path) -> None:
+    """Removes a file or a folder, if it is there. A folder loses its name before the first of its files is removed."""
+    if path.is_dir():
+        hidden = _hidden_name(path, "partial")
+        os.replace(path, hidden)
+        path = hidden
+    _remove(path)
 
 
 def default_cache_dir() -> Path:
@@ -42,3 +191,110 @@ def default_cache_dir() -> Path:
     if explicit := os.environ.get("LIGHTNING_DANUBE_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-danube"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    make_folder(target.parent)
+    remove_leftovers(target)
+    with _claimed(target, is_folder=True) as partial:
+        yield partial
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    replaced = _hidden_name(target, "replaced")
+    # The lock goes with the old folder: without it, another writer would put the folder back.
+    with _locked(target):
+        os.replace(target, replaced)
+        try:
+            os.replace(partial, target)
+        except BaseException:
+            os.replace(replaced, target)
+            raise
+        with suppress(OSError):  # the next writer removes it
+            _remove(replaced)
+
+
+def _hidden_name(target: Path, kind: str) -> Path:
+    """A sibling of the target, not a name in $TMPDIR: only within one file system is a rename all or nothing."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.{kind}")
+
+
+@contextmanager
+def _claimed(target: Path, *, is_folder: bool) -> Iterator[Path]:
+    """Makes the hidden file or folder of a new target and locks it. At the end, removes it if it is still there."""
+    partial, handle = _made_and_locked(target, is_folder)
+    try:
+        yield partial
+    finally:
+        os.close(handle)
+        # The error that the user sees is the one that ended the block.
+        with suppress(OSError):
+            _remove(partial)
+
+
+def _made_and_locked(target: Path, is_folder: bool) -> tuple[Path, int]:
+    while True:
+        partial = _hidden_name(target, "partial")
+        if is_folder:
+            partial.mkdir()
+        else:
+            partial.touch(exist_ok=False)
+        with suppress(FileNotFoundError):
+            handle = os.open(partial, os.O_RDONLY)
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if partial.exists():
+                return partial, handle
+            # Between the two calls, another process took it for a leftover.
+            os.close(handle)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Locks a file or folder for the time of the block, and says whether no other process is writing it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # removed meanwhile, or somebody else's
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:
+            free = time.time() - os.fstat(handle).st_mtime > SECONDS_UNTIL_ABANDONED
+        yield free
+    finally:
+        os.close(handle)
+
+
+def _remove_leftover(leftover: Path, target: Path) -> None:
+    with _locked(leftover) as is_abandoned:
+        if not is_abandoned:
+            return
+        if leftover.suffix == ".replaced" and not target.exists():
+            os.replace(leftover, target)
+        else:
+            _remove(leftover)
+
+
+def _about_target(error: Exception, partial: Path, target: Path) -> Exception:
+    """An error about the hidden folder names the target instead. Libraries report a disk that refuses in types of
+    their own."""
+    is_refusal = isinstance(error, OSError) or "(os error " in str(error)
+    named = getattr(error, "filename", None)
+    if not is_refusal or (isinstance(named, str | bytes) and not Path(os.fsdecode(named)).is_relative_to(partial)):
+        return error
+    reason = getattr(error, "strerror", None) or str(error)
+    number = getattr(error, "errno", None) or errno.EIO
+    return OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(target))

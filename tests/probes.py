@@ -170,7 +170,7 @@ class KillInSave(Callback):
         from lightning_danube.checkpoints import sharded as sharded_checkpoints
 
         owner: Any = FileSystemWriter if self.moment == "part" else sharded_checkpoints
-        name = "write_data" if self.moment == "part" else "remove_checkpoint"
+        name = "write_data" if self.moment == "part" else "finish_folder"
         original = getattr(owner, name)
 
         def kill(*args: Any, **kwargs: Any) -> Any:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +23,7 @@ from lightning_danube.chat.conversations import Conversation, ConversationSource
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
 from lightning_danube.durations import options
-from lightning_danube.files import default_cache_dir
+from lightning_danube.files import default_cache_dir, new_folder
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
@@ -260,10 +257,7 @@ class ConversationData(LightningDataModule):
             return BadRow(found.file, found.row, "refused by the template", f"{where}: {error}")
 
     def _write(self, name: str, chats: dict[str, list[FittedChat]], report: dict[str, Any]) -> None:
-        directory = self._directory(name)
-        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-        building.mkdir(parents=True)
-        try:
+        with new_folder(self._directory(name)) as building:
             for split, members in chats.items():
                 dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
                 # Begun with nothing, so that a split of no conversations is an array as well.
@@ -273,13 +267,6 @@ class ConversationData(LightningDataModule):
                 for what, array in {"ids": ids, "learned": learned, "ends": ends}.items():
                     np.save(building / f"{split}-{what}.npy", array)
             (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            for file in building.iterdir():
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-            if not directory.exists():
-                building.rename(directory)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """Of each source: examples, tokens, what was shortened and what was left out, by cause."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from lightning_danube.chat.data import SPLITS, ConversationData, EncodedChats, batch_of
 from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
+from lightning_danube.files import new_file
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, TokenBatch
@@ -208,18 +207,11 @@ class PreferenceData(ConversationData):
         return result
 
     def _keep(self, file: Path, values: NDArray[Any]) -> None:
-        """Written by one process of each machine, beside its place, which appears when it is whole."""
+        """Writes the values in one process of each machine."""
         if self.trainer is not None and self.trainer.local_rank != 0:
             return
-        building = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        try:
-            with building.open("wb") as handle:
-                np.save(handle, values)
-                handle.flush()
-                os.fsync(handle.fileno())
-            building.rename(file)
-        finally:
-            building.unlink(missing_ok=True)
+        with new_file(file) as partial, partial.open("wb") as handle:
+            np.save(handle, values)
 
     def _load(self, name: str, file: Path, pairs: int) -> NDArray[Any]:
         try:

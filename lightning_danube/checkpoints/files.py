@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or not there, and that are known again by size and hash.
+"""Checkpoint files with their sizes and hashes.
 
-A file is written beside its place, synced, renamed, and only then listed in `manifest.json` of its directory. So a name
-without the temporary ending is always a whole file, wherever the process was killed.
+`files.py` writes a checkpoint, so it is complete or absent. Only a complete checkpoint is listed in `manifest.json` of
+its directory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_danube.files import make_folder, new_file, remove_all_leftovers, remove_whole, scratch_folder, write_json
+
 MANIFEST = "manifest.json"
 FILES = "files.json"
 """In a checkpoint that is a directory: the size of each file."""
-TEMPORARY = ".tmp"
 
 
 class HashingWriter:
@@ -57,7 +58,7 @@ class HashingWriter:
 
 
 def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None:
-    """Has `write` fill a checkpoint and lists it; when this returns, both survive a power cut.
+    """Writes a checkpoint with `write` and lists it. When this returns, both survive a power cut.
 
     Raises:
         OSError: with the file's name and what to do. The checkpoints that were there before still are.
@@ -65,26 +66,18 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
     writer: HashingWriter | None = None
     try:
         prepare_directory(path.parent)
-        with _temporary(path).open("wb") as file:
-            writer = HashingWriter(file)
-            write(writer)
-            file.flush()
-            os.fsync(file.fileno())
-        listed = read_manifest(path.parent)
-        if path.name in listed:
-            # A file of that name is replaced: killed in between, its old hash would call the new one damaged.
-            _write_manifest(path.parent, {name: entry for name, entry in listed.items() if name != path.name})
-        if is_sharded(path):  # the same step, saved by a run of other sharding
-            shutil.rmtree(path)
-        os.replace(_temporary(path), path)
-        sync_directory(path.parent)
+        with new_file(path) as partial:
+            with partial.open("wb") as file:
+                writer = HashingWriter(file)
+                write(writer)
+            # If the process were killed after the new file has the name, the old hash would call the file damaged.
+            forget(path)
+            if is_sharded(path):  # the same step, saved by a run of other sharding
+                remove_checkpoint(path)
         _write_manifest(
             path.parent, read_manifest(path.parent) | {path.name: {"bytes": writer.size, "sha256": writer.sha256()}}
         )
     except BaseException as error:
-        for temporary in (_temporary(path), _temporary(path.parent / MANIFEST)):
-            # Not there, or on a disk that refuses this as well.
-            _remove_quietly(temporary)
         cause = writer.error if writer is not None and writer.error is not None else error
         if isinstance(cause, OSError):
             raise not_written(path, cause) from error
@@ -110,36 +103,29 @@ def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, also one that is a directory; the manifest forgets it."""
-    if path.is_dir():
-        hidden = path.with_name(f".{path.name}.old{TEMPORARY}")  # not half of it under its name
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
-        return
-    path.unlink(missing_ok=True)
+    """Removes a checkpoint, also one that is a directory, and its entry in the manifest."""
+    remove_whole(path)
+    forget(path)
+
+
+def forget(path: Path) -> None:
+    """Removes a checkpoint's entry from the manifest."""
     listed = read_manifest(path.parent)
     if listed.pop(path.name, None) is not None:
         _write_manifest(path.parent, listed)
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes a directory for checkpoints and removes what a killed write left there.
+    """Makes a directory for checkpoints and removes what killed processes left there.
 
     Raises:
         OSError: nothing can be written there, with its name and what to do.
     """
     try:
-        if not directory.is_dir():
-            directory.mkdir(parents=True)
-            sync_directory(directory.parent)
-        for leftover in directory.glob(f".*{TEMPORARY}"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
-        probe = directory / f".probe{TEMPORARY}"
-        probe.touch()
-        probe.unlink()
+        make_folder(directory)
+        remove_all_leftovers(directory)
+        with scratch_folder(directory / "probe"):
+            pass
     except OSError as error:
         raise OSError(error.errno, f"checkpoints can not be written here: {_way_out(error)}", str(directory)) from error
 
@@ -188,19 +174,8 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
-    path = directory / MANIFEST
     there = {name: dict(entry) for name, entry in sorted(listed.items()) if (directory / name).exists()}
-    write_synced(_temporary(path), (json.dumps({"checkpoints": there}, indent=2) + "\n").encode())
-    os.replace(_temporary(path), path)
-    sync_directory(directory)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a file under its final or temporary name; when this returns, its content survives a power cut."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(directory / MANIFEST, {"checkpoints": there})
 
 
 def is_sharded(path: Path) -> bool:
@@ -247,29 +222,6 @@ def _archive_damage(checkpoint: Path) -> str | None:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         return f"truncated or no checkpoint ({error})"
     return None if broken is None else f"its content changed since it was saved (checksum of {broken})"
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}{TEMPORARY}")
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes a rename in a directory survive a power cut, on file systems that know how."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def _way_out(error: OSError) -> str:

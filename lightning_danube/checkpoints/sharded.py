@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,13 @@ from torch import Tensor
 
 from lightning_danube.checkpoints.files import (
     FILES,
-    TEMPORARY,
+    forget,
     not_written,
     prepare_directory,
     read_plain,
-    remove_checkpoint,
-    sync_directory,
-    write_synced,
 )
 from lightning_danube.checkpoints.sharded_files import MOMENT, REST, WEIGHT, load_whole
+from lightning_danube.files import finish_folder, scratch_folder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +35,7 @@ class Saver:
     """Saves while training goes on: it waits for a copy in the host's memory, a thread of each rank does the rest.
 
     One checkpoint at a time. The threads talk over a process group of their own, on gloo also where training is on
-    another back end. They end with the process: what they have not finished then stays under its hidden name.
+    another back end. They end with the process, and the next save removes what they had not finished.
 
     Args:
         timeout: how long a thread waits for those of the other ranks.
@@ -61,16 +59,17 @@ class Saver:
         self.wait()
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        hidden = path.with_name(f".{path.name}{TEMPORARY}")
+        folder = ExitStack()
         plain = io.BytesIO()
+        hidden = [Path()]
         if dist.get_rank() == 0:
             prepare_directory(path.parent)
-            hidden.mkdir()
+            hidden = [folder.enter_context(scratch_folder(path))]
             torch.save(rest, plain)
-        dist.barrier(self._group)
+        dist.broadcast_object_list(hidden, src=0, group=self._group)
         staged = BlockingAsyncStager().stage(tensors)
         self._thread = threading.Thread(
-            target=self._write, args=(staged, plain.getvalue(), hidden, path), name="checkpoint", daemon=True
+            target=self._write, args=(staged, plain.getvalue(), folder, *hidden, path), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -88,17 +87,20 @@ class Saver:
         if failed is not None:
             raise failed
 
-    def _write(self, tensors: dict[str, Tensor], rest: bytes, hidden: Path, path: Path) -> None:
+    def _write(self, tensors: dict[str, Tensor], rest: bytes, folder: ExitStack, hidden: Path, path: Path) -> None:
+        """Writes this rank's part. `folder` is what rank zero holds open until the checkpoint is complete."""
         import torch.distributed as dist
         from torch.distributed.checkpoint import FileSystemWriter
         from torch.distributed.checkpoint import save as save_together
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
-            writer = FileSystemWriter(hidden, sync_files=True)
-            save_together(tensors, storage_writer=writer, process_group=self._group)
-            if dist.get_rank() == 0:
-                _complete(rest, hidden, path)
+            with folder:
+                # Each machine flushes what its own ranks have written.
+                writer = FileSystemWriter(hidden, sync_files=True)
+                save_together(tensors, storage_writer=writer, process_group=self._group)
+                if dist.get_rank() == 0:
+                    _complete(rest, hidden, path)
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             self._failed = not_written(path, cause, f" (rank {rank})")
@@ -111,14 +113,12 @@ class Saver:
 
 
 def _complete(rest: bytes, hidden: Path, path: Path) -> None:
-    """Gives a checkpoint whose parts are all on the disk what is missing, and its name."""
-    write_synced(hidden / REST, rest)
+    """Adds the rest and the list of files to a checkpoint that has all tensors, and gives the checkpoint its name."""
+    (hidden / REST).write_bytes(rest)
     sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
-    write_synced(hidden / FILES, (json.dumps(sizes, indent=2) + "\n").encode())
-    sync_directory(hidden)
-    remove_checkpoint(path)  # the same step, saved before
-    os.replace(hidden, path)
-    sync_directory(path.parent)
+    (hidden / FILES).write_text(json.dumps(sizes, indent=2) + "\n")
+    forget(path)  # the same step, saved before into one file
+    finish_folder(hidden, path, replace=True)
 
 
 def read_rest(path: Path) -> dict[str, Any]:

@@ -124,9 +124,9 @@ def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: s
     """Write a directory that transformers' `pipeline("text-classification")` runs."""
     from lightning_danube.weights.huggingface import (
         EXPORTED_FILES,
+        export_folder,
         plain_tensors,
-        replaced_directory,
-        write_json,
+        write_hf_json,
         write_shards,
     )
 
@@ -134,9 +134,9 @@ def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: s
     # Its place is taken by the head.
     tensors.pop("lm_head.weight", None)
     tensors["score.weight"] = classifier.score_CD
-    with replaced_directory(directory, EXPORTED_FILES, overwrite) as partial:
+    with export_folder(directory, EXPORTED_FILES, overwrite) as partial:
         config = hf_config(classifier)
-        write_json(partial / "config.json", config)
+        write_hf_json(partial / "config.json", config)
         write_shards(partial, tensors, 5 * 10**9)
         classifier.tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, "utf-8")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danube.evaluation.results import Measured
+from lightning_danube.files import write_text
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.model import Decoder
@@ -158,5 +159,5 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in whole if line]
     if last:
         # The next row must begin a line of its own.
-        file.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        write_text(file, "".join(line + "\n" for line in whole))
     return rows

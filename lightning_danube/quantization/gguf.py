@@ -63,7 +63,8 @@ def kept_importance_matrix(decoder: Decoder, ids: Tensor, directory: Path) -> di
     """One for all levels."""
     path = directory / "importance.npz"
     if not path.exists():
-        # Names of tensors have dots and no slashes, so they can be names in an archive.
+        # Written plainly: the directory belongs to this process and is removed at its end. Names of tensors have dots
+        # and no slashes, so they can be names in an archive.
         np.savez(path, **importance_matrix(decoder, ids))  # type: ignore[arg-type]
     with np.load(path) as kept:
         return {name: kept[name] for name in kept.files}

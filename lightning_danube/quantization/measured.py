@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.files import new_file
 from lightning_danube.quantization.running import Content
 
 FORMAT = 1
@@ -68,8 +67,6 @@ def measured_key(**facts: Any) -> str:
 
 
 def save_measured(path: Path, measured: Measured) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "content": asdict(measured.content),
         "seconds": measured.seconds,
@@ -77,20 +74,15 @@ def save_measured(path: Path, measured: Measured) -> None:
         "cost_reason": measured.cost_reason,
     }
     arrays = {f"nats_{length}": nats.astype(np.float32) for length, nats in measured.nats.items()}
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                facts=np.array(json.dumps(facts)),
-                divergence=measured.divergence.astype(np.float32),
-                same_first=measured.same_first,
-                cloze=measured.cloze,
-                **arrays,  # type: ignore[arg-type]  # its stub takes them for switches
-            )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            facts=np.array(json.dumps(facts)),
+            divergence=measured.divergence.astype(np.float32),
+            same_first=measured.same_first,
+            cloze=measured.cloze,
+            **arrays,  # type: ignore[arg-type]  # its stub takes them for switches
+        )
 
 
 def load_measured(path: Path) -> Measured | None:

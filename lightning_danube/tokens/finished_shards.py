@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_danube.extras import install_command
+from lightning_danube.files import finish_folder, new_file, write_text
 
 LISTING = "shards.json"
 
@@ -59,18 +59,17 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
         raise ValueError(f"{where}/{LISTING} is damaged ({error}): copy the shards there again") from error
     except Exception as error:
         raise _unreachable(where, error) from error
+    # The folder keeps what an earlier attempt has fetched, so it has a fixed name.
     hidden = directory.with_name(f".{directory.name}.fetching")
-    hidden.mkdir(parents=True, exist_ok=True)
     for file in files:
         _fetch_file(where, store, f"{root}/{file['name']}", hidden / file["name"], file)
-    (hidden / LISTING).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    write_text(hidden / LISTING, json.dumps(listing, indent=1) + "\n")
     try:
-        os.replace(hidden, directory)
-    except OSError:
-        # Another process was faster; its files are the same.
+        finish_folder(hidden, directory)
+    except FileNotFoundError:
+        # Another process fetched the same files, and was faster.
         if not (directory / LISTING).is_file():
             raise
-        shutil.rmtree(hidden, ignore_errors=True)
     return directory
 
 
@@ -90,24 +89,22 @@ def _open(where: str, path: str) -> tuple[Any, str]:
 def _fetch_file(where: str, store: Any, remote: str, target: Path, expected: dict[str, Any]) -> None:
     if target.is_file() and _digest(target) == expected["sha256"]:
         return
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        store.get_file(remote, str(partial))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{where} lacks {target.name}, which its {LISTING} names: copy the shards there again"
-        ) from None
-    except Exception as error:
-        raise _unreachable(where, error) from error
-    found = _digest(partial)
-    if found != expected["sha256"]:
-        size = partial.stat().st_size
-        partial.unlink()
-        raise ValueError(
-            f"{where}/{target.name} does not hold what was written ({size} bytes of {expected['bytes']}, sha256 "
-            f"{found[:12]}… instead of {expected['sha256'][:12]}…): copy the shards there again"
-        )
-    os.replace(partial, target)
+    with new_file(target) as partial:
+        try:
+            store.get_file(remote, str(partial))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where} lacks {target.name}, which its {LISTING} names: copy the shards there again"
+            ) from None
+        except Exception as error:
+            raise _unreachable(where, error) from error
+        found = _digest(partial)
+        if found != expected["sha256"]:
+            raise ValueError(
+                f"{where}/{target.name} does not hold what was written ({partial.stat().st_size} bytes of "
+                f"{expected['bytes']}, sha256 {found[:12]}… instead of {expected['sha256'][:12]}…): copy the shards "
+                "there again"
+            )
 
 
 def _digest(path: Path) -> str:

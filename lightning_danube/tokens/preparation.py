@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.files import new_file, new_folder, write_text
 from lightning_danube.text.corpora import Source, is_streamed, local_files, read_stream
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
@@ -140,9 +140,10 @@ class Preparation:
         """Lays out the directory in which units are collected; going on after a kill finds it as it was left."""
         (self.building / "units").mkdir(parents=True, exist_ok=True)
         if not self.job.tokenizer_file.exists():
-            _write_whole(self.job.tokenizer_file, lambda path: path.write_text(self.tokenizer_json()))
+            write_text(self.job.tokenizer_file, self.tokenizer_json())
         if benchmarks is not None and not self.job.benchmarks_file.exists():
-            _write_whole(self.job.benchmarks_file, benchmarks.save)
+            with new_file(self.job.benchmarks_file) as partial:
+                benchmarks.save(partial)
 
     def tokenizer_json(self) -> str:
         text: str = self.tokenizer.hf.backend_tokenizer.to_str()
@@ -166,7 +167,7 @@ class Preparation:
                 if sum(span.weight for span in units[-1]) >= size:
                     units.append([])
                 units[-1].append(span)
-        _write_whole(path, lambda file: file.write_text(json.dumps(units)))
+        write_text(path, json.dumps(units))
         return units
 
     def work(self, pool: Callable[[], Executor]) -> Iterator[tuple[int, list[Span] | list[Document | BadRow], int]]:
@@ -196,7 +197,7 @@ class Preparation:
             yield number, unit, weight
         if self.units is None:
             self.units = number + 1
-            _write_whole(self.building / "units.json", lambda file: file.write_text(str(self.units)))
+            write_text(self.building / "units.json", str(self.units))
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
@@ -222,9 +223,12 @@ class Preparation:
         Raises:
             ValueError: no text is left.
         """
+        with new_folder(self.directory) as building:
+            self._join_into(building)
+        shutil.rmtree(self.building, ignore_errors=True)
+
+    def _join_into(self, building: Path) -> None:
         kept, duplicates = self._kept()
-        building = Path(tempfile.mkdtemp(prefix="joining-", dir=self.building))
-        os.chmod(building, 0o777 & ~_umask())
         writers = {split: SplitWriter(building, split, self.tokenizer.dtype, SHARD_TOKENS) for split in SPLITS}
         border = held_out_below(self.held_out)
         total: Counter[str] = Counter()
@@ -298,12 +302,6 @@ class Preparation:
         }
         _write_json(building / "shards.json", meta)
         _write_json(building / "report.json", report)
-        try:
-            os.rename(building, self.directory)
-        except OSError:  # another process has finished the same shards meanwhile
-            if not (self.directory / "shards.json").exists():
-                raise
-        shutil.rmtree(self.building, ignore_errors=True)
 
     def _kept(self) -> tuple[list[NDArray[np.bool_]], dict[str, int]]:
         """For each unit, which of its documents stay; and how many duplicates go."""
@@ -516,26 +514,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first, so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
-    os.close(handle)
-    write(Path(name))
-    os.chmod(name, 0o666 & ~_umask())
-    os.replace(name, path)
-
-
 def _write_json(path: Path, content: Any) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def open_or_prepare(

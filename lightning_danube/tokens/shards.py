@@ -124,8 +124,7 @@ class SplitWriter:
         self._writer.finalize()
         self._writer = None
         path = self._directory / self._files[-1]["name"]
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(path, "rb") as file:
             self._files[-1]["bytes"] = os.fstat(file.fileno()).st_size
             self._files[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         self._files[-1]["edges"] = _edges(_map_tokens(path))

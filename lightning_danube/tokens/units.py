@@ -8,8 +8,6 @@ needs all documents (duplicates, the split into files) happens when units are jo
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.files import new_file
 from lightning_danube.text.quality import Benchmarks, Filters, sketches, text_hash
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
 from lightning_danube.tokens.encoding import TextEncoder
@@ -143,8 +142,8 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         "found_in": {str(file): n for file, n in sorted(found_in.items())},
         "seconds": time.monotonic() - began,
     }
-    partial = job.path(number).with_name(f".{number:06d}-{os.getpid()}-{secrets.token_hex(4)}")
-    with open(partial, "wb") as file:
+    # There may be ten thousands of units, and their folder is removed as a whole: leftovers are not looked for.
+    with new_file(job.path(number), clear=False) as partial, partial.open("wb") as file:
         np.savez(
             file,
             ids=np.concatenate(ids) if ids else np.empty(0, dtype=job.dtype),
@@ -154,9 +153,6 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
             sketches=np.concatenate(drawn) if drawn else np.empty((0, 0), dtype=np.uint32),
             account=np.array(json.dumps(account)),
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, job.path(number))
     return len(lengths), sum(lengths)
 
 

@@ -53,6 +53,7 @@ def append_history(path: Path, **facts: Any) -> None:
         "commit": commit(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A line is appended to those of earlier starts, which are left as they are.
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lightning_danube.model import Decoder
 from lightning_danube.weights.huggingface import (
+    export_folder,
     read_json,
     read_tensor,
-    replaced_directory,
     some,
     tensor_types,
-    write_json,
+    write_hf_json,
 )
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ def save_adapter(
     if score is not None:
         content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
-    with replaced_directory(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
-        write_json(partial / CONFIG, content)
+    with export_folder(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
+        write_hf_json(partial / CONFIG, content)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         if card is not None:
             (partial / "README.md").write_text(card, "utf-8")

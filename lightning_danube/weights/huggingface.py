@@ -4,14 +4,9 @@ A wrong file is refused in one line that names it. Nothing here unpickles anythi
 safetensors is imported inside the functions, so that importing the model stays cheap.
 """
 
-import errno
 import functools
 import json
-import os
 import pickle
-import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -22,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.checkpoints.sharded_files import REST, WEIGHT, load_whole
+from lightning_danube.files import make_folder, new_folder, remove_leftovers
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 
@@ -66,18 +62,17 @@ def save_hf(
 ) -> None:
     """Write a directory that AutoModelForCausalLM loads with the same logits, in the types the parameters have.
 
-    `generation` goes into generation_config.json beside the ids, `card` into README.md. The directory is written beside
-    its place and renamed when complete. With `overwrite`, an export that is there already is replaced; a directory that
-    holds anything else is left alone.
+    `generation` goes into generation_config.json beside the ids, `card` into README.md. With `overwrite`, an earlier
+    export is replaced; a directory that holds anything else is left alone.
     """
     tensors = plain_tensors(decoder)
     config = decoder.config.to_hf(bos_id, eos_id, pad_id)
     config["dtype"] = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    with replaced_directory(directory, EXPORTED_FILES, overwrite) as partial:
-        write_json(partial / "config.json", config)
+    with export_folder(directory, EXPORTED_FILES, overwrite) as partial:
+        write_hf_json(partial / "config.json", config)
         known = {key: value for key, value in ids.items() if value is not None}
-        write_json(partial / "generation_config.json", known | dict(generation or {}))
+        write_hf_json(partial / "generation_config.json", known | dict(generation or {}))
         write_shards(partial, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
@@ -86,60 +81,19 @@ def save_hf(
 
 
 @contextmanager
-def replaced_directory(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
-    """An empty directory to write into; it takes its place when all is written and on the disk, or not at all.
+def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
+    """A new folder to export into. It takes the name `directory` at the end of the block.
 
-    `known`: patterns of the files that `overwrite` may replace.
+    Args:
+        known: patterns of the files that `overwrite` may replace.
     """
     target = Path(directory).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
+    # First: what a killed export has set aside comes back, and has to be checked.
     remove_leftovers(target)
     check_target(target, known, overwrite)
-    partial, replaced = partial_name(target), target.with_name(f".{target.name}.{uuid.uuid4().hex}.replaced")
-    partial.mkdir()
-    try:
+    with new_folder(target, replace=True) as partial:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                # safetensors makes files that only their owner can read.
-                file.chmod(partial.stat().st_mode & 0o666)
-            synchronize(file)
-        synchronize(partial)
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        synchronize(target.parent)
-    except Exception as error:
-        # Libraries report a disk that refuses in types of their own, and name the file that is not there any more.
-        if isinstance(error, OSError) or "(os error " in str(error):
-            reason = getattr(error, "strerror", None) or str(error)
-            number = getattr(error, "errno", None) or errno.EIO
-            raise OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(target)) from error
-        raise
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def partial_name(target: Path) -> Path:
-    """Where to write what is to become `target`. A sibling, not $TMPDIR: a rename within one filesystem is all or
-    nothing."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-
-
-def remove_leftovers(target: Path) -> None:
-    """Remove what earlier writes of the same target left beside it when they were killed; what one had just set aside
-    to take its place comes back."""
-    pattern = re.compile(rf"\.+{re.escape(target.name)}(\.[0-9a-f]{{32}}\.(partial|replaced))+")
-    for leftover in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
-        if leftover.suffix == ".replaced" and not target.exists():
-            leftover.rename(target)
-        elif leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
 
 
 def load_hf(
@@ -289,7 +243,7 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) ->
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_hf_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -365,17 +319,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_hf_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON as transformers and PEFT do. The file lies in a new folder, which is flushed as a whole."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def synchronize(path: Path) -> None:
-    """Have the system write a file's content, or a directory's entries, to the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def some(names: Iterable[str]) -> str:

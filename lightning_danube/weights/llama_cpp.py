@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_danube.extras import install_command
+from lightning_danube.files import new_file
 from lightning_danube.weights.gguf.header import read_gguf_header
-from lightning_danube.weights.huggingface import partial_name, synchronize
 
 # The letters of llama.cpp's own program for its mixtures.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -140,8 +140,7 @@ def quantize(
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             entry.size = values.size
         parameters.imatrix = entries
-    partial = partial_name(target)
-    try:
+    with new_file(target) as partial:
         with _captured_log(llama_cpp) as log:
             failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(parameters))
         if failed:
@@ -151,12 +150,7 @@ def quantize(
         except ValueError as error:
             # Its stream may keep silent about a write that failed.
             raise OSError(errno.EIO, f"not written by llama.cpp as a whole ({error})", str(target)) from error
-        synchronize(partial)
-        partial.replace(target)
-        synchronize(target.parent)
-        return content
-    finally:
-        partial.unlink(missing_ok=True)
+    return content
 
 
 def planned_bytes(source: str | Path, type: str) -> int:

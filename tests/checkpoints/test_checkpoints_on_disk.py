@@ -106,7 +106,7 @@ def test_every_bit_counts(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_write_go_at_the_next(tmp_path: Path) -> None:
-    leftover = tmp_path / ".step_1.ckpt.tmp"
+    leftover = tmp_path / f".step_1.ckpt.{'0' * 32}.partial"
     for remove in (lambda: prepare_directory(tmp_path), lambda: IO.save_checkpoint(CONTENT, tmp_path / "step_2.ckpt")):
         leftover.write_bytes(b"half")
         remove()

@@ -124,7 +124,7 @@ class Run:
         return "@validation" in text
 
     def writing(self, pattern: str = "*") -> Callable[[str], bool]:
-        return lambda text: any(self.place.glob(f"checkpoints/.{pattern}.ckpt.tmp"))
+        return lambda text: any(self.place.glob(f"checkpoints/.{pattern}.ckpt.*.partial"))
 
     def written(self, pattern: str = "*") -> Callable[[str], bool]:
         before: set[Path] | None = None

@@ -83,7 +83,7 @@ def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
     assert damage(directory) == f"{part.name} is missing"
     (directory / FILES).unlink()
     assert damage(directory) == f"no {FILES} in the directory: another program wrote it"
-    leftover = directory.parent / ".step_00000004.ckpt.tmp"
+    leftover = directory.parent / f".step_00000004.ckpt.{'0' * 32}.partial"
     leftover.mkdir()
     (leftover / "part").touch()
     prepare_directory(directory.parent)

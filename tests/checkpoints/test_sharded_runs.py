@@ -71,7 +71,7 @@ def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(
     run = tiny / "runs" / "parts" / "version_0"
     checkpoint = run / LAST
     assert checkpoint.is_dir() and damage(checkpoint) is None
-    assert not list((run / "checkpoints").glob(".*.tmp"))
+    assert not list((run / "checkpoints").glob(".*.partial"))
     # Weights in one piece, without a process group.
     assert main(["export", "--weights", str(run), "--out", str(tmp_path / "hf")]) == 0
     whole = DurableCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
@@ -104,14 +104,15 @@ def test_a_kill_within_a_save_of_all_ranks_leaves_the_checkpoint_before_it(
     killed = subprocess.run(command, cwd=sessions.tiny, env=environment, capture_output=True, text=True, timeout=240)
     assert killed.returncode != 0 and "was ended" in killed.stderr, killed.stdout + killed.stderr
     directory = (sessions.run("moved") / LAST).parent
-    assert len(list(directory.glob(".*.tmp"))) == 1
+    # Rank zero may find that another rank is gone, and remove what it has begun, before it is ended itself.
+    assert len(list(directory.glob(".*.partial"))) <= 1 and (rank or list(directory.glob(".*.partial")))
     left = sorted(path.name for path in directory.glob("*.ckpt"))
     assert left == ["step_00000005.ckpt", "step_00000010.ckpt"]
     assert [damage(directory / name) for name in left] == [None, None]
     sessions._config = whole
     run_in_ranks((2, sessions.command("second", "moved", 2, *LAST_FLAGS, *sharded(2, 1))))
     assert_same_run(sessions, "moved", ("first", 0), ("second", 10), devices=(2, 2))
-    assert not list(directory.glob(".*.tmp"))
+    assert not list(directory.glob(".*.partial"))
 
 
 def holding(sessions: Sessions, arguments: str) -> list[str]:

@@ -74,7 +74,7 @@ def test_what_was_fetched_before_a_stop_is_kept(made: TokenShards, address: str,
     hidden.mkdir(parents=True)
     whole, half = sorted(made.directory.glob("*.arrow"))
     shutil.copy(whole, hidden)
-    (hidden / f"{half.name}.partial").write_bytes(half.read_bytes()[:100])
+    (hidden / f".{half.name}.{'0' * 32}.partial").write_bytes(half.read_bytes()[:100])
     fsspec.filesystem("memory").rm(f"/bucket/web/{whole.name}")
     assert fetch("web", address, tmp_path) == directory
     assert sorted(path.name for path in directory.iterdir()) == sorted([whole.name, half.name, "shards.json"])

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from lightning_danube.files import scratch_folder
 from lightning_danube.weights.loading import add_weights_arguments, load_decoder
 from lightning_danube.weights.names import Weights, load_tokenizer, locate_weights
 
@@ -110,7 +111,6 @@ def _export_gguf(arguments: Namespace) -> None:
     from lightning_danube.classification.exported import is_classifier
     from lightning_danube.weights.gguf.files import check_target, save_gguf
     from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
-    from lightning_danube.weights.huggingface import partial_name, remove_leftovers
     from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
 
     file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), Path(arguments.out).absolute()
@@ -124,23 +124,19 @@ def _export_gguf(arguments: Namespace) -> None:
     fields = gguf_tokenizer_fields(load_tokenizer(weights))
     decoder = load_decoder(weights, adapter=arguments.adapter)
     name = _model_name(arguments.weights, weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
     written_as = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if file_type in UNQUANTIZED:
         save_gguf(decoder, out, dtype=written_as[file_type], tokenizer_fields=fields, name=name, overwrite=True)
         content = measure(out)
     else:
-        whole = partial_name(out)
-        try:
-            # Beside the target, not in $TMPDIR, which may be memory; in the type the weights have, so that they are
-            # rounded once.
+        # Beside the target, not in $TMPDIR, which may be memory.
+        with scratch_folder(out) as scratch:
+            whole = scratch / "whole.gguf"
+            # In the type of the weights, so that the weights are rounded once.
             dtype = decoder.model.embed_tokens.weight.dtype
             save_gguf(decoder, whole, dtype=dtype, tokenizer_fields=fields, name=name)
             del decoder
             content = quantize(whole, out, file_type)
-        finally:
-            whole.unlink(missing_ok=True)
     print(f"{file_type} written to {arguments.out}: {content.describe()}", file=sys.stderr)
 
 

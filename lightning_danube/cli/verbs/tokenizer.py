@@ -39,11 +39,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     from lightning_danube.tokens.tokenizer_training import check_pieces, train_tokenizer
-    from lightning_danube.weights.huggingface import replaced_directory
+    from lightning_danube.weights.huggingface import export_folder
 
     check_pieces(arguments.vocab_size)
     # Entered before the text is read, so that a directory that cannot be written is reported at once.
-    with replaced_directory(arguments.out, WRITTEN_FILES, arguments.overwrite) as directory:
+    with export_folder(arguments.out, WRITTEN_FILES, arguments.overwrite) as directory:
         sample = _sample(arguments)
         tokenizer = train_tokenizer(sample.texts(), arguments.vocab_size)
         tokenizer.save_pretrained(str(directory))

@@ -24,8 +24,6 @@ import gc
 import json
 import os
 import platform
-import secrets
-import shutil
 import sys
 import time
 from collections import Counter
@@ -36,6 +34,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lightning_danube.files import new_folder
 from lightning_danube.text.embedded.docstrings import (
     FORMAT,
     Document,
@@ -188,10 +187,8 @@ def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dic
 def _write(
     folder: Path, files: dict[str, Path], documents: dict[str, list[Document]], manifest: dict[str, Any]
 ) -> None:
-    """All files at once or none: under another name first, then renamed."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    partial.mkdir(parents=True)
-    try:
+    # Somebody may have removed a file of a folder that was complete.
+    with new_folder(folder, replace=folder.is_dir() and not _is_complete(files)) as partial:
         for role, file in files.items():
             with open(partial / file.name, "w", encoding="utf-8", newline="\n") as stream:
                 for document in documents[role]:
@@ -199,16 +196,6 @@ def _write(
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         with open(partial / "manifest.json", "w", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        if folder.is_dir() and not _is_complete(files):
-            shutil.rmtree(folder)  # somebody removed a part
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            # Another process was faster; its files are the same.
-            if not _is_complete(files):
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_complete(files: dict[str, Path]) -> bool:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_danube.files import new_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -246,13 +246,10 @@ def write_world(cache_dir: Path) -> dict[str, Path]:
     """Source → its file of documents (jsonl), written if it is not there."""
     folder = cache_dir / "world" / _identity()
     files = {role: folder / f"{role}.jsonl" for role in ROLES}
-    folder.mkdir(parents=True, exist_ok=True)
     for role, file in files.items():
         if not file.is_file():
-            partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-            with partial.open("w", encoding="utf-8") as stream:
+            with new_file(file) as partial, partial.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"text": text}) + "\n" for text in the_world().documents(role))
-            os.replace(partial, file)
     return files
 
 

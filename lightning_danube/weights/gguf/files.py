@@ -9,8 +9,8 @@ functions, so that importing the model stays cheap.
 
 import math
 import sys
-import uuid
 from collections.abc import Mapping
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_danube.files import new_file
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
-from lightning_danube.weights.huggingface import assemble, plain_tensors, some, synchronize
+from lightning_danube.weights.huggingface import assemble, plain_tensors, some
 
 if TYPE_CHECKING:
     import gguf
@@ -131,8 +132,8 @@ def save_gguf(
     llama.cpp wants them.
 
     `tokenizer_fields` are keys and values of the tokenizer, as `gguf_tokenizer_fields` makes them. Without them, the
-    file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. The file is
-    written beside its place and renamed when complete. Only a GGUF file is ever overwritten.
+    file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. Only a GGUF file
+    is ever overwritten.
     """
     target = Path(path).absolute()
     file_type_of(dtype)
@@ -140,11 +141,7 @@ def save_gguf(
     config = decoder.config
     tensors = plain_tensors(decoder)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, not $TMPDIR: a rename within one filesystem is all or nothing.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    writer = begin_gguf(partial, config, dtype, tokenizer_fields, name)
-    try:
+    with new_file(target) as partial, closing(begin_gguf(partial, config, dtype, tokenizer_fields, name)) as writer:
         for ours in gguf_names(config):
             # One converted copy at a time, however large the model.
             tensor = tensors[ours].detach().cpu()
@@ -155,14 +152,6 @@ def save_gguf(
             # numpy has no bfloat16; the writer only copies bytes.
             raw = converted.view(torch.int16) if converted.dtype == torch.bfloat16 else converted
             writer.write_tensor_data(raw.numpy())
-        writer.close()
-        synchronize(partial)
-        partial.replace(target)
-        synchronize(target.parent)
-    finally:
-        # In this order: on a full disk closing fails once more.
-        partial.unlink(missing_ok=True)
-        writer.close()
 
 
 def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_danube.__main__ import main
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
-from lightning_danube.weights.huggingface import EXPORTED_FILES, load_hf, replaced_directory
+from lightning_danube.weights.huggingface import EXPORTED_FILES, export_folder, load_hf
 from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
 from lightning_danube.weights.loading import load_decoder, load_model
 from lightning_danube.weights.names import SMOLLM2, locate_weights
@@ -227,7 +227,6 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     leftover = tmp_path / f".model.{hexadecimal}.partial"
     leftover.mkdir()
     (leftover / "model.safetensors").write_text("half")
-    (tmp_path / f"..model.{hexadecimal}.partial.{hexadecimal}.partial").write_text("half")
     others = [
         tmp_path / f".model2.{hexadecimal}.partial",
         tmp_path / ".model.partial",
@@ -241,11 +240,11 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
 
 def test_what_was_set_aside_when_the_process_was_killed_comes_back(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model").rename(tmp_path / f".model.{'0' * 32}.replaced")
-    with pytest.raises(ValueError, match="model is not empty"), replaced_directory(tmp_path / "model", [], False):
+    with pytest.raises(ValueError, match="model is not empty"), export_folder(tmp_path / "model", [], False):
         pass
     assert torch.equal(load_hf(tmp_path / "model")(IDS), tiny_decoder()(IDS))
     (tmp_path / f".model.{'0' * 32}.replaced").mkdir()  # killed a moment later: the new one is in its place
-    with replaced_directory(tmp_path / "model", EXPORTED_FILES, True) as directory:
+    with export_folder(tmp_path / "model", EXPORTED_FILES, True) as directory:
         (directory / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -265,8 +264,8 @@ for place, moment, arguments in {cases!r}:
 # In the midst of writing, and with all written but the target's name.
 MOMENTS = [
     ("lightning_danube.weights.huggingface.write_shards", ["--out", "model"]),
-    ("lightning_danube.weights.huggingface.synchronize", ["--out", "model"]),
-    ("lightning_danube.weights.gguf.files.synchronize", ["--format", "gguf", "--out", "model.gguf"]),
+    ("lightning_danube.files.sync", ["--out", "model"]),
+    ("lightning_danube.files.sync", ["--format", "gguf", "--out", "model.gguf"]),
 ]
 QUANTIZED = ["--format", "gguf", "--type", "Q8_0", "--out", "model.gguf"]
 QUANTIZED_MOMENTS = [

@@ -310,7 +310,7 @@ def test_a_killed_collection_leaves_nothing(
         return "{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lightning_danube.text.embedded.documentation.{killer}", die)
+        patch.setattr(killer, die)
         with pytest.raises(KeyboardInterrupt):
             collect(environment, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -374,7 +374,7 @@ def test_the_slower_of_two_keeps_what_the_faster_wrote(
         shutil.copytree(partial, folder)
         replace(partial, folder)
 
-    monkeypatch.setattr("lightning_danube.text.embedded.documentation.os.replace", race)
+    monkeypatch.setattr("os.replace", race)
     files = collect(environment, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [files["web"].parent]
     assert all(rows_of(file) for file in files.values())

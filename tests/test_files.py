@@ -1,0 +1,360 @@
+"""Files and folders are complete or absent: the order of flushing and renaming, failures, kills, locks."""
+
+import ast
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.files import (
+    finish_folder,
+    new_file,
+    new_folder,
+    remove_all_leftovers,
+    remove_leftovers,
+    remove_whole,
+    scratch_folder,
+    write_bytes,
+    write_json,
+    write_parquet,
+    write_text,
+)
+from lightning_danube.quantization.measured import Measured, save_measured
+from lightning_danube.quantization.running import Content
+from lightning_danube.text.embedded.world import write_world
+from lightning_danube.weights.gguf.files import save_gguf
+from lightning_danube.weights.huggingface import save_hf
+from tests.tiny_models import tiny_decoder
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = "0123456789abcdef" * 2
+Write = Callable[[Path], Any]
+
+
+def a_folder(path: Path, **options: Any) -> None:
+    with new_folder(path, **options) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "b").write_text("second")
+        (partial / "a").write_text("first")
+
+
+def a_fetched_folder(path: Path) -> None:
+    hidden = path.with_name(".hidden")
+    write_text(hidden / "a", "first")
+    finish_folder(hidden, path)
+
+
+def a_measurement(path: Path) -> None:
+    values = np.ones((2, 3))
+    save_measured(path, Measured(Content(8, 8, {}), 1.0, {3: values}, values, values, np.ones(2)))
+
+
+WRITERS: dict[str, Write] = {
+    "bytes": lambda path: write_bytes(path, b"content"),
+    "text": lambda path: write_text(path, "content"),
+    "json": lambda path: write_json(path, {"n": 1}),
+    "parquet": lambda path: write_parquet(path, [{"n": 1}]),
+    "folder": a_folder,
+    "fetched folder": a_fetched_folder,
+    "checkpoint": lambda path: DurableCheckpointIO().save_checkpoint({"a": torch.ones(8)}, path),
+    "measurement": a_measurement,
+    "GGUF": lambda path: save_gguf(tiny_decoder(), path, dtype=torch.float32, overwrite=True),
+    "Hugging Face": lambda path: save_hf(tiny_decoder(), path, overwrite=True),
+}
+FOLDERS = ("folder", "fetched folder", "Hugging Face")
+OF_FILES = [name for name in WRITERS if name not in FOLDERS]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """("flush", inode, size) and ("rename", inode, target), in order."""
+    found: list[tuple[Any, ...]] = []
+    flush, replace = os.fsync, os.replace
+
+    def record_flush(handle: int) -> None:
+        flush(handle)
+        found.append(("flush", os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def record_rename(old: Any, new: Any) -> None:
+        inode = os.stat(old).st_ino
+        replace(old, new)
+        found.append(("rename", inode, Path(new)))
+
+    monkeypatch.setattr(os, "fsync", record_flush)
+    monkeypatch.setattr(os, "replace", record_rename)
+    return found
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_all_is_on_the_disk_before_it_has_the_name_and_the_name_follows(
+    name: str, tmp_path: Path, events: list[tuple[Any, ...]]
+) -> None:
+    target = tmp_path / "target"
+    WRITERS[name](target)
+    renamed = events.index(("rename", target.stat().st_ino, target))
+    contents = [target, *target.rglob("*")]
+    for path in contents:
+        flush = ("flush", path.stat().st_ino, path.stat().st_size)
+        assert flush in events[:renamed], path
+    assert ("flush", tmp_path.stat().st_ino) in [event[:2] for event in events[renamed:]]
+    assert {path.name for path in tmp_path.iterdir()} <= {"target", "manifest.json"}
+
+
+def test_files_of_the_embedded_world_are_written_like_all_others(tmp_path: Path, events: list[tuple[Any, ...]]) -> None:
+    for file in write_world(tmp_path).values():
+        renamed = events.index(("rename", file.stat().st_ino, file))
+        assert ("flush", file.stat().st_ino, file.stat().st_size) in events[:renamed]
+
+
+def test_new_parents_are_flushed_into_theirs(tmp_path: Path, events: list[tuple[Any, ...]]) -> None:
+    write_text(tmp_path / "a" / "b" / "c", "content")
+    flushed = [event[1] for event in events if event[0] == "flush"]
+    assert {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino} <= set(flushed)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "fetched folder"])
+def test_a_disk_that_refuses_leaves_what_was_there(
+    name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    write: Write = (lambda path: a_folder(path, replace=True)) if name == "folder" else WRITERS[name]
+    write(target)
+    before = everything(tmp_path)
+    real = os.replace
+
+    def refuse(*names: Any) -> None:
+        # A folder that was set aside must be able to come back.
+        if call == "replace" and (Path(names[1]) != target or str(names[0]).endswith(".replaced")):
+            return real(*names)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *map(str, names[:1] if call == "replace" else ()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(OSError, match=r"(?i)no space left") as error:
+            write(target)
+    assert error.value.errno == errno.ENOSPC
+    after = everything(tmp_path)
+    if name == "checkpoint":  # the checkpoint is judged by its own checksums until the manifest lists it again
+        before.pop("manifest.json"), after.pop("manifest.json")
+    assert after == before
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_block_that_fails_leaves_nothing(folder: bool, tmp_path: Path) -> None:
+    for error in (ValueError("a fault"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, (new_folder if folder else new_file)(tmp_path / "target") as partial:
+            (partial / "half" if folder else partial).write_text("half")
+            raise error
+        assert raised.value is error
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_no_json_leave_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"n": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"n": object()})
+    assert everything(tmp_path) == {"x.json": b'{\n  "n": 1\n}\n'}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_file_and_the_old_folder(small_disk: Path) -> None:
+    write_text(small_disk / "file", "old")
+    a_folder(small_disk / "folder")
+    before = everything(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(small_disk / "file", bytes(2**17))
+    with (
+        pytest.raises(OSError, match="not written: no space left") as error,
+        new_folder(small_disk / "folder", replace=True) as partial,
+    ):
+        (partial / "a").write_bytes(bytes(2**17))
+    assert error.value.filename == str(small_disk / "folder")
+    assert everything(small_disk) == before
+
+
+def test_an_error_about_a_file_elsewhere_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, new_folder(tmp_path / "folder"):
+        (tmp_path / "missing").read_text()
+    assert error.value.filename == str(tmp_path / "missing")
+    assert error.value.__cause__ is None
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_came_first_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "folder") as partial:
+        (partial / "mine").touch()
+        a_folder(tmp_path / "folder")
+    assert sorted(everything(tmp_path)) == ["folder", "folder/a", "folder/inner", "folder/inner/b"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    a_folder(tmp_path / "folder")
+    with new_folder(tmp_path / "folder", replace=True) as partial:
+        (partial / "new").touch()
+    assert sorted(everything(tmp_path)) == ["folder", "folder/new"]
+
+
+def test_a_scratch_folder_goes_with_its_block(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "file") as scratch:
+        (scratch / "large").write_text("content")
+        assert scratch.parent == tmp_path and scratch.name.startswith(".file.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_files_and_folders_are_removed(tmp_path: Path) -> None:
+    a_folder(tmp_path / "folder")
+    write_text(tmp_path / "file", "content")
+    for name in ("folder", "file", "neither"):
+        remove_whole(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_umask_decides_the_permissions(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        for name in ("a", "b"):
+            with new_file(tmp_path / name) as partial:
+                if name == "b":  # as some libraries do
+                    partial.unlink()
+                    partial.touch(0o600)
+        with new_folder(tmp_path / "folder") as partial:
+            (partial / "a").touch(0o600)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"a": 0o640, "b": 0o640, "folder": 0o750}
+    assert (tmp_path / "folder" / "a").stat().st_mode & 0o777 == 0o640
+
+
+# --- kills and other writers ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_danube.files import new_file, new_folder
+target, moment, folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "folder"
+replace = os.replace
+def die(*names):
+    if moment == "between the renames":
+        replace(*names)
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment != "writing":
+    os.replace = die
+with new_folder(target, replace=True) if folder else new_file(target) as partial:
+    (partial / "new" if folder else partial).write_text("new")
+    if moment == "writing":
+        die()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("file", "writing"),
+        ("file", "before the rename"),
+        ("folder", "writing"),
+        ("folder", "before the rename"),
+        ("folder", "between the renames"),
+    ],
+)
+def test_the_next_writer_clears_up_after_a_kill(kind: str, moment: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    (a_folder if kind == "folder" else WRITERS["text"])(target)
+    before = everything(tmp_path)
+    command = [sys.executable, "-c", KILLED, str(target), moment, kind]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = everything(tmp_path)
+    assert left != before
+    assert all(name in before or name.startswith(".target.") for name in left)
+    remove_leftovers(target)
+    assert everything(tmp_path) == before
+
+
+def test_only_leftovers_of_the_same_name_are_removed(tmp_path: Path) -> None:
+    for name in (f".a.{DIGITS}.partial", f".a.{DIGITS}.replaced", f".b.{DIGITS}.partial", ".a.partial"):
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "a", "content")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", f".b.{DIGITS}.partial", ".a.partial"}
+    remove_all_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".a.partial"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_another_writer_is_writing_is_no_leftover(folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    begin = new_folder if folder else new_file
+    with begin(target) as first:
+        with begin(target) as second:
+            assert first != second and first.exists()
+            (second / "a" if folder else second).write_text("second")
+        remove_all_leftovers(tmp_path)
+        (first / "a" if folder else first).write_text("first")
+    found = (target / "a" if folder else target).read_text()
+    assert found == ("second" if folder else "first")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_without_locks_only_old_files_are_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    old, new = tmp_path / f".a.{DIGITS}.partial", tmp_path / f".a.{DIGITS[::-1]}.partial"
+    for leftover in (old, new):
+        leftover.touch()
+    os.utime(old, (1e9, 1e9))
+    write_text(tmp_path / "a", "content")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", new.name}
+
+
+# --- one place --------------------------------------------------------------------------------------------------------
+
+
+def test_only_one_module_flushes_and_renames() -> None:
+    """A writer of its own has a guarantee of its own."""
+    found = []
+    for file in [*(ROOT / "lightning_danube").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        if file == ROOT / "lightning_danube" / "files.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            match node:
+                case (
+                    ast.Attribute(value=ast.Name(id="os"), attr="fsync" | "fdatasync" | "replace" | "rename")
+                    | ast.Call(func=ast.Attribute(attr="rename"), args=[ast.Name() | ast.BinOp()])
+                    | ast.Attribute(value=ast.Name(id="tempfile"), attr="mkstemp" | "mkdtemp" | "NamedTemporaryFile")
+                ):
+                    found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "use lightning_danube/files.py:\n" + "\n".join(found)
