@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from lightning_danube.classification.baselines import majority_probabilities, tf
 from lightning_danube.classification.data import SPLITS, ClassificationData
 from lightning_danube.classification.scores import (
     METRICS,
-    Estimate,
     accuracy_gain,
     average_precision,
     by_class,
@@ -29,6 +27,7 @@ from lightning_danube.classification.scores import (
 )
 from lightning_danube.classification.task import Classified, TextClassification
 from lightning_danube.files import write_json, write_text
+from lightning_danube.intervals import Estimate
 from lightning_danube.terminal import quoted, runnable, text_table
 from lightning_danube.training.position import is_done, run_directory, steps_ahead
 
@@ -166,9 +165,9 @@ class ClassificationSummary(Callback):
         options: Any = {"resamples": self.resamples, "seed": data.seed}
         found = {name: estimates(said, classes_N, **options) for name, (_, said) in systems.items()}
         gain = accuracy_gain(model.probabilities_NC, systems["tfidf"][1], classes_N, **options)
-        rows = [[title, *(str(found[name][metric]) for metric in METRICS)] for name, (title, _) in systems.items()]
+        rows = [[title, *(f"{found[name][metric]:.3f}" for metric in METRICS)] for name, (title, _) in systems.items()]
         header = [f"{split}, {len(classes_N):,} texts", *(metric.title for metric in METRICS.values())]
-        lines = ["", text_table(header, rows), "", f"accuracy above TF-IDF's: {_signed(gain)}"]
+        lines = ["", text_table(header, rows), "", f"accuracy above TF-IDF's: {gain:+.3f}"]
         details = by_class(model.probabilities_NC, classes_N)
         extra: dict[str, Any] = {}
         if len(data.labels) == 2:
@@ -213,13 +212,8 @@ def flat(found: Mapping[str, Estimate]) -> dict[str, Any]:
     """accuracy, accuracy_interval, and so on."""
     values: dict[str, Any] = {}
     for name, estimate in found.items():
-        facts = asdict(estimate)
-        values |= {name: facts["value"], f"{name}_interval": [facts["low"], facts["high"]]}
+        values |= {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
     return values
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
 def class_table(counts: Mapping[str, Mapping[str, int]]) -> str:

@@ -115,8 +115,8 @@ def shown(row: Measured) -> str:
     if row.estimate is None:
         return "not run"
     times, digits = (100.0, 2) if row.percent else (1.0, 2)
-    value, _, low, high, _ = row.estimate
-    text = f"{times * value:.{digits}f}"
+    low, high = row.estimate.low, row.estimate.high
+    text = f"{times * row.estimate.value:.{digits}f}"
     return text if low is None or high is None else f"{text} [{times * low:.1f}, {times * high:.1f}]"
 
 
@@ -237,13 +237,10 @@ def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any
     for column, model in enumerate(paper.models):
         values = [(paper.of(row) or [])[column] for row in rows]
         axes.bar([x + column * width for x in range(len(rows))], values, width, label=model, alpha=0.55)
-    values = [100 * row.estimate.value for row in rows if row.estimate]
-    below, above = [], []
-    for row in rows:
-        assert row.estimate is not None
-        value, _, low, high, _ = row.estimate
-        below.append(0.0 if low is None else 100 * (value - low))
-        above.append(0.0 if high is None else 100 * (high - value))
+    estimates = [row.estimate for row in rows if row.estimate is not None]
+    values = [100 * one.value for one in estimates]
+    below = [0.0 if one.low is None else 100 * (one.value - one.low) for one in estimates]
+    above = [0.0 if one.high is None else 100 * (one.high - one.value) for one in estimates]
     places = [x + (columns - 1) * width for x in range(len(rows))]
     axes.bar(
         places,

@@ -172,7 +172,7 @@ def with_intervals(results: Results, pairs: dict[str, int]) -> dict[str, Any]:
     """The results, and `<share>_interval` → source → the 95 % interval of each share."""
     intervals = {
         f"{share}_interval": {
-            name: [round(end, 4) for end in wilson(value, pairs[name])]
+            name: [round(end, 4) for end in wilson(value, pairs[name]).ends]
             for name, value in results.get(share, {}).items()
         }
         for share in SHARES
@@ -188,7 +188,7 @@ def results_table(results: list[tuple[str, Results]], pairs: dict[str, int]) -> 
                 continue
             shares = []
             for share in SHARES:
-                low, high = wilson(metrics[share][name], count)
+                low, high = wilson(metrics[share][name], count).ends
                 shares.append(f"{100 * metrics[share][name]:.1f} % ({100 * low:.0f}–{100 * high:.0f})")
             loss, margin = metrics["val_loss"][name], metrics["val_reward_margin"][name]
             rows.append([f"{name} {when}".strip(), f"{count:,}", f"{loss:.4f}", shares[0], f"{margin:+.3f}", shares[1]])

@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.files import write_json, write_parquet, write_text
+from lightning_danube.intervals import Estimate
 from lightning_danube.quantization.frontier import frontier_figure
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
-from lightning_danube.quantization.statistics import Estimate
 from lightning_danube.quantization.task import QuantizationEvaluation
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.signals import Stopped
@@ -162,7 +162,7 @@ def length_table(rows: Sequence[Row]) -> Table:
         cells = []
         for length in lengths:
             value, change = row.by_length[length]
-            shown = "" if row.level == FULL else f" {percent(Estimate(change.value, None, None))}{noise(change)}"
+            shown = "" if row.level == FULL else f" {percent(change, with_interval=False)}{noise(change)}"
             cells.append(f"{value.value:.3f}{shown}")
         body.append([row.level.name, *cells])
     return header, body
@@ -220,9 +220,7 @@ def noise(change: Estimate) -> str:
 
 
 def with_half(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"
+    return f"{estimate.value:.3f}" + ("" if estimate.half is None else f" ± {estimate.half:.3f}")
 
 
 def share(estimate: Estimate) -> str:

@@ -29,8 +29,7 @@ from lightning_danube.files import (
     write_parquet,
     write_text,
 )
-from lightning_danube.quantization.measured import Measured, save_measured
-from lightning_danube.quantization.running import Content
+from lightning_danube.quantization.measured import Content, Measured, save_measured
 from lightning_danube.text.embedded.world import write_world
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.huggingface import save_hf

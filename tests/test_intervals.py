@@ -1,6 +1,13 @@
-import pytest
+import math
+from collections.abc import Callable
 
-from lightning_danube.intervals import wilson
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_danube.intervals import CONFIDENCE, Estimate, bootstrap, normal, percentiles, student, wilson
+
+VALUES = np.random.default_rng(0).gamma(2.0, 1.5, 30)
 
 
 @pytest.mark.parametrize(
@@ -10,12 +17,61 @@ def test_wilsons_interval_is_that_of_statsmodels(share: float, count: int) -> No
     from statsmodels.stats.proportion import proportion_confint
 
     expected = proportion_confint(share * count, count, method="wilson")
-    assert wilson(share, count) == pytest.approx(expected, abs=1e-12)
+    assert wilson(share, count).ends == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_interval_holds_the_share_itself(share: float) -> None:
     # A bar whose error is -1e-18 long is refused by matplotlib.
     for count in range(1, 400):
-        low, high = wilson(share, count)
+        low, high = wilson(share, count).ends
         assert low <= share <= high
+
+
+def test_students_interval_is_that_of_scipy() -> None:
+    found = student(VALUES)
+    expected = stats.ttest_1samp(VALUES, 0.0).confidence_interval(CONFIDENCE)
+    assert found.value == pytest.approx(VALUES.mean())
+    assert found.ends == pytest.approx((expected.low, expected.high))
+    assert found.n == 30 and found.half == pytest.approx((expected.high - expected.low) / 2)
+
+
+def test_the_normal_interval_is_narrower_than_students() -> None:
+    found = normal(VALUES.tolist())
+    assert found.stderr == pytest.approx(stats.sem(VALUES))
+    assert found.ends == pytest.approx(stats.norm.interval(CONFIDENCE, VALUES.mean(), stats.sem(VALUES)), abs=1e-5)
+    assert student(VALUES).ends[0] < found.ends[0] < found.value < found.ends[1] < student(VALUES).ends[1]
+
+
+@pytest.mark.parametrize("of", [student, normal])
+def test_one_value_has_no_interval(of: Callable[[list[float]], Estimate]) -> None:
+    found = of([3.0])
+    assert (found.value, found.low, found.high, found.half, found.n) == (3.0, None, None, None, 1)
+    assert found.is_noise and f"{found:.2f}" == "3.00"
+    with pytest.raises(AssertionError, match="too small"):
+        assert found.ends
+
+
+def test_the_bootstraps_interval_is_scipys_within_its_limits() -> None:
+    expected = stats.bootstrap((VALUES,), np.mean, n_resamples=200, method="basic", rng=np.random.default_rng(3))
+    found = bootstrap(VALUES, np.mean, resamples=200, method="basic", seed=3)
+    assert found.ends == tuple(map(float, expected.confidence_interval))
+    cut = bootstrap(VALUES, np.mean, resamples=200, seed=3, limits=(0.0, found.value))
+    assert cut.ends[1] == found.value and cut.value == found.value
+    assert bootstrap(VALUES[:1], np.mean, resamples=200, limits=(0.0, 1.0)).ends == (0.0, 1.0)
+
+
+def test_percentiles_leave_out_as_much_at_each_end() -> None:
+    low, high = percentiles(0.5, np.linspace(0, 1, 1001), 7).ends
+    assert (low, high) == pytest.approx((0.025, 0.975), abs=1e-12)
+
+
+def test_an_estimate_of_an_exponential() -> None:
+    found = student(VALUES).map(math.exp)
+    assert (found.value, *found.ends) == pytest.approx([math.exp(x) for x in (VALUES.mean(), *student(VALUES).ends)])
+
+
+def test_an_estimate_in_words() -> None:
+    estimate = Estimate(0.25, -0.5, 1.0, 9, "student")
+    assert f"{estimate:+.2f}" == "+0.25 [-0.50, +1.00]"
+    assert estimate.is_noise and not Estimate(0.25, 0.1, 0.4, 9, "student").is_noise

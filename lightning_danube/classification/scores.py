@@ -24,7 +24,8 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-CONFIDENCE = 0.95
+from lightning_danube.intervals import Estimate, bootstrap
+
 BINS = 15
 
 
@@ -66,18 +67,6 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A score and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
 def scores(probabilities_NC: Tensor, classes_N: Tensor) -> dict[str, float]:
     """Name → score."""
     return {name: metric(probabilities_NC, classes_N) for name, metric in METRICS.items()}
@@ -92,9 +81,9 @@ def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, se
             chosen = torch.from_numpy(texts)
             return metric(probabilities_NC[chosen], classes_N[chosen])
 
-        low, high = _interval(score, len(classes_N), metric.method, resamples, seed)
+        texts_N = np.arange(len(classes_N))
         # The basic interval is turned around the score, and may leave the range that a score can have.
-        found[name] = Estimate(metric(probabilities_NC, classes_N), max(0.0, low), min(1.0, high))
+        found[name] = bootstrap(texts_N, score, resamples=resamples, method=metric.method, seed=seed, limits=(0.0, 1.0))
     return found
 
 
@@ -105,28 +94,10 @@ def accuracy_gain(
     cancel."""
     gains = (probabilities_NC.argmax(1) == classes_N).double() - (baseline_NC.argmax(1) == classes_N).double()
     values = gains.numpy()
-    low, high = _interval(lambda texts: float(values[texts].mean()), len(classes_N), "percentile", resamples, seed)
-    return Estimate(float(values.mean()), low, high)
-
-
-def _interval(
-    statistic: Callable[[NDArray[np.int64]], float], texts: int, method: str, resamples: int, seed: int
-) -> tuple[float, float]:
-    """Ends of the bootstrap interval of a statistic of the numbers of texts."""
-    from scipy.stats import bootstrap
-
-    if texts < 2:
-        return -1.0, 1.0  # one text says nothing
-    result = bootstrap(
-        (np.arange(texts),),
-        statistic,
-        vectorized=False,
-        n_resamples=resamples,
-        confidence_level=CONFIDENCE,
-        method=method,
-        rng=np.random.default_rng(seed),
+    texts_N = np.arange(len(values))
+    return bootstrap(
+        texts_N, lambda texts: float(values[texts].mean()), resamples=resamples, seed=seed, limits=(-1.0, 1.0)
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def by_class(probabilities_NC: Tensor, classes_N: Tensor) -> list[dict[str, Any]]:

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning_danube.intervals import wilson
+from lightning_danube.intervals import Estimate, normal, wilson
 
 Table = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
-Z = 1.959964
-"""Standard errors to each side that hold 95 % of a normal distribution."""
-
-
-class Estimate(NamedTuple):
-    """A mean over documents, its standard error, and the ends of a 95 % interval; of a single document neither is
-    known, and all three are None. The interval says what other questions of the kind would move, nothing else."""
-
-    value: float
-    stderr: float | None
-    low: float | None
-    high: float | None
-    n: int
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean and its interval: Wilson's where each document is right or wrong, as it holds near 0 and 1 and for few
-    documents, else the normal one."""
-    n, value = len(values), statistics.fmean(values)
-    if n < 2:
-        return Estimate(value, None, None, None, n)
-    stderr = statistics.stdev(values) / math.sqrt(n)
-    if set(values) <= {0.0, 1.0}:
-        return Estimate(value, stderr, *wilson(value, n), n)
-    return Estimate(value, stderr, value - Z * stderr, value + Z * stderr, n)
+    """The mean over documents: with Wilson's interval where each document is right or wrong, else the normal one.
+
+    The interval says how much other questions of the same kind would change the mean, and nothing else.
+    """
+    mean = normal(values)
+    if len(values) > 1 and set(values) <= {0.0, 1.0}:
+        return wilson(mean.value, mean.n, mean.stderr)
+    return mean
+
+
+def columns_of(estimate: Estimate | None) -> dict[str, float | None]:
+    """An estimate as values for files; all are None if there is no estimate."""
+    return {name: getattr(estimate, name, None) for name in ("value", "stderr", "low", "high", "n")}
 
 
 @dataclass
@@ -68,13 +57,12 @@ class Measured:
 
     def as_row(self) -> dict[str, Any]:
         """Flat, for files."""
-        found = self.estimate._asdict() if self.estimate else dict.fromkeys(Estimate._fields)
         return {
             "table": self.table,
             "name": self.name,
             "title": self.title,
             "setting": self.setting,
-            **found,
+            **columns_of(self.estimate),
             "not_run": self.not_run,
             "notes": self.notes,
             "seconds": round(self.seconds, 3),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder
 from lightning_danube.quantization.levels import Level
-from lightning_danube.quantization.running import Content
+from lightning_danube.quantization.measured import Content
 
 
 class QuantizedLayer(Protocol):

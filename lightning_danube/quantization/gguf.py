@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_danube.model import Decoder
 from lightning_danube.quantization.importance import importance_matrix
 from lightning_danube.quantization.levels import Level
-from lightning_danube.quantization.running import Content
+from lightning_danube.quantization.measured import Content
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
 from lightning_danube.weights.llama_cpp import UNQUANTIZED, GGUFContent, LlamaCpp, import_llama_cpp, measure, quantize

@@ -1,4 +1,4 @@
-"""What was measured of one level, token by token, and where it is kept: adding a level measures no other one again."""
+"""The measurements of one level, token by token, and the file that keeps them: no level is measured twice."""
 
 from __future__ import annotations
 
@@ -7,16 +7,47 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_danube.files import new_file
-from lightning_danube.quantization.running import Content
 
 FORMAT = 1
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a model holds.
+
+    Args:
+        tensor_bytes: of all tensors; of a GGUF file those of the file, which is little more.
+        weights: parameters of the model, a tied matrix once.
+        fallbacks: type → how many matrices have it because the level's own does not fit their shape.
+    """
+
+    tensor_bytes: int
+    weights: int
+    fallbacks: Mapping[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.weights
+
+
+class RunningModel(Protocol):
+    """A model that answers with logits."""
+
+    content: Content
+
+    def logits(self, ids_BT: Tensor, first: int) -> Tensor:
+        """(B, T - first, V), at the places from `first` on."""
+
+    def close(self) -> None:
+        """Gives back what it holds outside of Python's memory."""
 
 
 @dataclass(frozen=True)

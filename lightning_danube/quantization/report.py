@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lightning_danube.intervals import Estimate, student
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Array, Measured
-from lightning_danube.quantization.statistics import (
-    Estimate,
-    accuracy_change,
-    mean_estimate,
-    perplexity,
-    perplexity_change,
-)
 
 TOLERANCES = (0.01, 0.05)
 """By what share the perplexity may rise in what is recommended."""
@@ -66,8 +61,9 @@ class Row:
         for length, (value, change) in self.by_length.items():
             estimates |= {f"perplexity_{length}": value, f"perplexity_change_{length}": change}
         for name, estimate in estimates.items():
-            low_high = (None, None, None) if estimate is None else estimate
-            values |= dict(zip((name, f"{name}_low", f"{name}_high"), low_high, strict=True))
+            values[name], values[f"{name}_low"], values[f"{name}_high"] = (
+                getattr(estimate, what, None) for what in ("value", "low", "high")
+            )
         values |= {
             "perplexity_change_is_noise": self.level != FULL and self.change.is_noise,
             "divergence_99": self.divergence_99,
@@ -100,10 +96,10 @@ def rows_of(done: Mapping[Level, Measured], order: Sequence[Level], primary: int
                 one.nats[primary],
                 perplexity(one.nats[primary]),
                 perplexity_change(one.nats[primary], full.nats[primary]),
-                mean_estimate(one.divergence),
+                mean_over_windows(one.divergence),
                 float(np.quantile(one.divergence, 0.99)),
-                mean_estimate(one.same_first),
-                mean_estimate(one.cloze) if len(one.cloze) else None,
+                mean_over_windows(one.same_first),
+                mean_over_windows(one.cloze) if len(one.cloze) else None,
                 accuracy_change(one.cloze, full.cloze) if len(one.cloze) else None,
                 {
                     length: (perplexity(nats), perplexity_change(nats, full.nats[length]))
@@ -144,14 +140,34 @@ def recommendation(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def percent(change: Estimate) -> str:
+def mean_over_windows(values: Array) -> Estimate:
+    """The mean of windows (W, N), or of questions (Q,), with an interval over the windows or the questions.
+
+    Tokens of one window depend on each other, so the sample is the windows, not their tokens.
+    """
+    sample = values.astype(np.float64)
+    return student(sample.mean(1) if sample.ndim == 2 else sample)
+
+
+def perplexity(nats: Array) -> Estimate:
+    return mean_over_windows(nats).map(math.exp)
+
+
+def perplexity_change(nats: Array, full: Array) -> Estimate:
+    """The relative difference from the full model's perplexity, paired over the same tokens."""
+    return mean_over_windows(nats.astype(np.float64) - full.astype(np.float64)).map(math.expm1)
+
+
+def accuracy_change(right: Array, full: Array) -> Estimate:
+    """The difference from the full model's share of right answers, paired over the same questions."""
+    return mean_over_windows(right.astype(np.float64) - full.astype(np.float64))
+
+
+def percent(change: Estimate, *, with_interval: bool = True) -> str:
     """+1.23 % [+0.98, +1.49]; × 25,412 where nothing is left of the model."""
     if change.value > BROKEN:
         return f"× {1 + change.value:,.0f}"
     value = f"{100 * change.value:+.2f} %"
-    return value if change.low is None or change.high is None else f"{value} [{_ends(change)}]"
-
-
-def _ends(change: Estimate) -> str:
-    assert change.low is not None and change.high is not None
-    return f"{100 * change.low:+.2f}, {100 * change.high:+.2f}"
+    if not with_interval or change.low is None or change.high is None:
+        return value
+    return f"{value} [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from lightning_danube.quantization.decoders import check_finite, full_decoder, quantized_decoder
 from lightning_danube.quantization.levels import FULL, Level, parse_levels, why_not
-from lightning_danube.quantization.measured import Measured, load_measured, measured_key, save_measured
-from lightning_danube.quantization.running import RunningModel
+from lightning_danube.quantization.measured import Measured, RunningModel, load_measured, measured_key, save_measured
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.training.contract import WindowBatch, data_of
 from lightning_danube.weights.adapters import weights_digest

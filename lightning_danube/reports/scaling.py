@@ -51,7 +51,7 @@ def coefficients(law: Law) -> pd.DataFrame:
 
 def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
     """What the law says of the largest run here without having seen it, and of the paper's two models."""
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float | None]] = {}
     held_out = predict_largest(largest)
     if held_out is not None:
         rows[f"{held_out.group} (left out)"] = {
@@ -95,11 +95,11 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
         found = [law.loss(size, one) for one in many]
         ax.plot(6 * size * many, [one.value for one in found], color=colour, lw=1.6, ls="--")
         ax.fill_between(
-            6 * size * many, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.2
+            6 * size * many, [one.ends[0] for one in found], [one.ends[1] for one in found], color=colour, alpha=0.2
         )
         last = found[-1]
         ax.annotate(
-            f"{name}: {last.value:.2f} [{last.low:.2f}, {last.high:.2f}]",
+            f"{name}: {last:.2f}",
             (6 * size * tokens, last.value),
             (0, (-18, 10)[place]),
             textcoords="offset points",

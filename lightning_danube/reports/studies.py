@@ -18,6 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lightning_danube.durations import parse_tokens
+from lightning_danube.intervals import student
 from lightning_danube.reports.figures import (
     COLOURS,
     FAINT,
@@ -29,7 +30,7 @@ from lightning_danube.reports.figures import (
     source_colours,
 )
 from lightning_danube.reports.runs import RESULTS, MissingResult, committed_result
-from lightning_danube.studies.comparison import compare, half_interval, verdict
+from lightning_danube.studies.comparison import compare, verdict
 from lightning_danube.terminal import as_typed
 from lightning_danube.yaml_files import read_config
 
@@ -118,9 +119,9 @@ def differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> p
                 {
                     "metric": metric,
                     "variant": found.variant,
-                    "difference": found.mean,
-                    "low": found.low,
-                    "high": found.high,
+                    "difference": found.difference.value,
+                    "low": found.difference.low,
+                    "high": found.difference.high,
                     "p, Holm": found.p,
                     "seen": "yes" if found.is_seen else "",
                 }
@@ -231,7 +232,7 @@ def best(study: pd.DataFrame, metric: str, count: int = 8, lower: bool = False) 
             {
                 "trial": trial,
                 metric: sum(values) / len(values),
-                "±": half_interval(values),
+                "±": student(values).half,
                 **{short(setting): one[setting].iloc[0] for setting in settings},
             }
         )
@@ -250,7 +251,7 @@ def marginals(study: pd.DataFrame, metric: str) -> pd.DataFrame:
                     "setting": short(setting),
                     "value": value,
                     metric: sum(by_seed) / len(by_seed),
-                    "±": half_interval(by_seed),
+                    "±": student(by_seed).half,
                 }
             )
     return pd.DataFrame(rows).set_index(["setting", "value"]).astype({"±": float})
@@ -275,7 +276,7 @@ def heat_map(study: pd.DataFrame, metric: str) -> Figure:
     rows, columns = settings_of(study)
     cells = study.groupby([rows, columns])[metric]
     mean = cells.mean().unstack()
-    half = cells.apply(lambda values: half_interval(list(values)) or float("nan")).unstack()
+    half = cells.apply(lambda values: student(values).half or float("nan")).unstack()
     figure, (ax,) = new_figure(0.9 + 0.55 * len(mean))
     picture = ax.imshow(mean.to_numpy(), cmap="cividis", aspect="auto", origin="lower")
     for (y, x), value in np.ndenumerate(mean.to_numpy()):

@@ -7,11 +7,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-CONFIDENCE, POWER = 0.95, 0.8
+from lightning_danube.intervals import CONFIDENCE, Estimate, bootstrap, student
+
+POWER = 0.8
 RESAMPLES = 10_000
 MOST_SEEDS = 1000
 
@@ -22,10 +24,8 @@ class Comparison:
 
     Args:
         variant: its name.
-        seeds: how many pairs.
-        mean: of the variant's metric less the baseline's.
-        low, high: ends of Student's 95 % interval; None of one pair.
-        bootstrap: ends of the 95 % interval over resampled pairs (percentiles); None of one pair.
+        difference: the mean of the variant's metric less the baseline's over the pairs, with Student's interval.
+        resampled: the same difference with the percentile interval over resampled pairs; None for one pair.
         effect: Cohen's d of the pairs, the mean in standard deviations of the differences.
         p: that differences as far from zero come of chance, two-sided; adjusted for all variants of the study by Holm.
         visible: the smallest difference that as many seeds would show with a power of 80 %.
@@ -34,11 +34,8 @@ class Comparison:
     """
 
     variant: str
-    seeds: int
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    bootstrap: tuple[float, float] | None = None
+    difference: Estimate
+    resampled: Estimate | None = None
     effect: float | None = None
     p: float | None = None
     visible: float | None = None
@@ -49,14 +46,20 @@ class Comparison:
         """Whether chance is ruled out, all variants considered."""
         return self.p is not None and self.p < 1 - CONFIDENCE
 
-
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half of Student's 95 % interval of a mean; None of one value."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
+    def as_row(self) -> dict[str, Any]:
+        """The comparison as plain values for files."""
+        return {
+            "variant": self.variant,
+            "seeds": self.difference.n,
+            "mean": self.difference.value,
+            "low": self.difference.low,
+            "high": self.difference.high,
+            "bootstrap": None if self.resampled is None else self.resampled.ends,
+            "effect": self.effect,
+            "p": self.p,
+            "visible": self.visible,
+            "seeds_needed": self.seeds_needed,
+        }
 
 
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Comparison]:
@@ -88,16 +91,14 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
     values = np.array(differences, float)
     count, mean = len(values), float(values.mean())
     if count < 2:
-        return Comparison(variant, count, mean)
+        return Comparison(variant, student(values))
     spread = float(values.std(ddof=1))
     if spread == 0:
         # All pairs differ by the same: nothing is left to chance.
-        return Comparison(variant, count, mean, mean, mean, (mean, mean), None, 1.0 if mean == 0 else 0.0, 0.0, 2)
+        sure, resampled = (Estimate(mean, mean, mean, count, method) for method in ("student", "bootstrap"))
+        return Comparison(variant, sure, resampled, None, 1.0 if mean == 0 else 0.0, 0.0, 2)
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
-    resampled = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0
-    ).confidence_interval
     effect = mean / spread
     with warnings.catch_warnings():
         # It says so where no number of seeds would do, and gives back what it tried.
@@ -106,11 +107,8 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
         needed = next((n for n in range(2, MOST_SEEDS + 1) if _power(abs(effect), n) >= POWER), None)
     return Comparison(
         variant,
-        count,
-        mean,
-        float(interval.low),
-        float(interval.high),
-        (float(resampled.low), float(resampled.high)),
+        Estimate(mean, float(interval.low), float(interval.high), count, "student"),
+        bootstrap(values, np.mean, resamples=RESAMPLES),
         effect,
         float(test.pvalue),
         visible if math.isfinite(visible) else None,
@@ -130,16 +128,17 @@ def _power(effect: float, count: int) -> float:
 
 def verdict(one: Comparison, baseline: str, metric: str, better: Literal["lower", "higher"]) -> str:
     """In words, and none from one seed."""
-    if one.low is None or one.high is None:
-        return f"{one.variant}: {_signed(one.mean)} in {metric} from one seed, which tells nothing: run more"
-    ends = f"95 % interval {_signed(one.low)} to {_signed(one.high)}, {one.seeds} seeds"
+    mean, seeds = one.difference.value, one.difference.n
+    if one.difference.low is None or one.difference.high is None:
+        return f"{one.variant}: {_signed(mean)} in {metric} from one seed, which tells nothing: run more"
+    ends = f"95 % interval {_signed(one.difference.low)} to {_signed(one.difference.high)}, {seeds} seeds"
     if one.is_seen:
-        word = "better" if (one.mean < 0) == (better == "lower") else "worse"
-        return f"{one.variant} is {word} than {baseline}: {_signed(one.mean)} in {metric} ({ends}, p = {one.p:.2g})"
+        word = "better" if (mean < 0) == (better == "lower") else "worse"
+        return f"{one.variant} is {word} than {baseline}: {_signed(mean)} in {metric} ({ends}, p = {one.p:.2g})"
     needed = "more than 1,000" if one.seeds_needed is None else f"about {one.seeds_needed}"
-    visible = "" if one.visible is None else f"; {one.seeds} seeds show differences from {one.visible:.2g} on"
+    visible = "" if one.visible is None else f"; {seeds} seeds show differences from {one.visible:.2g} on"
     return (
-        f"no difference seen between {one.variant} and {baseline}: {_signed(one.mean)} in {metric} ({ends}){visible}, "
+        f"no difference seen between {one.variant} and {baseline}: {_signed(mean)} in {metric} ({ends}){visible}, "
         f"and one as small as this would need {needed} seeds"
     )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from lightning_danube.files import write_json, write_parquet, write_text
-from lightning_danube.studies.comparison import Comparison, compare, half_interval, verdict
+from lightning_danube.intervals import student
+from lightning_danube.studies.comparison import Comparison, compare, verdict
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.scaling import SIZE, TOKENS, fit_law, law_lines, points_of, predict_largest
 from lightning_danube.studies.search import Search, shown_value
@@ -51,9 +51,9 @@ def write_report(design: Design, results: Sequence[Result], directory: Path, com
         "baseline": design.baseline,
         "runs": len(results),
         "runs_complete": len(complete),
-        "comparisons": [asdict(one) for one in comparisons],
+        "comparisons": [one.as_row() for one in comparisons],
         "verdicts": verdicts,
-        "also": {key: [asdict(one) for one in found] for key, found in also.items()},
+        "also": {key: [one.as_row() for one in found] for key, found in also.items()},
     }
     write_json(directory / "summary.json", summary)
     return text
@@ -84,7 +84,9 @@ def _write_law_report(design: Design, results: Sequence[Result], directory: Path
         **_origin(design, command, [(result.commit, result.machine) for result in complete]),
         "runs": len(results),
         "runs_complete": len(complete),
-        "law": None if law is None else {name: asdict(one) for name, one in law.coefficients().items()},
+        "law": None
+        if law is None
+        else {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in law.coefficients().items()},
     }
     write_json(directory / "summary.json", summary)
     return "\n".join(["", text_table(*table), "", *notes, f"written to {directory}"])
@@ -196,7 +198,7 @@ def _table_of_marginals(design: Design, marginals: Mapping[str, Mapping[Any, lis
 
 
 def _with_interval(values: Sequence[float]) -> str:
-    half = half_interval(values)
+    half = student(values).half
     return f"{sum(values) / len(values):.4f}" + ("" if half is None else f" ± {half:.2g}")
 
 
@@ -234,12 +236,11 @@ def _table(design: Design, complete: Sequence[Result], comparisons: Sequence[Com
         ours = [result.metrics for result in complete if result.variant == variant]
         cells = [variant, str(len(ours)), _mean(ours, design.metric)]
         one = by_variant.get(variant)
-        if one is None or one.low is None or one.high is None or one.bootstrap is None or one.p is None:
-            cells += ["" if one is None else f"{one.mean:+.4g}", "", "", ""]
+        if one is None or one.resampled is None or one.p is None:
+            cells += ["" if one is None else f"{one.difference.value:+.4g}", "", "", ""]
         else:
-            low, high = one.bootstrap
-            cells += [f"{one.mean:+.4g}", f"{one.low:+.4g} to {one.high:+.4g}", f"{low:+.4g} to {high:+.4g}"]
-            cells.append(f"{one.p:.2g}")
+            ends = ("{:+.4g} to {:+.4g}".format(*estimate.ends) for estimate in (one.difference, one.resampled))
+            cells += [f"{one.difference.value:+.4g}", *ends, f"{one.p:.2g}"]
         rows.append(cells)
     return header, rows
 
@@ -253,8 +254,9 @@ def _table_of_also(design: Design, complete: Sequence[Result], also: Mapping[str
         cells = [variant]
         for key in design.also:
             cell, one = _mean(ours, key), found.get((key, variant))
-            if one is not None and one.high is not None:
-                cell += f" ({_short(one.mean, '+')} ± {_short(one.high - one.mean)})"
+            if one is not None and one.difference.high is not None:
+                mean = one.difference.value
+                cell += f" ({_short(mean, '+')} ± {_short(one.difference.high - mean)})"
             cells.append(cell)
         rows.append(cells)
     return ["variant", *design.also], rows

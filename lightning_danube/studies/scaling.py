@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.intervals import Estimate, percentiles
+
 SIZE, TOKENS = "parameters_without_embedding", "tokens"
 """Keys of a pre-training run's `summary.json` that the law goes by."""
 RESAMPLES = 500
@@ -38,15 +40,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A number with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Law:
     """L(N, D), as fitted, and as fitted to each resample of the groups.
 
@@ -54,25 +47,26 @@ class Law:
         parameters: E (nats), A, alpha, B, beta, in a row.
         resampled: (R, 5), the same of each resample.
         error: root mean square of ln(measured / fitted).
+        groups: how many groups of runs it was fitted to.
     """
 
     parameters: NDArray[np.float64]
     resampled: NDArray[np.float64]
     error: float
+    groups: int
 
-    def loss(self, size: float, tokens: float) -> Interval:
+    def loss(self, size: float, tokens: float) -> Estimate:
         """Nats a token at a size and a number of tokens, with an interval that covers the choice of runs, and not that
         the form of the law might not hold there."""
-        return _interval(_loss(self.parameters, size, tokens), _loss(self.resampled.T, size, tokens))
+        resampled = _loss(self.resampled.T, size, tokens)
+        return percentiles(_loss(self.parameters, size, tokens), resampled, self.groups)
 
-    def coefficients(self) -> dict[str, Interval]:
+    def coefficients(self) -> dict[str, Estimate]:
         """E, A, alpha, B, beta."""
-        return {name: _interval(self.parameters[place], self.resampled[:, place]) for place, name in enumerate(_NAMES)}
-
-
-def _interval(value: Any, resampled: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(float(value), float(low), float(high))
+        return {
+            name: percentiles(self.parameters[place], self.resampled[:, place], self.groups)
+            for place, name in enumerate(_NAMES)
+        }
 
 
 def _loss(parameters: Any, size: Any, tokens: Any) -> Any:
@@ -116,7 +110,7 @@ def fit_law(points: Sequence[Point], seed: int = 0) -> Law:
         if _is_enough(drawn, groups=5):
             resampled.append(_fit(drawn, best)[0])
     residuals = [np.log(point.loss / _loss(best, point.size, point.tokens)) for point in points]
-    return Law(best, np.array(resampled), float(np.sqrt(np.mean(np.square(residuals)))))
+    return Law(best, np.array(resampled), float(np.sqrt(np.mean(np.square(residuals)))), len(groups))
 
 
 def _is_enough(points: Sequence[Point], groups: int = 8) -> bool:
@@ -194,7 +188,7 @@ class HeldOut:
 
     group: str
     measured: float
-    predicted: Interval
+    predicted: Estimate
 
 
 def predict_largest(points: Sequence[Point]) -> HeldOut | None:
@@ -234,5 +228,5 @@ def law_lines(law: Law, held_out: HeldOut | None) -> list[str]:
     return lines
 
 
-def _shown(one: Interval) -> str:
+def _shown(one: Estimate) -> str:
     return f"{one.value:.4g} [{one.low:.3g}, {one.high:.3g}]"

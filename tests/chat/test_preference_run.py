@@ -271,4 +271,4 @@ def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[
     [(0.5, 10, 0.2366, 0.7634), (0.9, 10, 0.5958, 0.9821), (0.0, 20, 0.0, 0.1611), (1.0, 20, 0.8389, 1.0)],
 )
 def test_the_interval_of_a_share(share: float, count: int, low: float, high: float) -> None:
-    assert wilson(share, count) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(share, count).ends == pytest.approx((low, high), abs=1e-4)

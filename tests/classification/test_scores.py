@@ -71,15 +71,15 @@ def test_the_interval_of_an_accuracy_is_the_binomial_one() -> None:
     assert found.low == pytest.approx(found.value - spread, abs=0.2 * spread)
     assert found.high == pytest.approx(found.value + spread, abs=0.2 * spread)
     assert estimates(probabilities, classes, resamples=1000, seed=1)["accuracy"] == found
-    assert str(found) == f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    assert f"{found:.3f}" == f"{found.value:.3f} [{found.ends[0]:.3f}, {found.ends[1]:.3f}]"
 
 
 def test_the_interval_of_a_calibrated_model_reaches_down_to_a_small_error() -> None:
     probabilities, classes = answers(sharpness=1.0)
     found = estimates(probabilities, classes, resamples=200, seed=1)["calibration_error"]
-    assert 0 <= found.low < found.value, "the noise of the bins is turned around, not doubled"
+    assert 0 <= found.ends[0] < found.value, "the noise of the bins is turned around, not doubled"
     overconfident = estimates(*answers(sharpness=3.0), resamples=200, seed=1)["calibration_error"]
-    assert overconfident.low > 0.1
+    assert overconfident.ends[0] > 0.1
 
 
 def test_a_gain_is_paired() -> None:
@@ -89,9 +89,9 @@ def test_a_gain_is_paired() -> None:
     wrong[:40] = torch.nn.functional.one_hot((classes[:40] + 1) % 4, 4).double()
     gain = accuracy_gain(probabilities, wrong, classes, resamples=1000, seed=1)
     lost = float((probabilities.argmax(1) == classes)[:40].double().sum()) / 400
-    assert gain.value == pytest.approx(lost) and 0 < gain.low < lost < gain.high
+    assert gain.value == pytest.approx(lost) and 0 < gain.ends[0] < lost < gain.ends[1]
     # The two accuracies are alone each 0.05 uncertain; their difference is 0.03.
-    assert gain.high - gain.low < 0.07
+    assert gain.half is not None and gain.half < 0.035
 
 
 def test_one_text_says_nothing() -> None:

@@ -7,6 +7,7 @@ from scipy import stats
 
 from lightning_danube.evaluation.academic_tasks import PAPER_TASKS
 from lightning_danube.evaluation.results import Measured, mean_of, paper_scores
+from lightning_danube.intervals import Estimate
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 5), (5, 5), (130, 299)])
@@ -26,7 +27,7 @@ def test_other_means_have_the_normal_interval() -> None:
 
 
 def test_one_document_has_no_interval() -> None:
-    assert mean_of([1.0]) == (1.0, None, None, None, 1)
+    assert mean_of([1.0]) == Estimate(1.0, None, None, 1, "normal")
 
 
 def test_the_papers_figures_are_whole_and_average_to_what_it_prints() -> None:

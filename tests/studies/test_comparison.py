@@ -20,13 +20,14 @@ def test_pairs_are_compared() -> None:
     (one,) = compare({"base": BASE, "new": shifted(-0.05)}, "base")
     test = stats.ttest_rel(list(shifted(-0.05).values()), list(BASE.values()))
     interval = test.confidence_interval(0.95)
-    assert one.seeds == 5 and one.mean == pytest.approx(-0.05)
-    assert (one.low, one.high) == pytest.approx((interval.low, interval.high))
+    assert one.difference.n == 5 and one.difference.value == pytest.approx(-0.05)
+    assert one.difference.ends == pytest.approx((interval.low, interval.high))
     assert one.p == pytest.approx(test.pvalue)
     differences = np.array(list(NOISE.values())) - 0.05
     assert one.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
-    assert one.bootstrap is not None and one.low is not None and one.high is not None
-    assert one.low < one.bootstrap[0] < one.mean < one.bootstrap[1] < one.high
+    assert one.resampled is not None
+    (low, high), (lowest, highest) = one.resampled.ends, one.difference.ends
+    assert lowest < low < one.difference.value < high < highest
     # A tenth of the spread between the seeds themselves: not in pairs, nothing would be seen.
     assert one.is_seen and stats.ttest_ind(list(shifted(-0.05).values()), list(BASE.values())).pvalue > 0.5
     assert verdict(one, "base", "val_loss.web", "lower").startswith(
@@ -46,7 +47,9 @@ def test_several_variants_are_judged_together() -> None:
 def test_what_was_not_seen_tells_what_would_have_been() -> None:
     (one,) = compare({"base": BASE, "new": shifted(0.003)}, "base")
     assert not one.is_seen and one.effect is not None and one.visible is not None
-    assert TTestPower().power(one.visible / (one.mean / one.effect), 5, 0.05) == pytest.approx(0.8, abs=1e-3)
+    assert TTestPower().power(one.visible / (one.difference.value / one.effect), 5, 0.05) == pytest.approx(
+        0.8, abs=1e-3
+    )
     assert one.seeds_needed is not None
     for seeds, enough in ((one.seeds_needed, True), (one.seeds_needed - 1, False)):
         assert (TTestPower().power(one.effect, seeds, 0.05) >= 0.8) == enough
@@ -75,7 +78,7 @@ def test_one_seed_has_no_verdict() -> None:
 
 def test_only_common_seeds_count() -> None:
     found = compare({"base": {1: 2.0, 2: 2.1}, "a": {2: 2.0, 3: 9.0}, "b": {3: 1.0}}, "base")
-    assert [(one.variant, one.seeds) for one in found] == [("a", 1)]
+    assert [(one.variant, one.difference.n) for one in found] == [("a", 1)]
 
 
 def test_differences_that_are_all_alike() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.evaluation.academic_tasks import AcademicTask
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of
-from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.evaluation.results import Measured, columns_of, mean_of
 
 if TYPE_CHECKING:
     from lightning_danube.evaluation.harness import PreparedTask
@@ -66,7 +66,7 @@ class AcademicQuestions(Part):
             return [row]
         key = task.metric if task.filter == "none" else f"{task.metric},{task.filter}"
         row.estimate = mean_of(answered.values[key])
-        row.more |= {name: mean_of(values)._asdict() for name, values in answered.values.items()}
+        row.more |= {name: columns_of(mean_of(values)) for name, values in answered.values.items()}
         row.notes = [*self.prepared.notes, *part_of(row.estimate.n, self.prepared.available)]
         if model.chat_template:
             row.notes.append("asked in the chat template")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of
-from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.evaluation.results import Measured, columns_of, mean_of
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow, read_rows
@@ -98,7 +98,7 @@ class PassageQuestions(Part):
             mean_of(list(map(float, right))),
             notes=part_of(len(right), self.available),
         )
-        row.more = {"answer_is_in_a_passage": mean_of(there)._asdict()}
+        row.more = {"answer_is_in_a_passage": columns_of(mean_of(there))}
         row.notes.append(f"in {100 * sum(there) / len(there):.1f} % of the questions a passage holds the answer")
         row.notes.append(f"the questions are those of {self.source}: the paper's own set was not published")
         room = model.context_length - self.new_tokens

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_danube.evaluation.asking import AskedModel, Part
-from lightning_danube.evaluation.results import Estimate, Measured, mean_of
+from lightning_danube.evaluation.results import Measured, columns_of, mean_of
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.tokenizer import begin_token, encode_documents
 
@@ -60,19 +60,18 @@ class TextRows(Part):
                 model.progress(self.title, sum(map(len, nats)), len(ids_NT))
         nats_NT = torch.cat(nats)
         mean = mean_of(nats_NT.mean(1).tolist())
-        ends = [None if end is None else math.exp(end) for end in (mean.low, mean.high)]
-        # The error of an exponential is not symmetric: the interval says it, a standard error would not.
         row = Measured(
             "perplexity",
             self.source,
             self.source,
             f"rows of {ids_NT.shape[1]:,} tokens",
-            Estimate(math.exp(mean.value), None, ends[0], ends[1], mean.n),
+            # Without a standard error: the interval of an exponential is not symmetric.
+            mean.map(math.exp),
             percent=False,
         )
         row.more = {
             "tokens": nats_NT.numel(),
-            "nats_a_token": mean._asdict(),
+            "nats_a_token": columns_of(mean),
             "bits_a_byte": float(nats_NT.sum()) / math.log(2) / sum(self.bytes_of_rows),
             # A row's first token is not predicted: what is said at a place is the token behind it.
             "by_position": [

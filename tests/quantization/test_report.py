@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_danube.quantization.report import percent
-from lightning_danube.quantization.statistics import (
-    Estimate,
+from lightning_danube.intervals import Estimate
+from lightning_danube.quantization.report import (
     accuracy_change,
-    mean_estimate,
+    mean_over_windows,
+    percent,
     perplexity,
     perplexity_change,
 )
@@ -19,13 +19,13 @@ NATS = np.random.default_rng(0).gamma(2.0, 1.5, (12, 40))
 
 
 def test_windows_are_what_is_counted() -> None:
-    found = mean_estimate(NATS)
+    found = mean_over_windows(NATS)
     means = NATS.mean(1)
     wanted = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
     assert found.value == pytest.approx(NATS.mean())
     assert (found.low, found.high) == pytest.approx(wanted)
     ends = perplexity(NATS)
-    assert tuple(ends) == pytest.approx((math.exp(NATS.mean()), *map(math.exp, wanted)))
+    assert (ends.value, *ends.ends) == pytest.approx((math.exp(NATS.mean()), *map(math.exp, wanted)))
 
 
 def test_a_change_is_paired() -> None:
@@ -41,9 +41,10 @@ def test_a_change_is_paired() -> None:
 
 
 def test_changes_in_words() -> None:
-    assert percent(Estimate(0.0123, 0.0098, 0.0149)) == "+1.23 % [+0.98, +1.49]"
-    assert percent(Estimate(-0.0123, None, None)) == "-1.23 %"
-    assert percent(Estimate(25411.0, 20000.0, 30000.0)) == "× 25,412"
+    assert percent(Estimate(0.0123, 0.0098, 0.0149, 9, "student")) == "+1.23 % [+0.98, +1.49]"
+    assert percent(Estimate(0.0123, 0.0098, 0.0149, 9, "student"), with_interval=False) == "+1.23 %"
+    assert percent(Estimate(-0.0123, None, None, 1, "student")) == "-1.23 %"
+    assert percent(Estimate(25411.0, 20000.0, 30000.0, 9, "student")) == "× 25,412"
 
 
 def test_one_window_has_no_interval() -> None:
@@ -59,4 +60,5 @@ def test_accuracies_are_compared_question_by_question() -> None:
     wanted = stats.ttest_rel(one.astype(float), full.astype(float)).confidence_interval(0.95)
     assert found.value == pytest.approx(-0.3)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
-    assert accuracy_change(full, full) == (0.0, 0.0, 0.0)
+    same = accuracy_change(full, full)
+    assert (same.value, *same.ends) == (0.0, 0.0, 0.0)
