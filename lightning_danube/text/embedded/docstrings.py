@@ -428,7 +428,7 @@ def predicate(sentence: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class CollectedDocument:
     text: str
     package: str
     origin: str  # after the package
@@ -475,7 +475,7 @@ def role_of(module: Module) -> str:
     return "academic" if any(dotted.startswith(f"{name}.") for name in ACADEMIC) else "web"
 
 
-def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
+def documents_of(module: Module, seen: Seen) -> Iterator[CollectedDocument]:
     """A class with its methods is a document, and so are a module's opening and the functions that follow one another.
 
     Each docstring has a heading, such as "The function mean". A document that would grow beyond the usual length is
@@ -486,7 +486,7 @@ def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
         if not entry.doc or seen.repeats(entry.doc):
             continue
         if module.topics:
-            yield Document(entry.doc, module.package, f"{module.name}.{entry.name}")
+            yield CollectedDocument(entry.doc, module.package, f"{module.name}.{entry.name}")
             continue
         own_group = entry.name if entry.kind == "class" else ""
         if entry.kind in ("method", "property"):
@@ -496,19 +496,19 @@ def documents_of(module: Module, seen: Seen) -> Iterator[Document]:
         length = sum(len(part) + 2 for part in blocks)
         if not blocks[0] or own_group != group or length + len(block) > USUAL_LONGEST:
             if blocks[0]:
-                yield Document("\n\n".join(blocks), module.package, origin)
+                yield CollectedDocument("\n\n".join(blocks), module.package, origin)
             group = own_group
             title = f"The class {own_group} of {module.name}" if own_group else f"The module {module.name}"
             blocks, origin = [title, block], f"{module.name}.{entry.name}".rstrip(".")
         else:
             blocks.append(block)
     if blocks[0]:
-        yield Document("\n\n".join(blocks), module.package, origin)
+        yield CollectedDocument("\n\n".join(blocks), module.package, origin)
 
 
-def readmes(environment: Environment) -> Iterator[Document]:
+def readmes(environment: Environment) -> Iterator[CollectedDocument]:
     """Parts of the long descriptions of the distributions."""
     for distribution in environment.distributions():
         for part in parts_of(readme_prose(distribution.description)):
             if len(part) >= SHORTEST and is_mostly_words(part):
-                yield Document(part, DISTRIBUTIONS[distribution.name], "README")
+                yield CollectedDocument(part, DISTRIBUTIONS[distribution.name], "README")

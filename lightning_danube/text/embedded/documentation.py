@@ -37,7 +37,7 @@ from tqdm import tqdm
 from lightning_danube.files import new_folder
 from lightning_danube.text.embedded.docstrings import (
     FORMAT,
-    Document,
+    CollectedDocument,
     Environment,
     Module,
     Reading,
@@ -143,11 +143,13 @@ def read_sources(sources: Sequence[Source], processes: int | None, lively: bool)
     return readings
 
 
-def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dict[str, list[Document]], dict[str, Any]]:
+def assemble(
+    environment: Environment, readings: Sequence[Reading]
+) -> tuple[dict[str, list[CollectedDocument]], dict[str, Any]]:
     """Documents of every role, and what the manifest says of them."""
     modules = [reading for reading in readings if isinstance(reading, Module)]
     skipped = Counter(reading for reading in readings if isinstance(reading, str))
-    documents: dict[str, list[Document]] = {role: [] for role in ROLES}
+    documents: dict[str, list[CollectedDocument]] = {role: [] for role in ROLES}
 
     # Who comes first keeps what others repeat: the reference before the mathematics, both before the rest. Of one role,
     # topics come before docstrings.
@@ -185,7 +187,7 @@ def assemble(environment: Environment, readings: Sequence[Reading]) -> tuple[dic
 
 
 def _write(
-    folder: Path, files: dict[str, Path], documents: dict[str, list[Document]], manifest: dict[str, Any]
+    folder: Path, files: dict[str, Path], documents: dict[str, list[CollectedDocument]], manifest: dict[str, Any]
 ) -> None:
     # Somebody may have removed a file of a folder that was complete.
     with new_folder(folder, replace=folder.is_dir() and not _is_complete(files)) as partial:

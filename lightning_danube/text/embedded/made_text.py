@@ -10,7 +10,7 @@ from typing import TypeVar
 from lightning_danube.text.embedded.docstrings import (
     STANDARD_LIBRARY,
     UNREADABLE,
-    Document,
+    CollectedDocument,
     Entry,
     Module,
     Parameter,
@@ -224,7 +224,7 @@ def _bases_of(fact: Fact) -> str | None:
 _DETAILS = (_parameters_of, _required, _default_of, _where, _methods_of, _bases_of)
 
 
-def questions_about(facts: Sequence[Fact]) -> Iterator[Document]:
+def questions_about(facts: Sequence[Fact]) -> Iterator[CollectedDocument]:
     """Plain text, some pairs in a row that belong together: what a thing does and one detail of it, or its name."""
     pairs: list[str] = []
     first = facts[0]
@@ -237,7 +237,7 @@ def questions_about(facts: Sequence[Fact]) -> Iterator[Document]:
             details = [pair for detail in _DETAILS if (pair := detail(fact))]
             pairs += [_what(fact), *([pick(details, fact.full, "detail")] if details else [])]
         if sum(map(len, pairs)) > pick([500, 900, 1300, 1700], first.full, "length") or fact is facts[-1]:
-            yield Document("\n\n".join(pairs), first.package, first.full)
+            yield CollectedDocument("\n\n".join(pairs), first.package, first.full)
             pairs = []
 
 
@@ -247,7 +247,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _PLURALS = {"class": "classes", "property": "properties", "function": "functions", "method": "methods"}
 
 
-def passages_about(facts: Sequence[Fact]) -> Iterator[Document]:
+def passages_about(facts: Sequence[Fact]) -> Iterator[CollectedDocument]:
     """Sections on two to six facts of one module each; a module with a single one is not worth a section."""
     opening = facts[0] if not facts[0].entry.name else None
     rest = list(facts[1:] if opening else facts)
@@ -255,7 +255,9 @@ def passages_about(facts: Sequence[Fact]) -> Iterator[Document]:
     while len(rest) > 1:
         size = pick([3, 4, 5], rest[0].full, "size")
         size = len(rest) if len(rest) - size < 2 else size
-        yield Document(_passage(rest[:size], opening if part == 1 else None, part), rest[0].package, rest[0].full)
+        yield CollectedDocument(
+            _passage(rest[:size], opening if part == 1 else None, part), rest[0].package, rest[0].full
+        )
         rest = rest[size:]
         part += 1
 
