@@ -109,7 +109,7 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceFile:
     """A Python file to read. The path is not part of what is collected, so that homes do not differ."""
 
     path: str
@@ -163,18 +163,18 @@ class Environment:
         facts += [f"{distribution.name}=={distribution.version}" for distribution in self.distributions()]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[SourceFile]:
         """The Python files, in an order that does not depend on the file system."""
-        found: dict[tuple[str, ...], Source] = {}
+        found: dict[tuple[str, ...], SourceFile] = {}
         for distribution in self.distributions():
             package = DISTRIBUTIONS[distribution.name]
             for root in self.packages:
                 for parts in _python_files(root, package):
-                    found.setdefault(parts, Source(str(root.joinpath(*parts)), package, _module_name(parts)))
+                    found.setdefault(parts, SourceFile(str(root.joinpath(*parts)), package, _module_name(parts)))
         ordered = [found[parts] for parts in sorted(found)]
         if self.stdlib is not None:
             ordered += [
-                Source(str(self.stdlib.joinpath(*parts)), STANDARD_LIBRARY, _module_name(parts))
+                SourceFile(str(self.stdlib.joinpath(*parts)), STANDARD_LIBRARY, _module_name(parts))
                 for parts in sorted(_python_files(self.stdlib))
                 if parts[0] not in _SKIPPED_OF_STDLIB and not parts[0].startswith(("config-", "_sysconfigdata"))
             ]
@@ -200,7 +200,7 @@ def _module_name(parts: Sequence[str]) -> str:
     return ".".join(names[:-1] if names[-1] == "__init__" and len(names) > 1 else names)
 
 
-def read_source(source: Source) -> Reading:
+def read_source(source: SourceFile) -> Reading:
     """Documented entries of a file, in its order, or the cause for which it is skipped."""
     try:
         if os.path.getsize(source.path) > LARGEST_FILE:
@@ -228,7 +228,7 @@ def read_source(source: Source) -> Reading:
     return Module(source.package, source.module, entries, is_topics) if entries else "no docstring"
 
 
-def read_all(sources: Sequence[Source]) -> list[Reading]:
+def read_all(sources: Sequence[SourceFile]) -> list[Reading]:
     return [read_source(source) for source in sources]
 
 

@@ -42,7 +42,7 @@ from lightning_danube.text.embedded.docstrings import (
     Module,
     Reading,
     Seen,
-    Source,
+    SourceFile,
     documents_of,
     read_all,
     readmes,
@@ -109,7 +109,7 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
     return files
 
 
-def read_sources(sources: Sequence[Source], processes: int | None, lively: bool) -> list[Reading]:
+def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: bool) -> list[Reading]:
     """Reads all files, in the order given.
 
     Raises:

@@ -411,7 +411,7 @@ cross = _add_docstr(_linalg.linalg_cross, "Computes the cross product of two vec
 add_newdoc("numpy._core", "ndarray", ("T", """View of the transposed array."""))
 '''
     write(tmp_path / "c.py", source)
-    module = docstrings.read_source(docstrings.Source(str(tmp_path / "c.py"), "torch", "torch._torch_docs"))
+    module = docstrings.read_source(docstrings.SourceFile(str(tmp_path / "c.py"), "torch", "torch._torch_docs"))
     assert isinstance(module, docstrings.Module)
     hypot, cross, transposed = module.entries
     assert (hypot.name, cross.name, transposed.name) == ("torch.hypot", "cross", "ndarray.T")
