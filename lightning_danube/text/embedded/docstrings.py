@@ -475,7 +475,7 @@ def role_of(module: Module) -> str:
     return "academic" if any(dotted.startswith(f"{name}.") for name in ACADEMIC) else "web"
 
 
-def documents_of(module: Module, seen: Seen) -> Iterator[CollectedDocument]:
+def collected_documents(module: Module, seen: Seen) -> Iterator[CollectedDocument]:
     """A class with its methods is a document, and so are a module's opening and the functions that follow one another.
 
     Each docstring has a heading, such as "The function mean". A document that would grow beyond the usual length is

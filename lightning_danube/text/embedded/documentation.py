@@ -43,7 +43,7 @@ from lightning_danube.text.embedded.docstrings import (
     Reading,
     Seen,
     SourceFile,
-    documents_of,
+    collected_documents,
     read_all,
     readmes,
     role_of,
@@ -158,7 +158,7 @@ def assemble(
         if role == "web":
             documents[role] += [document for document in readmes(environment) if not seen.repeats(document.text)]
         for module in sorted((m for m in modules if role_of(m) == role), key=lambda m: not m.topics):
-            documents[role] += documents_of(module, seen)
+            documents[role] += collected_documents(module, seen)
 
     used: set[bytes] = set()
     for module in modules:
