@@ -239,7 +239,9 @@ def _topics(tree: ast.Module) -> Iterator[Entry]:
             case ast.Assign(targets=[ast.Name(id="topics")], value=ast.Dict() as literal):
                 topics = ast.literal_eval(literal)
                 for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-                    yield from (Entry("topic", name, part, None) for part in parts_of(prose(clean(topics[name]))))
+                    yield from (
+                        Entry("topic", name, part, None) for part in split_at_paragraphs(prose(clean(topics[name])))
+                    )
 
 
 def _entries(tree: ast.Module) -> Iterator[Entry]:
@@ -340,7 +342,7 @@ def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
 # --- Text ---------------------------------------------------------------------------------------------------------
 
 
-def parts_of(text: str) -> list[str]:
+def split_at_paragraphs(text: str) -> list[str]:
     """A long text in parts of whole paragraphs, each of at most the usual length where its paragraphs allow that."""
     parts: list[str] = []
     for paragraph in text.split("\n\n"):
@@ -509,6 +511,6 @@ def collected_documents(module: Module, seen: Seen) -> Iterator[CollectedDocumen
 def readmes(environment: Environment) -> Iterator[CollectedDocument]:
     """Parts of the long descriptions of the distributions."""
     for distribution in environment.distributions():
-        for part in parts_of(readme_prose(distribution.description)):
+        for part in split_at_paragraphs(readme_prose(distribution.description)):
             if len(part) >= SHORTEST and is_mostly_words(part):
                 yield CollectedDocument(part, DISTRIBUTIONS[distribution.name], "README")

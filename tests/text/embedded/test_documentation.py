@@ -498,9 +498,9 @@ def test_a_readme_ends_at_its_change_log_and_has_no_badges() -> None:
 
 def test_long_texts_are_cut_between_paragraphs() -> None:
     paragraph = "word " * 300 + "end."
-    parts = docstrings.parts_of("\n\n".join([paragraph] * 5))
+    parts = docstrings.split_at_paragraphs("\n\n".join([paragraph] * 5))
     assert [part.count("end.") for part in parts] == [2, 2, 1]
-    assert docstrings.parts_of(paragraph * 4) == [paragraph * 4]
+    assert docstrings.split_at_paragraphs(paragraph * 4) == [paragraph * 4]
 
 
 def test_variants_are_decided_by_the_key_alone() -> None:
