@@ -94,7 +94,7 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
         print("Collecting text from the installed packages (once for their versions) ...", file=sys.stderr)
     sources = environment.sources()
     readings = read_sources(sources, processes, lively)
-    documents, manifest = assemble(environment, readings)
+    documents, manifest = collected_sources(environment, readings)
     for role in ROLES:
         if not documents[role]:
             raise ValueError(
@@ -143,7 +143,7 @@ def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: b
     return readings
 
 
-def assemble(
+def collected_sources(
     environment: Environment, readings: Sequence[Reading]
 ) -> tuple[dict[str, list[CollectedDocument]], dict[str, Any]]:
     """Documents of every role, and what the manifest says of them."""

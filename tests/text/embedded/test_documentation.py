@@ -279,7 +279,7 @@ def test_an_environment_is_collected_once(
         raise AssertionError("a cache hit reads no source")
 
     monkeypatch.setattr(documentation, "read_sources", refuse)
-    monkeypatch.setattr(documentation, "assemble", refuse)
+    monkeypatch.setattr(documentation, "collected_sources", refuse)
     assert documentation._collect(environment, tmp_path / "cache", processes=1, progress=True) == first
     assert capsys.readouterr() == ("", "")
 
