@@ -48,7 +48,7 @@ from lightning_danube.text.embedded.docstrings import (
     readmes,
     role_of,
 )
-from lightning_danube.text.embedded.made_text import facts_of, passages_about, pick, questions_about
+from lightning_danube.text.embedded.made_text import facts_about_module, passages_about, pick, questions_about
 from lightning_danube.text.worker_pool import WorkerPool
 
 _PROCESSES_WORTH_STARTING = 16
@@ -162,7 +162,7 @@ def collected_sources(
 
     used: set[bytes] = set()
     for module in modules:
-        facts = facts_of(module, used)
+        facts = facts_about_module(module, used)
         if facts:
             role = pick(("synthetic", "instruct"), module.name)
             documents[role] += passages_about(facts) if role == "synthetic" else questions_about(facts)

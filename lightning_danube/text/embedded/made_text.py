@@ -69,7 +69,7 @@ class Fact:
         }
 
 
-def facts_of(module: Module, used: set[bytes]) -> list[Fact]:
+def facts_about_module(module: Module, used: set[bytes]) -> list[Fact]:
     """What made text may say of a module; remembers the sentences."""
     facts = []
     for entry in module.entries:
