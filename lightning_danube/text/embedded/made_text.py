@@ -97,7 +97,7 @@ def enumerate_in_prose(items: Sequence[str], last: str = "and") -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 
-def quoted(names: Sequence[str], last: str = "and") -> str:
+def in_backticks(names: Sequence[str], last: str = "and") -> str:
     """`a`, `b` and `c`"""
     return enumerate_in_prose([f"`{name}`" for name in names], last)
 
@@ -172,12 +172,14 @@ def _required(fact: Fact) -> str | None:
         What must be given when `{name}` is called?
         Which parameters of `{name}` cannot be left out?"""
     if not needed:
-        return _ask(fact, questions, "None, as {rest} can be left out.\nNone.\nNone of {rest}.", rest=quoted(rest))
+        return _ask(
+            fact, questions, "None, as {rest} can be left out.\nNone.\nNone of {rest}.", rest=in_backticks(rest)
+        )
     answers = """
         Only {needed}.
         {needed}. What can be left out: {rest}.
         {needed} must be given, while {rest} may be left out."""
-    return _ask(fact, questions, answers, needed=quoted(needed), rest=quoted(rest))
+    return _ask(fact, questions, answers, needed=in_backticks(needed), rest=in_backticks(rest))
 
 
 def _default_of(fact: Fact) -> str | None:
@@ -211,14 +213,14 @@ def _methods_of(fact: Fact) -> str | None:
         Which methods does `{name}` define?
         What can be done with an object of the class `{name}`?"""
     more = ", among others" if len(fact.entry.methods) > 6 else ""
-    return _ask(fact, questions, "It has the methods {methods}.", methods=quoted(fact.entry.methods[:6]) + more)
+    return _ask(fact, questions, "It has the methods {methods}.", methods=in_backticks(fact.entry.methods[:6]) + more)
 
 
 def _bases_of(fact: Fact) -> str | None:
     if not fact.entry.bases:
         return None
     questions = "What does the class `{name}` inherit from?\nWhich base classes does `{name}` have?"
-    return _ask(fact, questions, "It inherits from {bases}.\n{bases}.", bases=quoted(fact.entry.bases))
+    return _ask(fact, questions, "It inherits from {bases}.\n{bases}.", bases=in_backticks(fact.entry.bases))
 
 
 _DETAILS = (_parameters_of, _required, _default_of, _where, _methods_of, _bases_of)
@@ -276,7 +278,7 @@ def _passage(facts: Sequence[Fact], opening: Fact | None, part: int) -> str:
         **facts[0].fields(),
         **{"about": f" {about}" if about else "", "count": _NUMBERS[len(facts)], "part": str(part)},
         **{"things": _PLURALS[kinds.pop()] if len(kinds) == 1 else "items"},
-        **{"names": quoted(names), "first": names[0], "second": names[1]},
+        **{"names": in_backticks(names), "first": names[0], "second": names[1]},
     }
     title = say(
         """
@@ -332,7 +334,7 @@ def _remarks(fact: Fact) -> Iterator[str]:
     key = fact.full
     if fact.entry.bases:
         bases = "It is built upon {bases}.\nIt is derived from {bases}.\nIt inherits from {bases}."
-        yield say(bases, key, bases=quoted(fact.entry.bases))
+        yield say(bases, key, bases=in_backticks(fact.entry.bases))
     if fact.is_callable:
         yield from _parameter_remarks(fact)
     if fact.entry.returns and re.fullmatch(r"(?!None$)[\w.]+", fact.entry.returns):
@@ -340,7 +342,7 @@ def _remarks(fact: Fact) -> Iterator[str]:
         yield say(returns, key, returns=fact.entry.returns)
     if len(fact.entry.methods) > 1:
         methods = "Its methods include {methods}.\nSuch an object has, among others, the methods {methods}."
-        yield say(methods, key, methods=quoted(fact.entry.methods[:5]))
+        yield say(methods, key, methods=in_backticks(fact.entry.methods[:5]))
 
 
 def _parameter_remarks(fact: Fact) -> Iterator[str]:
@@ -354,7 +356,7 @@ def _parameter_remarks(fact: Fact) -> Iterator[str]:
             Without {any} the call fails.
             What it cannot do without: {all}.
             {all} must be given."""
-        yield say(needs, fact.full, all=quoted(needed), any=quoted(needed, "or"))
+        yield say(needs, fact.full, all=in_backticks(needed), any=in_backticks(needed, "or"))
     if defaults:
         told = "Unless told otherwise, {defaults}.\nBy default {defaults}.\nIf nothing else is said, {defaults}."
         yield say(told, fact.full, defaults=enumerate_in_prose(defaults[:3]))
