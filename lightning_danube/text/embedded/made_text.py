@@ -87,7 +87,7 @@ def pick(options: Sequence[T], *key: str) -> T:
     return options[int.from_bytes(digest("\0".join(key)), "big") % len(options)]
 
 
-def say(variants: str, key: str, **fields: str) -> str:
+def worded(variants: str, key: str, **fields: str) -> str:
     """One line of the variants, filled in. Other variants for the same key are picked independently."""
     return pick(variants.strip().split("\n"), key, variants).strip().format(**fields)
 
@@ -107,7 +107,7 @@ def in_backticks(names: Sequence[str], last: str = "and") -> str:
 
 def _ask(fact: Fact, questions: str, answers: str, **more: str) -> str:
     fields = {**fact.fields(), **more}
-    return f"Question: {say(questions, fact.full, **fields)}\nAnswer: {say(answers, fact.full, **fields)}"
+    return f"Question: {worded(questions, fact.full, **fields)}\nAnswer: {worded(answers, fact.full, **fields)}"
 
 
 def turns_of(text: str) -> list[tuple[str, str]]:
@@ -269,7 +269,7 @@ def _passage(facts: Sequence[Fact], opening: Fact | None, part: int) -> str:
     names = [fact.name for fact in facts]
     about = ""
     if opening:
-        about = say(
+        about = worded(
             " The module {does}." if predicate(opening.sentence) else " Its authors describe it so: {sentence}",
             *(opening.full,),
             **opening.fields(),
@@ -280,7 +280,7 @@ def _passage(facts: Sequence[Fact], opening: Fact | None, part: int) -> str:
         **{"things": _PLURALS[kinds.pop()] if len(kinds) == 1 else "items"},
         **{"names": in_backticks(names), "first": names[0], "second": names[1]},
     }
-    title = say(
+    title = worded(
         """
         The module `{module}`, part {part}
         Working with `{first}` and `{second}`
@@ -291,7 +291,7 @@ def _passage(facts: Sequence[Fact], opening: Fact | None, part: int) -> str:
         facts[0].full,
         **fields,
     )
-    intro = say(
+    intro = worded(
         """
         In this section we look at {count} {things} of the module `{module}`, which belongs to {home}.{about}
         The module `{module}` is a part of {home}.{about} We shall meet {count} of its {things}.
@@ -325,8 +325,8 @@ def _paragraph(fact: Fact, number: int, count: int) -> str:
             The documentation introduces it with these words: {sentence}
             In one sentence: {sentence}
             A short description would be this. {sentence}"""
-    lead = f"{say(leads, fact.full)} the {fact.entry.kind} `{fact.name}`."
-    return " ".join([lead, say(purposes, fact.full, **fact.fields()), *_remarks(fact)])
+    lead = f"{worded(leads, fact.full)} the {fact.entry.kind} `{fact.name}`."
+    return " ".join([lead, worded(purposes, fact.full, **fact.fields()), *_remarks(fact)])
 
 
 def _remarks(fact: Fact) -> Iterator[str]:
@@ -334,32 +334,32 @@ def _remarks(fact: Fact) -> Iterator[str]:
     key = fact.full
     if fact.entry.bases:
         bases = "It is built upon {bases}.\nIt is derived from {bases}.\nIt inherits from {bases}."
-        yield say(bases, key, bases=in_backticks(fact.entry.bases))
+        yield worded(bases, key, bases=in_backticks(fact.entry.bases))
     if fact.is_callable:
         yield from _parameter_remarks(fact)
     if fact.entry.returns and re.fullmatch(r"(?!None$)[\w.]+", fact.entry.returns):
         returns = "The result is of type `{returns}`.\nWhat comes back is a `{returns}`.\nIt gives back `{returns}`."
-        yield say(returns, key, returns=fact.entry.returns)
+        yield worded(returns, key, returns=fact.entry.returns)
     if len(fact.entry.methods) > 1:
         methods = "Its methods include {methods}.\nSuch an object has, among others, the methods {methods}."
-        yield say(methods, key, methods=in_backticks(fact.entry.methods[:5]))
+        yield worded(methods, key, methods=in_backticks(fact.entry.methods[:5]))
 
 
 def _parameter_remarks(fact: Fact) -> Iterator[str]:
     needed = [p.name for p in fact.parameters if not p.optional]
     defaults = [f"`{p.name}` is `{p.default}`" for p in fact.parameters if p.default not in (None, UNREADABLE)]
     if not fact.parameters:
-        yield say("It needs no arguments.\nNo arguments are needed.\nThere is nothing to pass to it.", fact.full)
+        yield worded("It needs no arguments.\nNo arguments are needed.\nThere is nothing to pass to it.", fact.full)
     if needed:
         needs = """
             The caller has to give {all}.
             Without {any} the call fails.
             What it cannot do without: {all}.
             {all} must be given."""
-        yield say(needs, fact.full, all=in_backticks(needed), any=in_backticks(needed, "or"))
+        yield worded(needs, fact.full, all=in_backticks(needed), any=in_backticks(needed, "or"))
     if defaults:
         told = "Unless told otherwise, {defaults}.\nBy default {defaults}.\nIf nothing else is said, {defaults}."
-        yield say(told, fact.full, defaults=enumerate_in_prose(defaults[:3]))
+        yield worded(told, fact.full, defaults=enumerate_in_prose(defaults[:3]))
 
 
 def _closing(facts: Sequence[Fact], fields: dict[str, str]) -> str:
@@ -383,4 +383,4 @@ def _closing(facts: Sequence[Fact], fields: dict[str, str]) -> str:
         To sum up: {told}.
         Remember: {told}.
         In this section we have seen that {told}."""
-    return say(closings, facts[0].full, **{**fields, **more})
+    return worded(closings, facts[0].full, **{**fields, **more})

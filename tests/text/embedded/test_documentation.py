@@ -505,9 +505,9 @@ def test_long_texts_are_cut_between_paragraphs() -> None:
 
 def test_variants_are_decided_by_the_key_alone() -> None:
     variants = "a {x}\nb {x}\nc {x}"
-    said = {made_text.say(variants, str(key), x="y") for key in range(50)}
+    said = {made_text.worded(variants, str(key), x="y") for key in range(50)}
     assert said == {"a y", "b y", "c y"}
-    assert made_text.say(variants, "key", x="1")[0] == made_text.say(variants, "key", x="2")[0]
+    assert made_text.worded(variants, "key", x="1")[0] == made_text.worded(variants, "key", x="2")[0]
 
 
 def test_this_interpreter_has_the_packages_that_the_sources_name() -> None:
