@@ -111,7 +111,7 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
     Raises:
         ValueError: the source cannot be opened, has no row, or has none of the known shapes.
     """
-    found: Layout | None = None
+    found: ConversationFormat | None = None
     taken = 0
     rows = _conversations_of_documentation if source.texts.is_documentation else read_objects
     for file, row, values in rows(name, source.texts, cache_dir):
@@ -167,7 +167,7 @@ class NoConversation(ValueError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ConversationFormat:
     """How the rows of one source hold their conversations."""
 
     shape: Shape
@@ -254,7 +254,7 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def layout_of(row: Mapping[str, Any], source: ConversationSource, where: str) -> Layout:
+def layout_of(row: Mapping[str, Any], source: ConversationSource, where: str) -> ConversationFormat:
     """The shape of a source by one of its rows.
 
     Raises:
@@ -271,7 +271,7 @@ def layout_of(row: Mapping[str, Any], source: ConversationSource, where: str) ->
             if column is not None:
                 columns[part] = column
         if COLUMNS[shape].keys() <= columns.keys() and (source.shape or _holds(shape, row, columns)):
-            return Layout(shape, columns)
+            return ConversationFormat(shape, columns)
     if source.shape:
         wanted = " and ".join("/".join(names) for names in COLUMNS[source.shape].values())
         raise ValueError(
