@@ -123,7 +123,7 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
         elif not isinstance(values, Mapping):
             yield BadRow(file, row, "not an object", f"{where}: expected an object, found {type(values).__name__}")
         else:
-            found = found or layout_of(values, source, where)
+            found = found or conversation_format(values, source, where)
             try:
                 messages = found.messages(values)
                 check_messages(messages)
@@ -254,7 +254,7 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def layout_of(row: Mapping[str, Any], source: ConversationSource, where: str) -> ConversationFormat:
+def conversation_format(row: Mapping[str, Any], source: ConversationSource, where: str) -> ConversationFormat:
     """The shape of a source by one of its rows.
 
     Raises:
