@@ -197,19 +197,19 @@ class ConversationFormat:
         return [*self._system(values), *messages_of(turns, *keys)]
 
     def _instruction(self, values: Mapping[str, Any]) -> list[Message]:
-        prompt = text_of(values.get(self.columns["instruction"]), "the instruction")
+        prompt = checked_text(values.get(self.columns["instruction"]), "the instruction")
         given = self._optional(values, "input")
         return [
             *self._system(values),
             {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt},
-            {"role": "assistant", "content": text_of(values.get(self.columns["output"]), "the output")},
+            {"role": "assistant", "content": checked_text(values.get(self.columns["output"]), "the output")},
         ]
 
     def _pair(self, values: Mapping[str, Any]) -> list[Message]:
         return [
             *self._system(values),
-            {"role": "user", "content": text_of(values.get(self.columns["prompt"]), "the prompt")},
-            {"role": "assistant", "content": text_of(values.get(self.columns["response"]), "the response")},
+            {"role": "user", "content": checked_text(values.get(self.columns["prompt"]), "the prompt")},
+            {"role": "assistant", "content": checked_text(values.get(self.columns["response"]), "the response")},
         ]
 
     def _system(self, values: Mapping[str, Any]) -> list[Message]:
@@ -219,7 +219,7 @@ class ConversationFormat:
     def _optional(self, values: Mapping[str, Any], part: str) -> str:
         column = self.columns.get(part)
         value = values.get(column) if column is not None else None
-        return "" if value is None else text_of(value, f"column {column!r}").strip()
+        return "" if value is None else checked_text(value, f"column {column!r}").strip()
 
 
 def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[Message]:
@@ -238,11 +238,11 @@ def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[Mess
                 "unknown role",
                 f"turn {number} has the role {turn[role_key]!r}; known are {', '.join(sorted(ROLES))}",
             )
-        messages.append({"role": role, "content": text_of(turn[text_key], f"turn {number}")})
+        messages.append({"role": role, "content": checked_text(turn[text_key], f"turn {number}")})
     return messages
 
 
-def text_of(value: Any, what: str) -> str:
+def checked_text(value: Any, what: str) -> str:
     if value is None:
         raise NoConversation("empty message", f"{what} is empty")
     if not isinstance(value, str):

@@ -15,10 +15,10 @@ from lightning_danube.chat.conversations import (
     Message,
     NoConversation,
     check_messages,
+    checked_text,
     first_question,
     messages_of,
     questions_of_documentation,
-    text_of,
 )
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.embedded.made_text import turns_of
@@ -176,10 +176,10 @@ def pair_of(parts: Mapping[str, Any]) -> tuple[list[Message], str, str]:
             raise NoConversation("different prompts", "the chosen and the rejected answer are to different prompts")
     else:
         prompt = _turns(parts.get("prompt"), "user", "the prompt")
-        if prompt and (given := parts.get("input")) is not None and text_of(given, "the input").strip():
+        if prompt and (given := parts.get("input")) is not None and checked_text(given, "the input").strip():
             prompt[-1]["content"] += f"\n\n{given.strip()}"
     system = parts.get("system")
-    if system is not None and text_of(system, "the system message").strip() and prompt[:1] != [_system(system)]:
+    if system is not None and checked_text(system, "the system message").strip() and prompt[:1] != [_system(system)]:
         prompt = [_system(system), *prompt]
     if not prompt:
         raise NoConversation(
@@ -208,7 +208,7 @@ def _turns(value: Any, role: str, what: str) -> list[Message]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [{"role": role, "content": text_of(value, what)}]
+        return [{"role": role, "content": checked_text(value, what)}]
     turns = value if isinstance(value, list) else [value]
     if not all(isinstance(turn, Mapping) for turn in turns):
         raise NoConversation("no turns", f"{what} is {type(value).__name__}, neither text nor turns")
