@@ -111,7 +111,7 @@ def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterato
             yield BadRow(file, row, "not an object", f"{where}: expected an object, found {type(values).__name__}")
         else:
             try:
-                prompt, chosen, rejected = pair_of(parts_of(values, source))
+                prompt, chosen, rejected = pair_of(pair_columns(values, source))
             except NoColumns as error:
                 if first:
                     raise ValueError(f"{where}: {error}") from error
@@ -127,7 +127,7 @@ class NoColumns(NoConversation):
     """A row has other columns than a pair: of the first one, the whole source is to blame."""
 
 
-def parts_of(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, Any]:
+def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, Any]:
     """Part of a pair → what stands in its column. Each row is asked, since many files leave out what a row has not.
 
     Raises:
