@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_danube.model import Decoder
 
 
-class Conversation:
+class ChatSession:
     """Turns of a user and a model.
 
     Keys and values of what was read stay in the cache; of the next conversation, only what comes after the common
@@ -97,7 +97,7 @@ class Conversation:
 class Answer:
     """An answer in the making. Whoever iterates it may stop at any time: what was said so far becomes the turn."""
 
-    conversation: Conversation
+    conversation: ChatSession
     question: str
     prompt_ids: list[int]
     dropped_turns: int

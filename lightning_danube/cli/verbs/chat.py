@@ -12,7 +12,7 @@ from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS
 from lightning_danube.weights.loading import add_weights_arguments, load_model
 
 if TYPE_CHECKING:
-    from lightning_danube.generation.conversation import Conversation
+    from lightning_danube.generation.conversation import ChatSession
 
 COMMANDS = "/reset begins anew, /system TEXT too with a system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     import torch
 
-    from lightning_danube.generation.conversation import Conversation
+    from lightning_danube.generation.conversation import ChatSession
     from lightning_danube.generation.packing import pack_for_generation
 
     sampling = sampling_of(arguments)
@@ -48,7 +48,7 @@ def run(arguments: Namespace) -> None:
     if longest is None:
         longest = min(1024, decoder.config.max_position_embeddings // 2)
     with torch.inference_mode():
-        conversation = Conversation(
+        conversation = ChatSession(
             decoder,
             tokenizer,
             max_new_tokens=longest,
@@ -60,7 +60,7 @@ def run(arguments: Namespace) -> None:
             converse(conversation)
 
 
-def converse(conversation: Conversation) -> None:
+def converse(conversation: ChatSession) -> None:
     """Questions from stdin, answers to stdout, all else to stderr, until the input ends."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -96,7 +96,7 @@ def converse(conversation: Conversation) -> None:
             tell(str(error))
 
 
-def answer(conversation: Conversation, question: str) -> None:
+def answer(conversation: ChatSession, question: str) -> None:
     """Print an answer as it comes."""
     coming = conversation.ask(question)
     if coming.dropped_turns:

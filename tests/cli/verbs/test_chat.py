@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
-from lightning_danube.generation.conversation import Conversation, common_beginning
+from lightning_danube.generation.conversation import ChatSession, common_beginning
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig
@@ -39,8 +39,8 @@ def weights(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def conversation(decoder: Decoder) -> Conversation:
-    return Conversation(decoder, load_hf_tokenizer("mistral"), max_new_tokens=10, sampling=Sampling())
+def conversation(decoder: Decoder) -> ChatSession:
+    return ChatSession(decoder, load_hf_tokenizer("mistral"), max_new_tokens=10, sampling=Sampling())
 
 
 def alone(decoder: Decoder, messages: list[Message], new_tokens: int = 10) -> str:
@@ -58,7 +58,7 @@ def tokens_read(decoder: Decoder) -> tuple[list[int], Any]:
 
 
 def test_answers_are_those_to_the_whole_history_but_only_its_end_is_read(
-    conversation: Conversation, decoder: Decoder
+    conversation: ChatSession, decoder: Decoder
 ) -> None:
     messages: list[Message] = []
     read, hook = tokens_read(decoder)
@@ -75,7 +75,7 @@ def test_answers_are_those_to_the_whole_history_but_only_its_end_is_read(
     assert [question for question, _ in conversation.turns] == ["Why is it so?", "Really?", "And how?"]
 
 
-def test_oldest_turns_are_dropped_when_the_context_is_full(conversation: Conversation, decoder: Decoder) -> None:
+def test_oldest_turns_are_dropped_when_the_context_is_full(conversation: ChatSession, decoder: Decoder) -> None:
     dropped = []
     for number in range(12):
         answer = conversation.ask(f"Question {number}?")
@@ -93,7 +93,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(conversation: Convers
     assert sum(dropped) > 2 and dropped.count(0) > 8
 
 
-def test_a_question_too_long_for_the_context_changes_nothing(conversation: Conversation) -> None:
+def test_a_question_too_long_for_the_context_changes_nothing(conversation: ChatSession) -> None:
     said = "".join(conversation.ask("Hello?"))
     with pytest.raises(
         ValueError, match=r"the question has 2\d\d tokens .* the context has room for 118, as 10 are kept"
@@ -102,7 +102,7 @@ def test_a_question_too_long_for_the_context_changes_nothing(conversation: Conve
     assert conversation.turns == [("Hello?", said)]
 
 
-def test_a_stopped_answer_stays_as_far_as_it_was_said(conversation: Conversation, decoder: Decoder) -> None:
+def test_a_stopped_answer_stays_as_far_as_it_was_said(conversation: ChatSession, decoder: Decoder) -> None:
     pieces = iter(conversation.ask("Hello?"))
     said = next(pieces) + next(pieces)
     pieces.close()
@@ -118,7 +118,7 @@ def test_a_stopped_answer_stays_as_far_as_it_was_said(conversation: Conversation
 def test_answers_are_drawn_anew_each_time_and_alike_in_each_run(decoder: Decoder) -> None:
     def answers(seed: int) -> list[str]:
         sampling = Sampling(temperature=1.0)
-        talk = Conversation(decoder, load_hf_tokenizer("mistral"), max_new_tokens=10, sampling=sampling, seed=seed)
+        talk = ChatSession(decoder, load_hf_tokenizer("mistral"), max_new_tokens=10, sampling=sampling, seed=seed)
         said = []
         for _ in range(2):
             said.append("".join(talk.ask("Hello?")))
