@@ -118,13 +118,13 @@ class Continuation:
         if places:
             self.finish_reason, self._held, shown = "stop", "", waiting[: min(places)]
         else:
-            cut = len(waiting) - max((overlap(waiting, string) for string in self.stop), default=0)
+            cut = len(waiting) - max((length_of_begun_stop(waiting, string) for string in self.stop), default=0)
             shown, self._held = waiting[:cut], waiting[cut:]
         self.text += shown
         return shown
 
 
-def overlap(text: str, string: str) -> int:
+def length_of_begun_stop(text: str, string: str) -> int:
     """Length of the longest end of `text` that begins `string` and is not all of it."""
     longest = min(len(text), len(string) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(string[:length])), 0)

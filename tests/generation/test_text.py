@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_danube.generation.sampling import Sampling
-from lightning_danube.generation.text import Continuation, TextGeneration, encode_prompt, overlap
+from lightning_danube.generation.text import Continuation, TextGeneration, encode_prompt, length_of_begun_stop
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
@@ -128,7 +128,7 @@ def test_no_part_of_a_stop_string_is_ever_shown(tokenizer: Any) -> None:
     [("abc", "cab", 1), ("abca", "cab", 2), ("abc", "abc", 0), ("x", "y", 0), ("", "a", 0)],
 )
 def test_overlap(text: str, string: str, expected: int) -> None:
-    assert overlap(text, string) == expected
+    assert length_of_begun_stop(text, string) == expected
 
 
 def test_rows_are_told_apart_and_ended_one_by_one(decoder: Decoder, tokenizer: Any) -> None:
