@@ -72,7 +72,7 @@ def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT:
     return mixed
 
 
-class Block:
+class QueryBlock:
     """Some queries of some rows of a batch, and the keys that they may see."""
 
     def __init__(self, rows: slice, first: int, last: int, groups: int, mask_B1TT: Tensor | None) -> None:
@@ -113,13 +113,13 @@ class Block:
         return F.softmax(self.scores(q_NPK, k_NSK, centred), dim=-1)
 
 
-def blocks(q_BHTK: Tensor, groups: int, mask_B1TT: Tensor | None) -> Iterator[Block]:
+def blocks(q_BHTK: Tensor, groups: int, mask_B1TT: Tensor | None) -> Iterator[QueryBlock]:
     B, H, T, _ = q_BHTK.shape
     for first in range(0, T, BLOCK_QUERIES):
         last = min(first + BLOCK_QUERIES, T)
         step = max(1, BLOCK_SCORES // (H * (last - first) * last))
         for row in range(0, B, step):
-            yield Block(slice(row, min(row + step, B)), first, last, groups, mask_B1TT)
+            yield QueryBlock(slice(row, min(row + step, B)), first, last, groups, mask_B1TT)
 
 
 class BlockedAttention(torch.autograd.Function):
