@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from ..device import onednn_multiplies, onednn_multiplies_float32
 
 _P = ParamSpec("_P")
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 # One core of an EPYC with AVX-512, 6 heads on 2 of 64 channels, bfloat16, ms of forward + backward:
 #
@@ -50,12 +50,12 @@ def is_faster(q_BHTK: Tensor) -> bool:
     return q_BHTK.dtype == torch.float32 and q_BHTK.shape[2] <= WIDE_TOKENS and onednn_multiplies_float32()
 
 
-def outside_compiled_code(function: Callable[_P, R]) -> Callable[_P, R]:
+def outside_compiled_code(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Does what `torch.compiler.disable` does, at the first call. It imports PyTorch's compiler (1.4 CPU seconds)."""
-    disabled: list[Callable[_P, R]] = []
+    disabled: list[Callable[_P, _R]] = []
 
     @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> R:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not disabled:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
