@@ -188,7 +188,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
-class Cost(NamedTuple):
+class JudgingCost(NamedTuple):
     """What judging will take, estimated from the lengths of the texts. Dollars are None where no price is known."""
 
     requests: int
@@ -199,7 +199,7 @@ class Cost(NamedTuple):
 
 def estimated_cost(
     prompts: Sequence[Sequence[dict[str, str]]], new_tokens: int, price_in: float | None, price_out: float | None
-) -> Cost:
+) -> JudgingCost:
     """
     Args:
         price_in, price_out: dollars a million tokens.
@@ -209,7 +209,7 @@ def estimated_cost(
     dollars = None
     if price_in is not None and price_out is not None:
         dollars = (tokens_in * price_in + tokens_out * price_out) / 1e6
-    return Cost(len(prompts), tokens_in, tokens_out, dollars)
+    return JudgingCost(len(prompts), tokens_in, tokens_out, dollars)
 
 
 def judgement_key(messages: Sequence[dict[str, str]], model: str) -> str:
