@@ -29,7 +29,7 @@ from lightning_danube.files import (
     write_parquet,
     write_text,
 )
-from lightning_danube.quantization.measured import Content, Measured, save_measured
+from lightning_danube.quantization.measured import Content, MeasuredLevel, save_measured
 from lightning_danube.text.embedded.world import write_world
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.huggingface import save_hf
@@ -55,7 +55,7 @@ def a_fetched_folder(path: Path) -> None:
 
 def a_measurement(path: Path) -> None:
     values = np.ones((2, 3))
-    save_measured(path, Measured(Content(8, 8, {}), 1.0, {3: values}, values, values, np.ones(2)))
+    save_measured(path, MeasuredLevel(Content(8, 8, {}), 1.0, {3: values}, values, values, np.ones(2)))
 
 
 WRITERS: dict[str, Write] = {

@@ -67,7 +67,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLevel:
     """What a level said of the text.
 
     Args:
@@ -97,7 +97,7 @@ def measured_key(**facts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def save_measured(path: Path, measured: Measured) -> None:
+def save_measured(path: Path, measured: MeasuredLevel) -> None:
     facts = {
         "content": asdict(measured.content),
         "seconds": measured.seconds,
@@ -116,7 +116,7 @@ def save_measured(path: Path, measured: Measured) -> None:
         )
 
 
-def load_measured(path: Path) -> Measured | None:
+def load_measured(path: Path) -> MeasuredLevel | None:
     """None where nothing, or nothing whole, is kept."""
     if not path.is_file():
         return None
@@ -124,7 +124,7 @@ def load_measured(path: Path) -> Measured | None:
         with np.load(path, allow_pickle=False) as kept:
             facts = json.loads(str(kept["facts"]))
             lengths = [int(name.removeprefix("nats_")) for name in kept.files if name.startswith("nats_")]
-            return Measured(
+            return MeasuredLevel(
                 Content(**facts["content"]),
                 facts["seconds"],
                 {length: kept[f"nats_{length}"] for length in sorted(lengths)},

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_danube.intervals import Estimate, student
 from lightning_danube.quantization.levels import FULL, Level
-from lightning_danube.quantization.measured import Array, Measured
+from lightning_danube.quantization.measured import Array, MeasuredLevel
 
 TOLERANCES = (0.01, 0.05)
 """By what share the perplexity may rise in what is recommended."""
@@ -25,7 +25,7 @@ class Row:
     """One level. Changes are against the full model, paired over the same tokens or questions."""
 
     level: Level
-    measured: Measured
+    measured: MeasuredLevel
     nats: Array
     """(windows, tokens) of the first context length, on which everything but `by_length` is measured."""
     perplexity: Estimate
@@ -79,7 +79,7 @@ class Row:
         return values
 
 
-def rows_of(done: Mapping[Level, Measured], order: Sequence[Level], primary: int) -> list[Row]:
+def rows_of(done: Mapping[Level, MeasuredLevel], order: Sequence[Level], primary: int) -> list[Row]:
     """A row for each level that was measured, the full model first.
 
     Args:

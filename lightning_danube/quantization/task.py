@@ -24,7 +24,13 @@ from torch import Tensor
 
 from lightning_danube.quantization.decoders import check_finite, full_decoder, quantized_decoder
 from lightning_danube.quantization.levels import FULL, Level, parse_levels, why_not
-from lightning_danube.quantization.measured import Measured, RunningModel, load_measured, measured_key, save_measured
+from lightning_danube.quantization.measured import (
+    MeasuredLevel,
+    RunningModel,
+    load_measured,
+    measured_key,
+    save_measured,
+)
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.training.contract import WindowBatch, data_of
 from lightning_danube.weights.adapters import weights_digest
@@ -65,7 +71,7 @@ class QuantizationEvaluation(LightningModule):
         self.decoder = load_decoder(weights, dtype=torch.float32)
         self.config = self.decoder.config
         check_finite(self.decoder)
-        self.done: dict[Level, Measured] = {}
+        self.done: dict[Level, MeasuredLevel] = {}
         """What is known, from now or from before."""
         self.failed: dict[Level, str] = {}
         """Why a level is not."""
@@ -223,7 +229,7 @@ class QuantizationEvaluation(LightningModule):
         save_measured(self._kept(reading.level), measured)
         self.done[reading.level] = measured
 
-    def _with_cost(self, level: Level, file: Path | None, measured: Measured) -> Measured:
+    def _with_cost(self, level: Level, file: Path | None, measured: MeasuredLevel) -> MeasuredLevel:
         from lightning_danube.quantization.cost import measure_cost
 
         dtype = str(self.decoder.lm_head.weight.dtype).removeprefix("torch.")
@@ -332,8 +338,8 @@ class _Reading:
         self.divergence.append(divergence(wanted_NV, log_probabilities_NV).cpu().numpy())
         self.same_first.append((wanted_NV.argmax(-1) == log_probabilities_NV.argmax(-1)).cpu().numpy())
 
-    def result(self) -> Measured:
-        return Measured(
+    def result(self) -> MeasuredLevel:
+        return MeasuredLevel(
             self.model.content,
             time.monotonic() - self.began,
             {length: np.stack(windows) for length, windows in self.nats.items()},
