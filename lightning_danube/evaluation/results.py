@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning_danube.intervals import Estimate, normal, wilson
 
-Table = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
+TableName = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
@@ -43,7 +43,7 @@ class Measured:
         records: what is kept of each document, for jsonl.
     """
 
-    table: Table
+    table: TableName
     name: str
     title: str
     setting: str
