@@ -23,7 +23,7 @@ from lightning_danube.pretraining.mixture import IntArray, whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
-from lightning_danube.tokens.preparation import Part, open_or_prepare, prepare
+from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepare
 from lightning_danube.tokens.shards import TokenShards, TokenStream, shards_directory
 from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.contract import IGNORE_INDEX
@@ -135,7 +135,7 @@ class CurriculumData(LightningDataModule):
             self._check_trainer()
         self.seconds_to_prepare = self.prepare()
 
-    def prepare(self, part: Part | None = None) -> dict[str, float]:
+    def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
         """Makes the shards that are missing, or one part of them; the seconds that each source took."""
         return prepare(
             self.sources,

@@ -53,7 +53,7 @@ WORTH_PROCESSES = 1 << 23
 """Bytes of text below which starting processes costs more than it saves."""
 SHOWN_REJECTIONS = 5
 
-Part = tuple[int, int]
+WorkPart = tuple[int, int]
 """(number from 1, of how many) parts of the work, each done by another machine."""
 
 
@@ -65,7 +65,7 @@ def prepare(
     quality: Quality,
     cache_dir: Path,
     processes: int,
-    part: Part | None = None,
+    part: WorkPart | None = None,
 ) -> dict[str, float]:
     """Makes the shards of all sources that are not there yet; the seconds that each took, 0 for one that was there.
 
@@ -110,7 +110,7 @@ class Preparation:
         held_out: float,
         quality: Quality,
         cache_dir: Path,
-        part: Part | None = None,
+        part: WorkPart | None = None,
     ) -> None:
         self.directory, self.name, self.source, self.tokenizer = directory, name, source, tokenizer
         self.held_out, self.quality, self.cache_dir, self.part = held_out, quality, cache_dir, part
