@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from pandas.io.formats.style import Styler
 
 from lightning_danube.reports import runs
-from lightning_danube.reports.runs import PretrainingRun
+from lightning_danube.reports.runs import RecordedRun
 
 # Okabe and Ito's palette, made to be told apart with any kind of colour vision; a source looks the same in all figures.
 COLOURS = {
@@ -53,7 +53,7 @@ def table(frame: pd.DataFrame, name: str, digits: int = 1) -> Styler:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def stage_mixes(run: PretrainingRun) -> Figure:
+def stage_mixes(run: RecordedRun) -> Figure:
     """For each stage two bars of sources, planned and seen; a black mark where the paper has the end of web."""
     planned, seen = runs.planned_mix(run), runs.seen_mix(run)
     colours = source_colours(run.sources)
@@ -91,7 +91,7 @@ def stage_mixes(run: PretrainingRun) -> Figure:
     return figure
 
 
-def mix_over_tokens(run: PretrainingRun) -> Figure:
+def mix_over_tokens(run: RecordedRun) -> Figure:
     """The sources of what was really trained on, over the run."""
     mix = runs.mix_over_tokens(run)
     colours = source_colours(run.sources)
@@ -108,7 +108,7 @@ def mix_over_tokens(run: PretrainingRun) -> Figure:
     return figure
 
 
-def training_loss(run: PretrainingRun) -> Figure:
+def training_loss(run: RecordedRun) -> Figure:
     """Loss of the training batches over tokens."""
     loss = run.curve("loss/train")
     figure, (ax,) = new_figure(3.4)
@@ -119,7 +119,7 @@ def training_loss(run: PretrainingRun) -> Figure:
     return figure
 
 
-def held_out_losses(run: PretrainingRun) -> Figure:
+def held_out_losses(run: RecordedRun) -> Figure:
     """A panel a source: loss after each stage, and a dashed line for a model that only knows frequencies."""
     losses = runs.held_out_losses(run)
     baseline, after = losses.iloc[0], losses.iloc[1:]
@@ -151,7 +151,7 @@ def held_out_losses(run: PretrainingRun) -> Figure:
     return figure
 
 
-def optimization(run: PretrainingRun) -> Figure:
+def optimization(run: RecordedRun) -> Figure:
     """Learning rate and gradient norm over tokens."""
     rate, norm = run.curve("optimizer/learning_rate"), run.curve("optimizer/gradient_norm")
     figure, (top, bottom) = new_figure(4.6, rows=2, sharex=True)
@@ -173,7 +173,7 @@ def optimization(run: PretrainingRun) -> Figure:
     return figure
 
 
-def throughput(run: PretrainingRun) -> Figure:
+def throughput(run: RecordedRun) -> Figure:
     """Tokens a second between two logged steps, and, where a peak was given, the share of it."""
     rate = run.curve("throughput/tokens_per_second")
     has_peak = "throughput/mfu" in run.curves
@@ -228,7 +228,7 @@ def legend(figure: Figure, handles: Sequence[Any], title: str) -> None:
     drawn.get_title().set_fontsize(11)
 
 
-def over_tokens(axes: Sequence[Axes], run: PretrainingRun) -> None:
+def over_tokens(axes: Sequence[Axes], run: RecordedRun) -> None:
     """Tokens across, a dotted line where a stage begins, and above the first of `axes` the names of the stages."""
     spans = runs.stage_spans(run)
     end = int(spans["end"].max())

@@ -45,7 +45,7 @@ class MissingResult(ValueError):
 
 
 @dataclass(frozen=True)
-class PretrainingRun:
+class RecordedRun:
     """The files of one run.
 
     Args:
@@ -153,7 +153,7 @@ def committed_result(file: str) -> Path:
     raise MissingResult(f"there is no {RESULTS / file} here: start in a clone of the repository, or in its notebooks/")
 
 
-def read_run(directory: Path) -> PretrainingRun:
+def read_run(directory: Path) -> RecordedRun:
     """Reads a run's files.
 
     Raises:
@@ -184,13 +184,13 @@ def read_run(directory: Path) -> PretrainingRun:
     }
     frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
     frame.index.name = "step"
-    return PretrainingRun(directory, config, summary, frame, texts)
+    return RecordedRun(directory, config, summary, frame, texts)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-def overview(run: PretrainingRun) -> pd.DataFrame:
+def overview(run: RecordedRun) -> pd.DataFrame:
     """What was trained, and what it took."""
     decoder = run.config["model"]["init_args"]["decoder"]
     shape = decoder
@@ -210,7 +210,7 @@ def overview(run: PretrainingRun) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def stage_spans(run: PretrainingRun) -> pd.DataFrame:
+def stage_spans(run: RecordedRun) -> pd.DataFrame:
     """The stages that were entered: begin and end in tokens, the last one up to where the run stands."""
     numbers = run.curve("mix/stage").astype(int)
     # A resumed run announces its stage once more: the first time counts.
@@ -221,7 +221,7 @@ def stage_spans(run: PretrainingRun) -> pd.DataFrame:
     return pd.DataFrame({"begin": list(begins.values()), "end": ends}, index=pd.Index(names, name="stage"))
 
 
-def planned_mix(run: PretrainingRun) -> pd.DataFrame:
+def planned_mix(run: RecordedRun) -> pd.DataFrame:
     """Share of each source in each stage as the config has it."""
     rows = {}
     for stage in run.data["stages"]:
@@ -230,7 +230,7 @@ def planned_mix(run: PretrainingRun) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
 
-def seen_mix(run: PretrainingRun) -> pd.DataFrame:
+def seen_mix(run: RecordedRun) -> pd.DataFrame:
     """Share of each source in the tokens that each stage was trained on; NaN for a stage not begun."""
     rows = {
         stage["name"]: {source: stage["mix"][source] if stage["tokens"] else float("nan") for source in run.sources}
@@ -239,7 +239,7 @@ def seen_mix(run: PretrainingRun) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
 
-def web_shares(run: PretrainingRun) -> pd.DataFrame:
+def web_shares(run: RecordedRun) -> pd.DataFrame:
     """Tokens and share of the source `web` in each stage, planned and seen, beside the paper's."""
     planned, seen = planned_mix(run), seen_mix(run)
     stages = run.data["stages"]
@@ -258,7 +258,7 @@ def web_shares(run: PretrainingRun) -> pd.DataFrame:
     )
 
 
-def mix_over_tokens(run: PretrainingRun) -> pd.DataFrame:
+def mix_over_tokens(run: RecordedRun) -> pd.DataFrame:
     """Share of each source in the tokens since the row before."""
     seen = pd.DataFrame({source: run.curve(f"tokens_seen/{source}") for source in run.sources})
     news = seen.diff()
@@ -266,7 +266,7 @@ def mix_over_tokens(run: PretrainingRun) -> pd.DataFrame:
     return news.div(news.sum(axis=1), axis=0)
 
 
-def held_out_losses(run: PretrainingRun) -> pd.DataFrame:
+def held_out_losses(run: RecordedRun) -> pd.DataFrame:
     """Held-out loss by source, nats a token: of the unigram baseline, then after each stage that ended."""
     rows = {"unigram baseline": run.finished("unigram_loss")}
     for stage in run.finished("stages"):
@@ -275,7 +275,7 @@ def held_out_losses(run: PretrainingRun) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=run.sources)
 
 
-def text_samples(run: PretrainingRun) -> pd.DataFrame:
+def text_samples(run: RecordedRun) -> pd.DataFrame:
     """One row a validation and prompt: prompt, stage, tokens trained on, text.
 
     Raises:

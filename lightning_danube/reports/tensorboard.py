@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_danube.reports import runs
 from lightning_danube.reports.figures import COLOURS, INK, count, line, new_figure, source_colours
-from lightning_danube.reports.runs import MissingResult, PretrainingRun
+from lightning_danube.reports.runs import MissingResult, RecordedRun
 
 MEANINGS = {
     "loss/train": "mean loss of one batch, nats a token",
@@ -34,7 +34,7 @@ def meaning(tag: str) -> str:
     return MEANINGS[max(known, key=len)] if known else "not described here"
 
 
-def tags(run: PretrainingRun) -> pd.DataFrame:
+def tags(run: RecordedRun) -> pd.DataFrame:
     """A row a tag: points, the last value, what it says, and what in the config logs it."""
     task = run.config["model"].get("class_path", "the task")
     rows = {}
@@ -55,7 +55,7 @@ def _shown(value: float | str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def group(run: PretrainingRun, name: str) -> Figure:
+def group(run: RecordedRun, name: str) -> Figure:
     """The curves of a group of tags over tokens, a panel a tag, as TensorBoard lays them out.
 
     Raises:
@@ -84,7 +84,7 @@ def group(run: PretrainingRun, name: str) -> Figure:
     return figure
 
 
-def plan(run: PretrainingRun) -> str:
+def plan(run: RecordedRun) -> str:
     """What stands under `run/plan`, as Markdown.
 
     Raises:

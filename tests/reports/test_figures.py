@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lightning_danube.reports import figures, runs
-from lightning_danube.reports.runs import PretrainingRun
+from lightning_danube.reports.runs import RecordedRun
 
 DRAWN = [
     figures.stage_mixes,
@@ -23,13 +23,13 @@ DRAWN = [
 
 
 @pytest.fixture
-def run(tiny_run: Path) -> PretrainingRun:
+def run(tiny_run: Path) -> RecordedRun:
     return runs.read_run(tiny_run)
 
 
 @pytest.mark.parametrize("draw", DRAWN)
 def test_every_figure_can_be_drawn_and_every_axis_says_what_it_shows(
-    draw: Callable[[PretrainingRun], Figure], run: PretrainingRun, tmp_path: Path
+    draw: Callable[[RecordedRun], Figure], run: RecordedRun, tmp_path: Path
 ) -> None:
     figure = draw(run)
     figure.savefig(tmp_path / "figure.png")
@@ -41,7 +41,7 @@ def test_every_figure_can_be_drawn_and_every_axis_says_what_it_shows(
         assert ax.get_ylabel() or up > 1 or ax.get_yticklabels()[0].get_text().startswith("foundation, ")
 
 
-def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: PretrainingRun) -> None:
+def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: RecordedRun) -> None:
     (ax,) = figures.training_loss(run).axes
     loss = run.curve("loss/train")
     assert np.array_equal(ax.lines[0].get_xydata(), np.column_stack([loss.index, loss]))
@@ -50,7 +50,7 @@ def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: PretrainingRun)
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == [12 * 256, 20 * 256]  # type: ignore[index]
 
 
-def test_bars_are_as_long_as_the_shares(run: PretrainingRun) -> None:
+def test_bars_are_as_long_as_the_shares(run: RecordedRun) -> None:
     (ax,) = figures.stage_mixes(run).axes
     widths = [bar.get_width() for bar in ax.patches if bar.get_width()]  # type: ignore[attr-defined]
     planned, seen = runs.planned_mix(run), runs.seen_mix(run)
@@ -60,7 +60,7 @@ def test_bars_are_as_long_as_the_shares(run: PretrainingRun) -> None:
     assert marks == list(runs.PAPER_WEB_SHARES)
 
 
-def test_a_panel_a_source_shows_its_losses_against_the_baseline(run: PretrainingRun) -> None:
+def test_a_panel_a_source_shows_its_losses_against_the_baseline(run: RecordedRun) -> None:
     axes = figures.held_out_losses(run).axes
     assert [ax.get_title() for ax in axes] == run.sources
     for ax, source in zip(axes, run.sources, strict=True):
@@ -68,13 +68,13 @@ def test_a_panel_a_source_shows_its_losses_against_the_baseline(run: Pretraining
         assert list(ax.lines[1].get_ydata()) == [s["val_loss"][source] for s in run.summary["stages"]]  # type: ignore[arg-type]
 
 
-def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: PretrainingRun) -> None:
+def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: RecordedRun) -> None:
     assert len(figures.throughput(run).axes) == 2
     del run.curves["throughput/mfu"]
     assert len(figures.throughput(run).axes) == 1
 
 
-def test_a_figure_of_nothing_says_what_is_missing(run: PretrainingRun) -> None:
+def test_a_figure_of_nothing_says_what_is_missing(run: RecordedRun) -> None:
     del run.curves["throughput/tokens_per_second"]
     with pytest.raises(
         runs.MissingResult, match=r"name lightning_danube\.callbacks\.Throughput in trainer\.callbacks and train again"
@@ -82,7 +82,7 @@ def test_a_figure_of_nothing_says_what_is_missing(run: PretrainingRun) -> None:
         figures.throughput(run)
 
 
-def test_a_run_that_is_going_on_is_drawn_as_far_as_it_came(run: PretrainingRun, tmp_path: Path) -> None:
+def test_a_run_that_is_going_on_is_drawn_as_far_as_it_came(run: RecordedRun, tmp_path: Path) -> None:
     stage = run.summary["stages"][2]
     stage["tokens"], stage["val_loss"] = 0, {}
     for draw in DRAWN:
@@ -137,7 +137,7 @@ def test_tokens_are_counted_as_configs_write_them(tokens: float, said: str) -> N
     assert figures.count(tokens) == said
 
 
-def test_a_table_shows_what_is_missing_as_a_dash(run: PretrainingRun) -> None:
+def test_a_table_shows_what_is_missing_as_a_dash(run: RecordedRun) -> None:
     frame = runs.web_shares(run)
     frame.loc["finish", "web %, seen"] = float("nan")
     html = figures.table(frame, "shares").to_html()
