@@ -121,7 +121,7 @@ def training_loss(run: RecordedRun) -> Figure:
 
 def held_out_losses(run: RecordedRun) -> Figure:
     """A panel a source: loss after each stage, and a dashed line for a model that only knows frequencies."""
-    losses = runs.held_out_losses(run)
+    losses = runs.held_out_loss_table(run)
     baseline, after = losses.iloc[0], losses.iloc[1:]
     colours = source_colours(run.sources)
     columns = min(5, len(run.sources))

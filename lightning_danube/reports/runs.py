@@ -266,7 +266,7 @@ def mix_over_tokens(run: RecordedRun) -> pd.DataFrame:
     return news.div(news.sum(axis=1), axis=0)
 
 
-def held_out_losses(run: RecordedRun) -> pd.DataFrame:
+def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
     """Held-out loss by source, nats a token: of the unigram baseline, then after each stage that ended."""
     rows = {"unigram baseline": run.finished("unigram_loss")}
     for stage in run.finished("stages"):

@@ -105,7 +105,7 @@ def test_the_mix_over_tokens_adds_up_to_what_each_stage_saw(tiny_run: Path) -> N
 
 def test_held_out_losses_follow_the_baseline(tiny_run: Path) -> None:
     run = runs.read_run(tiny_run)
-    losses = runs.held_out_losses(run)
+    losses = runs.held_out_loss_table(run)
     assert list(losses.index) == ["unigram baseline", *(f"after {stage}" for stage in STAGES)]
     assert losses.loc["unigram baseline"].to_dict() == run.summary["unigram_loss"]
     assert losses.loc["after finish"].to_dict() == run.summary["val_loss"]
@@ -166,7 +166,7 @@ def test_a_run_that_stopped_early_reads_as_far_as_it_came(tiny: Path) -> None:
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "14"]) == 0
     run = runs.read_run(runs.newest_run(tiny / "runs", "tiny"))
     assert list(runs.stage_spans(run).index) == STAGES[:2]
-    assert list(runs.held_out_losses(run).index) == ["unigram baseline", "after foundation"]
+    assert list(runs.held_out_loss_table(run).index) == ["unigram baseline", "after foundation"]
     seen = runs.seen_mix(run)
     assert seen.loc["refinement"].notna().all() and seen.loc["finish"].isna().all()
 
@@ -179,7 +179,7 @@ def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
     going_on = (
         r"no summary\.json, .*`python -m lightning_danube fit --config runs/tiny/version_0/config\.yaml --ckpt_path"
     )
-    for part in (runs.overview, runs.held_out_losses, runs.seen_mix, runs.web_shares):
+    for part in (runs.overview, runs.held_out_loss_table, runs.seen_mix, runs.web_shares):
         with pytest.raises(runs.MissingResult, match=going_on):
             part(run)
     for ask, answer in (
