@@ -93,7 +93,7 @@ def stage_mixes(run: RecordedRun) -> Figure:
 
 def mix_over_tokens(run: RecordedRun) -> Figure:
     """The sources of what was really trained on, over the run."""
-    mix = runs.mix_over_tokens(run)
+    mix = runs.mix_table(run)
     colours = source_colours(run.sources)
     figure, (ax,) = new_figure(2.9)
     edges = np.concatenate([[0], mix.index.to_numpy()])

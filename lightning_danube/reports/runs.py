@@ -258,7 +258,7 @@ def web_shares(run: RecordedRun) -> pd.DataFrame:
     )
 
 
-def mix_over_tokens(run: RecordedRun) -> pd.DataFrame:
+def mix_table(run: RecordedRun) -> pd.DataFrame:
     """Share of each source in the tokens since the row before."""
     seen = pd.DataFrame({source: run.curve(f"tokens_seen/{source}") for source in run.sources})
     news = seen.diff()

@@ -95,7 +95,7 @@ def test_shares_in_any_unit_are_normalised(copied_run: Path) -> None:
 
 def test_the_mix_over_tokens_adds_up_to_what_each_stage_saw(tiny_run: Path) -> None:
     run = runs.read_run(tiny_run)
-    mix = runs.mix_over_tokens(run)
+    mix = runs.mix_table(run)
     assert list(mix.index) == [256 * step for step in range(1, 27)]
     assert mix.sum(axis=1).to_numpy() == pytest.approx(1)
     for stage, (begin, end) in zip(run.summary["stages"], runs.stage_spans(run).to_numpy(), strict=True):
@@ -187,7 +187,7 @@ def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
             runs.stage_spans,
             r"logged no mix/stage: name lightning_danube\.callbacks\.CurriculumStages in trainer\.callbacks",
         ),
-        (runs.mix_over_tokens, r"logged no tokens_seen/web: name lightning_danube\.callbacks\.TokenLedger"),
+        (runs.mix_table, r"logged no tokens_seen/web: name lightning_danube\.callbacks\.TokenLedger"),
         (runs.text_samples, r"no text samples: name lightning_danube\.callbacks\.TextSamples"),
     ):
         with pytest.raises(runs.MissingResult, match=answer):
