@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.callbacks.summary import held_out_losses
+from lightning_danube.callbacks.summary import last_held_out_losses
 from lightning_danube.callbacks.throughput import Throughput
 from lightning_danube.chat.data import ChatData
 from lightning_danube.files import write_json
@@ -77,7 +77,7 @@ class ChatSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            self._before = held_out_losses(trainer)
+            self._before = last_held_out_losses(trainer)
             self._answers_before = self._answer(trainer, pl_module)
         elif trainer.state.fn == "fit":
             self._validated_step = trainer.global_step
@@ -86,7 +86,7 @@ class ChatSummary(Callback):
             self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        after = held_out_losses(trainer)
+        after = last_held_out_losses(trainer)
         answers = self._answer(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -179,7 +179,7 @@ class ChatSummary(Callback):
         self._report_evaluation(trainer, pl_module, None)
 
     def _report_evaluation(self, trainer: Trainer, pl_module: LightningModule, limit: int | None) -> None:
-        data, losses = chat_data_of(trainer), held_out_losses(trainer)
+        data, losses = chat_data_of(trainer), last_held_out_losses(trainer)
         if not trainer.is_global_zero:
             return
         tokens = data.evaluation_tokens(limit)

@@ -94,7 +94,7 @@ class PretrainingSummary(Callback):
             return
         # A stage that a changed config ended at the place of the resume has no validation of its own.
         before = (self._stage_losses + [{}] * k)[:k]
-        self._stage_losses = [*before, held_out_losses(trainer)]
+        self._stage_losses = [*before, last_held_out_losses(trainer)]
         summary = self._fit_summary(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_json(run_directory(trainer) / "summary.json", summary)
@@ -205,7 +205,7 @@ class PretrainingSummary(Callback):
         """Prints and writes the result of `validate` (limited rows) or `test` (all)."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, CurriculumData)
-        losses, tokens = held_out_losses(trainer), data.evaluation_tokens(limit)
+        losses, tokens = last_held_out_losses(trainer), data.evaluation_tokens(limit)
         summary = {
             "weights": str(trainer.ckpt_path),
             "precision": trainer.precision,
@@ -237,7 +237,7 @@ def in_bits_per_byte(losses: dict[str, float], factors: dict[str, float]) -> dic
     return {name: loss * factors[name] for name, loss in losses.items()}
 
 
-def held_out_losses(trainer: Trainer) -> dict[str, float]:
+def last_held_out_losses(trainer: Trainer) -> dict[str, float]:
     """Source → nats a token, of the last validation."""
     return {
         name.removeprefix("loss/held_out_"): float(value)
