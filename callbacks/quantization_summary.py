@@ -87,10 +87,10 @@ class QuantizationSummary(Callback):
             blocks.append(cost_table(rows))
         notes = [*failure_notes(task), *fallback_notes(rows)]
         notes += [f"{row.level.name}: {row.measured.cost_reason}" for row in rows if row.measured.cost_reason]
-        told = ["", *(text_table(*block) + "\n" for block in blocks), legend(rows), *notes, "", *advice]
+        told = ["", *(text_table(*block) + "\n" for block in blocks), table_legend(rows), *notes, "", *advice]
         directory = run_directory(trainer)
         directory.mkdir(parents=True, exist_ok=True)
-        write_markdown(directory / "quantization.md", task, data, blocks, [legend(rows), *notes], advice)
+        write_markdown(directory / "quantization.md", task, data, blocks, [table_legend(rows), *notes], advice)
         write_parquet(directory / "quantization.parquet", flat_rows(rows, failed))
         write_json(
             directory / "summary.json",
@@ -182,7 +182,7 @@ def cost_table(rows: Sequence[Row]) -> Table:
     return header, body
 
 
-def legend(rows: Sequence[Row]) -> str:
+def table_legend(rows: Sequence[Row]) -> str:
     first = rows[0].flat()
     text = (
         f"{first['tokens']:,} tokens in {first['windows']:,} windows count; intervals: 95 %, over windows; change: "
