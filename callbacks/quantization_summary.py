@@ -32,7 +32,7 @@ class QuantizationSummary(Callback):
         self._told: set[Level] = set()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, task = parts_of(trainer)
+        data, task = quantization_of(trainer)
         windows = ", ".join(f"{len(data.windows(length)):,} windows of {length:,}" for length in data.context_lengths)
         lines = [
             f"model: {task.config.parameters:,} parameters, {task.weights}",
@@ -49,7 +49,7 @@ class QuantizationSummary(Callback):
 
     def _tell(self, trainer: Trainer) -> None:
         """A line for each level that is finished."""
-        data, task = parts_of(trainer)
+        data, task = quantization_of(trainer)
         for level in [*task.done, *task.failed]:
             if level in self._told or level in task.reused:
                 continue
@@ -67,7 +67,7 @@ class QuantizationSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt | Stopped):
-            _, task = parts_of(trainer)
+            _, task = quantization_of(trainer)
             wanted = len(task.levels) + 1
             say(
                 trainer,
@@ -76,7 +76,7 @@ class QuantizationSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tell(trainer)
-        data, task = parts_of(trainer)
+        data, task = quantization_of(trainer)
         rows = rows_of(task.done, task.levels, data.context_lengths[0])
         failed = {level.name: task.failed[level] for level in task.levels if level in task.failed}
         advice = recommendation(rows)
@@ -113,7 +113,7 @@ class QuantizationSummary(Callback):
         say(trainer, "\n".join([*told, f"written to {directory}"]))
 
 
-def parts_of(trainer: Trainer) -> tuple[TextWindows, QuantizationEvaluation]:
+def quantization_of(trainer: Trainer) -> tuple[TextWindows, QuantizationEvaluation]:
     """
     Raises:
         ValueError: the run is of another task.
