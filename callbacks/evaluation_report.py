@@ -42,7 +42,7 @@ class EvaluationReport(Callback):
         self._began = self._last_line = time.monotonic()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, task = parts_of(trainer)
+        data, task = evaluation_of(trainer)
         self._began = self._last_line = time.monotonic()
         task.asked.on_progress = lambda title, done, total: self._progress(trainer, title, done, total)
         names = ", ".join(part.title for part in data.parts)
@@ -63,7 +63,7 @@ class EvaluationReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        _, task = parts_of(trainer)
+        _, task = evaluation_of(trainer)
         directory = run_directory(trainer)
         for row in task.results:
             if row.records:
@@ -74,7 +74,7 @@ class EvaluationReport(Callback):
         self._write(directory, task)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _, task = parts_of(trainer)
+        _, task = evaluation_of(trainer)
         directory = run_directory(trainer)
         for table in TITLES:
             rows = [row for row in task.results if row.table == table]
@@ -258,7 +258,7 @@ def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any
     return figure
 
 
-def parts_of(trainer: Trainer) -> tuple[EvaluationData, Evaluation]:
+def evaluation_of(trainer: Trainer) -> tuple[EvaluationData, Evaluation]:
     """
     Raises:
         ValueError: the run is of another task.
