@@ -59,7 +59,7 @@ class ClassificationSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
-        data, task = parts_of(trainer)
+        data, task = classification_of(trainer)
         trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
         head = task.head.weight.numel()
         lines = [
@@ -85,7 +85,7 @@ class ClassificationSummary(Callback):
         self._first_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, task = parts_of(trainer)
+        data, task = classification_of(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer)
@@ -139,10 +139,10 @@ class ClassificationSummary(Callback):
         self._report_evaluation(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        report_rejected(trainer, parts_of(trainer)[0])
+        report_rejected(trainer, classification_of(trainer)[0])
 
     def _report_evaluation(self, trainer: Trainer, split: str) -> None:
-        data, task = parts_of(trainer)
+        data, task = classification_of(trainer)
         if not trainer.is_global_zero:
             return
         assert task.latest is not None
@@ -155,7 +155,7 @@ class ClassificationSummary(Callback):
 
     def _report(self, trainer: Trainer, split: str, model: Classified) -> dict[str, Any]:
         """Prints the scores of a split, draws them, and returns what belongs into summary.json."""
-        data, task = parts_of(trainer)
+        data, task = classification_of(trainer)
         classes_N = model.classes_N
         systems = {
             "majority": ("majority class", self._majority(data, split)),
@@ -282,7 +282,7 @@ def report_rejected(trainer: Trainer, data: ClassificationData) -> None:
     say(trainer, "\n".join(lines))
 
 
-def parts_of(trainer: Trainer) -> tuple[ClassificationData, TextClassification]:
+def classification_of(trainer: Trainer) -> tuple[ClassificationData, TextClassification]:
     """
     Raises:
         ValueError: the run is of another task.
