@@ -90,7 +90,7 @@ class Judge(Callback):
         assert isinstance(pl_module, Evaluation)
         row = pl_module.results.pop()
         graded = self._grade(trainer, pl_module, part, gradings_of(part, row.records))
-        pl_module.results += rows_of(part, row, graded, self.client.model)
+        pl_module.results += graded_rows(part, row, graded, self.client.model)
 
     def _grade(
         self, trainer: Trainer, task: Evaluation, part: ChatQuestions, gradings: Sequence[Grading]
@@ -170,7 +170,7 @@ def gradings_of(part: ChatQuestions, records: Sequence[dict[str, Any]]) -> list[
     return gradings
 
 
-def rows_of(
+def graded_rows(
     part: ChatQuestions, row: Measured, graded: Sequence[tuple[Grading, Judgement]], judge: str
 ) -> list[Measured]:
     """The rows of the report: of MT-Bench one a turn and their average. What has no grade counts nowhere but in a
