@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lightning_danube.model import PRESETS
 from lightning_danube.reports.figures import INK, legend, new_figure
 from lightning_danube.reports.runs import MissingResult
-from lightning_danube.reports.studies import MARKS, command_of, read_study
+from lightning_danube.reports.studies import MARKS, read_study, study_command
 from lightning_danube.studies.scaling import PAPER_RUNS, SIZE, TOKENS, Law, Point, fit_law, points_of, predict_largest
 
 
@@ -26,7 +26,7 @@ def read_ladder(runs: str, name: str, metric: str) -> tuple[pd.DataFrame, Law]:
     try:
         return study, fit_law(points(study, metric))
     except ValueError as error:
-        raise MissingResult(f"{error}: `{command_of(name)} --resume` goes on with {name}") from None
+        raise MissingResult(f"{error}: `{study_command(name)} --resume` goes on with {name}") from None
 
 
 def points(study: pd.DataFrame, metric: str) -> list[Point]:

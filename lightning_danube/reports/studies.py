@@ -52,7 +52,7 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
     elif "error" in frame:
         frame = frame[frame["error"].isna()]
     if frame.empty:
-        raise MissingResult(f"no run of {name} came to its end: `{command_of(name)} --resume` goes on with it")
+        raise MissingResult(f"no run of {name} came to its end: `{study_command(name)} --resume` goes on with it")
     frame = frame.reset_index(drop=True)
     frame.attrs["planned"] = planned
     committed = file.name != "study.parquet"
@@ -78,10 +78,10 @@ def _file(runs: str | Path, name: str, kind: str) -> Path:
     try:
         return committed_result(f"studies/{name}.{kind}")
     except MissingResult:
-        raise MissingResult(f"there is no result of the study {name}: `{command_of(name)}` makes one") from None
+        raise MissingResult(f"there is no result of the study {name}: `{study_command(name)}` makes one") from None
 
 
-def command_of(name: str) -> str:
+def study_command(name: str) -> str:
     """What runs a study of the project."""
     return f"{as_typed()} study --config studies/{name}"
 
