@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from lightning_danube.model import DecoderConfig
 from lightning_danube.reports.figures import FAINT, INK, legend, new_figure
 from lightning_danube.reports.runs import committed_result
-from lightning_danube.reports.studies import MARKS, differences
+from lightning_danube.reports.studies import MARKS, paired_differences
 from lightning_danube.yaml_files import read_config
 
 SPEEDS = "grouped-queries-2026-11-24.parquet"
@@ -46,7 +46,7 @@ def decoders(config: str) -> pd.DataFrame:
 
 def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseline: str) -> Figure:
     """The difference in loss from the baseline, with its 95 % interval, over what a token leaves in the cache."""
-    found = differences(study, [metric], baseline).loc[metric]
+    found = paired_differences(study, [metric], baseline).loc[metric]
     figure, (ax,) = new_figure(3.2)
     cache = shapes["cache, bytes a token"]
     ax.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))

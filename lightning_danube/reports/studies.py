@@ -109,7 +109,7 @@ def means(study: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return groups[list(metrics)].mean().assign(seeds=groups.size())[["seeds", *metrics]].rename_axis(None)
 
 
-def differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> pd.DataFrame:
+def paired_differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> pd.DataFrame:
     """A row a metric and variant: the mean difference from the baseline, paired by seed, with Student's 95 % interval
     and p, adjusted by Holm among the variants of a metric."""
     rows = []
@@ -146,7 +146,7 @@ def verdicts(study: pd.DataFrame, metric: str, baseline: str, better: Literal["l
 def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
     """Differences from the baseline with their intervals, a panel a metric; black and filled where chance is ruled
     out."""
-    found = differences(study, metrics, baseline)
+    found = paired_differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
     columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     rows = -(-len(metrics) // columns)

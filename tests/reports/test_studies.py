@@ -41,7 +41,7 @@ def test_complete_runs_are_read_with_their_origin(heads: pd.DataFrame) -> None:
 
 
 def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None:
-    found = studies.differences(heads, ["loss"], "mha")
+    found = studies.paired_differences(heads, ["loss"], "mha")
     assert list(found.index) == [("loss", "gqa"), ("loss", "mqa")]
     gqa, mqa = found.loc[("loss", "gqa")], found.loc[("loss", "mqa")]
     assert gqa["difference"] == pytest.approx(-0.5 + 14 / 3000) and gqa["low"] < gqa["difference"] < gqa["high"]
