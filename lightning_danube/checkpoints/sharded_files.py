@@ -29,7 +29,7 @@ def load_into(tensors: dict[str, Tensor], path: Path) -> None:
     load_together(tensors, storage_reader=_reader(path))
 
 
-def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def tensor_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Of every tensor in it."""
     index: Any = _reader(path).read_metadata()
     return {name: (entry.size, entry.properties.dtype) for name, entry in index.state_dict_metadata.items()}
@@ -39,7 +39,9 @@ def load_whole(path: Path, wanted: Callable[[str], bool] = lambda name: True) ->
     """The tensors of that name, each in one piece, in the memory of this process alone."""
     from torch.distributed.checkpoint import load as load_together
 
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(path).items() if wanted(name)}
+    tensors = {
+        name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(path).items() if wanted(name)
+    }
     load_together(tensors, storage_reader=_reader(path), no_dist=True)
     return tensors
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_danube.checkpoints import sharded as sharded_checkpoints
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import Saver, numbered
-from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, shapes
+from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, tensor_shapes
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -116,7 +116,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(rest)
         tensors = {WEIGHT + name: tensor for name, tensor in weights.items()}
-        saved = shapes(path)
+        saved = tensor_shapes(path)
         for number, optimizer in enumerate(self.optimizers):
             parameter_of = {self._names()[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
             prefix = f"{MOMENT}{number}/"

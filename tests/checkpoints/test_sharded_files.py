@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from lightning_danube.checkpoints.files import FILES, damage, prepare_directory, remove_checkpoint
-from lightning_danube.checkpoints.sharded_files import REST, load_whole, shapes
+from lightning_danube.checkpoints.sharded_files import REST, load_whole, tensor_shapes
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.huggingface import load_checkpoint
@@ -51,7 +51,7 @@ def test_it_is_read_as_a_checkpoint_of_one_file(directory: Path) -> None:
 
 
 def test_weights_alone_leave_the_moments_on_the_disk(directory: Path) -> None:
-    assert "optimizer/0/exp_avg/decoder.lm_head.weight" in shapes(directory)
+    assert "optimizer/0/exp_avg/decoder.lm_head.weight" in tensor_shapes(directory)
     assert all(name.startswith("weight/") for name in load_whole(directory, lambda name: name.startswith("weight/")))
 
 
