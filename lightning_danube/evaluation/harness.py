@@ -52,7 +52,7 @@ SHOTS_SEED = 1234
 HEAD_ROWS = 256
 """Tokens whose logits exist at once."""
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class MissingData(Exception):
@@ -76,7 +76,7 @@ class DecoderLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_tokens: int = 8192,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         super().__init__()
         self.decoder, self.tokenizer = decoder, tokenizer
