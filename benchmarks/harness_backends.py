@@ -62,7 +62,7 @@ def main() -> None:
 
 def compared(name: str, arguments: argparse.Namespace, ours: Any, theirs: Any) -> str:
     (task,) = academic_tasks([name])
-    prepared = harness.prepare(task, arguments.directory, arguments.limit, seed=0)
+    prepared = harness.prepare_task(task, arguments.directory, arguments.limit, seed=0)
     expected, their_seconds, their_cpu = timed(theirs, prepared)
     found, seconds, cpu = timed(ours, prepared)
     difference, same, requests, same_scores = 0.0, 0, 0, 0

@@ -322,7 +322,7 @@ class PreparedTask:
         return sum(map(len, self.samples.values()))
 
 
-def prepare(task: AcademicTask, directory: Path | None, limit: int | None, seed: int) -> PreparedTask:
+def prepare_task(task: AcademicTask, directory: Path | None, limit: int | None, seed: int) -> PreparedTask:
     """The questions of a task, from the hub, or from files below a directory.
 
     Args:

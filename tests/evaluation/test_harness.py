@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_harness_own_backend(
     monkeypatch.setattr(harness, "NEW_TOKENS", 16)
     monkeypatch.setattr(HFLM, "max_gen_toks", 16)
     (decoder, tokenizer), theirs = exported(directory / "model", context)
-    prepared = harness.prepare(with_fewer_shots(name, 2), directory, None, seed=0)
+    prepared = harness.prepare_task(with_fewer_shots(name, 2), directory, None, seed=0)
     assert prepared.documents == 6 and not prepared.notes
     lm = harness.DecoderLM(decoder, tokenizer, batch_tokens=batch_tokens)
     mine, expected = harness.run(lm, prepared), harness.run(theirs, prepared)
@@ -126,7 +126,7 @@ def test_questions_in_a_chat_template_are_those_of_the_harness_own_backend(
     monkeypatch.setattr(harness, "NEW_TOKENS", 16)
     monkeypatch.setattr(HFLM, "max_gen_toks", 16)
     (decoder, tokenizer), theirs = exported(directory / "model", 2048)
-    prepared = harness.prepare(with_fewer_shots(name, 2), directory, None, seed=0)
+    prepared = harness.prepare_task(with_fewer_shots(name, 2), directory, None, seed=0)
     lm = harness.DecoderLM(decoder, tokenizer)
     mine, expected = (harness.run(model, prepared, chat_template=True) for model in (lm, theirs))
     assert mine.samples[0]["arguments"][0][0].count("<bos>") == 5  # two examples of two turns, and the question
@@ -157,13 +157,13 @@ def test_what_is_not_there_is_replaced_where_a_note_can_say_by_what(directory: P
     folder = directory / LAYOUTS["arc_challenge"][0]
     task = with_fewer_shots("arc_challenge", 3)
     (folder / "test.jsonl").rename(folder / "validation.jsonl")
-    prepared = harness.prepare(task, directory, None, seed=0)
+    prepared = harness.prepare_task(task, directory, None, seed=0)
     assert prepared.notes == ["asked are the questions of validation, as those of test are not there"]
     (folder / "train.jsonl").unlink()
-    prepared = harness.prepare(task, directory, None, seed=0)
+    prepared = harness.prepare_task(task, directory, None, seed=0)
     assert prepared.notes[1:] == ["the examples are other questions of validation"]
     (folder / "validation.jsonl").rename(folder / "test.jsonl")
-    prepared = harness.prepare(task, directory, None, seed=0)
+    prepared = harness.prepare_task(task, directory, None, seed=0)
     assert prepared.notes == ["the examples are other questions of test"]
 
 
@@ -177,7 +177,7 @@ def test_a_question_is_never_its_own_example(split: str, directory: Path) -> Non
         (folder / f"{name}.jsonl").unlink()
     questions = [arc(n) for n in range(4)]
     write(folder / f"{split}.jsonl", questions)
-    prepared = harness.prepare(with_fewer_shots("arc_challenge", 3), directory, None, seed=0)
+    prepared = harness.prepare_task(with_fewer_shots("arc_challenge", 3), directory, None, seed=0)
     lm = CountingLM()
     harness.run(lm, prepared)
     for number, (prompt, _) in enumerate(lm.asked[::4]):
@@ -202,7 +202,7 @@ def test_a_group_is_asked_with_as_many_examples_as_there_are(directory: Path) ->
         ]
         write(directory / "cais" / "mmlu" / subject / "dev.jsonl", rows[:5])
         write(directory / "cais" / "mmlu" / subject / "test.jsonl", rows[5:])
-    prepared = harness.prepare(TASKS["mmlu"], directory, 60, seed=0)
+    prepared = harness.prepare_task(TASKS["mmlu"], directory, 60, seed=0)
     assert len(prepared.parts) == 57 and prepared.documents == 60 and prepared.available == 114
     lm = CountingLM()
     answered = harness.run(lm, prepared)
@@ -236,17 +236,17 @@ def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
     from lightning_danube.evaluation import harness
 
     with pytest.raises(harness.MissingData, match="there are 6 examples, too few for 25 before each question"):
-        harness.prepare(TASKS["arc_challenge"], directory, None, seed=0)
+        harness.prepare_task(TASKS["arc_challenge"], directory, None, seed=0)
 
     with pytest.raises(harness.MissingData, match=r"there is no .*/baber/piqa/validation.jsonl"):
-        harness.prepare(TASKS["piqa"], directory, None, seed=0)
+        harness.prepare_task(TASKS["piqa"], directory, None, seed=0)
     write(
         directory / "cais" / "mmlu" / "anatomy" / "test.jsonl", [{"question": "?", "choices": ["a"] * 4, "answer": 0}]
     )
     with pytest.raises(harness.MissingData, match=r"56 of 57 parts: there is no .*/cais/mmlu/\w+/test.jsonl"):
-        harness.prepare(with_fewer_shots("mmlu", 0), directory, None, seed=0)
+        harness.prepare_task(with_fewer_shots("mmlu", 0), directory, None, seed=0)
     with pytest.raises(harness.MissingData, match="Rowan/hellaswag cannot be loaded from the hub"):
-        harness.prepare(TASKS["hellaswag"], None, None, seed=0)
+        harness.prepare_task(TASKS["hellaswag"], None, None, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -266,14 +266,14 @@ def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory:
     write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [arc(1), arc(2), row])
     task = with_fewer_shots("arc_challenge", 1)
     if message is None:  # an empty question is one
-        assert harness.prepare(task, directory, None, seed=0).documents == 3
+        assert harness.prepare_task(task, directory, None, seed=0).documents == 3
         return
     with pytest.raises(ValueError, match=message):
-        harness.prepare(task, directory, None, seed=0)
+        harness.prepare_task(task, directory, None, seed=0)
     if "cannot use" in message:  # of the first row it is told, too
         write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [row, arc(1)])
         with pytest.raises(ValueError, match=r"test.jsonl, row 1: the task arc_challenge cannot use it"):
-            harness.prepare(task, directory, None, seed=0)
+            harness.prepare_task(task, directory, None, seed=0)
 
 
 def test_a_limit_takes_of_each_part_its_share() -> None:
@@ -292,7 +292,7 @@ def test_more_new_tokens_than_the_context_has_are_a_row_that_says_so(directory: 
     from lightning_danube.evaluation import harness
 
     (decoder, tokenizer), _ = exported(directory / "model", 96)
-    prepared = harness.prepare(with_fewer_shots("gsm8k", 0), directory, None, seed=0)
+    prepared = harness.prepare_task(with_fewer_shots("gsm8k", 0), directory, None, seed=0)
     with pytest.raises(harness.MissingData, match="answers have 256 tokens, and the context of the model is 96"):
         harness.run(harness.DecoderLM(decoder, tokenizer), prepared)
 

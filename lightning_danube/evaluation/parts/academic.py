@@ -39,7 +39,7 @@ class AcademicQuestions(Part):
         from lightning_danube.evaluation import harness
 
         try:
-            self.prepared = harness.prepare(self.task, self.directory, self.limit, self.seed)
+            self.prepared = harness.prepare_task(self.task, self.directory, self.limit, self.seed)
         except harness.MissingData as missing:
             self.missing = str(missing)
 
