@@ -95,7 +95,7 @@ def compared(name: str, arguments: argparse.Namespace, ours: Any, theirs: Any) -
 
 def timed(lm: Any, prepared: harness.PreparedTask) -> tuple[harness.Answered, float, float]:
     clock, cpu = time.monotonic(), time.process_time()
-    answered = harness.run(lm, prepared)
+    answered = harness.ask(lm, prepared)
     return answered, time.monotonic() - clock, time.process_time() - cpu
 
 

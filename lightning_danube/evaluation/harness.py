@@ -530,7 +530,7 @@ class Answered(NamedTuple):
     samples: list[dict[str, Any]]
 
 
-def run(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answered:
+def ask(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answered:
     """Asks the questions.
 
     Args:

@@ -102,7 +102,7 @@ def test_answers_are_those_of_the_harness_own_backend(
     prepared = harness.prepare_task(with_fewer_shots(name, 2), directory, None, seed=0)
     assert prepared.documents == 6 and not prepared.notes
     lm = harness.DecoderLM(decoder, tokenizer, batch_tokens=batch_tokens)
-    mine, expected = harness.run(lm, prepared), harness.run(theirs, prepared)
+    mine, expected = harness.ask(lm, prepared), harness.ask(theirs, prepared)
     assert mine.values.keys() == expected.values.keys() and mine.values
     assert (lm.truncated > 0) == (context == 96)
     for ours, reference in zip(mine.samples, expected.samples, strict=True):
@@ -128,7 +128,7 @@ def test_questions_in_a_chat_template_are_those_of_the_harness_own_backend(
     (decoder, tokenizer), theirs = exported(directory / "model", 2048)
     prepared = harness.prepare_task(with_fewer_shots(name, 2), directory, None, seed=0)
     lm = harness.DecoderLM(decoder, tokenizer)
-    mine, expected = (harness.run(model, prepared, chat_template=True) for model in (lm, theirs))
+    mine, expected = (harness.ask(model, prepared, chat_template=True) for model in (lm, theirs))
     assert mine.samples[0]["arguments"][0][0].count("<bos>") == 5  # two examples of two turns, and the question
     for ours, reference in zip(mine.samples, expected.samples, strict=True):
         assert ours["arguments"] == reference["arguments"]
@@ -179,7 +179,7 @@ def test_a_question_is_never_its_own_example(split: str, directory: Path) -> Non
     write(folder / f"{split}.jsonl", questions)
     prepared = harness.prepare_task(with_fewer_shots("arc_challenge", 3), directory, None, seed=0)
     lm = CountingLM()
-    harness.run(lm, prepared)
+    harness.ask(lm, prepared)
     for number, (prompt, _) in enumerate(lm.asked[::4]):
         for other, question in enumerate(questions):
             assert prompt.count(question["question"]) == 1, (number, other)
@@ -205,7 +205,7 @@ def test_a_group_is_asked_with_as_many_examples_as_there_are(directory: Path) ->
     prepared = harness.prepare_task(TASKS["mmlu"], directory, 60, seed=0)
     assert len(prepared.parts) == 57 and prepared.documents == 60 and prepared.available == 114
     lm = CountingLM()
-    answered = harness.run(lm, prepared)
+    answered = harness.ask(lm, prepared)
     assert len(answered.values["acc"]) == 60 and len(lm.asked) == 240
     assert lm.asked[0][0].count("Answer:") == 6
 
@@ -294,7 +294,7 @@ def test_more_new_tokens_than_the_context_has_are_a_row_that_says_so(directory: 
     (decoder, tokenizer), _ = exported(directory / "model", 96)
     prepared = harness.prepare_task(with_fewer_shots("gsm8k", 0), directory, None, seed=0)
     with pytest.raises(harness.MissingData, match="answers have 256 tokens, and the context of the model is 96"):
-        harness.run(harness.DecoderLM(decoder, tokenizer), prepared)
+        harness.ask(harness.DecoderLM(decoder, tokenizer), prepared)
 
 
 def test_the_command_line_reports_what_was_run_and_what_was_not(

@@ -60,7 +60,7 @@ class AcademicQuestions(Part):
             progress=lambda done, total: model.progress(task.title, done, total),
         )
         try:
-            answered = harness.run(lm, self.prepared, chat_template=model.chat_template)
+            answered = harness.ask(lm, self.prepared, chat_template=model.chat_template)
         except harness.MissingData as missing:
             row.not_run = str(missing)
             return [row]
