@@ -28,7 +28,7 @@ FIRST_BUCKET = 64
 
 
 @dataclass(frozen=True)
-class TextRows(Part):
+class RunningText(Part):
     """The part of an evaluation that is running text of one source.
 
     Documents stand one after the other as in training, cut into rows without regard to their ends, so that texts of the
@@ -93,7 +93,7 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
 
 def text_rows(
     name: str, source: Source, rows: int, length: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
-) -> TextRows:
+) -> RunningText:
     """The first rows of a source.
 
     Raises:
@@ -119,4 +119,4 @@ def text_rows(
             "data.context_length"
         )
     ids_NT = np.concatenate(parts)[: min(rows, found) * length].reshape(-1, length)
-    return TextRows(name, ids_NT, [len(str(tokenizer.decode(row[1:].tolist())).encode()) for row in ids_NT])
+    return RunningText(name, ids_NT, [len(str(tokenizer.decode(row[1:].tolist())).encode()) for row in ids_NT])
