@@ -24,7 +24,7 @@ from lightning_danube.pretraining.order import OrderFacts, check_order, stream_i
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepare
-from lightning_danube.tokens.shards import TokenShards, TokenStream, shards_directory
+from lightning_danube.tokens.shards import TokenSequence, TokenShards, shards_directory
 from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
@@ -364,7 +364,7 @@ class CurriculumData(LightningDataModule):
         return losses
 
 
-def evaluation_rows(stream: TokenStream, context_length: int, limit: int | None) -> int:
+def evaluation_rows(stream: TokenSequence, context_length: int, limit: int | None) -> int:
     """Rows of a held-out stream, the last one possibly short; at most `limit`."""
     rows = math.ceil((len(stream) - 1) / context_length)
     return rows if limit is None else min(rows, limit)
@@ -405,7 +405,7 @@ class TrainingRows(Dataset[Any]):
     shared memory, whose setting up costs a loader process many times what it takes to read the rows.
     """
 
-    def __init__(self, streams: Sequence[TokenStream], context_length: int, document_end: int | None) -> None:
+    def __init__(self, streams: Sequence[TokenSequence], context_length: int, document_end: int | None) -> None:
         self.streams, self.context_length, self.document_end = streams, context_length, document_end
         self._pinned = torch.cuda.is_available()
 
@@ -458,7 +458,7 @@ class EvaluationBatches(Dataset[Any]):
     def __init__(
         self,
         source: str,
-        stream: TokenStream,
+        stream: TokenSequence,
         batches: list[list[int]],
         context_length: int,
         padding: int,

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_danube.tokens.shards import TokenStream
+from lightning_danube.tokens.shards import TokenSequence
 
 _WINDOWS, _WINDOW = 256, 1024
 _WAY_OUT = "or begin a new run without --ckpt_path"
@@ -31,7 +31,7 @@ class OrderFacts:
     sources: dict[str, dict[str, Any]]
 
 
-def stream_identity(stream: TokenStream) -> dict[str, Any]:
+def stream_identity(stream: TokenSequence) -> dict[str, Any]:
     """Tells one source's tokens from another's by content: the same shards on another machine are the same source.
 
     The digest reads windows spread over the whole, not all of it, which could be terabytes.

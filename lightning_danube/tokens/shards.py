@@ -223,7 +223,7 @@ class TokenShards:
                         f"{file['sha256'][:12]}…): {_REMEDY.format(self.directory)}"
                     )
 
-    def tokens(self, split: str) -> TokenStream:
+    def tokens(self, split: str) -> TokenSequence:
         """The concatenated documents of a split.
 
         Raises:
@@ -248,10 +248,10 @@ class TokenShards:
                 )
             segments += chunks
             files += [path] * len(chunks)
-        return TokenStream(segments, self._dtype, self._vocab_size, files)
+        return TokenSequence(segments, self._dtype, self._vocab_size, files)
 
 
-class TokenStream:
+class TokenSequence:
     """Tokens of many memory-mapped segments as one sequence; reading a window touches only its own pages."""
 
     def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int, files: list[Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
-from lightning_danube.tokens.shards import TokenStream
+from lightning_danube.tokens.shards import TokenSequence
 
 STAGES = [Stage("first", 40_960, {"web": 75, "wiki": 25}), Stage("second", 20_480, {"web": 50, "wiki": 50})]
 ROWS = {"web": 300, "wiki": 90, "code": 70}
@@ -109,8 +109,8 @@ def test_a_changed_past_is_refused_with_its_key(changed: OrderFacts, done: int, 
     assert "or begin a new run without --ckpt_path" in str(caught.value)
 
 
-def stream(*segments: Any) -> TokenStream:
-    return TokenStream(list(segments), segments[0].dtype, 977, [Path(f"{n}.arrow") for n in range(len(segments))])
+def stream(*segments: Any) -> TokenSequence:
+    return TokenSequence(list(segments), segments[0].dtype, 977, [Path(f"{n}.arrow") for n in range(len(segments))])
 
 
 def test_a_source_is_told_by_its_tokens_not_by_its_files() -> None:
