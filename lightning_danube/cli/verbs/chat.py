@@ -66,7 +66,7 @@ def converse(conversation: ChatSession) -> None:
     if at_terminal:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 (input() has a history and editing keys once it is imported)
-        tell(COMMANDS)
+        remark(COMMANDS)
     while True:
         try:
             line = input("> " if at_terminal else "").strip()
@@ -76,7 +76,7 @@ def converse(conversation: ChatSession) -> None:
             return
         except KeyboardInterrupt:
             print()
-            tell("/exit or Ctrl-D ends")
+            remark("/exit or Ctrl-D ends")
             continue
         command, _, rest = line.partition(" ")
         try:
@@ -84,23 +84,23 @@ def converse(conversation: ChatSession) -> None:
                 return
             if command == "/reset":
                 conversation.reset(conversation.system)
-                tell("the conversation begins anew")
+                remark("the conversation begins anew")
             elif command == "/system":
                 conversation.reset(rest.strip() or None)
-                tell("the conversation begins anew" + (" with this system message" if rest.strip() else ""))
+                remark("the conversation begins anew" + (" with this system message" if rest.strip() else ""))
             elif command.startswith("/"):
-                tell(f"there is no {command}: {COMMANDS}")
+                remark(f"there is no {command}: {COMMANDS}")
             elif line:
                 answer(conversation, line)
         except ValueError as error:
-            tell(str(error))
+            remark(str(error))
 
 
 def answer(conversation: ChatSession, question: str) -> None:
     """Print an answer as it comes."""
     coming = conversation.ask(question)
     if coming.dropped_turns:
-        tell(f"the context is full: the oldest {coming.dropped_turns} of the turns are forgotten")
+        remark(f"the context is full: the oldest {coming.dropped_turns} of the turns are forgotten")
     interrupted = False
     try:
         with SIGNALS.during(ANSWERING), closing(iter(coming)) as pieces:
@@ -111,13 +111,13 @@ def answer(conversation: ChatSession, question: str) -> None:
     print(flush=True)
     said = coming.continuation
     if said is None or not said.text:
-        tell("nothing was said, so the question is not part of the conversation")
+        remark("nothing was said, so the question is not part of the conversation")
     elif interrupted:
-        tell("stopped; what was said stays part of the conversation")
+        remark("stopped; what was said stays part of the conversation")
     elif said.finish_reason == "length":
-        tell(f"the answer was cut after {said.tokens} tokens (--max-new-tokens)")
+        remark(f"the answer was cut after {said.tokens} tokens (--max-new-tokens)")
 
 
-def tell(message: str) -> None:
+def remark(message: str) -> None:
     """What is not part of the conversation."""
     print(f"({message})", file=sys.stderr, flush=True)
