@@ -148,7 +148,7 @@ def save_gguf(
             if heads := rotated_heads(config, ours):
                 tensor = rotated_by_neighbours(tensor, heads)
             converted = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
-            check_finite(ours, tensor, converted)
+            check_converted(ours, tensor, converted)
             # numpy has no bfloat16; the writer only copies bytes.
             raw = converted.view(torch.int16) if converted.dtype == torch.bfloat16 else converted
             writer.write_tensor_data(raw.numpy())
@@ -419,7 +419,7 @@ def add_field(writer: "gguf.GGUFWriter", key: str, value: Any) -> None:
             raise AssertionError(f"{key} is a {type(value).__name__}, which no field holds")
 
 
-def check_finite(name: str, tensor: Tensor, converted: Tensor) -> None:
+def check_converted(name: str, tensor: Tensor, converted: Tensor) -> None:
     if bool(converted.isfinite().all()):
         return
     if bool(tensor.isfinite().all()):
