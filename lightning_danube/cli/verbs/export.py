@@ -109,7 +109,7 @@ def _export_gguf(arguments: Namespace) -> None:
     import torch
 
     from lightning_danube.classification.exported import is_classifier
-    from lightning_danube.weights.gguf.files import check_target, save_gguf
+    from lightning_danube.weights.gguf.files import check_gguf_target, save_gguf
     from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
     from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
 
@@ -117,7 +117,7 @@ def _export_gguf(arguments: Namespace) -> None:
     if file_type not in UNQUANTIZED:
         import_llama_cpp()
     # All of this before minutes of reading and rounding.
-    check_target(out, arguments.overwrite)
+    check_gguf_target(out, arguments.overwrite)
     weights = locate_weights(arguments.weights)
     if is_classifier(weights):
         raise ValueError(f"{arguments.weights} is a classifier, which llama.cpp has no head for: --format hf or peft")

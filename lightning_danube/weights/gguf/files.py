@@ -137,7 +137,7 @@ def save_gguf(
     """
     target = Path(path).absolute()
     file_type_of(dtype)
-    check_target(target, overwrite)
+    check_gguf_target(target, overwrite)
     config = decoder.config
     tensors = plain_tensors(decoder)
 
@@ -430,7 +430,7 @@ def check_converted(name: str, tensor: Tensor, converted: Tensor) -> None:
     raise ValueError(f"{name} holds values that are not finite: the model is broken, and is not written")
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_gguf_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if target.is_dir():
