@@ -105,7 +105,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.
     content = np.memmap(header.path, dtype=np.uint8, mode="r")
     tensors: dict[str, Tensor] = {}
     for ours, theirs in names.items():
-        tensor = read_tensor(content, header.tensors[theirs], dtype)
+        tensor = read_gguf_tensor(content, header.tensors[theirs], dtype)
         if heads := rotated_heads(config, ours):
             tensor = rotated_by_halves(tensor, heads)
         tensors[ours] = tensor.to(device)
@@ -515,7 +515,7 @@ def natural_type(header: GGUFHeader) -> torch.dtype:
     return torch.bfloat16 if kinds == {gguf.GGMLQuantizationType.BF16} else torch.float32
 
 
-def read_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+def read_gguf_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
     """One tensor out of the mapped file (an array of bytes), as a copy: the file may be cut while the model lives."""
     gguf = import_gguf()
     import numpy as np
