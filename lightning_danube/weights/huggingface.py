@@ -107,7 +107,7 @@ def load_hf(
     mode it finds, and would train one in evaluation mode without its dropout.
     """
     source = Path(directory)
-    config = read_config(source)
+    config = read_hf_config(source)
     stored: dict[str, tuple[Path, torch.dtype]] = {}
     for file in weight_files(source):
         types = tensor_types(file)
@@ -246,7 +246,7 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) ->
         write_hf_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def read_config(directory: Path) -> DecoderConfig:
+def read_hf_config(directory: Path) -> DecoderConfig:
     file = directory / "config.json"
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
