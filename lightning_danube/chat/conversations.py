@@ -17,7 +17,7 @@ from lightning_danube.text.embedded.made_text import turns_of
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow, read_rows
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 Shape = Literal["messages", "sharegpt", "instruction", "pairs"]
 
 ROLES = {
@@ -95,7 +95,7 @@ class ConversationSource:
 class Conversation(NamedTuple):
     """Messages and where they stand: rows count from 1, as an editor shows them."""
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     file: str
     row: int
 
@@ -152,7 +152,7 @@ def questions_of_documentation(name: str, texts: Source, cache_dir: Path) -> Ite
 
 def _conversations_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
     for file, row, text in questions_of_documentation(name, texts, cache_dir):
-        turns: list[Message] = []
+        turns: list[ChatMessage] = []
         for asked, answered in turns_of(text):
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         yield file, row, {"messages": turns}
@@ -173,13 +173,13 @@ class ConversationFormat:
     shape: Shape
     columns: Mapping[str, str]
 
-    def messages(self, values: Mapping[str, Any]) -> list[Message]:
+    def messages(self, values: Mapping[str, Any]) -> list[ChatMessage]:
         """The messages of a row.
 
         Raises:
             NoConversation: they are not there, or not messages.
         """
-        build: Callable[[Mapping[str, Any]], list[Message]] = {
+        build: Callable[[Mapping[str, Any]], list[ChatMessage]] = {
             "messages": self._listed,
             "sharegpt": self._listed,
             "instruction": self._instruction,
@@ -187,7 +187,7 @@ class ConversationFormat:
         }[self.shape]
         return build(values)
 
-    def _listed(self, values: Mapping[str, Any]) -> list[Message]:
+    def _listed(self, values: Mapping[str, Any]) -> list[ChatMessage]:
         (part,) = COLUMNS[self.shape]
         turns = values.get(self.columns[part])
         if not isinstance(turns, list):
@@ -196,7 +196,7 @@ class ConversationFormat:
         keys = ("role", "content") if self.shape == "messages" else ("from", "value")
         return [*self._system(values), *messages_of(turns, *keys)]
 
-    def _instruction(self, values: Mapping[str, Any]) -> list[Message]:
+    def _instruction(self, values: Mapping[str, Any]) -> list[ChatMessage]:
         prompt = checked_text(values.get(self.columns["instruction"]), "the instruction")
         given = self._optional(values, "input")
         return [
@@ -205,14 +205,14 @@ class ConversationFormat:
             {"role": "assistant", "content": checked_text(values.get(self.columns["output"]), "the output")},
         ]
 
-    def _pair(self, values: Mapping[str, Any]) -> list[Message]:
+    def _pair(self, values: Mapping[str, Any]) -> list[ChatMessage]:
         return [
             *self._system(values),
             {"role": "user", "content": checked_text(values.get(self.columns["prompt"]), "the prompt")},
             {"role": "assistant", "content": checked_text(values.get(self.columns["response"]), "the response")},
         ]
 
-    def _system(self, values: Mapping[str, Any]) -> list[Message]:
+    def _system(self, values: Mapping[str, Any]) -> list[ChatMessage]:
         system = self._optional(values, "system")
         return [{"role": "system", "content": system}] if system else []
 
@@ -222,7 +222,7 @@ class ConversationFormat:
         return "" if value is None else checked_text(value, f"column {column!r}").strip()
 
 
-def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[Message]:
+def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[ChatMessage]:
     """Turns as messages.
 
     Raises:
@@ -293,11 +293,11 @@ def _holds(shape: Shape, row: Mapping[str, Any], columns: Mapping[str, str]) -> 
     return isinstance(first, Mapping) and ("from" if shape == "sharegpt" else "role") in first
 
 
-def first_question(messages: Sequence[Message]) -> str:
+def first_question(messages: Sequence[ChatMessage]) -> str:
     return next(message["content"] for message in messages if message["role"] == "user")
 
 
-def check_messages(messages: list[Message]) -> None:
+def check_messages(messages: list[ChatMessage]) -> None:
     """Checks that there is an answer to learn, and that the roles come in turn.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_danube.chat.conversations import (
-    Message,
+    ChatMessage,
     NoConversation,
     check_messages,
     checked_text,
@@ -78,7 +78,7 @@ class Preference(NamedTuple):
     `topic` decides whether it is held out: pairs of one topic never stand on both sides.
     """
 
-    prompt: list[Message]
+    prompt: list[ChatMessage]
     chosen: str
     rejected: str
     topic: str
@@ -150,7 +150,7 @@ def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, 
     return {part: row[column] for part, column in columns.items()}
 
 
-def pair_of(parts: Mapping[str, Any]) -> tuple[list[Message], str, str]:
+def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
     """(prompt, chosen answer, rejected answer) of the values of a row.
 
     The answers are texts, single turns or lists of turns; lists may hold the whole conversation, whose common beginning
@@ -199,11 +199,11 @@ def pair_of(parts: Mapping[str, Any]) -> tuple[list[Message], str, str]:
     return prompt, one, other
 
 
-def _system(text: str) -> Message:
+def _system(text: str) -> ChatMessage:
     return {"role": "system", "content": text.strip()}
 
 
-def _turns(value: Any, role: str, what: str) -> list[Message]:
+def _turns(value: Any, role: str, what: str) -> list[ChatMessage]:
     """A text, a turn or a list of turns as messages; of a text, the role is known."""
     if value is None:
         return []
