@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_danube.durations import parse_tokens
-from lightning_danube.pretraining.mixture import IntArray, Mixture
-from lightning_danube.training.permutation import permute
+from lightning_danube.pretraining.mixture import Mixture
+from lightning_danube.training.permutation import IntArray, permute
 
 
 @dataclass(frozen=True)

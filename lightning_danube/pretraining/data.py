@@ -19,7 +19,7 @@ from lightning_danube.device import usable_cores
 from lightning_danube.durations import options, parse_tokens
 from lightning_danube.files import default_cache_dir
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
-from lightning_danube.pretraining.mixture import IntArray, whole_counts
+from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
@@ -28,6 +28,7 @@ from lightning_danube.tokens.shards import TokenSequence, TokenShards, shards_di
 from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
+from lightning_danube.training.permutation import IntArray
 from lightning_danube.training.replicas import replicas_of
 
 

@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
+
+from lightning_danube.training.permutation import IntArray
 
 LARGEST_BLOCK = 10_000
 """Samples in a block at most: shares are then exact to 0.01 %."""
-
-IntArray = NDArray[np.int64]
 
 
 def whole_counts(shares: Mapping[str, float], largest_block: int = LARGEST_BLOCK) -> dict[str, int]:
