@@ -18,7 +18,7 @@ from lightning_danube.quantization.report import MIB, Row, percent, recommendati
 from lightning_danube.quantization.task import QuantizationEvaluation
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.signals import Stopped
-from lightning_danube.terminal import markdown_table, text_table
+from lightning_danube.terminal import Table, markdown_table, text_table
 from lightning_danube.training.position import run_directory
 
 NOISE = "≈"
@@ -124,9 +124,6 @@ def quantization_of(trainer: Trainer) -> tuple[TextWindows, QuantizationEvaluati
             "QuantizationSummary reports on QuantizationEvaluation with TextWindows: remove it, or use both"
         )
     return data, task
-
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def main_table(rows: Sequence[Row]) -> Table:

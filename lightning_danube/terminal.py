@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SCRIPT = "lightning-danube"
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows."""
 
 
 def as_typed() -> str:

@@ -15,11 +15,9 @@ from lightning_danube.studies.design import Design
 from lightning_danube.studies.scaling import SIZE, TOKENS, fit_law, law_lines, points_of, predict_largest
 from lightning_danube.studies.search import Search, shown_value
 from lightning_danube.studies.trials import Result
-from lightning_danube.terminal import markdown_table, text_table
+from lightning_danube.terminal import Table, markdown_table, text_table
 
 SHOWN_TRIALS = 10
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
 ALSO = "Beside it, with the differences from {baseline} and half their 95 % intervals, each for itself:"
 
 
