@@ -56,6 +56,9 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "sqlalchemy": "lightning_danube/studies/",
     "statsmodels": "lightning_danube/studies/",
 }
+TYPE_VARIABLES = ("TypeVar", "ParamSpec", "typing.TypeVar", "typing.ParamSpec")
+# Every verb has the first two, every program the third.
+NAMES_OF_ENTRIES = frozenset({"add_arguments", "run", "main"})
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
 
 
@@ -213,6 +216,54 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         if NAMES_THAT_SAY_NOTHING.intersection(file.relative_to(ROOT).with_suffix("").parts)
     ]
     assert not found, f"named after nothing: {', '.join(found)}"
+
+
+def public_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of the public classes, functions, type variables and type aliases of a module."""
+    for node in tree.body:
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield node.lineno, name
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                # Type variables and aliases are written like classes; constants are not.
+                is_type_variable = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in TYPE_VARIABLES
+                if is_type_variable or (name[0].isupper() and not name.isupper()):
+                    yield node.lineno, name
+
+
+def names_given_twice(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Public name → where it is given, if that is in more than one module."""
+    places: dict[str, list[str]] = {}
+    for path, source in sources.items():
+        for line, name in public_names(ast.parse(source)):
+            if not name.startswith("_") and name not in NAMES_OF_ENTRIES:
+                places.setdefault(name, []).append(f"{path}:{line}")
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_public_name_is_given_once() -> None:
+    found = names_given_twice({str(file.relative_to(ROOT)): file.read_text("utf-8") for file in of_package()})
+    assert not found, "\n".join(f"{name}: {', '.join(places)}" for name, places in found.items())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        ("class Block: ...", "class Block: ...", "Block"),
+        ("def show(): ...", "async def show(): ...", "show"),
+        ("class Part: ...", "Part = tuple[int, int]", "Part"),
+        ("P = ParamSpec('P')", "P = typing.ParamSpec('P')", "P"),
+    ],
+)
+def test_a_name_that_is_given_twice_is_found(first: str, second: str, name: str) -> None:
+    assert names_given_twice({"a.py": first, "b.py": second}) == {name: ["a.py:1", "b.py:1"]}
+
+
+@pytest.mark.parametrize(
+    "source", ["def run(): ...", "def _show(): ...", "MOST = 3", "class _A:\n    def show(self): ..."]
+)
+def test_names_that_may_be_given_twice(source: str) -> None:
+    assert names_given_twice({"a.py": source, "b.py": source}) == {}
 
 
 @pytest.mark.parametrize(
