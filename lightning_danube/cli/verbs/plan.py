@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator
 from lightning_danube.terminal import text_table
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from lightning_danube.model.config import DecoderConfig
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
     from lightning_danube.pretraining.curriculum import Curriculum
-    from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.planning.run import TrainerSection
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
     from lightning_danube.pretraining.supply import Supply
-    from lightning_danube.pretraining.task import Pretraining
 
 GIB = 2**30
 
@@ -66,25 +66,25 @@ def run(arguments: Namespace) -> None:
         raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
     accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
 
-    from lightning_danube.cli.configs import configured_pretraining
+    from lightning_danube.cli.configs import planned_run
     from lightning_danube.planning.memory import BYTES
     from lightning_danube.pretraining.supply import parse_source_tokens, supplies
 
-    configured = configured_pretraining(arguments.config, arguments.overrides)
-    data, task = configured.data, configured.task
+    planned = planned_run(arguments.config, arguments.overrides)
+    data, model = planned.data, planned.model
     supply = supplies(data, parse_source_tokens(arguments.source_tokens, data.sources))
-    memory, notes = _memory(configured.trainer, data, task)
+    memory, notes = _memory(planned.trainer, data, model)
     sections = [
-        _model(configured.name, task.config, data, memory),
+        _model(planned.name, model.config, data, memory),
         _stages(data, supply),
         _texts(data, supply),
         _parts(memory),
         _accelerators(accelerators, memory, data, arguments.utilisation),
-        _checkpoints(accelerators, memory, data, configured.trainer, arguments),
+        _checkpoints(accelerators, memory, data, planned.trainer, arguments),
     ]
     print("\n\n".join(sections))
     if BYTES[memory.precision][1] != 2:
-        why = "" if configured.trainer.precision is not None else ", the fastest on this CPU"
+        why = "" if planned.trainer.precision is not None else ", the fastest on this CPU"
         notes.append(
             f"the run computes in {memory.precision}{why}; the peaks are those of 16 bits: state one with "
             "--accelerator FLOPS/MEMORY for its time"
@@ -93,37 +93,42 @@ def run(arguments: Namespace) -> None:
         print("\n" + "\n".join(f"note: {note}" for note in notes))
 
 
-def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[TrainingMemory, list[str]]:
+def _memory(
+    trainer: TrainerSection, data: CurriculumSettings, model: PretrainingSettings
+) -> tuple[TrainingMemory, list[str]]:
     from lightning_danube.planning.memory import TrainingMemory
     from lightning_danube.planning.run import layout_of
-    from lightning_danube.training.optim import Muon
 
     layout, notes = layout_of(trainer)
     memory = TrainingMemory(
-        task.config,
+        model.config,
         rows=data.micro_batch_size,
         context=data.context_length,
         precision=_precision(trainer),
-        recompute=task.decoder.activation_checkpointing,
+        recompute=model.activation_checkpointing,
         accumulate=data.accumulation(layout.replicas) > 1,
         layout=layout,
         gpu=trainer.accelerator != "cpu",
         document_masks=data.document_masks,
-        muon=isinstance(task.optimizer_settings, Muon),
+        muon=type(model.optimizer).__name__ == "Muon",
     )
     return memory, notes
 
 
-def _precision(trainer: Any) -> str:
+def _precision(trainer: TrainerSection) -> str:
     """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
-    from lightning_danube.training.precision import choose, full_name
+    from lightning_danube.training.precision_names import full_name
 
     if trainer.precision is not None:
         return full_name(trainer.precision)
-    return choose("cpu").precision if trainer.accelerator == "cpu" else "bf16-mixed"
+    if trainer.accelerator != "cpu":
+        return "bf16-mixed"
+    from lightning_danube.training.precision import choose
+
+    return choose("cpu").precision
 
 
-def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: TrainingMemory) -> str:
+def _model(name: str, config: DecoderConfig, data: CurriculumSettings, memory: TrainingMemory) -> str:
     flops = config.flops_per_token(data.context_length)
     total = data.total_tokens * flops
     steps = data.total_tokens // data.batch_tokens
@@ -142,7 +147,7 @@ def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: Train
     return "\n".join(lines)
 
 
-def _curriculum(data: CurriculumData, supply: dict[str, Supply]) -> Curriculum:
+def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curriculum:
     from lightning_danube.pretraining.curriculum import Curriculum
 
     # A source of unknown size takes its share all the same; its passes are not shown.
@@ -152,7 +157,7 @@ def _curriculum(data: CurriculumData, supply: dict[str, Supply]) -> Curriculum:
     )
 
 
-def _stages(data: CurriculumData, supply: dict[str, Supply]) -> str:
+def _stages(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
     """The walk through the run: where each stage ends, and what it takes of each source."""
     curriculum = _curriculum(data, supply)
     rows = []
@@ -170,7 +175,7 @@ def _stages(data: CurriculumData, supply: dict[str, Supply]) -> str:
     return text_table(["stage", "tokens", "ends after token", "after step", *curriculum.sources], rows)
 
 
-def _texts(data: CurriculumData, supply: dict[str, Supply]) -> str:
+def _texts(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
     """How often each source will have been gone through at the end of each stage."""
     curriculum = _curriculum(data, supply)
     known = {name for name, s in supply.items() if s.rows(data.context_length)}
@@ -226,7 +231,7 @@ def _parts(memory: TrainingMemory) -> str:
 
 
 def _accelerators(
-    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumData, utilisation: float
+    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumSettings, utilisation: float
 ) -> str:
     from lightning_danube.planning.run import USABLE, fewest_devices, seconds_of
 
@@ -273,8 +278,8 @@ def _rounded(number: float) -> str:
 def _checkpoints(
     accelerators: Sequence[Accelerator],
     memory: TrainingMemory,
-    data: CurriculumData,
-    trainer: Any,
+    data: CurriculumSettings,
+    trainer: TrainerSection,
     arguments: Namespace,
 ) -> str:
     from lightning_danube.planning.run import HOURS_BETWEEN_FAILURES, CheckpointAdvice, checkpoint_bytes, seconds_of
@@ -282,9 +287,7 @@ def _checkpoints(
     size, devices = checkpoint_bytes(memory), memory.layout.devices
     advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
-    every = next(
-        (callback.every_n_steps for callback in trainer.callbacks or () if hasattr(callback, "every_n_steps")), None
-    )
+    every = trainer.checkpoint_steps
     lines = [
         f"checkpoint: {size / 1e9:.2f} GB (weights and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
