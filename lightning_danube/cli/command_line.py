@@ -47,6 +47,10 @@ TRAINER_OPTIONS = (
 _OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
 
 
+class Added(Typed):
+    """A value that is added to a list, by `--key+`."""
+
+
 @dataclass
 class Stated:
     """What a command line and its configurations state.
@@ -81,7 +85,7 @@ def read_command_line(args: Sequence[str]) -> Stated:
         stated.tree = merged(stated.tree, read_config(file))
         stated.places |= {without_init_args(path): f"{file}, line {n}" for path, n in lines_of_keys(file).items()}
     for flag, keys, value in flags(args):
-        tree: Any = Typed(value)
+        tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)
         for key in reversed(keys):
             tree = {key: tree}
         stated.tree = merged(stated.tree, tree)
@@ -96,16 +100,23 @@ def without_init_args(path: Path) -> Path:
 def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
     """The flags of a command line that set a key of the configuration: as typed, the keys, the value."""
     for arg, following in pairwise([*args, "--"]):
-        match = re.match(r"--(\w[\w.-]*)(?:=(.*))?$", arg, re.DOTALL)
-        if match is None or (match[2] is None and following.startswith("--")):
+        match = re.match(r"--(\w[\w.-]*)(\+?)(?:=(.*))?$", arg, re.DOTALL)
+        if match is None or (match[3] is None and following.startswith("--")):
             continue
         keys = tuple(match[1].split("."))
         if keys[0] in TOP_LEVEL and keys[0] != "config":
-            yield f"--{match[1]}", keys, following if match[2] is None else match[2]
+            yield f"--{match[1]}{match[2]}", keys, following if match[3] is None else match[3]
 
 
 def merged(old: Any, new: Any) -> Any:
-    """One tree of values from two, as the argument parser merges them: the new one counts, lists are replaced."""
+    """One tree of values from two, as jsonargparse merges them: the new one counts, and lists are replaced.
+
+    An option that is given for a list belongs to its last item, as in `--trainer.callbacks+=Progress`.
+    """
+    if isinstance(new, list) and new and isinstance(new[0], Added):
+        return [*(old if isinstance(old, list) else []), *new]
+    if isinstance(old, list) and old and isinstance(new, Mapping):
+        return [*old[:-1], merged(old[-1], new)]
     if isinstance(old, str) and isinstance(new, Mapping) and "class_path" not in new and new:
         old = {"class_path": str(old)}  # --model Pretraining --model.decoder …
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):

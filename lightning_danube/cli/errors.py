@@ -9,13 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from lightning_danube.cli.command_line import Stated
+from lightning_danube.cli.command_line import Stated, without_init_args
 from lightning_danube.cli.options import Path, Refusal
+
 
 def in_one_line(refusal: Refusal, stated: Stated) -> str:
     """What a refusal says, with the file and line or the flag that states the value."""
     place, key = stated.place_of(refusal.path), ".".join(refusal.shown)
-    return ": ".join(filter(None, [place, "" if place == f"--{key}" else key, refusal.reason]))
+    flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
+    said_by_flag = flag[: len(refusal.shown)] == refusal.shown
+    return ": ".join(filter(None, [place, "" if said_by_flag else key, refusal.reason]))
 
 
 def parse(parser: Any, args: list[str], stated: Stated) -> Any:

@@ -11,10 +11,11 @@ import collections.abc
 import dataclasses
 import importlib
 import inspect
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -45,11 +46,20 @@ class Refusal(ValueError):
         reason: what is wrong and what was meant.
         shown: the keys that stand before the reason. The path itself if not given.
         expected: what the option takes, if the reason is that and no more.
+        value: that was given instead.
     """
 
-    def __init__(self, path: Path, reason: str, *, shown: Path | None = None, expected: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reason: str,
+        *,
+        shown: Path | None = None,
+        expected: tuple[str, ...] = (),
+        value: Any = None,
+    ) -> None:
         super().__init__(reason)
-        self.path, self.reason, self.expected = path, reason, expected
+        self.path, self.reason, self.expected, self.value = path, reason, expected, value
         self.shown = path if shown is None else shown
 
 
@@ -77,7 +87,9 @@ def options_of(owner: Callable[..., Any]) -> tuple[dict[str, Option], bool]:
     parameters = inspect.signature(owner).parameters.values()
     hints = _hints(owner)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    named = [parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)]
+    named = [
+        parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
     return {one.name: Option(one.name, hints.get(one.name, Any), one.default) for one in named}, open_ended
 
 
@@ -155,7 +167,11 @@ class Reader:
             return self._list(hint, value, path)
         if origin in _MAPPINGS:
             return self._mapping(hint, value, path)
-        if isinstance(origin, type) and origin.__module__ != "builtins" and origin not in (Any, collections.abc.Callable):
+        if (
+            isinstance(origin, type)
+            and origin.__module__ != "builtins"
+            and origin not in (Any, collections.abc.Callable)
+        ):
             return self._object(origin, _plain(value), path)
         return _plain(value)
 
@@ -176,7 +192,7 @@ class Reader:
             raise exact[0]
         expected = dict.fromkeys(one for refusal in meant for one in refusal.expected)
         # null is named last, as in "a number or null".
-        raise _expected(tuple(sorted(expected, key=lambda one: one == "null")), value, meant[0].path)
+        raise _expected(tuple(sorted(expected, key=lambda one: one == "null")), meant[0].value, meant[0].path)
 
     def _list(self, hint: Any, value: Any, path: Path) -> Any:
         items = _plain(value)
@@ -202,7 +218,11 @@ class Reader:
     def _object(self, base: type, value: Any, path: Path) -> Any:
         """The options of a class, or of a class that inherits from it and is named by its class path."""
         if isinstance(value, str):
+            if os.path.isfile(value):
+                return value  # a configuration of this section alone
             value = {"class_path": value}
+            if "." not in value["class_path"] and class_of(value["class_path"], base, path, path) is None:
+                raise _expected((base.__name__,), value["class_path"], path)
         is_plain = dataclasses.is_dataclass(base)
         if not isinstance(value, Mapping):
             what = f"a mapping of the options of {base.__name__}" if is_plain else base.__name__
@@ -215,7 +235,11 @@ class Reader:
         if owner is None:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
-                raise _expected((base.__name__,), named, path)
+                names = [one.__name__ for one in _descendants(base)]
+                close = get_close_matches(str(named), names, n=1, cutoff=0.5)
+                hint = f"did you mean {close[0]}?" if close else "give the whole class path"
+                reason = f"there is no {base.__name__} called {named!r}: {hint}"
+                raise Refusal((*path, "class_path"), reason, shown=path)
             raise Refusal(
                 (*path, option),
                 f"{option!r} is an option of a class, and none is named: give --{'.'.join(path)} with a class first",
@@ -255,7 +279,9 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., A
     if not module_name:
         package = sys.modules.get(base.__module__.rpartition(".")[0])
         beside = getattr(package, name, None)
-        return beside if isinstance(beside, type) else _descendant(base, name)
+        if isinstance(beside, type):
+            return beside
+        return next((one for one in _descendants(base) if one.__name__ == name), None)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -269,10 +295,11 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., A
     return owner
 
 
-def _descendant(base: type, name: str) -> type | None:
-    if base.__name__ == name:
-        return base
-    return next(filter(None, (_descendant(one, name) for one in base.__subclasses__())), None)
+def _descendants(base: type) -> Iterator[type]:
+    """A class and all that inherit from it and are imported."""
+    yield base
+    for one in base.__subclasses__():
+        yield from _descendants(one)
 
 
 def no_option(option: str, known: Collection[str], owner: str) -> str:
@@ -285,7 +312,7 @@ def no_option(option: str, known: Collection[str], owner: str) -> str:
 def _expected(expected: tuple[str, ...], value: Any, path: Path) -> Refusal:
     shown = str(value)
     but = f", not {shown}" if len(shown) <= 60 else ""
-    return Refusal(path, f"expected {' or '.join(expected)}{but}", expected=expected)
+    return Refusal(path, f"expected {' or '.join(expected)}{but}", expected=expected, value=value)
 
 
 def _as_scalar(read: Callable[[], Any], expected: str, value: Any, path: Path) -> Any:

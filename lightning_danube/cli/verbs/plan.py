@@ -13,8 +13,8 @@ from lightning_danube.terminal import text_table
 if TYPE_CHECKING:
     from lightning_danube.model.config import DecoderConfig
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
-    from lightning_danube.pretraining.curriculum import Curriculum
     from lightning_danube.planning.run import TrainerSection
+    from lightning_danube.pretraining.curriculum import Curriculum
     from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
     from lightning_danube.pretraining.supply import Supply
 

@@ -1,7 +1,10 @@
 """`plan` as a user types it, and its arithmetic against counting and against numbers computed by hand."""
 
+import inspect
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.planning.accelerators import parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
-from lightning_danube.planning.run import CheckpointAdvice, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.planning.run import CheckpointAdvice, TrainerSection, checkpoint_bytes, layout_of, seconds_of
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,25 +125,47 @@ def test_other_tasks_are_refused_before_their_weights_are_fetched(capsys: pytest
     assert "only pre-training can be planned (Pretraining on CurriculumData), not SupervisedFineTuning on Chat" in said
 
 
-class Section:
-    """What a trainer section holds."""
-
-    def __init__(self, devices: object = "auto", num_nodes: int = 1, strategy: object = "auto") -> None:
-        self.devices, self.num_nodes, self.strategy = devices, num_nodes, strategy
-
-
 def test_the_trainer_section_says_how_a_run_is_spread() -> None:
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    def parallel(**sizes: int) -> dict[str, object]:
+        return {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
 
-    assert layout_of(Section())[0] == Layout() and len(layout_of(Section())[1]) == 1
-    assert layout_of(Section("0,1,2")) == (Layout(3), [])
-    assert layout_of(Section(8, 64, "ddp_find_unused_parameters_true"))[0] == Layout(512)
-    assert layout_of(Section(8, 64, "fsdp"))[0] == Layout(512, sharded=True)
-    parallel = ModelParallelStrategy(data_parallel_size=16, tensor_parallel_size=2)
-    assert layout_of(Section(8, 4, parallel))[0] == Layout(16, 2, sharded=True)
-    assert layout_of(Section(8, 4, ModelParallelStrategy()))[0] == Layout(4, 8, sharded=True)
+    assert layout_of(TrainerSection())[0] == Layout() and len(layout_of(TrainerSection())[1]) == 1
+    assert layout_of(TrainerSection(devices="0,1,2")) == (Layout(3), [])
+    ddp = TrainerSection(devices=8, num_nodes=64, strategy="ddp_find_unused_parameters_true")
+    assert layout_of(ddp)[0] == Layout(512)
+    assert layout_of(TrainerSection(devices=8, num_nodes=64, strategy="fsdp"))[0] == Layout(512, sharded=True)
+    both = parallel(data_parallel_size=16, tensor_parallel_size=2)
+    assert layout_of(TrainerSection(devices=8, num_nodes=4, strategy=both))[0] == Layout(16, 2, sharded=True)
+    assert layout_of(TrainerSection(devices=8, num_nodes=4, strategy=parallel()))[0] == Layout(4, 8, sharded=True)
     with pytest.raises(ValueError, match=r"data_parallel_size 16 × tensor_parallel_size 2 is not 8"):
-        layout_of(Section(8, 1, parallel))
+        layout_of(TrainerSection(devices=8, strategy=both))
+
+
+def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for() -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_danube.callbacks import Checkpoints
+    from lightning_danube.pretraining import CurriculumData, Pretraining
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
+
+    trainer = inspect.signature(Trainer).parameters
+    for name, option in inspect.signature(TrainerSection).parameters.items():
+        assert option.default == trainer[name].default, name
+    for settings, whole in ((CurriculumSettings, CurriculumData), (PretrainingSettings, Pretraining)):
+        assert inspect.signature(settings).parameters == inspect.signature(whole).parameters
+    callbacks = ["x.Progress", {"class_path": "lightning_danube.callbacks.Checkpoints"}]
+    assert TrainerSection(callbacks=callbacks).checkpoint_steps == Checkpoints().every_n_steps
+    assert TrainerSection().checkpoint_steps is None
+
+
+def test_a_plan_loads_neither_lightning_nor_torch() -> None:
+    """Their import takes most of the time of a plan. A config for the CPU alone asks PyTorch how fast it multiplies."""
+    code = (
+        "import sys; from lightning_danube.__main__ import main; main(['plan', '--config', 'pretrain/danube3-500m']);"
+        "print(sorted({'torch', 'lightning', 'jsonargparse'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 def test_passes_by_stage_are_those_of_every_sample_counted() -> None:
