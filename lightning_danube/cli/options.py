@@ -94,9 +94,9 @@ def options_of(owner: Callable[..., Any]) -> tuple[dict[str, Option], bool]:
 
 
 def _hints(owner: Any) -> dict[str, Any]:
-    typed = owner if dataclasses.is_dataclass(owner) or not isinstance(owner, type) else owner.__init__
+    is_class = isinstance(owner, type) and not dataclasses.is_dataclass(owner)
     try:
-        return typing.get_type_hints(typed)
+        return typing.get_type_hints(inspect.getattr_static(owner, "__init__") if is_class else owner)
     except NameError:  # a name that is imported for the type checker alone
         return {}
 
@@ -281,7 +281,8 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., A
         beside = getattr(package, name, None)
         if isinstance(beside, type):
             return beside
-        return next((one for one in _descendants(base) if one.__name__ == name), None)
+        named_so = (one for one in _descendants(base) if one.__name__ == name)
+        return next(named_so, None)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -331,11 +332,13 @@ def _scalar(kind: type, value: Any) -> Any:
         return None
     if kind is bool and isinstance(plain, bool):
         return plain
-    if kind is int and not isinstance(plain, bool | None):
-        if float(plain) == int(float(plain)):
-            return int(plain) if not isinstance(plain, str) else int(float(plain))
-    if kind is float and not isinstance(plain, bool | None):
-        return float(plain)
+    if plain is None or isinstance(plain, bool) or kind not in (int, float):
+        raise ValueError
+    number = float(plain)
+    if kind is float:
+        return number
+    if number == int(number):
+        return int(number) if isinstance(plain, str) else int(plain)
     raise ValueError
 
 

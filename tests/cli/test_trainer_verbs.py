@@ -251,7 +251,8 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         (["validate", "--config", "TINY"], "validate needs a trained model: give --ckpt_path last"),
         (
             ["fit", "--config", "TINY", "--model.init_args.learning_rat.peak", "1"],
-            "error: --model.init_args.learning_rat.peak: 'learning_rat' is not an option of Pretraining: did you mean 'learning_rate'?",
+            "error: --model.init_args.learning_rat.peak: 'learning_rat' is not an option of Pretraining: did you mean "
+            "'learning_rate'?",
         ),
         (
             ["fit", "--config", "TINY", "--model.learning_rate.peek", "1"],
@@ -259,8 +260,8 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         ),
         (
             ["fit", "--config", "TINY", "--trainer.strategy.data_parallel_size", "2"],
-            "error: --trainer.strategy.data_parallel_size: 'data_parallel_size' is an option of a class, and none is named: give "
-            "--trainer.strategy with a class first",
+            "error: --trainer.strategy.data_parallel_size: 'data_parallel_size' is an option of a class, and none is "
+            "named: give --trainer.strategy with a class first",
         ),
         (
             ["fit", "--config", "TINY", "--trainer.max_step", "5"],

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,7 +154,7 @@ def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for()
         assert option.default == trainer[name].default, name
     for settings, whole in ((CurriculumSettings, CurriculumData), (PretrainingSettings, Pretraining)):
         assert inspect.signature(settings).parameters == inspect.signature(whole).parameters
-    callbacks = ["x.Progress", {"class_path": "lightning_danube.callbacks.Checkpoints"}]
+    callbacks: list[Any] = ["x.Progress", {"class_path": "lightning_danube.callbacks.Checkpoints"}]
     assert TrainerSection(callbacks=callbacks).checkpoint_steps == Checkpoints().every_n_steps
     assert TrainerSection().checkpoint_steps is None
 
