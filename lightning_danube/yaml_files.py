@@ -43,10 +43,10 @@ def _what_was_meant(config: str, names: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else "the command `configs` lists those that need no file"
 
 
-def description(name: str) -> str:
-    """What the first line of a configuration says about it."""
-    first = (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip().rstrip(":.")
+def description(config: str) -> str:
+    """What the first line of a configuration, a file or a name, says about it. Empty if it is no comment."""
+    first = Path(config_file(config)).read_text("utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().rstrip(":.") if first.startswith("#") else ""
 
 
 def read_config(file: str) -> dict[str, Any]:

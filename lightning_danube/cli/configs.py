@@ -101,7 +101,7 @@ def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> Lightni
         raise ValueError(f"{' + '.join(stated.files)}: there is no section data")
     with one_line_errors(stated):
         reader = Reader(make=True)
-        data: LightningDataModule = reader.value(LightningDataModule, _resolved(stated)["data"], ("data",))
+        data: LightningDataModule = reader.value(LightningDataModule, resolved_tree(stated)["data"], ("data",))
     return data
 
 
@@ -119,7 +119,7 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
     if (model, data) != ("Pretraining", "CurriculumData"):
         raise ValueError(f"only pre-training can be planned (Pretraining on CurriculumData), not {model} on {data}")
     with one_line_errors(stated):
-        tree = _resolved(stated)
+        tree = resolved_tree(stated)
         reader = Reader(taken=FACTS_OF_DATA, make=True)
         known = [field.name for field in fields(TrainerSection)]
         trainer = {key: value for key, value in (tree.get("trainer") or {}).items() if key in known}
@@ -144,7 +144,7 @@ def _stated(configs: Sequence[str], overrides: Sequence[str]) -> Stated:
     return read_command_line(with_config_paths([*args, *overrides]))
 
 
-def _resolved(stated: Stated) -> dict[str, Any]:
+def resolved_tree(stated: Stated) -> dict[str, Any]:
     """The tree of values, where each reference such as `${seed_everything}` has become what it refers to."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

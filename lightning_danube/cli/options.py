@@ -7,15 +7,18 @@ what was meant. Values of types that are not known here are left to jsonargparse
 
 from __future__ import annotations
 
+import ast
 import collections.abc
 import dataclasses
+import enum
 import importlib
 import inspect
 import os
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -82,23 +85,61 @@ class Option:
 
 
 @lru_cache(maxsize=256)
-def options_of(owner: Callable[..., Any]) -> tuple[dict[str, Option], bool]:
-    """Returns the options of a class by name, and whether it takes others, too (`**kwargs`)."""
-    parameters = inspect.signature(owner).parameters.values()
-    hints = _hints(owner)
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    named = [
-        parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    return {one.name: Option(one.name, hints.get(one.name, Any), one.default) for one in named}, open_ended
+def options_of(owner: type) -> tuple[dict[str, Option], bool]:
+    """Returns the options of a class by name, and whether it takes others, too (`**kwargs`).
+
+    Where a constructor hands its `**kwargs` to that of the class it inherits from, those are options as well.
+    """
+    return _options_of(owner.__mro__)
 
 
-def _hints(owner: Any) -> dict[str, Any]:
-    is_class = isinstance(owner, type) and not dataclasses.is_dataclass(owner)
+def _options_of(mro: Sequence[type]) -> tuple[dict[str, Option], bool]:
+    place = next(place for place, one in enumerate(mro) if "__init__" in vars(one))
+    owner = mro[place]
+    if owner is object:
+        return {}, False
+    constructor = vars(owner)["__init__"]
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    hints = _hints(owner, constructor)
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    own = {
+        one.name: Option(one.name, hints.get(one.name, Any), one.default) for one in parameters if one.kind not in kinds
+    }
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return own, False
+    given = _given_with_the_rest(constructor)
+    if given is None:
+        return own, True
+    inherited, open_ended = _options_of(mro[place + 1 :])
+    return own | {name: one for name, one in inherited.items() if name not in own and name not in given}, open_ended
+
+
+def _hints(owner: type, constructor: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(inspect.getattr_static(owner, "__init__") if is_class else owner)
+        return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else constructor)
     except NameError:  # a name that is imported for the type checker alone
         return {}
+
+
+def _given_with_the_rest(constructor: Any) -> set[str] | None:
+    """Names of the arguments beside `**kwargs` in `super().__init__(…, **kwargs)`, None if there is no such call."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    except (OSError, SyntaxError, TypeError):
+        return None
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            names = [keyword.arg for keyword in call.keywords]
+            if None in names:
+                return {name for name in names if name is not None}
+    return None
+
+
+def is_configured_class(hint: Any) -> bool:
+    """Whether values of a type are given by the options of a class, rather than by a text or a number."""
+    if not isinstance(hint, type) or issubclass(hint, enum.Enum):
+        return False
+    return hint.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
 class Reader:
@@ -117,9 +158,7 @@ class Reader:
     ) -> None:
         self.taken, self.make = taken or {}, make
 
-    def options(
-        self, owner: Callable[..., Any], given: Mapping[str, Any], path: Path, name: str | None = None
-    ) -> dict[str, Any]:
+    def options(self, owner: type, given: Mapping[str, Any], path: Path, name: str | None = None) -> dict[str, Any]:
         """Returns the options of a class with their types.
 
         Args:
@@ -167,11 +206,7 @@ class Reader:
             return self._list(hint, value, path)
         if origin in _MAPPINGS:
             return self._mapping(hint, value, path)
-        if (
-            isinstance(origin, type)
-            and origin.__module__ != "builtins"
-            and origin not in (Any, collections.abc.Callable)
-        ):
+        if is_configured_class(origin):
             return self._object(origin, _plain(value), path)
         return _plain(value)
 
@@ -232,6 +267,8 @@ class Reader:
             options = self.options(base, value, path)
             return base(**options) if self.make else options
         owner = self._named_class(named, base, path)
+        if owner is not None and not isinstance(owner, type):
+            return value  # a function that makes one
         if owner is None:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
@@ -251,7 +288,7 @@ class Reader:
         return {"class_path": named, "init_args": options}
 
     def class_options(
-        self, owner: Callable[..., Any], value: Mapping[str, Any], path: Path, name: str | None = None
+        self, owner: type, value: Mapping[str, Any], path: Path, name: str | None = None
     ) -> dict[str, Any]:
         """Returns the options of a class from a mapping of `class_path` and `init_args`. Arguments as for `options`."""
         known, _ = options_of(owner)
@@ -259,7 +296,7 @@ class Reader:
         outer = {key: one for key, one in value.items() if key not in (*CLASS_KEYS, BEFORE)}
         return self.options(owner, {**before, **(value.get("init_args") or {}), **outer}, path, name)
 
-    def _named_class(self, named: Any, base: type, path: Path) -> Callable[..., Any] | None:
+    def _named_class(self, named: Any, base: type, path: Path) -> Any:
         """The class of a class path; None if there is none of that name."""
         if not isinstance(named, str):
             return None
@@ -269,7 +306,7 @@ class Reader:
         return owner
 
 
-def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., Any] | None:
+def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
     """The class of a class path, or of the name alone of a class that inherits from `base`; None for another name.
 
     Raises:
@@ -281,13 +318,13 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., A
         beside = getattr(package, name, None)
         if isinstance(beside, type):
             return beside
-        named_so = (one for one in _descendants(base) if one.__name__ == name)
-        return next(named_so, None)
+        by_name: dict[str, type] = {one.__name__: one for one in _descendants(base)}
+        return by_name.get(name)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise Refusal(path, f"the class {named!r} cannot be imported ({error})", shown=shown) from error
-    owner: Callable[..., Any] | None = getattr(module, name, None)
+    owner: Any = getattr(module, name, None)
     if owner is None:
         names = list(getattr(module, "__all__", ()))
         close = get_close_matches(name, names, n=1, cutoff=0.5)
@@ -299,7 +336,8 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Callable[..., A
 def _descendants(base: type) -> Iterator[type]:
     """A class and all that inherit from it and are imported."""
     yield base
-    for one in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for one in subclasses:
         yield from _descendants(one)
 
 
