@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -157,6 +158,7 @@ class DanubeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
+        self._check_accelerator()
         self.place = resolve_checkpoint(
             self.subcommand,
             self._get(self.config, "runs"),
@@ -169,6 +171,7 @@ class DanubeCLI(LightningCLI):
             for warning in self.place.warnings:
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
+            self._tell_checkpoint(str(self._get(self.config, "ckpt_path")))
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
         saved = None
         if self.subcommand == "fit" and self.place.checkpoint is not None:
@@ -177,6 +180,30 @@ class DanubeCLI(LightningCLI):
         self._note_changes(saved)
         if self._on_cpu():
             keep_freed_memory()
+
+    def _tell_checkpoint(self, asked_for: str) -> None:
+        """Says which checkpoint "last" or a run's directory stands for, and where the run goes on."""
+        checkpoint = self.place.checkpoint
+        assert checkpoint is not None
+        if rank_zero_only.rank != 0 or str(checkpoint) == asked_for:  # type: ignore[attr-defined]
+            return
+        where = ""
+        if self.subcommand == "fit":
+            where = "; the run goes on in the same version" if self.place.continues else "; a new version begins"
+        print(f"--ckpt_path {asked_for}: {checkpoint}{where}")
+
+    def _check_accelerator(self) -> None:
+        """
+        Raises:
+            ValueError: a GPU is asked for, and there is none.
+        """
+        accelerator = self._get(self.config, "trainer").accelerator
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if accelerator in ("gpu", "cuda", "mps") and not there[kind_of_device(accelerator)]:
+            raise ValueError(
+                f"trainer.accelerator is {accelerator}, and PyTorch finds no such device on this machine: set it to "
+                "auto or cpu, as by --trainer.accelerator auto"
+            )
 
     def _on_cpu(self) -> bool:
         return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"

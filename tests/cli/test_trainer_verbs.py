@@ -193,6 +193,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         ("trainer: {strategy: fsdp3}", "error: trainer: You selected an invalid strategy name: `strategy='fsdp3'`"),
         ("trainer: {accelerator: tpu}", "error: trainer: "),
+        ("trainer: {accelerator: mps}", "trainer.accelerator is mps, and PyTorch finds no such device on this machine"),
         ("trainer: {max_steps: -7}", "error: trainer: `max_steps` must be a non-negative integer or -1"),
         ("trainer: {limit_val_batches: -3}", "error: trainer: You have passed invalid value -3 for limit_val_batches"),
         (
@@ -289,6 +290,8 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             ["generate", "--weights", "x", "--prompt", "x", "--temperature", "-1"],
             "temperature is -1.0; it has to be at least 0 (0 takes the likeliest token)",
         ),
+        (["generate", "--weights", "x", "--prompt", ""], "--prompt is empty: give at least one word"),
+        (["generate", "--weights", "x", "--prompt", "a", "--prompt", " "], "--prompt number 2 is empty"),
         (["export", "--weights", "nowhere", "--out", "x"], "--weights nowhere: there is no such file or directory"),
         (
             ["export", "--weights", "nowhere", "--out", "x", "--format", "xyz"],

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator
+from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator, this_cpu
 from lightning_danube.terminal import text_table
 
 if TYPE_CHECKING:
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
     from lightning_danube.pretraining.supply import Supply
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+
+SHORTEST_STEP = 0.01
+"""Seconds of arithmetic in a step. On an accelerator it takes milliseconds to start the kernels of a step."""
+
+UNKNOWN = "–"
+"""A time that the arithmetic does not say."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,6 +71,7 @@ def run(arguments: Namespace) -> None:
     if not arguments.write_speed > 0:
         raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
     accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
+    every_known = not arguments.accelerator
 
     from lightning_danube.cli.configs import planned_run
     from lightning_danube.planning.memory import BYTES
@@ -74,6 +81,9 @@ def run(arguments: Namespace) -> None:
     data, model = planned.data, planned.model
     supply = supplies(data, parse_source_tokens(arguments.source_tokens, data.sources))
     memory, notes = _memory(planned.trainer, data, model)
+    if every_known and planned.trainer.accelerator == "cpu":
+        accelerators.insert(0, this_cpu(memory.precision, memory.layout.devices))
+        notes.append(f"{accelerators[0].name}: the rate is that of its matrix products, just measured, not a peak")
     sections = [
         _model(planned.name, model.config, data, memory),
         _stages(data, supply),
@@ -142,9 +152,13 @@ def _model(name: str, config: DecoderConfig, data: CurriculumSettings, memory: T
         f"arithmetic: {flops:.4g} FLOPs a token at {data.context_length:,} tokens of context, forward and backward, "
         f"{total:.4g} in all",
         f"key-value cache, when it writes: {config.cache_bytes(1):,} bytes a token, "
-        f"{config.cache_bytes(data.context_length) / GIB:.2f} GiB for {data.context_length:,} (16 bits)",
+        f"{_size(config.cache_bytes(data.context_length))} for {data.context_length:,} (16 bits)",
     ]
     return "\n".join(lines)
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB / 100 else f"{bytes_ / MIB:.2f} MiB"
 
 
 def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curriculum:
@@ -218,15 +232,16 @@ def _parts(memory: TrainingMemory) -> str:
             other = dataclasses.replace(memory, layout=layout)
             if layout != memory.layout:
                 columns.append((_engine(other), other.peak()))
-    rows = [[part, *(f"{getattr(peak, part) / GIB:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
-    rows.append(["in all", *(f"{peak.total / GIB:.2f}" for _, peak in columns)])
+    unit, size = ("GiB", GIB) if memory.peak().total >= GIB else ("MiB", MIB)
+    rows = [[part, *(f"{getattr(peak, part) / size:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
+    rows.append(["in all", *(f"{peak.total / size:.2f}" for _, peak in columns)])
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
-    lines = [text_table([f"GiB on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
+    lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
     what = "" if memory.recompute else "out"
     lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
     if not memory.recompute:
         less = dataclasses.replace(memory, recompute=True).peak().total
-        lines.append(f"model.init_args.activation_checkpointing: true would take {less / GIB:.2f} GiB in all")
+        lines.append(f"model.init_args.activation_checkpointing: true would take {less / size:.2f} {unit} in all")
     return "\n".join(lines)
 
 
@@ -238,10 +253,19 @@ def _accelerators(
     devices = memory.layout.devices
     flops = memory.config.flops_per_token(data.context_length) * data.total_tokens
     peak, rows = memory.peak().total, []
+    unit, seconds_of_unit = _unit([seconds_of(flops, devices, one, utilisation) for one in accelerators])
     for accelerator in accelerators:
         capacity = USABLE * accelerator.memory
         fewest = [fewest_devices(memory, data, capacity, sharded=sharded) for sharded in (False, True)]
-        hours = seconds_of(flops, devices, accelerator, utilisation) / 3600
+        seconds = seconds_of(flops, devices, accelerator, utilisation)
+        hours = seconds / 3600
+        times = [
+            _rounded(seconds / seconds_of_unit),
+            _rounded(hours * devices),
+            "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
+        ]
+        if _is_too_short(memory, data, accelerator, utilisation):
+            times = [UNKNOWN, UNKNOWN, ""]
         rows.append(
             [
                 accelerator.name,
@@ -249,9 +273,7 @@ def _accelerators(
                 f"{accelerator.memory / GIB:.0f}",
                 "yes" if peak <= capacity else "no",
                 *(f"{n:,}" if n else "none" for n in fewest),
-                _rounded(hours / 24),
-                _rounded(hours * devices),
-                "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
+                *times,
             ]
         )
     header = [
@@ -261,14 +283,35 @@ def _accelerators(
         "fits",
         "fewest, DDP",
         "fewest, FSDP2",
-        "days",
+        unit,
         "device-hours",
         "cost" if any(a.price is not None for a in accelerators) else "",
     ]
+    too_short = (
+        f"\n{UNKNOWN}: the arithmetic of a step takes less than {1000 * SHORTEST_STEP:g} ms there: it takes longer to "
+        "start the kernels of the step, and how long is not known here; measure it with fit"
+    )
     return text_table(header, rows) + (
         f"\nat {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), {100 * USABLE:g} % of the memory for "
         "tensors; prices are those you gave, in their money"
+        + (too_short if any(UNKNOWN in row for row in rows) else "")
     )
+
+
+def _unit(seconds: Sequence[float]) -> tuple[str, int]:
+    """The unit of time in which the longest of some times is at least one."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    return next((one for one in units.items() if max(seconds) >= one[1]), ("minutes", 60))
+
+
+def _is_too_short(
+    memory: TrainingMemory, data: CurriculumSettings, accelerator: Accelerator, utilisation: float
+) -> bool:
+    """Whether the arithmetic of a step says nothing about its time."""
+    from lightning_danube.planning.run import seconds_of
+
+    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
+    return seconds_of(flops, memory.layout.devices, accelerator, utilisation) < SHORTEST_STEP
 
 
 def _rounded(number: float) -> str:
@@ -289,18 +332,25 @@ def _checkpoints(
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
     every = trainer.checkpoint_steps
     lines = [
-        f"checkpoint: {size / 1e9:.2f} GB (weights and the optimizer's averages), {advice.write:,.1f} s at "
+        f"checkpoint: {f'{size / 1e9:.2f} GB' if size >= 1e8 else f'{size / 1e6:.1f} MB'} (weights and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",
     ]
     rows = []
     for accelerator in accelerators:
+        if _is_too_short(memory, data, accelerator, arguments.utilisation):
+            continue
         seconds = seconds_of(flops, devices, accelerator, arguments.utilisation)
         steps = max(1, round(advice.interval / seconds))
-        row = [accelerator.name, f"{seconds:,.2f}", f"{steps:,}", f"{100 * advice.lost(steps * seconds):.2f} %"]
+        if steps >= data.total_steps:
+            row = [accelerator.name, f"{seconds:,.2f}", "at its end", ""]
+        else:
+            row = [accelerator.name, f"{seconds:,.2f}", f"{steps:,}", f"{100 * advice.lost(steps * seconds):.2f} %"]
         if every is not None:
             row += [f"{100 * advice.lost(every * seconds):.2f} %"]
         rows.append(row)
+    if not rows:
+        return "\n".join([*lines, "the run is too short for a failure: a checkpoint at its end is enough"])
     header = ["", "seconds a step", "best: save every … steps", "time lost"]
     return "\n".join([*lines, text_table([*header, *([f"lost with {every:,}"] if every is not None else [])], rows)])

@@ -92,6 +92,17 @@ def test_no_weight_is_made_and_no_text_is_read(
     assert not (tiny / "cache").exists() and not (tiny / "runs").exists()
 
 
+def test_a_toy_is_told_in_units_that_fit_it(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No accelerator's arithmetic says how long a step of microseconds takes. This CPU's rate is measured."""
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"), "--trainer.accelerator", "cpu")
+    assert cells(printed, "h100")[-2:] == ["–", "–"]
+    assert "the arithmetic of a step takes less than 10 ms there" in printed
+    assert "MiB on a device" in printed and "e-0" not in printed
+    this_cpu = next(line for line in printed.splitlines() if line.startswith("this CPU, "))
+    assert 0 < float(re.split(r"  +", this_cpu)[1]) < 1000
+    assert "the run is too short for a failure" in printed
+
+
 def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", str(tiny / "tiny.yaml"))
     assert main(["prepare", *config]) == 0
