@@ -49,7 +49,8 @@ def _class_name(one: str | Mapping[str, Any]) -> str:
 
 
 def _arguments(one: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    return (one.get("init_args") or {}) if isinstance(one, Mapping) else {}
+    """The options of a class. On a command line they may stand beside `class_path`."""
+    return {**one, **(one.get("init_args") or {})} if isinstance(one, Mapping) else {}
 
 
 def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:

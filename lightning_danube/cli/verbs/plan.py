@@ -331,8 +331,9 @@ def _checkpoints(
     advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
     every = trainer.checkpoint_steps
+    written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     lines = [
-        f"checkpoint: {f'{size / 1e9:.2f} GB' if size >= 1e8 else f'{size / 1e6:.1f} MB'} (weights and the optimizer's averages), {advice.write:,.1f} s at "
+        f"checkpoint: {written} (weights and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",

@@ -69,6 +69,13 @@ def test_the_4b_on_64_nodes_of_8(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(cost.replace(",", "")) == pytest.approx(2 * hours, abs=2)
 
 
+def test_a_strategy_may_be_given_on_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = ("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
+    sizes = ("--trainer.strategy.data_parallel_size", "4", "--trainer.strategy.tensor_parallel_size", "2")
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"), "--trainer.devices", "8", *strategy, *sizes)
+    assert "FSDP2 over 4, tensor parallel over 2" in printed
+
+
 def test_what_fit_would_refuse_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", str(PAPER / "danube3-500m.yaml"), "--accelerator", "h100")
     printed = planned(capsys, *config, "--source-tokens", "instruct=1B")
