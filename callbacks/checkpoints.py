@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from lightning_danube.checkpoints import EVERY_N_STEPS
 from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.runs import read_step
 from lightning_danube.checkpoints.strategy import ShardedStrategy
@@ -32,7 +33,7 @@ class Checkpoints(Checkpoint):
             on should it be damaged.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: int = EVERY_N_STEPS, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
             raise ValueError(f"every_n_steps is {every_n_steps} and keep is {keep}: both must be at least 1")
         self.every_n_steps, self.keep = every_n_steps, keep

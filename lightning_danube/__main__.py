@@ -102,6 +102,11 @@ def _dispatch(args: list[str]) -> int:
     if verb == "--version":
         print(importlib.metadata.version("lightning-danube"))
         return 0
+    if verb in TRAINER_VERBS and {"-h", "--help"} & set(args):
+        from lightning_danube.cli.help import help_of
+
+        print(help_of(verb, args[1:]))
+        return 0
     if verb in TRAINER_VERBS:
         if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all
             _check_at_once(args[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ def _what_was_meant(config: str, names: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else "the command `configs` lists those that need no file"
 
 
-def description(name: str) -> str:
-    """What the first line of a configuration says about it."""
-    first = (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip().rstrip(":.")
+def description(config: str) -> str:
+    """What the first line of a configuration, a file or a name, says about it. Empty if it is no comment."""
+    first = Path(config_file(config)).read_text("utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().rstrip(":.") if first.startswith("#") else ""
 
 
 def read_config(file: str) -> dict[str, Any]:
@@ -67,3 +68,21 @@ def read_config(file: str) -> dict[str, Any]:
         found = "is empty" if config is None else f"holds a {type(config).__name__}"
         raise ValueError(f"{file} {found}: a configuration is a mapping of keys such as data, model, trainer")
     return config
+
+
+def lines_of_keys(file: str) -> dict[tuple[str, ...], int]:
+    """Key path → the line of a configuration that states it, counted from 1. A list's items are numbered from 0."""
+    root = yaml.compose(Path(config_file(file)).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return dict(_lines(root, ()))
+
+
+def _lines(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        inner = [((*path, str(key.value)), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [((*path, str(number)), item, item) for number, item in enumerate(node.value)]
+    else:
+        return
+    for place, key, value in inner:
+        yield place, key.start_mark.line + 1
+        yield from _lines(value, place)

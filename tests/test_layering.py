@@ -31,7 +31,7 @@ ORDER = (
     "__main__",
 )
 MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
-MODEL_MAY_IMPORT = frozenset({"torch", f"{PACKAGE}.model", f"{PACKAGE}.device"})
+MODEL_MAY_IMPORT = frozenset({"torch", f"{PACKAGE}.model", f"{PACKAGE}.device", f"{PACKAGE}.lazy_attributes"})
 # A task's data module takes at most a tokenizer from the weights.
 DATA_MAY_IMPORT_OF_WEIGHTS = frozenset({f"{PACKAGE}.weights.names"})
 # Kept apart from the rules: these folders may be absent.

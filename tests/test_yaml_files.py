@@ -97,7 +97,7 @@ def test_copy_writes_a_config_for_editing(elsewhere: Path, capsys: pytest.Captur
 def test_copy_never_overwrites(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (elsewhere / "mine.yaml").write_text("name: mine\n")
     said = error_of(capsys, "configs", "copy", "quickstart", "mine.yaml")
-    assert said == "mine.yaml exists and is left as it is: name another file"
+    assert said == "mine.yaml exists and is left as it is: name another file, as in configs copy quickstart mine.yaml"
     assert (elsewhere / "mine.yaml").read_text() == "name: mine\n"
 
 

@@ -1,69 +1,129 @@
-"""Finds the mistakes in a command line that show without the classes it configures, and reports them at once.
+"""A command line and the configurations that it names, as one tree of values, and where each of them is stated.
 
-Importing PyTorch and Lightning takes seconds, and most typing errors need neither of them to be found.
+This reads files and flags alone. Importing PyTorch and Lightning takes seconds, and most typing errors need neither of
+them to be found: `check_command_line` reports those at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import Any
 
-from lightning_danube.cli.configs import LINKED
-from lightning_danube.cli.errors import TOP_LEVEL, place_of_key
-from lightning_danube.yaml_files import config_file, read_config
+from lightning_danube.cli.options import BEFORE, Path, Typed, no_option
+from lightning_danube.training.precision_names import PRECISIONS
+from lightning_danube.yaml_files import config_file, lines_of_keys, read_config
 
-FACTS_OF_DATA = {
+TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
+"""Keys of a configuration."""
+
+LINKED = {
     "vocab_size": "data.tokenizer",
     "context_length": "data.context_length",
-    "max_position_embeddings": "data.context_length",
     "batch_tokens": "data.batch_tokens",
     "total_tokens": "data.stages",
 }
-"""Options of a model that are facts of the data, and the key that states each. A config gives them nowhere else."""
+"""Attributes of a data module that reach the task of that parameter name → the key of the data that states them."""
 
-PRECISIONS = (
-    *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
-    *("64-true", "32", "16", "bf16", "64", "transformer-engine", "transformer-engine-float16", "null"),
+FACTS_OF_DATA = {**LINKED, "max_position_embeddings": LINKED["context_length"]}
+"""Options of a model that are facts of the data → the key that states each. A configuration gives them nowhere else."""
+
+TRAINER_OPTIONS = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run"),
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches"),
+    *("limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval"),
+    *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "enable_checkpointing"),
+    *("enable_progress_bar", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler", "profiler"),
+    *("detect_anomaly", "barebones", "plugins", "sync_batchnorm", "reload_dataloaders_every_n_epochs"),
+    *("default_root_dir", "enable_autolog_hparams", "model_registry"),
 )
-"""Lightning's names of precisions, the usual ones first."""
+"""Options of Lightning's trainer."""
 
 # Of single verbs, and of the parser itself.
 _OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
 
 
-def check_command_line(args: Sequence[str]) -> None:
+class Added(Typed):
+    """A value that is added to a list, by `--key+`."""
+
+
+@dataclass
+class Stated:
+    """What a command line and its configurations state.
+
+    Args:
+        files: of the configurations, in the order in which they count.
+        tree: all values as one mapping. Values of flags are `Typed`.
+        places: key path without `init_args` → the file and line, or the flag, that states it last.
+    """
+
+    files: list[str]
+    tree: dict[str, Any] = field(default_factory=dict)
+    places: dict[Path, str] = field(default_factory=dict)
+
+    def place_of(self, path: Path) -> str:
+        """ "file, line n" or "--flag" of the innermost key of a path that is stated anywhere, "" if none is."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "")
+
+
+def read_command_line(args: Sequence[str]) -> Stated:
     """
     Args:
         args: of a verb that takes a configuration, without the verb.
 
     Raises:
-        ValueError: a configuration is missing or no YAML mapping, a section is unknown, or a fact of the data is stated
-            for the model.
+        ValueError: a configuration is missing or no YAML mapping.
     """
-    if args and not args[0].startswith("-"):
-        raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
-    args = with_config_paths(args)
-    for file in config_files(args):
-        for key in read_config(file):
-            if key not in (*TOP_LEVEL, *_OTHER_FLAGS):
-                raise ValueError(
-                    f"{place_of_key(str(key), [file])}{key!r} is not an option of this command: {_meant(str(key))}"
-                )
-    for arg in args:
-        match = re.match(r"--([A-Za-z]\w*)", arg)
-        if match and match[1] not in (*TOP_LEVEL, *_OTHER_FLAGS):
-            close = get_close_matches(match[1], TOP_LEVEL, n=1)
-            hint = f": did you mean --{close[0]}?" if close else ", see --help"
-            raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
-    _check_facts_of_data(args)
-    _check_precision(args)
+    stated = Stated(config_files(args))
+    for file in stated.files:
+        stated.tree = merged(stated.tree, read_config(file))
+        stated.places |= {without_init_args(path): f"{file}, line {n}" for path, n in lines_of_keys(file).items()}
+    for flag, keys, value in flags(args):
+        tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)
+        for key in reversed(keys):
+            tree = {key: tree}
+        stated.tree = merged(stated.tree, tree)
+        stated.places[without_init_args(keys)] = flag
+    return stated
 
 
-def _meant(key: str) -> str:
-    close = get_close_matches(key, TOP_LEVEL, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TOP_LEVEL)}"
+def without_init_args(path: Path) -> Path:
+    return tuple(key for key in path if key != "init_args")
+
+
+def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
+    """The flags of a command line that set a key of the configuration: as typed, the keys, the value."""
+    for arg, following in pairwise([*args, "--"]):
+        match = re.match(r"--(\w[\w.-]*)(\+?)(?:=(.*))?$", arg, re.DOTALL)
+        if match is None or (match[3] is None and following.startswith("--")):
+            continue
+        keys = tuple(match[1].split("."))
+        if keys[0] in TOP_LEVEL and keys[0] != "config":
+            yield f"--{match[1]}{match[2]}", keys, following if match[3] is None else match[3]
+
+
+def merged(old: Any, new: Any) -> Any:
+    """One tree of values from two, as jsonargparse merges them: the new one counts, and lists are replaced.
+
+    An option that is given for a list belongs to its last item, as in `--trainer.callbacks+=Progress`.
+    """
+    if isinstance(new, list) and new and isinstance(new[0], Added):
+        return [*(old if isinstance(old, list) else []), *new]
+    if isinstance(old, list) and old and isinstance(new, Mapping):
+        return [*old[:-1], merged(old[-1], new)]
+    if isinstance(old, str) and isinstance(new, Mapping) and "class_path" not in new and new:
+        old = {"class_path": str(old)}  # --model Pretraining --model.decoder …
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    if "class_path" in new and "class_path" in old and new["class_path"] != old["class_path"]:
+        return {**new, BEFORE: old.get("init_args") or {}}
+    return {**old, **{key: merged(old[key], value) if key in old else value for key, value in new.items()}}
 
 
 def config_files(args: Sequence[str]) -> list[str]:
@@ -87,34 +147,59 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
     return found
 
 
-def _check_precision(args: Sequence[str]) -> None:
-    """Refuses what is no precision. The parser of the trainer would list the parts of a union of types."""
-    stated = [
-        (f"{place_of_key('precision', [file])}trainer.precision", trainer.get("precision"))
-        for file in config_files(args)
-        if isinstance(trainer := read_config(file).get("trainer"), dict)
-    ]
-    flag = "--trainer.precision"
-    stated += [(flag, value) for name, value in pairwise(args) if name == flag]
-    stated += [(flag, arg.partition("=")[2]) for arg in args if arg.startswith(f"{flag}=")]
-    for where, value in stated:
-        refers = str(value).startswith("${")  # to another key
-        if value is not None and not refers and str(value) not in PRECISIONS:
-            raise ValueError(f"{where} is {value}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")
+def check_command_line(args: Sequence[str]) -> None:
+    """
+    Args:
+        args: of a verb that takes a configuration, without the verb.
+
+    Raises:
+        ValueError: a configuration is missing or no YAML mapping, a section or an option of the trainer is unknown, a
+            precision is none, or a fact of the data is stated for the model.
+    """
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
+    _check_flags(args)
+    stated = read_command_line(with_config_paths(args))
+    for key in stated.tree:
+        if key not in (*TOP_LEVEL, *_OTHER_FLAGS):
+            raise ValueError(f"{_place(stated, key)}{no_option(str(key), TOP_LEVEL, 'this command')}")
+    _check_facts_of_data(stated)
+    trainer = stated.tree.get("trainer")
+    if isinstance(trainer, Mapping):
+        _check_trainer(stated, trainer)
 
 
-def _check_facts_of_data(args: Sequence[str]) -> None:
-    """Refuses a fact of the data that is stated again for the model: the link would override it without a word."""
-    for file in config_files(args):
-        config = read_config(file)
-        model = config.get("model")
-        init_args = model.get("init_args") if isinstance(model, dict) else None
-        for fact in LINKED:
-            if isinstance(init_args, dict) and fact in init_args:
-                raise ValueError(
-                    f"{file}: model.init_args.{fact} is taken from {FACTS_OF_DATA[fact]}: leave it out here"
-                )
+def _place(stated: Stated, *path: str) -> str:
+    place = stated.place_of(path)
+    return f"{place}: " if place else ""
+
+
+def _check_flags(args: Sequence[str]) -> None:
     for arg in args:
-        match = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
-        if match and match[1] in LINKED:
-            raise ValueError(f"{arg.partition('=')[0]} is taken from {FACTS_OF_DATA[match[1]]}: set that instead")
+        match = re.match(r"--([A-Za-z]\w*)", arg)
+        if match and match[1] not in (*TOP_LEVEL, *_OTHER_FLAGS):
+            close = get_close_matches(match[1], TOP_LEVEL, n=1)
+            hint = f": did you mean --{close[0]}?" if close else ", see --help"
+            raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
+
+
+def _check_facts_of_data(stated: Stated) -> None:
+    """Refuses a fact of the data that is stated again for the model: the link would override it without a word."""
+    for fact, key in LINKED.items():
+        place = stated.places.get(("model", fact))
+        if place is not None and place.startswith("--"):
+            raise ValueError(f"{place} is taken from {key}: set that instead")
+        if place is not None:
+            raise ValueError(f"{place}: model.init_args.{fact} is taken from {key}: leave it out here")
+
+
+def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
+    for key in trainer:
+        if key not in TRAINER_OPTIONS:
+            raise ValueError(f"{_place(stated, 'trainer', key)}{no_option(str(key), TRAINER_OPTIONS, 'Trainer')}")
+    precision = trainer.get("precision")
+    refers = str(precision).startswith("${")  # to another key
+    if precision is not None and not refers and str(precision) not in PRECISIONS:
+        place = stated.place_of(("trainer", "precision"))
+        where = place if place.startswith("--") else f"{place}: trainer.precision"
+        raise ValueError(f"{where} is {precision}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")

@@ -1,127 +1,201 @@
-"""The parts of a configuration, for commands that do not train: read, checked and overridden as `fit` does it."""
+"""The one parser of configurations: what `fit` would run, for the verbs that train and for those that do not."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.yaml_files import config_file
+import yaml
+
+from lightning_danube.cli.command_line import FACTS_OF_DATA, LINKED, Stated, read_command_line, with_config_paths
+from lightning_danube.cli.options import Reader, Refusal, Typed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
-    from lightning_danube.pretraining.data import CurriculumData
-    from lightning_danube.pretraining.task import Pretraining
+    from lightning_danube.planning.run import TrainerSection
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
 
-LINKED = ("vocab_size", "context_length", "batch_tokens", "total_tokens")
-"""Attributes of a data module that reach the task of that parameter name."""
+PARSER_OPTIONS: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
 
 
 @dataclass(frozen=True)
-class PretrainingRun:
-    """A pre-training run as its configuration describes it.
+class PlannedRun:
+    """A pre-training run as its configuration describes it. Neither data nor weights are made.
 
     Args:
-        name: of the run.
-        data: the data module, nothing of it read.
-        task: on the meta device, where weights weigh nothing.
-        trainer: what the configuration says of the trainer, which is not made: the devices may be elsewhere.
+        trainer: what the configuration says of the trainer. The devices may be elsewhere.
     """
 
     name: str
-    data: CurriculumData
-    task: Pretraining
-    trainer: Any
+    data: CurriculumSettings
+    model: PretrainingSettings
+    trainer: TrainerSection
+
+
+def read_configuration(args: Sequence[str]) -> Stated:
+    """What a command line states, after every value was checked against the class that takes it.
+
+    Args:
+        args: without the verb.
+
+    Raises:
+        ValueError: a value is refused; in one line.
+    """
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    stated = read_command_line(args)
+    with one_line_errors(stated):
+        for section in ("data", "model"):
+            if section not in stated.tree:
+                raise Refusal((), "give a configuration, for example --config quickstart")
+        reader = Reader(taken=FACTS_OF_DATA)
+        reader.value(LightningDataModule, stated.tree["data"], ("data",))
+        reader.value(LightningModule, stated.tree["model"], ("model",))
+        reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
+        reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
+    return stated
+
+
+@contextlib.contextmanager
+def one_line_errors(stated: Stated) -> Iterator[None]:
+    """Turns what is refused inside into a ValueError of one line."""
+    from lightning_danube.cli.errors import in_one_line
+
+    try:
+        yield
+    except Refusal as refusal:
+        raise ValueError(in_one_line(refusal, stated)) from refusal
+
+
+def add_run_options(parser: Any) -> None:
+    """Adds the options of every run, and the links from the data to the model."""
+    parser.add_argument("--name", type=str, default="run", help="Name of the run: <runs>/<name>/version_<n>.")
+    parser.add_argument("--runs", type=str, default="runs", help="Directory of all runs.")
+    for fact in LINKED:
+        parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+
+def set_parsing_rules() -> None:
+    """Settings of jsonargparse that hold for every parser here."""
+    from jsonargparse import set_parsing_settings
+
+    from lightning_danube.training.optim import AdamW
+
+    # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
 
 
 def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
-    """The data module alone; the model and the trainer are not looked at.
+    """The data module alone. The model and the trainer are not looked at.
 
     Raises:
         ValueError: a configuration is wrong, in one line.
     """
     from lightning.pytorch import LightningDataModule
 
-    configs = [config_file(config) for config in configs]
-    parser = _parser(configs, others=("model", "trainer"))
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    data: LightningDataModule = _instantiate(parser, _parse(parser, configs, _known(overrides)), configs).data
+    stated = _stated(configs, overrides)
+    if "data" not in stated.tree:
+        raise ValueError(f"{' + '.join(stated.files)}: there is no section data")
+    with one_line_errors(stated):
+        reader = Reader(make=True)
+        data: LightningDataModule = reader.value(LightningDataModule, resolved_tree(stated)["data"], ("data",))
     return data
 
 
-def configured_pretraining(configs: Sequence[str], overrides: Sequence[str]) -> PretrainingRun:
+def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
     """
     Raises:
         ValueError: a configuration is wrong, in one line, or it is none of pre-training.
     """
-    import torch
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning_danube.planning.run import TrainerSection
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
 
-    configs = [config_file(config) for config in configs]
-    parser = _parser(configs)
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    parser.add_subclass_arguments(LightningModule, "model", required=True)
-    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False)
-    for fact in LINKED:
-        parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
-    parsed = _parse(parser, configs, overrides)
-    # Before anything is made: other tasks would fetch weights first.
-    task, data = (parsed[key].class_path.rpartition(".")[2] for key in ("model", "data"))
-    if (task, data) != ("Pretraining", "CurriculumData"):
-        raise ValueError(f"only pre-training can be planned (Pretraining on CurriculumData), not {task} on {data}")
-    with torch.device("meta"):
-        run = _instantiate(parser, parsed, configs)
-    return PretrainingRun(run.get("name") or "run", run.data, run.model, run.trainer)
-
-
-def _parser(configs: Sequence[str], others: Sequence[str] = ()) -> Any:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    from lightning_danube.cli.errors import TOP_LEVEL
-    from lightning_danube.training.optim import AdamW
-    from lightning_danube.yaml_files import read_config
-
-    for config in configs:
-        read_config(config)
-    # A section that is not looked at is not made, either: a model of billions of weights may stand there.
-    set_parsing_settings(
-        omegaconf_absolute_to_relative_paths=True, instantiate_subclass_spec_in_any=False, subclasses_enabled=[AdamW]
-    )
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="omegaconf+")
-    parser.add_argument("--config", action="config")
-    for name in {*TOP_LEVEL, *others} - {"config", *({"data", "model", "trainer"} - {*others})}:
-        parser.add_argument(f"--{name}", type=Any)
-    return parser
+    stated = _stated(configs, overrides)
+    # Before anything is read: other tasks would fetch weights first.
+    model, data = (_class_name(stated.tree.get(section)) for section in ("model", "data"))
+    if (model, data) != ("Pretraining", "CurriculumData"):
+        raise ValueError(f"only pre-training can be planned (Pretraining on CurriculumData), not {model} on {data}")
+    with one_line_errors(stated):
+        tree = resolved_tree(stated)
+        reader = Reader(taken=FACTS_OF_DATA, make=True)
+        known = [field.name for field in fields(TrainerSection)]
+        trainer = {key: value for key, value in (tree.get("trainer") or {}).items() if key in known}
+        settings = CurriculumSettings(**reader.class_options(CurriculumSettings, tree["data"], ("data",), data))
+        facts = {fact: getattr(settings, fact) for fact in LINKED}
+        options = reader.class_options(PretrainingSettings, tree["model"], ("model",), model)
+        return PlannedRun(
+            str(tree.get("name") or "run"),
+            settings,
+            PretrainingSettings(**options, **facts),
+            TrainerSection(**reader.options(TrainerSection, trainer, ("trainer",), "Trainer")),
+        )
 
 
-def _parse(parser: Any, configs: Sequence[str], overrides: Sequence[str]) -> Any:
-    from lightning_danube.cli.errors import parse
-
-    flags = [flag for config in configs for flag in ("--config", config)]
-    return parse(parser, [*flags, *overrides], configs, {})
+def _class_name(section: Any) -> str:
+    named = section.get("class_path") if isinstance(section, Mapping) else section
+    return str(named).rpartition(".")[2]
 
 
-def _instantiate(parser: Any, parsed: Any, configs: Sequence[str]) -> Any:
-    from lightning_danube.cli.errors import explain
+def _stated(configs: Sequence[str], overrides: Sequence[str]) -> Stated:
+    args = [flag for config in configs for flag in ("--config", config)]
+    return read_command_line(with_config_paths([*args, *overrides]))
+
+
+def resolved_tree(stated: Stated) -> dict[str, Any]:
+    """The tree of values, where each reference such as `${seed_everything}` has become what it refers to."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lightning_danube.cli.errors import unresolved
 
     try:
-        return parser.instantiate(parsed)
-    except ValueError as error:
-        # What a class says of its arguments arrives wrapped in the types that were tried.
-        if str(error).startswith("Does not validate"):
-            raise ValueError(explain(str(error), configs, {})) from error
-        raise
+        resolved = OmegaConf.to_container(OmegaConf.create(_untyped(stated.tree)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(unresolved(stated) or str(error).splitlines()[0]) from error
+    tree: dict[str, Any] = _typed_again(resolved, stated.tree)
+    return tree
 
 
-def _known(overrides: Sequence[str]) -> list[str]:
-    """Overrides without those of the model and the trainer, whose keys are not known here."""
-    kept: list[str] = []
-    skipping = False
-    for argument in overrides:
-        if argument.startswith("--"):
-            skipping = re.match(r"--(model|trainer)[.=\s]", argument + " ") is not None
-        if not skipping:
-            kept.append(argument)
-    return kept
+def _untyped(value: Any) -> Any:
+    """A tree of values where text of the command line is text like any other, which OmegaConf demands."""
+    if isinstance(value, Mapping):
+        return {key: _untyped(one) for key, one in value.items()}
+    return str(value) if isinstance(value, Typed) else value
+
+
+def _typed_again(resolved: Any, before: Any) -> Any:
+    if isinstance(before, Mapping) and isinstance(resolved, Mapping):
+        return {key: _typed_again(one, before.get(key)) for key, one in resolved.items()}
+    return Typed(resolved) if isinstance(before, Typed) and isinstance(resolved, str) else resolved
+
+
+def resolved_config(args: Sequence[str]) -> dict[str, Any]:
+    """The whole configuration that a command line of a trainer's verb would run, defaults included.
+
+    Args:
+        args: without the verb.
+
+    Raises:
+        ValueError: it is refused, in one line.
+    """
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from lightning_danube.cli.errors import parse
+
+    args = with_config_paths(args)
+    stated = read_configuration(args)
+    set_parsing_rules()
+    parser = LightningArgumentParser(**PARSER_OPTIONS)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_argument("--ckpt_path", type=str | None, default=None)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    add_run_options(parser)
+    config: dict[str, Any] = yaml.safe_load(parser.dump(parse(parser, list(args), stated)))
+    return config

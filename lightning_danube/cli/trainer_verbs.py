@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -25,24 +25,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.checkpoints.strategy import ShardedStrategy
-from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line, config_files, with_config_paths
-from lightning_danube.cli.configs import LINKED
-from lightning_danube.cli.errors import explain, parse
+from lightning_danube.cli.command_line import check_command_line, with_config_paths
+from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
+from lightning_danube.cli.errors import parse, raised_by_a_class
 from lightning_danube.device import exact_products_by_onednn, keep_freed_memory, usable_cores
-from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
 from lightning_danube.training.history import append_history, differences
-from lightning_danube.training.optim import AdamW
 from lightning_danube.training.precision import (
     Choice,
     check_precision,
     choose,
-    full_name,
     has_precision_plugin,
     kind_of_device,
 )
 from lightning_danube.training.precision import warning_of as precision_warning
+from lightning_danube.training.precision_names import full_name
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 
 MOST_PROCESSES = 8
@@ -120,8 +118,7 @@ class DanubeCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
+        set_parsing_rules()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -144,19 +141,15 @@ class DanubeCLI(LightningCLI):
     # --- parsing ------------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        ours = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
-        return super().init_parser(**{**ours, **kwargs})
+        return super().init_parser(**{**PARSER_OPTIONS, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="run", help="Name of the run: <runs>/<name>/version_<n>.")
-        parser.add_argument("--runs", type=str, default="runs", help="Directory of all runs.")
-        for fact in LINKED:
-            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+        add_run_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         check_command_line(args[1:])
-        self.config = parse(parser, args, config_files(args), FACTS_OF_DATA)
+        self.config = parse(parser, args, read_configuration(args[1:]))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters override the config here; the config decides."""
@@ -165,6 +158,7 @@ class DanubeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
+        self._check_accelerator()
         self.place = resolve_checkpoint(
             self.subcommand,
             self._get(self.config, "runs"),
@@ -177,6 +171,7 @@ class DanubeCLI(LightningCLI):
             for warning in self.place.warnings:
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
+            self._tell_checkpoint(str(self._get(self.config, "ckpt_path")))
             self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
         saved = None
         if self.subcommand == "fit" and self.place.checkpoint is not None:
@@ -185,6 +180,30 @@ class DanubeCLI(LightningCLI):
         self._note_changes(saved)
         if self._on_cpu():
             keep_freed_memory()
+
+    def _tell_checkpoint(self, asked_for: str) -> None:
+        """Says which checkpoint "last" or a run's directory stands for, and where the run goes on."""
+        checkpoint = self.place.checkpoint
+        assert checkpoint is not None
+        if rank_zero_only.rank != 0 or str(checkpoint) == asked_for:  # type: ignore[attr-defined]
+            return
+        where = ""
+        if self.subcommand == "fit":
+            where = "; the run goes on in the same version" if self.place.continues else "; a new version begins"
+        print(f"--ckpt_path {asked_for}: {checkpoint}{where}")
+
+    def _check_accelerator(self) -> None:
+        """
+        Raises:
+            ValueError: a GPU is asked for, and there is none.
+        """
+        accelerator = self._get(self.config, "trainer").accelerator
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if accelerator in ("gpu", "cuda", "mps") and not there[kind_of_device(accelerator)]:
+            raise ValueError(
+                f"trainer.accelerator is {accelerator}, and PyTorch finds no such device on this machine: set it to "
+                "auto or cpu, as by --trainer.accelerator auto"
+            )
 
     def _on_cpu(self) -> bool:
         return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"
@@ -251,9 +270,10 @@ class DanubeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # What a class says of its arguments arrives wrapped in the union "the class, or null".
-            if str(error).startswith("Does not validate"):
-                raise ValueError(explain(str(error), [], FACTS_OF_DATA)) from error
-            raise
+            inner = raised_by_a_class(error)
+            if inner is None or inner is error:
+                raise
+            raise ValueError(str(inner)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
@@ -309,20 +329,28 @@ class DanubeCLI(LightningCLI):
         if verb not in possible:
             raise ValueError(f"{type(self.model).__name__} has no {verb}: say {' or '.join(possible)}")
 
+    def _nothing_left(self) -> str | None:
+        """Says that the run which would go on is complete, if it is."""
+        # Data that are known only when they are read do not say how many steps a run has before it begins.
+        steps = getattr(self.datamodule, "total_steps", None)
+        if not self.place.continues or self.place.checkpoint is None or not isinstance(steps, int):
+            return None
+        if {"data.batch_tokens", "data.context_length"} & self.changes.keys():
+            return None  # steps of another size tell nothing about it
+        done, limit = read_step(self.place.checkpoint), self.trainer.max_steps
+        run = self.place.checkpoint.parent.parent
+        if done == steps:
+            return f"{run} is complete: {done} of {steps} steps; nothing is left to do"
+        # Fewer steps than are done are refused later, with the reason.
+        if 0 <= limit <= done:
+            return f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do"
+        return None
+
     def _run_subcommand(self, subcommand: str) -> None:
         self._check_verb(subcommand)
-        if self.place.continues and self.place.checkpoint is not None and isinstance(self.datamodule, CurriculumData):
-            done = read_step(self.place.checkpoint)
-            steps = self.datamodule.total_tokens // self.datamodule.batch_tokens
-            # Steps of another size tell nothing about it, and fewer than are done are refused with the reason.
-            same_size = not {"data.batch_tokens", "data.context_length"} & self.changes.keys()
-            run = self.place.checkpoint.parent.parent
-            if same_size and done == steps:
-                print(f"{run} is complete: {done} of {steps} steps; nothing is left to do")
-                return
-            if same_size and 0 <= (limit := self.trainer.max_steps) <= done:
-                print(f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do")
-                return
+        if (nothing_left := self._nothing_left()) is not None:
+            print(nothing_left)
+            return
         self._show_changes()
         self._tell_precision()
         try:

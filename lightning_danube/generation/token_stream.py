@@ -227,7 +227,7 @@ def check_request(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it has to be at least 1")
     if window is not None and not 2 <= window <= context:
-        raise ValueError(f"the window is {window}; it has to be at least 2 and at most the context of {context}")
+        raise ValueError(f"--window is {window}: it has to be at least 2 and at most the context of {context}")
     if not len(prompts):
         raise ValueError("there is no prompt")
     for number, prompt in enumerate(prompts, start=1):

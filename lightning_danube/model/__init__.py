@@ -1,10 +1,17 @@
 """The Danube decoder in plain PyTorch: shape, network, loss, key-value cache."""
 
-from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
-from .cache import KVCache
-from .config import PRESETS, DecoderConfig, DecoderShape
-from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
-from .loss import next_token_loss, token_losses
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_danube import lazy_attributes
+
+if TYPE_CHECKING:
+    from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
+    from .cache import KVCache
+    from .config import PRESETS, DecoderConfig, DecoderShape
+    from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
+    from .loss import next_token_loss, token_losses
 
 __all__ = [
     "PRESETS",
@@ -22,3 +29,14 @@ __all__ = [
     "next_token_loss",
     "token_losses",
 ]
+
+_MODULES = {
+    "attention": ("GroupedQueryAttention", "RotaryEmbedding", "document_mask"),
+    "cache": ("KVCache",),
+    "config": ("PRESETS", "DecoderConfig", "DecoderShape"),
+    "decoder": ("Backbone", "Block", "Decoder", "RMSNorm", "SwiGLU"),
+    "loss": ("next_token_loss", "token_losses"),
+}
+
+# A decoder's shape and its arithmetic need no PyTorch.
+__getattr__ = lazy_attributes(__name__, {name: module for module, names in _MODULES.items() for name in names})

@@ -25,6 +25,15 @@ POSITIVE_FIELDS = frozenset(
 )
 
 
+CHUNK_TOKENS = 1024
+"""Tokens whose logits the loss computes at a time.
+
+One core, 4096 tokens, D = 256, V = 32000, forward and backward: 2.03 s in float32 and 0.73 s under bfloat16 autocast.
+256 and 512 tokens are within 6 % of it, 4096 take 9 % and 34 % longer, F.cross_entropy takes 3.02 and 2.56 s. 1024 is
+the largest of the equally fast ones: the larger D is, the more time goes into adding up the weight's gradient (V x D
+for each chunk)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
     """What a person chooses of a decoder; vocabulary and context length come with the data.

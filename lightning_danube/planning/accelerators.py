@@ -6,7 +6,9 @@ From data sheets; where those give figures "with sparsity", half of them. A devi
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -62,6 +64,30 @@ def parse_accelerator(text: str) -> Accelerator:
     close = get_close_matches(name, ACCELERATORS, n=1)
     hint = f"did you mean {close[0]!r}" if close else f"there are {', '.join(ACCELERATORS)}"
     raise ValueError(f"--accelerator is {name!r}: {hint}, or state peak and memory, such as 400e12/64GiB")
+
+
+def this_cpu(precision: str, processes: int = 1) -> Accelerator:
+    """One process's share of this machine, by how fast a core multiplies matrices in a precision. Takes milliseconds.
+
+    Args:
+        processes: that share the cores and the memory.
+    """
+    import torch
+
+    from lightning_danube.device import product_rate, usable_cores
+
+    types = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    rate = product_rate(types.get(precision.partition("-")[0], torch.float32)).training
+    cores = usable_cores()
+    return Accelerator(f"this CPU, {cores} cores", cores * rate / processes, _memory_of_this_machine() // processes)
+
+
+def _memory_of_this_machine() -> int:
+    """Bytes. As much as an address can name where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return sys.maxsize
 
 
 def _positive(text: str) -> float | None:

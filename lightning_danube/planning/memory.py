@@ -10,11 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
-
-from lightning_danube.device import onednn_multiplies
-from lightning_danube.model.config import DecoderConfig
-from lightning_danube.model.loss import CHUNK_TOKENS
+from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig
 
 BYTES: dict[str, tuple[int, int]] = {
     "32-true": (4, 4),
@@ -182,7 +178,7 @@ class TrainingMemory:
             kv_heads = heads  # repeated: no fused kernel takes them as they are
         # Of each row of scores its largest, in their type, where they are multiplied in blocks; else what the kernel
         # keeps, in float32.
-        of_a_row = a if not self.gpu and a == 2 and onednn_multiplies(torch.bfloat16) else self._wide
+        of_a_row = a if not self.gpu and a == 2 and _cpu_multiplies_bfloat16() else self._wide
         attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
         # Gate, up and their product; on a GPU the activated gate, too.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
@@ -282,6 +278,15 @@ class TrainingMemory:
 
     def peak(self) -> DeviceMemory:
         return max(self.loss_phase(), self.backward_phase(), key=lambda memory: memory.total)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU. Only then PyTorch is imported, which takes 2 CPU s."""
+    import torch
+
+    from lightning_danube.device import onednn_multiplies
+
+    return onednn_multiplies(torch.bfloat16)
 
 
 def head_dim(config: DecoderConfig) -> int:

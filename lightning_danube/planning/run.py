@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from lightning_danube.checkpoints import EVERY_N_STEPS
 from lightning_danube.planning.accelerators import Accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
-from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.pretraining.settings import CurriculumSettings
 
 USABLE = 0.9
 """Share of a device's memory that tensors may take: the rest is for its context, its libraries and fragments."""
@@ -19,24 +21,54 @@ HOURS_BETWEEN_FAILURES = 50_000.0
 MOST_DEVICES = 4096
 
 
-def layout_of(trainer: Any) -> tuple[Layout, list[str]]:
+@dataclasses.dataclass(frozen=True)
+class TrainerSection:
+    """The options of Lightning's trainer that a plan depends on, with the trainer's defaults. Classes are not made: a
+    mapping names them by `class_path` and `init_args`."""
+
+    accelerator: str | dict[str, Any] = "auto"
+    strategy: str | dict[str, Any] = "auto"
+    devices: list[int] | int | str = "auto"
+    num_nodes: int = 1
+    precision: int | str | None = None
+    callbacks: list[str | dict[str, Any]] | dict[str, Any] | str | None = None
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Optimizer steps between two checkpoints. None if no callback saves them."""
+        callbacks = self.callbacks if isinstance(self.callbacks, list) else [self.callbacks or {}]
+        for callback in callbacks:
+            if _class_name(callback) == "Checkpoints":
+                return int(_arguments(callback).get("every_n_steps", EVERY_N_STEPS))
+        return None
+
+
+def _class_name(one: str | Mapping[str, Any]) -> str:
+    named = one.get("class_path", "") if isinstance(one, Mapping) else one
+    return str(named).rpartition(".")[2]
+
+
+def _arguments(one: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a class. On a command line they may stand beside `class_path`."""
+    return {**one, **(one.get("init_args") or {})} if isinstance(one, Mapping) else {}
+
+
+def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
     """How a trainer section spreads a run, and what had to be assumed, in words.
 
     Raises:
         ValueError: it names a strategy whose memory is not known, or sizes that do not fit together.
     """
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-
     notes = []
-    nodes, devices = int(trainer.num_nodes), _devices(trainer.devices)
+    nodes, devices = trainer.num_nodes, _devices(trainer.devices)
     if devices is None:
         notes.append("trainer.devices is auto: counted as 1; say how many with --trainer.devices N")
         devices = 1
-    strategy, world = trainer.strategy, nodes * devices
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if isinstance(strategy, ModelParallelStrategy):
+    name, world = _class_name(trainer.strategy), nodes * devices
+    if name == "ModelParallelStrategy":
         # What "auto" means is decided in the strategy's set-up, from the devices.
-        data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+        sizes = _arguments(trainer.strategy)
+        data, tensor = (sizes.get(f"{kind}_parallel_size", "auto") for kind in ("data", "tensor"))
         data, tensor = nodes if data == "auto" else int(data), devices if tensor == "auto" else int(tensor)
         if data * tensor != world:
             raise ValueError(
@@ -44,9 +76,9 @@ def layout_of(trainer: Any) -> tuple[Layout, list[str]]:
                 f"devices of {nodes} node(s) × {devices}"
             )
         return Layout(data, tensor, sharded=True), notes
-    if isinstance(strategy, FSDPStrategy) or name == "fsdp":
+    if name in ("FSDPStrategy", "fsdp"):
         return Layout(world, sharded=True), notes
-    if isinstance(strategy, DDPStrategy | SingleDeviceStrategy) or name == "auto" or name.startswith("ddp"):
+    if name in ("DDPStrategy", "SingleDeviceStrategy", "auto") or name.startswith("ddp"):
         return Layout(world), notes
     raise ValueError(
         f"trainer.strategy is {name}: its memory is not known here; plan knows ddp and ModelParallelStrategy"
@@ -62,7 +94,7 @@ def _devices(devices: Any) -> int | None:
     return len(text.split(",")) if "," in text else int(text)
 
 
-def fewest_devices(memory: TrainingMemory, data: CurriculumData, capacity: float, *, sharded: bool) -> int | None:
+def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: float, *, sharded: bool) -> int | None:
     """The smallest number of devices on which the run fits, every one with `capacity` bytes for tensors; None if none
     up to MOST_DEVICES does. Tensor parallelism stays as it is, and only what divides an optimizer step counts."""
     tensor = memory.layout.tensor_parallel

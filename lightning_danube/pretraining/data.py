@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,113 +15,26 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.device import usable_cores
-from lightning_danube.durations import options, parse_tokens
-from lightning_danube.files import default_cache_dir
-from lightning_danube.pretraining.curriculum import Curriculum, SampleKey, Stage, check_stages, stage_samples
+from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
-from lightning_danube.text.corpora import Source
-from lightning_danube.text.quality import Deduplicate, Filters, Quality
+from lightning_danube.pretraining.settings import CurriculumSettings
 from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepare
-from lightning_danube.tokens.shards import TokenSequence, TokenShards, shards_directory
-from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.tokens.shards import TokenSequence, TokenShards
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
 from lightning_danube.training.permutation import IntArray
 from lightning_danube.training.replicas import replicas_of
 
 
-class CurriculumData(LightningDataModule):
-    """Documents of several sources, mixed in stages.
+class CurriculumData(CurriculumSettings, LightningDataModule):
+    """Documents of several sources, mixed in stages. `CurriculumSettings` explains the arguments."""
 
-    Args:
-        sources: name → source. The order numbers the sources in logs and tables.
-        stages: the curriculum, in order.
-        context_length: tokens a training row predicts.
-        batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
-        micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
-        tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
-            parameters), a directory that the verb `tokenizer` or transformers has written, or a hub id.
-        seed: of the order of rows.
-        held_out: share of each source's documents kept for validation, chosen by a hash of the text.
-        validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
-        max_passes: how often the run may go through a source before this is an error. Repeating a text up to about
-            four times costs little (Muennighoff et al. 2023, arXiv 2305.16264).
-        document_masks: keep the packed documents of a row from seeing each other.
-        workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
-        cache_dir: where shards are kept.
-        processes: how many tokenize; all cores by default.
-        deduplicate: "exact" drops documents whose text stood earlier in the same source, "near" also those that share
-            about four fifths of their five-word shingles with an earlier one. Sources are not compared with each other.
-        filters: rules for prose that every document of a source has to pass (`{}` for the defaults).
-        decontaminate: jsonl or parquet files of evaluation sets. Documents that share 13 words in a row with a text of
-            them are dropped, and counted for each file.
+    samples_done = 0
+    """Samples that the optimizer has consumed, as the checkpoint says with which the run goes on."""
 
-    Raises:
-        ValueError: for every mistake in the above, with the key's name.
-    """
-
-    def __init__(
-        self,
-        sources: dict[str, Source],
-        stages: list[Stage],
-        *,
-        context_length: int,
-        batch_tokens: int | str,
-        micro_batch_size: int = 8,
-        tokenizer: str = MISTRAL,
-        seed: int = 0,
-        held_out: float = 0.01,
-        validation_rows: int = 64,
-        max_passes: float = 4.0,
-        document_masks: bool = False,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        processes: int | None = None,
-        deduplicate: Deduplicate = "none",
-        filters: Filters | None = None,
-        decontaminate: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        sources = {name: options(Source, source, f"data.sources.{name}") for name, source in sources.items()}
-        stages = [options(Stage, stage, f"data.stages[{number}]") for number, stage in enumerate(stages)]
-        filters = None if filters is None else options(Filters, filters, "data.filters")
-        for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
-            if value < 1:
-                raise ValueError(f"data.{name} is {value}: it must be at least 1")
-        if not 0 < held_out < 1:
-            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
-        for name in sources:
-            if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"a source is called {name!r}: use letters, digits, - and _")
-        check_stages(stages, list(sources))
-        self.sources, self.stages = sources, stages
-        self.context_length = context_length
-        self.batch_tokens = parse_tokens(batch_tokens, "data.batch_tokens")
-        if self.batch_tokens % context_length:
-            near = max(1, round(self.batch_tokens / context_length)) * context_length
-            raise ValueError(
-                f"data.batch_tokens is {self.batch_tokens}, not a multiple of data.context_length ({context_length}): "
-                f"{near} would be"
-            )
-        self.batch_samples = self.batch_tokens // context_length
-        self.micro_batch_size = micro_batch_size
-        self.seed, self.held_out = seed, held_out
-        self.validation_rows, self.max_passes = validation_rows, max_passes
-        self.document_masks, self.workers = document_masks, workers
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        if processes is not None and processes < 1:
-            raise ValueError(f"data.processes is {processes}: it must be at least 1")
-        self.processes = processes or usable_cores()
-        self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
-        self.tokenizer = DocumentTokenizer(tokenizer)
-        self.vocab_size = self.tokenizer.vocab_size
-        # Known from the stages alone, so that the schedule does not wait for the data.
-        self.total_tokens = context_length * sum(
-            stage_samples(stage, context_length, self.batch_samples) for stage in stages
-        )
-        self.samples_done = 0
-        self.seconds_to_prepare: dict[str, float] = {}
+    seconds_to_prepare: Mapping[str, float] = MappingProxyType({})
+    """Source → seconds that its shards took, 0 for shards that were there."""
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
@@ -144,17 +56,9 @@ class CurriculumData(LightningDataModule):
             held_out=self.held_out,
             quality=self.quality,
             cache_dir=self.cache_dir,
-            processes=self.processes,
+            processes=self.processes or usable_cores(),
             part=part,
         )
-
-    def shards_directories(self) -> dict[str, Path]:
-        """Where the shards of each source are, or will be."""
-        return {name: self.shards_directory(name) for name in self.sources}
-
-    def shards_directory(self, name: str) -> Path:
-        """Where the shards of one source are, or will be."""
-        return shards_directory(name, self.sources[name], self.tokenizer, self.held_out, self.quality, self.cache_dir)
 
     def _open(self, name: str) -> TokenShards:
         shards, _ = open_or_prepare(
@@ -163,7 +67,7 @@ class CurriculumData(LightningDataModule):
             self.tokenizer,
             held_out=self.held_out,
             cache_dir=self.cache_dir,
-            processes=self.processes,
+            processes=self.processes or usable_cores(),
             quality=self.quality,
         )
         return shards
@@ -227,32 +131,6 @@ class CurriculumData(LightningDataModule):
                 f"trainer.val_check_interval is {self.trainer.val_check_interval}: validation comes at the end of each "
                 "stage; for more, give lightning_danube.callbacks.CurriculumStages validate_every in tokens"
             )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.total_tokens // self.batch_tokens
-
-    def accumulation(self, replicas: int) -> int:
-        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
-
-        Raises:
-            ValueError: the step does not divide evenly.
-        """
-        held = replicas * self.micro_batch_size
-        if self.batch_samples % held:
-            fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
-            whole = max(1, round(self.batch_samples / replicas)) * replicas * self.context_length
-            numbers = (
-                f"data.micro_batch_size = {_listed(fits)} would"
-                if fits
-                else f"no data.micro_batch_size would, a multiple of {replicas} rows does: data.batch_tokens = {whole}"
-            )
-            raise ValueError(
-                f"a step of {self.batch_samples} rows (data.batch_tokens / data.context_length) does not divide into "
-                f"{replicas} device(s) × {self.micro_batch_size} rows: {numbers}"
-            )
-        return self.batch_samples // held
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -497,8 +375,3 @@ def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bo
         # A document's end belongs to it; what follows is the next one.
         batch["document_ids"] = ends.cumsum(1) - ends.long()
     return batch
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = [str(n) for n in numbers[-6:]]
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.durations import parse_tokens
 from lightning_danube.text.embedded.documentation import is_collected
+from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.shards import TokenShards
 
 if TYPE_CHECKING:
-    from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.pretraining.settings import CurriculumSettings
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict
     return stated
 
 
-def supplies(data: CurriculumData, stated: Mapping[str, int]) -> dict[str, Supply]:
+def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, Supply]:
     """What is stated counts first, then prepared shards, then the `max_tokens` of a source, less what is held out."""
     found = {}
     for name, source in data.sources.items():
@@ -61,9 +62,11 @@ def supplies(data: CurriculumData, stated: Mapping[str, int]) -> dict[str, Suppl
     return found
 
 
-def _prepared_tokens(data: CurriculumData, name: str) -> int | None:
+def _prepared_tokens(data: CurriculumSettings, name: str) -> int | None:
     if data.sources[name].is_documentation and not is_collected(data.cache_dir):
         return None  # asking for its files would collect them
+    if not is_finished(data.sources[name].path) and not any((data.cache_dir / "shards").glob(f"{name}-*")):
+        return None  # the name of a directory needs the tokenizer's fingerprint, which takes a second
     try:
         directory = data.shards_directory(name)
     except ValueError:  # its files are somewhere else, or not there yet

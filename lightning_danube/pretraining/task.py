@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_danube.durations import options, parse_tokens
-from lightning_danube.model import Decoder, DecoderConfig, DecoderShape
+from lightning_danube.durations import parse_tokens
+from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler
+from lightning_danube.pretraining.settings import PretrainingSettings
 from lightning_danube.training.contract import TokenBatch
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.task import DecoderTask
@@ -35,15 +36,19 @@ class Pretraining(DecoderTask):
         context_length: int,
         batch_tokens: int,
         total_tokens: int,
-        optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)
-        activation_checkpointing: bool = False,
-        compile_blocks: bool = False,
+        optimizer: AdamW = PretrainingSettings.optimizer,
+        activation_checkpointing: bool = PretrainingSettings.activation_checkpointing,
+        compile_blocks: bool = PretrainingSettings.compile_blocks,
     ) -> None:
-        shape = DecoderConfig.preset(decoder) if isinstance(decoder, str) else decoder
-        shape = options(DecoderShape, shape, "model.decoder")
-        learning_rate = options(LearningRate, learning_rate, "model.learning_rate")
-        learning_rate.check(parse_tokens(total_tokens))
-        super().__init__(Decoder(shape.with_data(vocab_size, context_length)), learning_rate, optimizer)
+        settings = PretrainingSettings(
+            decoder,
+            learning_rate,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            batch_tokens=batch_tokens,
+            total_tokens=total_tokens,
+        )
+        super().__init__(Decoder(settings.config), settings.learning_rate, optimizer)
         self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
         self.decoder.activation_checkpointing = activation_checkpointing
         if compile_blocks:

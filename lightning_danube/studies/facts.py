@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import yaml
 
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.terminal import text_table
@@ -18,15 +14,25 @@ Facts = dict[str, Any]
 """parameters and tokens as numbers, tokens_by_source by name; None where a config does not say."""
 
 
+Resolver = Callable[[Sequence[str]], Mapping[str, Any]]
+"""Returns the whole configuration that the options of a trainer's verb stand for, and raises a ValueError if they are
+refused."""
+
+
 def command_of(design: Design, values: Overrides, seed: int, *more: str) -> list[str]:
     """The run of one variant, or of what a search tries, with one seed, as a command line."""
-    options = []
+    return [sys.executable, "-m", "lightning_danube", design.verb, *options_of(design, values, seed), *more]
+
+
+def options_of(design: Design, values: Overrides, seed: int) -> list[str]:
+    """The options of that run: its configuration and what the variant overrides."""
+    options = ["--config", design.base]
     for key, value in design.overrides(values, seed).items():
         options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return [sys.executable, "-m", "lightning_danube", design.verb, "--config", design.base, *options, *more]
+    return options
 
 
-def check_variants(design: Design) -> dict[str, Facts]:
+def check_variants(design: Design, resolve: Resolver) -> dict[str, Facts]:
     """Variant → facts, after each config was parsed.
 
     Raises:
@@ -35,32 +41,11 @@ def check_variants(design: Design) -> dict[str, Facts]:
     facts = {}
     for variant, values in design.variants.items():
         try:
-            facts[variant] = facts_of(_parsed(command_of(design, values, design.seeds[0])))
+            facts[variant] = facts_of(resolve(options_of(design, values, design.seeds[0])))
         except ValueError as error:
             raise ValueError(f"variant {variant}: {error}") from None
     check_equal(design, facts)
     return facts
-
-
-def _parsed(command: list[str]) -> Any:
-    """The configuration that a command would run, by the command line itself in this process.
-
-    Raises:
-        ValueError: it is refused.
-    """
-    from lightning_danube.__main__ import main
-
-    said, complained = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-        try:
-            code = main([*command[3:], "--print_config"])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    if code:
-        raise ValueError(
-            (complained.getvalue().strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        )
-    return yaml.safe_load(said.getvalue())
 
 
 def check_equal(design: Design, facts: Mapping[str, Facts]) -> None:

@@ -47,7 +47,14 @@ class DocumentTokenizer:
 
     def __init__(self, name: str = MISTRAL) -> None:
         self.name = name
-        self.hf = load_hf_tokenizer(name)
+        self.vocab_size: int
+        self.eos_id: int
+        self.bos_id: int | None
+        own = own_backend(name)
+        if own is not None:
+            self.vocab_size = own.get_vocab_size()
+            self.bos_id, self.eos_id = own.token_to_id("<s>"), _id_of("</s>", own)
+            return
         if self.hf.eos_token_id is None:
             raise ValueError(
                 f"tokenizer {name!r} has no end-of-sequence token, which ends documents: set eos_token in its files"
@@ -56,6 +63,11 @@ class DocumentTokenizer:
         self.eos_id = int(self.hf.eos_token_id)
         self.bos_id = begin_token(self.hf)
 
+    @cached_property
+    def hf(self) -> PreTrainedTokenizerFast:
+        """The tokenizer as transformers has it. Importing transformers takes a second, and not everything needs it."""
+        return load_hf_tokenizer(self.name)
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Smallest unsigned type for the ids."""
@@ -63,7 +75,12 @@ class DocumentTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        # Kept: to write down 32,000 words for it takes 50 ms, and each checkpoint names its tokenizer.
+        """Hash of everything that decides which ids a text gets."""
+        # Cached because it takes 50 ms to write down 32,000 words, and each checkpoint names its tokenizer.
+        if self.name == DANUBE_SMALL:  # transformers adds nothing to this file
+            own = own_backend(self.name)
+            assert own is not None
+            return _fingerprint(own, self.bos_id, self.eos_id)
         return fingerprint_of(self.hf)
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
@@ -87,6 +104,12 @@ class DocumentTokenizer:
         }
 
 
+def _id_of(token: str, backend: Tokenizer) -> int:
+    number = backend.token_to_id(token)
+    assert number is not None
+    return number
+
+
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that begins a document. GPT-type tokenizers use one token for both ends: then the previous document's
     end is the next one's start."""
@@ -108,8 +131,12 @@ def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which ids a text gets."""
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(f"{begin_token(tokenizer)}/{tokenizer.eos_token_id}".encode())
+    return _fingerprint(tokenizer.backend_tokenizer, begin_token(tokenizer), tokenizer.eos_token_id)
+
+
+def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:
+    digest = hashlib.sha256(backend.to_str().encode())
+    digest.update(f"{bos_id}/{eos_id}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -176,6 +203,22 @@ def mistral_model_file() -> Path:
 
 
 def _mistral_v1() -> PreTrainedTokenizerFast:
+    return with_danube_tokens(_mistral_backend(), model_max_length=8192)
+
+
+def own_backend(name: str) -> Tokenizer | None:
+    """Returns Danube's own tokenizers as the library `tokenizers` has them, and None for every other name."""
+    if name == MISTRAL:
+        return _mistral_backend()
+    if name == DANUBE_SMALL:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(SMALL_DIRECTORY / "tokenizer.json"))
+    return None
+
+
+@lru_cache(maxsize=1)
+def _mistral_backend() -> Tokenizer:
     import sentencepiece
     from tokenizers import AddedToken
 
@@ -185,7 +228,7 @@ def _mistral_v1() -> PreTrainedTokenizerFast:
         [pieces.get_score(i) for i in range(pieces.vocab_size())],
     )
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
-    return with_danube_tokens(backend, model_max_length=8192)
+    return backend
 
 
 def with_danube_tokens(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.device_parser import _select_auto_accelerator
-from lightning.pytorch.plugins import Precision
 
 from lightning_danube.device import fastest_type, onednn_stays_exact, product_rate
 
@@ -36,9 +34,6 @@ PRODUCTS_IN = {
 }
 """Precision → the type in which it multiplies matrices."""
 
-SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-"""Lightning's short names."""
-
 DEVICES = {"cpu": "this processor", "cuda": "this GPU", "mps": "this GPU"}
 
 
@@ -54,14 +49,12 @@ class Choice:
     reason: str
 
 
-def full_name(precision: Any) -> str:
-    """Lightning's full name of a precision: "bf16" is "bf16-mixed"."""
-    return SHORT.get(str(precision), str(precision))
-
-
 def kind_of_device(accelerator: Any) -> str:
     """ "cpu", "cuda", "mps" or another kind, for what a config says of the accelerator."""
     if accelerator == "auto":
+        # `plan` chooses a precision without Lightning, whose import takes seconds.
+        from lightning.fabric.utilities.device_parser import _select_auto_accelerator
+
         return str(_select_auto_accelerator())
     if accelerator == "gpu":
         return "mps" if torch.backends.mps.is_available() else "cuda"
@@ -155,6 +148,8 @@ def warning_of(precision: str, device: torch.device) -> str | None:
 
 def has_precision_plugin(plugins: Any) -> bool:
     """Whether one of the trainer's plugins decides the precision. The trainer then takes no name of a precision."""
+    from lightning.pytorch.plugins import Precision
+
     listed = plugins if isinstance(plugins, list | tuple) else [plugins]
     classes = [pkgutil.resolve_name(one.class_path) if hasattr(one, "class_path") else type(one) for one in listed]
     return any(issubclass(one, Precision) for one in classes)

@@ -215,7 +215,9 @@ def check_target(target: Path, known: Sequence[str], overwrite: bool) -> None:
         raise ValueError(f"{target} is a file; give a directory that does not exist yet")
     names = sorted(entry.name for entry in target.iterdir())
     if names and not overwrite:
-        raise ValueError(f"{target} is not empty ({some(names)}); choose another directory, or overwrite")
+        raise ValueError(
+            f"{target} is not empty ({some(names)}): choose another directory, or replace its files by --overwrite"
+        )
     foreign = [n for n in names if (target / n).is_dir() or not any(fnmatch(n, pattern) for pattern in known)]
     if foreign:
         raise ValueError(f"{target} holds more than an exported model ({some(foreign)}); it is not overwritten")

@@ -38,7 +38,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoints, init_args: {every: 3}}]}",
-            "trainer.callbacks: 'every' is not an option of Checkpoints: did you mean 'every_n_steps'?",
+            "trainer.callbacks.0: 'every' is not an option of Checkpoints: did you mean 'every_n_steps'?",
         ),
         (
             "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoint}]}",
@@ -59,7 +59,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {learning_rate: {peek: 1.0e-3}}}",
-            "line 1: model: 'peek' is not an option of LearningRate: did you mean 'peak'?",
+            "line 1: model.learning_rate: 'peek' is not an option of LearningRate: did you mean 'peak'?",
         ),
         (
             "model: {init_args: {optimizer: {bettas: [0.9, 0.9]}}}",
@@ -92,7 +92,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {total_tokens: 5}}",
-            "bad.yaml: model.init_args.total_tokens is taken from data.stages: leave it out here",
+            "bad.yaml, line 1: model.init_args.total_tokens is taken from data.stages: leave it out here",
         ),
         (
             "model: {init_args: {learning_rate: {shape: exponential}}}",
@@ -144,20 +144,23 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "data: {init_args: {sources: {web: {pth: x}}}}",
-            "data.sources: 'pth' is not an option of Source: did you mean 'path'?",
+            "data.sources.web: 'pth' is not an option of Source: did you mean 'path'?",
         ),
-        ("data: {init_args: {sources: {web: 3}}}", "data.sources: expected a mapping of the options of Source, not 3"),
+        (
+            "data: {init_args: {sources: {web: 3}}}",
+            "data.sources.web: expected a mapping of the options of Source, not 3",
+        ),
         (
             "data: {init_args: {sources: {'a/b': {path: x.txt}}}}",
             "a source is called 'a/b': use letters, digits, - and _",
         ),
         (
             "data: {init_args: {stages: [{nam: x, tokens: 5, mix: {web: 1}}]}}",
-            "data.stages: 'nam' is not an option of Stage: did you mean 'name'?",
+            "data.stages.0: 'nam' is not an option of Stage: did you mean 'name'?",
         ),
         (
             "data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: abc}}]}}",
-            "data.stages.mix: expected a number, not abc",
+            "data.stages.0.mix.web: expected a number, not abc",
         ),
         ("data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: -1}}]}}", "gives source 'web' the share -1.0"),
         ("data: {init_args: {stages: [{name: x, tokens: 5K, mix: {web: .nan}}]}}", "gives source 'web' the share nan"),
@@ -190,6 +193,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         ("trainer: {strategy: fsdp3}", "error: trainer: You selected an invalid strategy name: `strategy='fsdp3'`"),
         ("trainer: {accelerator: tpu}", "error: trainer: "),
+        ("trainer: {accelerator: mps}", "trainer.accelerator is mps, and PyTorch finds no such device on this machine"),
         ("trainer: {max_steps: -7}", "error: trainer: `max_steps` must be a non-negative integer or -1"),
         ("trainer: {limit_val_batches: -3}", "error: trainer: You have passed invalid value -3 for limit_val_batches"),
         (
@@ -224,7 +228,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
     (tiny / "bad.yaml").write_text(without)
     line = next(number for number, text in enumerate(without.splitlines(), 1) if "learning_rate" in text)
     said = error_of(capsys, "fit", "--config", str(tiny / "bad.yaml"))
-    assert f"bad.yaml, line {line}: model: 'final' is missing from learning_rate" in said
+    assert f"bad.yaml, line {line}: model.learning_rate: 'final' is missing from LearningRate" in said
 
 
 @pytest.mark.parametrize(
@@ -248,16 +252,17 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         (["validate", "--config", "TINY"], "validate needs a trained model: give --ckpt_path last"),
         (
             ["fit", "--config", "TINY", "--model.init_args.learning_rat.peak", "1"],
-            "error: model: 'learning_rat' is not an option of Pretraining: did you mean 'learning_rate'?",
+            "error: --model.init_args.learning_rat.peak: 'learning_rat' is not an option of Pretraining: did you mean "
+            "'learning_rate'?",
         ),
         (
             ["fit", "--config", "TINY", "--model.learning_rate.peek", "1"],
-            "error: model: 'peek' is not an option of LearningRate: did you mean 'peak'?",
+            "error: --model.learning_rate.peek: 'peek' is not an option of LearningRate: did you mean 'peak'?",
         ),
         (
             ["fit", "--config", "TINY", "--trainer.strategy.data_parallel_size", "2"],
-            "error: trainer.strategy: 'data_parallel_size' is an option of a class, and none is named: give "
-            "--trainer.strategy with a class first",
+            "error: --trainer.strategy.data_parallel_size: 'data_parallel_size' is an option of a class, and none is "
+            "named: give --trainer.strategy with a class first",
         ),
         (
             ["fit", "--config", "TINY", "--trainer.max_step", "5"],
@@ -285,6 +290,8 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             ["generate", "--weights", "x", "--prompt", "x", "--temperature", "-1"],
             "temperature is -1.0; it has to be at least 0 (0 takes the likeliest token)",
         ),
+        (["generate", "--weights", "x", "--prompt", ""], "--prompt is empty: give at least one word"),
+        (["generate", "--weights", "x", "--prompt", "a", "--prompt", " "], "--prompt number 2 is empty"),
         (["export", "--weights", "nowhere", "--out", "x"], "--weights nowhere: there is no such file or directory"),
         (
             ["export", "--weights", "nowhere", "--out", "x", "--format", "xyz"],

@@ -376,8 +376,8 @@ def test_the_ends_of_the_range_draw_tokens_that_may_be_drawn() -> None:
             r"the prompt has token ids from 5 to 101; the model knows 0 to 100: is the tokenizer",
         ),
         ({"prompts": [[5, -1]]}, r"the prompt has token ids from -1 to 5"),
-        ({"window": 41}, r"the window is 41; it has to be at least 2 and at most the context of 40"),
-        ({"window": 1}, r"the window is 1; it has to be at least 2"),
+        ({"window": 41}, r"--window is 41: it has to be at least 2 and at most the context of 40"),
+        ({"window": 1}, r"--window is 1: it has to be at least 2"),
     ],
 )
 def test_an_impossible_request_is_refused(decoder: Decoder, options: dict[str, Any], message: str) -> None:

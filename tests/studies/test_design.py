@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_danube.cli.configs import resolved_config
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_variants, facts_of, facts_table
 
@@ -110,7 +111,7 @@ def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
     variants = {"good": {"trainer.max_steps": 2}, "bad": {"model.init_args.decoder.num_heads": 2}}
     design = read_design(write(tmp_path, base=base, baseline="good", variants=variants))
     with pytest.raises(ValueError, match=r"variant bad: .*num_heads") as caught:
-        check_variants(design)
+        check_variants(design, resolved_config)
     assert "\n" not in str(caught.value)
     fine = read_design(write(tmp_path, base=base, baseline="a", variants={"a": {}, "b": {"trainer.max_steps": 2}}))
-    assert check_variants(fine)["b"]["parameters"] == 1_115_008
+    assert check_variants(fine, resolved_config)["b"]["parameters"] == 1_115_008

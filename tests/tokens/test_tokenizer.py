@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lightning_danube.tokens.tokenizer import DocumentTokenizer, load_hf_tokenizer, mistral_model_file
+from lightning_danube.tokens.tokenizer import DocumentTokenizer, fingerprint_of, load_hf_tokenizer, mistral_model_file
 from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
 from lightning_danube.tokens.word_splits import WORD_SPLITS
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
@@ -125,3 +125,11 @@ def test_unknown_tokenizers_are_named() -> None:
 def test_a_directory_without_tokenizer_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no readable tokenizer files"):
         load_hf_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+def test_what_is_known_without_transformers_is_what_transformers_says(name: str) -> None:
+    tokenizer = DocumentTokenizer(name)
+    known = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint
+    hf = load_hf_tokenizer(name)
+    assert known == (len(hf), hf.bos_token_id, hf.eos_token_id, fingerprint_of(hf))

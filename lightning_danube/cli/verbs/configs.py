@@ -30,7 +30,9 @@ def run(arguments: Namespace) -> None:
         with file.open("x", encoding="utf-8") as copy:
             copy.write(text)
     except FileExistsError:
-        raise ValueError(f"{file} exists and is left as it is: name another file") from None
+        raise ValueError(
+            f"{file} exists and is left as it is: name another file, as in configs copy {arguments.name} mine.yaml"
+        ) from None
     print(f"written: {file}; edit it, then: {runnable()} {_verb(text)} --config {quoted(file)}")
 
 

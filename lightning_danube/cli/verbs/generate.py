@@ -128,6 +128,9 @@ def run(arguments: Namespace) -> None:
 def _prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
     many = len(texts) > 1
     prompts = [Prompt(text, f"--prompt number {n}" if many else "--prompt") for n, text in enumerate(texts, start=1)]
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise ValueError(f"{prompt.place} is empty: give at least one word")
     if file is not None:
         prompts += _read_standard_input() if file == "-" else _read_file(file)
     if not prompts:

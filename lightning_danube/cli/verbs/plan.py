@@ -5,20 +5,26 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator
+from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator, this_cpu
 from lightning_danube.terminal import text_table
 
 if TYPE_CHECKING:
     from lightning_danube.model.config import DecoderConfig
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
+    from lightning_danube.planning.run import TrainerSection
     from lightning_danube.pretraining.curriculum import Curriculum
-    from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
     from lightning_danube.pretraining.supply import Supply
-    from lightning_danube.pretraining.task import Pretraining
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+
+SHORTEST_STEP = 0.01
+"""Seconds of arithmetic in a step. On an accelerator it takes milliseconds to start the kernels of a step."""
+
+UNKNOWN = "–"
+"""A time that the arithmetic does not say."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,26 +71,30 @@ def run(arguments: Namespace) -> None:
     if not arguments.write_speed > 0:
         raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
     accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
+    every_known = not arguments.accelerator
 
-    from lightning_danube.cli.configs import configured_pretraining
+    from lightning_danube.cli.configs import planned_run
     from lightning_danube.planning.memory import BYTES
     from lightning_danube.pretraining.supply import parse_source_tokens, supplies
 
-    configured = configured_pretraining(arguments.config, arguments.overrides)
-    data, task = configured.data, configured.task
+    planned = planned_run(arguments.config, arguments.overrides)
+    data, model = planned.data, planned.model
     supply = supplies(data, parse_source_tokens(arguments.source_tokens, data.sources))
-    memory, notes = _memory(configured.trainer, data, task)
+    memory, notes = _memory(planned.trainer, data, model)
+    if every_known and planned.trainer.accelerator == "cpu":
+        accelerators.insert(0, this_cpu(memory.precision, memory.layout.devices))
+        notes.append(f"{accelerators[0].name}: the rate is that of its matrix products, just measured, not a peak")
     sections = [
-        _model(configured.name, task.config, data, memory),
+        _model(planned.name, model.config, data, memory),
         _stages(data, supply),
         _texts(data, supply),
         _parts(memory),
         _accelerators(accelerators, memory, data, arguments.utilisation),
-        _checkpoints(accelerators, memory, data, configured.trainer, arguments),
+        _checkpoints(accelerators, memory, data, planned.trainer, arguments),
     ]
     print("\n\n".join(sections))
     if BYTES[memory.precision][1] != 2:
-        why = "" if configured.trainer.precision is not None else ", the fastest on this CPU"
+        why = "" if planned.trainer.precision is not None else ", the fastest on this CPU"
         notes.append(
             f"the run computes in {memory.precision}{why}; the peaks are those of 16 bits: state one with "
             "--accelerator FLOPS/MEMORY for its time"
@@ -93,37 +103,42 @@ def run(arguments: Namespace) -> None:
         print("\n" + "\n".join(f"note: {note}" for note in notes))
 
 
-def _memory(trainer: Any, data: CurriculumData, task: Pretraining) -> tuple[TrainingMemory, list[str]]:
+def _memory(
+    trainer: TrainerSection, data: CurriculumSettings, model: PretrainingSettings
+) -> tuple[TrainingMemory, list[str]]:
     from lightning_danube.planning.memory import TrainingMemory
     from lightning_danube.planning.run import layout_of
-    from lightning_danube.training.optim import Muon
 
     layout, notes = layout_of(trainer)
     memory = TrainingMemory(
-        task.config,
+        model.config,
         rows=data.micro_batch_size,
         context=data.context_length,
         precision=_precision(trainer),
-        recompute=task.decoder.activation_checkpointing,
+        recompute=model.activation_checkpointing,
         accumulate=data.accumulation(layout.replicas) > 1,
         layout=layout,
         gpu=trainer.accelerator != "cpu",
         document_masks=data.document_masks,
-        muon=isinstance(task.optimizer_settings, Muon),
+        muon=type(model.optimizer).__name__ == "Muon",
     )
     return memory, notes
 
 
-def _precision(trainer: Any) -> str:
+def _precision(trainer: TrainerSection) -> str:
     """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
-    from lightning_danube.training.precision import choose, full_name
+    from lightning_danube.training.precision_names import full_name
 
     if trainer.precision is not None:
         return full_name(trainer.precision)
-    return choose("cpu").precision if trainer.accelerator == "cpu" else "bf16-mixed"
+    if trainer.accelerator != "cpu":
+        return "bf16-mixed"
+    from lightning_danube.training.precision import choose
+
+    return choose("cpu").precision
 
 
-def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: TrainingMemory) -> str:
+def _model(name: str, config: DecoderConfig, data: CurriculumSettings, memory: TrainingMemory) -> str:
     flops = config.flops_per_token(data.context_length)
     total = data.total_tokens * flops
     steps = data.total_tokens // data.batch_tokens
@@ -137,12 +152,16 @@ def _model(name: str, config: DecoderConfig, data: CurriculumData, memory: Train
         f"arithmetic: {flops:.4g} FLOPs a token at {data.context_length:,} tokens of context, forward and backward, "
         f"{total:.4g} in all",
         f"key-value cache, when it writes: {config.cache_bytes(1):,} bytes a token, "
-        f"{config.cache_bytes(data.context_length) / GIB:.2f} GiB for {data.context_length:,} (16 bits)",
+        f"{_size(config.cache_bytes(data.context_length))} for {data.context_length:,} (16 bits)",
     ]
     return "\n".join(lines)
 
 
-def _curriculum(data: CurriculumData, supply: dict[str, Supply]) -> Curriculum:
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB / 100 else f"{bytes_ / MIB:.2f} MiB"
+
+
+def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curriculum:
     from lightning_danube.pretraining.curriculum import Curriculum
 
     # A source of unknown size takes its share all the same; its passes are not shown.
@@ -152,7 +171,7 @@ def _curriculum(data: CurriculumData, supply: dict[str, Supply]) -> Curriculum:
     )
 
 
-def _stages(data: CurriculumData, supply: dict[str, Supply]) -> str:
+def _stages(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
     """The walk through the run: where each stage ends, and what it takes of each source."""
     curriculum = _curriculum(data, supply)
     rows = []
@@ -170,7 +189,7 @@ def _stages(data: CurriculumData, supply: dict[str, Supply]) -> str:
     return text_table(["stage", "tokens", "ends after token", "after step", *curriculum.sources], rows)
 
 
-def _texts(data: CurriculumData, supply: dict[str, Supply]) -> str:
+def _texts(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
     """How often each source will have been gone through at the end of each stage."""
     curriculum = _curriculum(data, supply)
     known = {name for name, s in supply.items() if s.rows(data.context_length)}
@@ -213,30 +232,40 @@ def _parts(memory: TrainingMemory) -> str:
             other = dataclasses.replace(memory, layout=layout)
             if layout != memory.layout:
                 columns.append((_engine(other), other.peak()))
-    rows = [[part, *(f"{getattr(peak, part) / GIB:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
-    rows.append(["in all", *(f"{peak.total / GIB:.2f}" for _, peak in columns)])
+    unit, size = ("GiB", GIB) if memory.peak().total >= GIB else ("MiB", MIB)
+    rows = [[part, *(f"{getattr(peak, part) / size:.2f}" for _, peak in columns)] for part in DeviceMemory.PARTS]
+    rows.append(["in all", *(f"{peak.total / size:.2f}" for _, peak in columns)])
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
-    lines = [text_table([f"GiB on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
+    lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
     what = "" if memory.recompute else "out"
     lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
     if not memory.recompute:
         less = dataclasses.replace(memory, recompute=True).peak().total
-        lines.append(f"model.init_args.activation_checkpointing: true would take {less / GIB:.2f} GiB in all")
+        lines.append(f"model.init_args.activation_checkpointing: true would take {less / size:.2f} {unit} in all")
     return "\n".join(lines)
 
 
 def _accelerators(
-    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumData, utilisation: float
+    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumSettings, utilisation: float
 ) -> str:
     from lightning_danube.planning.run import USABLE, fewest_devices, seconds_of
 
     devices = memory.layout.devices
     flops = memory.config.flops_per_token(data.context_length) * data.total_tokens
     peak, rows = memory.peak().total, []
+    unit, seconds_of_unit = _unit([seconds_of(flops, devices, one, utilisation) for one in accelerators])
     for accelerator in accelerators:
         capacity = USABLE * accelerator.memory
         fewest = [fewest_devices(memory, data, capacity, sharded=sharded) for sharded in (False, True)]
-        hours = seconds_of(flops, devices, accelerator, utilisation) / 3600
+        seconds = seconds_of(flops, devices, accelerator, utilisation)
+        hours = seconds / 3600
+        times = [
+            _rounded(seconds / seconds_of_unit),
+            _rounded(hours * devices),
+            "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
+        ]
+        if _is_too_short(memory, data, accelerator, utilisation):
+            times = [UNKNOWN, UNKNOWN, ""]
         rows.append(
             [
                 accelerator.name,
@@ -244,9 +273,7 @@ def _accelerators(
                 f"{accelerator.memory / GIB:.0f}",
                 "yes" if peak <= capacity else "no",
                 *(f"{n:,}" if n else "none" for n in fewest),
-                _rounded(hours / 24),
-                _rounded(hours * devices),
-                "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
+                *times,
             ]
         )
     header = [
@@ -256,14 +283,35 @@ def _accelerators(
         "fits",
         "fewest, DDP",
         "fewest, FSDP2",
-        "days",
+        unit,
         "device-hours",
         "cost" if any(a.price is not None for a in accelerators) else "",
     ]
+    too_short = (
+        f"\n{UNKNOWN}: the arithmetic of a step takes less than {1000 * SHORTEST_STEP:g} ms there: it takes longer to "
+        "start the kernels of the step, and how long is not known here; measure it with fit"
+    )
     return text_table(header, rows) + (
         f"\nat {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), {100 * USABLE:g} % of the memory for "
         "tensors; prices are those you gave, in their money"
+        + (too_short if any(UNKNOWN in row for row in rows) else "")
     )
+
+
+def _unit(seconds: Sequence[float]) -> tuple[str, int]:
+    """The unit of time in which the longest of some times is at least one."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    return next((one for one in units.items() if max(seconds) >= one[1]), ("minutes", 60))
+
+
+def _is_too_short(
+    memory: TrainingMemory, data: CurriculumSettings, accelerator: Accelerator, utilisation: float
+) -> bool:
+    """Whether the arithmetic of a step says nothing about its time."""
+    from lightning_danube.planning.run import seconds_of
+
+    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
+    return seconds_of(flops, memory.layout.devices, accelerator, utilisation) < SHORTEST_STEP
 
 
 def _rounded(number: float) -> str:
@@ -273,8 +321,8 @@ def _rounded(number: float) -> str:
 def _checkpoints(
     accelerators: Sequence[Accelerator],
     memory: TrainingMemory,
-    data: CurriculumData,
-    trainer: Any,
+    data: CurriculumSettings,
+    trainer: TrainerSection,
     arguments: Namespace,
 ) -> str:
     from lightning_danube.planning.run import HOURS_BETWEEN_FAILURES, CheckpointAdvice, checkpoint_bytes, seconds_of
@@ -282,22 +330,28 @@ def _checkpoints(
     size, devices = checkpoint_bytes(memory), memory.layout.devices
     advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
-    every = next(
-        (callback.every_n_steps for callback in trainer.callbacks or () if hasattr(callback, "every_n_steps")), None
-    )
+    every = trainer.checkpoint_steps
+    written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     lines = [
-        f"checkpoint: {size / 1e9:.2f} GB (weights and the optimizer's averages), {advice.write:,.1f} s at "
+        f"checkpoint: {written} (weights and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",
     ]
     rows = []
     for accelerator in accelerators:
+        if _is_too_short(memory, data, accelerator, arguments.utilisation):
+            continue
         seconds = seconds_of(flops, devices, accelerator, arguments.utilisation)
         steps = max(1, round(advice.interval / seconds))
-        row = [accelerator.name, f"{seconds:,.2f}", f"{steps:,}", f"{100 * advice.lost(steps * seconds):.2f} %"]
+        if steps >= data.total_steps:
+            row = [accelerator.name, f"{seconds:,.2f}", "at its end", ""]
+        else:
+            row = [accelerator.name, f"{seconds:,.2f}", f"{steps:,}", f"{100 * advice.lost(steps * seconds):.2f} %"]
         if every is not None:
             row += [f"{100 * advice.lost(every * seconds):.2f} %"]
         rows.append(row)
+    if not rows:
+        return "\n".join([*lines, "the run is too short for a failure: a checkpoint at its end is enough"])
     header = ["", "seconds a step", "best: save every … steps", "time lost"]
     return "\n".join([*lines, text_table([*header, *([f"lost with {every:,}"] if every is not None else [])], rows)])

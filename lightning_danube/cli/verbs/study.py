@@ -27,6 +27,7 @@ def run(arguments: Namespace) -> None:
     for flag in ("retry_failed", "report"):
         if getattr(arguments, flag) and not arguments.resume:
             raise ValueError(f"--{flag.replace('_', '-')} is about a study that was begun: add --resume")
+    from lightning_danube.cli.configs import resolved_config
     from lightning_danube.extras import need
     from lightning_danube.studies.design import read_design
     from lightning_danube.studies.facts import check_variants, facts_table
@@ -39,7 +40,7 @@ def run(arguments: Namespace) -> None:
         what = f"{design.settings} settings" if design.search else f"{len(design.variants)} variants"
         print(f"study {design.name}: {what} × {seeds} of {design.base}")
         if design.variants:
-            print(facts_table(check_variants(design)))
+            print(facts_table(check_variants(design, resolved_config)))
         if design.equal:
             print(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
 

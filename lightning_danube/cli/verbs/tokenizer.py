@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="without a configuration: a file, a directory or a glob of texts, as in data.sources; may be repeated",
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="pieces in all (default: 4096)")
+    parser.add_argument("--vocab-size", default="4096", metavar="N", help="pieces in all, such as 8192 or 32K (4096)")
     parser.add_argument("--out", required=True, metavar="PATH", help="directory to create")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
     # Everything else overrides a key of the configuration, as in `fit`.
@@ -38,14 +38,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    from lightning_danube.durations import parse_tokens
     from lightning_danube.tokens.tokenizer_training import check_pieces, train_tokenizer
     from lightning_danube.weights.huggingface import export_folder
 
-    check_pieces(arguments.vocab_size)
+    pieces = parse_tokens(arguments.vocab_size, "--vocab-size")
+    check_pieces(pieces)
     # Entered before the text is read, so that a directory that cannot be written is reported at once.
     with export_folder(arguments.out, WRITTEN_FILES, arguments.overwrite) as directory:
         sample = _sample(arguments)
-        tokenizer = train_tokenizer(sample.texts(), arguments.vocab_size)
+        tokenizer = train_tokenizer(sample.texts(), pieces)
         tokenizer.save_pretrained(str(directory))
     print(_summary(arguments.out, tokenizer, sample))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from .groups import parameter_groups
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,10 @@ class AdamW:
 
     def build(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer of all parameters that train, with the fused kernel where there is one."""
+        import torch
+
+        from .groups import parameter_groups
+
         return torch.optim.AdamW(
             parameter_groups(module, self.weight_decay), lr=lr, betas=self.betas, eps=self.eps, fused=True
         )

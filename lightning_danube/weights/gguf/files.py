@@ -436,7 +436,7 @@ def check_gguf_target(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise ValueError(f"{target} is a directory; give the name of a file")
     if not overwrite:
-        raise ValueError(f"{target} exists; choose another name, or overwrite")
+        raise ValueError(f"{target} exists: choose another name, or replace it by --overwrite")
     if not is_gguf(target):
         raise ValueError(f"{target} is no GGUF file; it is not overwritten")
 

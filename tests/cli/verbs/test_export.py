@@ -198,8 +198,11 @@ def test_an_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             "--type Q4_K_X: did you mean Q4_K_[MS]. there are",
         ),
         (["--dtype", "int8", "--out", "x"], "argument --dtype: invalid choice: 'int8'"),
-        (["--out", "."], "is not empty .*; choose another directory, or overwrite"),
-        (["--format", "gguf", "--out", "there.gguf"], "there.gguf exists; choose another name, or overwrite"),
+        (["--out", "."], "is not empty .*: choose another directory, or replace its files by --overwrite"),
+        (
+            ["--format", "gguf", "--out", "there.gguf"],
+            "there.gguf exists: choose .* --overwrite",
+        ),
         (
             ["--format", "gguf", "--overwrite", "--out", "there.gguf"],
             "there.gguf is no GGUF file; it is not overwritten",

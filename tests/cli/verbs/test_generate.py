@@ -163,7 +163,7 @@ def test_a_terminal_sees_the_text_as_it_comes(
         (["--prompt", "x", "--stop", ""], "--stop is empty: give at least one character"),
         (
             ["--prompt", "x", "--window", "65"],
-            "the window is 65; it has to be at least 2 and at most the context of 64",
+            "--window is 65: it has to be at least 2 and at most the context of 64",
         ),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0; it has to be above 0 and at most 1"),
         (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is 0.0; it has to be above 0"),

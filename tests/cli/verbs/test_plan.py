@@ -1,8 +1,12 @@
 """`plan` as a user types it, and its arithmetic against counting and against numbers computed by hand."""
 
+import inspect
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +14,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.planning.accelerators import parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
-from lightning_danube.planning.run import CheckpointAdvice, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.planning.run import CheckpointAdvice, TrainerSection, checkpoint_bytes, layout_of, seconds_of
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,6 +69,13 @@ def test_the_4b_on_64_nodes_of_8(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(cost.replace(",", "")) == pytest.approx(2 * hours, abs=2)
 
 
+def test_a_strategy_may_be_given_on_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = ("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
+    sizes = ("--trainer.strategy.data_parallel_size", "4", "--trainer.strategy.tensor_parallel_size", "2")
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"), "--trainer.devices", "8", *strategy, *sizes)
+    assert "FSDP2 over 4, tensor parallel over 2" in printed
+
+
 def test_what_fit_would_refuse_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", str(PAPER / "danube3-500m.yaml"), "--accelerator", "h100")
     printed = planned(capsys, *config, "--source-tokens", "instruct=1B")
@@ -86,6 +97,17 @@ def test_no_weight_is_made_and_no_text_is_read(
     printed = planned(capsys, "--config", str(tiny / "tiny.yaml"))
     assert "max_tokens" not in printed and "say it by --source-tokens" in printed
     assert not (tiny / "cache").exists() and not (tiny / "runs").exists()
+
+
+def test_a_toy_is_told_in_units_that_fit_it(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No accelerator's arithmetic says how long a step of microseconds takes. This CPU's rate is measured."""
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"), "--trainer.accelerator", "cpu")
+    assert cells(printed, "h100")[-2:] == ["–", "–"]
+    assert "the arithmetic of a step takes less than 10 ms there" in printed
+    assert "MiB on a device" in printed and "e-0" not in printed
+    this_cpu = next(line for line in printed.splitlines() if line.startswith("this CPU, "))
+    assert 0 < float(re.split(r"  +", this_cpu)[1]) < 1000
+    assert "the run is too short for a failure" in printed
 
 
 def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,25 +144,47 @@ def test_other_tasks_are_refused_before_their_weights_are_fetched(capsys: pytest
     assert "only pre-training can be planned (Pretraining on CurriculumData), not SupervisedFineTuning on Chat" in said
 
 
-class Section:
-    """What a trainer section holds."""
-
-    def __init__(self, devices: object = "auto", num_nodes: int = 1, strategy: object = "auto") -> None:
-        self.devices, self.num_nodes, self.strategy = devices, num_nodes, strategy
-
-
 def test_the_trainer_section_says_how_a_run_is_spread() -> None:
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    def parallel(**sizes: int) -> dict[str, object]:
+        return {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
 
-    assert layout_of(Section())[0] == Layout() and len(layout_of(Section())[1]) == 1
-    assert layout_of(Section("0,1,2")) == (Layout(3), [])
-    assert layout_of(Section(8, 64, "ddp_find_unused_parameters_true"))[0] == Layout(512)
-    assert layout_of(Section(8, 64, "fsdp"))[0] == Layout(512, sharded=True)
-    parallel = ModelParallelStrategy(data_parallel_size=16, tensor_parallel_size=2)
-    assert layout_of(Section(8, 4, parallel))[0] == Layout(16, 2, sharded=True)
-    assert layout_of(Section(8, 4, ModelParallelStrategy()))[0] == Layout(4, 8, sharded=True)
+    assert layout_of(TrainerSection())[0] == Layout() and len(layout_of(TrainerSection())[1]) == 1
+    assert layout_of(TrainerSection(devices="0,1,2")) == (Layout(3), [])
+    ddp = TrainerSection(devices=8, num_nodes=64, strategy="ddp_find_unused_parameters_true")
+    assert layout_of(ddp)[0] == Layout(512)
+    assert layout_of(TrainerSection(devices=8, num_nodes=64, strategy="fsdp"))[0] == Layout(512, sharded=True)
+    both = parallel(data_parallel_size=16, tensor_parallel_size=2)
+    assert layout_of(TrainerSection(devices=8, num_nodes=4, strategy=both))[0] == Layout(16, 2, sharded=True)
+    assert layout_of(TrainerSection(devices=8, num_nodes=4, strategy=parallel()))[0] == Layout(4, 8, sharded=True)
     with pytest.raises(ValueError, match=r"data_parallel_size 16 × tensor_parallel_size 2 is not 8"):
-        layout_of(Section(8, 1, parallel))
+        layout_of(TrainerSection(devices=8, strategy=both))
+
+
+def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for() -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_danube.callbacks import Checkpoints
+    from lightning_danube.pretraining import CurriculumData, Pretraining
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
+
+    trainer = inspect.signature(Trainer).parameters
+    for name, option in inspect.signature(TrainerSection).parameters.items():
+        assert option.default == trainer[name].default, name
+    for settings, whole in ((CurriculumSettings, CurriculumData), (PretrainingSettings, Pretraining)):
+        assert inspect.signature(settings).parameters == inspect.signature(whole).parameters
+    callbacks: list[Any] = ["x.Progress", {"class_path": "lightning_danube.callbacks.Checkpoints"}]
+    assert TrainerSection(callbacks=callbacks).checkpoint_steps == Checkpoints().every_n_steps
+    assert TrainerSection().checkpoint_steps is None
+
+
+def test_a_plan_loads_neither_lightning_nor_torch() -> None:
+    """Their import takes most of the time of a plan. A config for the CPU alone asks PyTorch how fast it multiplies."""
+    code = (
+        "import sys; from lightning_danube.__main__ import main; main(['plan', '--config', 'pretrain/danube3-500m']);"
+        "print(sorted({'torch', 'lightning', 'jsonargparse'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 def test_passes_by_stage_are_those_of_every_sample_counted() -> None:

@@ -68,7 +68,7 @@ def use_fake(monkeypatch: pytest.MonkeyPatch, breaks: str = "False", sleep: floa
 
     monkeypatch.setattr(trials, "command_of", command)
     monkeypatch.setattr(
-        "lightning_danube.studies.facts.check_variants", lambda design: {"slow": NOTHING, "fast": NOTHING}
+        "lightning_danube.studies.facts.check_variants", lambda design, resolve: {"slow": NOTHING, "fast": NOTHING}
     )
 
 

@@ -50,7 +50,7 @@ def test_the_configuration_may_name_the_tokenizer_that_is_to_be_made(tiny: Path)
 def test_paths_are_enough(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "note.txt").write_text("a note a note a note")
     sources = ["--source", tiny / "web.jsonl", "--source", tiny / "note.txt"]
-    assert make(*sources, "--vocab-size", 270, "--out", tiny / "own") == 0
+    assert make(*sources, "--vocab-size", "0.27k", "--out", tiny / "own") == 0
     # A short text has nothing to hold out, so no column.
     assert capsys.readouterr().out.splitlines()[0].split()[-2:] == ["pieces", str(tiny / "web.jsonl")]
     assert make("--source", tiny / "note.txt", "--vocab-size", 264, "--out", tiny / "other") == 0
@@ -83,7 +83,10 @@ def test_a_tokenizer_is_there_whole_or_not_at_all(tiny: Path, capsys: pytest.Cap
     ("arguments", "message"),
     [
         (["--vocab-size", "260", "--source", "TMP/web.jsonl"], "--vocab-size is 260: the special tokens"),
-        (["--vocab-size", "many", "--source", "TMP/web.jsonl"], "invalid int value: 'many'"),
+        (
+            ["--vocab-size", "many", "--source", "TMP/web.jsonl"],
+            "--vocab-size is 'many': give a positive",
+        ),
         ([], "give the texts either by --config NAME, which has data.sources, or by --source PATH"),
         (["--config", "TMP/tiny.yaml", "--source", "TMP/web.jsonl"], "give the texts either by --config"),
         (["--source", "TMP/nowhere.jsonl"], "there is no file TMP/nowhere.jsonl"),

@@ -429,7 +429,7 @@ def test_tokens_are_made_up_to_the_size_of_the_embedding(decoder: Decoder, tmp_p
 
 def test_a_file_is_overwritten_only_when_asked(decoder: Decoder, written: Path) -> None:
     other = random_decoder(CONFIGS["grouped"])
-    with pytest.raises(ValueError, match=r"model.gguf exists; choose another name, or overwrite$"):
+    with pytest.raises(ValueError, match=r"model.gguf exists: choose another name, or replace it by --overwrite$"):
         save_gguf(other, written, dtype=torch.float32)
     assert_same_parameters(load_gguf(written), decoder)
     save_gguf(other, written, dtype=torch.float32, overwrite=True)

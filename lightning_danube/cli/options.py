@@ -1,0 +1,398 @@
+"""Reads the values of a configuration against the signatures of the classes that they configure.
+
+For the trainer's verbs, jsonargparse does the same afterwards. But it answers a mistake with everything that it tried,
+since most types are unions ("a module, or null"). Here a mistake is found first: one option, what is wrong with it,
+what was meant. Values of types that are not known here are left to jsonargparse.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import enum
+import importlib
+import inspect
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+import yaml
+
+Path = tuple[str, ...]
+"""Keys from the top of a configuration to a value, without `init_args`. Items of a list are numbered."""
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+BEFORE = "options of the class before"
+"""Key of options that were set for another class. Those that the new class has, too, go on to count."""
+
+_SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+_LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
+_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+class Typed(str):
+    """A value as it was typed on the command line. Its type follows from the option."""
+
+
+class Refusal(ValueError):
+    """A value that an option does not take.
+
+    Args:
+        path: of the option.
+        reason: what is wrong and what was meant.
+        shown: the keys that stand before the reason. The path itself if not given.
+        expected: what the option takes, if the reason is that and no more.
+        value: that was given instead.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        reason: str,
+        *,
+        shown: Path | None = None,
+        expected: tuple[str, ...] = (),
+        value: Any = None,
+    ) -> None:
+        super().__init__(reason)
+        self.path, self.reason, self.expected, self.value = path, reason, expected, value
+        self.shown = path if shown is None else shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a class.
+
+    Args:
+        hint: its type, `Any` if it has none.
+        default: its default, `inspect.Parameter.empty` if it is required.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+@lru_cache(maxsize=256)
+def options_of(owner: type) -> tuple[dict[str, Option], bool]:
+    """Returns the options of a class by name, and whether it takes others, too (`**kwargs`).
+
+    Where a constructor hands its `**kwargs` to that of the class it inherits from, those are options as well.
+    """
+    return _options_of(owner.__mro__)
+
+
+def _options_of(mro: Sequence[type]) -> tuple[dict[str, Option], bool]:
+    place = next(place for place, one in enumerate(mro) if "__init__" in vars(one))
+    owner = mro[place]
+    if owner is object:
+        return {}, False
+    constructor = vars(owner)["__init__"]
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    hints = _hints(owner, constructor)
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    own = {
+        one.name: Option(one.name, hints.get(one.name, Any), one.default) for one in parameters if one.kind not in kinds
+    }
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return own, False
+    given = _given_with_the_rest(constructor)
+    if given is None:
+        return own, True
+    inherited, open_ended = _options_of(mro[place + 1 :])
+    return own | {name: one for name, one in inherited.items() if name not in own and name not in given}, open_ended
+
+
+def _hints(owner: type, constructor: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else constructor)
+    except NameError:  # a name that is imported for the type checker alone
+        return {}
+
+
+def _given_with_the_rest(constructor: Any) -> set[str] | None:
+    """Names of the arguments beside `**kwargs` in `super().__init__(…, **kwargs)`, None if there is no such call."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    except (OSError, SyntaxError, TypeError):
+        return None
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            names = [keyword.arg for keyword in call.keywords]
+            if None in names:
+                return {name for name in names if name is not None}
+    return None
+
+
+def is_configured_class(hint: Any) -> bool:
+    """Whether values of a type are given by the options of a class, rather than by a text or a number."""
+    if not isinstance(hint, type) or issubclass(hint, enum.Enum):
+        return False
+    return hint.__module__.partition(".")[0] not in sys.stdlib_module_names
+
+
+class Reader:
+    """Checks values and gives those that were typed on the command line their types.
+
+    Args:
+        taken: option → the key of the data that states it. A model's section may not state it again.
+        make: makes the objects that a configuration describes, instead of returning their options.
+    """
+
+    def __init__(
+        self,
+        *,
+        taken: Mapping[str, str] | None = None,
+        make: bool = False,
+    ) -> None:
+        self.taken, self.make = taken or {}, make
+
+    def options(self, owner: type, given: Mapping[str, Any], path: Path, name: str | None = None) -> dict[str, Any]:
+        """Returns the options of a class with their types.
+
+        Args:
+            name: of the class in messages.
+
+        Raises:
+            Refusal: an option is unknown, missing or of a wrong type.
+        """
+        known, open_ended = options_of(owner)
+        name = name or owner.__name__
+        taken = self.taken if path[:1] == ("model",) else {}
+        read = {}
+        for key, value in given.items():
+            if key in taken:
+                raise Refusal((*path, key), f"{key!r} is taken from {taken[key]}: leave it out here", shown=path)
+            if key in known:
+                read[key] = self.value(known[key].hint, value, (*path, key))
+            elif open_ended:
+                read[key] = value
+            else:
+                offered = [option for option in known if option not in taken]
+                raise Refusal((*path, key), no_option(key, offered, name), shown=path)
+        for option in known.values():
+            if option.required and option.name not in given and option.name not in taken:
+                raise Refusal(path, f"{option.name!r} is missing from {name}")
+        return read
+
+    def value(self, hint: Any, value: Any, path: Path) -> Any:
+        """Returns a value as its option's type has it.
+
+        Raises:
+            Refusal: the option does not take it.
+        """
+        origin = typing.get_origin(hint) or hint
+        if isinstance(value, str) and "${" in value:
+            return value  # refers to another key
+        if origin in (typing.Union, types.UnionType):
+            return self._union(typing.get_args(hint), value, path)
+        if origin is typing.Literal:
+            choices = typing.get_args(hint)
+            return _as_scalar(lambda: _choice(value, choices), f"one of {', '.join(map(repr, choices))}", value, path)
+        if origin in _SCALARS:
+            return _as_scalar(lambda: _scalar(origin, value), _SCALARS[origin], value, path)
+        if origin in _LISTS:
+            return self._list(hint, value, path)
+        if origin in _MAPPINGS:
+            return self._mapping(hint, value, path)
+        if is_configured_class(origin):
+            return self._object(origin, _plain(value), path)
+        return _plain(value)
+
+    def _union(self, members: tuple[Any, ...], value: Any, path: Path) -> Any:
+        """The member that a value went deepest into is the one that was meant."""
+        # The text of a command line is a number before it is a text.
+        members = tuple(sorted(members, key=lambda member: member is str)) if isinstance(value, Typed) else members
+        refusals = []
+        for member in members:
+            try:
+                return self.value(member, value, path)
+            except Refusal as refusal:
+                refusals.append(refusal)
+        deepest = max(len(refusal.path) for refusal in refusals)
+        meant = [refusal for refusal in refusals if len(refusal.path) == deepest]
+        exact = [refusal for refusal in meant if not refusal.expected]
+        if exact:
+            raise exact[0]
+        expected = dict.fromkeys(one for refusal in meant for one in refusal.expected)
+        # null is named last, as in "a number or null".
+        raise _expected(tuple(sorted(expected, key=lambda one: one == "null")), meant[0].value, meant[0].path)
+
+    def _list(self, hint: Any, value: Any, path: Path) -> Any:
+        items = _plain(value)
+        if not isinstance(items, list | tuple):
+            raise _expected(("a list",), value, path)
+        inner = [one for one in typing.get_args(hint) if one is not Ellipsis]
+        if typing.get_origin(hint) is tuple and len(inner) > 1 and len(inner) != len(items):
+            raise _expected((f"a list of {len(inner)} values",), value, path)
+        if not inner:
+            return items
+        hints = inner if len(inner) > 1 else inner * len(items)
+        return [self.value(one, item, (*path, str(n))) for n, (one, item) in enumerate(zip(hints, items, strict=True))]
+
+    def _mapping(self, hint: Any, value: Any, path: Path) -> Any:
+        given = _plain(value)
+        if not isinstance(given, Mapping):
+            raise _expected(("a mapping",), value, path)
+        inner = typing.get_args(hint)
+        if not inner:
+            return dict(given)
+        return {key: self.value(inner[1], one, (*path, str(key))) for key, one in given.items()}
+
+    def _object(self, base: type, value: Any, path: Path) -> Any:
+        """The options of a class, or of a class that inherits from it and is named by its class path."""
+        if isinstance(value, str):
+            if os.path.isfile(value):
+                return value  # a configuration of this section alone
+            value = {"class_path": value}
+            if "." not in value["class_path"] and class_of(value["class_path"], base, path, path) is None:
+                raise _expected((base.__name__,), value["class_path"], path)
+        is_plain = dataclasses.is_dataclass(base)
+        if not isinstance(value, Mapping):
+            what = f"a mapping of the options of {base.__name__}" if is_plain else base.__name__
+            raise _expected((what,), value, path)
+        named = value.get("class_path")
+        if named is None and is_plain:
+            options = self.options(base, value, path)
+            return base(**options) if self.make else options
+        owner = self._named_class(named, base, path)
+        if owner is not None and not isinstance(owner, type):
+            return value  # a function that makes one
+        if owner is None:
+            option = next((key for key in value if key not in CLASS_KEYS), None)
+            if option is None:
+                names = [one.__name__ for one in _descendants(base)]
+                close = get_close_matches(str(named), names, n=1, cutoff=0.5)
+                hint = f"did you mean {close[0]}?" if close else "give the whole class path"
+                reason = f"there is no {base.__name__} called {named!r}: {hint}"
+                raise Refusal((*path, "class_path"), reason, shown=path)
+            raise Refusal(
+                (*path, option),
+                f"{option!r} is an option of a class, and none is named: give --{'.'.join(path)} with a class first",
+                shown=path,
+            )
+        options = self.class_options(owner, value, path)
+        if self.make:
+            return owner(**options)
+        return {"class_path": named, "init_args": options}
+
+    def class_options(
+        self, owner: type, value: Mapping[str, Any], path: Path, name: str | None = None
+    ) -> dict[str, Any]:
+        """Returns the options of a class from a mapping of `class_path` and `init_args`. Arguments as for `options`."""
+        known, _ = options_of(owner)
+        before = {key: one for key, one in (value.get(BEFORE) or {}).items() if key in known}
+        outer = {key: one for key, one in value.items() if key not in (*CLASS_KEYS, BEFORE)}
+        return self.options(owner, {**before, **(value.get("init_args") or {}), **outer}, path, name)
+
+    def _named_class(self, named: Any, base: type, path: Path) -> Any:
+        """The class of a class path; None if there is none of that name."""
+        if not isinstance(named, str):
+            return None
+        owner = class_of(named, base, (*path, "class_path"), path)
+        if isinstance(owner, type) and not issubclass(owner, base):
+            raise Refusal((*path, "class_path"), f"{named} is no {base.__name__}", shown=path)
+        return owner
+
+
+def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
+    """The class of a class path, or of the name alone of a class that inherits from `base`; None for another name.
+
+    Raises:
+        Refusal: its module cannot be imported or has no such class.
+    """
+    module_name, _, name = named.rpartition(".")
+    if not module_name:
+        package = sys.modules.get(base.__module__.rpartition(".")[0])
+        beside = getattr(package, name, None)
+        if isinstance(beside, type):
+            return beside
+        by_name: dict[str, type] = {one.__name__: one for one in _descendants(base)}
+        return by_name.get(name)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise Refusal(path, f"the class {named!r} cannot be imported ({error})", shown=shown) from error
+    owner: Any = getattr(module, name, None)
+    if owner is None:
+        names = list(getattr(module, "__all__", ()))
+        close = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {module_name}.{close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+        raise Refusal(path, f"there is no class {name!r} in {module_name}: {hint}", shown=shown)
+    return owner
+
+
+def _descendants(base: type) -> Iterator[type]:
+    """A class and all that inherit from it and are imported."""
+    yield base
+    subclasses: list[type] = base.__subclasses__()
+    for one in subclasses:
+        yield from _descendants(one)
+
+
+def no_option(option: str, known: Collection[str], owner: str) -> str:
+    """Says that an option is unknown, and which one was meant."""
+    close = get_close_matches(option, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"{option!r} is not an option of {owner}: {hint}"
+
+
+def _expected(expected: tuple[str, ...], value: Any, path: Path) -> Refusal:
+    shown = str(value)
+    but = f", not {shown}" if len(shown) <= 60 else ""
+    return Refusal(path, f"expected {' or '.join(expected)}{but}", expected=expected, value=value)
+
+
+def _as_scalar(read: Callable[[], Any], expected: str, value: Any, path: Path) -> Any:
+    try:
+        return read()
+    except (OverflowError, TypeError, ValueError):
+        raise _expected((expected,), value, path) from None
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    """Raises TypeError or ValueError if the value is none of this kind."""
+    if kind is str and isinstance(value, str):
+        return str(value)
+    plain = _plain(value)
+    if kind is type(None) and plain is None:
+        return None
+    if kind is bool and isinstance(plain, bool):
+        return plain
+    if plain is None or isinstance(plain, bool) or kind not in (int, float):
+        raise ValueError
+    number = float(plain)
+    if kind is float:
+        return number
+    if number == int(number):
+        return int(number) if isinstance(plain, str) else int(plain)
+    raise ValueError
+
+
+def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    if value in choices:
+        return str(value) if isinstance(value, str) else value
+    if (plain := _plain(value)) in choices:
+        return plain
+    raise ValueError
+
+
+def _plain(value: Any) -> Any:
+    """What the text of a command line says as YAML. Other values stay as they are."""
+    if not isinstance(value, Typed):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return str(value)

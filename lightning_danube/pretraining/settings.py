@@ -1,0 +1,182 @@
+"""What a configuration says about a pre-training run, without Lightning and without PyTorch.
+
+`plan` reads a run from these settings alone. `CurriculumData` and `Pretraining` add what it takes to train.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from lightning_danube.durations import options, parse_tokens
+from lightning_danube.files import default_cache_dir
+from lightning_danube.model.config import DecoderConfig, DecoderShape
+from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples
+from lightning_danube.text.corpora import Source
+from lightning_danube.text.quality import Deduplicate, Filters, Quality
+from lightning_danube.tokens.shards import shards_directory
+from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.training.optim import AdamW, LearningRate
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """The arguments of `Pretraining`, which explains them. Their defaults stand here."""
+
+    decoder: DecoderShape | str
+    learning_rate: LearningRate
+    _: KW_ONLY
+    vocab_size: int
+    context_length: int
+    batch_tokens: int
+    total_tokens: int
+    optimizer: AdamW = AdamW()  # noqa: RUF009  (frozen)
+    activation_checkpointing: bool = False
+    compile_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        rate = options(LearningRate, self.learning_rate, "model.learning_rate")
+        rate.check(parse_tokens(self.total_tokens))
+        object.__setattr__(self, "learning_rate", rate)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The whole config of the decoder.
+
+        Raises:
+            ValueError: no preset has that name.
+        """
+        shape = DecoderConfig.preset(self.decoder) if isinstance(self.decoder, str) else self.decoder
+        shape = options(DecoderShape, shape, "model.decoder")
+        return shape.with_data(self.vocab_size, self.context_length)
+
+
+class CurriculumSettings:
+    """Documents of several sources, mixed in stages.
+
+    Args:
+        sources: name → source. The order numbers the sources in logs and tables.
+        stages: the curriculum, in order.
+        context_length: tokens a training row predicts.
+        batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
+        micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
+        tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
+            parameters), a directory that the verb `tokenizer` or transformers has written, or a hub id.
+        seed: of the order of rows.
+        held_out: share of each source's documents kept for validation, chosen by a hash of the text.
+        validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
+        max_passes: how often the run may go through a source before this is an error. Repeating a text up to about
+            four times costs little (Muennighoff et al. 2023, arXiv 2305.16264).
+        document_masks: keep the packed documents of a row from seeing each other.
+        workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
+        cache_dir: where shards are kept.
+        processes: how many tokenize; all cores by default.
+        deduplicate: "exact" drops documents whose text stood earlier in the same source, "near" also those that share
+            about four fifths of their five-word shingles with an earlier one. Sources are not compared with each other.
+        filters: rules for prose that every document of a source has to pass (`{}` for the defaults).
+        decontaminate: jsonl or parquet files of evaluation sets. Documents that share 13 words in a row with a text of
+            them are dropped, and counted for each file.
+
+    Raises:
+        ValueError: for every mistake in the above, with the key's name.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        stages: list[Stage],
+        *,
+        context_length: int,
+        batch_tokens: int | str,
+        micro_batch_size: int = 8,
+        tokenizer: str = MISTRAL,
+        seed: int = 0,
+        held_out: float = 0.01,
+        validation_rows: int = 64,
+        max_passes: float = 4.0,
+        document_masks: bool = False,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        processes: int | None = None,
+        deduplicate: Deduplicate = "none",
+        filters: Filters | None = None,
+        decontaminate: list[str] | None = None,
+    ) -> None:
+        super().__init__()  # of the data module that inherits from these settings
+        sources = {name: options(Source, source, f"data.sources.{name}") for name, source in sources.items()}
+        stages = [options(Stage, stage, f"data.stages[{number}]") for number, stage in enumerate(stages)]
+        filters = None if filters is None else options(Filters, filters, "data.filters")
+        for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not 0 < held_out < 1:
+            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
+        for name in sources:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"a source is called {name!r}: use letters, digits, - and _")
+        check_stages(stages, list(sources))
+        self.sources, self.stages = sources, stages
+        self.context_length = context_length
+        self.batch_tokens = parse_tokens(batch_tokens, "data.batch_tokens")
+        if self.batch_tokens % context_length:
+            near = max(1, round(self.batch_tokens / context_length)) * context_length
+            raise ValueError(
+                f"data.batch_tokens is {self.batch_tokens}, not a multiple of data.context_length ({context_length}): "
+                f"{near} would be"
+            )
+        self.batch_samples = self.batch_tokens // context_length
+        self.micro_batch_size = micro_batch_size
+        self.seed, self.held_out = seed, held_out
+        self.validation_rows, self.max_passes = validation_rows, max_passes
+        self.document_masks, self.workers = document_masks, workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        if processes is not None and processes < 1:
+            raise ValueError(f"data.processes is {processes}: it must be at least 1")
+        self.processes = processes
+        self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
+        self.tokenizer = DocumentTokenizer(tokenizer)
+        self.vocab_size = self.tokenizer.vocab_size
+        # Known from the stages alone, so that the schedule does not wait for the data.
+        self.total_tokens = context_length * sum(
+            stage_samples(stage, context_length, self.batch_samples) for stage in stages
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.total_tokens // self.batch_tokens
+
+    def shards_directories(self) -> dict[str, Path]:
+        """Where the shards of each source are, or will be."""
+        return {name: self.shards_directory(name) for name in self.sources}
+
+    def shards_directory(self, name: str) -> Path:
+        """Where the shards of one source are, or will be."""
+        return shards_directory(name, self.sources[name], self.tokenizer, self.held_out, self.quality, self.cache_dir)
+
+    def accumulation(self, replicas: int) -> int:
+        """Micro-batches of one optimizer step on each of so many data-parallel replicas.
+
+        Raises:
+            ValueError: they do not divide it.
+        """
+        held = replicas * self.micro_batch_size
+        if self.batch_samples % held:
+            fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
+            whole = max(1, round(self.batch_samples / replicas)) * replicas * self.context_length
+            numbers = (
+                f"data.micro_batch_size = {_listed(fits)} would"
+                if fits
+                else f"no data.micro_batch_size would, a multiple of {replicas} rows does: data.batch_tokens = {whole}"
+            )
+            raise ValueError(
+                f"a step of {self.batch_samples} rows (data.batch_tokens / data.context_length) does not divide into "
+                f"{replicas} device(s) × {self.micro_batch_size} rows: {numbers}"
+            )
+        return self.batch_samples // held
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers[-6:]]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]

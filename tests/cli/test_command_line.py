@@ -1,0 +1,47 @@
+"""Files and flags as one tree of values."""
+
+import inspect
+from pathlib import Path
+
+from lightning_danube.cli.command_line import TRAINER_OPTIONS, merged, read_command_line
+from lightning_danube.cli.options import BEFORE
+
+
+def test_the_trainers_options_are_lightnings() -> None:
+    from lightning.pytorch import Trainer
+
+    assert set(TRAINER_OPTIONS) == set(inspect.signature(Trainer).parameters)
+
+
+def test_later_files_and_flags_count_and_each_value_knows_its_place(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("name: a\nmodel:\n  class_path: M\n  init_args:\n    decoder: {layers: 3, heads: 4}\n")
+    second.write_text("# more\nmodel: {init_args: {decoder: {heads: 2}}}\n")
+    args = ["--config", str(first), f"--config={second}", "--model.decoder.layers", "5", "--name=c", "--print_config"]
+    stated = read_command_line(args)
+    assert stated.tree["name"] == "c"
+    assert stated.tree["model"]["init_args"]["decoder"] == {"layers": 3, "heads": 2}
+    assert stated.tree["model"]["decoder"] == {"layers": "5"}
+    assert stated.place_of(("model", "decoder", "heads")) == f"{second}, line 2"
+    assert stated.place_of(("model", "decoder", "layers")) == "--model.decoder.layers"
+    assert stated.place_of(("model", "class_path")) == f"{first}, line 3"
+    assert stated.place_of(("data", "x")) == ""
+
+
+def test_merging_is_jsonargparses() -> None:
+    assert merged([1, 2], [3]) == [3]
+    assert merged([{"class_path": "A"}], {"x": 1}) == [{"class_path": "A", "x": 1}]
+    assert merged("A", {"x": 1}) == {"class_path": "A", "x": 1}
+    before = {"class_path": "A", "init_args": {"x": 1}}
+    assert merged(before, {"class_path": "A", "init_args": {"y": 2}})["init_args"] == {"x": 1, "y": 2}
+    assert merged(before, {"class_path": "B"}) == {"class_path": "B", BEFORE: {"x": 1}}
+
+
+def test_a_value_is_added_to_a_list(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("trainer: {callbacks: [{class_path: A}]}")
+    args = ["--config", str(config), "--trainer.callbacks+=B", "--trainer.callbacks.every", "3"]
+    assert read_command_line(args).tree["trainer"]["callbacks"] == [
+        {"class_path": "A"},
+        {"class_path": "B", "every": "3"},
+    ]
