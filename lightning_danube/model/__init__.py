@@ -2,7 +2,7 @@
 
 from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
 from .cache import KVCache
-from .config import PRESETS, DecoderConfig, DecoderShape
+from .config import PRESETS, DecoderConfig, DecoderShape, RopeScaling
 from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
 from .loss import next_token_loss, token_losses
 
@@ -16,6 +16,7 @@ __all__ = [
     "GroupedQueryAttention",
     "KVCache",
     "RMSNorm",
+    "RopeScaling",
     "RotaryEmbedding",
     "SwiGLU",
     "document_mask",
