@@ -241,7 +241,8 @@ class Decoder(nn.Module):
         """(B, T, D) after the last norm: what the head, and a loss that never holds all logits, starts from.
 
         Positions count on from the cache when not given. Documents keep packed texts apart (each id one text of its
-        row); they cost a mask of B x T x T bools, and a window shorter than the text costs T x T. With a cache, keys and values of these tokens are added to it.
+        row); they cost a mask of B x T x T bools, and a window shorter than the text costs one of T x T. With a cache,
+        keys and values of these tokens are added to it.
         """
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         as_written = self.has_compiled_blocks and cache is not None

@@ -43,7 +43,7 @@ class FrozenLinear4bit(Linear4bit):
         weight = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
-        self.bias = frozen_bias(layer)
+        self.register_parameter("bias", frozen_bias(layer))
         self.support_avx512bf16_for_cpu = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class FrozenLinear8bit(Linear8bitLt):
         weight = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
-        self.bias = frozen_bias(layer)
+        self.register_parameter("bias", frozen_bias(layer))
 
     def _scales(self) -> Tensor:
         weight: Any = self.weight
