@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.training.optim import AdamW
+from lightning_danube.training.optim import AdamW, Muon
 
 CONFIG = DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8)
 STEPS, ROWS, CONTEXT = 3, 4, 12
@@ -79,6 +79,12 @@ def compare(replicas: int, devices: int, recompute: bool, compiled: bool = False
     parallelize(decoder, mesh["data_parallel"], mesh["tensor_parallel"])
     weight: Any = dict(decoder.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
     assert weight.to_local().numel() * replicas * devices == weight.numel()
+    try:
+        Muon().build(decoder, lr=1e-2)
+    except ValueError as error:
+        assert "Muon needs whole matrices" in str(error)
+    else:
+        raise AssertionError("Muon took sharded matrices")
     found = train(decoder, replicas, mesh["data_parallel"].get_local_rank())
     # Sums of float64 in another order.
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=0)
