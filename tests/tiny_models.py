@@ -7,12 +7,21 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.model import Decoder, DecoderConfig, RopeScaling
 from lightning_danube.weights.huggingface import save_hf
 
 # Room for the tokenizer's 262 tokens. Weights ten times the usual size, as in test_parity.py.
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=272, max_position_embeddings=128, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+# A decoder of each family of checkpoints. The window is shorter than the texts of most tests. Of the frequencies that
+# theta gives, some are unchanged, one is in between, some are slowed.
+VARIANTS = {
+    "llama 3.2": dataclasses.replace(TIED, rope_theta=500000.0, rope_scaling=RopeScaling(factor=32.0)),
+    "mistral": dataclasses.replace(CONFIG, sliding_window=7),
+    "qwen2": dataclasses.replace(CONFIG, qkv_bias=True, rms_norm_eps=1e-6),
+    "qwen3": dataclasses.replace(TIED, qk_norm=True, head_dim=24),
+    "smollm3": dataclasses.replace(TIED, nope_interval=4, num_hidden_layers=5),
+}
 TEMPLATE = "{% for message in messages %}{{ bos_token }}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 
 
@@ -20,7 +29,7 @@ def tiny_decoder(config: DecoderConfig = CONFIG, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     decoder = Decoder(config)
     for parameter in decoder.parameters():
-        if parameter.ndim == 1:  # gains of 1 would hide a gain that is left out
+        if parameter.ndim == 1:  # gains of 1, and biases of 0, would hide one that is left out
             torch.nn.init.normal_(parameter, 1.0, 0.3)
     return decoder
 

@@ -107,11 +107,14 @@ def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> 
 
 
 def hf_config(classifier: Classifier) -> dict[str, Any]:
-    """The content of a `config.json` for LlamaForSequenceClassification."""
+    """The content of a `config.json` for LlamaForSequenceClassification, or that of the decoder's family."""
+    from lightning_danube.model.architecture import family_of
+
     tokenizer = classifier.tokenizer
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return classifier.decoder.config.to_hf(*ids) | {
-        "architectures": ["LlamaForSequenceClassification"],
+    config = classifier.decoder.config
+    return config.to_hf(*ids) | {
+        "architectures": [family_of(config).class_name("SequenceClassification")],
         "dtype": str(classifier.score_CD.dtype).removeprefix("torch."),
         "id2label": {str(number): label for number, label in enumerate(classifier.labels)},
         "label2id": {label: number for number, label in enumerate(classifier.labels)},

@@ -114,7 +114,8 @@ def pack(decoder: Decoder, linear: Join) -> None:
     for index, block in enumerate(layers):
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
-        if are_plain(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if are_plain(attention.o_proj) and (are_plain(*inputs) or have_biases(*inputs)):
             block.self_attn = PackedAttention(attention, linear)
         if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             block.mlp = PackedSwiGLU(mlp, linear)
@@ -133,10 +134,15 @@ def are_plain(*layers: nn.Module) -> bool:
     return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
 
 
+def have_biases(*layers: nn.Module) -> bool:
+    """Whether all are nn.Linear with a bias."""
+    return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
+
+
 def has_only_plain_matrices(decoder: Decoder) -> bool:
     """Whether every module with weights is one of those that `Decoder` itself makes."""
     holders = (module for module in decoder.modules() if next(module.parameters(recurse=False), None) is not None)
-    return all(are_plain(module) or type(module) in (nn.Embedding, RMSNorm) for module in holders)
+    return all(type(module) in (nn.Linear, nn.Embedding, RMSNorm) for module in holders)
 
 
 def widen_activations(decoder: Decoder) -> None:
@@ -170,6 +176,19 @@ class JoinedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+
+class WithBias(nn.Module):
+    """A linear layer of any layout, and the biases of the layers that it is made of."""
+
+    def __init__(self, layers: Sequence[nn.Linear], linear: Join) -> None:
+        super().__init__()
+        self.linear = linear(layers)
+        self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y.add_(self.bias)
 
 
 class SplitLinear(nn.Module):
@@ -327,8 +346,12 @@ class PackedAttention(GroupedQueryAttention):
     def __init__(self, plain: GroupedQueryAttention, linear: Join) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.groups, self.dropout = plain.head_dim, plain.groups, plain.dropout
-        self.kv_heads = plain.k_proj.out_features // plain.head_dim
-        self.qkv_proj = linear([plain.q_proj, plain.k_proj, plain.v_proj])
+        self.kv_heads, self.rotary = plain.k_proj.out_features // plain.head_dim, plain.rotary
+        self.q_norm, self.k_norm = (
+            None if norm is None else packed_norm(norm) for norm in (plain.q_norm, plain.k_norm)
+        )
+        inputs = [plain.q_proj, plain.k_proj, plain.v_proj]
+        self.qkv_proj = linear(inputs) if plain.q_proj.bias is None else WithBias(inputs, linear)
         self.o_proj = linear([plain.o_proj])  # type: ignore[assignment]
         self.project_in, self.project_out = self.qkv_proj.forward, self.o_proj.forward
 
@@ -351,8 +374,13 @@ class PackedAttention(GroupedQueryAttention):
         B, T, _ = hidden_BTD.shape
         G, H = self.kv_heads, self.kv_heads * self.groups
         heads = self.project_in(hidden_BTD).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None:
+            q_BTHK = self.placed(heads[:, :, :H], self.q_norm, cos_BT1K, sin_BT1K)
+            return q_BTHK, self.placed(heads[:, :, H : H + G], self.k_norm, cos_BT1K, sin_BT1K), heads[:, :, H + G :]
         # Queries and keys turn alike, so they turn together.
-        turned = rotate(heads[:, :, : H + G], cos_BT1K, sin_BT1K)
+        turned = heads[:, :, : H + G]
+        if self.rotary:
+            turned = rotate(turned, cos_BT1K, sin_BT1K)
         return turned[:, :, :H], turned[:, :, H:], heads[:, :, H + G :]
 
 
@@ -368,7 +396,8 @@ class PackedSwiGLU(SwiGLU):
         return self.narrow(F.silu(gate).mul_(up))
 
 
-def packed_norm(norm: RMSNorm) -> nn.Module:
+def packed_norm(norm: nn.Module) -> nn.Module:
+    assert isinstance(norm, RMSNorm)
     return PackedNorm(norm) if norm.weight.device.type == "cpu" and norm.weight.dtype != torch.float64 else norm
 
 

@@ -9,7 +9,7 @@ from lightning_danube import lazy_attributes
 if TYPE_CHECKING:
     from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
     from .cache import KVCache
-    from .config import PRESETS, DecoderConfig, DecoderShape
+    from .config import PRESETS, DecoderConfig, DecoderShape, RopeScaling
     from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
     from .loss import next_token_loss, token_losses
 
@@ -23,6 +23,7 @@ __all__ = [
     "GroupedQueryAttention",
     "KVCache",
     "RMSNorm",
+    "RopeScaling",
     "RotaryEmbedding",
     "SwiGLU",
     "document_mask",
@@ -33,7 +34,7 @@ __all__ = [
 _MODULES = {
     "attention": ("GroupedQueryAttention", "RotaryEmbedding", "document_mask"),
     "cache": ("KVCache",),
-    "config": ("PRESETS", "DecoderConfig", "DecoderShape"),
+    "config": ("PRESETS", "DecoderConfig", "DecoderShape", "RopeScaling"),
     "decoder": ("Backbone", "Block", "Decoder", "RMSNorm", "SwiGLU"),
     "loss": ("next_token_loss", "token_losses"),
 }

@@ -4,7 +4,8 @@ Shapes: B batch, T tokens of this call, S tokens attended to (T and what the cac
 H query heads, G key-value heads (G divides H), K channels of a head. Rotary tables have the shape (B or 1, T, 1, K).
 """
 
-from typing import Protocol
+import math
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from .blocked_attention import blocked_attention, is_faster
 from .elementwise import Turn, gains
+
+if TYPE_CHECKING:
+    from .config import RopeScaling
 
 
 class Past(Protocol):
@@ -21,14 +25,28 @@ class Past(Protocol):
         """Take in keys and values of new tokens; those of all tokens, (B, G, S, K) each."""
 
 
-def inverse_frequencies(head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def inverse_frequencies(
+    head_dim: int, theta: float, dtype: torch.dtype = torch.float32, scaling: "RopeScaling | None" = None
+) -> Tensor:
     """Radians a token by which each pair of channels turns, (K / 2,), on the CPU.
 
     On the CPU even for a model on a GPU: one unit in the last place of a frequency is 4e-4 radians at position 8192,
     and `pow` differs between devices by about that.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim
-    return 1.0 / theta**exponents
+    frequencies = 1.0 / theta**exponents
+    return frequencies if scaling is None else scaled_frequencies(frequencies, scaling)
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: "RopeScaling") -> Tensor:
+    """Frequencies slowed as in Llama 3.1, with the operations in the order that transformers has, for the same bits."""
+    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    slowed = torch.where(wavelengths > context / low, frequencies / scaling.factor, frequencies)
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * slowed / scaling.factor + smooth * slowed
+    is_between = (wavelengths >= context / high) & (wavelengths <= context / low)
+    return torch.where(is_between, between, slowed)
 
 
 def rotary_tables(position_ids_BT: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,17 +79,20 @@ class RotaryEmbedding(nn.Module):
     tokens and by 3e-4 within 1024; with these they agree with transformers' to 2e-14.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: "RopeScaling | None" = None) -> None:
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
-        self.register_buffer("frequencies", inverse_frequencies(head_dim, theta), persistent=False)
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.register_buffer("frequencies", self._computed(), persistent=False)
         self.frequencies: Tensor
+
+    def _computed(self) -> Tensor:
+        return inverse_frequencies(self.head_dim, self.theta, scaling=self.scaling)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # .to(bfloat16) would round the frequencies, .to_empty() would leave noise in them: take over the device only.
         super()._apply(fn, recurse)
         device = self.frequencies.device
-        self.frequencies = inverse_frequencies(self.head_dim, self.theta)
+        self.frequencies = self._computed()
         if device.type != "meta":
             self.frequencies = self.frequencies.to(device)
         return self
@@ -85,33 +106,56 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
 
-def causal_mask(tokens: int, past: int, device: torch.device) -> Tensor:
-    """(1, 1, T, S), true where token past + i may see token j. Needed only to extend a filled cache by several tokens:
-    the kernel's own causal case counts from the first key, not from the last."""
-    return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None]
+def causal_mask(tokens: int, past: int, device: torch.device, window: int | None = None) -> Tensor:
+    """(1, 1, T, S), true where token past + i may see token j: a token not later, and one of the last `window`.
+
+    Needed to extend a filled cache by several tokens, because the kernel's own causal case counts from the first key
+    and not from the last, and for texts that are longer than a window.
+    """
+    seen_TS = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+    return (seen_TS if window is None else seen_TS.triu(past - window + 1))[None, None]
 
 
-def document_mask(document_ids_BT: Tensor) -> Tensor:
-    """(B, 1, T, T), true where a token may see another: not later, and of the same document.
+def document_mask(document_ids_BT: Tensor, window: int | None = None) -> Tensor:
+    """(B, 1, T, T), true where a token may see another: not later, of the same document, and one of the last `window`.
 
     Every token sees itself, so no row is empty, whatever ids the padding has. An id that comes back later in a row
     is the same document.
     """
-    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    return same_BTT.tril()[:, None]
+    seen_BTT = (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]).tril()
+    return (seen_BTT if window is None else seen_BTT.triu(1 - window))[:, None]
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal attention in which H / G query heads share a key-value head: H = G is multi-head, G = 1 multi-query."""
+    """Causal attention in which H / G query heads share a key-value head: H = G is multi-head, G = 1 multi-query.
 
-    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, dropout: float = 0.0) -> None:
+    Args:
+        bias: queries, keys and values have biases.
+        q_norm, k_norm: modules over the channels of each head, before the rotary positions.
+        rotary: queries and keys are turned to their positions.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        *,
+        bias: bool = False,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        rotary: bool = True,
+    ) -> None:
         super().__init__()
         assert heads % kv_heads == 0, (heads, kv_heads)
-        self.head_dim, self.groups, self.dropout = head_dim, heads // kv_heads, dropout
-        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
+        self.head_dim, self.groups, self.dropout, self.rotary = head_dim, heads // kv_heads, dropout, rotary
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(
         self,
@@ -151,11 +195,17 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each head, the first two turned to their positions."""
+        """Queries, keys and values of each head, the first two normed and turned to their positions if they are to."""
         B, T, _ = hidden_BTD.shape
-        q_BTHK = rotate(self.q_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
-        k_BTGK = rotate(self.k_proj(hidden_BTD).view(B, T, -1, self.head_dim), cos_BT1K, sin_BT1K)
+        q_BTHK = self.placed(self.q_proj(hidden_BTD).view(B, T, -1, self.head_dim), self.q_norm, cos_BT1K, sin_BT1K)
+        k_BTGK = self.placed(self.k_proj(hidden_BTD).view(B, T, -1, self.head_dim), self.k_norm, cos_BT1K, sin_BT1K)
         return q_BTHK, k_BTGK, self.v_proj(hidden_BTD).view(B, T, -1, self.head_dim)
+
+    def placed(self, x_BTHK: Tensor, norm: nn.Module | None, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
+        """Query or key heads after their norm and rotary positions, as far as the layer has them."""
+        if norm is not None:
+            x_BTHK = norm(x_BTHK)
+        return rotate(x_BTHK, cos_BT1K, sin_BT1K) if self.rotary else x_BTHK
 
 
 def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor | None) -> Tensor:

@@ -27,10 +27,12 @@ class KVCache:
         keys_BGSK: a tensor for each layer. Were they cut out of one tensor within a step, a compiled step would write
             all of it anew in each layer.
         values_BGSK: likewise.
+        window: tokens that a token sees, itself included; None: all before it. All tokens stay in the cache: a window
+            saves time, not memory.
     """
 
-    def __init__(self, keys_BGSK: Sequence[Tensor], values_BGSK: Sequence[Tensor]) -> None:
-        self.keys_BGSK, self.values_BGSK = keys_BGSK, values_BGSK
+    def __init__(self, keys_BGSK: Sequence[Tensor], values_BGSK: Sequence[Tensor], window: int | None = None) -> None:
+        self.keys_BGSK, self.values_BGSK, self.window = keys_BGSK, values_BGSK, window
         self.length = 0
         self.lengths_B: Tensor | None = None
         self.visible = self.capacity
@@ -51,7 +53,7 @@ class KVCache:
             # Zeros: what is masked is still multiplied by 0, and must not be an inf or nan that was left in the memory.
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
 
-        return cls(empty(), empty())
+        return cls(empty(), empty(), c.sliding_window)
 
     @property
     def capacity(self) -> int:
@@ -90,8 +92,16 @@ class KVCache:
     def mask(self, tokens: int) -> Tensor | None:
         """(1 or B, 1, T, S) for attention of the next tokens, where it is not plainly causal."""
         if self.lengths_B is not None:
-            return (torch.arange(self.visible, device=self.device) <= self.positions(tokens)[:, :, None])[:, None]
-        return causal_mask(tokens, self.length, self.device) if self.length and tokens > 1 else None
+            slots_S, positions_BT1 = torch.arange(self.visible, device=self.device), self.positions(tokens)[:, :, None]
+            seen_BTS = slots_S <= positions_BT1
+            if self.window is not None:
+                seen_BTS = seen_BTS & (slots_S > positions_BT1 - self.window)
+            return seen_BTS[:, None]
+        # A single token is given the keys of its window alone, see `LayerOfCache.extend`.
+        window = self.window if self.window is not None and self.window < self.length + tokens else None
+        if tokens > 1 and (self.length or window is not None):
+            return causal_mask(tokens, self.length, self.device, window)
+        return None
 
     def advance(self, tokens: int) -> None:
         """Count tokens that all layers have taken in. Until then they are not there: a step that was broken off in its
@@ -123,7 +133,7 @@ class KVCache:
             new_RGSK[:, :, :kept] = memory_BGSK[rows_R, :, :kept]
             return new_RGSK
 
-        cache = KVCache([*map(copied, self.keys_BGSK)], [*map(copied, self.values_BGSK)])
+        cache = KVCache([*map(copied, self.keys_BGSK)], [*map(copied, self.values_BGSK)], self.window)
         cache.set_lengths(lengths)
         return cache
 
@@ -133,7 +143,7 @@ class KVCache:
             [memory_BGSK[index : index + 1] for memory_BGSK in memories_BGSK]
             for memories_BGSK in (self.keys_BGSK, self.values_BGSK)
         )
-        return KVCache(keys_BGSK, values_BGSK)
+        return KVCache(keys_BGSK, values_BGSK, self.window)
 
 
 @dataclass(slots=True)
@@ -151,7 +161,10 @@ class LayerOfCache:
             start, end = self.cache.length, self.cache.length + k_BGTK.shape[2]
             keys_BGSK[:, :, start:end] = k_BGTK
             values_BGSK[:, :, start:end] = v_BGTK
-            return keys_BGSK[:, :, :end], values_BGSK[:, :, :end]
+            first = 0
+            if self.cache.window is not None and end - start == 1:
+                first = max(0, end - self.cache.window)
+            return keys_BGSK[:, :, first:end], values_BGSK[:, :, first:end]
         rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
         slots_BT = self.cache.positions(k_BGTK.shape[2])
         keys_BGSK[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)

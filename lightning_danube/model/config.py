@@ -1,12 +1,17 @@
 """The shape of a decoder, checked once, and what follows from it on paper: parameters, FLOPs, cache bytes.
 
 Field names are those of Hugging Face's LlamaConfig, so that a `config.json` is read and written without a table of
-renamings. Sizes of the presets: H2O-Danube3 technical report, arXiv 2407.09276, table 1.
+renamings. What sets other families apart is in architecture.py. Sizes of the presets: H2O-Danube3 technical report,
+arXiv 2407.09276, table 1.
 """
 
 import dataclasses
 import difflib
+import math
+from collections.abc import Mapping
 from typing import Any
+
+from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
 
 POSITIVE_FIELDS = frozenset(
     {
@@ -35,11 +40,55 @@ for each chunk)."""
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotary positions for long texts, as Llama 3.1 has them (`rope_type` "llama3").
+
+    A pair of channels whose wavelength is above `original_max_position_embeddings / low_freq_factor` tokens turns
+    `factor` times slower. Below `original_max_position_embeddings / high_freq_factor` tokens nothing changes, and in
+    between the factor rises smoothly.
+
+    Args:
+        factor: how many times longer the texts became.
+        low_freq_factor: wavelengths in the original context of the slowed pairs, at most.
+        high_freq_factor: wavelengths in the original context of the unchanged pairs, at least.
+        original_max_position_embeddings: tokens of a text before.
+
+    Raises:
+        ValueError: a number is not above 0, or the two factors are in the wrong order.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling.{name} is {value!r}; it has to be a number above 0")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling.low_freq_factor is {self.low_freq_factor}; it has to be below high_freq_factor, "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderShape:
     """What a person chooses of a decoder; vocabulary and context length come with the data.
 
     `head_dim` left out is `hidden_size // num_attention_heads`; `dataclasses.replace` keeps the resolved number, so
     replace `head_dim` too (by None) when the hidden size or the number of heads changes.
+
+    The last five fields are off in Llama 2 and Danube3. Only combinations are possible that transformers can load.
+
+    Args:
+        sliding_window: tokens that a token sees, itself included; None: all before it. A text that is not longer is
+            computed as without a window (Mistral, H2O-Danube-1.8B).
+        qkv_bias: query, key and value matrices have biases (Qwen2).
+        qk_norm: an RMSNorm over the channels of each query and key head, before the rotary positions (Qwen3).
+        rope_scaling: slower rotary positions (Llama 3.1, 3.2, 3.3); None: not slowed.
+        nope_interval: every n-th layer has no rotary positions (SmolLM3: 4); None: all have them.
     """
 
     hidden_size: int
@@ -53,8 +102,15 @@ class DecoderShape:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    nope_interval: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # from a checkpoint, which holds plain data only
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
@@ -81,6 +137,11 @@ class DecoderShape:
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout is {self.attention_dropout}; it has to be at least 0 and below 1")
+        for field, least in (("sliding_window", 1), ("nope_interval", 2)):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{field} is {value!r}; give a whole number from {least} on, or none")
+        family_of(self)
 
     @property
     def _head_dim(self) -> int:
@@ -92,10 +153,14 @@ class DecoderShape:
         shape = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderShape)}
         return DecoderConfig(**shape, vocab_size=vocab_size, max_position_embeddings=context_length)
 
+    def has_rotary(self, layer: int) -> bool:
+        """Returns whether a layer, counted from 0, has rotary positions."""
+        return self.nope_interval is None or (layer + 1) % self.nope_interval != 0
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(DecoderShape):
-    """A Llama-shaped decoder: SwiGLU, RMSNorm before each half of a block, rotary positions, no bias anywhere."""
+    """A Llama-shaped decoder: SwiGLU, RMSNorm before each half of a block, rotary positions."""
 
     vocab_size: int = 32000
     max_position_embeddings: int = 8192
@@ -120,8 +185,9 @@ class DecoderConfig(DecoderShape):
         query_and_output = 2 * self.hidden_size * self.num_attention_heads * self._head_dim
         key_and_value = 2 * self.hidden_size * self.num_key_value_heads * self._head_dim
         feed_forward = 3 * self.hidden_size * self.intermediate_size
-        norms = 2 * self.hidden_size
-        blocks = self.num_hidden_layers * (query_and_output + key_and_value + feed_forward + norms)
+        norms = 2 * self.hidden_size + (2 * self._head_dim if self.qk_norm else 0)
+        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self._head_dim if self.qkv_bias else 0
+        blocks = self.num_hidden_layers * (query_and_output + key_and_value + feed_forward + norms + biases)
         embeddings = self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
         return embeddings + blocks + self.hidden_size
 
@@ -135,7 +201,7 @@ class DecoderConfig(DecoderShape):
 
         6 for each parameter that multiplies (so a tied embedding counts, as the head) and 12 for each layer, attention
         channel and position, as in PaLM's appendix B (arXiv 2204.02311). That convention counts the whole square of
-        scores; `causal=True` counts the half that a causal kernel computes.
+        scores; `causal=True` counts the half that a causal kernel computes. A sliding window lowers neither.
         """
         multiplying = self.parameters_without_embedding
         if self.tie_word_embeddings:
@@ -148,74 +214,150 @@ class DecoderConfig(DecoderShape):
         values = 2 * self.num_hidden_layers * self.num_key_value_heads * self._head_dim
         return values * tokens * bytes_per_value
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the fields as plain data, as checkpoints hold them: `DecoderConfig(**facts)` is the config again.
+
+        Options that are off are left out, so a checkpoint of a Danube3 does not depend on which options there are.
+        """
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in OPTIONS or is_on(self, name)
+        }
+
     def to_hf(self, bos_id: int | None = 1, eos_id: int | None = 2, pad_id: int | None = 0) -> dict[str, Any]:
-        """The content of a `config.json` for LlamaForCausalLM. The ids belong to the tokenizer; those of Danube3 are
-        the defaults.
+        """The content of a `config.json` for the family that has the decoder's options. The ids belong to the
+        tokenizer; those of Danube3 are the defaults.
 
         The rotary base is there twice: transformers 5 reads `rope_parameters`, version 4 and llama.cpp's converter
         `rope_theta`, and both leave the other one alone.
         """
+        family = family_of(self)
+        scaling = (
+            None if self.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        )
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **dataclasses.asdict(self),
+            "architectures": [family.class_name("CausalLM")],
+            "model_type": family.model_type,
+            **{name: value for name, value in dataclasses.asdict(self).items() if name not in OPTIONS},
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "pretraining_tp": 1,
+            **family.fixed,
+            **({"sliding_window": self.sliding_window} if "sliding_window" in family.allows else {}),
+            **(self._nope_in_hf() if self.nope_interval is not None else {}),
             "use_cache": True,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_scaling": scaling,
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta},
             "bos_token_id": bos_id,
             "eos_token_id": eos_id,
             "pad_token_id": pad_id,
         }
 
+    def _nope_in_hf(self) -> dict[str, Any]:
+        # The list has 1 for a layer *with* rotary positions, whatever its name says.
+        rotary = [int(self.has_rotary(layer)) for layer in range(self.num_hidden_layers)]
+        return {"no_rope_layer_interval": self.nope_interval, "no_rope_layers": rotary}
+
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "DecoderConfig":
+    def from_hf(cls, hf: Mapping[str, Any]) -> "DecoderConfig":
         """The config that a `config.json` of either major version of transformers describes.
 
-        What is absent has LlamaConfig's default. What this decoder cannot compute is refused: a field ignored here
+        What is absent has the default of its family. What this decoder cannot compute is refused: a field ignored here
         would be a model that loads and answers wrongly.
         """
-        if hf.get("model_type") != "llama":
-            raise ValueError(f"model_type is {hf.get('model_type')!r}; only 'llama' can be loaded")
-        for field in ("attention_bias", "mlp_bias"):
-            if hf.get(field):
-                raise ValueError(f"{field} is {hf[field]!r}; this decoder has no biases")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
-        if (hf.get("pretraining_tp") or 1) != 1:
-            raise ValueError(
-                f"pretraining_tp is {hf['pretraining_tp']}; sliced linears are not supported: save the model with 1"
-            )
-        if hf.get("quantization_config"):
-            raise ValueError("quantization_config is set; load the unquantized weights and quantize them here")
-        rope: dict[str, Any] = {}
-        for field in ("rope_scaling", "rope_parameters"):
-            rope |= hf.get(field) or {}
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"{field} asks for rope type {kind!r}; only 'default' is supported")
-        rotated = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        if rotated not in (None, 1, 1.0):
-            raise ValueError(f"partial_rotary_factor is {rotated}; this decoder rotates every channel")
+        family = family_called(hf.get("model_type"))
+        refuse_what_is_not_computed(hf, family)
         required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [field for field in required if hf.get(field) is None]
         if missing:
-            raise ValueError(f"no {', '.join(missing)} in the config of a llama model")
+            raise ValueError(f"no {', '.join(missing)} in the config of a {family.model_type} model")
+        known = {**DEFAULTS, **family.defaults, **hf}
+        rope = rope_of(hf)
         return cls(
             **{field: hf[field] for field in required},
-            num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim"),
-            vocab_size=hf.get("vocab_size", 32000),
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            initializer_range=hf.get("initializer_range", 0.02),
-            attention_dropout=hf.get("attention_dropout") or 0.0,
+            num_key_value_heads=known.get("num_key_value_heads") or hf["num_attention_heads"],
+            head_dim=known.get("head_dim"),
+            vocab_size=known["vocab_size"],
+            max_position_embeddings=known["max_position_embeddings"],
+            rope_theta=float(rope.get("rope_theta") or known["rope_theta"] or DEFAULTS["rope_theta"]),
+            rms_norm_eps=known["rms_norm_eps"],
+            tie_word_embeddings=known["tie_word_embeddings"],
+            initializer_range=known["initializer_range"],
+            attention_dropout=known["attention_dropout"] or 0.0,
+            sliding_window=known.get("sliding_window") if "sliding_window" in family.allows else None,
+            qkv_bias="qkv_bias" in family.needs,
+            qk_norm="qk_norm" in family.needs,
+            rope_scaling=scaling_of(rope) if "rope_scaling" in family.allows else None,
+            nope_interval=nope_interval_of(known) if "nope_interval" in family.allows else None,
         )
+
+
+def refuse_what_is_not_computed(hf: Mapping[str, Any], family: Family) -> None:
+    """Refuses fields of a `config.json` that would change what is computed.
+
+    Raises:
+        ValueError: with the field, its value and what is possible.
+    """
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
+    for name, fixed in family.fixed.items():
+        if (value := hf.get(name)) not in (None, fixed):
+            raise ValueError(f"{name} is {value!r}; of a {family.model_type} model only {fixed!r} is supported")
+    if hf.get("quantization_config"):
+        raise ValueError("quantization_config is set; load the unquantized weights and quantize them here")
+    kinds = ("default", "llama3") if "rope_scaling" in family.allows else ("default",)
+    for name in ("rope_scaling", "rope_parameters"):
+        kind = rope_type(hf.get(name) or {})
+        if kind not in kinds:
+            possible = " and ".join(map(repr, kinds))
+            raise ValueError(
+                f"{name} asks for rope type {kind!r}; of a {family.model_type} model only {possible} can be computed"
+            )
+    rotated = rope_of(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if rotated not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor is {rotated}; this decoder rotates every channel")
+    every = "sliding_attention" if "sliding_window" in family.allows and hf.get("sliding_window") else "full_attention"
+    if others := sorted({str(kind) for kind in hf.get("layer_types") or ()} - {every}):
+        raise ValueError(f"layer_types names {', '.join(others)}; here all layers attend alike, {every!r}")
+
+
+def rope_type(parameters: Mapping[str, Any]) -> Any:
+    return parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rotary parameters of a `config.json`, from where versions 4 and 5 of transformers have them."""
+    return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+
+
+def scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
+    """Returns the scaling of rotary parameters, None where they ask for none.
+
+    Raises:
+        ValueError: a number is missing or impossible.
+    """
+    if rope_type(rope) != "llama3":
+        return None
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if missing := [name for name in names if rope.get(name) is None]:
+        raise ValueError(f"no {', '.join(missing)} in the rope parameters of type 'llama3'")
+    return RopeScaling(**{name: rope[name] for name in names})
+
+
+def nope_interval_of(hf: Mapping[str, Any]) -> int | None:
+    """Returns n where every n-th layer of a `config.json` has no rotary positions, None where all have them.
+
+    Raises:
+        ValueError: the layers without are no such ones.
+    """
+    interval, layers = hf["no_rope_layer_interval"], range(1, hf["num_hidden_layers"] + 1)
+    rotary = hf.get("no_rope_layers")
+    if rotary is None:
+        return None if interval is None else int(interval)
+    if all(rotary):
+        # Deeper than the model: then no layer is the n-th.
+        return interval if isinstance(interval, int) and interval > len(rotary) else None
+    interval = rotary.index(0) + 1
+    if list(map(bool, rotary)) != [layer % interval != 0 for layer in layers]:
+        raise ValueError(f"no_rope_layers is {rotary}; only every n-th layer can be without rotary positions")
+    return interval
 
 
 PRESETS: dict[str, DecoderConfig] = {

@@ -1,5 +1,5 @@
-"""The whole model, read from top to bottom. Parameter names are those of Hugging Face's LlamaForCausalLM, so weights,
-adapters and converters made for it fit without renaming.
+"""The whole model, read from top to bottom. Parameter names are those of Hugging Face's LlamaForCausalLM and of its
+neighbours (architecture.py), so weights, adapters and converters made for them fit without renaming.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py has those inside the heads.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import GroupedQueryAttention, Past, RotaryEmbedding, document_mask
+from .attention import GroupedQueryAttention, Past, RotaryEmbedding, causal_mask, document_mask
 from .config import DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
 
@@ -79,12 +79,22 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """All but the head; it exists for the sake of the `model.` in the parameter names."""
+    """All but the head; it exists for the sake of the `model.` in the parameter names.
+
+    Args:
+        window: tokens that a token sees, itself included; None: all before it.
+    """
 
     def __init__(
-        self, embed_tokens: nn.Embedding, layers: list[Block], norm: RMSNorm, rotary_emb: RotaryEmbedding
+        self,
+        embed_tokens: nn.Embedding,
+        layers: list[Block],
+        norm: RMSNorm,
+        rotary_emb: RotaryEmbedding,
+        window: int | None = None,
     ) -> None:
         super().__init__()
+        self.window = window
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -107,8 +117,7 @@ class Backbone(nn.Module):
             if position_ids_BT is None:
                 position_ids_BT = cache.positions(T)
         else:
-            if document_ids_BT is not None:
-                mask = document_mask(document_ids_BT)
+            mask = self.mask(document_ids_BT, input_ids_BT)
             if position_ids_BT is None:
                 position_ids_BT = torch.arange(T, device=input_ids_BT.device)[None]
 
@@ -124,6 +133,14 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.norm(hidden_BTD)
+
+    def mask(self, document_ids_BT: Tensor | None, input_ids_BT: Tensor) -> Tensor | None:
+        """(B, 1, T, T) for attention without a cache, None where it is plainly causal."""
+        B, T = input_ids_BT.shape
+        window = self.window if self.window is not None and self.window < T else None
+        if document_ids_BT is not None:
+            return document_mask(document_ids_BT, window)
+        return None if window is None else causal_mask(T, 0, input_ids_BT.device, window).expand(B, -1, -1, -1)
 
 
 def new_embedding(rows: int, size: int) -> nn.Embedding:
@@ -154,14 +171,23 @@ class Decoder(nn.Module):
                     c.hidden_size,
                     c.rms_norm_eps,
                     GroupedQueryAttention(
-                        c.hidden_size, c.num_attention_heads, c.num_key_value_heads, head_dim, c.attention_dropout
+                        c.hidden_size,
+                        c.num_attention_heads,
+                        c.num_key_value_heads,
+                        head_dim,
+                        c.attention_dropout,
+                        bias=c.qkv_bias,
+                        q_norm=RMSNorm(head_dim, c.rms_norm_eps) if c.qk_norm else None,
+                        k_norm=RMSNorm(head_dim, c.rms_norm_eps) if c.qk_norm else None,
+                        rotary=c.has_rotary(layer),
                     ),
                     SwiGLU(c.hidden_size, c.intermediate_size),
                 )
-                for _ in range(c.num_hidden_layers)
+                for layer in range(c.num_hidden_layers)
             ],
             norm=RMSNorm(c.hidden_size, c.rms_norm_eps),
-            rotary_emb=RotaryEmbedding(head_dim, c.rope_theta),
+            rotary_emb=RotaryEmbedding(head_dim, c.rope_theta, c.rope_scaling),
+            window=c.sliding_window,
         )
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.tie_weights()
@@ -197,10 +223,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices from normal(0, initializer_range), gains at 1; no scaling with depth, as in Llama and Danube."""
-        for parameter in self.parameters():
+        """Matrices from normal(0, initializer_range), gains at 1, biases at 0; no scaling with depth, as in Llama and
+        Danube."""
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
@@ -214,7 +241,8 @@ class Decoder(nn.Module):
         """(B, T, D) after the last norm: what the head, and a loss that never holds all logits, starts from.
 
         Positions count on from the cache when not given. Documents keep packed texts apart (each id one text of its
-        row); they cost a mask of B x T x T bools. With a cache, keys and values of these tokens are added to it.
+        row); they cost a mask of B x T x T bools, and a window shorter than the text costs one of T x T. With a cache,
+        keys and values of these tokens are added to it.
         """
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         as_written = self.has_compiled_blocks and cache is not None

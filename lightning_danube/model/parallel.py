@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .architecture import BLOCK_LAYERS
 from .config import DecoderConfig
 from .decoder import Decoder, RMSNorm
 
@@ -58,18 +59,14 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     check_tensor_parallel(decoder.config, devices.size())
-    block = {
-        **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
-    }
+    styles = {0: ColwiseParallel, 1: RowwiseParallel}
+    block = {layer.name: styles[layer.shard_axis]() for layer in BLOCK_LAYERS if layer.shard_axis is not None}
+    with_some_heads = tuple(f".{layer.name}" for layer in BLOCK_LAYERS if layer.sees_some_heads)
     for layer in decoder.model.layers:
         parallelize_module(layer, devices, block)
-    for module in decoder.modules():
+    for name, module in decoder.named_modules():
         if isinstance(module, RMSNorm):
-            hold_on_all(module, devices)
+            hold_on_all(module, devices, with_some_heads=name.endswith(with_some_heads))
     parallelize_module(decoder.model.embed_tokens, devices, RowwiseParallel(input_layouts=Replicate()))
     # A plain tensor instead of one that is still on its way: compiled blocks would hand its gradient back wrongly.
     decoder.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.clone())
@@ -77,18 +74,28 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
     decoder.tie_weights()
 
 
-def hold_on_all(norm: nn.Module, devices: DeviceMesh) -> None:
+def hold_on_all(norm: nn.Module, devices: DeviceMesh, *, with_some_heads: bool = False) -> None:
     """A gain on every device, as a distributed tensor like all others: one optimizer and one norm of the gradient then
-    take them all. Its gradient is the same everywhere, since what follows it sums over the devices."""
-    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+    take them all. Its gradient is the same everywhere, since what follows it sums over the devices.
+
+    Args:
+        with_some_heads: the input is (B, T, heads of this device, K). Each device then has a part of the gradient, and
+            their sum is taken.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+
+    placement = Shard(2) if with_some_heads else Replicate()
 
     def take(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-        return (DTensor.from_local(inputs[0], mesh, (Replicate(),), run_check=False), *inputs[1:])
+        return (DTensor.from_local(inputs[0], mesh, (placement,), run_check=False), *inputs[1:])
 
     def give(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
         return output.to_local()
 
     distribute_module(norm, devices, input_fn=take, output_fn=give)
+    if with_some_heads:
+        for gain in norm.parameters():
+            gain.register_hook(lambda gradient: gradient.redistribute(placements=(Replicate(),)))
 
 
 def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh) -> None:

@@ -113,7 +113,8 @@ class TrainingMemory:
     @property
     def optimizer_values(self) -> int:
         """Numbers that a device's optimizer keeps."""
-        saved = self.config.num_hidden_layers * self.block_parameters if self.muon else 0
+        matrices = self.block_matrices // self.layout.tensor_parallel
+        saved = self.config.num_hidden_layers * matrices if self.muon else 0
         return 2 * self.stored_parameters - saved
 
     @property
@@ -136,10 +137,21 @@ class TrainingMemory:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block's matrices that a device holds when nothing is sharded over the replicas."""
+        """Parameters of one block's matrices and their biases that a device holds when nothing is sharded over the
+        replicas."""
+        return (self.block_matrices + self.block_biases) // self.layout.tensor_parallel
+
+    @property
+    def block_matrices(self) -> int:
+        """Parameters of one block's matrices."""
         c = self.config
         attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * head_dim(c)
-        return (attention + 3 * c.hidden_size * c.intermediate_size) // self.layout.tensor_parallel
+        return attention + 3 * c.hidden_size * c.intermediate_size
+
+    @property
+    def block_biases(self) -> int:
+        c = self.config
+        return (c.num_attention_heads + 2 * c.num_key_value_heads) * head_dim(c) if c.qkv_bias else 0
 
     @property
     def head_parameters(self) -> int:
@@ -151,6 +163,7 @@ class TrainingMemory:
         c = self.config
         embeddings = self.head_parameters * (1 if c.tie_word_embeddings else 2)
         gains = (2 * c.num_hidden_layers + 1) * c.hidden_size
+        gains += 2 * c.num_hidden_layers * head_dim(c) if c.qk_norm else 0
         return embeddings + c.num_hidden_layers * self.block_parameters + gains
 
     @property
@@ -161,12 +174,25 @@ class TrainingMemory:
     # --- activations --------------------------------------------------------------------------------------------------
 
     def norm_bytes(self) -> int:
-        """Kept by one RMSNorm for its backward pass."""
-        D, T = self.config.hidden_size, self.tokens
-        if self.gpu or self.weight_bytes == self._wide:
-            return T * (D * self.weight_bytes + self._wide)
-        # The CPU's plain operations on 16-bit weights.
-        return T * (2 * D * self._wide + self._wide)
+        """Kept by one RMSNorm of the residual stream for its backward pass."""
+        return self._norm_bytes(self.tokens, self.config.hidden_size, self.weight_bytes)
+
+    def _norm_bytes(self, rows: int, channels: int, value: int) -> int:
+        """`value`: bytes of an input's value."""
+        if self.gpu or value == self._wide:
+            return rows * (channels * value + self._wide)
+        # The CPU's plain operations on 16-bit values.
+        return rows * (2 * channels * self._wide + self._wide)
+
+    def head_norm_bytes(self) -> int:
+        """Kept by the norms of one block's query and key heads."""
+        c = self.config
+        if not c.qk_norm:
+            return 0
+        heads = (c.num_attention_heads + c.num_key_value_heads) // self.layout.tensor_parallel
+        # Autocast gives 16-bit heads to gains in float32, and the norm works on a copy in float32.
+        value = self._product if self._product == self.weight_bytes or not self.gpu else self._wide
+        return self._norm_bytes(self.tokens * heads, head_dim(c), value)
 
     def block_bytes(self) -> int:
         """Kept by one block, without the copies of its weights."""
@@ -183,7 +209,7 @@ class TrainingMemory:
         # Gate, up and their product; on a GPU the activated gate, too.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
-        return 2 * self.norm_bytes() + self.tokens * per_token
+        return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
     def kept_bytes(self) -> int:
         """Kept by the whole network for its backward pass, without the copies of its weights."""
@@ -193,11 +219,16 @@ class TrainingMemory:
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
     def mask_bytes(self) -> int:
-        return self.rows * self.context**2 if self.document_masks else 0
+        """Of documents, one mask a row; of a window alone, one for all rows."""
+        window = self.config.sliding_window
+        if self.document_masks:
+            return self.rows * self.context**2
+        return self.context**2 if window is not None and window < self.context else 0
 
     def cast_bytes(self, blocks: int) -> int:
         """16-bit copies of the weights of so many blocks."""
-        return self._product * blocks * self.block_parameters if self._product < self.weight_bytes else 0
+        matrices = self.block_matrices // self.layout.tensor_parallel
+        return self._product * blocks * matrices if self._product < self.weight_bytes else 0
 
     # --- the phases of a step -----------------------------------------------------------------------------------------
 

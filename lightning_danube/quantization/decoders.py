@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder
+from lightning_danube.model.architecture import quantizable_layers
 from lightning_danube.quantization.levels import Level
 from lightning_danube.quantization.measured import Content
 
@@ -89,7 +90,7 @@ def quantized_decoder(decoder: Decoder, level: Level) -> RunningDecoder:
             fallbacks[str(layer.weight.dtype).removeprefix("torch.")] += 1
             continue
         try:
-            small = build(layer.weight)
+            small = build(layer.weight, getattr(layer, "bias", None))
         except ValueError as error:
             raise ValueError(f"{name}.weight: {error}") from None
         if name == "lm_head" and decoder.config.tie_word_embeddings:
@@ -102,33 +103,39 @@ def quantized_decoder(decoder: Decoder, level: Level) -> RunningDecoder:
 
 
 def _matrices(decoder: Decoder, embeddings: bool) -> Iterator[tuple[str, Any]]:
-    for name, layer in list(decoder.model.layers.named_modules(prefix="model.layers")):
-        if isinstance(layer, nn.Linear):
-            yield name, layer
+    for name in quantizable_layers(decoder.config):
+        yield name, decoder.get_submodule(name)
     if embeddings:
         if not decoder.config.tie_word_embeddings:
             yield "model.embed_tokens", decoder.model.embed_tokens
         yield "lm_head", decoder.lm_head
 
 
-def _layer_builder(level: Level) -> tuple[Callable[[Tensor], nn.Module], int]:
+Build = Callable[[Tensor, Tensor | None], nn.Module]
+"""Makes a layer of a matrix, and of its bias if it has one."""
+
+
+def _layer_builder(level: Level) -> tuple[Build, int]:
     """What makes a layer of a matrix, and what its columns have to be a multiple of."""
     if level.method in ("hqq", "rounding"):
         from lightning_danube.quantization.grouped import GroupedLinear
 
         bits, group = level.group
-        return lambda weight_ND: GroupedLinear(weight_ND, bits, group, optimize=level.method == "hqq"), group
+        optimize = level.method == "hqq"
+        return lambda weight, bias: GroupedLinear(weight, bits, group, optimize=optimize, bias_N=bias), group
     assert level.method == "bitsandbytes"
     from lightning_danube.weights.quantized_linear import BLOCK, FrozenLinear4bit, FrozenLinear8bit
 
     if level.type == "int8":
-        return lambda weight_ND: FrozenLinear8bit(_linear(weight_ND)), 1
-    return lambda weight_ND: FrozenLinear4bit(_linear(weight_ND), level.type, double=level.double), BLOCK
+        return lambda weight, bias: FrozenLinear8bit(_linear(weight, bias)), 1
+    return lambda weight, bias: FrozenLinear4bit(_linear(weight, bias), level.type, double=level.double), BLOCK
 
 
-def _linear(weight_ND: Tensor) -> nn.Linear:
+def _linear(weight_ND: Tensor, bias_N: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight_ND.shape[1], weight_ND.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_ND.detach(), requires_grad=False)
+    if bias_N is not None:
+        linear.bias = nn.Parameter(bias_N.detach(), requires_grad=False)
     return linear
 
 

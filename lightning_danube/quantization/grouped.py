@@ -17,13 +17,14 @@ SCALE_DTYPE = torch.float16
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer, without bias, whose weights are packed in 2, 3, 4 or 8 bits; unpacked anew in each call.
+    """A linear layer whose weights are packed in 2, 3, 4 or 8 bits; unpacked anew in each call.
 
     Args:
         weight_ND: what is quantized, one row an output.
         bits: of a weight. 3 bits are packed by tens into 32, so they take 3.2.
         group: neighbours of a row that share a scale and a zero point.
         optimize: hqq's optimization of the zero points; without it plain rounding.
+        bias_N: stays as it is.
 
     Raises:
         ValueError: all weights of a group are equal, so there is no range to divide.
@@ -32,8 +33,11 @@ class GroupedLinear(nn.Module):
     packed: Tensor
     scale: Tensor
     zero: Tensor
+    bias_N: Tensor | None
 
-    def __init__(self, weight_ND: Tensor, bits: int, group: int, *, optimize: bool) -> None:
+    def __init__(
+        self, weight_ND: Tensor, bits: int, group: int, *, optimize: bool, bias_N: Tensor | None = None
+    ) -> None:
         super().__init__()
         from hqq.core.quantize import Quantizer
 
@@ -51,6 +55,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scale", meta.pop("scale").to(SCALE_DTYPE))
         self.register_buffer("zero", meta.pop("zero").to(SCALE_DTYPE))
+        self.register_buffer("bias_N", None if bias_N is None else bias_N.detach())
         self.meta: dict[str, Any] = meta
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
@@ -64,4 +69,5 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return F.linear(x, self.weight_values(x.dtype))
+        bias_N = None if self.bias_N is None else self.bias_N.to(x.dtype)
+        return F.linear(x, self.weight_values(x.dtype), bias_N)

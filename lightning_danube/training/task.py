@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -259,7 +258,7 @@ class DecoderTask(LightningModule):
         self._log_step()
         for logger in self.trainer.loggers:
             logger.save()
-        checkpoint["decoder_config"] = asdict(self.config)
+        checkpoint["decoder_config"] = self.config.facts()
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -272,14 +271,14 @@ class DecoderTask(LightningModule):
             ValueError: the checkpoint's decoder is not this one, or training would go on with another seed or another
                 optimizer.
         """
-        saved, mine = checkpoint.get("decoder_config"), asdict(self.config)
+        saved, mine = checkpoint.get("decoder_config"), self.config.facts()
         if saved is None:
             raise ValueError("the checkpoint holds no decoder of lightning-danube")
         if saved != mine:
             different = [
-                f"{_OPTION_OF_FIELD.get(key, key)} {saved.get(key)} (here {mine[key]})"
-                for key in mine
-                if saved.get(key) != mine[key]
+                f"{_OPTION_OF_FIELD.get(key, key)} {saved.get(key)} (here {mine.get(key)})"
+                for key in {**mine, **saved}
+                if saved.get(key) != mine.get(key)
             ]
             raise ValueError(
                 f"the checkpoint holds another decoder than the config: {', '.join(different)}: set what differs back, "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.model import Decoder
+from lightning_danube.model.architecture import ADAPTABLE
 from lightning_danube.weights.huggingface import (
     export_folder,
     read_json,
@@ -59,7 +60,6 @@ FREE = {
     "use_dora",
     "use_rslora",
 }
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
@@ -81,7 +81,7 @@ class Lora:
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.05
-    targets: tuple[str, ...] = LINEAR_LAYERS
+    targets: tuple[str, ...] = ADAPTABLE
     dora: bool = False
     rslora: bool = False
     quantization: Literal["nf4"] | None = None
@@ -93,9 +93,9 @@ class Lora:
                 f"lora has rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank at least 1, alpha above "
                 "0, dropout from 0 to below 1"
             )
-        unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
+        unknown = sorted(set(self.targets) - set(ADAPTABLE))
         if unknown or not self.targets:
-            known = ", ".join(LINEAR_LAYERS)
+            known = ", ".join(ADAPTABLE)
             raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
 
     def apply(self, decoder: Decoder) -> None:

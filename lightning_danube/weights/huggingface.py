@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_danube.checkpoints.sharded_files import REST, WEIGHT, load_whole
 from lightning_danube.files import make_folder, new_folder, remove_leftovers
+from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 
@@ -195,16 +196,15 @@ def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) ->
 
 def plain_tensors(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's tensors under the names of LlamaForCausalLM; a tied head is left out, as transformers does."""
-    with torch.device("meta"):
-        expected = Decoder(decoder.config).state_dict().keys()
+    expected = {tensor.name for tensor in tensors_of(decoder.config)}
     tensors = decoder.state_dict()
+    if decoder.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
     if tensors.keys() != expected:
         raise ValueError(
             f"the decoder is not a plain one: {some(tensors.keys() ^ expected)}; merge its adapters, undo its "
             "quantization, then save"
         )
-    if decoder.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
     return tensors
 
 

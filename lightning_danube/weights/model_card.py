@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
+from lightning_danube.model.architecture import family_of
 from lightning_danube.weights.names import Weights, hub_id, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lightning_danube.classification.exported import Classifier
-    from lightning_danube.model import Decoder
+    from lightning_danube.model import Decoder, DecoderConfig
 
 GGUF_FACTS = {
     "general.name": "name",
@@ -49,8 +50,8 @@ def model_card(
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     sections = [
         f"# {title}",
-        f"A decoder of the Llama type with {config.parameters:,} parameters, written by lightning-danube "
-        f"{importlib.metadata.version('lightning-danube')}.",
+        f"A decoder of the {family_of(config).classes} type with {config.parameters:,} parameters, written by "
+        f"lightning-danube {importlib.metadata.version('lightning-danube')}.",
     ]
     licence, note, source_card = None, [], None
     if weights.kind == "checkpoint":
@@ -79,6 +80,7 @@ def model_card(
                 ("vocabulary", f"{config.vocab_size:,}"),
                 ("context, tokens", f"{config.max_position_embeddings:,}"),
                 ("rotary base", f"{config.rope_theta:,.0f}"),
+                *_of_options(config),
                 ("input and output embedding", "shared" if config.tie_word_embeddings else "separate"),
                 ("parameters", f"{config.parameters:,}"),
                 ("stored as", dtype),
@@ -111,14 +113,30 @@ def model_card(
     return _front_matter(front) + "\n\n".join(sections) + "\n"
 
 
+def _of_options(config: DecoderConfig) -> list[tuple[str, str]]:
+    """Rows for the options of the decoder that are on."""
+    rows = []
+    if config.sliding_window is not None:
+        rows.append(("sliding window, tokens", f"{config.sliding_window:,}"))
+    if config.rope_scaling is not None:
+        rows.append(("rotary positions", f"{config.rope_scaling.factor:g} times slower at long wavelengths"))
+    if config.nope_interval is not None:
+        rows.append(("layers without rotary positions", f"one in {config.nope_interval}"))
+    if config.qkv_bias:
+        rows.append(("biases", "of queries, keys and values"))
+    if config.qk_norm:
+        rows.append(("norms of heads", "of queries and keys"))
+    return rows
+
+
 def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str:
-    """README.md of a LlamaForSequenceClassification. `weights` is the run that it comes from."""
+    """README.md of a classifier in transformers' format. `weights` is the run that it comes from."""
     config = classifier.decoder.config
     length = classifier.tokenizer.model_max_length
     sections = [
         f"# {title}",
-        f"A classifier of texts into {len(classifier.labels)} classes: a decoder of the Llama type with "
-        f"{config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
+        f"A classifier of texts into {len(classifier.labels)} classes: a decoder of the {family_of(config).classes} "
+        f"type with {config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
         f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{classifier.base}` and is "
         "merged into the weights.",
         *_of_run(weights.path, classifier.decoder),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_danube.model import Decoder
+from lightning_danube.model.architecture import quantizable_layers
 
 # On some processors its import looks for a kernel on the hub, and warns that there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -38,11 +39,11 @@ class FrozenLinear4bit(Linear4bit):
 
     def __init__(self, layer: nn.Linear, quantization: str, *, double: bool = True) -> None:
         """`double`: the scales are held in 8 bits, with scales of their own."""
-        assert layer.bias is None
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
         weight = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
+        self.register_parameter("bias", frozen_bias(layer))
         self.support_avx512bf16_for_cpu = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,14 +64,13 @@ class FrozenLinear4bit(Linear4bit):
     def stored(self) -> list[Tensor]:
         """All that has to be kept to have the layer again."""
         weight: Any = self.weight
-        return [weight.data, *weight.quant_state.as_dict(packed=True).values()]
+        return [weight.data, *weight.quant_state.as_dict(packed=True).values(), *biases(self)]
 
 
 class FrozenLinear8bit(Linear8bitLt):
     """A linear layer whose weights are held in 8 bits, with a scale for each row of them."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        assert layer.bias is None
         super().__init__(
             layer.in_features,
             layer.out_features,
@@ -82,6 +82,7 @@ class FrozenLinear8bit(Linear8bitLt):
         weight = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
+        self.register_parameter("bias", frozen_bias(layer))
 
     def _scales(self) -> Tensor:
         weight: Any = self.weight
@@ -97,7 +98,16 @@ class FrozenLinear8bit(Linear8bitLt):
 
     def stored(self) -> list[Tensor]:
         """All that has to be kept to have the layer again."""
-        return [self.weight.data, self._scales()]
+        return [self.weight.data, self._scales(), *biases(self)]
+
+
+def frozen_bias(layer: nn.Linear) -> nn.Parameter | None:
+    """Returns a copy of the bias, which keeps its type and does not train."""
+    return None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+
+
+def biases(layer: nn.Linear) -> list[Tensor]:
+    return [] if layer.bias is None else [layer.bias.data]
 
 
 def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
@@ -111,7 +121,11 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
     Raises:
         ValueError: a layer's input is no multiple of 64; the decoder is then as it was.
     """
-    layers = {name: layer for name, layer in decoder.model.layers.named_modules() if isinstance(layer, nn.Linear)}
+    layers: dict[str, nn.Linear] = {}
+    for name in quantizable_layers(decoder.config):
+        layer = decoder.get_submodule(name)
+        assert isinstance(layer, nn.Linear), name
+        layers[name] = layer
     # bitsandbytes 0.50 on a CPU takes a block's scale for that of its row's beginning.
     if uneven := {layer.in_features for layer in layers.values() if layer.in_features % BLOCK}:
         raise ValueError(
@@ -119,7 +133,7 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
             f"{', '.join(map(str, sorted(uneven)))}: train its adapter on unquantized weights"
         )
     for name, layer in layers.items():
-        _replace(decoder.model.layers, name, FrozenLinear4bit(layer, quantization))
+        _replace(decoder, name, FrozenLinear4bit(layer, quantization))
     # PEFT asks the model for this before it looks at its layers.
     decoder.is_loaded_in_4bit = True  # type: ignore[assignment]
 
@@ -135,6 +149,8 @@ def dequantize_linear_layers(decoder: Decoder) -> None:
 def dequantized(layer: FrozenLinear4bit) -> nn.Linear:
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.weight_values())
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain
 
 

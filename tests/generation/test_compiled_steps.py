@@ -14,6 +14,7 @@ from lightning_danube.generation.packing import SplitLinear, pack, pack_for_gene
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.model import Decoder, DecoderConfig, KVCache
+from tests.tiny_models import VARIANTS, tiny_decoder
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2, max_position_embeddings=600)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -42,6 +43,20 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 def rows(decoder: Decoder, prompts: list[list[int]], new_tokens: int, **options: Any) -> list[list[int]]:
     return torch.stack([*TokenStream(decoder, prompts, new_tokens, **options)], dim=1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_steps_of_other_families_give_the_same_tokens(name: str) -> None:
+    """Plain, and packed for generation."""
+    decoder = tiny_decoder(VARIANTS[name]).double().eval()
+    prompts = prompts_of(3, 11)
+    expected = rows(decoder, prompts, 20)
+    assert rows(decoder, prompts, 20, compiled=CompiledStep(decoder)) == expected
+    packed = tiny_decoder(VARIANTS[name]).eval()
+    with torch.inference_mode():
+        pack_for_generation(packed)
+        assert rows(packed, prompts, 20, compiled=CompiledStep(packed)) == expected
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Arguments: data-parallel replicas, devices of each. Forked, so that the imports are paid for once.
 """
 
+import dataclasses
 import os
 import socket
 import sys
@@ -16,15 +17,22 @@ from torch.distributed.tensor import DTensor
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
-from lightning_danube.training.optim import AdamW
+from lightning_danube.training.optim import AdamW, Muon
 
 CONFIG = DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8)
 STEPS, ROWS, CONTEXT = 3, 4, 12
 
 
-def decoder_of(tied: bool, recompute: bool) -> Decoder:
+# Weights of their own kinds: biases, which are divided, and gains of heads, which are not and see only some heads.
+VARIANTS: tuple[dict[str, Any], ...] = ({"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 5})
+
+
+def decoder_of(recompute: bool, **changes: Any) -> Decoder:
     torch.manual_seed(1)
-    decoder = Decoder(DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8, tie_word_embeddings=tied)).double()
+    decoder = Decoder(dataclasses.replace(CONFIG, **changes)).double()
+    for name, parameter in decoder.named_parameters():
+        if name.endswith((".bias", "_norm.weight")):
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     decoder.activation_checkpointing = recompute
     return decoder.train()
 
@@ -61,16 +69,22 @@ def full(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def compare(replicas: int, devices: int, tied: bool, recompute: bool, compiled: bool = False) -> None:
-    alone = decoder_of(tied, recompute)
+def compare(replicas: int, devices: int, recompute: bool, compiled: bool = False, **changes: Any) -> None:
+    alone = decoder_of(recompute, **changes)
     expected = train(alone, 1, 0)
-    decoder = decoder_of(tied, recompute)
+    decoder = decoder_of(recompute, **changes)
     if compiled:
         decoder.compile_blocks()
     mesh = init_device_mesh("cpu", (replicas, devices), mesh_dim_names=("data_parallel", "tensor_parallel"))
     parallelize(decoder, mesh["data_parallel"], mesh["tensor_parallel"])
     weight: Any = dict(decoder.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
     assert weight.to_local().numel() * replicas * devices == weight.numel()
+    try:
+        Muon().build(decoder, lr=1e-2)
+    except ValueError as error:
+        assert "Muon needs whole matrices" in str(error)
+    else:
+        raise AssertionError("Muon took sharded matrices")
     found = train(decoder, replicas, mesh["data_parallel"].get_local_rank())
     # Sums of float64 in another order.
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=0)
@@ -93,8 +107,11 @@ def rank(number: int, replicas: int, devices: int, port: int) -> int:
     dist.init_process_group("gloo", rank=number, world_size=replicas * devices)
     for tied in (False, True):
         for recompute in (False, True):
-            compare(replicas, devices, tied, recompute)
-            compare(replicas, devices, tied, recompute, compiled=True)
+            compare(replicas, devices, recompute, tie_word_embeddings=tied)
+            compare(replicas, devices, recompute, compiled=True, tie_word_embeddings=tied)
+    for changes in VARIANTS:
+        compare(replicas, devices, recompute=False, **changes)
+    compare(replicas, devices, recompute=True, compiled=True, qk_norm=True)
     dist.destroy_process_group()
     return 0
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(("replicas", "devices"), [(2, 1), (1, 2), (2, 2)])
 def test_many_processes_compute_what_one_does(replicas: int, devices: int) -> None:
-    """Tied and untied, with and without activation checkpointing; see parallel_ranks.py."""
+    """Tied and untied, with and without activation checkpointing, with biases, norms of heads and a window; see
+    parallel_ranks.py."""
     command = [sys.executable, "-m", "tests.model.parallel_ranks", str(replicas), str(devices)]
     done = subprocess.run(command, cwd=ROOT, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """What training takes, by arithmetic, against what autograd keeps; whole steps are in benchmarks/plan_memory.py."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,27 @@ def test_what_is_kept_for_the_backward_pass_is_counted_to_the_byte(precision: st
     assert memory.kept_bytes() + copies == kept_for_backward(TINY, precision, recompute, 2, 48)
 
 
+@pytest.mark.parametrize("changes", [{"qkv_bias": True}, {"qk_norm": True}, {"nope_interval": 2}])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_what_variants_keep_is_counted(precision: str, changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, **changes)
+    memory = TrainingMemory(config, rows=2, context=48, precision=precision)
+    copies = memory.cast_bytes(TINY.num_hidden_layers)
+    kept = kept_for_backward(config, precision, False, 2, 48)
+    assert memory.kept_bytes() + copies == kept
+    peak = memory.loss_phase()
+    assert peak.weights == memory.weight_bytes * config.parameters
+
+
+@pytest.mark.parametrize(("window", "masks"), [(48, 0), (47, 48 * 48), (None, 0)])
+def test_a_window_shorter_than_the_context_costs_a_mask(window: int | None, masks: int) -> None:
+    config = dataclasses.replace(TINY, sliding_window=window)
+    assert TrainingMemory(config, rows=2, context=48).mask_bytes() == masks
+    assert TrainingMemory(config, rows=2, context=48, document_masks=True).mask_bytes() == 2 * 48 * 48
+    mask = Decoder(config).model.mask(None, torch.zeros(2, 48, dtype=torch.long))
+    assert (0 if mask is None else mask.untyped_storage().nbytes()) == masks
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_gradients_and_moments_follow_the_number_of_parameters(tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_word_embeddings=tied)
@@ -58,9 +80,9 @@ def test_weights_gradients_and_moments_follow_the_number_of_parameters(tied: boo
     assert peak.total == sum(getattr(peak, part) for part in peak.PARTS)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_muon_keeps_what_is_counted(tied: bool) -> None:
-    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_muon_keeps_what_is_counted(changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, **changes)
     decoder = Decoder(config)
     optimizer = Muon().build(decoder, lr=0.1)
     for parameter in decoder.parameters():

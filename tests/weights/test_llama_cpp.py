@@ -7,6 +7,7 @@ for them from a file; the licence of this project is the default.
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from lightning_danube.tokens.tokenizer import load_hf_tokenizer, mistral_model_f
 from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
+from tests.tiny_models import VARIANTS
 
 CONFIGS = {
     "multi-head": DecoderConfig(64, 96, 2, 4, 4, vocab_size=128, max_position_embeddings=512),
@@ -39,6 +41,10 @@ CONFIGS = {
         64, 96, 2, 4, 1, head_dim=24, vocab_size=128, tie_word_embeddings=True, max_position_embeddings=512
     ),
     "danube": DecoderConfig(256, 512, 2, 4, 2, head_dim=128, vocab_size=256, max_position_embeddings=512),
+    **{
+        name: dataclasses.replace(variant, max_position_embeddings=512, sliding_window=variant.sliding_window and 512)
+        for name, variant in VARIANTS.items()
+    },
 }
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, NEW_TOKENS = 200, 40

@@ -1,7 +1,8 @@
 """Decoders as GGUF files, the format of llama.cpp, in both directions.
 
-llama.cpp turns channels 2i and 2i + 1 of a head as one pair, where we turn i and i + K/2. So the rows of the query and
-key projections stand in another order there: taken as they are, they load, and the model answers wrongly.
+For some architectures llama.cpp turns channels 2i and 2i + 1 of a head as one pair, where we turn i and i + K/2. So the
+rows of the query and key projections stand in another order there: taken as they are, they load, and the model answers
+wrongly. Which architectures these are, and the names of the tensors, is in model/architecture.py.
 
 A wrong file is refused in one line that names it, before any tensor is read. gguf and numpy are imported inside the
 functions, so that importing the model stays cheap.
@@ -11,6 +12,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,17 @@ import torch
 from torch import Tensor
 
 from lightning_danube.files import new_file
-from lightning_danube.model.config import DecoderConfig
+from lightning_danube.model.architecture import (
+    EMBEDDING,
+    GGUF_NOPE_INTERVAL,
+    HEAD,
+    NamedTensor,
+    family_in_gguf,
+    family_of,
+    tensors_of,
+)
+from lightning_danube.model.attention import inverse_frequencies
+from lightning_danube.model.config import DecoderConfig, RopeScaling
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
 from lightning_danube.weights.huggingface import assemble, plain_tensors, some
@@ -27,24 +39,8 @@ from lightning_danube.weights.huggingface import assemble, plain_tensors, some
 if TYPE_CHECKING:
     import gguf
 
-ARCHITECTURE = "llama"
-# Our names of a block's tensors, and those of GGUF.
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OTHER_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+# By how much each pair of channels turns slower, (K / 2,); no tensor of the decoder, which computes these numbers.
+ROPE_FACTORS = "rope_freqs.weight"
 # Keys whose meaning the config takes over or checks; any other one of the architecture could change what is computed.
 KNOWN_KEYS = frozenset(
     {
@@ -88,7 +84,7 @@ def import_gguf() -> Any:
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Decoder:
-    """The decoder in a GGUF file of the llama architecture, whatever type its tensors have.
+    """The decoder in a GGUF file of a known architecture, whatever type its tensors have.
 
     In `dtype`, or without one in the file's own type where all its matrices are float16 or all bfloat16, else in
     float32: what a quantized file says is then not rounded once more. Tensors are taken from a memory map one by one,
@@ -96,19 +92,18 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.
     """
     header = read_gguf_header(path)
     config = config_of(header)
-    names = gguf_names(config)
-    check_tensors(header, config, names)
+    check_tensors(header, config)
     dtype = dtype or natural_type(header)
 
     import numpy as np
 
     content = np.memmap(header.path, dtype=np.uint8, mode="r")
     tensors: dict[str, Tensor] = {}
-    for ours, theirs in names.items():
-        tensor = read_gguf_tensor(content, header.tensors[theirs], dtype)
-        if heads := rotated_heads(config, ours):
+    for named in tensors_of(config):
+        tensor = read_gguf_tensor(content, header.tensors[named.gguf], dtype)
+        if heads := rotated_heads(config, named):
             tensor = rotated_by_halves(tensor, heads)
-        tensors[ours] = tensor.to(device)
+        tensors[named.name] = tensor.to(device)
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     return assemble(config, tensors, header.path).to(device)
@@ -128,8 +123,8 @@ def save_gguf(
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a file that llama.cpp loads: matrices in `dtype` (float32, float16 or bfloat16), gains in float32, as
-    llama.cpp wants them.
+    """Write a file that llama.cpp loads: matrices in `dtype` (float32, float16 or bfloat16), gains and biases in
+    float32, as llama.cpp wants them.
 
     `tokenizer_fields` are keys and values of the tokenizer, as `gguf_tokenizer_fields` makes them. Without them, the
     file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. Only a GGUF file
@@ -139,19 +134,22 @@ def save_gguf(
     file_type_of(dtype)
     check_gguf_target(target, overwrite)
     config = decoder.config
+    check_computed_by_llama_cpp(config)
     tensors = plain_tensors(decoder)
 
     with new_file(target) as partial, closing(begin_gguf(partial, config, dtype, tokenizer_fields, name)) as writer:
-        for ours in gguf_names(config):
+        for named in tensors_of(config):
             # One converted copy at a time, however large the model.
-            tensor = tensors[ours].detach().cpu()
-            if heads := rotated_heads(config, ours):
+            tensor = tensors[named.name].detach().cpu()
+            if heads := rotated_heads(config, named):
                 tensor = rotated_by_neighbours(tensor, heads)
             converted = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
-            check_converted(ours, tensor, converted)
+            check_converted(named.name, tensor, converted)
             # numpy has no bfloat16; the writer only copies bytes.
             raw = converted.view(torch.int16) if converted.dtype == torch.bfloat16 else converted
             writer.write_tensor_data(raw.numpy())
+        if config.rope_scaling is not None:
+            writer.write_tensor_data(rope_factors(config).numpy())
 
 
 def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
@@ -199,7 +197,8 @@ def begin_gguf(
     import numpy as np
 
     quantization, file_type = file_type_of(dtype)
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    architecture = family_of(config).gguf
+    writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_type("model")
         if name:
@@ -207,13 +206,13 @@ def begin_gguf(
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in model_fields(config).items():
-            add_field(writer, f"{ARCHITECTURE}.{key}", value)
+            add_field(writer, f"{architecture}.{key}", value)
         for key, value in padded_to_vocabulary(tokenizer_fields, config.vocab_size).items():
             add_field(writer, key, value)
-        for ours, shape in shapes_of(config).items():
+        for theirs, shape in shapes_of(config).items():
             kind = quantization if len(shape) > 1 else gguf.GGMLQuantizationType.F32
             size = math.prod(shape) * gguf.GGML_QUANT_SIZES[kind][1]
-            writer.add_tensor_info(gguf_names(config)[ours], shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.add_tensor_info(theirs, shape, np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -225,29 +224,80 @@ def begin_gguf(
 
 
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Our names of all tensors of a file, in their order, and their shapes in torch's."""
+    """GGUF's names of all tensors of a file, in their order, and their shapes in torch's."""
     with torch.device("meta"):
         parameters = Decoder(config).state_dict()
-    return {name: tuple(parameters[name].shape) for name in gguf_names(config)}
+    shapes = {named.gguf: tuple(parameters[named.name].shape) for named in tensors_of(config)}
+    if config.rope_scaling is not None:
+        assert config.head_dim is not None  # resolved by the config
+        shapes[ROPE_FACTORS] = (config.head_dim // 2,)
+    return shapes
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
-    """Our names of all tensors of a file, and GGUF's, in the order of the parameters; a tied head is left out."""
-    names = {"model.embed_tokens.weight": OTHER_NAMES["model.embed_tokens.weight"]}
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in BLOCK_NAMES.items():
-            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
-    names["model.norm.weight"] = OTHER_NAMES["model.norm.weight"]
-    if not config.tie_word_embeddings:
-        names["lm_head.weight"] = OTHER_NAMES["lm_head.weight"]
-    return names
+    """Our names of the decoder's tensors, and GGUF's, in the order of a file; a tied head is left out."""
+    return {named.name: named.gguf for named in tensors_of(config)}
 
 
-def rotated_heads(config: DecoderConfig, name: str) -> int | None:
-    """How many heads the rows of a tensor (our name) are, if they are rotated and so stand in another order in GGUF."""
-    if name.endswith("q_proj.weight"):
-        return config.num_attention_heads
-    return config.num_key_value_heads if name.endswith("k_proj.weight") else None
+def rotated_heads(config: DecoderConfig, tensor: NamedTensor) -> int | None:
+    """How many heads the rows of a tensor are, if they are rotated and so stand in another order in GGUF."""
+    if tensor.layer.heads is None or not family_of(config).turns_neighbours:
+        return None
+    assert tensor.name.endswith(".weight"), "no family has biases whose channels stand in another order"
+    return config.num_attention_heads if tensor.layer.heads == "query" else config.num_key_value_heads
+
+
+def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
+    """
+    Raises:
+        ValueError: llama.cpp would load the file, and compute something else.
+    """
+    family = family_of(config)
+    window = config.sliding_window
+    if "sliding_window" in family.not_in_gguf and window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window {window:,} is shorter than the context of {config.max_position_embeddings:,} tokens, and "
+            f"llama.cpp's {family.gguf!r} architecture has no window: it would answer differently to texts that are "
+            f"longer than the window; set max_position_embeddings to {window} in config.json, or export as hf"
+        )
+    if config.nope_interval not in (None, GGUF_NOPE_INTERVAL):
+        raise ValueError(
+            f"nope_interval is {config.nope_interval}; llama.cpp's {family.gguf!r} architecture has "
+            f"{GGUF_NOPE_INTERVAL}, whatever the file says: export as hf"
+        )
+    if config.qkv_bias and config.head_dim != config.hidden_size // config.num_attention_heads:
+        raise ValueError(
+            f"head_dim is {config.head_dim}; llama.cpp's {family.gguf!r} architecture needs "
+            f"hidden_size / num_attention_heads, {config.hidden_size // config.num_attention_heads}: export as hf"
+        )
+
+
+def rope_factors(config: DecoderConfig) -> Tensor:
+    """By how much each pair of channels turns slower, (K / 2,), float32: llama.cpp divides its frequencies by these."""
+    head_dim = config.head_dim
+    assert head_dim is not None  # resolved by the config
+    plain = inverse_frequencies(head_dim, config.rope_theta, torch.float64)
+    slowed = inverse_frequencies(head_dim, config.rope_theta, torch.float64, config.rope_scaling)
+    return (plain / slowed).float()
+
+
+def scaling_of_factors(factors: Tensor, head_dim: int, theta: float) -> RopeScaling:
+    """Returns the scaling that these factors come from, if they are Llama 3.1's for some `factor`.
+
+    The file has the factors alone. All published models with this scaling share the other numbers.
+
+    Raises:
+        ValueError: they are no such factors.
+    """
+    largest = float(factors.max())
+    if math.isfinite(largest) and largest > 0:
+        scaling = RopeScaling(factor=largest)
+        plain = inverse_frequencies(head_dim, theta, torch.float64)
+        expected = plain / inverse_frequencies(head_dim, theta, torch.float64, scaling)
+        # Converters compute them in float32.
+        if torch.allclose(factors.double(), expected, rtol=1e-5, atol=0):
+            return scaling
+    raise ValueError(f"{ROPE_FACTORS} does not hold the factors of Llama 3.1's scaling; others are not supported")
 
 
 def rotated_by_neighbours(weight_ND: Tensor, heads: int) -> Tensor:
@@ -262,101 +312,146 @@ def rotated_by_halves(weight_ND: Tensor, heads: int) -> Tensor:
     return weight_ND.view(heads, N // heads // 2, 2, D).transpose(1, 2).reshape(N, D)
 
 
+@dataclass(frozen=True)
+class ModelFields:
+    """The fields of a file that describe its architecture, by their names without it in front."""
+
+    architecture: str
+    values: Mapping[str, Any]
+
+    def named(self, key: str) -> str:
+        """Returns the key as it stands in the file."""
+        return f"{self.architecture}.{key}"
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Returns a field that is a whole number.
+
+        Raises:
+            ValueError: it is something else, or missing without a default.
+        """
+        value = self.values.get(key, default)
+        if value is None:
+            raise ValueError(f"no {self.named(key)} in it")
+        if not isinstance(value, int) or isinstance(value, bool):
+            # A list has a number a layer: layers of different shapes.
+            raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not one whole number")
+        if not 0 <= value <= MOST:
+            raise ValueError(f"{self.named(key)} is {value}, and cannot be above {MOST}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """Returns a field that is a number.
+
+        Raises:
+            ValueError: it is something else, or missing without a default.
+        """
+        value = self.values.get(key, default)
+        if value is None:
+            raise ValueError(f"no {self.named(key)} in it")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not a number")
+        # The file holds a float32, and 1e-5 comes back as 9.999999747378752e-06: the shortest number of the same
+        # float32 is what was meant.
+        import numpy as np
+
+        return float(str(np.float32(value)))
+
+
 def config_of(header: GGUFHeader) -> DecoderConfig:
     """The config that a file's fields describe.
 
     What this decoder cannot compute is refused: a field ignored here would be a model that loads and answers wrongly.
     """
-    architecture = header.fields.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise ValueError(f"{header.path}: the architecture is {architecture!r}; only {ARCHITECTURE!r} can be loaded")
-    if (parts := header.fields.get("split.count", 1)) not in (0, 1):
-        raise ValueError(f"{header.path}: one of {parts} parts of a model; join them (llama-gguf-split --merge)")
-    prefix = f"{ARCHITECTURE}."
-    fields = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
     try:
-        return config_from_fields(fields, header.tensors)
+        architecture = header.fields.get("general.architecture")
+        family_in_gguf(architecture)
+        if (parts := header.fields.get("split.count", 1)) not in (0, 1):
+            raise ValueError(f"one of {parts} parts of a model; join them (llama-gguf-split --merge)")
+        prefix = f"{architecture}."
+        own = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
+        return config_from_fields(ModelFields(prefix.removesuffix("."), own), header)
     except ValueError as error:
         raise ValueError(f"{header.path}: {error}") from None
 
 
-def config_from_fields(fields: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> DecoderConfig:
-    refuse_what_is_not_computed(fields, tensors)
-    heads = whole(fields, "attention.head_count")
-    hidden_size = whole(fields, "embedding_length")
-    head_dim = whole(fields, "attention.key_length", hidden_size // max(heads, 1))
+def config_from_fields(fields: ModelFields, header: GGUFHeader) -> DecoderConfig:
+    refuse_what_is_not_computed(fields)
+    family, tensors = family_in_gguf(fields.architecture), header.tensors
+    heads = fields.whole("attention.head_count")
+    hidden_size = fields.whole("embedding_length")
+    head_dim = fields.whole("attention.key_length", hidden_size // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if whole(fields, key, head_dim) != head_dim:
+        if fields.whole(key, head_dim) != head_dim:
             raise ValueError(
-                f"{prefixed(key)} is {fields[key]}; only heads of {head_dim} channels, all rotated, are possible"
+                f"{fields.named(key)} is {fields.values[key]}; only heads of {head_dim} channels, all rotated, are "
+                "possible"
             )
-    embedding = tensors.get(OTHER_NAMES["model.embed_tokens.weight"])
+    embedding = tensors.get(f"{EMBEDDING.gguf}.weight")
     if embedding is None:
-        raise ValueError(f"1 tensors are missing: {OTHER_NAMES['model.embed_tokens.weight']}")
-    layers = whole(fields, "block_count")
+        raise ValueError(f"1 tensors are missing: {EMBEDDING.gguf}.weight")
+    layers = fields.whole("block_count")
     if layers > len(tensors):
-        raise ValueError(f"{prefixed('block_count')} is {layers}, yet there are only {len(tensors)} tensors")
+        raise ValueError(f"{fields.named('block_count')} is {layers}, yet there are only {len(tensors)} tensors")
+    theta = fields.real("rope.freq_base", 10000.0)
+    scaling = None
+    if ROPE_FACTORS in tensors:
+        if "rope_scaling" not in family.allows:
+            raise ValueError(f"{ROPE_FACTORS} slows rotary positions, which {family.gguf!r} does not have here")
+        scaling = scaling_of_factors(read_rope_factors(header, head_dim), head_dim, theta)
     return DecoderConfig(
         hidden_size=hidden_size,
-        intermediate_size=whole(fields, "feed_forward_length"),
+        intermediate_size=fields.whole("feed_forward_length"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=whole(fields, "attention.head_count_kv", heads),
+        num_key_value_heads=fields.whole("attention.head_count_kv", heads),
         head_dim=head_dim,
-        vocab_size=whole(fields, "vocab_size", embedding.shape[0] if embedding.shape else 0),
-        max_position_embeddings=whole(fields, "context_length"),
-        rope_theta=real(fields, "rope.freq_base", 10000.0),
-        rms_norm_eps=real(fields, "attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings=OTHER_NAMES["lm_head.weight"] not in tensors,
+        vocab_size=fields.whole("vocab_size", embedding.shape[0] if embedding.shape else 0),
+        max_position_embeddings=fields.whole("context_length"),
+        rope_theta=theta,
+        rms_norm_eps=fields.real("attention.layer_norm_rms_epsilon"),
+        tie_word_embeddings=f"{HEAD.gguf}.weight" not in tensors,
+        qkv_bias="qkv_bias" in family.needs,
+        qk_norm="qk_norm" in family.needs,
+        rope_scaling=scaling,
+        nope_interval=GGUF_NOPE_INTERVAL if "nope_interval" in family.allows else None,
     )
 
 
-def refuse_what_is_not_computed(fields: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
-    scaling = fields.get("rope.scaling.type", "none")
+def read_rope_factors(header: GGUFHeader, head_dim: int) -> Tensor:
+    """Returns the factors of the rotary frequencies in a file, (K / 2,), float32.
+
+    Raises:
+        ValueError: the tensor has another type or shape, or ends beyond the file.
+    """
+    entry, gguf = header.tensors[ROPE_FACTORS], import_gguf()
+    if entry.type != gguf.GGMLQuantizationType.F32 or entry.shape != (head_dim // 2,):
+        raise ValueError(f"{ROPE_FACTORS} is no float32 tensor of {head_dim // 2} numbers, one a pair of channels")
+    with open(header.path, "rb") as file:
+        file.seek(min(entry.offset, header.file_size))
+        content = file.read(4 * (head_dim // 2))
+    if len(content) < 4 * (head_dim // 2):
+        raise ValueError(f"truncated: {ROPE_FACTORS} ends beyond its {header.file_size:,} bytes")
+    return torch.frombuffer(bytearray(content), dtype=torch.float32)
+
+
+def refuse_what_is_not_computed(fields: ModelFields) -> None:
+    """
+    Raises:
+        ValueError: a field asks for something that this decoder does not compute.
+    """
+    scaling = fields.values.get("rope.scaling.type", "none")
     if scaling != "none":
-        raise ValueError(f"{prefixed('rope.scaling.type')} is {scaling!r}; positions are not scaled here")
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(
-            "rope_freqs.weight scales the rotary frequencies, as Llama 3.1 does; positions are not scaled here"
-        )
-    window, context = fields.get("attention.sliding_window") or 0, whole(fields, "context_length")
+        raise ValueError(f"{fields.named('rope.scaling.type')} is {scaling!r}; only {ROPE_FACTORS} can scale positions")
+    window, context = fields.values.get("attention.sliding_window") or 0, fields.whole("context_length")
     if window and window < context:
         raise ValueError(
-            f"{prefixed('attention.sliding_window')} is {window}; this decoder attends to its whole context, {context}"
+            f"{fields.named('attention.sliding_window')} is {window}, shorter than the context, {context}: llama.cpp "
+            f"does not compute a window for {fields.architecture!r}, so what the file means is not certain"
         )
-    for key, value in fields.items():
+    for key, value in fields.values.items():
         # Settings that are off, and the other settings of a scaling that is off, change nothing.
         if key not in KNOWN_KEYS and not key.startswith("rope.scaling.") and value not in (0, "", "none", "default"):
-            raise ValueError(f"{prefixed(key)} is {value!r}, which is not supported")
-
-
-def prefixed(key: str) -> str:
-    return f"{ARCHITECTURE}.{key}"
-
-
-def whole(fields: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = fields.get(key, default)
-    if value is None:
-        raise ValueError(f"no {prefixed(key)} in it")
-    if not isinstance(value, int) or isinstance(value, bool):
-        # A list has a number a layer: layers of different shapes.
-        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not one whole number")
-    if not 0 <= value <= MOST:
-        raise ValueError(f"{prefixed(key)} is {value}, and cannot be above {MOST}")
-    return value
-
-
-def real(fields: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = fields.get(key, default)
-    if value is None:
-        raise ValueError(f"no {prefixed(key)} in it")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{prefixed(key)} is {repr(value)[:40]}, not a number")
-    # The file holds a float32, and 1e-5 comes back as 9.999999747378752e-06: the shortest number of the same float32 is
-    # what was meant.
-    import numpy as np
-
-    return float(str(np.float32(value)))
+            raise ValueError(f"{fields.named(key)} is {value!r}, which is not supported")
 
 
 def model_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -441,18 +536,17 @@ def check_gguf_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} is no GGUF file; it is not overwritten")
 
 
-def check_tensors(header: GGUFHeader, config: DecoderConfig, names: Mapping[str, str]) -> None:
+def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
     """That each expected tensor is there in its shape, in a type that can be read, as a whole, and no other."""
-    path, entries = header.path, header.tensors
-    if missing := set(names.values()) - entries.keys():
+    path, entries, expected = header.path, header.tensors, shapes_of(config)
+    if missing := expected.keys() - entries.keys():
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
-    if surplus := entries.keys() - set(names.values()):
+    if surplus := entries.keys() - expected.keys():
         raise ValueError(f"{path}: {len(surplus)} tensors have no place in the model of its fields: {some(surplus)}")
-    expected = shapes_of(config)
     wrong = [
-        f"{theirs} {entries[theirs].shape}, not {expected[ours]}"
-        for ours, theirs in names.items()
-        if entries[theirs].shape != expected[ours]
+        f"{theirs} {entries[theirs].shape}, not {shape}"
+        for theirs, shape in expected.items()
+        if entries[theirs].shape != shape
     ]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors have another shape than its fields say: {some(wrong)}")

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.training.optim import AdamW, parameter_groups
@@ -23,3 +26,38 @@ def test_what_is_frozen_is_not_optimized() -> None:
     optimizer = AdamW().build(decoder, lr=0.1)
     assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+def set_gradients(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_a_loaded_optimizer_goes_on_bitwise(changes: dict[str, bool]) -> None:
+    def begun(lr: float) -> tuple[Decoder, torch.optim.Optimizer]:
+        decoder = Decoder(DecoderConfig(16, 32, 2, 2, 1, vocab_size=50, **changes))  # type: ignore[arg-type]
+        return decoder, AdamW().build(decoder, lr=lr)
+
+    decoder, optimizer = begun(0.01)
+    for seed in (0, 1):
+        set_gradients(decoder, seed)
+        optimizer.step()
+    other, loaded = begun(0.5)
+    other.load_state_dict(copy.deepcopy(decoder.state_dict()))
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in (2, 3):
+        for model, one in ((decoder, optimizer), (other, loaded)):
+            set_gradients(model, seed)
+            one.step()
+    for left, right in zip(decoder.parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_biases_and_norms_of_heads_do_not_decay() -> None:
+    for changes in ({"qkv_bias": True}, {"qk_norm": True}):
+        decoder = Decoder(DecoderConfig(16, 32, 2, 2, 1, vocab_size=50, **changes))  # type: ignore[arg-type]
+        decayed, _ = parameter_groups(decoder, 0.1)
+        names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+        assert all(names[id(p)].endswith(("_proj.weight", "lm_head.weight")) for p in decayed["params"])

@@ -202,6 +202,25 @@ def test_a_frozen_matrix_is_left_out() -> None:
     assert not any(parameter is frozen for group in groups for parameter in group["params"])
 
 
+def test_biases_and_norms_of_heads_are_adamws() -> None:
+    for changes in ({"qkv_bias": True}, {"qk_norm": True}):
+        decoder = Decoder(DecoderConfig(16, 40, 2, 2, 1, vocab_size=50, **changes))  # type: ignore[arg-type]
+        muon, *_ = Muon().build(decoder, lr=0.1).param_groups
+        names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+        assert len(muon["params"]) == 2 * 7
+        assert all(names[id(p)].endswith("_proj.weight") for p in muon["params"])
+
+
+def test_of_4_bit_layers_only_the_adapter_is_trained() -> None:
+    from lightning_danube.weights.adapters import Lora
+
+    decoder = Decoder(DecoderConfig(64, 64, 2, 4, 2, vocab_size=50))
+    Lora(rank=2, targets=("q_proj",), quantization="nf4").apply(decoder)
+    groups = Muon().build(decoder, lr=0.1).param_groups
+    names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    assert all(".lora_" in names[id(p)] for group in groups for p in group["params"])
+
+
 def test_a_model_without_a_matrix_to_train_is_refused() -> None:
     with pytest.raises(ValueError, match="Muon has no matrix of a block to train: use AdamW"):
         Muon().build(nn.Linear(3, 3), lr=0.1)

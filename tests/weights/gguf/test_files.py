@@ -242,10 +242,13 @@ def test_settings_that_are_off_are_no_obstacle(written: Path, tmp_path: Path, de
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, r"llama.rope.scaling.type is 'yarn'; positions are not scaled here"),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            r"llama.rope.scaling.type is 'yarn'; only rope_freqs.weight can scale positions",
+        ),
         (
             {"llama.attention.sliding_window": 128},
-            r"sliding_window is 128; this decoder attends to its whole context, 512",
+            r"sliding_window is 128, shorter than the context, 512: llama.cpp does not compute a window for 'llama'",
         ),
         ({"llama.expert_count": 8}, r"llama.expert_count is 8, which is not supported"),
         ({"llama.attention.causal": True}, r"llama.attention.causal is True, which is not supported"),
@@ -275,7 +278,7 @@ def test_what_the_decoder_cannot_compute_is_refused(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"rope_freqs.weight": np.ones(64, np.float32)}, r"rope_freqs.weight scales the rotary frequencies"),
+        ({"rope_freqs.weight": np.ones(64, np.float32)}, r"rope_freqs.weight is no float32 tensor of 32 numbers"),
         ({"blk.1.attn_q.weight": None}, r"1 tensors are missing: blk.1.attn_q.weight"),
         ({"token_embd.weight": None}, r"1 tensors are missing: token_embd.weight"),
         ({"blk.0.attn_q.bias": np.ones(512, np.float32)}, r"1 tensors have no place .*: blk.0.attn_q.bias"),
@@ -292,8 +295,9 @@ def test_tensors_that_do_not_make_up_the_model_are_refused(
 
 
 def test_other_architectures_are_refused(written: Path, tmp_path: Path) -> None:
-    file = rewrite(written, tmp_path / "other.gguf", architecture="qwen2")
-    with pytest.raises(ValueError, match=r"other.gguf: the architecture is 'qwen2'; only 'llama' can be loaded$"):
+    file = rewrite(written, tmp_path / "other.gguf", architecture="gemma")
+    message = r"other.gguf: the architecture is 'gemma'; these can be loaded: llama, qwen2, qwen3, smollm3$"
+    with pytest.raises(ValueError, match=message):
         load_gguf(file)
 
 
