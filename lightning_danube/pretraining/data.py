@@ -29,6 +29,7 @@ from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
 from lightning_danube.training.replicas import replicas_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 
 class CurriculumData(LightningDataModule):
@@ -41,7 +42,7 @@ class CurriculumData(LightningDataModule):
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
         micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
         tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
-            parameters), a directory that the verb `tokenizer` or transformers has written, or a hub id.
+            parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
@@ -110,7 +111,7 @@ class CurriculumData(LightningDataModule):
             raise ValueError(f"data.processes is {processes}: it must be at least 1")
         self.processes = processes or usable_cores()
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
-        self.tokenizer = DocumentTokenizer(tokenizer)
+        self.tokenizer = DocumentTokenizer(*tokenizer_of(tokenizer))
         self.vocab_size = self.tokenizer.vocab_size
         # Known from the stages alone, so that the schedule does not wait for the data.
         self.total_tokens = context_length * sum(
