@@ -347,9 +347,7 @@ def test_what_was_downloaded_before_needs_no_network(tmp_path: Path, monkeypatch
     assert hub_id("owner/name") is None, "what is on this machine comes first"
     with pytest.raises(ValueError, match="--weights owner/name: neither"):
         locate("owner/name")
-    with pytest.raises(
-        ValueError, match=r"nam: there is no such file or directory \(did you mean owner/name\?\)$"
-    ):
+    with pytest.raises(ValueError, match=r"nam: there is no such file or directory \(did you mean owner/name\?\)$"):
         locate("owner/nam")
 
 
