@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, top-k, top-p, min-p, repetition penalty."""
+"""How the next token is drawn: temperature, top-k, top-p, repetition penalty."""
 
 from __future__ import annotations
 

@@ -384,6 +384,8 @@ class Hub(BaseHTTPRequestHandler):
                 for file in repository.iterdir()
             ]
             self.answer(200, json.dumps(tree).encode())
+        elif not (repository / rest[-1]).exists():
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
             content = (repository / rest[-1]).read_bytes()
             self.answer(200, content, {"ETag": f'"{rest[-1]}"', "X-Repo-Commit": self.commit})

@@ -153,7 +153,7 @@ def test_a_template_of_the_tokenizer_does_not_make_a_run_a_chat_model(
     torch.save(checkpoint, tmp_path / "run.ckpt")
     run = locate(str(tmp_path / "run.ckpt"))
     tokenizer = load_tokenizer(run)
-    assert tokenizer.chat_template == DANUBE_TEMPLATE.rstrip("\n")
+    assert tokenizer.chat_template == DANUBE_TEMPLATE
     assert "run.ckpt was not tuned for chat" in str(not_tuned_for_chat(run, tokenizer))
     checkpoint["CurriculumData"]["tokenizer"]["chat_template"] = DANUBE_TEMPLATE
     torch.save(checkpoint, tmp_path / "run.ckpt")
