@@ -25,11 +25,11 @@ from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.preparation import Part, open_or_prepare, prepare
 from lightning_danube.tokens.shards import TokenShards, TokenStream, shards_directory
-from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
 from lightning_danube.training.replicas import replicas_of
-from lightning_danube.weights.tokenizers import tokenizer_of
+from lightning_danube.weights.tokenizers import document_tokenizer
 
 
 class CurriculumData(LightningDataModule):
@@ -111,7 +111,7 @@ class CurriculumData(LightningDataModule):
             raise ValueError(f"data.processes is {processes}: it must be at least 1")
         self.processes = processes or usable_cores()
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
-        self.tokenizer = DocumentTokenizer(*tokenizer_of(tokenizer))
+        self.tokenizer = document_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         # Known from the stages alone, so that the schedule does not wait for the data.
         self.total_tokens = context_length * sum(

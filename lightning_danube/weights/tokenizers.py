@@ -13,6 +13,8 @@ from lightning_danube.weights.names import SMOLLM2, Located, locate, smollm2_fil
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer
+
 
 def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
     """The name and the tokenizer that `data.tokenizer` stands for.
@@ -26,13 +28,29 @@ def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
     """
     from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 
-    path = Path(name).expanduser()
-    if not (name == SMOLLM2 or path.is_file() or is_sharded(path) or newest_checkpoint(path)):
+    if not _is_model(name):
         return name, load_hf_tokenizer(name)
     model = locate(name)
     tokenizer = load_tokenizer(model)
     assert model.tokenizer is not None
     return model.tokenizer.name if model.kind == "checkpoint" else name, tokenizer
+
+
+def document_tokenizer(name: str) -> DocumentTokenizer:
+    """The tokenizer for pre-training that `data.tokenizer` stands for. The names are those of `tokenizer_of`.
+
+    Raises:
+        ValueError: no tokenizer has this name, or it has no token that ends a document.
+    """
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer
+
+    return DocumentTokenizer(*tokenizer_of(name)) if _is_model(name) else DocumentTokenizer(name)
+
+
+def _is_model(name: str) -> bool:
+    """Whether a name stands for a run, a checkpoint or a GGUF file. A directory of tokenizer files is no model here."""
+    path = Path(name).expanduser()
+    return name == SMOLLM2 or path.is_file() or is_sharded(path) or newest_checkpoint(path) is not None
 
 
 def not_tuned_for_chat(model: Located, tokenizer: PreTrainedTokenizerBase) -> str | None:
