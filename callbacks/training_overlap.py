@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_danube.evaluation.task import Evaluation
 from lightning_danube.text.quality import NGRAM
 from lightning_danube.tokens.overlap import TrainingTexts, overlap, training_texts
-from lightning_danube.weights.loading import locate_weights
+from lightning_danube.weights.names import locate
 
 
 class TrainingOverlap(Callback):
@@ -20,7 +20,7 @@ class TrainingOverlap(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Evaluation)
-        located = locate_weights(pl_module.weights)
+        located = locate(pl_module.weights)
         self.texts: TrainingTexts | None = None
         if located.kind == "checkpoint":
             self.texts = training_texts(located.path.parent.parent)

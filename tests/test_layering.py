@@ -33,7 +33,7 @@ ORDER = (
 MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
 MODEL_MAY_IMPORT = frozenset({"torch", f"{PACKAGE}.model", f"{PACKAGE}.device", f"{PACKAGE}.lazy_attributes"})
 # A task's data module takes at most a tokenizer from the weights.
-DATA_MAY_IMPORT_OF_WEIGHTS = frozenset({f"{PACKAGE}.weights.names"})
+DATA_MAY_IMPORT_OF_WEIGHTS = frozenset({f"{PACKAGE}.weights.tokenizers"})
 # Kept apart from the rules: these folders may be absent.
 OTHERS = ("benchmarks", "notebooks")
 # Libraries that one place of the package deals with, for all others. Most come with an extra (tests/test_extras.py).
@@ -337,7 +337,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, rule: str) -> None:
         ("lightning_danube/model/attention.py", "from ..device import onednn_packs"),
         ("lightning_danube/device.py", "import os\nimport torch"),
         ("lightning_danube/weights/gguf/tokenizer.py", "from lightning_danube.tokens.tokenizer import begin_token"),
-        ("lightning_danube/chat/data.py", "from lightning_danube.weights.names import tokenizer_of"),
+        ("lightning_danube/chat/data.py", "from lightning_danube.weights.tokenizers import tokenizer_of"),
         ("lightning_danube/chat/fine_tuning.py", "import lightning\nfrom lightning_danube import model, training"),
         ("lightning_danube/training/optim/muon.py", "from lightning_danube.model.decoder import Block"),
         ("lightning_danube/weights/adapters.py", "import peft"),

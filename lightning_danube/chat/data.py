@@ -33,7 +33,7 @@ from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepB
 from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, steps_of
 from lightning_danube.training.passes import LAYOUTS, Pass
 from lightning_danube.training.replicas import accumulation, replicas_of
-from lightning_danube.weights.names import tokenizer_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 FORMAT = 1
 SPLITS = ("train", "validation")

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
 
 
@@ -148,6 +146,8 @@ def remove_if_unused(version: Path) -> None:
 
 def read_saved_config(path: Path) -> dict[str, Any] | None:
     """A saved config; None if there is none or it cannot be read, as beside a checkpoint that was moved."""
+    import yaml
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -38,7 +38,7 @@ from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler
 from lightning_danube.training.passes import Pass, bucketed_pass
 from lightning_danube.training.replicas import accumulation, replicas_of
-from lightning_danube.weights.names import tokenizer_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 SPLITS = ("train", "validation", "test")
 NO_CLASS = -1

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.weights.names import Weights, load_tokenizer
+from lightning_danube.weights.names import Located
+from lightning_danube.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +32,15 @@ class Classifier:
         score_CD: the head as a linear layer over the last hidden state, (classes, hidden size).
         labels: the classes, by number.
         tokenizer: begins and cuts a text by itself as training did.
-        base: what `--weights` of the training named.
     """
 
     decoder: Decoder
     score_CD: Tensor
     labels: list[str]
     tokenizer: PreTrainedTokenizerFast
-    base: str
 
 
-def is_classifier(weights: Weights) -> bool:
+def is_classifier(weights: Located) -> bool:
     """Whether the weights are those of a run of TextClassification."""
     if weights.kind != "checkpoint":
         return False
@@ -50,8 +49,9 @@ def is_classifier(weights: Weights) -> bool:
     return "classifier" in read_checkpoint(weights.path)
 
 
-def load_classifier(weights: Weights, *, merge: bool = True, dtype: torch.dtype | str | None = None) -> Classifier:
-    """
+def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype | str | None = None) -> Classifier:
+    """The classifier in a checkpoint of a run of TextClassification.
+
     Args:
         merge: add the adapter to the weights, instead of keeping it beside them.
 
@@ -61,23 +61,19 @@ def load_classifier(weights: Weights, *, merge: bool = True, dtype: torch.dtype 
     import torch
 
     from lightning_danube.weights.huggingface import read_checkpoint
-    from lightning_danube.weights.loading import load_decoder, load_trained_adapter, parse_dtype
+    from lightning_danube.weights.loading import load_adapted_decoder, load_decoder, parse_dtype
 
     checkpoint = read_checkpoint(weights.path)
     facts = checkpoint["classifier"]
     tokenizer = _as_in_training(load_tokenizer(weights), facts["context_length"])
-    if merge:
-        decoder = load_decoder(weights, dtype=torch.float32)
-    else:
-        decoder = load_decoder(checkpoint["base_weights"], dtype=torch.float32)
-        load_trained_adapter(decoder, weights.path)
+    decoder = (load_decoder if merge else load_adapted_decoder)(weights, dtype=torch.float32)
     score_CD = checkpoint["state_dict"]["head.weight"].clone()
     if facts["head"] == "logits":
         # A linear layer of a linear layer is one: the output embedding becomes a part of the head.
         score_CD = (score_CD.double() @ decoder.lm_head.weight.detach().double()).to(torch.float32)
     kind = parse_dtype(dtype)
     decoder.to(dtype=kind)
-    return Classifier(decoder, score_CD.to(kind), list(facts["labels"]), tokenizer, checkpoint["base_weights"])
+    return Classifier(decoder, score_CD.to(kind), list(facts["labels"]), tokenizer)
 
 
 def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> PreTrainedTokenizerFast:

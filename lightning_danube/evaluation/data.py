@@ -19,7 +19,7 @@ from lightning_danube.evaluation.parts.perplexity import text_rows
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, local_files
 from lightning_danube.tokens.chat_template import end_ids
-from lightning_danube.weights.names import tokenizer_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 
 class EvaluationData(LightningDataModule):

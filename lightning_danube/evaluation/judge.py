@@ -82,7 +82,8 @@ class JudgeRefused(ValueError):
 
 @dataclass
 class ChatJudge:
-    """
+    """A judge behind an OpenAI-compatible chat API.
+
     Args:
         base_url: of the API, up to and without /chat/completions, such as "http://localhost:8000/v1".
         model: its name there.
@@ -115,7 +116,8 @@ class ChatJudge:
             raise ValueError(f"the judge's requests_per_minute is {self.requests_per_minute}: it must be above 0")
 
     def judge(self, messages: Sequence[dict[str, str]]) -> Judgement:
-        """
+        """The grade of one answer, after as many attempts as it takes, at most `attempts`.
+
         Raises:
             JudgeRefused: no repetition would help.
         """
@@ -138,6 +140,15 @@ class ChatJudge:
         return Judgement(None, reply, self.attempts, problem)
 
     def _ask(self, messages: Sequence[dict[str, str]]) -> str:
+        """The judge's reply to one request.
+
+        The request is made by urllib, because huggingface_hub's InferenceClient sends the user's Hugging Face token to
+        any server when no key is given, and refuses servers of this machine under HF_HUB_OFFLINE=1.
+
+        Raises:
+            _Unavailable: a later attempt may succeed.
+            JudgeRefused: no repetition would help.
+        """
         self._keep_to_the_rate()
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.new_tokens}
         headers = {"Content-Type": "application/json"}

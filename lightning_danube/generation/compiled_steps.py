@@ -1,4 +1,4 @@
-"""Decoding steps as one compiled program, on a GPU recorded as a CUDA graph: nothing runs between their kernels.
+"""Decoding steps as one compiled program. On a GPU the program is recorded as a CUDA graph.
 
 Shapes: B batch, V vocabulary.
 """
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from lightning_danube.model.decoder import Decoder
 
 FEWEST_SLOTS = 256
-"""Of a cache, that a recorded step looks at; from there on twice as many, whenever a text has outgrown them."""
+"""The slots of the cache that the first recorded step reads. The number doubles when a text exceeds it."""
 
 
 class CompiledStep:
-    """Computes what `next_logits` does, of one decoder with the weights that it has at the first step. Compiled then,
-    for all numbers of rows but 1, and once more for 1; streams of tokens may share it.
+    """`next_logits` of one decoder, compiled at the first step with the weights of that time.
+
+    A second compilation follows for batches of one row. Several token streams may share this object.
 
     Raises:
-        ValueError: the decoder is on a CPU, and there is no C++ compiler; at the first step: it has layers that can not
-            be compiled.
+        ValueError: the decoder is on a CPU, and there is no C++ compiler. The first step raises it for layers that
+            cannot be compiled.
     """
 
     def __init__(self, decoder: "Decoder") -> None:
@@ -35,11 +36,11 @@ class CompiledStep:
         self._compiled = torch.compile(next_logits, fullgraph=True, dynamic=True)
 
     def __call__(self, ids_B: Tensor, cache: "KVCache") -> Tensor:
-        """(B, V), of rows that have lengths of their own."""
+        """The logits after one more token in each row, (B, V). The cache must have a length for each row."""
         assert cache.lengths_B is not None
         try:
-            # Frozen weights are constants of the program. Packed matrices, which only a CPU has, can be compiled in no
-            # other way.
+            # Freezing makes the weights constants of the program. Packed matrices, which exist on a CPU only, cannot be
+            # compiled otherwise.
             with torch._inductor.config.patch(freezing=self.on_cpu):
                 logits_BV: Tensor = self._compiled(self.decoder, ids_B, cache)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -48,10 +49,10 @@ class CompiledStep:
 
 
 class StepsOfCache:
-    """Runs a compiled step on one cache: on a GPU by graphs, one for each number of slots to look at.
+    """Runs a compiled step on one cache. On a GPU there is a graph for each number of slots to read.
 
-    The cache has a slot more than it will ever hold tokens: a step that looked at all slots would see a tensor without
-    gaps, and be compiled for that once more.
+    The cache needs one slot that is never filled. A step that read all slots would see a contiguous tensor, and would
+    be compiled again for it.
     """
 
     def __init__(self, step: CompiledStep, cache: "KVCache") -> None:
@@ -59,9 +60,10 @@ class StepsOfCache:
         self._graphs: dict[int, RecordedStep] = {}
 
     def __call__(self, ids_B: Tensor, longest: int) -> Tensor:
-        """
+        """The logits after one more token in each row, (B, V).
+
         Args:
-            longest: tokens of the longest row, the new one included.
+            longest: the tokens of the longest row, including the new one.
         """
         if self.cache.device.type != "cuda":
             self.cache.visible = longest
@@ -75,18 +77,18 @@ class StepsOfCache:
         return self._graphs[slots].replay(ids_B)
 
     def forget(self) -> None:
-        """The cache has got other tensors for its lengths."""
+        """Drops the graphs. Needed when the cache has new tensors for its lengths."""
         self._graphs.clear()
 
 
 class RecordedStep:
-    """The kernels of one step as a CUDA graph, which reads and writes where they did when it was recorded."""
+    """The kernels of one step as a CUDA graph. It reads and writes the memory that was used when it was recorded."""
 
     def __init__(self, step: CompiledStep, ids_B: Tensor, cache: "KVCache") -> None:
         assert cache.lengths_B is not None
         self.ids_B, lengths_B = ids_B.clone(), cache.lengths_B.clone()
-        # What compiles, or sets a library up, has to have happened before: nothing of the kind can be recorded. These
-        # steps write a token behind each row, where the replayed one will write it again.
+        # Compilation and the set-up of libraries cannot be recorded, so two steps run before. They write a token after
+        # each row, where the recorded step writes it again.
         with torch.cuda.device(ids_B.device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -100,7 +102,7 @@ class RecordedStep:
                 self._logits_BV = step(self.ids_B, cache)
 
     def replay(self, ids_B: Tensor) -> Tensor:
-        """(B, V), in memory that the next replay overwrites."""
+        """The logits, (B, V). The next replay overwrites their memory."""
         self.ids_B.copy_(ids_B)
         with torch.cuda.device(self.ids_B.device):
             self._graph.replay()
@@ -108,6 +110,6 @@ class RecordedStep:
 
 
 def next_logits(decoder: "Decoder", ids_B: Tensor, cache: "KVCache") -> Tensor:
-    """(B, V) after one more token a row."""
+    """The logits after one more token in each row, (B, V)."""
     logits_BV: Tensor = decoder.lm_head(decoder.hidden_states(ids_B[:, None], cache=cache)[:, 0])
     return logits_BV

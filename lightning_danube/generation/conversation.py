@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, what of it the cache holds, what is dropped when the context is full."""
+"""A conversation with a model: its history, the cache of what was read, and which turns a full context drops."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class ChatSession:
     """Turns of a user and a model.
 
-    Keys and values of what was read stay in the cache; of the next conversation, only what comes after the common
-    beginning is read.
+    Keys and values of all tokens that were read stay in the cache. For the next answer, the model reads only the tokens
+    after the beginning that both texts share.
 
     Args:
         decoder: in evaluation mode.
-        max_new_tokens: most tokens of an answer. The history always leaves so much room in the context.
-        seed: of the first answer's draws; each later answer has the next number.
-        system: the system's message, where the template has one.
+        max_new_tokens: most tokens of an answer. The history always leaves this much room in the context.
+        seed: for the first answer's random numbers; each later answer has the next number.
+        system: the system message, if the chat template has a place for one.
 
     Raises:
         ValueError: an answer would leave no room for a question, or the template has no place for a system message.
@@ -59,23 +59,23 @@ class ChatSession:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Begin anew, with this system message or none."""
+        """Begins a new conversation, with this system message or none."""
         if system is not None:
             encode_chat(self.tokenizer, [{"role": "system", "content": system}, *as_messages([], "hello")], True)
         self.system = system
         self.turns = []
 
     def ask(self, question: str) -> Answer:
-        """The answer to a question, to be iterated for its pieces of text. Turns that no longer fit are dropped.
+        """The answer to a question; iterate it for its pieces of text. Turns that do not fit any more are dropped.
 
         Raises:
-            ValueError: the question does not fit the context even alone; the conversation stays as it was.
+            ValueError: the question alone does not fit the context. The conversation is not changed.
         """
         kept = self.turns
         ids = self._encode(kept, question)
         if kept and len(ids) > self.room:
-            # Down to half of the room, not just below it: what is left has to be read anew, and should not have to be
-            # after every question from now on.
+            # Down to half of the room, because dropping means that all the rest is read again. This way that does not
+            # happen after every question.
             while kept and len(ids) > self.room // 2:
                 kept = kept[1:]
                 ids = self._encode(kept, question)
@@ -95,7 +95,7 @@ class ChatSession:
 
 @dataclasses.dataclass
 class Answer:
-    """An answer in the making. Whoever iterates it may stop at any time: what was said so far becomes the turn."""
+    """An answer that is being generated. Iteration may stop at any time; the text so far then becomes the turn."""
 
     conversation: ChatSession
     question: str
@@ -105,7 +105,7 @@ class Answer:
 
     def __iter__(self) -> Generator[str]:
         conversation, ids = self.conversation, self.prompt_ids
-        # The last token has to be read in any case: its logits are what the answer starts from.
+        # The last token is always read, because the answer starts from its logits.
         common = common_beginning(conversation.cached_ids, ids[:-1])
         conversation.cache.truncate(common)
         generation = TextGeneration(
@@ -131,6 +131,7 @@ class Answer:
 
 
 def as_messages(turns: list[tuple[str, str]], question: str) -> list[Message]:
+    """Earlier turns and a new question as messages of a chat template."""
     messages: list[Message] = []
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -138,6 +139,6 @@ def as_messages(turns: list[tuple[str, str]], question: str) -> list[Message]:
 
 
 def common_beginning(one: list[int], other: list[int]) -> int:
-    """How many elements two lists have in common at their beginning."""
+    """How many elements two lists share at their beginning."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,29 +1,25 @@
-"""How the next token is drawn: temperature, top-k, top-p, min-p, repetition penalty."""
+"""How the next token is drawn: temperature, top-k, top-p, repetition penalty."""
 
 from __future__ import annotations
 
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. What is set acts in the order of the fields, as in transformers.
+    """How the next token is chosen. The settings act in the order of the fields, as in transformers.
 
     Args:
-        repetition_penalty: divides the positive and multiplies the negative logits of all tokens that the text has,
-            prompt included; 1 does nothing.
-        temperature: divides the logits; 0 takes the likeliest token, whatever follows below.
-        top_k: draw among so many likeliest tokens.
-        top_p: draw among the fewest likeliest tokens that hold this share.
+        repetition_penalty: divides the positive and multiplies the negative logits of all tokens in the text, prompt
+            included. 1 changes nothing.
+        temperature: divides the logits. 0 takes the likeliest token; top_k and top_p then have no effect.
+        top_k: draw among this many likeliest tokens.
+        top_p: draw among the fewest likeliest tokens whose probabilities sum to at least this share.
 
     Raises:
         ValueError: a number out of its range.
@@ -51,25 +47,32 @@ GREEDY = Sampling()
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor | None = None) -> Tensor:
-    """One token a row, (B,), from logits in float32 or float64; `uniforms_B` in (0, 1] say which, where one is drawn.
+    """One token for each row, (B,).
 
-    A row's token is the one at which the sum of probabilities reaches its number: unlike torch.multinomial, this
-    depends on the row's own logits and number, and on nothing else in the batch.
+    A row's token is the first at which the cumulative probability reaches the row's random number. So it depends on
+    the row's own logits and number only; with torch.multinomial it would depend on the other rows, too.
+
+    Args:
+        logits_BV: float32 or float64.
+        uniforms_B: random numbers in (0, 1]; not needed at temperature 0.
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     assert uniforms_B is not None
     probabilities_BC, ids_BC = candidates(logits_BV, sampling)
     sums_BC = probabilities_BC.cumsum(dim=-1)
-    # Above 0, so that the first to reach it has a probability; at most all, so that there is one.
+    # Above 0, so that a token of probability 0 is never taken. At most the whole sum, so that some token reaches it.
     reach_B1 = uniforms_B.to(sums_BC.dtype)[:, None] * sums_BC[:, -1:]
     drawn_B1 = torch.searchsorted(sums_BC, reach_B1)
     return (drawn_B1 if ids_BC is None else ids_BC.gather(-1, drawn_B1))[:, 0]
 
 
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Probabilities to draw with, up to a factor, and whose they are: (B, C) each, the likeliest first, or (B, V) and
-    None, in the order of the vocabulary. Ties at the k-th place are cut, where transformers keeps them all."""
+    """The probabilities to draw with, up to a factor, and the token ids they belong to.
+
+    Both are (B, C) with the likeliest token first; or the probabilities are (B, V) in the order of the vocabulary, and
+    the ids are None. Exactly top_k tokens are kept, also if others tie with the last; transformers keeps all of these.
+    """
     logits_BC, ids_BC = logits_BV / sampling.temperature, None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         logits_BC, ids_BC = logits_BC.topk(sampling.top_k)
@@ -77,18 +80,18 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
         logits_BC, ids_BC = logits_BC.sort(descending=True, stable=True)
     probabilities_BC = logits_BC.softmax(dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1:
-        # A token goes when those before it already hold top_p; before the first there is nothing, so it always stays.
+        # A token is dropped when the tokens before it already sum to top_p. The first token always stays.
         surplus_BC = probabilities_BC.cumsum(dim=-1) - probabilities_BC >= sampling.top_p
         probabilities_BC = probabilities_BC.masked_fill(surplus_BC, 0.0)
     return probabilities_BC, ids_BC
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Make tokens that were seen less likely, as CTRL does (arXiv 1909.05858), with negative logits taken care of."""
+    """Logits with the seen tokens made less likely, as in CTRL (arXiv 1909.05858). Negative logits are multiplied."""
     return torch.where(seen_BV, torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
 
 
 def uniforms(seed: int, count: int) -> list[float]:
-    """Numbers in (0, 1]; the first ones do not depend on how many are asked for."""
+    """`count` random numbers in (0, 1]. A larger count gives the same numbers first."""
     source = random.Random(seed)
     return [1.0 - source.random() for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Generation of text: token streams decoded piece by piece, ended by stop strings."""
+"""Generation of text: decodes token streams piece by piece, and ends them at stop strings."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text to continue, begun as documents are in training: with the begin token where the tokenizer has one
-    of its own. Text that spells a special token becomes one."""
+    """The token ids of a text to continue.
+
+    They begin as documents do in training: with the begin token, unless the tokenizer has none or uses its end token
+    for both. Text that spells a special token becomes that token.
+    """
     bos = tokenizer.bos_token_id
     head = [] if bos is None or bos == tokenizer.eos_token_id else [int(bos)]
     return [*head, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
 class TextGeneration:
-    """Continues a batch of prompts as text: iterating gives (row, piece) as soon as a piece is certain, and `rows` what
-    has come of each.
+    """Continues a batch of prompts as text.
+
+    Iteration yields (row, piece) as soon as a piece of text cannot change any more. `rows` holds each row's text so
+    far.
 
     Args:
         prompts: token ids of each row.
         eos_ids: tokens that end a row.
-        stop: strings that end a row; they are no part of its text.
-        options: those of TokenStream.
+        stop: strings that end a row; they do not become part of its text.
+        options: those of `TokenStream`.
     """
 
     def __init__(
@@ -61,9 +66,9 @@ class TextGeneration:
 
 
 class Continuation:
-    """The text of one row, decoded as its tokens come.
+    """The text of one row, decoded as its tokens arrive.
 
-    `text` is what may be shown: it never ends with what may yet become part of a stop string or of a character.
+    `text` may be shown: it never ends with what can still become part of a stop string or of a character.
     """
 
     def __init__(
@@ -73,17 +78,17 @@ class Continuation:
         self.eos_ids, self.stop = frozenset(eos_ids), stop
         self.text = ""
         self.tokens = 0
-        """How many came, the one that ended the text included."""
+        """The number of tokens, including the one that ended the text."""
         self.finish_reason: str | None = None
-        """`eos`: a token that ends texts; `stop`: a stop string; `length`: all tokens asked for."""
+        """`eos`: a token that ends texts; `stop`: a stop string; `length`: the most tokens were reached."""
         self._decode = tokenizer.backend_tokenizer.decode
-        # Tokens since the last certain piece, after those of that piece: what a token reads as depends on the one
-        # before. The first follows the prompt.
+        # The tokens of the last certain piece, then the tokens after it. The earlier ones are kept because the text of
+        # a token depends on the token before it. The prompt counts as the first certain piece.
         self._ids, self._certain = list(prompt), len(prompt)
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Take the next token; the text that it made certain."""
+        """Adds the next token, and returns the text that is certain now and was not before."""
         self.tokens += 1
         if token in self.eos_ids:
             return self.end("eos")
@@ -91,7 +96,7 @@ class Continuation:
         return self._show(self._decoded(whole=False))
 
     def end(self, reason: str) -> str:
-        """End the text here; what was held back."""
+        """Ends the text here, and returns what was held back."""
         shown = self._show(self._decoded(whole=True))
         if self.finish_reason is None:
             self.finish_reason, self.text = reason, self.text + self._held
@@ -99,10 +104,10 @@ class Continuation:
         return shown
 
     def _decoded(self, whole: bool) -> str:
-        """Text of the tokens since the last piece, or "" while it may end within a character.
+        """The text of the tokens since the last piece, or "" while it may end within a character.
 
-        A character of several tokens reads as U+FFFD until the last of them is there. Bytes that never become one stay
-        so, and turn certain with the next text or at the end.
+        A character of several tokens decodes to U+FFFD until its last token is there. Bytes that never become a
+        character stay U+FFFD, and become certain with the next text or at the end.
         """
         before = self._decode(self._ids[: self._certain], skip_special_tokens=True)
         now = self._decode(self._ids, skip_special_tokens=True)
@@ -112,7 +117,7 @@ class Continuation:
         return now[len(before) :]
 
     def _show(self, piece: str) -> str:
-        """Hold a piece back as far as it may begin a stop string, and give out the rest, up to a stop string."""
+        """Returns a piece up to a stop string, and holds back the end of it that may begin a stop string."""
         waiting = self._held + piece
         places = [place for string in self.stop if (place := waiting.find(string)) >= 0]
         if places:
@@ -125,6 +130,6 @@ class Continuation:
 
 
 def length_of_begun_stop(text: str, string: str) -> int:
-    """Length of the longest end of `text` that begins `string` and is not all of it."""
+    """The length of the longest end of `text` that begins `string`, and is shorter than `string`."""
     longest = min(len(text), len(string) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(string[:length])), 0)

@@ -1,7 +1,6 @@
-"""Sampling with a key-value cache: `TokenStream` gives the tokens of a batch step by step, `generate` all of them.
+"""Sampling with a key-value cache: `TokenStream` yields the tokens of a batch step by step, `generate` returns all.
 
-Shapes: B batch, T tokens, V vocabulary, C candidates of a draw, N new tokens, E tokens that end a row; of the cache: G
-key-value heads, S tokens that fit, K channels of a head.
+Shapes: B batch, T tokens, V vocabulary, D hidden size, N new tokens, E tokens that end a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,24 +21,23 @@ if TYPE_CHECKING:
 class TokenStream(Iterator[Tensor]):
     """The new tokens of a batch of prompts, (B,) at each step, until every row has ended or has `max_new_tokens`.
 
-    A row gets the tokens that it would get alone: prompts of different lengths are read as they are, nothing padded is
-    seen, and each row draws from random numbers of its own seed. What comes after a row's end is to be ignored.
+    A row gets the tokens that it would get alone: no row sees padding, and each row has its own random numbers. The
+    caller ignores the tokens after a row's end.
 
     Args:
         decoder: in evaluation mode.
         prompts: token ids of each row.
-        seeds: one for each row; 0 for all where left out. The same on every device.
-        eos_ids: tokens that end a row; the row's last token is then one of them.
-        window: how many tokens the model reads at most. Whenever a text would outgrow it, all but its last
-            `window // 2` tokens are dropped and these are read anew, as if the text began there; so each token is
-            predicted from at least the half of the window, and what the model computes is what it computes for a text
-            of that length. Without it, a text that does not fit the context is refused.
-        cache: one that already holds the beginning of every prompt (`length` tokens, fewer than the shortest has), and
-            has room for the rest and all new tokens but the last.
-        compiled: what computes the steps after a prompt; without it they are computed as they are written.
+        seeds: one for each row; the default is 0 for all. A seed gives the same random numbers on every device.
+        eos_ids: tokens that end a row. The token that ended the row is its last one.
+        window: the most tokens that the model reads. When a text would exceed the window, all but its last
+            `window // 2` tokens are dropped, and these are read again as if the text began there. So each token is
+            predicted from at least half a window. Without a window, a text that does not fit the context is refused.
+        cache: a cache that already holds the first `length` tokens of every prompt, fewer than the shortest prompt has.
+            It needs room for the other tokens and for all new tokens but the last.
+        compiled: computes the steps after the prompt; the default is to compute them without compilation.
 
     Raises:
-        ValueError: an impossible request.
+        ValueError: the request is impossible.
     """
 
     def __init__(
@@ -60,11 +58,11 @@ class TokenStream(Iterator[Tensor]):
         self.decoder, self.max_new_tokens, self.sampling, self.window = decoder, max_new_tokens, sampling, window
         self.prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
         self.steps: list[Tensor] = []
-        """What was given so far."""
+        """The tokens yielded so far, (B,) for each step."""
         self.lengths = [len(prompt) for prompt in self.prompts]
         self.starts = [0] * len(self.prompts)
-        """Of each row: how many tokens its text has, and the first of them that the model still reads."""
-        # The last token is never read again, hence one less.
+        """For each row: the length of its text, and the index of the first token that the model still reads."""
+        # The last new token is never read.
         capacity = max(self.lengths) + max_new_tokens - 1
         if window is not None:
             capacity = min(capacity, window)
@@ -85,19 +83,20 @@ class TokenStream(Iterator[Tensor]):
             for row, prompt in enumerate(self.prompts):
                 self.seen_BV[row, prompt] = True
         if sampling.temperature > 0:
-            # All draws at once, and Python's own generator: one transfer, whose numbers depend on no device or version.
+            # All numbers at once, so that there is one transfer to the device. They come from Python's generator, so
+            # they depend on no device and no version of torch.
             seeds = [0] * len(self.prompts) if seeds is None else seeds
             assert len(seeds) == len(self.prompts)
             drawn = [uniforms(seed, max_new_tokens) for seed in seeds]
             self.uniforms_NB = torch.tensor(drawn, dtype=torch.float32, device=device).t()
 
-    # no_grad, not inference_mode: layers that keep tensors between calls (quantized ones do) would keep inference
-    # tensors, and training would fail on them after a sample was drawn in its midst. Who only generates, as the
-    # commands do, goes on in inference_mode, which no_grad leaves alone.
+    # no_grad, not inference_mode: quantized layers keep tensors between calls. If a sample is drawn during training,
+    # they would keep inference tensors, on which training fails. A caller that only generates may use inference_mode
+    # around this.
     @torch.no_grad()
     def __next__(self) -> Tensor:
         step = len(self.steps)
-        # Whether all have ended is the one thing that a step asks the device for.
+        # The one place in a step that waits for the device.
         if step == self.max_new_tokens or (step and self.can_finish and bool(self.finished_B.all())):
             raise StopIteration
         logits_BV = self._logits()
@@ -120,12 +119,12 @@ class TokenStream(Iterator[Tensor]):
         return ids_B
 
     def finish(self, row: int) -> None:
-        """End a row for a reason that is not in its tokens."""
+        """Ends a row for a reason other than its tokens."""
         self.finished_B[row] = True
         self.can_finish = True
 
     def _logits(self) -> Tensor:
-        """(B, V) after the last token of each row, after reading what has not been read."""
+        """The logits after the last token of each row, (B, V). Reads the tokens that were not read yet."""
         rows = range(len(self.lengths))
         moved = [row for row in rows if self._slide(row)]
         if not self.steps or len(moved) == len(rows):
@@ -135,7 +134,7 @@ class TokenStream(Iterator[Tensor]):
         longest = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
         if self.cache.lengths_B is not None:
             for row in moved:
-                # The step below writes something into every row; what it writes here is overwritten right after.
+                # The step below writes into every row. What it writes into this one is overwritten afterwards.
                 self.cache.lengths_B[row] = 0
             self.cache.visible = longest
         if self.compiled is None:
@@ -149,16 +148,16 @@ class TokenStream(Iterator[Tensor]):
         return logits_BV
 
     def _slide(self, row: int) -> bool:
-        """Drop the older half of what a row reads, if the window is full."""
+        """Drops the older half of a row's window if the window is full. Returns whether it did."""
         if self.window is None or self.lengths[row] - self.starts[row] <= self.window:
             return False
         self.starts[row] = self.lengths[row] - self.window // 2
         return True
 
     def _read(self, rows: Sequence[int], cache: KVCache) -> Tensor:
-        """Read the texts of these rows into their cache, past what it holds already; (rows, V) after their last tokens.
+        """Reads the texts of these rows into their cache, and returns the logits after their last tokens, (rows, V).
 
-        Shorter rows are filled up behind their end, where causal attention keeps them from seeing it.
+        Shorter rows are padded at the end, where causal attention does not see the padding.
         """
         begun = cache.length
         texts = [self._text(row)[begun:] for row in rows]
@@ -179,7 +178,7 @@ class TokenStream(Iterator[Tensor]):
         return logits_BV
 
     def _text(self, row: int) -> Tensor:
-        """What the model reads of a row."""
+        """The tokens of a row that the model reads, (T,)."""
         new = [torch.stack(self.steps)[:, row]] if self.steps else []
         return torch.cat([self.prompts[row], *new])[self.starts[row] :]
 
@@ -194,9 +193,9 @@ def generate(
     eos_ids: Sequence[int] = (),
     window: int | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each row, its end included; arguments as for TokenStream.
+    """The new tokens of each row, including the token that ended it. The arguments are those of `TokenStream`.
 
-    Modules in training mode are put in evaluation mode for the time being.
+    The decoder is in evaluation mode meanwhile.
     """
     with evaluation_mode(decoder):
         stream = TokenStream(
@@ -209,13 +208,13 @@ def generate(
 
 @contextmanager
 def evaluation_mode(decoder: "Decoder") -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again."""
+    """Puts a decoder into evaluation mode, and each module back into its own mode at the end."""
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     try:
         yield
     finally:
-        # One by one: decoder.train() would also wake those that were asleep before.
+        # One by one: decoder.train() would also change modules that were in evaluation mode before.
         for module in training:
             module.training = True
 
@@ -223,6 +222,11 @@ def evaluation_mode(decoder: "Decoder") -> Iterator[None]:
 def check_request(
     decoder: "Decoder", prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, window: int | None
 ) -> None:
+    """Checks what is asked of a `TokenStream`.
+
+    Raises:
+        ValueError: the request is impossible.
+    """
     context, vocabulary = decoder.config.max_position_embeddings, decoder.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it has to be at least 1")
@@ -248,9 +252,10 @@ def check_request(
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, context: int, name: str) -> None:
-    """
+    """Checks that a prompt and its new tokens fit the context.
+
     Raises:
-        ValueError: the prompt and so many new tokens do not fit the context.
+        ValueError: they do not fit; with the number of new tokens that would.
     """
     if prompt_tokens + max_new_tokens > context:
         raise ValueError(

@@ -16,8 +16,9 @@ from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_s
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.shards import shards_directory
-from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
+from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.weights.tokenizers import document_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class CurriculumSettings:
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
         micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
         tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
-            parameters), a directory that the verb `tokenizer` or transformers has written, or a hub id.
+            parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
@@ -135,7 +136,7 @@ class CurriculumSettings:
             raise ValueError(f"data.processes is {processes}: it must be at least 1")
         self.processes = processes
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
-        self.tokenizer = DocumentTokenizer(tokenizer)
+        self.tokenizer = document_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         # Known from the stages alone, so that the schedule does not wait for the data.
         self.total_tokens = context_length * sum(

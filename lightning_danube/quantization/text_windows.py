@@ -23,7 +23,7 @@ from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.shards import is_held_out
 from lightning_danube.tokens.tokenizer import begin_token
 from lightning_danube.training.contract import WindowBatch
-from lightning_danube.weights.names import tokenizer_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 CLOZE_CHOICES = 4
 CLOZE_CONTEXT, CLOZE_CONTINUATION = 32, 8

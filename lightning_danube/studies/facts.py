@@ -82,7 +82,7 @@ def _parameters(model: Mapping[str, Any], data: Mapping[str, Any]) -> int | None
     if shape is None:
         return None
     from lightning_danube.model import PRESETS, DecoderConfig
-    from lightning_danube.weights.names import tokenizer_of
+    from lightning_danube.weights.tokenizers import tokenizer_of
 
     if isinstance(shape, str):
         return PRESETS[shape].parameters

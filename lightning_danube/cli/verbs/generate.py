@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
+from lightning_danube.terminal import tell
 from lightning_danube.weights.loading import add_weights_arguments, load_model
+from lightning_danube.weights.names import locate
+from lightning_danube.weights.tokenizers import not_tuned_for_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +88,11 @@ def run(arguments: Namespace) -> None:
     from lightning_danube.tokens.chat_template import end_ids
 
     sampling = sampling_of(arguments)
-    decoder, tokenizer = load_model(
-        arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
-    )
+    model = locate(arguments.weights)
+    decoder, tokenizer = load_model(model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device)
+    # An adapter does not say whether it was trained for chat.
+    if arguments.chat and arguments.adapter is None and (warning := not_tuned_for_chat(model, tokenizer)):
+        tell(f"warning: {warning}")
     ids = _encoded(prompts, tokenizer, arguments, decoder.config.max_position_embeddings)
     decoder.eval()
     pack_for_generation(decoder, rows=min(arguments.batch_size, len(prompts)))

@@ -24,7 +24,7 @@ from lightning_danube.weights.gguf.files import load_gguf, save_gguf
 from lightning_danube.weights.huggingface import EXPORTED_FILES, export_folder, load_hf
 from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
 from lightning_danube.weights.loading import load_decoder, load_model
-from lightning_danube.weights.names import SMOLLM2, locate_weights
+from lightning_danube.weights.names import SMOLLM2, locate
 from tests.tiny_models import CONFIG, TEMPLATE, save_tiny, tiny_decoder, tiny_tokenizer
 from tests.weights.test_loading import save_tiny_adapter
 
@@ -113,7 +113,7 @@ def test_the_card_of_a_run_says_what_the_run_knows(
 
 
 def test_a_card_leaves_out_what_is_not_known(tiny_run: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(locate_weights(str(tiny_run)).path, weights_only=True)
+    checkpoint = torch.load(locate(str(tiny_run)).path, weights_only=True)
     for key in ("token_ledger", "callbacks", "seed", "global_step"):
         del checkpoint[key]
     (tmp_path / "a/b/checkpoints").mkdir(parents=True)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -11,10 +12,12 @@ from lightning_danube.generation.packing import pack_for_generation
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.tokens.chat_template import encode_chat
+from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, encode_chat
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.weights.huggingface import save_hf
 from lightning_danube.weights.loading import load_model
+from lightning_danube.weights.names import locate
+from lightning_danube.weights.tokenizers import load_tokenizer, not_tuned_for_chat
 
 PROMPTS = ["The river", "Seven green mountains walk slowly under", "x"]
 
@@ -110,12 +113,51 @@ def test_prompts_from_a_file_follow_those_from_arguments(
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["first", *PROMPTS]
 
 
-def test_a_question_gets_its_answer_only(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="session")
+def chat_model(weights: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same model with a chat template, as an export of a chat run has it."""
+    directory = shutil.copytree(weights, tmp_path_factory.mktemp("model") / "chat")
+    (directory / "chat_template.jinja").write_text(DANUBE_TEMPLATE)
+    return str(directory)
+
+
+ASK = ("--chat", "--prompt", "Why?", "--max-new-tokens", "8", "--temperature", "0")
+
+
+def test_a_question_gets_its_answer_only(chat_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     ids = encode_chat(load_hf_tokenizer("mistral"), [{"role": "user", "content": "Why?"}], True)
-    out = printed(
-        capsys, "--weights", weights, "--chat", "--prompt", "Why?", "--max-new-tokens", "8", "--temperature", "0"
-    )
-    assert out == expected(weights, ids, 8, Sampling()) + "\n"
+    assert printed(capsys, "--weights", chat_model, *ASK) == expected(chat_model, ids, 8, Sampling()) + "\n"
+
+
+def test_a_model_that_was_not_tuned_for_chat_answers_with_a_warning(
+    weights: str, chat_model: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = printed(capsys, "--weights", chat_model, *ASK)
+    for model in (weights, str(tiny_run)):
+        capsys.readouterr()
+        assert main(["generate", "--weights", model, *ASK]) == 0
+        said = capsys.readouterr()
+        assert said.err == (
+            f"warning: {model} was not tuned for chat, so it may not answer the question: fine-tune it first, or leave "
+            "out --chat to continue the text\n"
+        )
+        assert (said.out == answer) == (model == weights)
+
+
+def test_a_template_of_the_tokenizer_does_not_make_a_run_a_chat_model(
+    tiny_run: Path, chat_model: str, tmp_path: Path
+) -> None:
+    """A pre-training run whose tokenizer is that of a chat model."""
+    checkpoint = torch.load(locate(str(tiny_run)).path, weights_only=True)
+    checkpoint["CurriculumData"]["tokenizer"]["name"] = chat_model
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    run = locate(str(tmp_path / "run.ckpt"))
+    tokenizer = load_tokenizer(run)
+    assert tokenizer.chat_template == DANUBE_TEMPLATE
+    assert "run.ckpt was not tuned for chat" in str(not_tuned_for_chat(run, tokenizer))
+    checkpoint["CurriculumData"]["tokenizer"]["chat_template"] = DANUBE_TEMPLATE
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    assert not_tuned_for_chat(locate(str(tmp_path / "run.ckpt")), tokenizer) is None
 
 
 def test_a_terminal_sees_the_text_as_it_comes(

@@ -1,0 +1,94 @@
+"""Names on the Hugging Face hub: which name can be one, and a download of the files behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+
+
+def hub_id(name: str) -> str | None:
+    """The repository that a name stands for, without its revision. None for a file or directory of this machine."""
+    match = HUB_ID.fullmatch(name)
+    return match["repository"] if match and not Path(name).expanduser().exists() else None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
+
+    A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
+    """
+    without_revision = name.partition("@")[0]
+    parent = without_revision.rpartition("/")[0]
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or without_revision.count("/") > 1
+        or (parent != "" and Path(parent).is_dir())
+    )
+
+
+def did_you_mean(name: str) -> str:
+    """ " (did you mean …?)" with the neighbour whose name is most similar; "" if no neighbour is similar."""
+    path = Path(name).expanduser()
+    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 160 characters; the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
+
+
+def download(option: str, name: str, files: Sequence[str]) -> Path:
+    """Downloads the named files of a hub repository, and returns the directory that holds them.
+
+    Args:
+        option: what the user gave the name to, for messages.
+        name: "owner/name" or "owner/name@revision".
+        files: patterns of file names. Files in subdirectories are never fetched.
+
+    Raises:
+        ValueError: the name is a path or no hub id, the hub has no such repository, or the hub cannot be reached.
+    """
+    nothing = f"{option} {name}: there is no such file or directory{did_you_mean(name)}"
+    match = HUB_ID.fullmatch(name)
+    if match is None or looks_like_path(name):
+        raise ValueError(nothing)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, revision = match["repository"], match["revision"]
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"])
+        )
+    except HFValidationError:
+        raise ValueError(nothing) from None
+    except GatedRepoError:
+        raise ValueError(
+            f"{option} {name}: the hub lets only those in who accepted its terms: do so on its page, then log in with "
+            "hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{nothing}, and the hub has no {repository} (or none that you may read)") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{option} {name}: {repository} has no revision {revision!r} on the hub") from None
+    except LocalEntryNotFoundError as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{nothing}, {repository} was not downloaded before, and the hub is out of reach ({first_line(reason)})"
+        ) from None
+    except Exception as error:
+        # A download can fail in too many ways to list: proxies, certificates, a full disk.
+        raise ValueError(f"{option} {name}: the download from the hub failed ({first_line(error)})") from error
