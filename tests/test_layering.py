@@ -45,9 +45,9 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "lm_eval": "lightning_danube/evaluation/harness.py",
     "matplotlib": (
         "lightning_danube/reports/",
-        "lightning_danube/quantization/frontier.py",
-        "callbacks/classification_summary.py",
-        "callbacks/evaluation_report.py",
+        "lightning_danube/quantization/summary.py",
+        "lightning_danube/classification/summary.py",
+        "lightning_danube/evaluation/report.py",
     ),
     "optuna": "lightning_danube/studies/",
     "pandas": "lightning_danube/reports/",
@@ -259,7 +259,7 @@ def test_every_file_is_named_after_what_lives_in_it() -> None:
         (
             "lightning_danube/chat/fine_tuning.py",
             "from matplotlib.figure import Figure",
-            "callbacks/evaluation_report.py",
+            "lightning_danube/evaluation/report.py",
         ),
         ("lightning_danube/chat/data.py", "from ..callbacks.curriculum import CurriculumStages", "stands after"),
         ("lightning_danube/cli/configs.py", "from ..callbacks.curriculum import CurriculumStages", "no room imports"),

@@ -154,6 +154,11 @@ class Curriculum:
         """Keys of the samples [start, stop); their cost does not depend on `start`."""
         return list(map(SampleKey._make, self.keys(start, stop).tolist()))
 
+    def described(self, key: SampleKey) -> dict[str, str | int]:
+        """Returns a sample's address with the names of its stage and source."""
+        stage, source = self.stages[key.stage].name, self.sources[key.source]
+        return {"stage": stage, "source": source, "epoch": key.epoch, "row": key.row}
+
     def __getitem__(self, sample: int) -> SampleKey:
         return self.samples(sample, sample + 1)[0]
 

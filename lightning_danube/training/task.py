@@ -20,6 +20,7 @@ from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
+from lightning_danube.training.run_facts import RunFacts
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
@@ -38,6 +39,7 @@ class NextTokenTask(LightningModule):
         super().__init__()
         self.decoder, self.config = decoder, decoder.config
         self.learning_rate, self.optimizer_settings = learning_rate, optimizer
+        self.run_facts = RunFacts()
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
         self._step_loss: Tensor | None = None
