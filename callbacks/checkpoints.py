@@ -40,7 +40,6 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.schedule = every_n_steps, CheckpointSchedule(every_n_steps, keep)
         self._directory: Path | None = None  # None: nothing is saved, as in a fast_dev_run
         self._signals = RunSignals()
-        self._stopping = False
         self._stop_at_step = StopAtStep()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,7 +52,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._directory is not None:
-            self._stopping = False
             self._signals.hold(trainer._accelerator_connector.cluster_environment)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,9 +65,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # The run stops here and not where it was saved: now the last step has ended for all callbacks.
-        if self._stopping:
+        if self._signals.stop_run:
             wait_for_checkpoint(trainer.strategy)
-            raise self._signals.stop(trainer)
+            raise self._signals.stopped(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,12 +94,12 @@ class Checkpoints(Checkpoint):
             wait_for_checkpoint(trainer.strategy)
             remove_older(trainer.strategy, self._directory, trainer.global_step, keep=0)
         else:
-            self._stopping = self._signals.received(trainer)
+            self._signals.ask(trainer)
 
     def _save_if_due(self, trainer: Trainer, directory: Path) -> None:
         step = trainer.global_step
-        self._stopping = self._signals.received(trainer)
+        self._signals.ask(trainer)
         ends_here = trainer.should_stop or 0 <= trainer.max_steps <= step or is_done(trainer)
-        if self._stopping or ends_here or self.schedule.is_due(step):
+        if self._signals.stop_run or ends_here or self.schedule.is_due(step):
             trainer.save_checkpoint(step_checkpoint(directory, step))
             remove_older(trainer.strategy, directory, step, self.schedule.keep)

@@ -32,13 +32,8 @@ from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 class PretrainingSummary(RunSummary):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
-    `summary.json` of `fit` holds tokens, steps, skipped_steps (those that left the model as it was), parameters,
-    precision, seconds (of the run, over its sessions), tokens_per_second (of training alone), and for each stage its
-    tokens, the shares and tokens by source, and the held-out loss by source in nats a token. unigram_loss is the loss
-    of a model that knows only how frequent each token is. val_bits_per_byte is the last held-out loss in a unit that
-    does not depend on the tokenizer. With FactRecall, recall is the share of facts that the model knows.
-    `summary.json` of `validate` and `test` holds val_loss, perplexity and val_bits_per_byte, and the tokens that they
-    were measured on.
+    `fit_summary` and `evaluation_summary` in pretraining/summary.py say what the file holds. The callback TokenLedger
+    has to count the tokens.
     """
 
     def __init__(self) -> None:

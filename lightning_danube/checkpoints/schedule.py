@@ -92,6 +92,8 @@ class RunSignals:
     """The signals that end a run at its next optimizer step: SIGTERM, SIGUSR1, Ctrl-C, and that of SLURM."""
 
     def __init__(self) -> None:
+        self.stop_run = False
+        """Whether the run ends before its next step. From the last call of `ask`."""
         self._requeue: int | None = None
 
     def hold(self, environment: ClusterEnvironment) -> None:
@@ -100,19 +102,19 @@ class RunSignals:
         This replaces Lightning's handlers if a user's program has a trainer of its own. Lightning's SIGTERM handler
         ends the run within an accumulation and saves nothing. Its SLURM handler saves in the middle of a step.
         """
-        self._requeue = None
+        self.stop_run, self._requeue = False, None
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal
         # Windows has no SIGUSR1.
         numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None), self._requeue}
         SIGNALS.hold(number for number in numbers if number is not None)
 
-    def received(self, trainer: Trainer) -> bool:
-        """Whether any rank has received a signal. A collective call: every rank has to make it."""
+    def ask(self, trainer: Trainer) -> None:
+        """Finds out whether any rank has received a signal. A collective call: every rank has to make it."""
         told = SIGNALS.received is not None
-        return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        self.stop_run = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
 
-    def stop(self, trainer: Trainer) -> Stopped:
+    def stopped(self, trainer: Trainer) -> Stopped:
         """Returns the exception that ends a saved run. Has SLURM requeue the job if that was the signal."""
         lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
         if SIGNALS.received == self._requeue and trainer.is_global_zero:

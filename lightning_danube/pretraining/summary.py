@@ -126,6 +126,11 @@ def fit_summary(
 ) -> dict[str, Any]:
     """Returns the content of `summary.json` of `fit`. A collective call: every rank has to make it.
 
+    skipped_steps are those that left the model as it was; tokens_per_second is of training alone, without validation;
+    stages holds for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats a
+    token; val_bits_per_byte is the last held-out loss in a unit that does not depend on the tokenizer; recall is there
+    if FactRecall asks for facts.
+
     Args:
         losses: at the end of each stage that is done.
         unigram: losses of a model that knows only how frequent each token is.
@@ -216,7 +221,7 @@ def _share_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
 
 
 def evaluation_summary(losses: Losses, held_out: HeldOutText, *, weights: str, precision: str | int) -> dict[str, Any]:
-    """Returns the content of `summary.json` of `validate` and `test`."""
+    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats a token."""
     return {
         "weights": weights,
         "precision": precision,

@@ -9,8 +9,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
-from lightning_danube.callbacks.summary import write_json
-from lightning_danube.terminal import text_table
 
 
 def test_other_data_is_refused_by_name() -> None:
@@ -92,16 +90,3 @@ def test_old_checkpoints_go_and_stage_ends_stay(tiny: Path) -> None:
     names = sorted(path.name for path in (tiny / "runs/tiny/version_0/checkpoints").glob("*.ckpt"))
     # The last two of every second step; the run ends at another one, and is saved there.
     assert names == ["stage_1_foundation_step_00000012.ckpt", "step_00000018.ckpt", "step_00000019.ckpt"]
-
-
-def test_a_json_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    write_json(tmp_path / "a" / "x.json", {"n": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a" / "x.json", {"n": object()})
-    assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ['{\n  "n": 1\n}\n']
-
-
-def test_tables_align() -> None:
-    assert text_table(["a", "n"], [["long", "1"], ["b", "1,000"]]) == (
-        "a         n\n───────────\nlong      1\nb     1,000"
-    )
