@@ -70,7 +70,8 @@ def test_a_name_that_is_gone_is_refused() -> None:
     before = SampleLedger(curriculum("a"), alone)
     before.add([key(0, 1)])
     for other in (curriculum("b"), curriculum("a", sources=("web",))):
-        with pytest.raises(ValueError, match=r"the checkpoint counted tokens of source 'wiki' in stage 'a'.* keeps its"):
+        message = r"the checkpoint counted tokens of source 'wiki' in stage 'a'.* keeps its name"
+        with pytest.raises(ValueError, match=message):
             SampleLedger(other, alone).restore(before.state())
     # Names that were not counted may go.
     after = SampleLedger(curriculum("a", sources=("wiki",)), alone)
