@@ -17,7 +17,7 @@ BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remai
 
 
 def say(trainer: Trainer, text: str) -> None:
-    """Prints a line from rank zero without tearing the progress bar."""
+    """Prints text on rank zero, above the progress bar if there is one."""
     if trainer.is_global_zero:
         bar = trainer.progress_bar_callback
         if isinstance(bar, Progress):
@@ -27,7 +27,7 @@ def say(trainer: Trainer, text: str) -> None:
 
 
 def can_draw(trainer: Trainer) -> bool:
-    """Whether figures for TensorBoard can be drawn; says why not."""
+    """Whether figures for TensorBoard can be drawn. If not, prints why."""
     if missing_module("figures") is None:
         return True
     say(trainer, f"no figure is drawn without matplotlib; type: {install_command('figures')}")
