@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.run_summary import RunSummary, report_evaluation, reports_fit, write_summary
 from lightning_danube.checkpoints.strategy import wait_for_checkpoint
+from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.summary import (
     HeldOutText,
     Losses,
@@ -62,7 +63,7 @@ class PretrainingSummary(RunSummary):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._report_evaluation(trainer, curriculum_of(trainer)[0].validation_rows)
+            self._report_evaluation(trainer, pretraining_data_of(trainer).validation_rows)
         if trainer.state.fn != "fit" or trainer.sanity_checking or (stage := finished_stage(trainer)) is None:
             return
         measured = metrics_of_sources(trainer.callback_metrics)
@@ -98,7 +99,7 @@ class PretrainingSummary(RunSummary):
 
     def _report_evaluation(self, trainer: Trainer, rows: int | None) -> None:
         losses = metrics_of_sources(trainer.callback_metrics)
-        held_out = HeldOutText.of(curriculum_of(trainer)[0], rows)
+        held_out = HeldOutText.of(pretraining_data_of(trainer), rows)
         summary = evaluation_summary(losses, held_out, weights=str(trainer.ckpt_path), precision=trainer.precision)
         report_evaluation(trainer, summary, evaluation_table(losses, held_out))
 
@@ -108,3 +109,15 @@ class PretrainingSummary(RunSummary):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._stage_losses = state_dict["stage_losses"]
+
+
+def pretraining_data_of(trainer: Trainer) -> CurriculumData:
+    """Returns the run's data module. Outside `fit` its curriculum is not known.
+
+    Raises:
+        ValueError: the run has other data.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, CurriculumData):
+        raise ValueError("PretrainingSummary reports on CurriculumData: remove it, or use that data module")
+    return data
