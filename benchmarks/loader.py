@@ -394,7 +394,7 @@ def position_table(costs: dict[int, list[Cost]]) -> list[str]:
 
 
 def main() -> None:
-    from lightning_danube.durations import parse_tokens
+    from lightning_danube.options import parse_tokens
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", default="200M")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightning_danube.files import write_parquet
-from lightning_danube.training.provenance import commit, machine
+from lightning_danube.training.history import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 

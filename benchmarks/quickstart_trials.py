@@ -28,9 +28,9 @@ import yaml
 from lightning.pytorch import Callback
 from machine import ROOT, described, write_result
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import markdown_table
-from lightning_danube.training.provenance import commit, machine
+from lightning_danube.training.history import commit, machine
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart-trials.jsonl"

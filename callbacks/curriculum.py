@@ -1,7 +1,7 @@
-"""Enters the stages of a curriculum: announces each, has each validated at its end, and tells where the run stands.
+"""Announces the stages of a curriculum, and has the model validated at the end of each.
 
-The data need no switch: their loader computes the stage from the sample's number. An attribute switched on a dataset
-that loader processes hold would arrive late, or never.
+The callback does not switch the data to the next stage: the loader computes the stage from the number of the sample.
+Loader processes hold copies of the dataset, so a switch would reach them late or never.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
 from lightning_danube.training.position import at_logged_step
 
@@ -20,7 +20,7 @@ class CurriculumStages(Callback):
     """Announces stages and plans validation for the end of each.
 
     Args:
-        validate_every: also validate every so many tokens ("100M"), rounded up to optimizer steps.
+        validate_every: also validate each time after this many tokens ("100M"), rounded up to optimizer steps.
     """
 
     def __init__(self, validate_every: int | str | None = None) -> None:
@@ -50,7 +50,7 @@ class CurriculumStages(Callback):
                 self._announce(trainer, resumed=False)
 
     def _plan_validation(self, trainer: Trainer) -> None:
-        """Tells the trainer the micro-batch after which to validate next: a stage's end, or an interval's."""
+        """Sets the micro-batch after which the trainer validates next: the end of a stage or of an interval."""
         data, curriculum = curriculum_of(trainer)
         done = samples_done(trainer)
         ends = [span.stop for span in curriculum.spans]
@@ -73,7 +73,7 @@ class CurriculumStages(Callback):
         self._log_stage(trainer)
 
     def _log_stage(self, trainer: Trainer) -> None:
-        """Number of the stage of the next sample: TensorBoard would draw a slope between entries alone."""
+        """Logs the number of the next sample's stage. Each logged step has one, else TensorBoard would draw a slope."""
         _, curriculum = curriculum_of(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(

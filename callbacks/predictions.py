@@ -1,4 +1,4 @@
-"""Writes what `predict` returns, one JSON object a line."""
+"""Writes the results of `predict`, one JSON object a line."""
 
 from __future__ import annotations
 

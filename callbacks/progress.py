@@ -1,4 +1,4 @@
-"""One line that tells how far a run is: tokens, tokens a second, time left, loss, stage."""
+"""Shows how far a run is: tokens, tokens a second, time left, loss, stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remai
 
 
 def say(trainer: Trainer, text: str) -> None:
-    """Prints a line from rank zero without tearing the progress bar."""
+    """Prints text on rank zero, above the progress bar if there is one."""
     if trainer.is_global_zero:
         bar = trainer.progress_bar_callback
         if isinstance(bar, Progress):
@@ -28,7 +28,7 @@ def say(trainer: Trainer, text: str) -> None:
 
 
 def can_draw(trainer: Trainer) -> bool:
-    """Whether figures for TensorBoard can be drawn; says why not."""
+    """Whether figures for TensorBoard can be drawn. If not, prints why."""
     if missing_module("figures") is None:
         return True
     say(trainer, f"no figure is drawn without matplotlib; type: {install_command('figures')}")
@@ -36,10 +36,10 @@ def can_draw(trainer: Trainer) -> bool:
 
 
 class Progress(ProgressBar):
-    """A bar over the tokens of the run on a terminal; a plain line now and then elsewhere (logs, CI).
+    """A bar over the tokens of the run on a terminal. Elsewhere (logs, CI), a plain line from time to time.
 
     Args:
-        seconds_between_lines: how often a line is written where there is no terminal.
+        seconds_between_lines: time between two plain lines.
     """
 
     def __init__(self, seconds_between_lines: float = 30.0) -> None:
@@ -57,10 +57,6 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    @property
-    def _on_terminal(self) -> bool:
-        return sys.stderr.isatty()
-
     def print(self, *args: Any, **kwargs: Any) -> None:
         text = " ".join(map(str, args))
         if self._bar is not None:
@@ -72,19 +68,10 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
-        total, done = self._tokens(trainer)
-        self._start = (time.monotonic(), done)
+        self._start = (time.monotonic(), tokens_done(trainer))
         self._last_line = time.monotonic()
-        if self._on_terminal:
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                unit=" tokens",
-                unit_scale=True,
-                dynamic_ncols=True,
-                smoothing=0.1,
-                bar_format=BAR,
-            )
+        if sys.stderr.isatty():
+            self._bar = token_bar(end_of_run(trainer), tokens_done(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,34 +79,26 @@ class Progress(ProgressBar):
         if not self._enabled:
             return
         now = time.monotonic()
-        if now - self._last_line < (0.5 if self._on_terminal else self.seconds_between_lines):
+        if now - self._last_line < (0.5 if sys.stderr.isatty() else self.seconds_between_lines):
             return
         self._last_line = now
-        total, done = self._tokens(trainer)
         loss = trainer.callback_metrics.get("loss/train")
+        nats = None if loss is None else float(loss)
         if self._bar is not None:
             if (stage := stage_name(trainer)) is not None:
                 self._bar.set_description(f"stage {stage}", refresh=False)
-            if loss is not None:
-                self._bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-            self._bar.n = done
+            if nats is not None:
+                self._bar.set_postfix_str(f"loss {nats:.3f}", refresh=False)
+            self._bar.n = tokens_done(trainer)
             self._bar.refresh()
         else:
-            seconds, at = self._start
-            rate = (done - at) / max(now - seconds, 1e-9)
-            # Nothing is known before the first step, which an accumulation can make a long one.
-            left = tqdm.format_interval((total - done) / rate) if rate else "?"
-            # It is new at logged steps only. Said again it would look as if nothing had changed since.
-            said = "" if loss is None or float(loss) == self._last_loss else f", loss {float(loss):.3f}"
-            self._last_loss = None if loss is None else float(loss)
-            print(
-                f"  {done:,} of {total:,} tokens{said}, {rate:,.0f} tokens/s, {left} left",
-                flush=True,
-            )
+            # The loss changes only at logged steps. Printed again, it would look as if it did not change any more.
+            new, self._last_loss = (nats if nats != self._last_loss else None), nats
+            print(plain_line(tokens_done(trainer), end_of_run(trainer), new, self._start, now), flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
-            self._bar.n = self._tokens(trainer)[1]
+            self._bar.n = tokens_done(trainer)
             self._bar.refresh()
         self._close()
 
@@ -131,6 +110,30 @@ class Progress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    @staticmethod
-    def _tokens(trainer: Trainer) -> tuple[int, int]:
-        return end_of_run(trainer), tokens_done(trainer)
+
+def token_bar(total: int, done: int) -> tqdm[Any]:
+    """Returns a bar over the tokens of a run, of which some may be done already."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=" tokens",
+        unit_scale=True,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        bar_format=BAR,
+    )
+
+
+def plain_line(done: int, total: int, loss: float | None, start: tuple[float, int], now: float) -> str:
+    """Returns how far a run is, the loss if it is given, the speed of this session, and the time left.
+
+    Args:
+        done, total: tokens.
+        start: the time when the session began, and the tokens that were done then.
+    """
+    seconds, at = start
+    speed = (done - at) / max(now - seconds, 1e-9)
+    # Before the end of the first step, which may take long, no speed is known.
+    left = tqdm.format_interval((total - done) / speed) if speed else "?"
+    shown = "" if loss is None else f", loss {loss:.3f}"
+    return f"  {done:,} of {total:,} tokens{shown}, {speed:,.0f} tokens/s, {left} left"

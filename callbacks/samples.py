@@ -1,6 +1,8 @@
-"""Lets the model continue a few prompts after each validation, so that a person can read how it learns."""
+"""Lets the model continue a few prompts after each validation, so that a person can follow what it learns."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +13,8 @@ from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.text import encode_prompt
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.pretraining.position import curriculum_of
+from lightning_danube.terminal import markdown_code
+from lightning_danube.training.run_facts import run_facts_of
 
 
 class TextSamples(Callback):
@@ -19,8 +23,8 @@ class TextSamples(Callback):
     Args:
         prompts: texts to continue.
         max_new_tokens: length of a continuation.
-        temperature: 0 takes the likeliest token; small models then repeat themselves.
-        top_k: sample among so many likeliest tokens.
+        temperature: 0 takes the likeliest token. Small models then repeat themselves.
+        top_k: sample among this number of likeliest tokens.
     """
 
     def __init__(
@@ -28,37 +32,41 @@ class TextSamples(Callback):
     ) -> None:
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.temperature, self.top_k = temperature, top_k
-        self.latest: dict[str, str] = {}
-        """prompt → prompt and continuation, of the last validation."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        # Rank zero alone can run a model that it holds whole; a sharded one would wait for the other ranks for ever.
+        # Rank zero alone can run only a model that it holds whole. A sharded model would wait for the other ranks.
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             return
-        data, _ = curriculum_of(trainer)
-        tokenizer = data.tokenizer
+        samples = run_facts_of(pl_module).samples
         for prompt in self.prompts:
-            ids = encode_prompt(tokenizer.hf, prompt)
-            room = data.context_length - len(ids)
-            if room < 1:
-                raise ValueError(
-                    f"the sample prompt {prompt!r} has {len(ids)} tokens, the context {data.context_length}"
-                )
-            # Its draws have a source of their own: sampling must not move the random state of training.
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                (new,) = generate(
-                    pl_module.decoder,  # type: ignore[arg-type]
-                    [ids],
-                    min(self.max_new_tokens, room),
-                    sampling=Sampling(temperature=self.temperature, top_k=self.top_k),
-                    eos_ids=[tokenizer.eos_id],
-                )
-            self.latest[prompt] = str(tokenizer.hf.decode(ids + new, skip_special_tokens=True))
+            samples[prompt] = self._continue(trainer, pl_module, prompt)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, prompt in enumerate(self.prompts, start=1):
-                    # Four spaces make it a block of code in TensorBoard, which keeps line breaks.
-                    text = "\n".join("    " + line for line in self.latest[prompt].splitlines())
-                    logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
+                    logger.experiment.add_text(f"samples/{number}", markdown_code(samples[prompt]), trainer.global_step)
+
+    def _continue(self, trainer: Trainer, task: LightningModule, prompt: str) -> str:
+        """Returns a prompt and its continuation.
+
+        Raises:
+            ValueError: the prompt fills the context.
+        """
+        data, _ = curriculum_of(trainer)
+        tokenizer = data.tokenizer
+        decoder: Any = task.decoder
+        ids = encode_prompt(tokenizer.hf, prompt)
+        room = data.context_length - len(ids)
+        if room < 1:
+            raise ValueError(f"the sample prompt {prompt!r} has {len(ids)} tokens, the context {data.context_length}")
+        # `generate` has a random generator of its own: sampling does not change the random state of training.
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            (new,) = generate(
+                decoder,
+                [ids],
+                min(self.max_new_tokens, room),
+                sampling=Sampling(temperature=self.temperature, top_k=self.top_k),
+                eos_ids=[tokenizer.eos_id],
+            )
+        return str(tokenizer.hf.decode(ids + new, skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Measures where the time of a training step goes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_danube.training.task import FORWARD
 
 
 class StepTimes(SimpleProfiler):
-    """`--trainer.profiler lightning_danube.callbacks.StepTimes`: a table of a step's parts at the end of `fit`.
+    """Prints a table of the parts of a training step at the end of `fit`.
 
-    Times are of the host's clock. A GPU works behind it: there the parts that wait for it get its time, and
-    `--trainer.profiler pytorch` says more.
+    Use it with `--trainer.profiler lightning_danube.callbacks.StepTimes`. The times are the host's. A GPU works later
+    than the host: its time counts for the part that waits for the GPU, and `--trainer.profiler pytorch` says more.
     """
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part over all training steps; "rest" is what Lightning's loop does around them."""
+        """Returns the seconds of each part over all training steps; "rest" is the time of Lightning's loop."""
         around = [f"[Callback].{hook}" for hook in ("on_train_batch_start", "on_train_batch_end")]
         inside = [
             f"[{kind}].{hook}"
@@ -36,7 +36,7 @@ class StepTimes(SimpleProfiler):
             "loss": training_step - forward,
             "backward": backward,
             "clip": clip,
-            # All of these are called from within the optimizer's step.
+            # The optimizer's step calls all parts that are subtracted here.
             "optimizer": max(0.0, step - training_step - backward - clip - hooks),
             "callbacks": hooks + math.fsum(map(self._seconds, around)),
             "logging": self._seconds("[LightningModule].on_train_batch_end"),
@@ -44,11 +44,11 @@ class StepTimes(SimpleProfiler):
         }
 
     def steps(self) -> int:
-        """Micro-batches that were trained on."""
+        """Returns the number of micro-batches that were trained on."""
         return len(self.recorded_durations.get("run_training_batch", ()))
 
     def _seconds(self, action: str) -> float:
-        """Of the actions "[kind]Class.hook" of any class that are asked for as "[kind].hook"."""
+        """Returns the seconds of an action; "[kind].hook" stands for the actions "[kind]Class.hook" of all classes."""
         start, _, end = action.rpartition(".")
         return math.fsum(
             math.fsum(durations)
@@ -57,11 +57,12 @@ class StepTimes(SimpleProfiler):
         )
 
     def describe(self) -> None:
-        # Lightning would log it, with a prefix that tears the table.
+        # Lightning would log the table with a prefix that breaks its columns.
         if self._local_rank in (None, 0):
             print(self.summary(), flush=True)
 
     def summary(self) -> str:
+        """Returns the table; an empty text if nothing was trained."""
         steps, parts = self.steps(), self.parts()
         whole = sum(parts.values())
         if not steps:

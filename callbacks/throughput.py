@@ -1,4 +1,4 @@
-"""Tokens a second of training alone, and what share of the hardware's peak that is."""
+"""Logs the tokens per second of training, and their share of the hardware's peak."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.training.position import at_logged_step, training_data_of
+from lightning_danube.training.run_facts import run_facts_of
 
 
 class Throughput(Callback):
-    """Logs `throughput/tokens_per_second` and, given a peak, `throughput/mfu` (model FLOPs utilisation).
+    """Logs `throughput/tokens_per_second` and, if the peak is given, `throughput/mfu` (model FLOPs utilisation).
 
-    Time spent in validation, samples and checkpoints does not count. The first interval after a start is left out of
-    the log, since it holds compilation and warm-up.
+    Time spent in validation, samples and checkpoints does not count. The first interval after a start is not logged,
+    because it includes compilation and warm-up.
 
     Args:
         peak_flops: dense peak of one device in FLOP/s at the precision used, for example 989e12 for bf16 on H100 and
-            H200. A vendor's figure "with sparsity" is twice the dense one.
+            H200. A vendor's figure "with sparsity" is twice the dense peak.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -29,6 +30,9 @@ class Throughput(Callback):
         """Seconds spent in training steps, over all sessions of the run."""
         self._interval: tuple[float, int] | None = None
         self._since: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run_facts_of(pl_module).training_seconds = self.seconds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._since is None:  # the first batch, or the first after validation
@@ -41,6 +45,7 @@ class Throughput(Callback):
         assert self._since is not None
         self.seconds += now - self._since
         self._since = now
+        run_facts_of(pl_module).training_seconds = self.seconds
         if at_logged_step(trainer, batch_idx):
             self._log(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Says of each academic benchmark whether its questions stood in the model's training texts."""
+"""Reports for each academic benchmark whether its questions were in the model's training texts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lightning_danube.weights.names import locate
 
 
 class TrainingOverlap(Callback):
-    """Looks for the questions of academic benchmarks in the texts that a pre-training run of this project has read, by
-    the run's own config and ledger; it stands before EvaluationReport. Of any other model it says that nobody knows.
-    It reads all of these texts for each benchmark, which takes as long as reading takes.
+    """Looks for the questions of academic benchmarks in the texts that a pre-training run of this project has read.
+
+    Name it before EvaluationReport. The run's config and ledger say which texts those are. For any other model, the
+    note says that this is not known. Each benchmark reads all of the texts, so the time grows with their size.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,7 +42,7 @@ class TrainingOverlap(Callback):
         if self.texts is None:
             row.notes.append("whether the questions stood in the model's training texts is not known")
             return
-        # A question may be read by several filters.
+        # Several filters may read the same question.
         asked = {(record["task"], record["document"]): record["row"] for record in row.records}
         found = overlap(list(asked.values()), self.texts)
         row.more["in_training_texts"] = {

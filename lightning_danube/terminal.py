@@ -67,6 +67,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def markdown_code(text: str) -> str:
+    """Returns a text as a block of Markdown code, which keeps line breaks."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
 def tell(text: str) -> None:
     """A line for whoever watches, beside what the run prints."""
     print(text, file=sys.stderr, flush=True)
+
+
+def minutes_and_seconds(seconds: float) -> str:
+    """Returns a duration such as "2 min 05 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def closing_lines(done: str, run: Path, *arguments: object) -> list[str]:
+    """Returns the last lines of a finished run: what was done, where it is, and the command to type next.
+
+    Args:
+        arguments: verb and options of that command; a path is quoted for a shell.
+    """
+    command = " ".join(quoted(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+    return [done, f"run:  {run}", f"next: {runnable()} {command}"]

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lightning_danube"
-GENERAL = ("yaml_files", "terminal", "files", "intervals", "device", "durations", "extras", "signals")
+GENERAL = ("yaml_files", "terminal", "files", "intervals", "device", "options", "extras", "signals")
 TASKS = ("pretraining", "chat", "classification", "quantization", "evaluation")
 # Each room imports only itself and rooms that stand before it.
 ORDER = (
@@ -45,9 +45,9 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "lm_eval": "lightning_danube/evaluation/harness.py",
     "matplotlib": (
         "lightning_danube/reports/",
-        "lightning_danube/quantization/frontier.py",
-        "callbacks/classification_summary.py",
-        "callbacks/evaluation_report.py",
+        "lightning_danube/quantization/summary.py",
+        "lightning_danube/classification/summary.py",
+        "lightning_danube/evaluation/report.py",
     ),
     "optuna": "lightning_danube/studies/",
     "pandas": "lightning_danube/reports/",
@@ -310,7 +310,7 @@ def test_names_that_may_be_given_twice(source: str) -> None:
         (
             "lightning_danube/chat/fine_tuning.py",
             "from matplotlib.figure import Figure",
-            "callbacks/evaluation_report.py",
+            "lightning_danube/evaluation/report.py",
         ),
         ("lightning_danube/chat/data.py", "from ..callbacks.curriculum import CurriculumStages", "stands after"),
         ("lightning_danube/cli/configs.py", "from ..callbacks.curriculum import CurriculumStages", "no room imports"),

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from lightning_danube.terminal import as_typed, program, quoted, runnable
+from lightning_danube.terminal import (
+    as_typed,
+    closing_lines,
+    markdown_code,
+    minutes_and_seconds,
+    program,
+    quoted,
+    runnable,
+    text_table,
+)
 
 
 @pytest.fixture
@@ -70,3 +79,25 @@ def test_a_quoted_text_is_one_argument(text: str) -> None:
 def test_double_quotes_are_used_where_they_are_enough() -> None:
     assert quoted("The function returns") == '"The function returns"'
     assert quoted("runs/quickstart/version_0") == "runs/quickstart/version_0"
+
+
+def test_tables_align() -> None:
+    assert text_table(["a", "n"], [["long", "1"], ["b", "1,000"]]) == (
+        "a         n\n───────────\nlong      1\nb     1,000"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 min 00 s"), (65.2, "1 min 05 s"), (119.7, "2 min 00 s"), (7200, "120 min 00 s")]
+)
+def test_a_duration_has_whole_seconds(seconds: float, shown: str) -> None:
+    assert minutes_and_seconds(seconds) == shown
+
+
+def test_the_last_lines_of_a_run_quote_its_path() -> None:
+    lines = closing_lines("20 steps", Path("runs/my run"), "chat", "--weights", Path("runs/my run"))
+    assert lines == ["20 steps", "run:  runs/my run", f'next: {runnable()} chat --weights "runs/my run"']
+
+
+def test_a_block_of_code_keeps_its_lines() -> None:
+    assert markdown_code("a\n  b") == "    a\n      b"

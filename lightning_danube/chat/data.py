@@ -22,17 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
-from lightning_danube.durations import options
 from lightning_danube.files import default_cache_dir, new_folder
+from lightning_danube.options import options
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
 from lightning_danube.tokens.shards import files_identity, held_out_below
 from lightning_danube.tokens.tokenizer import MISTRAL, fingerprint_of
 from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepBatch, TokenBatch
-from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, steps_of
+from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, accumulation, steps_of
 from lightning_danube.training.passes import LAYOUTS, Pass
-from lightning_danube.training.replicas import accumulation, replicas_of
+from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
 FORMAT = 1

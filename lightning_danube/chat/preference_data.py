@@ -25,7 +25,7 @@ from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, TokenBatch
 from lightning_danube.training.loaders import StepRows
 from lightning_danube.training.passes import Pass, bucketed_pass
-from lightning_danube.training.replicas import replicas_of
+from lightning_danube.training.position import replicas_of
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -173,3 +173,9 @@ def take_part(target: Tensor, whole: Tensor) -> None:
 def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
     for group, old in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
+
+
+def wait_for_checkpoint(strategy: Strategy) -> None:
+    """Returns when the last checkpoint is on the disk: a sharded checkpoint is written while training goes on."""
+    if isinstance(strategy, ShardedStrategy):
+        strategy.wait_for_checkpoint()

@@ -35,9 +35,9 @@ from lightning_danube.text.corpora import local_files
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL, begin_token, fingerprint_of
 from lightning_danube.training.contract import IGNORE_INDEX
-from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler
+from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, accumulation
 from lightning_danube.training.passes import Pass, bucketed_pass
-from lightning_danube.training.replicas import accumulation, replicas_of
+from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
 SPLITS = ("train", "validation", "test")

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_danube.cli.options import BEFORE, Path, Typed, no_option
-from lightning_danube.training.precision_names import PRECISIONS
+from lightning_danube.options import PRECISIONS
 from lightning_danube.yaml_files import config_file, lines_of_keys, read_config
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")

@@ -134,7 +134,7 @@ def _options(owner: Any, given: Mapping[str, Any], path: Path) -> Iterator[str]:
         inner = _inner_class(option.hint, value)
         shown = "required" if option.required and option.name not in given else _shown(value)
         if inner is None:
-            flag = f"--{'.'.join(here)} {type_name(option.hint)}"
+            flag = f"--{'.'.join(here)} {shown_type(option.hint)}"
             yield _line(flag, " ".join(filter(None, [explained.get(option.name, ""), f"({shown})"])))
         else:
             yield _line(f"--{'.'.join(here)} {inner.__name__}", explained.get(option.name, ""))
@@ -155,11 +155,11 @@ def _inner_class(hint: Any, value: Any) -> Any:
     return type(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else classes[0]
 
 
-def type_name(hint: Any) -> str:
+def shown_type(hint: Any) -> str:
     """A type as a reader of a command line's help would call it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return "|".join(type_name(one) for one in inner if one is not type(None))
+        return "|".join(shown_type(one) for one in inner if one is not type(None))
     if origin is typing.Literal:
         return "|".join(map(str, inner))
     if origin is not None:

@@ -29,6 +29,7 @@ from lightning_danube.cli.command_line import check_command_line, with_config_pa
 from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
 from lightning_danube.cli.errors import parse, raised_by_a_class
 from lightning_danube.device import exact_products_by_onednn, keep_freed_memory, usable_cores
+from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
 from lightning_danube.training.history import append_history, differences
@@ -40,7 +41,6 @@ from lightning_danube.training.precision import (
     kind_of_device,
 )
 from lightning_danube.training.precision import warning_of as precision_warning
-from lightning_danube.training.precision_names import full_name
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
 
 MOST_PROCESSES = 8

@@ -8,7 +8,6 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_danube.durations import options
 from lightning_danube.evaluation.academic_tasks import AcademicTask, academic_tasks
 from lightning_danube.evaluation.asking import Part
 from lightning_danube.evaluation.parts.academic import AcademicQuestions
@@ -17,6 +16,7 @@ from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needle
 from lightning_danube.evaluation.parts.passages import FUNCTIONS, RetrievalOptions, passage_questions
 from lightning_danube.evaluation.parts.perplexity import text_rows
 from lightning_danube.files import default_cache_dir
+from lightning_danube.options import options
 from lightning_danube.text.corpora import Source, local_files
 from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.weights.tokenizers import tokenizer_of

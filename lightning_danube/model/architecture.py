@@ -233,7 +233,7 @@ def is_on(config: DecoderShape, option: str) -> bool:
     return getattr(config, option) not in (None, False)
 
 
-def options_of(config: DecoderShape) -> frozenset[str]:
+def family_options(config: DecoderShape) -> frozenset[str]:
     """Returns the options that a decoder has on."""
     return frozenset(option for option in OPTIONS if is_on(config, option))
 
@@ -244,7 +244,7 @@ def family_of(config: DecoderShape) -> Family:
     Raises:
         ValueError: no family has these options together.
     """
-    used = options_of(config)
+    used = family_options(config)
     for family in FAMILIES:
         if family.needs <= used <= family.needs | family.allows:
             return family

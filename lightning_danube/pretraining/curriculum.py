@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.mixture import Mixture
-from lightning_danube.training.permutation import IntArray, permute
+from lightning_danube.training.passes import IntArray, permute
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,11 @@ class Curriculum:
     def samples(self, start: int, stop: int) -> list[SampleKey]:
         """Keys of the samples [start, stop); their cost does not depend on `start`."""
         return list(map(SampleKey._make, self.keys(start, stop).tolist()))
+
+    def described(self, key: SampleKey) -> dict[str, str | int]:
+        """Returns a sample's address with the names of its stage and source."""
+        stage, source = self.stages[key.stage].name, self.sources[key.source]
+        return {"stage": stage, "source": source, "epoch": key.epoch, "row": key.row}
 
     def __getitem__(self, sample: int) -> SampleKey:
         return self.samples(sample, sample + 1)[0]

@@ -23,8 +23,8 @@ from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepa
 from lightning_danube.tokens.shards import TokenSequence, TokenShards
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader
-from lightning_danube.training.permutation import IntArray
-from lightning_danube.training.replicas import replicas_of
+from lightning_danube.training.passes import IntArray
+from lightning_danube.training.position import replicas_of
 
 
 class CurriculumData(CurriculumSettings, LightningDataModule):

@@ -20,7 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lightning_danube.training.permutation import IntArray
+from lightning_danube.training.passes import IntArray
 
 LARGEST_BLOCK = 10_000
 """Samples in a block at most: shares are then exact to 0.01 %."""

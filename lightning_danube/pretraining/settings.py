@@ -9,9 +9,9 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from lightning_danube.durations import options, parse_tokens
 from lightning_danube.files import default_cache_dir
 from lightning_danube.model.config import DecoderConfig, DecoderShape
+from lightning_danube.options import options, parse_tokens
 from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.shards import TokenShards

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_danube.durations import parse_tokens
 from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler
+from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.settings import PretrainingSettings
 from lightning_danube.training.contract import TokenBatch
 from lightning_danube.training.optim import AdamW, LearningRate

@@ -17,8 +17,8 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_danube.durations import options, parse_tokens
 from lightning_danube.files import default_cache_dir
+from lightning_danube.options import options, parse_tokens
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.shards import is_held_out
 from lightning_danube.tokens.tokenizer import begin_token

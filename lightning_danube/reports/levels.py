@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lightning_danube.quantization.frontier import frontier_figure
+from lightning_danube.quantization.summary import frontier_figure
 from lightning_danube.reports.runs import MissingResult, newest_run
 from lightning_danube.terminal import as_typed
 

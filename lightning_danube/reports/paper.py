@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lightning_danube.durations import parse_tokens
 from lightning_danube.model import PRESETS
+from lightning_danube.options import parse_tokens
 from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure
 from lightning_danube.reports.runs import PAPER_WEB_SHARES, committed_result
 from lightning_danube.yaml_files import read_config

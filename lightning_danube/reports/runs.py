@@ -17,7 +17,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import as_typed
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from lightning_danube.durations import parse_tokens
 from lightning_danube.intervals import student
+from lightning_danube.options import parse_tokens
 from lightning_danube.reports.figures import (
     COLOURS,
     FAINT,

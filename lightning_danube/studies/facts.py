@@ -21,10 +21,10 @@ refused."""
 
 def command_of(design: Design, values: Overrides, seed: int, *more: str) -> list[str]:
     """The run of one variant, or of what a search tries, with one seed, as a command line."""
-    return [sys.executable, "-m", "lightning_danube", design.verb, *options_of(design, values, seed), *more]
+    return [sys.executable, "-m", "lightning_danube", design.verb, *override_options(design, values, seed), *more]
 
 
-def options_of(design: Design, values: Overrides, seed: int) -> list[str]:
+def override_options(design: Design, values: Overrides, seed: int) -> list[str]:
     """The options of that run: its configuration and what the variant overrides."""
     options = ["--config", design.base]
     for key, value in design.overrides(values, seed).items():
@@ -41,7 +41,7 @@ def check_variants(design: Design, resolve: Resolver) -> dict[str, Facts]:
     facts = {}
     for variant, values in design.variants.items():
         try:
-            facts[variant] = facts_of(resolve(options_of(design, values, design.seeds[0])))
+            facts[variant] = facts_of(resolve(override_options(design, values, design.seeds[0])))
         except ValueError as error:
             raise ValueError(f"variant {variant}: {error}") from None
     check_equal(design, facts)
@@ -62,7 +62,7 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
     model = config["model"].get("init_args") or {}
     tokens = by_source = None
     if data.get("stages"):
-        from lightning_danube.durations import parse_tokens
+        from lightning_danube.options import parse_tokens
         from lightning_danube.pretraining.curriculum import Stage, stage_samples
 
         stages = [Stage(**stage) for stage in data["stages"]]

@@ -27,7 +27,7 @@ from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.signals import Stopped, run_child
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
-from lightning_danube.training.provenance import commit, machine
+from lightning_danube.training.history import commit, machine
 
 HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 20

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.text.embedded.documentation import ROLES, collect_documentation
 from lightning_danube.text.embedded.world import ROLES as WORLD_ROLES
 from lightning_danube.text.embedded.world import WORLD, write_world

@@ -1,16 +1,16 @@
-"""What changed between the sessions of a run: shown when it goes on, kept in its `history.jsonl`."""
+"""What changed between the sessions of a run, and on which commit and machine a session ran."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from lightning_danube.training.provenance import commit
 
 _SAY_NOTHING = {"ckpt_path", "config"}
 _PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
@@ -64,3 +64,32 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode or changes.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def machine() -> str:
+    """Returns the processor and the number of cores."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

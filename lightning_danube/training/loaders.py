@@ -99,3 +99,19 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def accumulation(key: str, batch: int, micro_batch_size: int, replicas: int) -> int:
+    """Returns the micro-batches of one optimizer step on each replica.
+
+    Raises:
+        ValueError: `batch` examples, which `data.<key>` asks for, cannot be dealt evenly.
+    """
+    held = replicas * micro_batch_size
+    if batch % held:
+        near = max(1, round(batch / held)) * held
+        raise ValueError(
+            f"data.{key} is {batch}, which {replicas} device(s) × data.micro_batch_size {micro_batch_size} do not "
+            f"divide: {near} would work"
+        )
+    return batch // held

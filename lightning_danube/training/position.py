@@ -8,7 +8,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.training.contract import TrainingData, data_of
-from lightning_danube.training.replicas import replicas_of
+
+
+def replicas_of(trainer: Trainer | None) -> tuple[int, int]:
+    """Returns the number of data-parallel replicas, and this one's.
+
+    `global_rank` would be wrong under tensor parallelism.
+    """
+    replicas = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+    return int(replicas["num_replicas"]), int(replicas["rank"])
 
 
 def training_data_of(trainer: Trainer) -> TrainingData:

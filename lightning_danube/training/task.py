@@ -17,13 +17,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_danube.device import widest_float
-from lightning_danube.durations import options
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
+from lightning_danube.options import options
 from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
-from lightning_danube.training.position import log_interval, training_data_of
-from lightning_danube.training.replicas import replicas_of
+from lightning_danube.training.position import log_interval, replicas_of, training_data_of
+from lightning_danube.training.run_facts import RunFacts
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
@@ -43,6 +43,7 @@ class DecoderTask(LightningModule):
         self.decoder, self.config = decoder, decoder.config
         self.learning_rate = options(LearningRate, learning_rate, "model.learning_rate")
         self.optimizer_settings = options(AdamW, optimizer, "model.optimizer")
+        self.run_facts = RunFacts()
         self._losses: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
         self._step_loss: Tensor | None = None

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_danube.durations import options
+from lightning_danube.options import options
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
-from lightning_danube.training.position import log_interval
-from lightning_danube.training.replicas import replicas_of
+from lightning_danube.training.position import log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
 from lightning_danube.weights.adapters import Lora
 from lightning_danube.weights.loading import load_decoder

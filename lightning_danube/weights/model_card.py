@@ -249,7 +249,7 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
         sections += ["### Tokens seen", _of_ledger(ledger)]
         if paths := _source_paths(config, ledger["sources"]):
             sections.append("\n".join(f"- {source}: `{path}`" for source, path in paths.items()))
-    if losses := _held_out_losses(checkpoint, run, ledger["stages"] if ledger else []):
+    if ledger and (losses := _held_out_losses(ledger, run)):
         sections += ["### Held-out loss", losses]
     return [section for section in sections if section]
 
@@ -296,16 +296,21 @@ def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str
     return {name: str(path) for name in sources if (path := _at(configured, name, "path"))}
 
 
-def _held_out_losses(checkpoint: Mapping[str, Any], run: Path, stages: Sequence[str]) -> str:
-    """A table of the losses after each finished stage, with those facts of summary.json that hold at any step."""
-    losses = _at(checkpoint, "callbacks", "PretrainingSummary", "stage_losses") or []
-    losses = [(stage, by_source) for stage, by_source in zip(stages, losses, strict=False) if by_source]
-    if not losses:
-        return ""
+def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
+    """A table of the losses after each stage that the checkpoint has finished, from the run's summary.json."""
     try:
         summary = json.loads((run / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
-        summary = {}
+        return ""
+    # The summary may be newer than the checkpoint, which has finished a stage if it has seen all of the stage's tokens.
+    tokens = dict(zip(ledger["stages"], (ledger["samples"].sum(1) * ledger["context_length"]).tolist(), strict=True))
+    losses = [
+        (stage["name"], stage["val_loss"])
+        for stage in summary.get("stages", ())
+        if stage["val_loss"] and stage["tokens"] == tokens.get(stage["name"])
+    ]
+    if not losses:
+        return ""
     sources = list(losses[-1][1])
     rows: list[tuple[str, ...]] = []
     if counts := summary.get("val_tokens"):

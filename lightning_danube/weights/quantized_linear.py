@@ -40,7 +40,7 @@ class FrozenLinear4bit(Linear4bit):
     def __init__(self, layer: nn.Linear, quantization: str, *, double: bool = True) -> None:
         """`double`: the scales are held in 8 bits, with scales of their own."""
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
-        weight = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
+        weight: Any = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))
@@ -79,7 +79,7 @@ class FrozenLinear8bit(Linear8bitLt):
             threshold=OUTLIERS_FROM,
             device="meta",
         )
-        weight = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        weight: Any = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         # Moving is what quantizes.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 
 
 @pytest.fixture

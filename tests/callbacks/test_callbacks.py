@@ -1,6 +1,8 @@
 """What the callbacks do beyond what tests/pretraining/test_run.py sees in whole runs."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
@@ -9,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
-from lightning_danube.terminal import text_table
+from lightning_danube.callbacks.summary import pretraining_data_of
 
 
 def test_other_data_is_refused_by_name() -> None:
@@ -19,6 +21,12 @@ def test_other_data_is_refused_by_name() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="this callback counts the stages of CurriculumData"):
         trainer.fit(BoringModel())
+
+
+def test_a_summary_of_other_data_is_refused_by_name() -> None:
+    trainer: Any = SimpleNamespace(datamodule=None)
+    with pytest.raises(ValueError, match="PretrainingSummary reports on CurriculumData: remove it, or use that data m"):
+        pretraining_data_of(trainer)
 
 
 @pytest.mark.parametrize("flops", [0.0, -1.0])
@@ -91,9 +99,3 @@ def test_old_checkpoints_go_and_stage_ends_stay(tiny: Path) -> None:
     names = sorted(path.name for path in (tiny / "runs/tiny/version_0/checkpoints").glob("*.ckpt"))
     # The last two of every second step; the run ends at another one, and is saved there.
     assert names == ["stage_1_foundation_step_00000012.ckpt", "step_00000018.ckpt", "step_00000019.ckpt"]
-
-
-def test_tables_align() -> None:
-    assert text_table(["a", "n"], [["long", "1"], ["b", "1,000"]]) == (
-        "a         n\n───────────\nlong      1\nb     1,000"
-    )

@@ -330,7 +330,7 @@ def same_weights(left: Path, right: Path) -> bool:
 
 def test_two_are_kept_unless_asked_otherwise(tiny: Path) -> None:
     """With one alone there would be nothing to fall back on inside the first stage."""
-    assert Checkpoints().keep == 2
+    assert Checkpoints().schedule.keep == 2
     assert fit(tiny, "--trainer.max_steps", "11", "--data.init_args.micro_batch_size", "4") == 0
     names = sorted(path.name for path in (tiny / "runs" / "tiny" / "version_0" / "checkpoints").glob("*.ckpt"))
     assert names == ["step_00000010.ckpt", "step_00000011.ckpt"]

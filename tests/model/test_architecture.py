@@ -18,7 +18,7 @@ from lightning_danube.model.architecture import (
     family_called,
     family_in_gguf,
     family_of,
-    options_of,
+    family_options,
     quantizable_layers,
     tensors_of,
 )
@@ -27,7 +27,7 @@ from tests.tiny_models import CONFIG, TIED, VARIANTS, tiny_decoder
 ALL = {"plain": CONFIG, "tied": TIED, **VARIANTS}
 
 
-@pytest.fixture(params=ALL.values(), ids=ALL.keys())
+@pytest.fixture(params=list(ALL.values()), ids=list(ALL))
 def config(request: pytest.FixtureRequest) -> DecoderConfig:
     found: DecoderConfig = request.param
     return found
@@ -96,7 +96,7 @@ def test_each_variant_is_written_as_its_family(config: DecoderConfig) -> None:
         assert family_of(variant).model_type == name.split(" ")[0]
     assert family_of(config) is family_called(config.to_hf()["model_type"])
     # A file of the family's architecture gives the family again, but for Mistral's, which llama.cpp takes for Llamas.
-    if "sliding_window" not in options_of(config):
+    if "sliding_window" not in family_options(config):
         assert family_in_gguf(family_of(config).gguf) is family_of(config)
 
 

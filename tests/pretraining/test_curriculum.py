@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 STAGES = [

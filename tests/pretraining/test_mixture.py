@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lightning_danube.pretraining.mixture import LARGEST_BLOCK, Mixture, whole_counts
-from lightning_danube.training.permutation import permute
+from lightning_danube.training.passes import permute
 
 PAPER_STAGE_1 = {"web": 90.6, "code": 4.1, "instruct": 1.5, "rest": 3.8}
 

@@ -196,7 +196,7 @@ def test_factors_as_a_converter_computes_them_are_understood(factor: float, tmp_
     factors = []
     for i in range(0, 16, 2):
         wavelength = 2 * np.pi / np.float32(1.0 / 500000.0 ** np.float32(i / 16))
-        smooth = min(1.0, max(0.0, (8192 / wavelength - 1) / (4 - 1)))
+        smooth = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     array = np.array(factors, np.float32)
     file = rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", tensors={"rope_freqs.weight": array})

@@ -127,7 +127,7 @@ def _memory(
 
 def _precision(trainer: TrainerSection) -> str:
     """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
-    from lightning_danube.training.precision_names import full_name
+    from lightning_danube.options import full_name
 
     if trainer.precision is not None:
         return full_name(trainer.precision)

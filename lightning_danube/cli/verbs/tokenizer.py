@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from lightning_danube.durations import parse_tokens
+    from lightning_danube.options import parse_tokens
     from lightning_danube.tokens.tokenizer_training import check_pieces, train_tokenizer
     from lightning_danube.weights.huggingface import export_folder
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_danube.durations import parse_tokens
+from lightning_danube.options import parse_tokens
 
 
 @dataclass(frozen=True)

@@ -375,7 +375,7 @@ def config_of(header: GGUFHeader) -> DecoderConfig:
 
 
 def config_from_fields(fields: ModelFields, header: GGUFHeader) -> DecoderConfig:
-    refuse_what_is_not_computed(fields)
+    refuse_fields_that_are_not_computed(fields)
     family, tensors = family_in_gguf(fields.architecture), header.tensors
     heads = fields.whole("attention.head_count")
     hidden_size = fields.whole("embedding_length")
@@ -434,7 +434,7 @@ def read_rope_factors(header: GGUFHeader, head_dim: int) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.float32)
 
 
-def refuse_what_is_not_computed(fields: ModelFields) -> None:
+def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
     """
     Raises:
         ValueError: a field asks for something that this decoder does not compute.

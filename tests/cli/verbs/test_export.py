@@ -112,6 +112,18 @@ def test_the_card_of_a_run_says_what_the_run_knows(
     assert names["model"].dtype == torch.bfloat16 and len(names["tokenizer"]) == 32000
 
 
+def test_a_card_has_the_losses_of_the_stages_that_its_checkpoint_has_finished(tiny_run: Path, tmp_path: Path) -> None:
+    stages = json.loads((tiny_run / "summary.json").read_text())["stages"]
+    checkpoints = sorted((tiny_run / "checkpoints").glob("stage_*.ckpt"))
+    assert len(checkpoints) == len(stages) > 1
+    for finished, checkpoint in enumerate(checkpoints, start=1):
+        export("--weights", checkpoint, "--out", tmp_path / f"stage-{finished}")
+        losses = section((tmp_path / f"stage-{finished}" / "README.md").read_text(), "Held-out loss")
+        for number, stage in enumerate(stages, start=1):
+            row = f"| after {stage['name']} | {stage['val_loss']['web']:.3f} | {stage['val_loss']['wiki']:.3f} |"
+            assert (row in losses) == (number <= finished)
+
+
 def test_a_card_leaves_out_what_is_not_known(tiny_run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(locate(str(tiny_run)).path, weights_only=True)
     for key in ("token_ledger", "callbacks", "seed", "global_step"):

@@ -17,7 +17,7 @@ import pytest
 from lightning_danube.__main__ import main
 from lightning_danube.studies import facts, scaling, trials
 from lightning_danube.studies.design import Design, Overrides
-from lightning_danube.training.provenance import commit, machine
+from lightning_danube.training.history import commit, machine
 
 STUDY = """
 name: rates

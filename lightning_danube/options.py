@@ -1,4 +1,4 @@
-"""Options as people write them: numbers of tokens, and mappings in place of dataclasses."""
+"""Options as people write them: numbers of tokens, names of precisions, mappings in place of dataclasses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
+PRECISIONS = (
+    *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    *("64-true", "32", "16", "bf16", "64", "transformer-engine", "transformer-engine-float16", "null"),
+)
+"""Lightning's names of precisions, the usual ones first."""
+
+FULL_NAMES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Short name → full name."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -58,3 +67,8 @@ def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: 
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{key} has no {missing[0]}: the options are {', '.join(known)}")
     return kind(**given)
+
+
+def full_name(precision: object) -> str:
+    """Returns the full name of a precision: "bf16" is "bf16-mixed"."""
+    return FULL_NAMES.get(str(precision), str(precision))

@@ -1,0 +1,196 @@
+"""The plan and the result of a fine-tuning run, as texts and as the content of `summary.json`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedTokenizerBase
+
+from lightning_danube.chat.data import ChatData
+from lightning_danube.generation.token_stream import generate
+from lightning_danube.model import Decoder
+from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
+from lightning_danube.tokens.chat_template import encode_chat, end_ids
+from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
+
+AnswerLosses = Mapping[str, float]
+"""Source → held-out loss, nats a token."""
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A model's answers to the same questions before and during training, with the likeliest token each time.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+    """
+
+    def __init__(self, questions: Sequence[str], max_new_tokens: int) -> None:
+        self.questions, self.max_new_tokens = questions, max_new_tokens
+        self.before: list[str] = []
+        self.latest: list[str] = []
+        self.step = -1
+        """Optimizer steps before the latest answers; -1: there are none."""
+
+    def ask(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+        """Has the model answer each question.
+
+        Raises:
+            ValueError: a question fills the context.
+        """
+        self.latest = [self._answer(decoder, tokenizer, question) for question in self.questions]
+        self.step = step
+
+    def _answer(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        room = decoder.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise ValueError(f"the question {question!r} has {len(ids)} tokens, more than the context holds")
+        (new,) = generate(decoder, [ids], min(self.max_new_tokens, room), eos_ids=end_ids(tokenizer))
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    def cards(self) -> list[str]:
+        """Returns for each question the first and the latest answer side by side, in Markdown."""
+        cards = []
+        for number, (question, answer) in enumerate(zip(self.questions, self.latest, strict=True)):
+            columns = {"question": question, f"step {self.step}": answer}
+            if self.before:
+                columns = {"question": question, "before": self.before[number], **columns}
+            cards.append(_markdown_row(columns))
+        return cards
+
+    def compared(self) -> list[dict[str, str]]:
+        """Returns each question with its first and its latest answer."""
+        return [
+            {"question": question, "before": first, "after": last}
+            for question, first, last in zip(self.questions, self.before, self.latest, strict=False)
+        ]
+
+
+def _markdown_row(columns: Mapping[str, str]) -> str:
+    """Returns a table of one row. Texts are escaped: they are shown as they are, not interpreted."""
+    cells = [re.sub(r"([^\w\s])", r"\\\1", text.strip()).replace("\n", "<br>") for text in columns.values()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), cells))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def model_line(task: LightningModule) -> str:
+    """Returns the size of the model, and how much of the model trains."""
+    config: Any = task.config
+    return f"model: {config.parameters:,} parameters, of which {trained_parameters(task):,} train"
+
+
+def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> list[str]:
+    """Returns a table of the sources, and what was left out of each and why.
+
+    Args:
+        reports: source → what was counted when its examples were encoded.
+        examples: what the examples are called in the reports: "conversations" or "pairs".
+    """
+    counted = [examples, f"{examples}_held_out", "tokens", "answer_tokens", f"shortened_{examples}"]
+    rows = [
+        [name, *(f"{report[key]:,}" for key in counted), f"{sum(report['left_out'].values()):,}"]
+        for name, report in reports.items()
+    ]
+    lines = [text_table(["source", examples, "held out", "tokens", "of answers", "shortened", "left out"], rows)]
+    for name, report in reports.items():
+        lines += [f"{name}: {count:,} left out: {cause}" for cause, count in report["left_out"].items()]
+        lines += [f"  {message}" for message in report["first_left_out"]]
+    return lines
+
+
+def chat_length_line(data: ChatData, steps: str, run: str) -> str:
+    """Returns the length of a fine-tuning run, and the run's directory."""
+    return (
+        f"run: {steps} steps of {data.batch_rows} rows of {data.context_length} places, {100 * data.fill():.1f} % of "
+        f"them filled, in {data.epochs} pass(es), into {run}"
+    )
+
+
+# --- the result of `fit` ----------------------------------------------------------------------------------------------
+
+
+def training_summary(task: LightningModule, facts: RunFacts, batch_tokens: int, trained: Trained) -> dict[str, Any]:
+    """Returns the part of `summary.json` that fine-tuning and preference tuning share.
+
+    Args:
+        batch_tokens: places of an optimizer step.
+    """
+    config: Any = task.config
+    return {
+        "steps": trained.steps,
+        "parameters": config.parameters,
+        "trained_parameters": trained_parameters(task),
+        "precision": trained.precision,
+        "seconds": round(trained.seconds, 3),
+        "places_per_second": rate(trained.steps * batch_tokens, facts.training_seconds),
+    }
+
+
+def chat_fit_summary(
+    task: LightningModule,
+    facts: RunFacts,
+    data: ChatData,
+    trained: Trained,
+    *,
+    before: AnswerLosses,
+    after: AnswerLosses,
+    validated_step: int,
+    answers: Answers,
+) -> dict[str, Any]:
+    """Returns the content of `summary.json` of `fit`.
+
+    Args:
+        before, after: held-out losses before training, and after `validated_step`.
+    """
+    return {
+        "weights": getattr(task, "weights", None),
+        **training_summary(task, facts, data.batch_tokens, trained),
+        "fill": round(data.fill(), 4),
+        "sources": data.reports(),
+        "val_loss_before": before,
+        "val_loss": after,
+        "val_step": validated_step,
+        "val_tokens": data.evaluation_tokens(data.validation_conversations),
+        "answers": answers.compared(),
+    }
+
+
+def chat_result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path) -> str:
+    """Returns the held-out losses and the answers before and after training, and what to type next.
+
+    Args:
+        summary: the content of `summary.json` of `fit`.
+    """
+    losses = {"before": summary["val_loss_before"], f"after step {summary['val_step']:,}": summary["val_loss"]}
+    rows = [
+        [when, *(f"{found[name]:.3f}" if name in found else "–" for name in sources)] for when, found in losses.items()
+    ]
+    lines = ["", text_table(["held-out answers, nats a token", *sources], rows), ""]
+    for answered in summary["answers"]:
+        lines += [f"question: {answered['question']}"]
+        lines += [f"  {when}: {' '.join(answered[when].split())}" for when in ("before", "after")]
+    return "\n".join([*lines, *steps_done(summary, run)])
+
+
+def steps_done(summary: Mapping[str, Any], run: Path) -> list[str]:
+    """Returns how long the run took, where the run is, and the command that chats with its model."""
+    done = f"{summary['steps']:,} steps in {minutes_and_seconds(summary['seconds'])}"
+    return closing_lines(done, run, "chat", "--weights", run)
+
+
+# --- the result of `validate` and `test` ------------------------------------------------------------------------------
+
+
+def answers_table(losses: AnswerLosses, tokens: Mapping[str, int]) -> str:
+    """Returns a table of the held-out loss of each source, and the answer tokens that it was measured on."""
+    rows = [[name, f"{tokens[name]:,}", f"{loss:.4f}"] for name, loss in losses.items()]
+    return text_table(["held-out answers", "tokens", "nats a token"], rows)

@@ -1,0 +1,130 @@
+"""When a run is saved, what its checkpoints are called, which of them stay, and how a signal ends the run."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import Strategy
+
+from lightning_danube.checkpoints.runs import read_step
+from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
+
+
+@dataclass(frozen=True)
+class CheckpointSchedule:
+    """When a run is saved, and which checkpoints stay.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints.
+        keep: how many of them stay. Checkpoints at the end of a stage all stay.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    every_n_steps: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1 or self.keep < 1:
+            raise ValueError(f"every_n_steps is {self.every_n_steps} and keep is {self.keep}: both must be at least 1")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a run that goes on is saved after this step."""
+        return step % self.every_n_steps == 0
+
+
+def step_checkpoint(directory: Path, step: int) -> Path:
+    """Returns the path of the checkpoint after a step."""
+    return directory / f"step_{step:08d}.ckpt"
+
+
+def stage_checkpoint(directory: Path, stage: int, name: str, step: int) -> Path:
+    """Returns the path of the checkpoint at the end of a stage.
+
+    Args:
+        stage: its number, from 0.
+    """
+    name = re.sub(r"[^\w.-]+", "-", name)
+    return directory / f"stage_{stage + 1}_{name}_step_{step:08d}.ckpt"
+
+
+def older_checkpoints(directory: Path, step: int, keep: int) -> list[Path]:
+    """Returns the step checkpoints to remove so that the newest `keep` stay.
+
+    A checkpoint that is still being written has no final name yet and does not count. Checkpoints of later steps than
+    `step` exist if the run went back to before a damaged checkpoint. They do not count: they would push out the
+    checkpoints that are whole.
+    """
+    done = sorted((path for path in directory.glob("step_*.ckpt") if read_step(path) <= step), key=read_step)
+    return done[: max(0, len(done) - keep)]
+
+
+def remove_older(strategy: Strategy, directory: Path, step: int, keep: int) -> None:
+    """Removes the step checkpoints that are older than the newest `keep`."""
+    for old in older_checkpoints(directory, step, keep):
+        strategy.remove_checkpoint(old)
+
+
+class StopAtStep:
+    """Moves a stop within an accumulation to the end of the optimizer step. A timer or a callback may ask for one."""
+
+    def __init__(self) -> None:
+        self._waits = False
+
+    def move(self, trainer: Trainer, at_step: bool) -> None:
+        """
+        Args:
+            at_step: this micro-batch ended an optimizer step.
+        """
+        if trainer.should_stop and not at_step:
+            trainer.should_stop, self._waits = False, True
+        elif self._waits and at_step:
+            trainer.should_stop, self._waits = True, False
+
+
+class RunSignals:
+    """The signals that end a run at its next optimizer step: SIGTERM, SIGUSR1, Ctrl-C, and that of SLURM."""
+
+    def __init__(self) -> None:
+        self.stop_run = False
+        """Whether the run ends before its next step. From the last call of `ask`."""
+        self._requeue: int | None = None
+
+    def hold(self, environment: ClusterEnvironment) -> None:
+        """Remembers the signals from now on, instead of obeying them.
+
+        This replaces Lightning's handlers if a user's program has a trainer of its own. Lightning's SIGTERM handler
+        ends the run within an accumulation and saves nothing. Its SLURM handler saves in the middle of a step.
+        """
+        self.stop_run, self._requeue = False, None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = environment.requeue_signal
+        # Windows has no SIGUSR1.
+        numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None), self._requeue}
+        SIGNALS.hold(number for number in numbers if number is not None)
+
+    def ask(self, trainer: Trainer) -> None:
+        """Finds out whether any rank has received a signal. A collective call: every rank has to make it."""
+        told = SIGNALS.received is not None
+        self.stop_run = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+
+    def stopped(self, trainer: Trainer) -> Stopped:
+        """Returns the exception that ends a saved run. Has SLURM requeue the job if that was the signal."""
+        lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
+        if SIGNALS.received == self._requeue and trainer.is_global_zero:
+            lines.append(requeue_slurm_job())
+        # A rank that was started by rank zero, and that ends with another code than 0, counts as failed.
+        return Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the trainer validates after this micro-batch."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

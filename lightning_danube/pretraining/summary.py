@@ -1,0 +1,240 @@
+"""The plan and the result of a pre-training run, as texts and as the content of `summary.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.pretraining.curriculum import Curriculum
+from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.terminal import closing_lines, minutes_and_seconds, program, quoted, text_table
+from lightning_danube.training.run_facts import RunFacts, Trained, rate
+
+Losses = Mapping[str, float]
+"""Source → held-out loss, nats a token."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """What is known of the held-out texts that a run is measured on, by source."""
+
+    tokens: dict[str, int]
+    bits_per_nat: dict[str, float]
+    """Factor from nats a token to bits a byte of the text."""
+
+    @classmethod
+    def of(cls, data: CurriculumData, rows: int | None) -> HeldOutText:
+        """
+        Args:
+            rows: most held-out rows of a source; None: all of them.
+        """
+        tokens, sizes = data.evaluation_tokens(rows), data.evaluation_bytes(rows)
+        return cls(tokens, {name: n / max(1, sizes[name]) / math.log(2) for name, n in tokens.items()})
+
+    def bits_per_byte(self, losses: Losses) -> dict[str, float]:
+        """Returns source → held-out loss in bits a byte, a unit that does not depend on the tokenizer."""
+        return {name: loss * self.bits_per_nat[name] for name, loss in losses.items()}
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def model_lines(decoder: Decoder) -> list[str]:
+    """Returns the shape of the model, and a warning if the first step has to compile its blocks."""
+    config = decoder.config
+    lines = [
+        f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
+        f"{config.parameters:,} parameters"
+    ]
+    if decoder.has_compiled_blocks:
+        lines.append("its blocks are compiled at the first step and at the first held-out loss, which take longer")
+    return lines
+
+
+def source_table(data: CurriculumData) -> str:
+    """Returns a table of the sources: documents, tokens, and how often the run goes through them."""
+    passes = data.curriculum.passes()
+    rows = []
+    for name, shards in data.shards.items():
+        train, held_out = shards.counts("train"), shards.counts("validation")
+        rows.append([name, f"{train.documents:,}", f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"])
+    return text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows)
+
+
+def length_line(data: CurriculumData, *, end: int, steps: str, replicas: int, accumulation: int, run: str) -> str:
+    """Returns the length of the run, the parts of an optimizer step, and the run's directory.
+
+    Args:
+        end: tokens after which the run ends.
+        steps: the optimizer steps until then.
+        accumulation: micro-batches of an optimizer step on each replica.
+    """
+    total = data.curriculum.total_tokens
+    tokens = f"{total:,}" if end >= total else f"{end:,} of {total:,}"
+    return (
+        f"run: {tokens} tokens in {steps} steps of {data.batch_tokens:,} ({replicas} × {accumulation} × "
+        f"{data.micro_batch_size} rows of {data.context_length}), into {run}"
+    )
+
+
+# --- the result of `fit` ----------------------------------------------------------------------------------------------
+
+
+def with_stage_losses(losses: Sequence[Losses], stage: int, measured: Losses) -> list[Losses]:
+    """Returns the held-out losses at the ends of the stages up to `stage`, whose losses were measured now.
+
+    A stage has no losses if a changed config ended it exactly where the run was resumed.
+    """
+    return [*([*losses] + [{}] * stage)[:stage], measured]
+
+
+def stage_summaries(
+    curriculum: Curriculum, tokens_by_source: Sequence[Mapping[str, int]], losses: Sequence[Losses]
+) -> list[dict[str, Any]]:
+    """Returns for each stage its tokens, their shares by source, and the held-out losses at its end."""
+    stages = []
+    for k, (stage, by_source) in enumerate(zip(curriculum.stages, tokens_by_source, strict=True)):
+        total = sum(by_source.values())
+        stages.append(
+            {
+                "name": stage.name,
+                "tokens": total,
+                "mix": {name: n / total if total else 0.0 for name, n in by_source.items()},
+                "tokens_by_source": by_source,
+                "val_loss": losses[k] if k < len(losses) else {},
+            }
+        )
+    return stages
+
+
+def fit_summary(
+    task: LightningModule,
+    facts: RunFacts,
+    curriculum: Curriculum,
+    losses: Sequence[Losses],
+    held_out: HeldOutText,
+    unigram: Losses,
+    trained: Trained,
+) -> dict[str, Any]:
+    """Returns the content of `summary.json` of `fit`. A collective call: every rank has to make it.
+
+    skipped_steps are those that left the model as it was; tokens_per_second is of training alone, without validation;
+    stages holds for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats a
+    token; val_bits_per_byte is the last held-out loss in a unit that does not depend on the tokenizer; recall is there
+    if FactRecall asks for facts.
+
+    Args:
+        losses: at the end of each stage that is done.
+        unigram: losses of a model that knows only how frequent each token is.
+
+    Raises:
+        ValueError: no TokenLedger counts the tokens.
+    """
+    if facts.tokens_by_source is None:
+        raise ValueError(
+            "PretrainingSummary reads the TokenLedger: name lightning_danube.callbacks.TokenLedger in trainer.callbacks"
+        )
+    seen = facts.tokens_by_source()
+    tokens = sum(sum(by_source.values()) for by_source in seen)
+    config: DecoderConfig = task.config  # type: ignore[assignment]
+    last = losses[-1] if losses else {}
+    return {
+        "tokens": tokens,
+        "steps": trained.steps,
+        "skipped_steps": facts.skipped_steps() if facts.skipped_steps else 0,
+        "parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "parameters_without_embedding": config.parameters_without_embedding,
+        "flops": config.flops_per_token(curriculum.context_length) * tokens,
+        "precision": trained.precision,
+        "seconds": round(trained.seconds, 3),
+        "tokens_per_second": rate(tokens, facts.training_seconds),
+        "stages": stage_summaries(curriculum, seen, losses),
+        "val_loss": last,
+        "val_bits_per_byte": held_out.bits_per_byte(last),
+        "val_tokens": held_out.tokens,
+        "unigram_loss": unigram,
+        **({} if facts.recall is None else {"recall": facts.recall}),
+    }
+
+
+def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> str:
+    """Returns after which step a run stopped, and the step of its last checkpoint; where the run is, if no stage ended.
+
+    Args:
+        summary: as from `fit_summary`.
+    """
+    saved = newest_checkpoint(run)
+    last = f"the last checkpoint is of step {read_step(saved)}" if saved is not None else "nothing was saved"
+    text = f"stopped after {summary['steps']} of {total_steps} steps; {last}"
+    return text if any(stage["val_loss"] for stage in summary["stages"]) else f"{text}\nrun:  {run}"
+
+
+def result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path, samples: Mapping[str, str]) -> str:
+    """Returns the tables of a finished run, a sample of its text, and what to type next.
+
+    Args:
+        summary: as from `fit_summary`.
+        samples: prompt → the prompt and its continuation.
+    """
+    lines = ["", _loss_table(summary, sources), "", _share_table(summary, sources), ""]
+    prompt = next(iter(samples), None)
+    if prompt is not None:
+        lines += ["sample: " + " ".join(samples[prompt].split()), ""]
+    done = f"{summary['tokens']:,} tokens in {minutes_and_seconds(summary['seconds'])}"
+    if summary["tokens_per_second"] is not None:
+        done += f", {summary['tokens_per_second']:,.0f} tokens/s in training"
+    asked = quoted("The" if prompt is None else prompt)
+    lines += closing_lines(done, run, "generate", "--weights", run, "--prompt", asked)
+    lines.append(f"      {program('tensorboard')} --logdir {quoted(run.parent)}")
+    return "\n".join(lines)
+
+
+def _loss_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
+    rows = [["unigram baseline", *(f"{summary['unigram_loss'][name]:.3f}" for name in sources)]]
+    for stage in summary["stages"]:
+        if losses := stage["val_loss"]:
+            # A source that joined the run later was not measured at this stage.
+            shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in sources)
+            rows.append([f"after {stage['name']}", *shown])
+    if bits := summary["val_bits_per_byte"]:
+        rows.append(["the last in bits a byte", *(f"{bits[name]:.3f}" for name in sources)])
+    return text_table(["held-out loss, nats a token", *sources], rows)
+
+
+def _share_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
+    rows = [
+        [stage["name"], f"{stage['tokens']:,}", *(f"{100 * stage['mix'][name]:.1f} %" for name in sources)]
+        for stage in summary["stages"]
+    ]
+    return text_table(["tokens seen", "tokens", *sources], rows)
+
+
+# --- the result of `validate` and `test` ------------------------------------------------------------------------------
+
+
+def evaluation_summary(losses: Losses, held_out: HeldOutText, *, weights: str, precision: str | int) -> dict[str, Any]:
+    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats a token."""
+    return {
+        "weights": weights,
+        "precision": precision,
+        "val_loss": losses,
+        "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+        "val_bits_per_byte": held_out.bits_per_byte(losses),
+        "val_tokens": held_out.tokens,
+    }
+
+
+def evaluation_table(losses: Losses, held_out: HeldOutText) -> str:
+    """Returns a table of the held-out loss and the perplexity of each source."""
+    rows = [
+        [name, f"{held_out.tokens[name]:,}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] for name, loss in losses.items()
+    ]
+    return text_table(["held-out text", "tokens", "nats a token", "perplexity"], rows)

@@ -1,0 +1,69 @@
+"""The texts of the summaries of fine-tuning and preference tuning. Whole runs: test_fine_tuning.py and others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube.chat.preference_summary import pair_results, results_table, with_intervals
+from lightning_danube.chat.summary import Answers, chat_result_text, source_lines
+from tests.tiny_models import tiny_decoder, tiny_tokenizer
+
+
+def test_answers_are_shown_side_by_side_and_not_interpreted() -> None:
+    answers = Answers(["a|b?"], 8)
+    answers.latest, answers.step = ["*x*\ny"], 5
+    assert answers.cards() == ["| question | step 5 |\n| --- | --- |\n| a\\|b\\? | \\*x\\*<br>y |"]
+    answers.before = ["no"]
+    assert answers.cards() == ["| question | before | step 5 |\n| --- | --- | --- |\n| a\\|b\\? | no | \\*x\\*<br>y |"]
+    assert answers.compared() == [{"question": "a|b?", "before": "no", "after": "*x*\ny"}]
+
+
+def test_a_question_that_fills_the_context_is_named() -> None:
+    answers = Answers(["why? " * 500], 8)
+    with pytest.raises(ValueError, match=r"the question 'why\? .* tokens, more than the context holds"):
+        answers.ask(tiny_decoder(), tiny_tokenizer(), 0)
+    answers = Answers(["why?"], 3)
+    answers.ask(tiny_decoder(), tiny_tokenizer(), 4)
+    assert len(answers.latest) == 1 and answers.step == 4
+
+
+def test_what_was_left_out_is_told_with_its_cause() -> None:
+    report: Any = {
+        "pairs": 1200, "pairs_held_out": 30, "tokens": 4000, "answer_tokens": 900, "shortened_pairs": 2,
+        "left_out": {"too long": 3, "empty": 1}, "first_left_out": ["a.jsonl, line 7: empty"],
+    }  # fmt: skip
+    table, *rest = source_lines({"mine": report}, "pairs")
+    assert table.splitlines()[0].split() == [
+        "source", "pairs", "held", "out", "tokens", "of", "answers", "shortened", "left", "out",
+    ]  # fmt: skip
+    assert table.splitlines()[-1].split() == ["mine", "1,200", "30", "4,000", "900", "2", "4"]
+    assert rest == ["mine: 3 left out: too long", "mine: 1 left out: empty", "  a.jsonl, line 7: empty"]
+
+
+def test_a_source_that_was_not_measured_has_no_loss(tmp_path: Path) -> None:
+    summary = {
+        "val_loss_before": {}, "val_loss": {"a": 1.5}, "val_step": 1200, "steps": 1300, "seconds": 61.0,
+        "answers": [{"question": "why?", "before": "no  idea", "after": "so"}],
+    }  # fmt: skip
+    text = chat_result_text(summary, ["a"], tmp_path)
+    assert "before                              –\nafter step 1,200                1.500\n" in text
+    assert "question: why?\n  before: no idea\n  after: so\n1,300 steps in 1 min 01 s\n" in text
+
+
+def test_pairs_are_reported_with_intervals() -> None:
+    metrics = {
+        f"{prefix}held_out_web": torch.tensor(value)
+        for prefix, value in (
+            ("loss/", 0.7), ("rewards/accuracy_", 0.5), ("rewards/margin_", -0.25), ("ranking/accuracy_", 1.0),
+        )
+    }  # fmt: skip
+    results = pair_results(metrics)
+    assert results["val_loss"]["web"] == pytest.approx(0.7) and results["val_reward_chosen"] == {}
+    # Wilson's interval of 10 in 20, by Newcombe (1998), and of 20 in 20: 1 / (1 + z² / n) to 1.
+    found = with_intervals(results, {"web": 20})
+    assert found["val_reward_accuracy_interval"]["web"] == [0.2993, 0.7007]
+    assert found["val_ranking_accuracy_interval"]["web"] == [round(1 / (1 + 1.959964**2 / 20), 4), 1.0]
+    row = results_table([("before", {}), ("after", results)], {"web": 20}).splitlines()[-1]
+    assert row.split() == ["web", "after", "20", "0.7000", "50.0", "%", "(30–70)", "-0.250", "100.0", "%", "(84–100)"]

@@ -1,0 +1,68 @@
+"""Tables of a classifier's summary. Whole runs: test_run.py."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from lightning_danube.classification.summary import Compared, class_table, detail_table, list_rejected
+from lightning_danube.classification.task import Classified
+
+
+def test_classes_are_sorted_and_a_long_table_shows_both_ends() -> None:
+    counts = {f"c{n:02d}": {"train": n, "validation": 1, "test": 0} for n in range(30)}
+    lines = class_table(counts).splitlines()
+    assert [line.split()[0] for line in lines[2:12]] == [f"c{n}" for n in range(29, 19, -1)]
+    assert lines[12].startswith("… 10 more") and lines[13].split()[0] == "c09"
+    assert lines[-1].split() == ["all", "30", "435", "30", "0"]
+    assert len(class_table(dict(list(counts.items())[:20])).splitlines()) == 2 + 20 + 1
+
+
+def test_the_worst_class_is_the_last_one() -> None:
+    details = [{"n": n, "precision": f1, "recall": f1, "f1": f1} for n, f1 in ((1, 0.5), (2, 0.9), (3, 0.1))]
+    lines = detail_table(["a", "b", "c"], details).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["b", "a", "c"]
+
+
+def compared(classes: int) -> Compared:
+    torch.manual_seed(2)
+    classes_N = torch.arange(60) % classes
+    sure_NC = torch.nn.functional.one_hot(classes_N, classes).double() * 0.8 + 0.2 / classes
+    even_NC = torch.full((60, classes), 1 / classes, dtype=torch.float64)
+    labels = [f"c{n}" for n in range(classes)]
+    return Compared("test", labels, "base", Classified(classes_N, sure_NC), even_NC, even_NC, 0.25, 50, seed=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_scores_stand_beside_the_baselines(classes: int) -> None:
+    scored = compared(classes).scored()
+    summary, text = scored.summary(), scored.text()
+    assert summary["n"] == 60 and summary["accuracy"] == 1.0 and summary["loss"] == 0.25
+    # Even probabilities: the first class is taken, which is right for one in C.
+    assert summary["baselines"]["tfidf"]["accuracy"] == pytest.approx(1 / classes)
+    assert summary["accuracy_above_tfidf"] == pytest.approx(1 - 1 / classes)
+    low, high = summary["accuracy_above_tfidf_interval"]
+    assert low < summary["accuracy_above_tfidf"] < high
+    assert summary["confusion"] == torch.diag(torch.full((classes,), 60 // classes)).tolist()
+    assert ("average_precision" in summary) == ("average precision for 'c1'" in text) == (classes == 2)
+    for title in ("majority class", "TF-IDF + logistic regression", "LoRA on base"):
+        assert text.count(f"\n{title}") == 1
+    assert f"accuracy above TF-IDF's: {1 - 1 / classes:+.3f} [{low:+.3f}, {high:+.3f}]" in text
+
+
+class Rejected(NamedTuple):
+    row: int
+    message: str
+
+
+def test_all_rejected_rows_are_listed_and_the_first_are_shown(tmp_path: Path) -> None:
+    rejected = [Rejected(n, f"row {n}: empty") for n in range(5)]
+    data: Any = SimpleNamespace(rejected=rejected, causes=lambda: {"empty": 5})
+    path = tmp_path / "run" / "rejected.jsonl"
+    first, *shown = list_rejected(data, path).splitlines()
+    assert first == f"5 rows left out (5 × empty), listed in {path}"
+    assert shown == [f"  row {n}: empty" for n in range(3)]
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]

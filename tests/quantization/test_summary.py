@@ -1,0 +1,64 @@
+"""Tables of a quantization evaluation. Whole runs: test_run.py."""
+
+import numpy as np
+
+from lightning_danube.quantization.levels import FULL, Level
+from lightning_danube.quantization.measured import Cost, MeasuredLevel
+from lightning_danube.quantization.running import Content
+from lightning_danube.quantization.summary import LevelResults, failure_notes, level_line
+
+INT4, NF4, HQQ = (Level("rounding", "4/64"), Level("bitsandbytes", "nf4"), Level("hqq", "4/64"))
+GENERATOR = np.random.default_rng(0)
+NATS = GENERATOR.normal(3.0, 0.1, (8, 16))
+
+
+def measured(worse: float, size: int, cost: Cost | None = None) -> MeasuredLevel:
+    nats = {16: NATS + worse, 32: NATS + 2 * worse}
+    right = np.arange(10) % 2 == 0
+    same = GENERATOR.random((8, 16)) < 0.5
+    return MeasuredLevel(Content(size, 8 * size, {}), 2.0, nats, np.full((8, 16), worse), same, right, cost)
+
+
+DONE = {FULL: measured(0.0, 2**22, Cost(1000.0, 50.0, 2**20)), INT4: measured(0.1, 2**20)}
+FAILED = {NF4: "not installed", HQQ: "not installed"}
+
+
+def results(*context_lengths: int) -> LevelResults:
+    return LevelResults.of(DONE, FAILED, [INT4, NF4, HQQ], context_lengths)
+
+
+def test_there_is_a_table_for_what_was_measured() -> None:
+    assert [table.header[0] for table in results(16).tables] == ["level", "speed and memory"]
+    both = results(16, 32)
+    assert [table.header[0] for table in both.tables] == ["level", "perplexity by context", "speed and memory"]
+    assert [row[0] for row in both.tables[0].body] == ["full", INT4.name]
+    assert both.tables[2].body == [["full", "1,000", "50.0", "1"], [INT4.name, "–", "–", "–"]]
+
+
+def test_each_level_is_a_row_of_the_file_measured_or_not() -> None:
+    rows = results(16).flat_rows()
+    assert [(row["level"], row["not_measured"]) for row in rows] == [
+        ("full", None), (INT4.name, None), (NF4.name, "not installed"), (HQQ.name, "not installed"),
+    ]  # fmt: skip
+    assert all(row.keys() == rows[0].keys() for row in rows) and rows[2]["perplexity"] is None
+
+
+def test_a_reason_is_told_once_for_all_its_levels() -> None:
+    assert failure_notes(FAILED) == [f"{NF4.name}, {HQQ.name}: not measured: not installed"]
+    text, page = results(16).text(), results(16).markdown("mine", "text.txt")
+    for shown in (text, page):
+        assert shown.count("not measured: not installed") == 1
+    assert page.startswith("# mine in fewer bits, on text.txt\n\n| level |")
+    assert results(16).summary("mine", "text.txt", "32-true")["not_measured"] == {
+        NF4.name: "not installed", HQQ.name: "not installed",
+    }  # fmt: skip
+
+
+def test_a_finished_level_is_a_line() -> None:
+    assert level_line(NF4, DONE, FAILED, 16) == f"  {NF4.name}: not measured: not installed"
+    value = float(np.exp(NATS.mean()))
+    assert level_line(FULL, DONE, FAILED, 16) == f"  full: 1.00 bits a weight, perplexity {value:.3f}, 2 s"
+    # exp(0.1) - 1, the same for all windows.
+    assert f"perplexity {value * np.exp(0.1):.3f} (+10.52 % [+10.52, +10.52]), 2 s" in level_line(
+        INT4, DONE, FAILED, 16
+    )
