@@ -12,7 +12,8 @@ from lightning_danube.model.config import DecoderShape
 
 
 def test_a_place_is_told_once() -> None:
-    stated = Stated([], {}, {("model", "rate"): "a.yaml, line 3", ("model", "decoder", "heads"): "--model.decoder.heads"})
+    places = {("model", "rate"): "a.yaml, line 3", ("model", "decoder", "heads"): "--model.decoder.heads"}
+    stated = Stated([], {}, places)
     refusal = Refusal(("model", "rate", "peek"), "'peek' is unknown", shown=("model", "rate"))
     assert in_one_line(refusal, stated) == "a.yaml, line 3: model.rate: 'peek' is unknown"
     assert in_one_line(Refusal(("model", "decoder", "heads"), "no"), stated) == "--model.decoder.heads: no"
@@ -28,7 +29,7 @@ def test_what_only_the_parser_refuses_is_one_line() -> None:
 
 
 def test_the_words_of_a_class_come_without_those_of_the_parser() -> None:
-    """The parser wraps what a class raises. This fails when a new version of jsonargparse no longer chains the errors."""
+    """The parser wraps what a class raises. Fails when a new version of jsonargparse no longer chains the errors."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--shape", type=DecoderShape | str)
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
