@@ -89,7 +89,10 @@ def read_command_line(args: Sequence[str]) -> Stated:
         for key in reversed(keys):
             tree = {key: tree}
         stated.tree = merged(stated.tree, tree)
-        stated.places[without_init_args(keys)] = flag
+        path = without_init_args(keys)
+        stated.places[path] = flag
+        for length in range(1, len(path)):
+            stated.places.setdefault(path[:length], flag)
     return stated
 
 

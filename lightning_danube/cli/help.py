@@ -116,8 +116,8 @@ def _section(stated: Stated, tree: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    outer = {key: value for key, value in given.items() if key in given and key not in CLASS_KEYS}
-    return {**outer, **(given.get("init_args") or {})}
+    outer = {key: value for key, value in given.items() if key not in CLASS_KEYS}
+    return {**(given.get("init_args") or {}), **outer}
 
 
 def _class_named(named: Any, base: type) -> Any:

@@ -50,7 +50,7 @@ def _class_name(one: str | Mapping[str, Any]) -> str:
 
 def _arguments(one: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """The options of a class. On a command line they may stand beside `class_path`."""
-    return {**one, **(one.get("init_args") or {})} if isinstance(one, Mapping) else {}
+    return {**(one.get("init_args") or {}), **one} if isinstance(one, Mapping) else {}
 
 
 def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:

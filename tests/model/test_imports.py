@@ -7,7 +7,8 @@ from pathlib import Path
 LOAD = """
 import sys
 import torch
-from lightning_danube.model import Decoder, DecoderConfig, generate
+from lightning_danube.generation import generate
+from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
 from lightning_danube.generation.packing import pack_for_generation
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,10 @@ def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: p
     assert "stopped after 7 of 26 steps; the last checkpoint is of step 7\nrun:  " in capsys.readouterr().out
     config.write_text(text)
     assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last", "--trainer.max_steps", "7") == 0
-    assert "has 7 of 26 steps, and trainer.max_steps is 7; nothing is left to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "has 7 of 26 steps, and trainer.max_steps is 7; nothing is left to do" in said
+    last = stopped.relative_to(tiny) / "checkpoints" / "step_00000007.ckpt"
+    assert re.search(rf"--ckpt_path last: .*{re.escape(str(last))}; the run goes on in the same version\n", said)
     assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last") == 0
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
 

@@ -1,0 +1,49 @@
+"""What is said when the argument parser, or a class, refuses a value that was read before."""
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_danube.cli.command_line import Stated, read_command_line
+from lightning_danube.cli.errors import in_one_line, parse, raised_by_a_class, unresolved
+from lightning_danube.cli.options import Refusal
+from lightning_danube.model.config import DecoderShape
+
+
+def test_a_place_is_told_once() -> None:
+    places = {("model", "rate"): "a.yaml, line 3", ("model", "decoder", "heads"): "--model.decoder.heads"}
+    stated = Stated([], {}, places)
+    refusal = Refusal(("model", "rate", "peek"), "'peek' is unknown", shown=("model", "rate"))
+    assert in_one_line(refusal, stated) == "a.yaml, line 3: model.rate: 'peek' is unknown"
+    assert in_one_line(Refusal(("model", "decoder", "heads"), "no"), stated) == "--model.decoder.heads: no"
+    assert in_one_line(Refusal(("data",), "nothing there"), stated) == "data: nothing there"
+
+
+def test_what_only_the_parser_refuses_is_one_line() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--many", type=list[int])
+    with pytest.raises(ValueError, match="many") as caught:
+        parse(parser, ["--many", "x"], Stated([]))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_words_of_a_class_come_without_those_of_the_parser() -> None:
+    """The parser wraps what a class raises. Fails when a new version of jsonargparse no longer chains the errors."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--shape", type=DecoderShape | str)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = parser.parse_object({"shape": {**shape, "num_key_value_heads": 3}})
+    with pytest.raises(ValueError) as caught:
+        parser.instantiate(config)
+    inner = raised_by_a_class(caught.value)
+    assert inner is not None and str(inner).startswith("num_key_value_heads 3 does not divide num_attention_heads 4")
+
+
+def test_references_to_nothing_are_named(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("seed: 1\ndata:\n  init_args:\n    seed: ${seed}\n    path: /tmp/${root.dir}\nroot: {other: 1}\n")
+    said = unresolved(read_command_line(["--config", str(config)]))
+    assert said == f"{config}, line 5: ${{root.dir}} refers to a key that no config states"
+    config.write_text("seed: 1\ndata: {seed: '${seed}'}\n")
+    assert unresolved(read_command_line(["--config", str(config)])) is None
