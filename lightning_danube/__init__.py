@@ -1,10 +1,27 @@
-"""The H2O-Danube3 recipe as a PyTorch Lightning laboratory."""
+"""The H2O-Danube3 recipe as a PyTorch Lightning laboratory.
+
+    import lightning_danube as danube
+
+    print(danube.load("smollm2").generate("The capital of France is"))
+    run = danube.fit("quickstart", trainer={"max_steps": 100})
+    print(run.summary["val_loss"])
+
+Names are imported when they are first used: torch and Lightning take seconds to import.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_danube.cli.python import Run, fit
+    from lightning_danube.generation.language_model import LanguageModel, load
+    from lightning_danube.model import Decoder, DecoderConfig
+    from lightning_danube.training.trainer import make_trainer
+
+__all__ = ["Decoder", "DecoderConfig", "LanguageModel", "Run", "__version__", "fit", "load", "make_trainer"]
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
@@ -23,3 +40,23 @@ def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str],
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return __getattr__
+
+
+_PLACES = {
+    "Decoder": "model",
+    "DecoderConfig": "model",
+    "LanguageModel": "generation.language_model",
+    "Run": "cli.python",
+    "fit": "cli.python",
+    "load": "generation.language_model",
+    "make_trainer": "training.trainer",
+}
+_public = lazy_attributes(__name__, _PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lightning-danube")
+    return _public(name)

@@ -59,7 +59,7 @@ def resolve_checkpoint(
             )
         return RunPlace(place, None, continues=False)
     if ckpt_path == "last":
-        versions = sorted(directory.glob("version_*"), key=_version_number, reverse=True)
+        versions = versions_of(directory)
         with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
         if not with_checkpoint:
             raise ValueError(
@@ -105,6 +105,11 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
         f"no checkpoint under {run} is whole: {'; '.join(damaged)}. Restore one from a copy, or leave out --ckpt_path "
         "to begin anew"
     )
+
+
+def versions_of(directory: Path) -> list[Path]:
+    """Returns the versions of the runs with one name, the newest first."""
+    return sorted(directory.glob("version_*"), key=_version_number, reverse=True)
 
 
 def _version_number(version: Path) -> int:

@@ -42,22 +42,13 @@ from lightning_danube.training.precision import (
 )
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
+from lightning_danube.training.trainer import TRAINER_DEFAULTS
 
 MOST_PROCESSES = 8
 """Processes of a CPU run that every machine may start: with fewer cores they are slow, and show that a run works."""
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the method of a task that does it."""
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
-    "max_epochs": 1,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,
-}
 
 
 class RunRecord(SaveConfigCallback):
@@ -320,6 +311,12 @@ class DanubeCLI(LightningCLI):
         theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
         return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
 
+    @property
+    def run_directory(self) -> Path:
+        """The directory of the run: `<runs>/<name>/version_<n>`."""
+        logger = self.trainer.logger
+        return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else self.trainer.default_root_dir)
+
     def _check_verb(self, verb: str) -> None:
         """
         Raises:
@@ -389,14 +386,27 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
 
-def main(args: list[str]) -> int:
-    """Runs one of the trainer's verbs; returns the exit code."""
+def run_verb(args: list[str]) -> DanubeCLI:
+    """Carries out one of the trainer's verbs; returns what ran.
+
+    Args:
+        args: the verb and its options.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+        Stopped: a signal ended the run.
+    """
     _quieten_lightning()
     end_with_launcher()
     try:
         with SIGNALS.during(LEAVING_TRAINER):
-            DanubeCLI(with_config_paths(args))
+            return DanubeCLI(with_config_paths(args))
     except Exception as error:
         let_rank_zero_speak(rank_zero_only.rank, error)  # type: ignore[attr-defined]
         raise
+
+
+def main(args: list[str]) -> int:
+    """Runs one of the trainer's verbs; returns the exit code."""
+    run_verb(args)
     return 0

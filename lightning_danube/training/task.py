@@ -24,6 +24,7 @@ from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
+from lightning_danube.training.trainer import check_trainer
 
 FORWARD = "decoder"
 """What the trainer's profiler calls the forward pass of a training step up to the loss."""
@@ -66,6 +67,7 @@ class DecoderTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Sets what the trainer has to know of the data. Lightning has set up the data by now."""
         if stage == "fit":
+            check_trainer(self.trainer)
             self.trainer.accumulate_grad_batches = self.training_data.accumulation(replicas_of(self.trainer)[0])
 
     @property

@@ -1,0 +1,73 @@
+"""The trainer's settings that the recipe relies on, and a trainer for Python that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.training.precision import choose, kind_of_device
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
+
+
+def make_trainer(
+    name: str = "run", *, runs: str | Path = "runs", callbacks: Sequence[Callback] = (), **options: Any
+) -> Trainer:
+    """Returns a Lightning trainer with the settings that `fit` on the command line has.
+
+    It clips gradients at 1, writes TensorBoard events below `<runs>/<name>/version_<n>`, makes checkpoints durable, and
+    leaves the order of samples to the data module. It computes in the precision that is the fastest on this machine.
+
+    Args:
+        callbacks: hooks of the run. `lightning_danube.callbacks.Checkpoints()` writes checkpoints; without it none is
+            written.
+        options: of `lightning.pytorch.Trainer`; they go before the defaults.
+    """
+    logger = TensorBoardLogger(str(runs), name=name)
+    kind = kind_of_device(options.get("accelerator", "auto"))
+    given: dict[str, Any] = {
+        **TRAINER_DEFAULTS,
+        "logger": logger,
+        "default_root_dir": logger.log_dir,
+        "plugins": [DurableCheckpointIO()],
+        "precision": options.get("precision") or choose(kind).precision,
+        # Without a callback that writes checkpoints, Lightning would add its own.
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **options,
+    }
+    return Trainer(callbacks=list(callbacks), **given)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuses a trainer that would train otherwise than the recipe, without a word.
+
+    Raises:
+        ValueError: gradients would not be clipped, checkpoints would not be durable, or samples would be dealt twice.
+    """
+    way_out = "make the trainer with lightning_danube.make_trainer(…)"
+    if trainer.gradient_clip_val is None:
+        raise ValueError(f"the trainer clips no gradient: {way_out}, or set gradient_clip_val (0 for none)")
+    if trainer.checkpoint_callbacks and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        raise ValueError(
+            f"the trainer's checkpoints are not durable: {way_out}, or pass plugins=[DurableCheckpointIO()], or "
+            "enable_checkpointing=False"
+        )
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            f"the trainer would deal the samples a second time: {way_out}, or use_distributed_sampler=False"
+        )
