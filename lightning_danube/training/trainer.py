@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.device import exact_products_by_onednn
 from lightning_danube.training.precision import choose, kind_of_device
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -23,6 +25,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,
 }
+
+
+class FastProducts(Callback):
+    """Lets oneDNN multiply matrices on a CPU while a trainer runs, as the command line does. See `device.py`."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.strategy.root_device.type == "cpu":
+            self._open.enter_context(exact_products_by_onednn())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._open.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._open.close()
 
 
 def make_trainer(
@@ -50,7 +69,7 @@ def make_trainer(
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         **options,
     }
-    return Trainer(callbacks=list(callbacks), **given)
+    return Trainer(callbacks=[*callbacks, FastProducts()], **given)
 
 
 def check_trainer(trainer: Trainer) -> None:
