@@ -21,6 +21,7 @@ from lightning_danube.chat.summary import (
     model_line,
     source_lines,
 )
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import steps_ahead
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
@@ -111,7 +112,4 @@ def chat_data_of(trainer: Trainer) -> ChatData:
     Raises:
         ValueError: the run has other data.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, ChatData):
-        raise ValueError("ChatSummary reports on ChatData: remove it, or use that data module")
-    return data
+    return data_of(trainer, ChatData, "ChatSummary reports on ChatData: remove it, or use that data module")

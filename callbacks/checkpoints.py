@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_danube.checkpoints import EVERY_N_STEPS
 from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
@@ -37,7 +38,7 @@ class Checkpoints(Checkpoint):
             the only one is damaged.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: int = EVERY_N_STEPS, keep: int = 2) -> None:
         self.every_n_steps, self.schedule = every_n_steps, CheckpointSchedule(every_n_steps, keep)
         self._directory: Path | None = None  # None: nothing is saved, as in a fast_dev_run
         self._signals = RunSignals()

@@ -20,6 +20,7 @@ from lightning_danube.classification.summary import (
     plan_text,
 )
 from lightning_danube.classification.task import TextClassification
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import is_done, run_directory, steps_ahead
 
 
@@ -120,9 +121,8 @@ def classification_of(trainer: Trainer) -> tuple[ClassificationData, TextClassif
     Raises:
         ValueError: the run is of another task.
     """
-    data, task = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
-    if not isinstance(data, ClassificationData) or not isinstance(task, TextClassification):
-        raise ValueError(
-            "ClassificationSummary reports on TextClassification with ClassificationData: remove it, or use both"
-        )
+    problem = "ClassificationSummary reports on TextClassification with ClassificationData: remove it, or use both"
+    data, task = data_of(trainer, ClassificationData, problem), trainer.lightning_module
+    if not isinstance(task, TextClassification):
+        raise ValueError(problem)
     return data, task

@@ -13,6 +13,7 @@ from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.report import Report, figure_of, shown, write_jsonl
 from lightning_danube.evaluation.results import paper_scores
 from lightning_danube.evaluation.task import Evaluation
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import run_directory
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -78,7 +79,8 @@ def evaluation_of(trainer: Trainer) -> tuple[EvaluationData, Evaluation]:
     Raises:
         ValueError: the run is of another task.
     """
-    data, task = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
-    if not isinstance(data, EvaluationData) or not isinstance(task, Evaluation):
-        raise ValueError("EvaluationReport reports on Evaluation with EvaluationData: remove it, or use both")
+    problem = "EvaluationReport reports on Evaluation with EvaluationData: remove it, or use both"
+    data, task = data_of(trainer, EvaluationData, problem), trainer.lightning_module
+    if not isinstance(task, Evaluation):
+        raise ValueError(problem)
     return data, task

@@ -7,10 +7,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
+from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.grading import Grader, graded_rows, gradings_of
 from lightning_danube.evaluation.judge import ChatJudge
 from lightning_danube.evaluation.parts.chat import ChatQuestions
 from lightning_danube.evaluation.task import Evaluation
+from lightning_danube.training.contract import data_of
 
 
 class Judge(Callback):
@@ -70,7 +72,8 @@ class Judge(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        part = trainer.datamodule.parts[batch]  # type: ignore[attr-defined]
+        problem = "Judge grades the answers of EvaluationData: remove it, or use that data module"
+        part = data_of(trainer, EvaluationData, problem).parts[batch]
         if not isinstance(part, ChatQuestions):
             return
         assert isinstance(pl_module, Evaluation)

@@ -20,6 +20,7 @@ from lightning_danube.chat.preference_summary import (
     results_table,
 )
 from lightning_danube.chat.summary import model_line, source_lines
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import steps_ahead
 from lightning_danube.training.run_facts import run_facts_of
 
@@ -91,7 +92,6 @@ def preference_data_of(trainer: Trainer) -> PreferenceData:
     Raises:
         ValueError: the run has other data.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PreferenceData):
-        raise ValueError("PreferenceSummary reports on PreferenceData: remove it, or use that data module")
-    return data
+    return data_of(
+        trainer, PreferenceData, "PreferenceSummary reports on PreferenceData: remove it, or use that data module"
+    )

@@ -15,6 +15,7 @@ from lightning_danube.quantization.task import QuantizationEvaluation
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.signals import Stopped
 from lightning_danube.terminal import markdown_table
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import run_directory
 
 
@@ -79,9 +80,8 @@ def quantization_of(trainer: Trainer) -> tuple[TextWindows, QuantizationEvaluati
     Raises:
         ValueError: the run is of another task.
     """
-    data, task = trainer.datamodule, trainer.lightning_module  # type: ignore[attr-defined]
-    if not isinstance(data, TextWindows) or not isinstance(task, QuantizationEvaluation):
-        raise ValueError(
-            "QuantizationSummary reports on QuantizationEvaluation with TextWindows: remove it, or use both"
-        )
+    problem = "QuantizationSummary reports on QuantizationEvaluation with TextWindows: remove it, or use both"
+    data, task = data_of(trainer, TextWindows, problem), trainer.lightning_module
+    if not isinstance(task, QuantizationEvaluation):
+        raise ValueError(problem)
     return data, task

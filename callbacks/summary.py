@@ -26,6 +26,7 @@ from lightning_danube.pretraining.summary import (
     with_stage_losses,
 )
 from lightning_danube.terminal import markdown_code
+from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
@@ -117,7 +118,6 @@ def pretraining_data_of(trainer: Trainer) -> CurriculumData:
     Raises:
         ValueError: the run has other data.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, CurriculumData):
-        raise ValueError("PretrainingSummary reports on CurriculumData: remove it, or use that data module")
-    return data
+    return data_of(
+        trainer, CurriculumData, "PretrainingSummary reports on CurriculumData: remove it, or use that data module"
+    )

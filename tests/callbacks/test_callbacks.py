@@ -10,7 +10,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.__main__ import main
-from lightning_danube.callbacks import Checkpoints, CurriculumStages, Throughput
+from lightning_danube.callbacks import Checkpoints, CurriculumStages, Judge, Throughput
 from lightning_danube.callbacks.summary import pretraining_data_of
 
 
@@ -23,10 +23,13 @@ def test_other_data_is_refused_by_name() -> None:
         trainer.fit(BoringModel())
 
 
-def test_a_summary_of_other_data_is_refused_by_name() -> None:
+def test_data_of_another_task_are_refused_by_name() -> None:
     trainer: Any = SimpleNamespace(datamodule=None)
     with pytest.raises(ValueError, match="PretrainingSummary reports on CurriculumData: remove it, or use that data m"):
         pretraining_data_of(trainer)
+    task: Any = None
+    with pytest.raises(ValueError, match="Judge grades the answers of EvaluationData: remove it, or use that data mod"):
+        Judge("http://localhost:1/v1", "judge").on_test_batch_end(trainer, task, None, 0, 0)
 
 
 @pytest.mark.parametrize("flops", [0.0, -1.0])

@@ -3,8 +3,7 @@
 import numpy as np
 
 from lightning_danube.quantization.levels import FULL, Level
-from lightning_danube.quantization.measured import Cost, MeasuredLevel
-from lightning_danube.quantization.running import Content
+from lightning_danube.quantization.measured import Content, Cost, MeasuredLevel
 from lightning_danube.quantization.summary import LevelResults, failure_notes, level_line
 
 INT4, NF4, HQQ = (Level("rounding", "4/64"), Level("bitsandbytes", "nf4"), Level("hqq", "4/64"))
