@@ -32,10 +32,11 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_generate_says_what_the_command_line_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, arguments in (
+    cases: list[tuple[list[str], dict[str, Any]]] = [
         (["--temperature", "0"], {}),
         (["--temperature", "1.5", "--top-k", "0", "--seed", "3"], {"temperature": 1.5, "seed": 3}),
-    ):
+    ]
+    for options, arguments in cases:
         command = ["generate", "--weights", str(model), "--prompt", "the", "--max-new-tokens", "12", "--device", "cpu"]
         assert main([*command, *options]) == 0
         said = danube.load(str(model), device="cpu").generate("the", max_new_tokens=12, **arguments)
