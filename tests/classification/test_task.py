@@ -13,7 +13,7 @@ from lightning_danube.classification.task import TextClassification, last_token_
 from lightning_danube.model import Decoder
 from lightning_danube.training.optim import LearningRate
 from lightning_danube.weights.adapters import Lora, add_adapter, base_digest, merge_adapter
-from tests.tiny_models import save_tiny, tiny_decoder
+from tests.tiny_models import CONFIG, save_tiny, tiny_decoder
 
 LENGTHS = (9, 4, 1)
 
@@ -34,9 +34,19 @@ def padded(side: str, padding: int = 2) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), torch.stack(masks)
 
 
+class ThreeLabels:
+    """As much of a data module as the task asks for."""
+
+    vocab_size, context_length = CONFIG.vocab_size, 8
+    labels = ("a", "b", "c")
+
+    def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"row": row}, {}
+
+
 def task(tmp_path: Path, head: Any = "hidden", **options: Any) -> TextClassification:
     made = TextClassification(str(save_tiny(tmp_path / "base")), LearningRate(1e-3, 0.0, 0), head=head, **options)
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(labels=["a", "b", "c"]))  # type: ignore[assignment]
+    made.trainer = SimpleNamespace(datamodule=ThreeLabels())  # type: ignore[assignment]
     torch.manual_seed(1)
     made.configure_model()
     return made.double()
