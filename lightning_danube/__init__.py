@@ -11,6 +11,8 @@ Names are imported when they are first used: torch and Lightning take seconds to
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
     from lightning_danube.training.trainer import make_trainer
 
 __all__ = ["Decoder", "DecoderConfig", "LanguageModel", "Run", "__version__", "fit", "load", "make_trainer"]
+
+# torch reads these once, when it is loaded. OpenMP threads that wait for work spin a hundred times as long by default;
+# where a core has something else to do as well, a step then takes a quarter longer. No spinning at all would be better
+# still there, but costs a quarter on a quiet machine (docs/speed.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if sys.platform == "darwin":
+    # What MPS cannot compute goes to the CPU, with a warning.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:

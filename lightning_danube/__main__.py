@@ -47,14 +47,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    # Before torch loads OpenMP, which reads it once. Threads that wait for work spin a hundred times as long by
-    # default, and where a core has something else to do as well, a step takes a quarter longer for it. Not at all would
-    # be better still there, but costs a quarter on a quiet machine (docs/speed.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    if sys.platform == "darwin":
-        # Torch reads this when it is loaded, too: what MPS cannot compute goes to the CPU, with a warning.
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         try:
             return _dispatch(args)
