@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM while a process is busy in one long call: the answer comes before the call returns."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -368,3 +369,9 @@ def run(program: Any, folder: Path, moment: str, rounds: int, *options: str) -> 
     text = "from lightning_danube.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
     busy: Busy = program(text, "fit", "--config", "told.yaml", *options)
     return busy
+
+
+def test_python_still_has_the_private_end_of_its_processes() -> None:
+    import multiprocessing.util
+
+    assert "minpriority" in inspect.signature(multiprocessing.util._run_finalizers).parameters

@@ -1,6 +1,7 @@
 """What a person reads when a command line or a config is wrong: one line, exit code 2, no traceback."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_danube.__main__ import main, user_message
+from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.verbs import COMMANDS
 
 
@@ -415,3 +421,25 @@ def test_a_real_process_ends_with_the_right_exit_code(tiny: Path) -> None:
     assert json.loads((tiny / "runs/tiny/version_0/summary.json").read_text())["seconds"] < time.monotonic() - began
     wrong = subprocess.run([*command, "--nmae", "x"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (2, "", 1)
+
+
+def test_lightning_still_has_the_private_methods_of_its_command_line() -> None:
+    expected = {
+        "_parse_ckpt_path": ["self"],
+        "_run_subcommand": ["self", "subcommand"],
+        "_get": ["self", "config", "key", "default"],
+        "_parser": ["self", "subcommand"],
+    }
+    found = {name: list(inspect.signature(getattr(LightningCLI, name)).parameters) for name in expected}
+    assert found == expected
+
+
+def test_lightning_still_has_the_private_connectors_of_its_trainer() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    assert callable(trainer._signal_connector.register_signal_handlers)
+
+
+def test_a_strategy_still_keeps_its_checkpoint_plugin_in_a_private_attribute() -> None:
+    plugin = DurableCheckpointIO()
+    assert DDPStrategy(checkpoint_io=plugin)._checkpoint_io is plugin
