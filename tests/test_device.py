@@ -193,8 +193,12 @@ def test_pytorch_still_has_the_private_question_for_16_bit_products(name: str) -
 
 
 def test_pytorchs_compiler_still_reads_the_private_mark_of_a_constant() -> None:
-    def function() -> bool:
+    def theirs() -> bool:
         return True
 
-    marked: Any = torch.compiler.assume_constant_result(function)
-    assert vars(marked) == vars(device.constant_in_compiled_code(lambda: True))
+    def ours() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(theirs)
+    device.constant_in_compiled_code(ours)
+    assert vars(ours) == vars(theirs)
