@@ -181,16 +181,16 @@ def test_a_second_interrupt_ends_a_pool_as_well(program: Any) -> None:
 @pytest.mark.parametrize("name", [*COMMANDS, *TRAINER_VERBS])
 def test_every_verb_answers(program: Any, name: str) -> None:
     """Whatever module does a verb's work."""
-    module = "cli" if name in TRAINER_VERBS else f"commands.{name}"
+    module = "trainer_verbs" if name in TRAINER_VERBS else f"verbs.{name}"
     function = "main" if name in TRAINER_VERBS else "run"
     text = f"""
 import types
-module = types.ModuleType("lightning_danube.{module}")
+import lightning_danube.cli
+module = types.ModuleType("lightning_danube.cli.{module}")
 module.add_arguments = lambda parser: None
 module.{function} = lambda arguments: busy(10**9)
 sys.modules[module.__name__] = module
-import lightning_danube
-if "{module}" == "cli":
+if "{module}" == "trainer_verbs":
     lightning_danube.cli.trainer_verbs = module
 from lightning_danube.__main__ import main
 sys.exit(main())
