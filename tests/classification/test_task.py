@@ -36,7 +36,9 @@ def padded(side: str, padding: int = 2) -> tuple[Tensor, Tensor]:
 
 def task(tmp_path: Path, head: Any = "hidden", **options: Any) -> TextClassification:
     made = TextClassification(str(save_tiny(tmp_path / "base")), LearningRate(1e-3, 0.0, 0), head=head, **options)
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(labels=["a", "b", "c"]))  # type: ignore[assignment]
+    # What makes it a LabelledData; only the labels are read.
+    data = SimpleNamespace(labels=["a", "b", "c"], vocab_size=0, context_length=0, described=divmod)
+    made.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
     torch.manual_seed(1)
     made.configure_model()
     return made.double()
