@@ -184,3 +184,21 @@ print(before - resident())
 def test_large_blocks_are_kept_when_they_are_freed() -> None:
     given_back = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout
     assert int(given_back) < 2**14  # KiB, of the block's 2**16
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("name", ["_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"])
+def test_pytorch_still_has_the_private_question_for_16_bit_products(name: str) -> None:
+    assert isinstance(getattr(torch.ops.mkldnn, name)(), bool)
+
+
+def test_pytorchs_compiler_still_reads_the_private_mark_of_a_constant() -> None:
+    def theirs() -> bool:
+        return True
+
+    def ours() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(theirs)
+    device.constant_in_compiled_code(ours)
+    assert vars(ours) == vars(theirs)

@@ -1,6 +1,7 @@
 """Who may import whom. Imports are read from the source, those inside functions too: nothing has to be importable."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -156,6 +157,11 @@ def test_every_room_of_the_order_is_there(room: str) -> None:
 def test_every_room_stands_in_the_order() -> None:
     there = {room_of_file(PurePosixPath(file.relative_to(ROOT).as_posix())) for file in of_package()} - {None}
     assert there == set(ORDER)
+
+
+def test_contributing_names_the_rooms_in_their_order() -> None:
+    layers = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## Layers\n")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", layers, flags=re.MULTILINE)) == ORDER
 
 
 def test_every_import_keeps_to_the_layers() -> None:

@@ -124,7 +124,7 @@ def test_mps_gets_no_float64() -> None:
 
 
 def test_what_mps_lacks_goes_to_the_cpu() -> None:
-    """Torch reads the variable when it is loaded, so the command line sets it before."""
+    """Torch reads the variable when it is loaded, so the package sets it when it is imported."""
     code = "import os, sys; sys.platform = 'darwin'; from lightning_danube.__main__ import main; main(['--version']); "
     code += "assert 'torch' not in sys.modules; print(os.environ['PYTORCH_ENABLE_MPS_FALLBACK'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,6 +1,7 @@
 """The files around the code agree with each other (requirements, pins, environment, documents); the fence holds."""
 
 import ast
+import pkgutil
 import re
 import socket
 import tomllib
@@ -184,6 +185,19 @@ def test_what_a_document_mentions_exists(name: str) -> None:
     assert missing_targets(text) == []
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_in_the_package_exists(page: Path) -> None:
+    """Dotted names of modules, classes and functions, and links between pages."""
+    text = page.read_text("utf-8")
+    for name in sorted(set(re.findall(r"(?<![\w./])lightning_danube(?:\.\w+)+", text))):
+        pkgutil.resolve_name(name)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -206,6 +220,67 @@ def test_a_mention_of_something_passes() -> None:
         "[a](LICENSE) [b](https://example.org/nowhere) [c](#part) `tests/conftest.py` `tests/…/nowhere` [d](./tests/)"
     )
     assert missing_paths(text) == []
+
+
+# Documented although they begin with an underscore: named tuples, os._exit, and stubs for the type checker.
+NOT_PRIVATE = {"_asdict", "_fields", "_make", "_replace", "_exit", "_typeshed"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in NOT_PRIVATE
+
+
+def private_names_of_others(trees: Collection[ast.Module]) -> set[str]:
+    """Returns the private attributes and modules that some code uses and does not define."""
+    used, defined = set(), set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(attr=name):
+                used.add(name)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                used |= {part for name in names for part in f"{module}.{name.name}".split(".")}
+    return set(filter(is_private, used - defined))
+
+
+def test_private_parts_of_other_libraries_stand_in_the_table_of_contributing() -> None:
+    files = [*(ROOT / "lightning_danube").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    used = private_names_of_others([ast.parse(file.read_text("utf-8")) for file in files])
+    assert {"_launcher", "_select_auto_accelerator", "_yaml_loader"} <= used
+    assert sorted(used - set(re.findall(r"\w+", table_of_private_parts()))) == []
+
+
+def table_of_private_parts() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Private parts of other libraries")[2]
+
+
+def test_every_private_part_has_a_file_and_a_test() -> None:
+    rows = re.findall(
+        r"^\| [\w -]+ \| .+ \| (.+) \| `(tests/[\w/]+\.py)::(\w+)` \|$", table_of_private_parts(), re.MULTILINE
+    )
+    assert len(rows) > 25 and len(rows) == table_of_private_parts().count("\n|") - 2
+    for files, test_file, test in rows:
+        for file in re.findall(r"`([^`]+)`", files):
+            assert any((folder / file).is_file() for folder in (ROOT, ROOT / "lightning_danube")), f"there is no {file}"
+        assert f"\ndef {test}(" in (ROOT / test_file).read_text("utf-8"), f"{test_file} has no {test}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("trainer._launcher", {"_launcher"}),
+        ("from library._inside import part", {"_inside"}),
+        ("from library import _part", {"_part"}),
+        ("self._mine = 1\nother._mine", set()),
+        ("def _mine(): ...\nmodule._mine", set()),
+        ("row._asdict()\nos._exit(1)\nobject.__dict__", set()),
+    ],
+)
+def test_private_names_are_found(source: str, found: set[str]) -> None:
+    assert private_names_of_others([ast.parse(source)]) == found
 
 
 def test_a_make_target_of_nothing_is_found() -> None:

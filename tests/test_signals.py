@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM while a process is busy in one long call: the answer comes before the call returns."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -180,16 +181,16 @@ def test_a_second_interrupt_ends_a_pool_as_well(program: Any) -> None:
 @pytest.mark.parametrize("name", [*COMMANDS, *TRAINER_VERBS])
 def test_every_verb_answers(program: Any, name: str) -> None:
     """Whatever module does a verb's work."""
-    module = "cli" if name in TRAINER_VERBS else f"commands.{name}"
+    module = "trainer_verbs" if name in TRAINER_VERBS else f"verbs.{name}"
     function = "main" if name in TRAINER_VERBS else "run"
     text = f"""
 import types
-module = types.ModuleType("lightning_danube.{module}")
+import lightning_danube.cli
+module = types.ModuleType("lightning_danube.cli.{module}")
 module.add_arguments = lambda parser: None
 module.{function} = lambda arguments: busy(10**9)
 sys.modules[module.__name__] = module
-import lightning_danube
-if "{module}" == "cli":
+if "{module}" == "trainer_verbs":
     lightning_danube.cli.trainer_verbs = module
 from lightning_danube.__main__ import main
 sys.exit(main())
@@ -368,3 +369,9 @@ def run(program: Any, folder: Path, moment: str, rounds: int, *options: str) -> 
     text = "from lightning_danube.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
     busy: Busy = program(text, "fit", "--config", "told.yaml", *options)
     return busy
+
+
+def test_python_still_has_the_private_end_of_its_processes() -> None:
+    import multiprocessing.util
+
+    assert "minpriority" in inspect.signature(vars(multiprocessing.util)["_run_finalizers"]).parameters

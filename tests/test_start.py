@@ -1,5 +1,6 @@
 """What a command line may import before it does its work. Heavy libraries take seconds."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -66,3 +67,7 @@ def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
 
 def test_the_test_sees_what_is_imported() -> None:
     assert "yaml" in imported_by("fit", "--config", "quickstrat")
+
+
+def test_pythons_parser_still_lists_its_options_in_a_private_attribute() -> None:
+    assert "--help" in argparse.ArgumentParser()._option_string_actions

@@ -20,11 +20,11 @@ from lightning_danube.checkpoints.sharded import consolidated
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Checkpoints of one file on this machine's file systems, written by rank zero as `checkpoint_files` says.
+    """Checkpoints of one file on this machine's file systems. Rank zero writes them by `checkpoints/files.py`.
 
-    Lightning's own plugin stages in TMPDIR; on another file system, a kill then leaves a torn file. What all ranks of
-    a sharded run write is `sharded_checkpoints`; here it is read by a run that is not sharded. FSDP with
-    `state_dict_type: sharded` and DeepSpeed write and read themselves, past this plugin.
+    Lightning's own plugin writes to TMPDIR first. If that is another file system, a kill then leaves a broken file.
+    The ranks of a sharded run write by `checkpoints/sharded.py`; this plugin reads such a checkpoint in a run that is
+    not sharded. FSDP with `state_dict_type: sharded` and DeepSpeed do not use this plugin.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

@@ -237,7 +237,7 @@ class TextClassification(TuningTask):
             raise ValueError(
                 f"the checkpoint has model.head {saved['head']!r}, the config {self.head_sees!r}: set it back"
             )
-        if "head" not in self._modules:
+        if "head" not in dict(self.named_children()):
             self._make_head(saved["labels"])
         if saved["labels"] != self.labels:
             raise ValueError(

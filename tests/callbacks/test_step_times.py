@@ -53,3 +53,9 @@ def test_lightnings_own_profiler_is_heard(tiny: Path, caplog: pytest.LogCaptureF
     options = ["--trainer.max_steps", "2", "--trainer.profiler", "simple"]
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), *options]) == 0
     assert "run_training_batch" in caplog.text
+
+
+def test_lightnings_profiler_still_keeps_its_rank_in_a_private_attribute() -> None:
+    profiler = StepTimes()
+    profiler.setup("fit", local_rank=3)
+    assert profiler._local_rank == 3

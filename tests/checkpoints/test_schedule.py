@@ -1,8 +1,10 @@
 """Names of checkpoints, and which of them stay. Whole runs: test_checkpoints_on_disk.py."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
@@ -39,3 +41,9 @@ def test_a_run_is_saved_at_every_nth_step() -> None:
     assert [step for step in range(1, 10) if CheckpointSchedule(3, 2).is_due(step)] == [3, 6, 9]
     with pytest.raises(ValueError, match="every_n_steps is 3 and keep is 0: both must be at least 1"):
         CheckpointSchedule(3, 0)
+
+
+def test_lightning_still_says_in_private_whether_it_validates_next() -> None:
+    loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
+    assert loop._data_fetcher is None, "set when a fit begins"
+    assert list(signature(loop.epoch_loop._should_check_val_fx).parameters) == ["data_fetcher"]

@@ -1,5 +1,6 @@
 """Directories of tensors: read in one piece, and nothing in them can run."""
 
+import importlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from lightning_danube.checkpoints.files import FILES, damage, prepare_directory, remove_checkpoint
-from lightning_danube.checkpoints.sharded_files import REST, load_whole, tensor_shapes
+from lightning_danube.checkpoints.sharded_files import _CLASSES_OF_AN_INDEX, REST, load_whole, tensor_shapes
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.huggingface import load_checkpoint
@@ -90,3 +91,12 @@ def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
     assert not leftover.exists()
     remove_checkpoint(directory)
     assert list(directory.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module, names in sorted(_CLASSES_OF_AN_INDEX.items()) for name in sorted(names)]
+    + [("torch.serialization", "_get_layout")],
+)
+def test_pytorch_still_has_what_an_index_is_made_of(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)

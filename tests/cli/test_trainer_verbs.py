@@ -1,6 +1,7 @@
 """What a person reads when a command line or a config is wrong: one line, exit code 2, no traceback."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_danube.__main__ import main, user_message
+from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.verbs import COMMANDS
 
 
@@ -331,19 +337,22 @@ def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsy
     assert "the checkpoint was trained with the tokenizer 'mistral'" in said
 
 
-def test_threads_do_not_wait_long_for_work_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
-    assert main(["--version"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "3000"
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert main(["--version"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert main(["--version"]) == 0 and "GOMP_SPINCOUNT" not in os.environ
-    # It has to be there when torch is loaded: nothing that this file imports loads it.
-    script = "import sys, lightning_danube.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+def test_threads_do_not_wait_long_for_work_unless_told_to() -> None:
+    """torch reads the variable when it is loaded, so the package sets it when it is imported."""
+    code = (
+        "import os, sys, lightning_danube; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    for given, expected in (
+        ({}, "3000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
+        asked = {**environment, **given}
+        done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,3 +424,25 @@ def test_a_real_process_ends_with_the_right_exit_code(tiny: Path) -> None:
     assert json.loads((tiny / "runs/tiny/version_0/summary.json").read_text())["seconds"] < time.monotonic() - began
     wrong = subprocess.run([*command, "--nmae", "x"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (2, "", 1)
+
+
+def test_lightning_still_has_the_private_methods_of_its_command_line() -> None:
+    expected = {
+        "_parse_ckpt_path": ["self"],
+        "_run_subcommand": ["self", "subcommand"],
+        "_get": ["self", "config", "key", "default"],
+        "_parser": ["self", "subcommand"],
+    }
+    found = {name: list(inspect.signature(getattr(LightningCLI, name)).parameters) for name in expected}
+    assert found == expected
+
+
+def test_lightning_still_has_the_private_connectors_of_its_trainer() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    assert callable(trainer._signal_connector.register_signal_handlers)
+
+
+def test_a_strategy_still_keeps_its_checkpoint_plugin_in_a_private_attribute() -> None:
+    plugin = DurableCheckpointIO()
+    assert DDPStrategy(checkpoint_io=plugin)._checkpoint_io is plugin

@@ -2,6 +2,7 @@
 sample by sample, and its tasks on local files."""
 
 import dataclasses
+import inspect
 import json
 import random
 import re
@@ -353,3 +354,17 @@ def test_questions_of_the_training_texts_are_counted(
     printed = capsys.readouterr().out
     assert "2 of 2 questions share 13 words in a row, or all they have, with the run's training texts" in printed
     assert re.search(r"prompts lost their beginning, at 32 tokens", printed)
+
+
+def test_the_harness_still_has_the_private_parts_that_are_used() -> None:
+    from lm_eval.api import task
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    assert {"path", "resolve_func"} <= inspect.signature(load_yaml).parameters.keys()
+    assert {"yaml_path", "cfg", "tags"} <= {field.name for field in dataclasses.fields(Entry)}
+    assert isinstance(TaskManager.task_index, property)
+    assert list(inspect.signature(TemplateLM._loglikelihood_tokens).parameters) == ["self", "requests", "kwargs"]
+    assert callable(task.tqdm), "replaced while the harness asks, so that one progress bar is shown"

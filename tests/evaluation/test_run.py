@@ -366,3 +366,12 @@ def test_the_report_is_of_evaluations_alone(tiny: Path, capsys: pytest.CaptureFi
     command = ["test", "--config", str(tiny / "tiny.yaml"), "--ckpt_path", str(tiny_run), *callbacks]
     assert main(command) == 2
     assert "EvaluationReport reports on Evaluation with EvaluationData: remove it" in capsys.readouterr().err
+
+
+def test_transformers_still_warns_of_long_texts_once() -> None:
+    """`Evaluation` says that the warning was given: what does not fit is cut, and counted in the report."""
+    key = "sequence-length-is-longer-than-the-specified-maximum"
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 1
+    tokenizer("two words")
+    assert tokenizer.deprecation_warnings[key]

@@ -149,3 +149,9 @@ def test_layers_that_can_not_be_compiled_are_refused() -> None:
     decoder.lm_head = Opaque(64, 101, bias=False)
     with pytest.raises(ValueError, match=r"the step can not be compiled: .*torch\.compiler\.disable"):
         rows(decoder, [[1, 2, 3]], 3, compiled=CompiledStep(decoder))
+
+
+def test_pytorchs_compiler_still_has_the_private_parts_of_a_compiled_step() -> None:
+    with torch._inductor.config.patch(freezing=True):
+        assert torch._inductor.config.freezing
+    assert issubclass(torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchDynamoException)

@@ -219,3 +219,21 @@ def test_what_cannot_be_packed_stays() -> None:
         assert first.mlp is mlp and second.self_attn is attention and type(second.mlp) is not type(mlp)
         # As above.
         assert (rounded(ids) - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("_linear_pointwise", ["X", "W", "B", "attr", "scalars", "algorithm"]),
+        ("_reorder_linear_weight", ["self", "batch_size"]),
+    ],
+)
+def test_onednns_private_operators_take_the_same_arguments(name: str, arguments: list[str]) -> None:
+    schema = getattr(packing.OPERATORS, name).default._schema
+    assert [argument.name for argument in schema.arguments] == arguments
+
+
+@pytest.mark.parametrize("name", ["linear_prepack_fp16", "linear_dynamic_fp16"])
+def test_fbgemms_operators_are_there(name: str) -> None:
+    assert hasattr(torch.ops.quantized, name)

@@ -1,8 +1,9 @@
 import dataclasses
+from inspect import signature
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_danube.model import Decoder, DecoderConfig, GroupedQueryAttention, RotaryEmbedding, document_mask
 from lightning_danube.model import attention as attention_module
@@ -138,3 +139,8 @@ def test_rotary_tables_survive_moves(move: str) -> None:
     expected_cos, expected_sin = rotary_tables(torch.tensor([[5]]), inverse_frequencies(16, 1e5))
     assert cos.dtype == torch.float32
     assert torch.equal(cos, expected_cos) and torch.equal(sin, expected_sin)
+
+
+def test_pytorch_still_moves_modules_by_a_private_method() -> None:
+    """`RotaryEmbedding` and `Decoder` override the method, so that tables and tied weights survive a move."""
+    assert list(signature(nn.Module._apply).parameters) == ["self", "fn", "recurse"]

@@ -106,3 +106,8 @@ def test_the_layer_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
     assert uses() == 0  # dropout is the kernel's
     layer.dropout = 0.0
     assert uses() == expected
+
+
+def test_pytorch_still_has_the_private_gradient_of_a_softmax() -> None:
+    schema = torch.ops.aten._softmax_backward_data.default._schema
+    assert [argument.name for argument in schema.arguments] == ["grad_output", "output", "dim", "input_dtype"]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lightning_danube.__main__ import main
 from lightning_danube.cli.trainer_verbs import RunRecord
 from lightning_danube.device import ProductRate
-from lightning_danube.training import precision
 from lightning_danube.training.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
 from lightning_danube.training.ranks import RankLauncher
 from tests.cli.test_trainer_verbs import error_of
@@ -183,7 +183,7 @@ def test_an_apple_gpu_has_no_float64() -> None:
 
 
 def test_the_device_is_the_one_that_the_trainer_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_select_auto_accelerator", lambda: "cuda")
+    monkeypatch.setattr("lightning.fabric.utilities.device_parser._select_auto_accelerator", lambda: "cuda")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert [kind_of_device(name) for name in ("cpu", "auto", "gpu", "mps")] == ["cpu", "cuda", "cuda", "mps"]
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
@@ -243,3 +243,10 @@ def test_a_plan_takes_what_the_run_would_take(
     # Accelerators multiply in 16 bits, whatever this machine is.
     assert main(["plan", "--config", str(free / "tiny.yaml"), "--trainer.accelerator", "gpu"]) == 0
     assert "GiB on a device, bf16-mixed" in capsys.readouterr().out
+
+
+def test_lightning_still_has_the_private_choice_of_an_accelerator() -> None:
+    from lightning.fabric.utilities.device_parser import _select_auto_accelerator
+
+    trainer = Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
+    assert _select_auto_accelerator() == trainer.strategy.root_device.type

@@ -9,12 +9,15 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_danube.signals import Stopped
 from lightning_danube.training import ranks
@@ -328,3 +331,21 @@ def test_other_ranks_leave_the_word_to_rank_zero(monkeypatch: pytest.MonkeyPatch
         error = ValueError("wrong")
         let_rank_zero_speak(rank, error)
         assert slept == seconds and getattr(error, "__notes__", []) == notes
+
+
+def test_lightnings_launcher_has_the_private_parts_that_ours_uses() -> None:
+    assert list(signature(_SubprocessScriptLauncher).parameters) == [
+        "cluster_environment",
+        "num_processes",
+        "num_nodes",
+    ]
+    assert list(signature(_SubprocessScriptLauncher._call_children_scripts).parameters) == ["self"]
+    assert list(signature(_set_num_threads_if_needed).parameters) == ["num_processes"]
+    assert _SubprocessScriptLauncher(LightningEnvironment(), 2, 1).procs == []
+
+
+def test_our_launcher_takes_the_place_of_lightnings() -> None:
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    assert type(trainer.strategy._launcher) is _SubprocessScriptLauncher
+    RankLauncher.install(trainer)
+    assert type(trainer.strategy.launcher) is RankLauncher

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.training.optim import AdamW, LearningRate
@@ -32,3 +33,17 @@ def test_another_decoder_is_refused_by_what_differs(changes: dict[str, Any], mes
     other = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match=message):
         task_of(CONFIG).on_load_checkpoint({"decoder_config": other.facts()})
+
+
+# --- private parts of Lightning ---------------------------------------------------------------------------------------
+
+
+def test_a_module_without_a_trainer_says_so_in_a_private_attribute() -> None:
+    assert LightningModule()._trainer is None
+
+
+def test_checkpoints_count_micro_batches_where_a_resume_restates_them() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    progress = trainer.fit_loop.state_dict()["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        assert {"ready", "started", "processed", "completed"} <= counts.keys()

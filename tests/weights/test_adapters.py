@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -292,3 +294,13 @@ def test_only_an_adapter_is_saved_and_overwritten(adapter: Path, tmp_path: Path)
     load_adapter(Decoder(CONFIG), adapter)
     with pytest.raises(ValueError, match=r"base holds more than an exported model"):
         save_adapter(decoder, tmp_path / "base", overwrite=True)
+
+
+def test_peft_still_has_the_undocumented_parts_that_are_used() -> None:
+    assert list(signature(cast_adapter_dtype).parameters)[:2] == ["model", "adapter_name"]
+    assert {"merge", "get_base_layer"} <= vars(BaseTunerLayer).keys()
+    assert "is_loaded_in_4bit" in getsource(LoraModel), "asked of a model before its 4-bit layers are looked at"
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    inject_adapter_in_model(LoraConfig(target_modules=["0"]), decoder)
+    adapters: Any = decoder.peft_config
+    assert list(adapters) == ["default"]

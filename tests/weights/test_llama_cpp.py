@@ -439,3 +439,10 @@ def test_smollm2_says_the_same_in_llama_cpp(smollm2_exports: dict[str, Path]) ->
         assert abs(perplexity / our_perplexity - 1) < perplexity_bound
         if name != "Q4_1":
             assert answer == tokenizer.decode(our_answer, skip_special_tokens=True)
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_still_keeps_its_own_log_in_a_private_module() -> None:
+    import llama_cpp
+
+    assert isinstance(llama_cpp._logger.llama_log_callback, llama_cpp.llama_log_callback)

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -154,3 +156,14 @@ def test_layers_that_would_be_read_wrongly_are_refused() -> None:
     with pytest.raises(ValueError, match="whose input is a multiple of 64; this model has some of 96: train its"):
         QLORA.apply(decoder)
     assert decoder.state_dict().keys() == tiny_decoder().state_dict().keys()
+
+
+def test_bitsandbytes_still_has_the_undocumented_parts_of_its_layers() -> None:
+    layer = Linear4bit(64, 64, device="meta")
+    assert {"support_avx512bf16_for_cpu", "compute_dtype", "compute_type_is_set"} <= vars(layer).keys()
+    assert "SCB" in vars(Linear8bitLt(64, 64, has_fp16_weights=False, device="meta").state)
+
+
+@pytest.mark.parametrize("module", ["bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"])
+def test_bitsandbytes_still_has_the_modules_whose_warnings_are_dropped(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None

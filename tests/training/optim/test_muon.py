@@ -246,3 +246,8 @@ def test_sharded_matrices_are_refused() -> None:
     sharded.device_mesh = object()
     with pytest.raises(ValueError, match=r"Muon needs whole matrices, and trainer\.strategy shards them: use AdamW"):
         Muon().build(decoder, lr=0.1)
+
+
+def test_pytorch_still_has_the_private_average_of_lists() -> None:
+    (averaged,) = torch._foreach_lerp([torch.zeros(2)], [torch.ones(2)], 0.25)
+    assert averaged.tolist() == [0.25, 0.25]
