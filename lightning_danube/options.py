@@ -7,10 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+
+class DataclassInstance(Protocol):
+    """Any dataclass, for the type checker."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
 
 Options = TypeVar("Options", bound="DataclassInstance")
 PRECISIONS = (

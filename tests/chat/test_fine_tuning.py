@@ -217,7 +217,7 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
         ),
         (
             ("--model.init_args.lora.quantization", "nf5"),
-            "model.lora.quantization: expected one of 'nf4' or null, not nf5",
+            "--model.init_args.lora.quantization: expected one of 'nf4' or null, not nf5",
         ),
         (("--model.init_args.lora.rank", "0"), "rank 0, alpha 32.0, dropout 0.05: rank at least 1"),
         (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),

@@ -123,6 +123,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     said = capsys.readouterr().out
     lines = said[: said.index("model: ")].splitlines()
     block = [line for line in lines if not line.startswith("precision ")]
+    assert block.pop(0) == f"--ckpt_path last: {checkpoint}; the run goes on in the same version"
     assert block[0] == f"the config has changed since {checkpoint}, step 15:"
     assert block[-1] == "  the run now has 8,192 tokens; from here on the learning rate follows that length"
     assert set(block[1:-1]) == {
