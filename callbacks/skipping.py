@@ -17,6 +17,7 @@ from lightning_danube.training.bad_steps import (
 )
 from lightning_danube.training.position import at_logged_step, run_directory
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.task import DecoderTask
 
 
 class SkipBadSteps(Callback):
@@ -44,7 +45,8 @@ class SkipBadSteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.move_to(trainer.strategy.root_device)
-        pl_module.step_verdict = self._steps.verdict  # type: ignore[assignment]
+        assert isinstance(pl_module, DecoderTask)
+        pl_module.step_verdict = self._steps.verdict
         run_facts_of(pl_module).skipped_steps = lambda: self._read(trainer)
         if trainer.is_global_zero:
             drop_later_records(run_directory(trainer) / "skipped.jsonl", trainer.global_step)

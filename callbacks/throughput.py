@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.training.position import at_logged_step, training_data_of
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.task import DecoderTask
 
 
 class Throughput(Callback):
@@ -59,7 +60,8 @@ class Throughput(Callback):
             rate = (trainer.global_step - step) * data.batch_tokens / (self.seconds - seconds)
             values = {"throughput/tokens_per_second": rate}
             if self.peak_flops is not None:
-                flops = pl_module.config.flops_per_token(data.context_length)  # type: ignore[operator,union-attr]
+                assert isinstance(pl_module, DecoderTask)
+                flops = pl_module.config.flops_per_token(data.context_length)
                 values["throughput/mfu"] = rate * float(flops) / (self.peak_flops * trainer.world_size)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -55,6 +56,8 @@ def read_config(file: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file and no such name, or it is no YAML mapping.
     """
+    import yaml  # here: the command `configs` reads no file, and its help has to come at once
+
     file = config_file(file)
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -72,14 +75,16 @@ def read_config(file: str) -> dict[str, Any]:
 
 def lines_of_keys(file: str) -> dict[tuple[str, ...], int]:
     """Key path → the line of a configuration that states it, counted from 1. A list's items are numbered from 0."""
+    import yaml
+
     root = yaml.compose(Path(config_file(file)).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     return dict(_lines(root, ()))
 
 
 def _lines(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    if isinstance(node, yaml.MappingNode):
+    if node.id == "mapping":
         inner = [((*path, str(key.value)), key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
+    elif node.id == "sequence":
         inner = [((*path, str(number)), item, item) for number, item in enumerate(node.value)]
     else:
         return

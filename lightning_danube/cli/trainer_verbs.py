@@ -20,7 +20,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
@@ -41,7 +40,7 @@ from lightning_danube.training.precision import (
     kind_of_device,
 )
 from lightning_danube.training.precision import warning_of as precision_warning
-from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
+from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
 from lightning_danube.training.trainer import TRAINER_DEFAULTS
 
 MOST_PROCESSES = 8
@@ -158,7 +157,7 @@ class DanubeCLI(LightningCLI):
             # A task that begins with a trained model can evaluate that one.
             has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
         )
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if this_rank() == 0:
             for warning in self.place.warnings:
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
@@ -176,7 +175,7 @@ class DanubeCLI(LightningCLI):
         """Says which checkpoint "last" or a run's directory stands for, and where the run goes on."""
         checkpoint = self.place.checkpoint
         assert checkpoint is not None
-        if rank_zero_only.rank != 0 or str(checkpoint) == asked_for:  # type: ignore[attr-defined]
+        if this_rank() != 0 or str(checkpoint) == asked_for:
             return
         where = ""
         if self.subcommand == "fit":
@@ -402,7 +401,7 @@ def run_verb(args: list[str]) -> DanubeCLI:
         with SIGNALS.during(LEAVING_TRAINER):
             return DanubeCLI(with_config_paths(args))
     except Exception as error:
-        let_rank_zero_speak(rank_zero_only.rank, error)  # type: ignore[attr-defined]
+        let_rank_zero_speak(this_rank(), error)
         raise
 
 

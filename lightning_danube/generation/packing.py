@@ -121,12 +121,12 @@ def pack(decoder: Decoder, linear: Join) -> None:
             block.mlp = PackedSwiGLU(mlp, linear)
         if block.self_attn is not attention and block.mlp is not mlp:
             layers[index] = PackedBlock(block)
-    decoder.model.norm = packed_norm(decoder.model.norm)  # type: ignore[assignment]
+    decoder.model.register_module("norm", packed_norm(decoder.model.norm))
 
 
 def pack_head(decoder: Decoder, linear: Join) -> None:
     if are_plain(decoder.lm_head):
-        decoder.lm_head = linear([decoder.lm_head])  # type: ignore[assignment]
+        decoder.register_module("lm_head", linear([decoder.lm_head]))
 
 
 def are_plain(*layers: nn.Module) -> bool:
@@ -147,7 +147,7 @@ def has_only_plain_matrices(decoder: Decoder) -> bool:
 
 def widen_activations(decoder: Decoder) -> None:
     """Makes the hidden states of a decoder float32. Its linear layers must take float32 inputs."""
-    decoder.model.embed_tokens = WideEmbedding(decoder.model.embed_tokens.weight)  # type: ignore[assignment]
+    decoder.model.register_module("embed_tokens", WideEmbedding(decoder.model.embed_tokens.weight))
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             module.float()
@@ -329,8 +329,8 @@ class PackedBlock(Block):
     def __init__(self, plain: Block) -> None:
         nn.Module.__init__(self)
         self.self_attn, self.mlp = plain.self_attn, plain.mlp
-        self.input_layernorm = packed_norm(plain.input_layernorm)  # type: ignore[assignment]
-        self.post_attention_layernorm = packed_norm(plain.post_attention_layernorm)  # type: ignore[assignment]
+        self.register_module("input_layernorm", packed_norm(plain.input_layernorm))
+        self.register_module("post_attention_layernorm", packed_norm(plain.post_attention_layernorm))
         self.norms = self.input_layernorm.forward, self.post_attention_layernorm.forward
         self.attend, self.feed_forward = self.self_attn.forward, self.mlp.forward
 
@@ -352,7 +352,7 @@ class PackedAttention(GroupedQueryAttention):
         )
         inputs = [plain.q_proj, plain.k_proj, plain.v_proj]
         self.qkv_proj = linear(inputs) if plain.q_proj.bias is None else WithBias(inputs, linear)
-        self.o_proj = linear([plain.o_proj])  # type: ignore[assignment]
+        self.register_module("o_proj", linear([plain.o_proj]))
         self.project_in, self.project_out = self.qkv_proj.forward, self.o_proj.forward
 
     def forward(
@@ -388,7 +388,7 @@ class PackedSwiGLU(SwiGLU):
     def __init__(self, plain: SwiGLU, linear: Join) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj = linear([plain.gate_proj, plain.up_proj])
-        self.down_proj = linear([plain.down_proj])  # type: ignore[assignment]
+        self.register_module("down_proj", linear([plain.down_proj]))
         self.widen, self.narrow = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:

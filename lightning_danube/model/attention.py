@@ -5,7 +5,7 @@ H query heads, G key-value heads (G divides H), K channels of a head. Rotary tab
 """
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class RotaryEmbedding(nn.Module):
     def _computed(self) -> Tensor:
         return inverse_frequencies(self.head_dim, self.theta, scaling=self.scaling)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # .to(bfloat16) would round the frequencies, .to_empty() would leave noise in them: take over the device only.
         super()._apply(fn, recurse)
         device = self.frequencies.device

@@ -45,9 +45,10 @@ def local_head(weight_VD: Tensor) -> tuple[Tensor, VocabularyPart | None]:
     """The rows of the head that this device has, and which these are; None where it has all."""
     if not hasattr(weight_VD, "device_mesh"):  # no distributed tensor
         return weight_VD, None
-    mesh, (placement,) = weight_VD.device_mesh, weight_VD.placements  # type: ignore[attr-defined]
+    distributed_VD: Any = weight_VD
+    mesh, (placement,) = distributed_VD.device_mesh, distributed_VD.placements
     assert placement.is_shard(0), placement
-    local_VD: Tensor = weight_VD.to_local()  # type: ignore[attr-defined]
+    local_VD: Tensor = distributed_VD.to_local()
     # check_tensor_parallel has seen to it that all parts are of one size.
     return local_VD, VocabularyPart(mesh.get_group(), mesh.get_local_rank() * len(local_VD))
 

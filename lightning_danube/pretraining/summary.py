@@ -144,7 +144,8 @@ def fit_summary(
         )
     seen = facts.tokens_by_source()
     tokens = sum(sum(by_source.values()) for by_source in seen)
-    config: DecoderConfig = task.config  # type: ignore[assignment]
+    config = task.config
+    assert isinstance(config, DecoderConfig)
     last = losses[-1] if losses else {}
     return {
         "tokens": tokens,

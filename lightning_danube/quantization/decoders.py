@@ -94,7 +94,7 @@ def quantized_decoder(decoder: Decoder, level: Level) -> RunningDecoder:
         except ValueError as error:
             raise ValueError(f"{name}.weight: {error}") from None
         if name == "lm_head" and decoder.config.tie_word_embeddings:
-            quantized.model.embed_tokens = QuantizedEmbedding(small, layer.weight)  # type: ignore[assignment]
+            quantized.model.register_module("embed_tokens", QuantizedEmbedding(small, layer.weight))
         if name == "model.embed_tokens":
             small = QuantizedEmbedding(small, layer.weight)
         where, _, child = name.rpartition(".")

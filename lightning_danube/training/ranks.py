@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistError
 
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped
@@ -174,6 +175,11 @@ def explain_silence(error: BaseException) -> None:
             "what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; go on from the last "
             "checkpoint with --ckpt_path last"
         )
+
+
+def this_rank() -> int:
+    """Returns the rank of this process, as Lightning knows it before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def let_rank_zero_speak(rank: int, error: Exception) -> None:

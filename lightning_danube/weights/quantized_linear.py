@@ -135,7 +135,7 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
     for name, layer in layers.items():
         _replace(decoder, name, FrozenLinear4bit(layer, quantization))
     # PEFT asks the model for this before it looks at its layers.
-    decoder.is_loaded_in_4bit = True  # type: ignore[assignment]
+    _mark(decoder, in_4bit=True)
 
 
 def dequantize_linear_layers(decoder: Decoder) -> None:
@@ -143,7 +143,7 @@ def dequantize_linear_layers(decoder: Decoder) -> None:
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, FrozenLinear4bit):
             _replace(decoder, name, dequantized(layer))
-    decoder.is_loaded_in_4bit = False  # type: ignore[assignment]
+    _mark(decoder, in_4bit=False)
 
 
 def dequantized(layer: FrozenLinear4bit) -> nn.Linear:
@@ -152,6 +152,10 @@ def dequantized(layer: FrozenLinear4bit) -> nn.Linear:
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain
+
+
+def _mark(decoder: Any, *, in_4bit: bool) -> None:
+    decoder.is_loaded_in_4bit = in_4bit
 
 
 def _replace(parent: nn.Module, name: str, layer: nn.Module) -> None:

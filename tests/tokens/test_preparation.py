@@ -479,7 +479,7 @@ def test_the_command_says_what_the_other_parts_have_to_do(tiny: Path, capsys: py
             ["--data.init_args.helt_out", "0.1"],
             "'helt_out' is not an option of CurriculumData: did you mean 'held_out'?",
         ),
-        (["--data.init_args.deduplicate", "fuzzy"], "data.deduplicate"),
+        (["--data.init_args.deduplicate", "fuzzy"], "--data.init_args.deduplicate: expected one of"),
         (["--data.init_args.filters.min_words", "-1"], "data.filters.min_words is -1, max_words 100000"),
         (["--data.init_args.filters.min_alphabetic", "2"], "data.filters.min_alphabetic is 2.0: give a share"),
         (["--data.init_args.filters.max_symbols", "-1"], "data.filters.max_symbols is -1.0: it must not be negative"),

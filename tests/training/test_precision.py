@@ -27,7 +27,7 @@ def fake_rates(monkeypatch: pytest.MonkeyPatch, rates: dict[torch.dtype, float])
     def rate(dtype: torch.dtype, device: str = "cpu") -> ProductRate:
         return ProductRate(rates[dtype], rates[dtype], exact=True)
 
-    for module in ("device", "precision"):
+    for module in ("device", "training.precision"):
         monkeypatch.setattr(f"lightning_danube.{module}.product_rate", rate)
 
 
@@ -238,11 +238,11 @@ def test_a_plan_takes_what_the_run_would_take(
     fake_rates(monkeypatch, rates)
     assert main(["plan", "--config", str(free / "tiny.yaml")]) == 0
     said = capsys.readouterr().out
-    assert f"GiB on a device, {expected}" in said
+    assert f"MiB on a device, {expected}" in said
     assert (f"note: the run computes in {expected}, the fastest on this CPU; " in said) == (expected == "32-true")
     # Accelerators multiply in 16 bits, whatever this machine is.
     assert main(["plan", "--config", str(free / "tiny.yaml"), "--trainer.accelerator", "gpu"]) == 0
-    assert "GiB on a device, bf16-mixed" in capsys.readouterr().out
+    assert "MiB on a device, bf16-mixed" in capsys.readouterr().out
 
 
 def test_lightning_still_has_the_private_choice_of_an_accelerator() -> None:
