@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: each is complete or absent."""
+"""A run's checkpoints on disk: each checkpoint is complete or absent."""
 
 EVERY_N_STEPS = 1000
-"""Optimizer steps between two checkpoints of a run that says nothing else."""
+"""Default number of optimizer steps between two checkpoints of a run."""

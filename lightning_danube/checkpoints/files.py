@@ -1,7 +1,6 @@
 """Checkpoint files with their sizes and hashes.
 
-`files.py` writes a checkpoint, so it is complete or absent. Only a complete checkpoint is listed in `manifest.json` of
-its directory.
+A checkpoint on disk is complete or absent. The `manifest.json` of its directory lists complete checkpoints only.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from lightning_danube.files import make_folder, new_file, remove_all_leftovers, 
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
-"""In a checkpoint that is a directory: the size of each file."""
+"""File inside a sharded checkpoint (a directory) that lists the size of each of its files."""
 
 
 class HashingWriter:
-    """What `torch.save` asks of a file. Hashes what was meant to be written, not what a disk gives back."""
+    """A file for `torch.save` that hashes the bytes as they are written, before the disk can damage them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash = file, hashlib.sha256()
         self.size = 0
-        # torch reports a failed write as an internal error of its archive; this is the reason behind it.
+        # torch reports a failed write as an internal error of its archive; this attribute keeps the real cause.
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
@@ -58,10 +57,10 @@ class HashingWriter:
 
 
 def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None:
-    """Writes a checkpoint with `write` and lists it. When this returns, both survive a power cut.
+    """Writes a checkpoint with `write` and lists it in the manifest. On return, both survive a power cut.
 
     Raises:
-        OSError: with the file's name and what to do. The checkpoints that were there before still are.
+        OSError: the write failed. Names the file and what to do. Earlier checkpoints stay intact.
     """
     writer: HashingWriter | None = None
     try:
@@ -70,9 +69,9 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
             with partial.open("wb") as file:
                 writer = HashingWriter(file)
                 write(writer)
-            # If the process were killed after the new file has the name, the old hash would call the file damaged.
+            # If the process were killed after the rename, the old hash would make the new file look damaged.
             forget(path)
-            if is_sharded(path):  # the same step, saved by a run of other sharding
+            if is_sharded(path):  # a run with other sharding saved the same step
                 remove_checkpoint(path)
         _write_manifest(
             path.parent, read_manifest(path.parent) | {path.name: {"bytes": writer.size, "sha256": writer.sha256()}}
@@ -85,10 +84,10 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
 
 
 def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
-    """What to tell a user of a checkpoint that could not be written.
+    """Returns the error that tells the user why a checkpoint could not be written, and what to do.
 
     Args:
-        where: said behind it.
+        where: text after "checkpoint not written", such as " (rank 3)".
     """
     if not isinstance(cause, OSError):
         # torch's writer reports a full disk as an error of its archive.
@@ -103,7 +102,7 @@ def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, also one that is a directory, and its entry in the manifest."""
+    """Removes a checkpoint (a file or a directory) and its entry in the manifest."""
     remove_whole(path)
     forget(path)
 
@@ -116,10 +115,10 @@ def forget(path: Path) -> None:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes a directory for checkpoints and removes what killed processes left there.
+    """Makes a directory for checkpoints and removes the leftovers of killed processes.
 
     Raises:
-        OSError: nothing can be written there, with its name and what to do.
+        OSError: the directory is not writable. Names the directory and what to do.
     """
     try:
         make_folder(directory)
@@ -131,11 +130,11 @@ def prepare_directory(directory: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's file, or None.
+    """Returns what is wrong with a checkpoint, or None.
 
-    A file that its manifest does not list was copied there, or its writer was killed between renaming and listing it:
-    the checksums inside the archive speak for it. Of a directory, which many ranks have written, the sizes are
-    compared; its tensors have no hash.
+    A file is compared with its size and hash in the manifest. The manifest may lack a file that was copied, or whose
+    writer was killed between renaming and listing it: then the checksums inside the archive decide. For a directory,
+    which many ranks have written, only the file sizes are compared, because its tensors have no hash.
     """
     try:
         if checkpoint.is_dir():
@@ -156,20 +155,20 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def refuse_address(path: str) -> None:
-    """Raises ValueError for a URL: what comes over a network has no hash to check it by."""
+    """Raises ValueError for a URL, because a checkpoint from a network has no hash to check it against."""
     if re.match(r"[A-Za-z][\w+.-]*:/", path):
         raise ValueError(f"{path}: checkpoints are read and written as files of this machine only; copy it here first")
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Name → bytes and sha256 of the checkpoints in a directory; empty if there is no manifest or it is unreadable."""
+    """Returns checkpoint name → bytes and sha256. Empty if the directory has no manifest or an unreadable manifest."""
     try:
         listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["checkpoints"]
         return {
             str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in listed.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # The checkpoints are then judged by their own checksums.
+        # `damage` then uses the checksums inside each archive.
         return {}
 
 
@@ -179,7 +178,7 @@ def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) ->
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a directory is a checkpoint that many ranks have written."""
+    """Returns whether a path is a sharded checkpoint: a directory that many ranks have written."""
     return (path / FILES).is_file()
 
 
@@ -195,10 +194,10 @@ def _directory_damage(checkpoint: Path) -> str | None:
 
 
 def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
-    """What `torch.save` wrote, if it is tensors and plain data.
+    """Reads a file of `torch.save` that holds only tensors and plain data.
 
     Raises:
-        ValueError: the file holds more than that, or is no checkpoint.
+        ValueError: the file holds other objects, or is no checkpoint.
     """
     import torch
 

@@ -14,13 +14,13 @@ from lightning_danube.checkpoints.files import damage, is_sharded, refuse_addres
 
 @dataclass(frozen=True)
 class RunPlace:
-    """The directory of runs with one name, and the checkpoint this run starts from.
+    """The directory of the runs with one name, and the checkpoint that this run starts from.
 
     Args:
         directory: `<runs>/<name>`.
         checkpoint: file to load, if any.
-        continues: the run goes on in the checkpoint's own version instead of a new one.
-        warnings: lines that the user has to see: what was passed over.
+        continues: whether the run writes to the checkpoint's own version instead of a new version.
+        warnings: lines to show to the user: versions without a checkpoint and damaged checkpoints that were skipped.
     """
 
     directory: Path
@@ -29,7 +29,7 @@ class RunPlace:
     warnings: Sequence[str] = ()
 
     def logger_place(self) -> tuple[str, str, str | None]:
-        """save_dir, name and version for a Lightning logger; version None means the next free one."""
+        """Returns save_dir, name and version for a Lightning logger. Version None means the next free version."""
         version = None
         if self.continues:
             assert self.checkpoint is not None
@@ -40,15 +40,15 @@ class RunPlace:
 def resolve_checkpoint(
     verb: str, runs: str, name: str, ckpt_path: str | None, *, has_weights: bool = False
 ) -> RunPlace:
-    """What `--ckpt_path` means: nothing, a file, a run's directory, or "last".
+    """Finds the checkpoint that `--ckpt_path` names: None, a file, a run's directory, or "last".
 
-    `fit` with "last" goes on in the same version; anything else begins a new one. Evaluation writes beside the runs, to
-    `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded: of a run the one before it is taken, with a warning; a
-    file that was asked for by name has no substitute.
+    `fit` with "last" continues in the same version; every other value begins a new version. Evaluation writes beside
+    the runs, to `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded. For a run, the newest undamaged
+    checkpoint is taken instead, with a warning. A damaged file that the user named has no substitute.
 
     Raises:
-        ValueError: there is no checkpoint, none that is whole, or evaluation was asked for without one, of a model that
-            does not have weights from elsewhere.
+        ValueError: there is no checkpoint, all are damaged, or evaluation got no checkpoint and the model has no
+            weights from elsewhere (`has_weights`).
     """
     directory = Path(runs) / name
     place = directory if verb == "fit" else Path(runs) / f"{name}-{verb}"
@@ -89,10 +89,12 @@ def resolve_checkpoint(
 
 
 def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
-    """The checkpoint of the most optimizer steps in a run's directory that is not damaged, and a line for each that is.
+    """Returns the undamaged checkpoint with the most optimizer steps in a run's directory, and warning lines.
+
+    The warnings name each newer checkpoint that is damaged, then the checkpoint that is used.
 
     Raises:
-        ValueError: there is none, with what is wrong with each.
+        ValueError: every checkpoint is damaged. Says what is wrong with each.
     """
     damaged: list[str] = []
     for checkpoint in _newest_first(run):
@@ -108,7 +110,7 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
 
 
 def versions_of(directory: Path) -> list[Path]:
-    """Returns the versions of the runs with one name, the newest first."""
+    """Returns the version directories of the runs with one name, newest first."""
     return sorted(directory.glob("version_*"), key=_version_number, reverse=True)
 
 
@@ -123,18 +125,18 @@ def _newest_first(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the most optimizer steps in a run's directory, if there is one."""
+    """Returns the checkpoint with the most optimizer steps in a run's directory, or None."""
     return next(iter(_newest_first(run)), None)
 
 
 def read_step(checkpoint: Path) -> int:
-    """Optimizer steps after which a checkpoint was saved, from its name; 0 if the name does not say."""
+    """Returns the optimizer step of a checkpoint, read from its file name; 0 if the name has no step."""
     match = re.search(r"step_(\d+)$", checkpoint.stem)
     return int(match[1]) if match else 0
 
 
 def remove_if_unused(version: Path) -> None:
-    """Removes a version's directory that holds nothing but what every start writes, and its parents if that was all."""
+    """Removes a version's directory if it holds only the files that every start writes, then its empty parents."""
     if not version.is_dir():
         return
     files = [path for path in version.rglob("*") if not path.is_dir()]
@@ -150,7 +152,7 @@ def remove_if_unused(version: Path) -> None:
 
 
 def read_saved_config(path: Path) -> dict[str, Any] | None:
-    """A saved config; None if there is none or it cannot be read, as beside a checkpoint that was moved."""
+    """Reads a saved config. None if it is missing or unreadable, for example beside a checkpoint that was moved."""
     import yaml
 
     try:

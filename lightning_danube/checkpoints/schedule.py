@@ -1,4 +1,4 @@
-"""When a run is saved, what its checkpoints are called, which of them stay, and how a signal ends the run."""
+"""When a run is saved, the names of its checkpoints, which checkpoints stay, and how a signal ends the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CheckpointSchedule:
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
-        keep: how many of them stay. Checkpoints at the end of a stage all stay.
+        keep: number of newest checkpoints that stay. Checkpoints at the end of a stage all stay.
 
     Raises:
         ValueError: a number is below 1.
@@ -35,7 +35,7 @@ class CheckpointSchedule:
             raise ValueError(f"every_n_steps is {self.every_n_steps} and keep is {self.keep}: both must be at least 1")
 
     def is_due(self, step: int) -> bool:
-        """Whether a run that goes on is saved after this step."""
+        """Returns whether a run that continues is saved after this step."""
         return step % self.every_n_steps == 0
 
 
@@ -48,7 +48,7 @@ def stage_checkpoint(directory: Path, stage: int, name: str, step: int) -> Path:
     """Returns the path of the checkpoint at the end of a stage.
 
     Args:
-        stage: its number, from 0.
+        stage: the stage's number, from 0.
     """
     name = re.sub(r"[^\w.-]+", "-", name)
     return directory / f"stage_{stage + 1}_{name}_step_{step:08d}.ckpt"
@@ -58,8 +58,8 @@ def older_checkpoints(directory: Path, step: int, keep: int) -> list[Path]:
     """Returns the step checkpoints to remove so that the newest `keep` stay.
 
     A checkpoint that is still being written has no final name yet and does not count. Checkpoints of later steps than
-    `step` exist if the run went back to before a damaged checkpoint. They do not count: they would push out the
-    checkpoints that are whole.
+    `step` exist if the run restarted from before a damaged checkpoint. They do not count, because they would push out
+    the undamaged checkpoints.
     """
     done = sorted((path for path in directory.glob("step_*.ckpt") if read_step(path) <= step), key=read_step)
     return done[: max(0, len(done) - keep)]
@@ -72,15 +72,19 @@ def remove_older(strategy: Strategy, directory: Path, step: int, keep: int) -> N
 
 
 class StopAtStep:
-    """Moves a stop within an accumulation to the end of the optimizer step. A timer or a callback may ask for one."""
+    """Delays a stop inside a gradient accumulation to the end of the optimizer step.
+
+    A timer or a callback may request such a stop.
+    """
 
     def __init__(self) -> None:
         self._waits = False
 
     def move(self, trainer: Trainer, at_step: bool) -> None:
-        """
+        """Delays or applies a requested stop.
+
         Args:
-            at_step: this micro-batch ended an optimizer step.
+            at_step: whether this micro-batch ended an optimizer step.
         """
         if trainer.should_stop and not at_step:
             trainer.should_stop, self._waits = False, True
@@ -89,15 +93,15 @@ class StopAtStep:
 
 
 class RunSignals:
-    """The signals that end a run at its next optimizer step: SIGTERM, SIGUSR1, Ctrl-C, and that of SLURM."""
+    """The signals that end a run at its next optimizer step: SIGTERM, SIGUSR1, Ctrl-C and SLURM's requeue signal."""
 
     def __init__(self) -> None:
         self.stop_run = False
-        """Whether the run ends before its next step. From the last call of `ask`."""
+        """Whether the run ends before its next step, as of the last call of `ask`."""
         self._requeue: int | None = None
 
     def hold(self, environment: ClusterEnvironment) -> None:
-        """Remembers the signals from now on, instead of obeying them.
+        """Records the signals from now on, instead of ending the process.
 
         This replaces Lightning's handlers if a user's program has a trainer of its own. Lightning's SIGTERM handler
         ends the run within an accumulation and saves nothing. Its SLURM handler saves in the middle of a step.
@@ -110,21 +114,21 @@ class RunSignals:
         SIGNALS.hold(number for number in numbers if number is not None)
 
     def ask(self, trainer: Trainer) -> None:
-        """Finds out whether any rank has received a signal. A collective call: every rank has to make it."""
+        """Sets `stop_run` to whether any rank has received a signal. Collective: every rank must call it."""
         told = SIGNALS.received is not None
         self.stop_run = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
 
     def stopped(self, trainer: Trainer) -> Stopped:
-        """Returns the exception that ends a saved run. Has SLURM requeue the job if that was the signal."""
+        """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""
         lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
         if SIGNALS.received == self._requeue and trainer.is_global_zero:
             lines.append(requeue_slurm_job())
-        # A rank that was started by rank zero, and that ends with another code than 0, counts as failed.
+        # A rank that rank zero started counts as failed if its exit code is not 0.
         return Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether the trainer validates after this micro-batch."""
+    """Returns whether the trainer validates after this micro-batch."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -1,6 +1,6 @@
-"""Checkpoints that all ranks write together: a directory with a part of each rank, whole or not there.
+"""Sharded checkpoints: all ranks write one directory together, each rank its part. It is complete or absent.
 
-It is written under a hidden name and renamed when every part is on the disk. sharded_files.py reads it.
+The directory is written under a hidden name and renamed when every part is on disk. sharded_files.py reads it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Saves while training goes on: it waits for a copy in the host's memory, a thread of each rank does the rest.
+    """Saves checkpoints while training continues.
 
-    One checkpoint at a time. The threads talk over a process group of their own, on gloo also where training is on
-    another back end. They end with the process, and the next save removes what they had not finished.
+    `save` waits only until the tensors are copied to host memory. Then a thread of each rank writes them, one
+    checkpoint at a time. The threads use their own process group, which is gloo even if training uses another back
+    end. They end with the process, and the next save removes an unfinished checkpoint.
 
     Args:
-        timeout: how long a thread waits for those of the other ranks.
+        timeout: how long a thread waits for the threads of the other ranks.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:
@@ -48,10 +49,12 @@ class Saver:
         self._failed: BaseException | None = None
 
     def save(self, tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
-        """Called by all ranks, each with its part of the tensors, which may change as soon as this returns.
+        """Starts saving a checkpoint. All ranks call it, each with its part of the tensors.
+
+        The tensors may change as soon as this returns.
 
         Raises:
-            OSError: this checkpoint can not be begun, or the one before was not finished; those before it are there.
+            OSError: this checkpoint cannot be started, or the previous checkpoint failed. Earlier checkpoints are kept.
         """
         import torch.distributed as dist
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -74,10 +77,10 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is on the disk, as far as this rank has to do with it.
+        """Returns when this rank's part of the last checkpoint is on disk.
 
         Raises:
-            OSError: it is not, with the reason and what to do.
+            OSError: the write failed. Gives the reason and what to do.
         """
         if self._thread is None:
             return
@@ -88,7 +91,7 @@ class Saver:
             raise failed
 
     def _write(self, tensors: dict[str, Tensor], rest: bytes, folder: ExitStack, hidden: Path, path: Path) -> None:
-        """Writes this rank's part. `folder` is what rank zero holds open until the checkpoint is complete."""
+        """Writes this rank's part. On rank zero, `folder` keeps the hidden folder until the checkpoint is complete."""
         import torch.distributed as dist
         from torch.distributed.checkpoint import FileSystemWriter
         from torch.distributed.checkpoint import save as save_together
@@ -96,7 +99,7 @@ class Saver:
 
         try:
             with folder:
-                # Each machine flushes what its own ranks have written.
+                # Each machine flushes the files of its own ranks.
                 writer = FileSystemWriter(hidden, sync_files=True)
                 save_together(tensors, storage_writer=writer, process_group=self._group)
                 if dist.get_rank() == 0:
@@ -113,21 +116,21 @@ class Saver:
 
 
 def _complete(rest: bytes, hidden: Path, path: Path) -> None:
-    """Adds the rest and the list of files to a checkpoint that has all tensors, and gives the checkpoint its name."""
+    """Adds the non-tensor data and the file list to a checkpoint with all tensors, then renames it to `path`."""
     (hidden / REST).write_bytes(rest)
     sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
     (hidden / FILES).write_text(json.dumps(sizes, indent=2) + "\n")
-    forget(path)  # the same step, saved before into one file
+    forget(path)  # the same step may have been saved before as one file
     finish_folder(hidden, path, replace=True)
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """All that is no tensor of the model or the optimizer."""
+    """Reads everything except the tensors of the model and the optimizers."""
     return read_plain(path / REST)
 
 
 def consolidated(path: Path) -> dict[str, Any]:
-    """What a checkpoint of one file would hold, in Lightning's layout."""
+    """Reads a sharded checkpoint as the content of a single-file checkpoint, in Lightning's layout."""
     rest, tensors = read_rest(path), load_whole(path)
     groups = rest.pop("optimizer_groups")
     states = []
@@ -144,7 +147,7 @@ def consolidated(path: Path) -> dict[str, Any]:
 
 
 def numbered(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """An optimizer's state by parameters' names → by their numbers, as torch's optimizers give and take it."""
+    """Converts an optimizer's state from parameter names to parameter numbers, the layout of torch's state dicts."""
     names = [name for group in groups for name in group["params"]]
     number = {name: place for place, name in enumerate(names)}
     return {

@@ -1,7 +1,8 @@
-"""Tensors that many ranks have written into one directory, read by as many others or by one process alone.
+"""Reads the tensors of a sharded checkpoint, from any number of ranks or from one process alone.
 
-torch.distributed.checkpoint would unpickle whatever its index and its entries hold. Here the entries are tensors only,
-everything else is in `rest.pt`, which is read as plain data, and the index with the few classes that belong into one.
+torch.distributed.checkpoint would unpickle any object in its index and its entries, which could run code. Here the
+entries are tensors only. Everything else is in `rest.pt`, which is read as plain data. The index may use only the few
+classes that an index needs.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ if TYPE_CHECKING:
 
 REST = "rest.pt"
 WEIGHT, MOMENT = "weight/", "optimizer/"
-"""What names of tensors begin with: `weight/<name>`, and `optimizer/<number>/<key>/<name>`."""
+"""Prefixes of tensor names: `weight/<name>` and `optimizer/<number>/<key>/<name>`."""
 
 
 def load_into(tensors: dict[str, Tensor], path: Path) -> None:
-    """Fills tensors of any sharding in place; called by all ranks."""
+    """Fills tensors of any sharding in place. All ranks must call it."""
     from torch.distributed.checkpoint import load as load_together
 
     load_together(tensors, storage_reader=_reader(path))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Of every tensor in it."""
+    """Returns name → (shape, dtype) of every tensor in a sharded checkpoint."""
     index: Any = _reader(path).read_metadata()
     return {name: (entry.size, entry.properties.dtype) for name, entry in index.state_dict_metadata.items()}
 
 
 def load_whole(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of that name, each in one piece, in the memory of this process alone."""
+    """Reads the tensors whose names `wanted` accepts, unsharded, into the memory of this process."""
     from torch.distributed.checkpoint import load as load_together
 
     tensors = {
@@ -76,7 +77,7 @@ _CLASSES_OF_AN_INDEX = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Makes what an index of tensors is made of and nothing else."""
+    """Unpickles only the classes that an index of tensors consists of."""
 
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file)
@@ -86,7 +87,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if name in _CLASSES_OF_AN_INDEX.get(module, ()):
             return super().find_class(module, name)
         if name in ("Path", "PosixPath") and module.startswith("pathlib"):
-            return PurePath  # where it was written
+            return PurePath  # the path where the index was written
         plain = getattr(torch, name, None) if module == "torch" else None
         if plain is torch.Size or isinstance(plain, torch.dtype | torch.layout):
             return plain

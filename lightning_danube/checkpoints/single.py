@@ -1,4 +1,4 @@
-"""How a run's checkpoints reach the disk and come back: durable, and as data only."""
+"""Writes a run's checkpoints durably, and reads them as data only."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_danube.checkpoints.sharded import consolidated
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Checkpoints of one file on this machine's file systems. Rank zero writes them by `checkpoints/files.py`.
+    """Writes and reads single-file checkpoints on local file systems. Rank zero writes with `checkpoints/files.py`.
 
-    Lightning's own plugin writes to TMPDIR first. If that is another file system, a kill then leaves a broken file.
-    The ranks of a sharded run write by `checkpoints/sharded.py`; this plugin reads such a checkpoint in a run that is
-    not sharded. FSDP with `state_dict_type: sharded` and DeepSpeed do not use this plugin.
+    Lightning's own plugin writes to TMPDIR first. If TMPDIR is on another file system, a kill leaves a broken file.
+    The ranks of a sharded run write with `checkpoints/sharded.py`. This plugin reads a sharded checkpoint in a run that
+    is not sharded. FSDP with `state_dict_type: sharded` and DeepSpeed do not use this plugin.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -32,7 +32,7 @@ class DurableCheckpointIO(CheckpointIO):
         refuse_address(str(path))
 
         def write(file: HashingWriter) -> None:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]  # it asks for write and flush only
+            torch.save(checkpoint, file)  # type: ignore[arg-type]  # torch.save calls only write and flush
 
         write_checkpoint(Path(path), write)
 
@@ -42,10 +42,10 @@ class DurableCheckpointIO(CheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Reads tensors and plain data; whatever asks for code to be run is refused, also where Lightning would run it.
+        """Reads tensors and plain data. Refuses a file that could run code, even if Lightning would load it.
 
         Raises:
-            ValueError: the file holds more than that, or is no checkpoint.
+            ValueError: the file holds other objects, or is no checkpoint.
         """
         refuse_address(str(path))
         if Path(path).is_dir():

@@ -1,4 +1,4 @@
-"""Lightning's ModelParallelStrategy with checkpoints that are whole or not there, and that any sharding can read."""
+"""Lightning's ModelParallelStrategy with checkpoints that are complete or absent, and that any sharding can read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Takes the place of Lightning's when a configuration names that one.
+    """Replaces ModelParallelStrategy when a configuration names that class.
 
-    With `save_distributed_checkpoint` (the default) each rank writes its part while training goes on; without, all
-    wait until rank zero has gathered the tensors in its host's memory, one after the other, and written the same file
-    as an unsharded run. Lightning's own numbers an optimizer's state in the order of the module; ours is grouped, hence
-    moments would meet the wrong weights.
+    With `save_distributed_checkpoint` (the default), each rank writes its part while training continues. Without it,
+    all ranks wait while rank zero gathers the tensors in host memory, one after the other, and writes the same file as
+    an unsharded run. Lightning's class numbers an optimizer's state in module order. The optimizers here group their
+    parameters, so Lightning's numbers would assign moments to the wrong weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._saver.save(tensors, {**checkpoint, "optimizer_groups": groups}, path)
 
     def wait_for_checkpoint(self) -> None:
-        """Returns when what `save_checkpoint` began is on the disk.
+        """Returns when the checkpoint that `save_checkpoint` started is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -81,7 +81,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._saver.wait()
 
     def on_exception(self, exception: BaseException) -> None:
-        self._interrupted = True  # other ranks may be gone: nothing is waited for
+        self._interrupted = True  # other ranks may have ended, so do not wait for the checkpoint
         super().on_exception(exception)
 
     def teardown(self) -> None:
@@ -90,13 +90,16 @@ class ShardedStrategy(ModelParallelStrategy):
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads model and optimizers from either kind, and gives the rest."""
+        """Loads model and optimizers from a sharded or a single-file checkpoint. Returns the other content.
+
+        A single-file checkpoint is returned with its tensors.
+        """
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
         weights = self.lightning_module.state_dict()
         if path.is_dir():
             return self._load_together(path, weights)
-        # Of the mapped file each rank reads what it keeps.
+        # The file is memory-mapped: each rank reads only the parts that it keeps.
         checkpoint = read_plain(path, mmap=True)
         self.lightning_module.on_load_checkpoint(checkpoint)
         for name, tensor in weights.items():
@@ -133,12 +136,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def _names(self) -> dict[int, str]:
         assert self.lightning_module is not None
         for module in self.lightning_module.modules():
-            if isinstance(module, FSDPModule):  # after validation gathered weights may stand in the place of its own
+            if isinstance(module, FSDPModule):  # after validation, gathered weights may replace the shards
                 module.reshard()
         return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In one piece, on rank zero's host alone; all ranks have to ask."""
+        """Returns the unsharded tensors on rank zero's host, and nothing on other ranks. All ranks must call it."""
         whole = {}
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -148,7 +151,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def like(parameter: Tensor, size: torch.Size, value: Tensor) -> Tensor:
-    """Room for a value of an optimizer's state: sharded as its parameter where it has that one's shape."""
+    """Returns a tensor to load an optimizer's state value into, sharded like its parameter if the shapes are equal."""
     if parameter.shape == size:
         return torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
     return torch.empty(size, dtype=value.dtype)
@@ -156,7 +159,7 @@ def like(parameter: Tensor, size: torch.Size, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def take_part(target: Tensor, whole: Tensor) -> None:
-    """Fills a tensor, distributed or not, with its part of a whole one."""
+    """Fills a tensor with its part of the unsharded tensor `whole`. The target may be distributed or not."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -176,6 +179,6 @@ def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
 
 
 def wait_for_checkpoint(strategy: Strategy) -> None:
-    """Returns when the last checkpoint is on the disk: a sharded checkpoint is written while training goes on."""
+    """Returns when the last checkpoint is on disk. A sharded checkpoint is written while training continues."""
     if isinstance(strategy, ShardedStrategy):
         strategy.wait_for_checkpoint()
