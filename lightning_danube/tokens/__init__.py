@@ -1,1 +1,1 @@
-"""Documents and messages become token ids in memory-mapped shards."""
+"""Turns documents and messages into token ids, in memory-mapped shards."""

@@ -1,4 +1,4 @@
-"""Conversations as token ids, by the tokenizer's own chat template or, where it has none, by Danube's."""
+"""Encodes conversations with the tokenizer's own chat template, or with Danube's if the tokenizer has none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Message = Mapping[str, str]
 """`role` ("system", "user", "assistant") and `content`."""
 
 MARKERS = ("<|prompt|>", "<|answer|>")
-"""What opens a question and an answer in `DANUBE_TEMPLATE`. With Danube's own tokenizer they are ordinary text of
-several tokens; a tokenizer that the verb `tokenizer` makes has one special token for each."""
+"""The markers that open a question and an answer in `DANUBE_TEMPLATE`. In Danube's own tokenizer, a marker is ordinary
+text of several tokens. In a tokenizer made by the verb `tokenizer`, each marker is one special token."""
 
 DANUBE_TEMPLATE = """\
 {%- for message in messages -%}
@@ -35,15 +35,15 @@ and the user begins') -}}
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template, else Danube's."""
+    """Returns the tokenizer's own template, or Danube's if the tokenizer has none."""
     return DANUBE_TEMPLATE if tokenizer.chat_template is None else str(tokenizer.get_chat_template())
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """The text of a conversation; `add_generation_prompt` opens the assistant's next turn.
+    """Returns the text of a conversation. `add_generation_prompt` opens the assistant's next turn.
 
     Raises:
-        ValueError: the template has no place for such messages.
+        ValueError: the template refuses these messages.
     """
     from jinja2.exceptions import TemplateError
 
@@ -63,27 +63,30 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
 ) -> list[int]:
-    """Token ids of a conversation. Special tokens are those that the template writes: none is added, and a message that
-    spells one is text, not that token."""
+    """Returns the token ids of a conversation.
+
+    Only the template writes special tokens. A message that spells a special token stays text.
+    """
     return ChatEncoder(tokenizer).encode(messages, add_generation_prompt).ids
 
 
 class EncodedChat(NamedTuple):
-    """Token ids of a conversation, and for each whether it belongs to an answer that is to be learned."""
+    """Token ids of a conversation, and for each token whether the model learns it as part of an answer."""
 
     ids: list[int]
     learned: list[bool]
 
 
 class NotLearnable(ValueError):
-    """Why nothing can be learned by a chat template."""
+    """Says why a model cannot learn from conversations in a chat template."""
 
 
 class ChatEncoder:
-    """Conversations as token ids, and which of these are answers, by the tokenizer's template alone.
+    """Encodes conversations and finds the tokens of the answers, from the tokenizer's template alone.
 
-    A template is a program. What it writes around the contents is found by rendering it with marks in place of them;
-    so no template needs a description of its own, and a mark of the template is told from one that a user has typed.
+    A template is a program. Rendering it with placeholders as contents shows the text that it writes around the
+    contents. So no template needs its own description, and the template's markers are distinct from markers that a
+    user has typed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -96,15 +99,15 @@ class ChatEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides the ids of a conversation."""
+        """Returns a hash of everything that determines the ids of a conversation."""
         parts = (self._backend.to_str(), chat_template_of(self.tokenizer), str(self.tokenizer.special_tokens_map))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def check_learnable(self) -> None:
-        """Checks on a small conversation that answers can be told from the rest, and end with a token of their own.
+        """Checks with a small conversation that answers can be located and that they end with a special token.
 
         Raises:
-            NotLearnable: they can not, or do not.
+            NotLearnable: an answer cannot be located, or ends without a special token.
         """
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         if not self._special_pattern.search(self._rendered_around(turns, False)[-1]):
@@ -129,18 +132,20 @@ class ChatEncoder:
         add_generation_prompt: bool = False,
         answers: Literal["all", "last"] = "all",
     ) -> EncodedChat:
-        """Ids of a conversation; learned are the tokens of all answers, or of the last, and the special tokens that end
-        them. A token that begins before its answer (a mark and a first letter can be one) is not learned.
+        """Returns the ids of a conversation, and which tokens are learned.
+
+        Learned are the tokens of all answers, or of the last answer, and the special tokens that end them. A token that
+        begins before its answer (a marker and a first letter can form one token) is not learned.
 
         Raises:
-            ValueError: the template has no place for such messages.
+            ValueError: the template refuses these messages.
         """
         text = render_chat(self.tokenizer, messages, add_generation_prompt)
         try:
             around = self._rendered_around(messages, add_generation_prompt)
             contents = contents_within(text, around, messages)
         except NotLearnable:
-            # Templates that rewrite what was said (that drop the thoughts of earlier answers, say) can still be asked.
+            # A template that rewrites messages, such as one that drops earlier reasoning, can still give a prompt.
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return EncodedChat(ids, [False] * len(ids))
         learned = [message["role"] == "assistant" for message in messages]
@@ -177,7 +182,7 @@ class ChatEncoder:
         return encoded
 
     def _encode_run(self, run: str, learned: list[tuple[int, int]], encoded: EncodedChat) -> None:
-        """Text between two special tokens, in which none is one."""
+        """Appends the ids of the text between two special tokens. Nothing in this text becomes a special token."""
         self._backend.encode_special_tokens = True
         try:
             encoding = self._backend.encode(run, add_special_tokens=False)
@@ -189,7 +194,7 @@ class ChatEncoder:
         )
 
     def _rendered_around(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
-        """What the template writes before, between and after the contents: one more than there are messages."""
+        """Returns the template's text before, between and after the contents: one string more than messages."""
         roles = tuple(message["role"] for message in messages)
         key = add_generation_prompt, roles
         if key not in self._around:
@@ -202,14 +207,14 @@ class ChatEncoder:
 
 
 _MARK = "\ue000"
-"""A character for private use: no template asks for it, no tokenizer needs it."""
+"""A placeholder from Unicode's private use area, which no template and no tokenizer uses."""
 
 
 def contents_within(text: str, around: Sequence[str], messages: Sequence[Message]) -> list[str]:
-    """The contents as a template has written them, as they are or without the space around them.
+    """Returns the contents as a template has written them: unchanged, or without surrounding white space.
 
     Raises:
-        NotLearnable: it has changed them otherwise.
+        NotLearnable: the template has changed a content in another way.
     """
     contents = []
     place = len(around[0])
@@ -226,8 +231,10 @@ def contents_within(text: str, around: Sequence[str], messages: Sequence[Message
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end, and the special token with which its template closes a turn.
-    These differ where a base model's tokenizer got a chat template."""
+    """Returns the tokens that end an answer: the tokenizer's eos token, and the special token that closes a turn.
+
+    The two differ if a chat template was added to a base model's tokenizer.
+    """
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template is not None:
         answer = "an answer"

@@ -1,7 +1,7 @@
-"""Shards that were made elsewhere: in another directory, or in object storage, from where they are fetched once.
+"""Finished shards: made elsewhere, and read from another directory or fetched once from object storage.
 
-A source whose path is an address (`s3://bucket/shards/web-1a2b3c4d5e6f`, anything that fsspec knows) or a directory
-with a `shards.json` is taken as it is: its texts need not be at hand.
+A source's path names finished shards if it is an address that fsspec knows (`s3://bucket/shards/web-1a2b3c4d5e6f`) or
+a directory with a `shards.json`. The texts of such a source are not needed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def is_address(path: str) -> bool:
 
 
 def is_finished(path: str) -> bool:
-    """Whether a source's path names shards instead of texts."""
+    """Returns whether a source's path names shards instead of texts."""
     return is_address(path) or os.path.isfile(os.path.join(os.path.expanduser(path), LISTING))
 
 
 def finished_directory(path: str, cache_dir: Path) -> Path:
-    """Where such shards are read: their own directory, or the place in the cache that they are fetched to."""
+    """Returns where finished shards are read: their own directory, or for an address its folder in the cache."""
     if not is_address(path):
         return Path(path).expanduser()
     digest = hashlib.sha256(path.rstrip("/").encode()).hexdigest()[:8]
@@ -37,11 +37,13 @@ def finished_directory(path: str, cache_dir: Path) -> Path:
 
 
 def fetch(name: str, path: str, cache_dir: Path) -> Path:
-    """The directory of finished shards, fetched if they are not there: whole, with the sizes and checksums of their
-    listing, or not at all. What an earlier attempt has fetched is kept.
+    """Returns the directory of finished shards, and fetches them first if they are missing.
+
+    The fetched directory is complete, with the sizes and checksums of its listing, or absent. Files that an earlier
+    attempt fetched are kept.
 
     Raises:
-        ValueError: there are none, they cannot be reached, or they are not what their listing says.
+        ValueError: the shards are missing, out of reach, or differ from their listing.
     """
     directory = finished_directory(path, cache_dir)
     if not is_address(path) or (directory / LISTING).is_file():
@@ -59,7 +61,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
         raise ValueError(f"{where}/{LISTING} is damaged ({error}): copy the shards there again") from error
     except Exception as error:
         raise _unreachable(where, error) from error
-    # The folder keeps what an earlier attempt has fetched, so it has a fixed name.
+    # The folder keeps the files of an earlier attempt, so it has a fixed name.
     hidden = directory.with_name(f".{directory.name}.fetching")
     for file in files:
         _fetch_file(where, store, f"{root}/{file['name']}", hidden / file["name"], file)
@@ -67,7 +69,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     try:
         finish_folder(hidden, directory)
     except FileNotFoundError:
-        # Another process fetched the same files, and was faster.
+        # Another process fetched the same files and finished first.
         if not (directory / LISTING).is_file():
             raise
     return directory
@@ -113,7 +115,7 @@ def _digest(path: Path) -> str:
 
 
 def _unreachable(where: str, error: Exception) -> Exception:
-    """A full disk of this machine keeps its own words."""
+    """Returns the error to raise. An error of a local file, such as a full disk, is returned unchanged."""
     if isinstance(error, OSError) and error.filename is not None:
         return error
     said = " ".join(str(error).split())[:200] or type(error).__name__

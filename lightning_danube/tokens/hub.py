@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: which name can be one, and a download of the files behind it."""
+"""Hugging Face hub ids: recognizes them, and downloads the files of a repository."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>
 
 
 def hub_id(name: str) -> str | None:
-    """The repository that a name stands for, without its revision. None for a file or directory of this machine."""
+    """Returns the hub repository of a name, without its revision. None for a file or directory of this machine."""
     match = HUB_ID.fullmatch(name)
     return match["repository"] if match and not Path(name).expanduser().exists() else None
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
+    """Returns whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
 
     A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
     """
@@ -32,7 +32,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def did_you_mean(name: str) -> str:
-    """ " (did you mean …?)" with the neighbour whose name is most similar; "" if no neighbour is similar."""
+    """Returns " (did you mean …?)" with the most similar name in the same directory, or "" if none is similar."""
     path = Path(name).expanduser()
     names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, names, n=1)
@@ -40,15 +40,15 @@ def did_you_mean(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 160 characters; the name of its type if it has no message."""
+    """Returns the first line of an error's message, at most 160 characters, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
 
 
 def download(option: str, name: str, files: Sequence[str]) -> Path:
-    """Downloads the named files of a hub repository, and returns the directory that holds them.
+    """Downloads the named files of a hub repository and returns the directory that holds them.
 
     Args:
-        option: what the user gave the name to, for messages.
+        option: the option whose value is the name, for messages.
         name: "owner/name" or "owner/name@revision".
         files: patterns of file names. Files in subdirectories are never fetched.
 

@@ -1,4 +1,4 @@
-"""Which questions of a benchmark stood in the texts that a run was trained on."""
+"""Finds the benchmark questions that occur in a run's training texts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from lightning_danube.text.quality import Benchmarks
 
 
 class TrainingTexts(NamedTuple):
-    """What a run's own files say about its texts: the sources it has taken tokens from, and where it kept those that
-    come with the project."""
+    """A run's texts according to its own files: the sources it read tokens from, and its cache of embedded texts."""
 
     sources: dict[str, Source]
     cache_dir: Path
 
 
 def training_texts(run: Path) -> TrainingTexts | None:
-    """Of a pre-training run's directory; None for another kind of run, or where its files do not say."""
+    """Reads the texts of a pre-training run from its directory. None for other runs, or if its files do not say."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         data = config["data"]["init_args"]
@@ -41,7 +40,7 @@ def training_texts(run: Path) -> TrainingTexts | None:
 
 
 class Overlap(NamedTuple):
-    """Questions found in the texts, how many were looked for, and the sources that were not looked through."""
+    """The row numbers found in the texts, the number of rows searched for, and the sources that were not searched."""
 
     found: set[int]
     looked_for: int
@@ -49,9 +48,9 @@ class Overlap(NamedTuple):
 
 
 def overlap(rows: Sequence[Mapping[str, Any]], texts: TrainingTexts) -> Overlap:
-    """Numbers of the rows that share a run of 13 words (or all their words, of shorter texts) with a training text.
+    """Finds the rows that share 13 consecutive words (or all words of a shorter text) with a training text.
 
-    All of a source is looked through, of which a run may have seen a part.
+    Searches each source completely, although the run may have read only a part of it.
     """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
@@ -59,7 +58,7 @@ def overlap(rows: Sequence[Mapping[str, Any]], texts: TrainingTexts) -> Overlap:
         try:
             benchmark = Benchmarks.read([str(file)])
         except ValueError:
-            return Overlap(set(), 0, [])  # all are too short to be told from chance
+            return Overlap(set(), 0, [])  # all texts are too short: a match would prove nothing
     looked_for = len(rows) - benchmark.files[0].rows_too_short
     found: set[int] = set()
     not_read = []

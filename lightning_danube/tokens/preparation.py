@@ -1,7 +1,7 @@
-"""From texts to token shards: cuts sources into units, has them made by processes or machines, and joins them.
+"""Makes token shards from texts: cuts sources into units, lets processes or machines make them, and joins the units.
 
-The bytes of a shard directory depend on the texts and the options alone, not on who made which unit or how often the
-work was interrupted. Beside them stands report.json, which also says how long it took.
+The bytes of a shard directory depend only on the texts and the options. They do not depend on which process made which
+unit, or on interruptions. The exception is report.json, which also holds times.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.tokens.units import Job, load_part, load_unit, make_unit
 
 UNIT_BYTES = 1 << 22
-"""Text of a unit, about a second of work. A source of more than `MOST_UNITS` times that has larger ones."""
+"""Bytes of text of a unit, about a second of work. A source of more than `MOST_UNITS` such units has larger units."""
 MOST_UNITS = 1 << 16
 STREAMED_DOCUMENTS = 2048
-"""Documents of a unit of a source that is streamed."""
+"""Documents in a unit of a streamed source."""
 WORTH_PROCESSES = 1 << 23
 """Bytes of text below which starting processes costs more than it saves."""
 SHOWN_REJECTIONS = 5
 
 WorkPart = tuple[int, int]
-"""(number from 1, of how many) parts of the work, each done by another machine."""
+"""(number of the part, from 1; number of parts). Each machine does one part of the work."""
 
 
 def prepare(
@@ -67,12 +67,13 @@ def prepare(
     processes: int,
     part: WorkPart | None = None,
 ) -> dict[str, float]:
-    """Makes the shards of all sources that are not there yet; the seconds that each took, 0 for one that was there.
+    """Makes the missing shards of all sources. Returns source → seconds, 0 for shards that existed already.
 
-    With `part`, only every so-manieth unit is made; whoever makes the last one joins them all.
+    With `part`, makes every n-th unit, where n is the number of parts. The machine that makes the last missing unit
+    joins all units.
 
     Raises:
-        ValueError: a source cannot be read, holds no text, or a process was ended from outside.
+        ValueError: a source cannot be read or holds no text, or another program ended a process.
     """
     seconds = dict.fromkeys(sources, 0.0)
     todo = []
@@ -98,7 +99,7 @@ def prepare(
 
 
 class Preparation:
-    """One source on its way to a shard directory."""
+    """Turns one source into a shard directory: plans its units, and joins the units."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class Preparation:
             near=quality.deduplicate == "near",
             benchmarks=bool(quality.decontaminate),
         )
-        self.units: int | None = None  # how many there are; a streamed source knows at its end
+        self.units: int | None = None  # number of units; for a streamed source known at its end
         self.weight = 0
         self.tokens = 0
         self.began, self.seconds = time.monotonic(), 0.0
@@ -137,7 +138,7 @@ class Preparation:
     # --- units --------------------------------------------------------------------------------------------------------
 
     def open(self, benchmarks: Benchmarks | None) -> None:
-        """Lays out the directory in which units are collected; going on after a kill finds it as it was left."""
+        """Makes the directory that collects the units. After a kill, the units in it are kept."""
         (self.building / "units").mkdir(parents=True, exist_ok=True)
         if not self.job.tokenizer_file.exists():
             write_text(self.job.tokenizer_file, self.tokenizer_json())
@@ -150,7 +151,7 @@ class Preparation:
         return text
 
     def plan(self, pool: Callable[[], Executor]) -> list[list[Span]]:
-        """The units of a source of files; kept, so that it is worked out once."""
+        """Returns the units of a source of files. The plan is saved, so it is computed once."""
         path = self.building / "plan.json"
         if path.exists():
             return [[Span(*span) for span in unit] for unit in json.loads(path.read_text())]
@@ -158,7 +159,7 @@ class Preparation:
         sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
         size = max(UNIT_BYTES, -(-sum(sizes.values()) // MOST_UNITS))
         separators, limits = [self.source.separator] * len(files), [size] * len(files)
-        # Lines are counted at the speed of the disk; other formats have to be taken apart.
+        # Lines are counted at the speed of the disk; other formats must be parsed.
         slow = sum(size for file, size in sizes.items() if format_of(file) != "parquet")
         found = pool().map(spans, files, separators, limits) if len(files) > 1 and slow > 1 << 28 else None
         units: list[list[Span]] = [[]]
@@ -171,7 +172,7 @@ class Preparation:
         return units
 
     def work(self, pool: Callable[[], Executor]) -> Iterator[tuple[int, list[Span] | list[Document | BadRow], int]]:
-        """(number, rows, weight) of the units that are still to be made, in order."""
+        """Yields (number, rows, weight) of the missing units, in order."""
         self.began = time.monotonic()
         numbered: Iterator[tuple[int, Any]]
         if is_streamed(self.source):
@@ -202,7 +203,7 @@ class Preparation:
     # --- joining ------------------------------------------------------------------------------------------------------
 
     def missing(self) -> int | None:
-        """How many units the others have still to make; None for some unknown number, 0 if all are here."""
+        """Returns how many units other machines must still make: 0 if all exist, None if the number is unknown."""
         counted = self.building / "units.json"
         units = self.units if self.units is not None else int(counted.read_text()) if counted.exists() else None
         missing, tokens, number = 0, 0, 0
@@ -218,7 +219,7 @@ class Preparation:
         return missing
 
     def join(self) -> None:
-        """Puts the units together into the shard directory.
+        """Joins the units into the shard directory.
 
         Raises:
             ValueError: no text is left.
@@ -304,13 +305,13 @@ class Preparation:
         _write_json(building / "report.json", report)
 
     def _kept(self) -> tuple[list[NDArray[np.bool_]], dict[str, int]]:
-        """For each unit, which of its documents stay; and how many duplicates go."""
+        """Returns for each unit which documents are kept, and the number of removed duplicates."""
         paths = [self.job.path(number) for number in range(self.used)]
         lengths = [load_part(path, "lengths") for path in paths]
         if self.limit < math.inf:
             before = 0
             for number, unit in enumerate(lengths):
-                # The document that reaches the limit is the last.
+                # The document that reaches the token limit is the last document that is kept.
                 lengths[number] = unit[: int(np.searchsorted(before + np.cumsum(unit), self.limit)) + 1]
                 before += int(lengths[number].sum())
         counts = [load_part(path, "lengths").size for path in paths]
@@ -336,7 +337,10 @@ class Preparation:
         return keep, gone
 
     def _contamination(self, rows: set[int], documents: Counter[str]) -> list[dict[str, Any]]:
-        """Per benchmark file: how many of its rows stood in the source, and in how many documents, all removed."""
+        """Returns for each benchmark file how many rows the source contained, and in how many documents.
+
+        These documents were all removed.
+        """
         if not self.job.benchmarks:
             return []
         benchmarks = Benchmarks.load(self.job.benchmarks_file)
@@ -349,7 +353,7 @@ class Preparation:
 
 
 class _Workshop:
-    """Has the units of several sources made, by this process or by several, and each source joined when it is whole."""
+    """Makes the units of several sources, in one or several processes, and joins each source when it is complete."""
 
     def __init__(self, preparations: Sequence[Preparation], benchmarks: Benchmarks | None, processes: int) -> None:
         self.preparations, self.benchmarks, self.processes = preparations, benchmarks, processes
@@ -381,7 +385,7 @@ class _Workshop:
         for preparation in self.preparations:
             self._guarded(preparation, lambda p: p.open(self.benchmarks))
             for number, rows, size in self._works(preparation):
-                # Small sources are done before processes have started, so the first units wait for the others.
+                # Small sources finish faster than processes start, so the first units wait until there is enough work.
                 weight += size or WORTH_PROCESSES // 16
                 held.append((preparation, number, rows, size))
                 if weight >= WORTH_PROCESSES and self.processes > 1:
@@ -426,7 +430,7 @@ class _Workshop:
             preparation.join()
             return
         if (preparation.directory / "shards.json").exists():
-            return  # another process has joined the source, and cleared its units up
+            return  # another process has joined the source and removed its units
         assert preparation.part is not None and preparation.units is not None
         number, of = preparation.part
         print(
@@ -436,8 +440,10 @@ class _Workshop:
         )
 
     def _guarded(self, preparation: Preparation, do: Callable[[Preparation], Any]) -> Any:
-        """Runs a step. What is wrong with a text leaves nothing behind, and is told here for the user to read; what
-        fails because another process has finished the source, and cleared up, gives None."""
+        """Runs a step. Returns None if another process has finished the source and removed its units.
+
+        A damaged text becomes a ValueError for the user. Without `part`, the units made so far are removed.
+        """
         try:
             return do(preparation)
         except DamagedFile as error:
@@ -455,7 +461,7 @@ def _make(preparation: Preparation, number: int, rows: Any) -> tuple[int, int]:
 
 
 class _Done:
-    """A future of what this process has made itself."""
+    """A future whose result this process has made itself."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -465,7 +471,7 @@ class _Done:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """Shows a progress bar on a terminal, and elsewhere prints a line every `EVERY` seconds."""
 
     EVERY = 30.0
 
@@ -528,8 +534,9 @@ def open_or_prepare(
     processes: int,
     quality: Quality | None = None,
 ) -> tuple[TokenShards, float]:
-    """The shards of a source, checked against their checksums if they were just made, and the seconds it took to make
-    them (0 when they were there).
+    """Returns the shards of a source, and the seconds that making them took (0 if they existed).
+
+    New shards are checked against their checksums.
 
     Raises:
         ValueError: see `prepare` and `TokenShards`.

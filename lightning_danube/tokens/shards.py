@@ -1,12 +1,12 @@
-"""Token shards: the tokens of one source, made once, memory-mapped ever after.
+"""Token shards: the tokens of one source, made once and memory-mapped from then on.
 
-A shard directory holds, for each split, Arrow files in the stream format of `datasets` (one row a document, column
-`input_ids`, uint16 while the vocabulary allows) and `shards.json`: the tokenizer's identity, counts, and every file's
-size and checksum. The directory appears by a rename when it is complete, so what can be seen is whole. Sizes are
-checked whenever it is opened, ids whenever a row is read, checksums when somebody asks (`prepare --verify`).
+A shard directory holds Arrow files for each split, in the stream format of `datasets`: one row per document, column
+`input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's identity, counts, and every
+file's size and checksum. The directory gets its name by a rename when it is complete, so a visible directory is
+complete. Sizes are checked when the directory is opened, ids when a row is read, checksums on `prepare --verify`.
 
-A training row is a window of `context_length` tokens over the concatenated documents, so that the context length can
-change without new shards.
+A training row is a window of `context_length` tokens over the concatenated documents, so the context length can change
+without new shards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lightning_danube.tokens.tokenizer import DocumentTokenizer
 FORMAT = 2
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 1 << 26
-"""Tokens after which a new file is begun (128 MiB of uint16)."""
+"""Tokens after which a new file starts (128 MiB of uint16)."""
 BATCH_TOKENS = 1 << 24
 """Tokens that are held in memory before they are written (32 MiB of uint16)."""
 
@@ -40,7 +40,10 @@ BATCH_TOKENS = 1 << 24
 def source_fingerprint(
     name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache: Path
 ) -> str:
-    """Hash of all that decides the tokens: a changed file, tokenizer, split or rule of quality makes new shards."""
+    """Returns a hash of everything that determines the tokens.
+
+    A changed file, tokenizer, split or quality rule leads to new shards.
+    """
     facts = [FORMAT, asdict(source), tokenizer.fingerprint, held_out, quality.identity(source.filters)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(files_identity(name, source, cache))
@@ -48,7 +51,7 @@ def source_fingerprint(
 
 
 def files_identity(name: str, source: Source, cache: Path) -> bytes:
-    """What tells that the files of a source have changed; nothing for a hub set, whose revision does."""
+    """Returns bytes that change with the files of a source. Empty for a hub data set, which its revision identifies."""
     if is_saved_dataset(source):
         return (Path(source.path).expanduser() / "state.json").read_bytes()
     if source.is_hub:
@@ -58,8 +61,10 @@ def files_identity(name: str, source: Source, cache: Path) -> bytes:
 
 
 def held_out_below(share: float) -> int:
-    """A document whose `text_hash` is smaller belongs to the held-out split: by its content, so copies of it never
-    stand on both sides."""
+    """Returns the border below which a document's `text_hash` puts it into the held-out split.
+
+    The content decides, so copies of a document are never in both splits.
+    """
     return math.ceil(share * 2**64)
 
 
@@ -131,7 +136,7 @@ class SplitWriter:
 
 
 def _map_tokens(path: Path) -> list[NDArray[Any]]:
-    """The tokens of a file, memory-mapped: the values as they lie, not through the documents' offsets."""
+    """Memory-maps the tokens of a file: the raw values, without the documents' offsets."""
     import pyarrow as pa
 
     column = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column("input_ids")
@@ -140,7 +145,7 @@ def _map_tokens(path: Path) -> list[NDArray[Any]]:
 
 
 def _edges(chunks: list[NDArray[Any]]) -> str:
-    """Hash of the first and the last tokens of every chunk: where damage has moved them, they are others."""
+    """Returns a hash of the first and last 64 tokens of every chunk, to detect damage that shifts the tokens."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk[:64].tobytes() + chunk[-64:].tobytes())
@@ -152,7 +157,7 @@ _REMEDY = "delete {} and it will be made again"
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What one split of a source holds."""
+    """Number of documents and tokens in one split of a source."""
 
     documents: int
     tokens: int
@@ -162,8 +167,8 @@ class TokenShards:
     """One source's shard directory, opened and checked.
 
     Raises:
-        ValueError: the directory is missing, of another format, made with another tokenizer, or a file of it is missing
-            or has another size than when it was written.
+        ValueError: the directory is missing, has another format or another tokenizer, or a file is missing or has
+            another size than when it was written.
     """
 
     def __init__(self, directory: Path, tokenizer: DocumentTokenizer) -> None:
@@ -210,7 +215,7 @@ class TokenShards:
         """Reads every file and compares its checksum.
 
         Raises:
-            ValueError: a file does not hold what was written.
+            ValueError: the content of a file has changed.
         """
         for split in SPLITS:
             for file in self._files(split):
@@ -224,10 +229,10 @@ class TokenShards:
                     )
 
     def tokens(self, split: str) -> TokenSequence:
-        """The concatenated documents of a split.
+        """Returns the concatenated documents of a split.
 
         Raises:
-            ValueError: a file is damaged where it says how its content is laid out.
+            ValueError: a file's layout is damaged, or its number, type or edges of tokens differ from `shards.json`.
         """
         import pyarrow as pa
 
@@ -252,7 +257,7 @@ class TokenShards:
 
 
 class TokenSequence:
-    """Tokens of many memory-mapped segments as one sequence; reading a window touches only its own pages."""
+    """Tokens of many memory-mapped segments as one sequence. Reading a window touches only the pages of that window."""
 
     def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int, files: list[Path]) -> None:
         self._segments, self.vocab_size, self._files = segments, vocab_size, files
@@ -263,7 +268,7 @@ class TokenSequence:
         return self._ends[-1]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens [start, stop)."""
+        """Returns tokens [start, stop)."""
         assert 0 <= start <= stop <= len(self)
         first = bisect_right(self._ends, start) - 1
         if first < len(self._segments) and stop <= self._ends[first + 1]:
@@ -277,14 +282,17 @@ class TokenSequence:
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.dtype)
 
     def rows(self, context_length: int) -> int:
-        """Whole training rows: each predicts `context_length` tokens and shares one token with the next row."""
+        """Returns the number of full training rows.
+
+        Each row predicts `context_length` tokens and shares one token with the next row.
+        """
         return max(0, len(self) - 1) // context_length
 
     def row(self, number: int, context_length: int) -> NDArray[Any]:
-        """Row `number`, (context_length + 1,): inputs and, shifted by one, labels. The last row may be shorter.
+        """Returns row `number`, (context_length + 1,): inputs and, shifted by one, labels. The last row may be shorter.
 
         Raises:
-            ValueError: an id is none of the vocabulary, so the file was damaged: an embedding must never see it.
+            ValueError: an id is outside the vocabulary, so the file is damaged. An embedding must never see such an id.
         """
         start = number * context_length
         row = self.read(start, min(start + context_length + 1, len(self)))
@@ -302,7 +310,7 @@ class TokenSequence:
         )
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each id occurs, (vocab_size,)."""
+        """Returns how often each id occurs, (vocab_size,)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for number, segment in enumerate(self._segments):
             for begin in range(0, len(segment), 1 << 24):
@@ -317,7 +325,7 @@ class TokenSequence:
 def shards_directory(
     name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache_dir: Path
 ) -> Path:
-    """Where the shards of a source are, or will be."""
+    """Returns the directory where the shards of a source are, or will be."""
     if is_finished(source.path):
         return finished_directory(source.path, cache_dir)
     fingerprint = source_fingerprint(name, source, tokenizer, held_out, quality, cache_dir)

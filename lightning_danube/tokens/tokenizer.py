@@ -1,11 +1,13 @@
-"""Tokenizers by name, without a hub: Danube3's own (the 32,000 SentencePiece pieces of Mistral v1), a small one that
-comes with this package, and one of the made-up world's words; or any Hugging Face tokenizer.
+"""Loads tokenizers by name. Three need no hub; any Hugging Face tokenizer can be named, too.
+
+The three are Danube3's tokenizer (the 32,000 SentencePiece pieces of Mistral v1), a small tokenizer that comes with
+this package, and a tokenizer of the made-up world's words.
 
 Danube3's vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
-because one object then serves training, the export and every tool that reads it. The rebuilding follows Llama's own
-conversion: prepend "▁", replace spaces, merge by piece score, fall back to bytes. What transformers 5.23 makes of the
-same file gives other ids where spaces lead a text or follow each other: it prepends nothing before a leading space, and
-it merges by id instead of score.
+because one object then serves training, the export and every tool that reads the export. The rebuilding follows Llama's
+own conversion: prepend "▁", replace spaces, merge by piece score, fall back to bytes. The conversion by transformers
+5.23 gives other ids for leading or repeated spaces: it prepends nothing before a leading space, and it merges by id
+instead of score.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}"
 
 
 class DocumentTokenizer:
-    """Encodes documents for pre-training and names itself, so that shards and checkpoints can check it.
+    """Encodes documents for pre-training, and has an identity that shards and checkpoints can check.
 
     Args:
         name: "danube-small", "mistral", "world", a directory with tokenizer files, or a hub id.
-        hf: the tokenizer of that name, if it is loaded already.
+        hf: the tokenizer with this name, if it is loaded already.
 
     Raises:
-        ValueError: nothing of that name can be loaded, or it has no token that ends a document.
+        ValueError: no tokenizer with this name can be loaded, or it has no token that ends a document.
     """
 
     def __init__(self, name: str = MISTRAL, hf: PreTrainedTokenizerFast | None = None) -> None:
@@ -67,18 +69,18 @@ class DocumentTokenizer:
 
     @cached_property
     def hf(self) -> PreTrainedTokenizerFast:
-        """The tokenizer as transformers has it. Importing transformers takes a second, and not everything needs it."""
+        """The tokenizer of transformers, loaded on first use: importing transformers takes a second."""
         return load_hf_tokenizer(self.name)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Smallest unsigned type for the ids."""
+        """Smallest unsigned integer type for the ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which ids a text gets."""
-        # Cached because it takes 50 ms to write down 32,000 words, and each checkpoint names its tokenizer.
+        """Hash of everything that determines the ids of a text."""
+        # Cached, because serializing 32,000 words takes 50 ms and each checkpoint names its tokenizer.
         if self.name == DANUBE_SMALL:  # transformers adds nothing to this file
             own = own_backend(self.name)
             assert own is not None
@@ -86,17 +88,17 @@ class DocumentTokenizer:
         return fingerprint_of(self.hf)
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """Ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
+        """Returns the ids of whole documents: [bos,] text, eos. Text that spells a special token stays text."""
         return encode_documents(self.hf.backend_tokenizer, texts, self.bos_id, self.eos_id, self.dtype)
 
     def text(self, ids: NDArray[Any]) -> str:
-        """The text of ids, (N,), without special tokens."""
+        """Returns the text of ids, (N,), without special tokens."""
         decoded = self.hf.decode(ids, skip_special_tokens=True)
         assert isinstance(decoded, str)
         return decoded
 
     def identity(self) -> dict[str, Any]:
-        """What is written beside ids made with this tokenizer."""
+        """Returns the facts about this tokenizer that are saved beside its ids."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -113,26 +115,28 @@ def _id_of(token: str, backend: Tokenizer) -> int:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that begins a document. GPT-type tokenizers use one token for both ends: then the previous document's
-    end is the next one's start."""
+    """Returns the token that begins a document, or None.
+
+    GPT-type tokenizers use one token as bos and eos. Then the end token of one document also begins the next document.
+    """
     bos = tokenizer.bos_token_id
     return int(bos) if bos is not None and bos != tokenizer.eos_token_id else None
 
 
 def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A tokenizer that by itself begins a text as training did, with the bos token if there is one.
+    """Returns a tokenizer that adds the bos token, if there is one, before a text, as training did.
 
-    Here whoever makes a prompt adds that token; users of the export call the tokenizer and expect to be done.
+    In this package, the code that makes a prompt adds the token. Users of an export only call the tokenizer.
     """
     if begin_token(tokenizer) is None:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # the setter is not defined directly after the property
     return tokenizer
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides which ids a text gets."""
+    """Returns a hash of everything that determines the ids of a text."""
     return _fingerprint(tokenizer.backend_tokenizer, begin_token(tokenizer), tokenizer.eos_token_id)
 
 
@@ -145,7 +149,7 @@ def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:
 def encode_documents(
     backend: Tokenizer, texts: Sequence[str], bos_id: int | None, eos_id: int, dtype: np.dtype[Any]
 ) -> list[NDArray[Any]]:
-    """Ids of whole documents by the tokenizer itself, for processes that never load transformers around it."""
+    """Returns the ids of whole documents from a tokenizer of `tokenizers`, without loading transformers."""
     backend.encode_special_tokens = True
     try:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -157,11 +161,13 @@ def encode_documents(
 
 @lru_cache(maxsize=4)
 def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a name: "danube-small", "mistral", "world", a directory, or a hub id, also with
-    "@revision".
+    """Returns the Hugging Face tokenizer with a name.
+
+    Args:
+        name: "danube-small", "mistral", "world", a directory, or a hub id with or without "@revision".
 
     Raises:
-        ValueError: nothing of that name can be loaded.
+        ValueError: no tokenizer with this name can be loaded.
     """
     if name == MISTRAL:
         return _mistral_v1()
@@ -193,7 +199,7 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def _danube_small() -> PreTrainedTokenizerFast:
-    # Not AutoTokenizer: its import takes two seconds longer.
+    # AutoTokenizer is not used, because its import takes two seconds longer.
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(SMALL_DIRECTORY)
@@ -201,7 +207,7 @@ def _danube_small() -> PreTrainedTokenizerFast:
 
 
 def mistral_model_file() -> Path:
-    """SentencePiece model of Mistral v1 inside the installed package `mistral-common`."""
+    """Returns the path of Mistral v1's SentencePiece model in the installed package `mistral-common`."""
     for file in importlib.metadata.files("mistral-common") or []:
         if file.name == "tokenizer.model.v1":
             return Path(str(file.locate()))
@@ -213,7 +219,7 @@ def _mistral_v1() -> PreTrainedTokenizerFast:
 
 
 def own_backend(name: str) -> Tokenizer | None:
-    """Returns Danube's own tokenizers as the library `tokenizers` has them, and None for every other name."""
+    """Returns Danube's own tokenizers as objects of the library `tokenizers`, and None for every other name."""
     if name == MISTRAL:
         return _mistral_backend()
     if name == DANUBE_SMALL:
@@ -238,7 +244,7 @@ def _mistral_backend() -> Tokenizer:
 
 
 def with_danube_tokens(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers whose special tokens have the roles that they have in Danube's tokenizer.
+    """Returns a tokenizer of transformers whose special tokens have the same roles as in Danube's tokenizer.
 
     Args:
         backend: a tokenizer that has `<unk>`, `<s>` and `</s>`.
@@ -266,15 +272,15 @@ def sentencepiece_backend(
     add_space_prefix: bool = True,
     never_merged: Collection[str] = (),
 ) -> Tokenizer:
-    """A SentencePiece BPE model as a tokenizer of the library `tokenizers`, without its special tokens.
+    """Converts a SentencePiece BPE model to a tokenizer of the library `tokenizers`, without its special tokens.
 
     Args:
-        scores: by id; of two possible merges, the one into the piece of the higher score comes first.
-        never_merged: pieces of the vocabulary that text never becomes part by part, such as control tokens.
+        scores: by id. A merge into a piece with a higher score comes first.
+        never_merged: pieces of the vocabulary that no merge creates, such as control tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    # The score says which merge comes first, not the id: "▁▁" has the lowest id of all and merges late.
+    # The score determines the order of merges, not the id: "▁▁" has the lowest id of all and merges late.
     known = vocabulary.keys() - set(never_merged)
     merges: list[tuple[str, str]] = []
     for piece in sorted(known, key=lambda piece: (-scores[vocabulary[piece]], vocabulary[piece])):

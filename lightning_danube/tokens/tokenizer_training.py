@@ -1,8 +1,8 @@
-"""Trains a tokenizer of one's own on the texts of a run: byte-level BPE with Danube's special tokens.
+"""Trains a new tokenizer on the texts of a run: byte-level BPE with Danube's special tokens.
 
-The split into words is Qwen2's: a word keeps the space or the mark before it, and each digit is a word. llama.cpp
-knows this split by name, so a model with such a tokenizer can be exported to GGUF. All 256 bytes are pieces, so every
-text can be encoded.
+Texts are split into words as in Qwen2: a word keeps the space or the mark before it, and each digit is a word.
+llama.cpp knows this split by name, so a model with such a tokenizer can be exported to GGUF. All 256 bytes are pieces,
+so every text can be encoded.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", *MARKERS)
-"""By id. The first three have the ids that Danube's tokenizer gives them; padding is id 0, too."""
+"""Special tokens in the order of their ids. The first three have the same ids as in Danube's tokenizer.
+
+The padding token is also id 0.
+"""
 SMALLEST = len(SPECIAL_TOKENS) + 256
-"""Pieces of a tokenizer that has no merges."""
+"""Number of pieces of a tokenizer without merges."""
 SAMPLE_BYTES = 10**9
 """Bytes of text to learn from, in equal parts of all sources. More text hardly changes the frequent pairs."""
 MEASURED_BYTES = 1 << 20
 """Bytes of each source's held-out text that are kept to measure the tokenizer on."""
 LONGEST_PIECE = 24
-"""Characters. Keeps rulers such as "----------" from taking up the vocabulary."""
+"""Characters. Keeps long lines such as "----------" out of the vocabulary."""
 _PASSAGE_BYTES = 1 << 12
 _ONE_PASSAGE_IN = 50
 _SPLIT = next(split for split in WORD_SPLITS if "qwen2" in split.names)
 
 
 def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly so many pieces. The same texts give the same tokenizer, in any order.
+    """Trains a tokenizer with exactly `pieces` pieces. The same texts in any order give the same tokenizer.
 
     Raises:
-        ValueError: too few pieces are asked for, or the texts have too few pairs that occur twice.
+        ValueError: `pieces` is too small, or the texts have too few pairs that occur twice.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -73,9 +76,10 @@ def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFas
 
 
 def check_pieces(pieces: int) -> None:
-    """
+    """Checks that a vocabulary has room for the special tokens and the 256 bytes.
+
     Raises:
-        ValueError: not even the special tokens and the bytes have room.
+        ValueError: it is too small.
     """
     if pieces < SMALLEST:
         raise ValueError(
@@ -86,13 +90,13 @@ def check_pieces(pieces: int) -> None:
 
 @dataclass
 class TextSample:
-    """The texts that a tokenizer is trained on, read once and never held together, and some held-out text.
+    """The texts that a tokenizer is trained on, streamed once, and some held-out text.
 
     Args:
         sources: name → source.
         cache_dir: where embedded texts are collected.
-        held_out: share of each source's documents that a run holds out. These documents, chosen as the run chooses
-            them, are not learned from. None holds out one passage in 50 of each source instead, which also works for a
+        held_out: share of each source's documents that a run holds out. The tokenizer does not learn from the documents
+            that the run would hold out. None holds out one passage in 50 of each source instead, which also works for a
             source of one long document.
     """
 
@@ -105,7 +109,7 @@ class TextSample:
     """Source → held-out texts, filled by `texts`."""
 
     def texts(self) -> Iterator[str]:
-        """The texts to learn from, source after source, each up to its share of `SAMPLE_BYTES`.
+        """Yields the texts to learn from, source after source. Each source gives at most its share of `SAMPLE_BYTES`.
 
         Raises:
             ValueError: a source cannot be read or has no text to learn from.
@@ -142,7 +146,7 @@ class TextSample:
                 kept_bytes += len(text.encode())
 
     def _dealt(self, documents: Iterator[str]) -> Iterator[tuple[str, bool]]:
-        """Texts, and whether each is to be learned from."""
+        """Yields each text, and whether the tokenizer learns from it."""
         if self.held_out is not None:
             for document in documents:
                 yield document, not is_held_out(document, self.held_out)

@@ -1,8 +1,8 @@
-"""Units: the parts of a source that are worked off one by one, by any process of any machine, each into one file.
+"""Units: parts of a source. Any process of any machine can make a unit, and writes it into one file.
 
-A unit's file appears whole, by a rename, and holds the same whoever makes it. So a run that was killed goes on with the
-units that are missing, and two that work on the same unit do no harm. Documents keep the order of the source; what
-needs all documents (duplicates, the split into files) happens when units are joined.
+A unit's file gets its name by a rename when it is complete. Its content does not depend on which process makes it. So
+after a kill only the missing units are made, and two processes may make the same unit. Documents keep the order of the
+source. Steps that need all documents (duplicates, the split into files) run when units are joined.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """What a process has to know of a source, beside the rows, to make a unit of it."""
+    """Everything except the rows that a process needs to make a unit of a source."""
 
     building: Path
     column: str
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass
 class Unit:
-    """The documents of a unit that passed what a document alone can pass, and an account of the others."""
+    """The documents of a unit that passed every check of a single document, and counts of the others."""
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
@@ -69,10 +69,10 @@ class Unit:
 
 
 def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | BadRow]) -> tuple[int, int]:
-    """Writes the unit's file; the number of its documents and tokens.
+    """Writes the unit's file. Returns the number of its documents and tokens.
 
     Raises:
-        DamagedFile: a file, or (unless they are skipped) a row of it, cannot be read.
+        DamagedFile: a file cannot be read, or a row cannot be read and bad rows are not skipped.
         ValueError: see `TextEncoder.encode`.
     """
     began = time.monotonic()
@@ -83,7 +83,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     filtered: Counter[str] = Counter()
     rejected: list[BadRow] = []
     found_rows: set[int] = set()
-    found_in: Counter[int] = Counter()  # benchmark file → documents that hold a text of it
+    found_in: Counter[int] = Counter()  # benchmark file → documents that contain its text
     ids: list[NDArray[Any]] = []
     lengths: list[int] = []
     sizes: list[int] = []
@@ -142,7 +142,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         "found_in": {str(file): n for file, n in sorted(found_in.items())},
         "seconds": time.monotonic() - began,
     }
-    # There may be ten thousands of units, and their folder is removed as a whole: leftovers are not looked for.
+    # Not searched for leftovers: there may be tens of thousands of units, and their folder is removed as a whole.
     with new_file(job.path(number), clear=False) as partial, partial.open("wb") as file:
         np.savez(
             file,
@@ -164,7 +164,7 @@ def load_unit(path: Path) -> Unit:
 
 
 def load_part(path: Path, name: str) -> NDArray[Any]:
-    """One array of a unit's file."""
+    """Reads one array of a unit's file."""
     with np.load(path) as saved:
         array: NDArray[Any] = saved[name]
         return array

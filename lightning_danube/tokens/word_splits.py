@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split a text into words before they merge: the expressions, by GGUF's names."""
+"""Regular expressions by which byte-level tokenizers split a text into words before they merge, by GGUF name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WordSplit:
-    """How byte-level BPE cuts a text into the words inside which it merges, under llama.cpp's names for it.
+    """One way in which byte-level BPE splits a text into words. Merges stay within a word.
 
     Args:
-        names: what a file may call it; the first is what we write.
-        pattern: matches one word, or None for the pattern of GPT-2.
-        single_digits: digits are cut apart before.
-        ignore_merges: a word that is a token as a whole is taken as such, whatever the merges say.
-        add_bos: what llama.cpp assumes where a file does not say.
+        names: llama.cpp's names for this split in a GGUF file. An export writes the first name.
+        pattern: regular expression for one word, or None for GPT-2's pattern.
+        single_digits: whether each digit is split off first.
+        ignore_merges: whether a word that is a token is used as that token, whatever the merges say.
+        add_bos: whether llama.cpp adds a bos token if the file does not say.
     """
 
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-# Those for which llama.cpp cuts every text as the original tokenizers do; for "tekken", say, it only comes close.
+# Only splits for which llama.cpp splits every text like the original tokenizer; "tekken", for example, is inexact.
 WORD_SPLITS = (
     WordSplit(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "exaone4", "granite-docling")),
     WordSplit(
