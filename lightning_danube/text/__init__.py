@@ -1,1 +1,1 @@
-"""A file or a hub set becomes documents."""
+"""Turns files and hub data sets into documents."""

@@ -1,8 +1,8 @@
-"""Sources of text: what a person names in YAML, and where its documents come from.
+"""Sources of text: how a user names a source in YAML, and where its documents come from.
 
-Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error has to name the
-file and the row; everything else that `datasets` can load (hub ids, directories of `save_to_disk`) comes through it,
-streamed, so that a slice of a huge set never lands on the disk whole.
+Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error must name the
+file and the row. Hub ids and directories of `save_to_disk` are read row by row through `datasets`, so a run that needs
+a part of a huge data set never stores all of it on disk.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class Source:
     """A source of documents.
 
     Args:
-        path: "documentation:web" (or wiki, academic, synthetic, instruct; the embedded texts), "world:clean" or
-            "world:noisy" (made up, with facts that can be counted), a file, a directory or a glob of files, a directory
-            written by `datasets` `save_to_disk`, or a hub id such as
-            "HuggingFaceFW/fineweb-edu".
-        text: the column that holds the text, or a pattern of several, such as "{question} {answer}"; of no meaning for
-            plain text files.
+        path: "documentation:web" (or wiki, academic, synthetic, instruct: the embedded texts), "world:clean" or
+            "world:noisy" (a made-up world with countable facts), a file, a directory or a glob of files, a directory
+            written by `save_to_disk` of `datasets`, or a hub id such as "HuggingFaceFW/fineweb-edu".
+        text: the column that holds the text, or a pattern of several columns, such as "{question} {answer}"; ignored
+            for plain text files.
         name: configuration of a hub data set, for example "sample-10BT".
         split: split of a hub data set.
-        revision: commit or tag of a hub data set; state it, and the source can be made again later.
-        separator: what ends a document inside a plain text file, for example "\\n" for one document a line. Without it
-            a file is one document.
-        max_tokens: stop after about so many tokens ("10B", duplicates counted): for hub sets larger than the run needs.
-        on_bad_row: "error" refuses a source with a row that cannot be read, and names file and row; "skip" goes on and
+        revision: commit or tag of a hub data set; give it so that the source can be made again later.
+        separator: the text that ends a document inside a plain text file, for example "\\n" for one document per line.
+            Without a separator, a file is one document.
+        max_tokens: approximate number of tokens, such as "10B", after which reading stops; duplicates count. Use it for
+            hub data sets that are larger than the run needs.
+        on_bad_row: "error" refuses a source with an unreadable row, and names file and row; "skip" continues and
             writes the rejected rows to rejected.jsonl beside the shards.
-        filters: whether `data.filters` judges this source; they are made for prose, so say false for code.
+        filters: whether `data.filters` apply to this source; they are made for prose, so set false for code.
     """
 
     path: str
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def is_hub(self) -> bool:
-        """An id like owner/name; a path that exists, or that is written as a path or a file, is local."""
+        """Whether the path is a hub id like owner/name. A path that exists or looks like a path or file is local."""
         if self.is_documentation or os.path.exists(self.path):
             return False
         looks_local = self.path.startswith((".", "/", "~")) or format_of(self.path) or glob.has_magic(self.path)
@@ -76,10 +76,10 @@ class Source:
 
 
 def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
-    """Files of a local source, sorted. The embedded texts are collected first if they are not there yet.
+    """Returns the files of a local source, sorted. Missing embedded texts are collected first.
 
     Raises:
-        ValueError: nothing is there, or a file has no known format.
+        ValueError: there is no file, or a file has no known format.
     """
     if source.is_documentation:
         role = source.path.removeprefix(DOCUMENTATION)
@@ -119,16 +119,16 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
 
 
 def is_saved_dataset(source: Source) -> bool:
-    """Whether the path is a directory that `datasets` wrote by `save_to_disk`."""
+    """Returns whether the path is a directory that `save_to_disk` of `datasets` wrote."""
     return os.path.isfile(os.path.join(os.path.expanduser(source.path), "state.json"))
 
 
 def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Document]:
-    """All documents of a source in a fixed order. Rows whose text is null or blank are left out.
+    """Yields all documents of a source in a fixed order. Rows whose text is null or blank are left out.
 
     Raises:
-        ValueError: with file and row, for bytes that are not UTF-8, a row that does not parse, a text that is missing
-            or not a string; with the name of the source for what cannot be opened.
+        ValueError: bytes are not UTF-8, a row does not parse, or a text is missing or no string (names file and row);
+            or the source cannot be opened (names the source).
     """
     if is_streamed(source):
         rows = read_stream(name, source)
@@ -142,15 +142,15 @@ def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Docum
 
 
 def is_streamed(source: Source) -> bool:
-    """Whether `datasets` reads the source, row after row."""
+    """Returns whether `datasets` reads the source, row after row."""
     return source.is_hub or is_saved_dataset(source)
 
 
 def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
-    """The documents of a source that `datasets` reads.
+    """Yields the documents of a source that `datasets` reads.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the source cannot be loaded.
     """
     where = stream_name(source)
     for row, values in enumerate(open_stream(name, source), start=1):
@@ -158,15 +158,15 @@ def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
 
 
 def stream_name(source: Source) -> str:
-    """How messages call a set that `datasets` reads."""
+    """Returns the name of a streamed source in messages."""
     return source.path if source.name is None else f"{source.path} ({source.name})"
 
 
 def open_stream(name: str, source: Source) -> Iterable[Any]:
-    """The rows of a source that `datasets` reads, as mappings.
+    """Returns the rows of a source that `datasets` reads, as mappings.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the source cannot be loaded.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""JSON objects, a row each, from a file or a hub set."""
+"""Reads JSON objects from files or a hub data set, one object per row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from lightning_danube.text.reading import read_rows
 def read_objects(
     name: str, texts: Source, cache_dir: Path, *, called: str | None = None
 ) -> Iterator[tuple[str, int, Any]]:
-    """(file, row from 1, what stands there) of a source, in a fixed order; an error calls it `called`.
+    """Yields (file, row from 1, content of the row) of a source, in a fixed order.
+
+    Args:
+        called: the source's name in the error for an empty source.
 
     Raises:
         ValueError: the source cannot be opened, or has no row.

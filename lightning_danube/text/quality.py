@@ -1,8 +1,8 @@
-"""Which documents are kept: rules for prose, duplicates, and texts of benchmarks.
+"""Decides which documents are kept: rules for prose, duplicates, and benchmark contamination.
 
-Everything here is a function of the texts and their order alone, whatever the number of processes or machines. What a
-single document decides (rules, benchmarks, the sketch of its words) is worked out where it is read; what needs all of
-them (duplicates) when the parts of a source are joined.
+The result depends only on the texts and their order, not on the number of processes or machines. Steps that need one
+document (rules, benchmarks, the sketch of its words) run where the document is read. Duplicates need all documents, so
+they are removed when the parts of a source are joined.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Deduplicate = Literal["none", "exact", "near"]
 WORDS = re.compile(r"\w+")
 
 NGRAM = 13
-"""Words of a benchmark's text that are contamination when a document holds them, as in GPT-3 (arXiv 2005.14165)."""
+"""Number of consecutive benchmark words that mark a document as contaminated, as in GPT-3 (arXiv 2005.14165)."""
 SHORTEST_TEXT = 8
-"""Words. A benchmark's text of 8 to 12 words counts when a document holds all of it; a shorter one proves nothing."""
+"""Words. A benchmark text of 8 to 12 words must occur completely in a document; a shorter text proves nothing."""
 
 NEAR = 0.8
-"""Estimated share of common five-word shingles (Jaccard) from which two documents are near-duplicates."""
+"""Lowest estimated Jaccard similarity of five-word shingles at which two documents are near-duplicates."""
 _PERMUTATIONS, _BANDS, _SHINGLE = 128, 16, 5
-# Two documents are compared if all 8 values of one band of 16 agree: at a share of 0.8 that happens to 95 % of pairs,
-# at 0.9 to more than 99.9 %, at 0.5 to 6 %.
+# Two documents are compared if all 8 values of at least one of 16 bands agree. This holds for 95 % of the pairs with
+# similarity 0.8, for more than 99.9 % at 0.9, and for 6 % at 0.5.
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Rules for prose after Gopher's (arXiv 2112.11446, table A1); a document has to pass them all.
+    """Rules for prose, based on Gopher's (arXiv 2112.11446, table A1). A kept document passes all rules.
 
     Args:
-        min_words: fewest words.
-        max_words: most words.
-        min_alphabetic: least share of words that hold a letter.
-        max_symbols: most "#" and "…" for each word.
-        max_repeated_lines: largest share of lines that stood in the document before.
+        min_words: minimum number of words in a document.
+        max_words: maximum number of words in a document.
+        min_alphabetic: minimum share of words that contain a letter.
+        max_symbols: maximum number of "#" and "…" per word.
+        max_repeated_lines: maximum share of lines that repeat an earlier line of the document.
     """
 
     min_words: int = 50
@@ -66,7 +66,7 @@ class Filters:
             raise ValueError(f"data.filters.max_symbols is {self.max_symbols}: it must not be negative")
 
     def against(self, text: str) -> str | None:
-        """The rule that a text breaks, None if it breaks none."""
+        """Returns the first rule that a text breaks, or None."""
         words = text.split()
         if len(words) < self.min_words:
             return "too few words"
@@ -84,7 +84,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Quality:
-    """What `data` asks of all its sources."""
+    """The quality options of `data`, which apply to all its sources."""
 
     deduplicate: Deduplicate = "none"
     filters: Filters | None = None
@@ -95,7 +95,7 @@ class Quality:
             need("dedup", "data.deduplicate: near")
 
     def identity(self, filtered: bool) -> list[Any]:
-        """All that decides which documents are kept; a benchmark's file counts by its content."""
+        """Returns everything that determines which documents are kept. Benchmark files count by their content."""
         filters = vars(self.filters) if self.filters is not None and filtered else None
         return [self.deduplicate, filters, [_digest_of(file) for file in self.decontaminate]]
 
@@ -112,12 +112,12 @@ def _digest_of(file: str) -> str:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text's content."""
+    """Returns a 64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def sketches(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """MinHash of each text's five-word shingles, (texts, permutations)."""
+    """Returns the MinHash of each text's five-word shingles, (texts, permutations)."""
     from rensa import RMinHash
 
     rows = RMinHash.digests_from_token_sets([_shingles(text) for text in texts], _PERMUTATIONS, 0)
@@ -130,17 +130,17 @@ def _shingles(text: str) -> list[str]:
 
 
 def first_of_each(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which values stand for the first time, in order."""
+    """Returns a mask of the values that occur for the first time, in the order of `hashes`."""
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first
 
 
 class NearDuplicates:
-    """Finds a document that is nearly an earlier one, by its sketch. Takes about 2 kB of memory a document."""
+    """Finds near-duplicates of earlier documents by their sketches. Takes about 2 kB of memory per document."""
 
-    # Not rensa.RMinHashLSH: it is filled from texts only, and these sketches come from files. It returns every document
-    # of a bucket, not the first one, so shards that exist already would hold other documents than new ones.
+    # rensa.RMinHashLSH is not used: it takes texts only, and these sketches come from files. It returns every document
+    # of a bucket instead of the first, so new shards would hold other documents than existing shards.
 
     def __init__(self) -> None:
         self._kept: list[NDArray[np.uint32]] = []
@@ -148,7 +148,7 @@ class NearDuplicates:
         self._weights = np.random.default_rng(0).integers(1, 2**63, _PERMUTATIONS // _BANDS, dtype=np.uint64) | 1
 
     def repeats(self, sketch: NDArray[np.uint32]) -> bool:
-        """Whether the document is nearly an earlier one that was kept; if it is not, it is kept."""
+        """Returns whether a document is a near-duplicate of an earlier kept document. If not, keeps it."""
         rows = sketch.reshape(_BANDS, -1).astype(np.uint64)
         keys = (rows * self._weights).sum(axis=1, dtype=np.uint64).tolist()
         candidates = {band[key] for band, key in zip(self._bands, keys, strict=True) if key in band}
@@ -165,7 +165,7 @@ class NearDuplicates:
 
 @dataclass(frozen=True)
 class BenchmarkFile:
-    """How many rows of a benchmark's file there are, and how many are too short to be looked for."""
+    """Number of rows of a benchmark file, and number of rows that are too short to search for."""
 
     file: str
     rows: int
@@ -173,10 +173,10 @@ class BenchmarkFile:
 
 
 class Benchmarks:
-    """Word n-grams of evaluation sets, to be found in documents.
+    """Word n-grams of benchmarks, to search for in documents.
 
-    Each text of a row (question, choices, passage, answer) is taken by itself, in lower case, words only. A row's text
-    of fewer than `NGRAM` words is looked for as a whole.
+    Each text of a row (question, choices, passage, answer) is searched for separately, in lower case, words only. A
+    text of fewer than `NGRAM` words must occur as a whole.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Benchmarks:
             self._grams[length] = grams[chosen][order]
             self._rows[length] = rows[chosen][order]
         self._all = (grams, rows, lengths)
-        # One bit for the low 24 bits of every gram: nearly all of a document's are ruled out by one look.
+        # One flag for the low 24 bits of every n-gram. One look-up rules out nearly all n-grams of a document.
         self._maybe = np.zeros(1 << 24, dtype=bool)
         self._maybe[(grams & np.uint64(0xFFFFFF)).astype(np.int64)] = True
         self._words: dict[str, int] = {}
@@ -202,7 +202,7 @@ class Benchmarks:
         """Reads jsonl or parquet files, plain or compressed.
 
         Raises:
-            ValueError: a file is of another format, cannot be read or holds no text that is long enough.
+            ValueError: a file has another format, cannot be read, or holds no text that is long enough.
         """
         empty = cls([], *_no_grams())
         files, grams, rows, lengths, first = [], [], [], [], 0
@@ -237,12 +237,12 @@ class Benchmarks:
             return cls(files, saved["grams"], saved["rows"], saved["lengths"])
 
     def place_of(self, row: int) -> tuple[int, int]:
-        """(file's number, row in it from 0) of a row's number over all files."""
+        """Converts a row's number over all files to (number of the file, row in the file from 0)."""
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return file, row - int(self._first_rows[file])
 
     def found_in(self, text: str) -> list[int]:
-        """Numbers of the benchmark rows that share an n-gram with a text, ascending."""
+        """Returns the numbers of the benchmark rows that share an n-gram with a text, ascending."""
         rows: set[int] = set()
         for length, grams in self.grams_of(text, whole=False):
             known, numbers = self._grams[length], self._rows[length]
@@ -253,8 +253,12 @@ class Benchmarks:
         return sorted(rows)
 
     def grams_of(self, text: str, *, whole: bool) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-        """(length, hashes) of a text's word n-grams: of every length that benchmarks have, or, for a benchmark's own
-        text, of `NGRAM` words, or of all its words if they are fewer."""
+        """Yields (length, hashes) of a text's word n-grams.
+
+        Args:
+            whole: whether the text is a benchmark's. Then the length is `NGRAM`, or all words of a shorter text. Else
+                every length that occurs in the benchmarks is used.
+        """
         words = self._hashes(WORDS.findall(text.lower()))
         lengths = self._lengths
         if whole:
@@ -265,7 +269,7 @@ class Benchmarks:
         for length in range(2, lengths[-1] + 1):
             if length > len(words):
                 return
-            # Mod 2**64; an odd factor loses nothing.
+            # Modulo 2**64. An odd factor is invertible, so no information is lost.
             grams = grams[: len(words) - length + 1] * _FACTOR + words[length - 1 :]
             if length in lengths:
                 yield length, grams

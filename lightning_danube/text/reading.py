@@ -1,9 +1,9 @@
-"""Documents out of files, whole or a span of a file at a time, in bounded memory and with the place of each mistake.
+"""Reads documents from files, a whole file or one span at a time, in bounded memory. Errors name file and row.
 
-A *span* is what one process reads of a file: bytes [start, stop) of the uncompressed content, or row groups of a
-parquet file. `spans` cuts a file where rows begin, so that the rows of all spans are the rows of the file, each once. A
-mistake in a row comes out as a `BadRow` among the documents, for the caller to refuse or to set aside; damage to a
-whole file is a `DamagedFile` and is raised.
+A *span* is the part of a file that one process reads: bytes [start, stop) of the uncompressed content, or row groups of
+a parquet file. `spans` cuts a file at row starts, so every row is in exactly one span. An unreadable row is yielded as
+a `BadRow` among the documents, which the caller can refuse or set aside. If a file as a whole is damaged, `DamagedFile`
+is raised.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 LONGEST_DOCUMENT = 1 << 20
-"""Bytes. A longer text is cut here, at white space, into documents of their own."""
+"""Bytes. A longer text is cut at white space into several documents."""
 LONGEST_ROW = 1 << 26
-"""Bytes of one line of jsonl or csv. A longer one is a bad row: reading it would take any amount of memory."""
+"""Bytes of one line of jsonl or csv. A longer line is a bad row, because reading it could take unlimited memory."""
 LONGEST_ARRAY = 1 << 28
-"""Bytes of a file that is one JSON array, which cannot be read in parts."""
+"""Bytes of a file that is one JSON array. Such a file cannot be read in parts."""
 _BLOCK = 1 << 19
 
 FORMATS = {
@@ -43,11 +43,11 @@ FORMATS = {
 }
 _COMPRESSIONS = (".gz", ".zst")
 _PATTERN = re.compile(r"\{([^{}]+)\}")
-"""A column's name inside a pattern."""
+"""Matches a column's name inside a pattern such as "{question} {answer}"."""
 
 
 class Document(NamedTuple):
-    """One text and where it stands: rows count from 1, as an editor shows them."""
+    """One text with its file and row. Rows count from 1, as in an editor."""
 
     text: str
     file: str
@@ -55,7 +55,7 @@ class Document(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row without a usable text. `cause` is one of a few, to be counted; `message` names file, row and way out."""
+    """A row without a usable text. `cause` is a category to count; `message` names file, row and what to do."""
 
     file: str
     row: int
@@ -64,11 +64,11 @@ class BadRow(NamedTuple):
 
 
 class DamagedFile(ValueError):
-    """What cannot be read whatever the policy about rows is."""
+    """Raised for a file that cannot be read, even if bad rows are skipped."""
 
 
 class Span(NamedTuple):
-    """A part of a file that begins where row `row` begins; `weight` is its share of the work, in bytes."""
+    """A part of a file that starts at row `row`. `weight` is its amount of work, in bytes."""
 
     file: str
     start: int
@@ -78,7 +78,7 @@ class Span(NamedTuple):
 
 
 def format_of(path: str) -> str:
-    """Format by the file's name, "" for an unknown one."""
+    """Returns the format that a file name stands for, "" for an unknown format."""
     stem, suffix = os.path.splitext(path)
     if suffix in _COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
@@ -86,14 +86,15 @@ def format_of(path: str) -> str:
 
 
 def read_file(file: str, column: str, separator: str | None) -> Iterator[Document | BadRow]:
-    """All rows of a file."""
+    """Yields the documents and bad rows of a whole file."""
     for span in spans(file, separator, 1 << 62):
         yield from read_span(span, column, separator)
 
 
 def read_span(span: Span, column: str, separator: str | None) -> Iterator[Document | BadRow]:
-    """The rows of a span in order. Rows whose text is null or blank are left out; a text longer than
-    `LONGEST_DOCUMENT` comes in pieces.
+    """Yields the documents and bad rows of a span in order.
+
+    Rows whose text is null or blank are left out. A text longer than `LONGEST_DOCUMENT` is cut into several documents.
 
     Raises:
         DamagedFile: the file as a whole cannot be read.
@@ -107,7 +108,7 @@ def read_span(span: Span, column: str, separator: str | None) -> Iterator[Docume
 
 
 def read_rows(file: str) -> Iterator[tuple[int, Any]]:
-    """Number and content of each row of a jsonl, csv, tsv or parquet file: a mapping, or a `BadRow`.
+    """Yields number and content (a mapping or a `BadRow`) of each row of a jsonl, csv, tsv or parquet file.
 
     Raises:
         DamagedFile: the file as a whole cannot be read, or is plain text.
@@ -119,7 +120,7 @@ def read_rows(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_of_span(span: Span, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
-    """Rows of a span with, at least, the named columns; with all of them for None."""
+    """Returns the rows of a span with at least the named columns, or with all columns if `columns` is None."""
     kind = format_of(span.file)
     if kind == "parquet":
         return _parquet_rows(span, columns)
@@ -129,7 +130,7 @@ def _rows_of_span(span: Span, columns: list[str] | None) -> Iterator[tuple[int, 
 
 
 def documents_of(values: Any, column: str, file: str, row: int, where: str) -> Iterator[Document | BadRow]:
-    """The documents of one row: none if its text is blank, several if it is long."""
+    """Yields the documents of one row: none if its text is blank, several if the text is long."""
     found = values if isinstance(values, BadRow) else text_of(values, column, file, row, where)
     if isinstance(found, BadRow):
         yield found
@@ -138,7 +139,7 @@ def documents_of(values: Any, column: str, file: str, row: int, where: str) -> I
 
 
 def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | BadRow:
-    """The text of a row, "" for one without any."""
+    """Returns the text of a row, "" for a null text, or a `BadRow`."""
     if not isinstance(values, Mapping):
         message = f"{where}: expected an object with the column {column!r}, found {type(values).__name__}"
         return BadRow(file, row, "not an object", message)
@@ -163,7 +164,7 @@ def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | 
 
 
 def cut(text: str, longest: int | None = None) -> list[str]:
-    """A text as pieces of at most `longest` bytes (`LONGEST_DOCUMENT` by default), cut behind white space."""
+    """Cuts a text after white space into pieces of at most `longest` bytes (`LONGEST_DOCUMENT` by default)."""
     longest = longest or LONGEST_DOCUMENT
     if len(text) * 4 <= longest:
         return [text]
@@ -177,7 +178,11 @@ def cut(text: str, longest: int | None = None) -> list[str]:
 
 
 def _place_to_cut(data: bytes, at: int, longest: int) -> int:
-    """End of the piece that begins at `at`: behind the last white space of its second half, else between characters."""
+    """Returns the end of the piece that starts at `at`.
+
+    The end is after the last white space in the second half of the piece. Without white space, it is between two
+    characters.
+    """
     end = at + longest
     behind = max(data.rfind(mark, at + longest // 2, end) for mark in (b" ", b"\n", b"\t")) + 1
     if behind:
@@ -191,7 +196,7 @@ def _place_to_cut(data: bytes, at: int, longest: int) -> int:
 
 
 class _Cursor:
-    """A compressed file that was left open where the last span ended: the next one is mostly further on."""
+    """A compressed file that stays open where the last span ended, because the next span is mostly further on."""
 
     def __init__(self) -> None:
         self.file, self.stream, self.position = "", io.BytesIO(), 0
@@ -201,7 +206,7 @@ _cursor = _Cursor()
 
 
 class Bytes:
-    """Content of a plain or compressed file from `start` on; `position` counts uncompressed bytes."""
+    """The content of a plain or compressed file from `start` on. `position` counts uncompressed bytes."""
 
     def __init__(self, file: str, start: int) -> None:
         self.file, self.position = file, start
@@ -243,13 +248,13 @@ def _decompressed(file: str) -> Any:
         return gzip.open(file)
     import pyarrow as pa
 
-    # The reader of `zstandard` takes a file that ends inside a frame for a shorter one; Arrow's notices.
+    # `zstandard` does not notice that a file ends inside a frame; Arrow's reader raises an error.
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"), _BLOCK)
 
 
 @contextmanager
 def open_bytes(file: str, start: int = 0) -> Iterator[Bytes]:
-    """Opens a file at a place; damage in the compression names the file.
+    """Opens a file at byte `start`. Errors from damaged compression name the file.
 
     Raises:
         DamagedFile: the file cannot be read to its end.
@@ -271,7 +276,7 @@ def open_bytes(file: str, start: int = 0) -> Iterator[Bytes]:
 
 
 def spans(file: str, separator: str | None, size: int) -> list[Span]:
-    """A file in parts of about `size` bytes that begin where rows do; reads it once.
+    """Cuts a file at row starts into spans of about `size` bytes. Reads the file once.
 
     Raises:
         DamagedFile: the file cannot be read to its end.
@@ -294,7 +299,7 @@ def spans(file: str, separator: str | None, size: int) -> list[Span]:
 
 
 def _line_begins(file: str, separator: str | None, size: int) -> list[tuple[int, int]]:
-    """(offset, row) of the first line at or after every `size` bytes, and of the end."""
+    """Returns (offset, row) of the first line start at or after every `size` bytes, and of the file's end."""
     begins, row, goal = [(0, 1)], 1, size
     with open_bytes(file) as content:
         position = 0
@@ -366,7 +371,7 @@ def _parquet_spans(file: str, size: int) -> list[Span]:
 
 
 class BadLine(ValueError):
-    """A line of csv that is no text; carries the message."""
+    """A csv line that cannot be decoded or is too long, with the message for the user."""
 
 
 def _jsonl_rows(span: Span) -> Iterator[tuple[int, Any]]:
@@ -414,13 +419,13 @@ def _json_array_rows(span: Span) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
-        # One mistake anywhere leaves nothing of an array.
+        # One syntax error makes the whole array unreadable.
         raise DamagedFile(f"{span.file}, row {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
     yield from enumerate(rows, start=1)
 
 
 class _Lines:
-    """Decoded lines for the csv reader, which goes on behind a line that it could not have."""
+    """Decoded lines for the csv reader. After a bad line, reading continues with the next line."""
 
     def __init__(self, content: Bytes) -> None:
         self.content, self.number = content, 0
@@ -450,7 +455,7 @@ def _csv_reader(file: str, lines: _Lines) -> Any:
 
 @lru_cache(64)
 def _csv_header(file: str, modified: int) -> tuple[list[str], int]:
-    """Names of the columns and the number of lines that they take."""
+    """Returns the column names and the number of lines that the header takes."""
     with open_bytes(file) as content:
         lines = _Lines(content)
         try:
@@ -464,7 +469,7 @@ def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
     header, first_line = _csv_header(file, os.stat(file).st_mtime_ns)
     with open_bytes(file, span.start) as content:
         lines = _Lines(content)
-        # Line numbers of a later span would need another pass over the file: they are told for the first one only.
+        # Messages have line numbers in the first span only: later spans would need another pass over the file.
         lines.number = first_line if span.row == 1 else 1 << 40
         reader, row = _csv_reader(file, lines), span.row - 1
         while content.position < span.stop:
@@ -518,7 +523,7 @@ def _parquet_rows(span: Span, columns: list[str] | None) -> Iterator[tuple[int, 
 
 
 def _read_text(span: Span, separator: str | None) -> Iterator[Document | BadRow]:
-    """Documents of a text file; `row` is the document's number."""
+    """Yields the documents of a text file. `row` is the document's number."""
     with open_bytes(span.file, span.start) as content:
         for position, number, data, end in _pieces(content, separator, span.row, span.stop):
             try:
@@ -538,9 +543,10 @@ def _read_text(span: Span, separator: str | None) -> Iterator[Document | BadRow]
 def _pieces(
     content: Bytes, separator: str | None, number: int, stop: int = 1 << 62
 ) -> Iterator[tuple[int, int, bytes, int]]:
-    """(position, number of the document, content, position of the next) of what separators or the longest length end.
+    """Yields (position, number of the document, content, position of the next piece) of each piece of a text file.
 
-    Where a piece ends depends only on where it begins, so reading can start at any of them.
+    A piece ends at a separator or at `LONGEST_DOCUMENT` bytes. Its end depends only on its start, so reading can start
+    at any piece.
     """
     mark = separator.encode() if separator else b""
     position, buffer, at, ended = content.position, b"", 0, False

@@ -1,4 +1,4 @@
-"""Processes that share the work of a verb: they end with the process that started them, and never get SIGINT."""
+"""Processes that share the work of a verb. They end with the process that started them, and never receive SIGINT."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_danube.signals import SIGNALS
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Starts its processes by "spawn", as threads of torch or of a tokenizer do not survive a fork.
+    """Starts its processes by "spawn", because threads of torch or of a tokenizer do not survive a fork.
 
     Args:
-        processes: how many there are.
-        initializer: is called first in each of them.
+        processes: number of processes.
+        initializer: called first in each process.
     """
 
     def __init__(self, processes: int, initializer: Callable[[], object] | None = None) -> None:
@@ -29,7 +29,7 @@ class WorkerPool(ProcessPoolExecutor):
             return super().submit(function, *args, **kwargs)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        # What nobody is going to read is not worth waiting for.
+        # After an exception nobody reads the results, so do not wait for them.
         self.shutdown(cancel_futures=kind is not None)
 
 

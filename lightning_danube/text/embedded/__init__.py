@@ -1,1 +1,1 @@
-"""Text that is on every machine: documentation of installed packages, and a made-up world."""
+"""Texts that need no download: documentation of installed packages, and a made-up world."""

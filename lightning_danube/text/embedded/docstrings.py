@@ -1,4 +1,4 @@
-"""Reads docstrings and READMEs from a fixed list of installed distributions. Nothing is imported."""
+"""Reads docstrings and READMEs of a fixed list of installed distributions. Imports none of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from lightning_danube.text.embedded.prose import SENTENCE_END, SPECIAL, clean, is_mostly_words, prose, readme_prose
 
 FORMAT = 2
-"""Raise it with every change that changes the collected bytes: caches of other formats are then left alone."""
+"""Increase it with every change of the collected bytes, so that caches of other formats are not used."""
 
 DISTRIBUTIONS = {
     **{"absl-py": "absl", "accelerate": "accelerate", "bitsandbytes": "bitsandbytes", "datasets": "datasets"},
@@ -29,10 +29,10 @@ DISTRIBUTIONS = {
     **{"tensorboard": "tensorboard", "tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics"},
     **{"transformers": "transformers", "werkzeug": "werkzeug"},
 }
-"""The distributions that are read, and the package of each. They come with a plain install of this project.
+"""The distributions that are read, and the package of each. A plain install of this project includes all of them.
 
-Others are not read, so that the text stays the same when something else is installed. Small packages of which an extra
-may ask for another version (fsspec, urllib3, packaging) are not in the list.
+No other distributions are read, so further installs do not change the text. Small packages that an extra may need in
+another version (fsspec, urllib3, packaging) are not in the list.
 """
 
 ACADEMIC = (
@@ -42,24 +42,24 @@ ACADEMIC = (
     *("torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.utils"),
     *("torch.signal", "torch.sparse", "torch.special"),
 )
-"""Packages and modules of the source `academic`. What is below a module belongs to it."""
+"""Packages and modules of the source `academic`, including their submodules."""
 
 LEFT_OUT = ("torch/_dynamo", "torch/_inductor", "torch/testing", "transformers/models")
-"""Folders that are not read: their documentation repeats itself, or speaks of internals."""
+"""Folders that are not read, because their documentation is repetitive or about internals."""
 
 SHORTEST = 80
-"""Characters of the shortest docstring that goes to a documents source."""
+"""Characters of the shortest docstring that becomes a document."""
 USUAL_LONGEST = 4000
-"""Docstrings are joined up to this length; a longer one is a document of its own."""
+"""Characters. Docstrings are joined up to this length; a longer docstring is a separate document."""
 LARGEST_FILE = 2_000_000
-"""Bytes; larger sources are generated tables."""
+"""Bytes. Larger source files are generated tables."""
 LEAST_SHARE = 0.2
-"""A file of a distribution with a smaller share of docstrings is not parsed: it takes much time and gives little text.
+"""Files of a distribution with a smaller share of docstrings are not parsed: they take much time and give little text.
 
-All of the standard library is parsed, as it is all that the source `wiki` has.
+All of the standard library is parsed, because the source `wiki` has no other text.
 """
 UNREADABLE = "..."
-"""Stands for default values that are long."""
+"""Replaces long default values."""
 STANDARD_LIBRARY = "python"
 """Package name in the origins of the standard library."""
 
@@ -92,9 +92,9 @@ class Entry:
 
     kind: str  # module, class, function, method, property
     name: str  # qualified inside its module; empty for the module
-    doc: str  # prose; empty if it is no text for a document
+    doc: str  # prose; empty if unsuitable for a document
     sentence: str | None
-    parameters: tuple[Parameter, ...] | None = None  # None: unknown
+    parameters: tuple[Parameter, ...] | None = None  # None if unknown
     returns: str | None = None
     bases: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A Python file to read. The path is not part of what is collected, so that homes do not differ."""
+    """A Python file to read. The collected text omits the path, so it is equal on all machines."""
 
     path: str
     package: str
@@ -118,7 +118,7 @@ class SourceFile:
 
 
 Reading = Module | str
-"""A module, or why there is none."""
+"""A module, or the reason why a file gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +130,21 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where the documentation lies."""
+    """The folders that contain the documentation."""
 
     packages: tuple[Path, ...]
     stdlib: Path | None
 
     @classmethod
     def running(cls) -> Environment:
-        """That of this interpreter; folders it merely has on its path are not its environment."""
+        """Returns the environment of this interpreter. Further folders on `sys.path` do not belong to it."""
         paths = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
         return cls(tuple(dict.fromkeys(paths)), Path(sysconfig.get_path("stdlib")))
 
     def distributions(self) -> list[Distribution]:
-        """The installed distributions of `DISTRIBUTIONS`, in order of name.
+        """Returns the installed distributions of `DISTRIBUTIONS`, sorted by name.
 
-        Of two that share a name, as an interrupted upgrade leaves them, the lower version counts.
+        If two share a name, as after an interrupted upgrade, the lower version counts.
         """
         paths = [str(path) for path in self.packages]
         found: dict[str, Distribution] = {}
@@ -158,13 +158,13 @@ class Environment:
         return [found[key] for key in sorted(found)]
 
     def fingerprint(self) -> str:
-        """Of everything that decides what is collected."""
+        """Returns a hash of everything that determines the collected text."""
         facts = [f"format {FORMAT}", f"python {platform.python_version()}"]
         facts += [f"{distribution.name}=={distribution.version}" for distribution in self.distributions()]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def sources(self) -> list[SourceFile]:
-        """The Python files, in an order that does not depend on the file system."""
+        """Returns the Python files, in an order that does not depend on the file system."""
         found: dict[tuple[str, ...], SourceFile] = {}
         for distribution in self.distributions():
             package = DISTRIBUTIONS[distribution.name]
@@ -184,7 +184,7 @@ class Environment:
 def _python_files(root: Path, package: str = "") -> Iterator[tuple[str, ...]]:
     for folder, subfolders, files in os.walk(root / package):
         parts = Path(folder).relative_to(root).parts
-        # Names with a dash or a dot are no packages: metadata, libraries, other environments.
+        # Folders with a dash or a dot in the name are no packages, but metadata, libraries or other environments.
         subfolders[:] = [
             name
             for name in subfolders
@@ -201,7 +201,7 @@ def _module_name(parts: Sequence[str]) -> str:
 
 
 def read_source(source: SourceFile) -> Reading:
-    """Documented entries of a file, in its order, or the cause for which it is skipped."""
+    """Returns the documented entries of a file, in file order, or the reason why the file is skipped."""
     try:
         if os.path.getsize(source.path) > LARGEST_FILE:
             return "larger than 2 MB"
@@ -233,7 +233,10 @@ def read_all(sources: Sequence[SourceFile]) -> list[Reading]:
 
 
 def _topics(tree: ast.Module) -> Iterator[Entry]:
-    """The language reference is a dictionary from title to text. The longest come first: the small ones repeat them."""
+    """Yields the topics of the language reference, which is a dictionary from title to text.
+
+    The longest topics come first, because short topics repeat parts of them.
+    """
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id="topics")], value=ast.Dict() as literal):
@@ -252,7 +255,7 @@ def _entries(tree: ast.Module) -> Iterator[Entry]:
 
 def _entry(kind: str, name: str, doc: str) -> Entry:
     sentence, text = first_sentence(doc), prose(doc)
-    # The made sources would repeat all of a docstring that is one sentence: it is left to them.
+    # A docstring of one sentence is no document, because the template-made sources already contain that sentence.
     is_document = (
         len(text) >= SHORTEST and (sentence is None or len(text) > len(sentence) + 40) and is_mostly_words(text)
     )
@@ -318,13 +321,13 @@ def _default(node: ast.expr | None) -> str | None:
 
 
 def _short(node: ast.expr | None) -> str | None:
-    """The source of an expression, if it can stand in a sentence."""
+    """Returns the source code of an expression, or None if it is unsuitable inside a sentence."""
     text = "" if node is None else ast.unparse(node)
     return text if 0 < len(text) <= 40 and "`" not in text and not SPECIAL.search(text) else None
 
 
 def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
-    """Documentation of what is written in C: `add_docstr(torch.abs, ...)` of torch, `add_newdoc("numpy", ...)`."""
+    """Yields documentation of C functions, from `add_docstr(torch.abs, ...)` of torch or `add_newdoc("numpy", ...)`."""
     function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if not function.endswith(("add_docstr", "add_newdoc")) or len(call.args) < 2:
         return
@@ -333,7 +336,7 @@ def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
     if name is None and isinstance(call.args[0], ast.Constant):
         name = ".".join(text for text in strings[1:] if text.isidentifier())
     if any(isinstance(node, ast.Attribute) and node.attr == "format" for node in ast.walk(call)):
-        # Fields stand for paragraphs about parameters that many functions share.
+        # Format fields insert paragraphs about parameters that many functions share.
         doc = re.sub(r"(?m)^[ \t]*\{\w+\}[ \t]*$", "", doc).replace("{{", "{").replace("}}", "}")
     if doc := clean(doc):
         yield _entry("function", name or ast.unparse(call.args[0]), doc)
@@ -343,7 +346,10 @@ def _added(call: ast.Call, name: str | None) -> Iterator[Entry]:
 
 
 def split_at_paragraphs(text: str) -> list[str]:
-    """A long text in parts of whole paragraphs, each of at most the usual length where its paragraphs allow that."""
+    """Splits a long text between paragraphs into parts of at most `USUAL_LONGEST` characters.
+
+    A longer paragraph is a part of its own.
+    """
     parts: list[str] = []
     for paragraph in text.split("\n\n"):
         if parts and len(parts[-1]) + len(paragraph) + 2 <= USUAL_LONGEST:
@@ -383,7 +389,7 @@ _SIGNATURE = re.compile(r"[\w.\[\], =]+\(.*\)(\s*(->|=)\s*.*)?(\s*# .*)?", re.DO
 
 
 def first_sentence(doc: str) -> str | None:
-    """The sentence that a docstring opens with, without markup, if it has one that can stand alone."""
+    """Returns the first sentence of a docstring without markup, or None if it cannot stand alone."""
     for paragraph in doc.split("\n\n"):
         lines = [line.strip() for line in paragraph.split("\n")]
         text = " ".join(lines)
@@ -420,7 +426,7 @@ def _stands_alone(sentence: str) -> bool:
 
 
 def predicate(sentence: str) -> str | None:
-    """What something does, to follow its name: "Return the mean." → "returns the mean"."""
+    """Returns the predicate of a sentence, to follow a name: "Return the mean." → "returns the mean"."""
     first, _, rest = sentence.partition(" ")
     verb = _PREDICATES.get(first.lower())
     return f"{verb} {rest[:-1]}" if verb and sentence.endswith(".") else None
@@ -433,14 +439,14 @@ def predicate(sentence: str) -> str | None:
 class CollectedDocument:
     text: str
     package: str
-    origin: str  # after the package
+    origin: str  # path of the entry, without the package
 
 
 class Seen:
-    """Tells repetition: a text met before, or one of which most sentences were.
+    """Detects repeated texts: a text that was seen before, or a text with mostly sentences that were seen before.
 
-    Packages copy from each other and from themselves, with a name or a number changed here and there. Only sentences of
-    at least 30 characters are compared, as short ones repeat by nature.
+    Packages copy from each other and from themselves, with small changes of names or numbers. Only sentences of at
+    least 30 characters are compared, because short sentences often repeat by chance.
     """
 
     def __init__(self) -> None:
@@ -449,7 +455,7 @@ class Seen:
         self.exact = self.near = 0
 
     def repeats(self, doc: str) -> bool:
-        """Whether the text repeats earlier ones; remembers it if it does not."""
+        """Returns whether the text repeats earlier texts. If not, remembers the text."""
         if (key := digest(doc)) in self._docs:
             self.exact += 1
             return True
@@ -470,7 +476,7 @@ def digest(text: str) -> bytes:
 
 
 def role_of(module: Module) -> str:
-    """The documents source that a module's docstrings belong to."""
+    """Returns the source that a module's docstrings belong to: "wiki", "academic" or "web"."""
     if module.package == STANDARD_LIBRARY:
         return "wiki"
     dotted = f"{module.name}."
@@ -478,10 +484,10 @@ def role_of(module: Module) -> str:
 
 
 def collected_documents(module: Module, seen: Seen) -> Iterator[CollectedDocument]:
-    """A class with its methods is a document, and so are a module's opening and the functions that follow one another.
+    """Yields a module's documents: one for each class with its methods, and one for each run of other docstrings.
 
-    Each docstring has a heading, such as "The function mean". A document that would grow beyond the usual length is
-    followed by another.
+    Each docstring has a heading, such as "The function mean". A document that would exceed the usual length continues
+    in another document.
     """
     group, blocks, origin = "", [""], ""
     for entry in module.entries:
@@ -509,7 +515,7 @@ def collected_documents(module: Module, seen: Seen) -> Iterator[CollectedDocumen
 
 
 def readmes(environment: Environment) -> Iterator[CollectedDocument]:
-    """Parts of the long descriptions of the distributions."""
+    """Yields parts of the distributions' long descriptions."""
     for distribution in environment.distributions():
         for part in split_at_paragraphs(readme_prose(distribution.description)):
             if len(part) >= SHORTEST and is_mostly_words(part):

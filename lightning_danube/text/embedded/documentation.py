@@ -1,4 +1,4 @@
-"""A pre-training corpus without a network: the documentation inside the installed Python packages.
+"""A pre-training corpus without a network: the documentation in the installed Python packages.
 
 The docstrings and READMEs of a fixed list of distributions (`docstrings.DISTRIBUTIONS`) and of the standard library are
 collected into five sources, one for each source of the paper. They are English about programming. None of the text is
@@ -13,9 +13,9 @@ from the web, from Wikipedia, from papers, from a language model or from people 
 
 The first three sources hold prose: `prose.py` removes markup, code, tables and formulas. They take docstrings of more
 than one sentence, of which at least `docstrings.SHORTEST` characters are prose. The last two see only first sentences
-and signatures. A hash of its name decides to which of the two a module goes. No text is in two sources.
+and signatures. A hash of a module's name decides which of the two gets the module. No text is in two sources.
 
-Packages are read, never imported. The same versions give the same bytes, whatever the number of processes.
+Packages are read, never imported. The same versions give the same bytes, for any number of processes.
 """
 
 from __future__ import annotations
@@ -58,25 +58,25 @@ ROLES = ("web", "wiki", "academic", "synthetic", "instruct")
 
 
 def collect_documentation(cache_dir: Path, *, processes: int | None = None, progress: bool = True) -> dict[str, Path]:
-    """Collects the documentation of the running environment: for each role a JSONL file of {"text", "origin"} rows.
+    """Collects the documentation of the running environment. Returns role → JSONL file of {"text", "origin"} rows.
 
-    It is collected once for the versions of Python and of the distributions that are read. The files are kept in
-    `cache_dir`, with a `manifest.json` beside them.
+    The documentation is collected once per combination of versions of Python and the distributions. The files and a
+    `manifest.json` are kept in `cache_dir`.
 
     Args:
-        cache_dir: made if missing.
+        cache_dir: folder for the files, made if missing.
         processes: number of processes that read files, by default one per core. They are spawned, so a script that
             calls this needs the usual `if __name__ == "__main__"`, unless it asks for one process.
-        progress: whether to tell on stderr what is done.
+        progress: whether to report progress on stderr.
 
     Raises:
-        ValueError: a source would be empty, because the interpreter comes without sources or documentation.
+        ValueError: a source would be empty, because the interpreter has no sources or no documentation.
     """
     return _collect(Environment.running(), cache_dir, processes=processes, progress=progress)
 
 
 def is_collected(cache_dir: Path) -> bool:
-    """Whether `collect_documentation` would return at once."""
+    """Returns whether the documentation is collected already, so `collect_documentation` would return at once."""
     folder = cache_dir / f"documentation-{Environment.running().fingerprint()}"
     return _is_complete({role: folder / f"{role}.jsonl" for role in ROLES})
 
@@ -110,14 +110,14 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
 
 
 def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: bool) -> list[Reading]:
-    """Reads all files, in the order given.
+    """Reads all files. Returns the results in the order of `sources`.
 
     Raises:
-        ValueError: a process was ended from outside.
+        ValueError: another program ended a process.
     """
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}: give at least 1, or None for one per core")
-    # Neighbours are alike (one package's large files), so chunks are dealt out across the whole list.
+    # Neighbours are alike (large files of one package), so each chunk takes files from the whole list.
     n_chunks = max(1, -(-len(sources) // _FILES_PER_CHUNK))
     chunks = [sources[number::n_chunks] for number in range(n_chunks)]
     processes = min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), n_chunks)
@@ -133,7 +133,7 @@ def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: b
             keep(map(read_all, chunks))
             return readings
         try:
-            # Trees have no cycles, and looking for some takes a fifth of the time.
+            # Syntax trees have no cycles, and the search for cycles would take a fifth of the time.
             with WorkerPool(processes, gc.disable) as pool:
                 keep(pool.map(read_all, chunks))
         except BrokenProcessPool as error:
@@ -146,13 +146,13 @@ def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: b
 def collected_sources(
     environment: Environment, readings: Sequence[Reading]
 ) -> tuple[dict[str, list[CollectedDocument]], dict[str, Any]]:
-    """Documents of every role, and what the manifest says of them."""
+    """Returns the documents of every role, and their part of the manifest."""
     modules = [reading for reading in readings if isinstance(reading, Module)]
     skipped = Counter(reading for reading in readings if isinstance(reading, str))
     documents: dict[str, list[CollectedDocument]] = {role: [] for role in ROLES}
 
-    # Who comes first keeps what others repeat: the reference before the mathematics, both before the rest. Of one role,
-    # topics come before docstrings.
+    # A repeated text stays in the source that is read first: "wiki", then "academic", then "web". Within a role, topics
+    # come before docstrings.
     seen = Seen()
     for role in ("wiki", "academic", "web"):
         if role == "web":
@@ -189,7 +189,7 @@ def collected_sources(
 def _write(
     folder: Path, files: dict[str, Path], documents: dict[str, list[CollectedDocument]], manifest: dict[str, Any]
 ) -> None:
-    # Somebody may have removed a file of a folder that was complete.
+    # A folder that was complete may have lost a file.
     with new_folder(folder, replace=folder.is_dir() and not _is_complete(files)) as partial:
         for role, file in files.items():
             with open(partial / file.name, "w", encoding="utf-8", newline="\n") as stream:

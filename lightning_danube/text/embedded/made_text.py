@@ -1,4 +1,4 @@
-"""Questions with answers, and textbook passages, that templates make of signatures and first sentences."""
+"""Makes questions with answers, and textbook passages, from signatures and first sentences by templates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A public entry with a first sentence that no other has."""
+    """A public entry with a first sentence that no other entry has."""
 
     entry: Entry
     module: str
@@ -36,13 +36,13 @@ class Fact:
 
     @property
     def full(self) -> str:
-        # Functions added from C are named after where they are found, which includes the package.
+        # The names of functions added from C include the package already.
         inside = self.entry.name and not self.entry.name.startswith(f"{self.package}.")
         return f"{self.module}.{self.entry.name}" if inside else self.name
 
     @property
     def asked(self) -> str:
-        """How a question speaks of it: by a name without the path of its module, where that is enough."""
+        """The name for a question, without the path of the module if it is clear without."""
         if not self.entry.name or self.full == self.name:
             return f"`{self.full}`"
         return f"`{self.name}` of {self.package if self.package != STANDARD_LIBRARY else f'the module `{self.module}`'}"
@@ -60,7 +60,7 @@ class Fact:
         return self.entry.parameters is not None and self.entry.kind != "property" and len(self.parameters) <= 10
 
     def fields(self) -> dict[str, str]:
-        """What templates may speak of."""
+        """Returns the fields that templates can use."""
         does = predicate(self.sentence) or ""
         return {
             **{"name": self.name, "full": self.full, "asked": self.asked, "kind": self.entry.kind},
@@ -70,7 +70,7 @@ class Fact:
 
 
 def facts_about_module(module: Module, used: set[bytes]) -> list[Fact]:
-    """What made text may say of a module; remembers the sentences."""
+    """Returns the facts of a module whose first sentences are not in `used`, and adds these sentences."""
     facts = []
     for entry in module.entries:
         if entry.sentence is None or any(part.startswith("_") for part in entry.name.split(".")):
@@ -83,22 +83,22 @@ def facts_about_module(module: Module, used: set[bytes]) -> list[Fact]:
 
 
 def pick(options: Sequence[T], *key: str) -> T:
-    """One of the options, decided by the key alone."""
+    """Returns one of the options, determined by the key alone."""
     return options[int.from_bytes(digest("\0".join(key)), "big") % len(options)]
 
 
 def worded(variants: str, key: str, **fields: str) -> str:
-    """One line of the variants, filled in. Other variants for the same key are picked independently."""
+    """Returns one line of `variants` with its fields filled in. Other variants for one key are picked independently."""
     return pick(variants.strip().split("\n"), key, variants).strip().format(**fields)
 
 
 def enumerate_in_prose(items: Sequence[str], last: str = "and") -> str:
-    """a, b and c"""
+    """Returns "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 
 def in_backticks(names: Sequence[str], last: str = "and") -> str:
-    """`a`, `b` and `c`"""
+    """Returns "`a`, `b` and `c`"."""
     return enumerate_in_prose([f"`{name}`" for name in names], last)
 
 
@@ -111,7 +111,7 @@ def _ask(fact: Fact, questions: str, answers: str, **more: str) -> str:
 
 
 def turns_of(text: str) -> list[tuple[str, str]]:
-    """The questions and answers of a document of `questions_about`."""
+    """Returns the (question, answer) pairs of a document of `questions_about`."""
     parts = re.split(r"^(?:Question|Answer): ", text, flags=re.MULTILINE)[1:]
     return [(asked.strip(), answered.strip()) for asked, answered in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -136,7 +136,7 @@ def _what(fact: Fact) -> str:
 
 
 def _which(fact: Fact) -> str | None:
-    """The other way round: from what it does to its name, unless the sentence gives that away."""
+    """Asks for the name of the thing that does something. None if the question would contain the name."""
     does = predicate(fact.sentence)
     if not does or len(does) > 160 or not fact.entry.name or fact.name.rpartition(".")[2].lower() in does.lower():
         return None
@@ -227,7 +227,7 @@ _DETAILS = (_parameters_of, _required, _default_of, _where, _methods_of, _bases_
 
 
 def questions_about(facts: Sequence[Fact]) -> Iterator[CollectedDocument]:
-    """Plain text, some pairs in a row that belong together: what a thing does and one detail of it, or its name."""
+    """Yields documents of question-answer pairs: what an entry does and one detail of it, or its name."""
     pairs: list[str] = []
     first = facts[0]
     for fact in facts:
@@ -250,7 +250,7 @@ _PLURALS = {"class": "classes", "property": "properties", "function": "functions
 
 
 def passages_about(facts: Sequence[Fact]) -> Iterator[CollectedDocument]:
-    """Sections on two to six facts of one module each; a module with a single one is not worth a section."""
+    """Yields sections on two to six facts of one module. A module with a single fact gets no section."""
     opening = facts[0] if not facts[0].entry.name else None
     rest = list(facts[1:] if opening else facts)
     part = 1
@@ -330,7 +330,7 @@ def _paragraph(fact: Fact, number: int, count: int) -> str:
 
 
 def _remarks(fact: Fact) -> Iterator[str]:
-    """What the signature tells."""
+    """Yields sentences about the signature."""
     key = fact.full
     if fact.entry.bases:
         bases = "It is built upon {bases}.\nIt is derived from {bases}.\nIt inherits from {bases}."

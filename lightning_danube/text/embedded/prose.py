@@ -14,11 +14,11 @@ from collections.abc import Iterator
 _NO_LETTERS = dict.fromkeys(map(ord, string.ascii_letters))
 _LONG_RUN = re.compile(r"\S{241}")
 SPECIAL = re.compile(r"</s>|<\|(?:prompt|answer)\|>")
-"""Markers of a chat template. They belong to fine-tuning alone."""
+"""Markers of a chat template, which belong only in fine-tuning data."""
 
 
 def clean(text: str) -> str:
-    """The text without indentation, trailing blanks, repeated blank lines, control characters and lone surrogates."""
+    """Removes indentation, trailing blanks, repeated blank lines, control characters and lone surrogates."""
     text = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8")
     text = re.sub(r"[^\S\n]+$", "", text.replace("\r\n", "\n").replace("\xa0", " "), flags=re.MULTILINE)
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", "", text)
@@ -26,7 +26,7 @@ def clean(text: str) -> str:
 
 
 def is_mostly_words(text: str) -> bool:
-    """Whether a text is mostly English words, and not base64, a table of numbers, another script or template markup.
+    """Returns whether a text is mostly English words: no base64, table of numbers, other script or template markup.
 
     Of the characters that are not blank, more than half are ASCII letters and 95 % are ASCII. No unbroken run is longer
     than 240 characters, and there is no marker of a chat template.
@@ -59,7 +59,7 @@ def _sentences(text: str) -> Iterator[str]:
         yield text[start : end.end()].strip()
         start = end.end()
     if rest := text[start:].strip():
-        # Descriptions of parameters often lack the full stop; what ends with a colon announced something that is gone.
+        # Parameter descriptions often lack the full stop. A text that ends with a colon announced a removed block.
         yield f"{rest}." if rest[-1].isalnum() or rest[-1] in ")\"'" else rest
 
 
@@ -79,7 +79,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _paragraph(text: str) -> str:
-    """The sentences of a paragraph. One that describes a parameter keeps the name in front."""
+    """Returns the sentences of a paragraph. The description of a parameter keeps the parameter's name in front."""
     name = match[0] if (match := _NAME.match(text)) and " " not in match[0].rstrip() else ""
     kept = [found for found in _sentences(text[len(name) :]) if _is_sentence(found)]
     if kept and re.match(r"[a-z]+[ ,]", kept[0]):
@@ -111,11 +111,11 @@ _INLINE = [
         (" ", r"\s+([.,;:!?])(?=\s|$)", r"\1"),
     )
 ]
-"""Markup, each with a character without which it is not there."""
+"""Markup: a character that the markup always contains, the pattern and its replacement."""
 
 
 def plain(text: str) -> str:
-    """One paragraph without inline markup, on one line."""
+    """Returns a paragraph on one line, without inline markup."""
     for character, pattern, replacement in _INLINE:
         if character in text:
             text = pattern.sub(replacement, text)
@@ -133,7 +133,7 @@ _ADMONITIONS = frozenset(
 _TABLE = re.compile(r"[+|].*[+|]|[=\-]{2,}(?:\s+[=\-]{2,})+")
 _CODE = re.compile(r">>>|\.\.\. |In \[\d+\]:|\$ |%\w|@\w")
 _MAY_BEGIN_BLOCK = frozenset(">.I$%@+|=-")
-"""First characters of what `_DIRECTIVE`, `_TABLE` and `_CODE` find."""
+"""First characters of the matches of `_DIRECTIVE`, `_TABLE` and `_CODE`."""
 _ITEM = re.compile(r"(?:[-*+•]|\(?(?:\d{1,2}|[a-z])[.)])\s+")
 _FIELD = re.compile(
     r":(param|parameter|arg|argument|key|keyword|return|returns|raises?|type|rtype|\w+)\b([^:`]*):(?:\s+|$)"
@@ -164,9 +164,9 @@ class _Reader:
     def __init__(self) -> None:
         self.paragraphs: list[str] = []
         self._lines: list[str] = []
-        self._skipped_below: int | None = None  # an indented block is left out: how far what it belongs to is indented
+        self._skipped_below: int | None = None  # indentation of the line whose indented block is left out
         self._in_code = self._in_fence = False  # code and tables end at a blank line, fences at a fence
-        # Sections of numpydoc end at the next heading, those of Google's style where the indentation ends.
+        # A section of numpydoc ends at the next heading, a section of Google's style at the end of its indentation.
         self._section, self._section_indent = "", -1
         self._term_indent: int | None = None
 
@@ -196,7 +196,7 @@ class _Reader:
             self._text(text, indent, following)
 
     def _is_left_out(self, text: str, indent: int) -> bool:
-        """Whether the line is a part of a block that is not prose."""
+        """Returns whether the line is part of a block that is not prose."""
         if _FENCE.match(text):
             self._end()
             self._in_fence = not self._in_fence
@@ -254,7 +254,7 @@ class _Reader:
         self._lines.append(text)
 
     def _term(self, text: str, indent: int, following: str) -> str:
-        """The first line of the description of a parameter or a result, without its type."""
+        """Returns the first line of the description of a parameter or a result, without its type."""
         if self._section_indent < 0:
             # numpydoc: "name : type", where the description is indented.
             if " : " not in text and _indent(following) <= indent:
@@ -293,7 +293,7 @@ def _known(title: str) -> bool:
 
 
 def prose(text: str) -> str:
-    """The paragraphs of a docstring or README that are English sentences, without markup."""
+    """Returns the paragraphs of English sentences in a docstring or README, without markup."""
     return "\n\n".join(_Reader().read(text))
 
 
@@ -307,7 +307,7 @@ _LAST_HEADING = re.compile(
 
 
 def readme_prose(text: str) -> str:
-    """The prose of a README up to its change log."""
+    """Returns the prose of a README up to its change log or similar closing sections."""
     text = text.replace("\r\n", "\n")
     if found := _LAST_HEADING.search(text):
         text = text[: found.start()]

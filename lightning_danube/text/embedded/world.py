@@ -1,9 +1,9 @@
-"""A made-up world whose facts are all known, so that what a model has learned can be counted.
+"""A made-up world whose facts are all known, so that the facts a model has learned can be counted.
 
-People, companies and events have attributes; each statement of one ends in a single word, which the rest of the
-sentence asks for. `world:clean` states them as an encyclopaedia does, `world:noisy` amid clutter, sloppily, and in a
-tenth of its statements wrongly, as the web does. A third of the subjects is stated only there, a third only here, a
-third in both. All is drawn from one fixed seed: the world never changes.
+People, companies and events have attributes. Each statement of an attribute ends in one word, its value, which the
+words before it ask for. `world:clean` states values like an encyclopaedia. `world:noisy` is like the web: sloppy, with
+clutter, and a tenth of its statements is wrong. A third of the subjects occurs only in `world:clean`, a third only in
+`world:noisy`, a third in both. Everything is drawn from fixed seeds, so the world never changes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WORLD = "world"
-"""Name of the tokenizer, one token a word, and with a colon behind it of the sources."""
+"""Name of the tokenizer, which has one token per word. The sources are named "world:<role>"."""
 ROLES = ("clean", "noisy")
 GROUPS = ("clean", "noisy", "both")
-"""Where the facts of a subject are stated."""
+"""The sources that state the facts of a subject."""
 SUBJECTS = {"person": 72, "company": 24, "event": 24}
 WRONG = 0.1
-"""Share of statements in `noisy` that state another value."""
+"""Share of statements in `noisy` that state a wrong value."""
 DOCUMENTS = {"clean": 24_000, "noisy": 40_000}
 
 _VALUES = {"city": 40, "year": 80, "profession": 30, "employer": 40, "product": 30}
 _ATTRIBUTES: dict[str, dict[str, tuple[str, list[str]]]] = {
-    # kind → attribute → (values, wordings); {} is the subject, the value follows.
+    # kind → attribute → (kind of value, wordings). {} is the subject; the value follows the wording.
     "person": {
         "birthplace": (
             "city",
@@ -95,13 +95,13 @@ _FINALS = ("n", "r", "s", "l", "th", "m", "x", "nd")
 
 @dataclass(frozen=True)
 class Subject:
-    """Somebody or something with facts.
+    """A person, company or event with facts.
 
     Args:
         name: two words.
         kind: person, company or event.
-        group: where its facts are stated, one of GROUPS.
-        values: attribute → the true word.
+        group: the sources that state its facts, one of GROUPS.
+        values: attribute → its true value, one word.
     """
 
     name: str
@@ -112,13 +112,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Question:
-    """A fact as a text that it completes, in a wording in which the training text never states this one.
+    """A fact as a text to complete. The training text never states this fact in the wording of the question.
 
     Args:
-        prompt: words, the answer follows.
+        prompt: the words before the answer.
         answer: one word.
-        candidates: all values of its kind, the answer among them.
-        commonest: the value that most subjects have here, the best answer for who does not know the subject.
+        candidates: all values of the answer's kind, including the answer.
+        commonest: the most frequent value of this attribute, the best guess without knowledge of the subject.
         group: one of GROUPS.
     """
 
@@ -131,7 +131,8 @@ class Question:
 
 @dataclass(frozen=True)
 class World:
-    """
+    """All subjects with their facts, and all possible values.
+
     Args:
         subjects: in a fixed order.
         values: kind of value → its words.
@@ -141,7 +142,7 @@ class World:
     values: dict[str, tuple[str, ...]]
 
     def questions(self) -> list[Question]:
-        """One for each fact."""
+        """Returns one question for each fact."""
         counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for subject in self.subjects:
             for attribute, value in subject.values.items():
@@ -159,7 +160,7 @@ class World:
         ]
 
     def documents(self, role: str) -> Iterator[str]:
-        """The texts of a source.
+        """Yields the texts of a source.
 
         Args:
             role: one of ROLES.
@@ -170,7 +171,7 @@ class World:
             yield self._clean(generator, known) if role == "clean" else self._noisy(generator, known)
 
     def _clean(self, generator: random.Random, known: list[Subject]) -> str:
-        """All that is known of one subject, in any order."""
+        """Returns all facts of one subject, in random order."""
         subject = generator.choice(known)
         attributes = generator.sample(list(subject.values), len(subject.values))
         return " ".join(
@@ -178,7 +179,7 @@ class World:
         )
 
     def _noisy(self, generator: random.Random, known: list[Subject]) -> str:
-        """Three statements about anyone, in clutter."""
+        """Returns three statements about random subjects, surrounded by clutter."""
         parts = [_clutter(generator)]
         for _ in range(3):
             subject = generator.choice(known)
@@ -204,7 +205,10 @@ def _wording(
     sloppy: bool = False,
     asked: bool = False,
 ) -> str:
-    """A statement without its value. The wording that a question has is kept out of the text for that fact alone."""
+    """Returns a statement without its value.
+
+    Each fact has one wording for its question. The texts never use this wording for this fact.
+    """
     wordings = _ATTRIBUTES[subject.kind][attribute][1]
     if sloppy or (asked and subject.group == "noisy"):
         wordings = [wording.replace("{attribute}", attribute) for wording in _SLOPPY]
@@ -243,7 +247,7 @@ def the_world() -> World:
 
 
 def write_world(cache_dir: Path) -> dict[str, Path]:
-    """Source → its file of documents (jsonl), written if it is not there."""
+    """Returns role → jsonl file of its documents. Writes missing files."""
     folder = cache_dir / "world" / _identity()
     files = {role: folder / f"{role}.jsonl" for role in ROLES}
     for role, file in files.items():
@@ -254,12 +258,12 @@ def write_world(cache_dir: Path) -> dict[str, Path]:
 
 
 def _identity() -> str:
-    """Changes with this file, and so with the world."""
+    """Returns a hash of this source file, so it changes whenever the world changes."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the world."""
+    """Returns a tokenizer with one token for each word of the world."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
