@@ -1,7 +1,7 @@
 """Sources of text: how a user names a source in YAML, and where its documents come from.
 
 Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error must name the
-file and the row. Hub ids and directories of `save_to_disk` are read row by row through `datasets`, so a run that needs
+file and the row. Hub ids and directories of `save_to_disk` are read row by row through `datasets`. So a run that needs
 a part of a huge data set never stores all of it on disk.
 """
 
@@ -127,8 +127,8 @@ def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Docum
     """Yields all documents of a source in a fixed order. Rows whose text is null or blank are left out.
 
     Raises:
-        ValueError: bytes are not UTF-8, a row does not parse, or a text is missing or no string (names file and row);
-            or the source cannot be opened (names the source).
+        ValueError: bytes are not UTF-8, a row does not parse, or a text is missing or no string. Names file and row.
+        ValueError: the source cannot be opened. Names the source.
     """
     if is_streamed(source):
         rows = read_stream(name, source)

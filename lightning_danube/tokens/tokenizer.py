@@ -1,7 +1,7 @@
 """Loads tokenizers by name. Three need no hub; any Hugging Face tokenizer can be named, too.
 
-The three are Danube3's tokenizer (the 32,000 SentencePiece pieces of Mistral v1), a small tokenizer that comes with
-this package, and a tokenizer of the made-up world's words.
+The three are Danube3's tokenizer, a small tokenizer that comes with this package, and a tokenizer of the made-up
+world's words. Danube3's tokenizer has the 32,000 SentencePiece pieces of Mistral v1.
 
 Danube3's vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
 because one object then serves training, the export and every tool that reads the export. The rebuilding follows Llama's

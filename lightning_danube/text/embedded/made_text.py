@@ -42,7 +42,7 @@ class Fact:
 
     @property
     def asked(self) -> str:
-        """The name for a question, without the path of the module if it is clear without."""
+        """The name to use in a question. Omits the module's path if the name is clear without it."""
         if not self.entry.name or self.full == self.name:
             return f"`{self.full}`"
         return f"`{self.name}` of {self.package if self.package != STANDARD_LIBRARY else f'the module `{self.module}`'}"
