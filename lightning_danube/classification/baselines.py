@@ -1,6 +1,6 @@
-"""What a text classifier has to beat: the class frequencies alone, and TF-IDF with logistic regression.
+"""Baselines for a text classifier: the class frequencies, and TF-IDF with logistic regression.
 
-The second takes seconds and no language model; where it is as good, that is what to use.
+TF-IDF needs seconds and no language model. If its scores are as good as the model's, use TF-IDF.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 REGULARIZATION = 10.0
-"""Inverse strength (scikit-learn's C): 1 is scikit-learn's own, and too strong for rows of length 1."""
+"""Inverse regularization strength (scikit-learn's C). scikit-learn's default, 1, regularizes rows of unit length too
+strongly."""
 
 Probabilities = NDArray[np.float64]
 
 
 def majority_probabilities(train_classes: Sequence[int], classes: int, texts: int) -> Probabilities:
-    """The frequencies of the classes in training, for each of so many texts, (texts, classes)."""
+    """Returns the class frequencies of the training set, repeated for each text, (texts, classes)."""
     counts = np.bincount(np.asarray(train_classes), minlength=classes)
     return np.tile(counts / counts.sum(), (texts, 1))
 
@@ -35,6 +36,6 @@ def tfidf_probabilities(
     model = make_pipeline(words, LogisticRegression(C=REGULARIZATION, max_iter=1000))
     model.fit(list(train_texts), list(train_classes))
     found = np.zeros((len(texts), classes))
-    # A class that a limited training set has lost keeps the probability 0.
+    # A class that is missing from a limited training set keeps the probability 0.
     found[:, model.classes_] = model.predict_proba(list(texts))
     return found
