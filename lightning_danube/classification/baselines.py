@@ -26,12 +26,12 @@ def majority_probabilities(train_classes: Sequence[int], classes: int, texts: in
 def tfidf_probabilities(
     train_texts: Sequence[str], train_classes: Sequence[int], classes: int, texts: Sequence[str]
 ) -> Probabilities:
-    """Logistic regression on TF-IDF weights of words and pairs of words, (texts, classes)."""
+    """Returns the probabilities of logistic regression on TF-IDF weights of words and word pairs, (texts, classes)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    # The default pattern drops words of one letter, and all text without Latin-like words would leave no word at all.
+    # The default pattern drops words of one letter, and finds no word at all if no text has words as in Latin script.
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
     model = make_pipeline(words, LogisticRegression(C=REGULARIZATION, max_iter=1000))
     model.fit(list(train_texts), list(train_classes))

@@ -105,7 +105,7 @@ class ClassificationData(LightningDataModule):
         max_texts: split → most texts, chosen by the seed and stratified by class, if a split is larger than needed.
         on_bad_row: "error" stops at a bad row and names its file and row; "skip" leaves bad rows out, counts them by
             cause and lists them in rejected.jsonl in the run's directory. A row is bad without text or label, with a
-            label that training lacks, or if its text is also in another split.
+            label that training lacks, or if it is a training text that is also in another split.
         seed: seed of the splits and the order.
         workers: loader processes.
         cache_dir: directory of the embedded texts.
@@ -405,12 +405,12 @@ class ClassificationData(LightningDataModule):
         return "predict" if "predict" in self.sources else "test"
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns where a text that `predict` classifies stands, and its `true_label` if that is known."""
+        """Returns the place of a text that `predict` classifies, and its `true_label` if the label is known."""
         text = self.splits[self.predicted][row]
         return {"file": text.file, "row": text.row}, {} if text.label is None else {"true_label": text.label}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        # In the order of the file, so that the answers stand beside the questions.
+        # In the order of the file, so that predictions can be compared with it line by line.
         return self._evaluation_loader(self.predicted, longest_first=False)
 
     def _evaluation_loader(self, split: str, longest_first: bool = True) -> DataLoader[Any]:
@@ -427,7 +427,7 @@ class ClassificationData(LightningDataModule):
 
 
 class TextRows(Dataset[Any]):
-    """Makes micro-batches from the numbers of their texts, with `step_labels`: the number of texts of the whole step."""
+    """Makes micro-batches from the numbers of their texts, with `step_labels`, the text count of the optimizer step."""
 
     def __init__(self, texts: EncodedTexts) -> None:
         self.texts = texts

@@ -122,7 +122,7 @@ def hf_config(classifier: Classifier) -> dict[str, Any]:
 
 
 def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: str, overwrite: bool = False) -> None:
-    """Write a directory that transformers' `pipeline("text-classification")` runs."""
+    """Writes a directory that transformers' `pipeline("text-classification")` runs."""
     from lightning_danube.weights.huggingface import (
         EXPORTED_FILES,
         export_folder,
@@ -132,7 +132,7 @@ def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: s
     )
 
     tensors = plain_tensors(classifier.decoder)
-    # Its place is taken by the head.
+    # The head replaces the output embedding.
     tensors.pop("lm_head.weight", None)
     tensors["score.weight"] = classifier.score_CD
     with export_folder(directory, EXPORTED_FILES, overwrite) as partial:

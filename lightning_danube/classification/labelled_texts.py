@@ -45,7 +45,7 @@ class LabelledTexts:
     def named(cls, role: str, given: str | Mapping[str, str]) -> LabelledTexts:
         """Returns the place that a config gives for a role: a path, or a mapping of the options.
 
-        The mapping is not typed as this class: the command-line parser would then open the path as a config file.
+        The mapping is not typed as this class, because the command-line parser would then read a path as a config file.
 
         Raises:
             ValueError: the mapping has other options, or no path.
@@ -148,7 +148,7 @@ def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
 
 
 def ordered(labels: Sequence[str]) -> list[str]:
-    """Returns the labels in the order of their class numbers: by value if all are whole numbers, else alphabetically."""
+    """Returns the labels in the order of the class numbers: by value if all are whole numbers, else alphabetically."""
     unique = set(labels)
     if all(re.fullmatch(r"-?\d+", label) for label in unique):
         return sorted(unique, key=int)

@@ -73,7 +73,7 @@ def scores(probabilities_NC: Tensor, classes_N: Tensor) -> dict[str, float]:
 
 
 def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Name → score with its interval."""
+    """Returns name → score with its interval."""
     found = {}
     for name, metric in METRICS.items():
 

@@ -195,7 +195,7 @@ class TextClassification(TuningTask):
 
     def _log_scores(self, split: str) -> None:
         classes_N, log_probabilities_NC = self.classified.compute()
-        # In float64, exp undoes the logarithm of the softmax without loss.
+        # In float64, because exp then reverses the logarithm of the softmax.
         classes_N, log_probabilities_NC = classes_N.cpu(), log_probabilities_NC.cpu().double()
         self.latest = Classified(classes_N, log_probabilities_NC.exp())
         found = {"loss": float(F.nll_loss(log_probabilities_NC, classes_N)), **scores(self.latest[1], classes_N)}
