@@ -285,7 +285,7 @@ def conversation_format(row: Mapping[str, Any], source: ConversationSource, wher
 
 
 def _holds(shape: Shape, row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-    """Returns whether the turns have the keys of the shape. The column's name does not tell: both shapes use both."""
+    """Returns whether the turns have the keys of the shape. Both shapes may use the column "conversations"."""
     if shape not in ("messages", "sharegpt"):
         return True
     turns = row[columns[next(iter(COLUMNS[shape]))]]

@@ -33,7 +33,7 @@ class Reference:
     """The answers' log-probabilities under the model that the run begins with.
 
     Args:
-        values: log-probabilities of the chosen and the rejected answers by source and split, (pairs, 2).
+        values: (source, split) → log-probabilities of the chosen and the rejected answers, (pairs, 2).
         computed: pairs whose values this run computed.
         reused: pairs whose values an earlier run computed.
         seconds: time for all pairs.

@@ -39,7 +39,7 @@ class Answers:
         """Optimizer steps done before the latest answers; -1 if there are no answers."""
 
     def ask(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-        """Has the model answer each question.
+        """Asks the model each question, and keeps the answers.
 
         Raises:
             ValueError: a question fills the context.

@@ -252,7 +252,7 @@ class ClassificationData(LightningDataModule):
         texts = [text for text in found if not self._is_rejected(text)]
         if not texts:
             raise ValueError(f"data.{role}: {self.sources[role].path} holds no text to use")
-        return texts  # type: ignore[return-value]  # no bad row is among them
+        return texts  # type: ignore[return-value]  # the list has no bad rows
 
     def _is_rejected(self, row: LabelledText | BadRow) -> bool:
         """Returns whether a row is bad. A bad row is recorded as left out.

@@ -90,7 +90,7 @@ def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> 
     tokenizer = copy.deepcopy(tokenizer)
     bos = begin_token(tokenizer)
     if bos is not None:
-        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter is not next to its getter
     tokenizer.model_max_length = context_length
     tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:

@@ -61,7 +61,7 @@ def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
     """Returns the tasks of these names.
 
     Raises:
-        ValueError: there is no such task; the message suggests the nearest name.
+        ValueError: a name is unknown (the message suggests the nearest name) or given twice.
     """
     known = {task.name: task for task in PAPER_TASKS}
     for name in names:

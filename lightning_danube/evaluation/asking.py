@@ -83,7 +83,7 @@ class AskedModel:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a text."""
+        """Returns the most tokens that a text may have."""
         return self.decoder.config.max_position_embeddings
 
     def progress(self, title: str, done: int, total: int) -> None:

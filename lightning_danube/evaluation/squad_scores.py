@@ -19,7 +19,8 @@ def compute_exact(gold: str, predicted: str) -> int:
 
 
 def compute_f1(gold: str, predicted: str) -> float:
-    """Returns the harmonic mean of the words' precision and recall. If a text has no words: 1 if neither has, else 0."""
+    """Returns the harmonic mean of the words' precision and recall; for a text without words, 1 if neither has words,
+    else 0."""
     gold_words, predicted_words = normalized_words(gold), normalized_words(predicted)
     if not gold_words or not predicted_words:
         return float(gold_words == predicted_words)
