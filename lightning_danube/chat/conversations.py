@@ -1,7 +1,7 @@
-"""Conversations out of the files that people have: one list of messages, whatever shape the rows are in.
+"""Reads conversations from files and data sets: a list of messages for each row, whatever shape the row has.
 
-A message is `{"role": "system" | "user" | "assistant", "content": text}`, as chat templates take it. A row that is no
-conversation to learn an answer from comes out as a `BadRow`, for the caller to refuse or to set aside.
+A message is `{"role": "system" | "user" | "assistant", "content": text}`, the format of chat templates. A row without
+an answer to learn is returned as a `BadRow`, which the caller may refuse or skip.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROLES = {
     "model": "assistant",
     "chatbot": "assistant",
 }
-"""What data sets call the three roles."""
+"""The names that data sets use for the three roles."""
 
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages", "conversation", "conversations")},
@@ -39,7 +39,7 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "instruction": {"instruction": ("instruction",), "output": ("output", "response", "answer")},
     "pairs": {"prompt": ("prompt", "question", "user"), "response": ("response", "completion", "answer", "assistant")},
 }
-"""Shape → the parts that it must have → the columns that may hold each."""
+"""Shape → its required parts → the columns that may hold each part."""
 
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {},
@@ -58,11 +58,11 @@ class ConversationSource:
             (jsonl, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub
             id such as "HuggingFaceH4/no_robots".
         shape: "messages" (a list of {role, content}), "sharegpt" (a list of {from, value}), "instruction" (instruction,
-            input, output) or "pairs" (prompt, response); told from the first row's columns when left out.
-        columns: part → column, where a column has another name: {prompt: question, response: best_answer}.
+            input, output) or "pairs" (prompt, response); if not given, detected from the columns of the first row.
+        columns: part → column, for columns with other names: {prompt: question, response: best_answer}.
         name, split, revision: configuration, split and commit of a hub data set.
-        max_conversations: stop after so many: for sets larger than the run needs.
-        on_bad_row: "error" refuses the source at the first row that is no conversation to learn from, "skip" leaves
+        max_conversations: read at most this many conversations, if the data set is larger than the run needs.
+        on_bad_row: "error" refuses the source at the first row that has no conversation to learn from; "skip" leaves
             such rows out and counts them by cause.
     """
 
@@ -88,12 +88,12 @@ class ConversationSource:
 
     @property
     def texts(self) -> Source:
-        """The same place as a source of documents, which finds and identifies its files."""
+        """Returns this place as a source of documents, which finds and identifies the files."""
         return Source(self.path, name=self.name, split=self.split, revision=self.revision)
 
 
 class Conversation(NamedTuple):
-    """Messages and where they stand: rows count from 1, as an editor shows them."""
+    """Messages, with their file and row. Rows count from 1, as in an editor."""
 
     messages: list[ChatMessage]
     file: str
@@ -101,12 +101,12 @@ class Conversation(NamedTuple):
 
     @property
     def topic(self) -> str:
-        """The first question, by which a conversation is held out or not."""
+        """Returns the first question, which decides whether the conversation is held out."""
         return first_question(self.messages)
 
 
 def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -> Iterator[Conversation | BadRow]:
-    """All rows of a source, in a fixed order.
+    """Yields all rows of a source, in a fixed order.
 
     Raises:
         ValueError: the source cannot be opened, has no row, or has none of the known shapes.
@@ -135,10 +135,10 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
 
 
 def questions_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, str]]:
-    """(file, row, text of questions and answers) of the embedded ones.
+    """Yields (file, row, text of questions and answers) of the embedded questions and answers.
 
     Raises:
-        ValueError: other embedded texts are asked for.
+        ValueError: the source names other embedded texts.
     """
     if texts.path != f"{DOCUMENTATION}instruct":
         raise ValueError(
@@ -159,7 +159,7 @@ def _conversations_of_documentation(name: str, texts: Source, cache_dir: Path) -
 
 
 class NoConversation(ValueError):
-    """Why a row is no conversation to learn an answer from; `cause` is one of a few, to be counted."""
+    """A row has no conversation to learn an answer from. `cause` is one of a few fixed texts, used for counting."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
@@ -174,10 +174,10 @@ class ConversationFormat:
     columns: Mapping[str, str]
 
     def messages(self, values: Mapping[str, Any]) -> list[ChatMessage]:
-        """The messages of a row.
+        """Returns the messages of a row.
 
         Raises:
-            NoConversation: they are not there, or not messages.
+            NoConversation: the row has no messages, or its values are not messages.
         """
         build: Callable[[Mapping[str, Any]], list[ChatMessage]] = {
             "messages": self._listed,
@@ -223,10 +223,10 @@ class ConversationFormat:
 
 
 def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[ChatMessage]:
-    """Turns as messages.
+    """Returns turns as messages.
 
     Raises:
-        NoConversation: one of them is none.
+        NoConversation: a turn is not a message.
     """
     messages = []
     for number, turn in enumerate(turns, start=1):
@@ -255,10 +255,10 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def conversation_format(row: Mapping[str, Any], source: ConversationSource, where: str) -> ConversationFormat:
-    """The shape of a source by one of its rows.
+    """Returns the format of a source, found from one of its rows.
 
     Raises:
-        ValueError: it has none of the known shapes, or not the columns that the source names.
+        ValueError: the row has none of the known shapes, or lacks a column that the source names.
     """
     for part, named in source.columns.items():
         if named not in row:
@@ -285,7 +285,7 @@ def conversation_format(row: Mapping[str, Any], source: ConversationSource, wher
 
 
 def _holds(shape: Shape, row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-    """Whether a list of turns is written the way of the shape: both ways stand under both names."""
+    """Returns whether the turns have the keys of the shape. Both shapes may use the column "conversations"."""
     if shape not in ("messages", "sharegpt"):
         return True
     turns = row[columns[next(iter(COLUMNS[shape]))]]
@@ -298,10 +298,10 @@ def first_question(messages: Sequence[ChatMessage]) -> str:
 
 
 def check_messages(messages: list[ChatMessage]) -> None:
-    """Checks that there is an answer to learn, and that the roles come in turn.
+    """Checks that there is an answer to learn, and that the roles alternate.
 
     Raises:
-        NoConversation: they do not.
+        NoConversation: there is no answer, or the roles do not alternate.
     """
     if not messages:
         raise NoConversation("no turns", "the conversation has no turns")

@@ -1,4 +1,4 @@
-"""The data of fine-tuning: conversations, encoded once, in rows whose whole state is the number of steps."""
+"""The data of fine-tuning: conversations are encoded once; the state of the rows is only the number of steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOO_LONG = "too long"
 
 @dataclass(frozen=True)
 class EncodedChats:
-    """Conversations of one split, one after the other: `ids` and `learned` (tokens,), `ends` (conversations + 1,)."""
+    """The concatenated conversations of one split: `ids` and `learned` (tokens,), `ends` (conversations + 1,)."""
 
     ids: NDArray[Any]
     learned: NDArray[np.bool_]
@@ -54,21 +54,21 @@ class EncodedChats:
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
-        """Places that each takes in a row: its last token is only a label."""
+        """Returns the places of each conversation in a row. Its last token takes no place: it is only a label."""
         return np.diff(self.ends) - 1
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Tokens of each that the loss counts."""
+        """Returns the number of tokens of each conversation that the loss counts."""
         counted = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
-        # The first token of a conversation is nobody's label.
+        # The first token of a conversation is never a label: no place comes before it.
         first = self.learned[self.ends[:-1]] if len(self.ids) else np.zeros(0, dtype=np.int64)
         result: NDArray[np.int64] = np.diff(counted[self.ends]) - first
         return result
 
     def row(self, chats: Sequence[int], length: int) -> dict[str, Tensor]:
-        """One row of `length` places: inputs, labels, and for each place the conversation (from 1; 0 for none) and the
-        position in it."""
+        """Returns one row of `length` places: inputs, labels, and for each place the number of its conversation (from
+        1; 0 for none) and the position in the conversation."""
         row = {name: torch.zeros(length, dtype=torch.int64) for name in ("input_ids", "document_ids", "position_ids")}
         row["labels"] = torch.full((length,), IGNORE_INDEX)
         place = 0
@@ -86,17 +86,17 @@ class EncodedChats:
 
 
 class ConversationData(LightningDataModule):
-    """What the data modules of conversations share: sources that are encoded once, steps that are dealt to devices, and
-    a state that is the number of steps. What an example is (a conversation, a pair) is theirs.
+    """The base class of the data modules of conversations. It encodes the sources once, divides each step over the
+    devices, and has the number of steps as its state. A subclass defines an example: a conversation or a pair.
 
     Raises:
-        ValueError: for every mistake in its arguments, with the key's name.
+        ValueError: an argument is wrong; the message names the key.
     """
 
     source: ClassVar[type[ConversationSource | PreferenceSource]] = ConversationSource
     example: ClassVar[str] = "conversation"
     chats_each: ClassVar[int] = 1
-    """Encoded conversations of an example, which stand one after the other."""
+    """Number of encoded conversations in an example; they are stored consecutively."""
     batch_key: ClassVar[str] = "batch_rows"
 
     def __init__(
@@ -147,40 +147,40 @@ class ConversationData(LightningDataModule):
 
     @abstractmethod
     def read(self, name: str) -> Iterator[Conversation | Preference | BadRow]:
-        """The examples of a source, in a fixed order."""
+        """Yields the examples of a source, in a fixed order."""
 
     @abstractmethod
     def fit_example(self, found: Any) -> list[FittedChat]:
-        """An example as encoded conversations.
+        """Returns an example as encoded conversations.
 
         Raises:
-            DoesNotFit: it is left out by the policy.
-            ValueError: the template refuses it.
+            DoesNotFit: the policy leaves the example out.
+            ValueError: the template refuses the example.
         """
 
     @abstractmethod
     def encoded_by(self) -> list[Any]:
-        """The options that decide how an example is encoded."""
+        """Returns the options that decide how an example is encoded."""
 
     @abstractmethod
     def lengths(self, chats: EncodedChats) -> NDArray[np.int64]:
-        """Places that each example takes in a row."""
+        """Returns the places that each example takes in a row."""
 
     @abstractmethod
     def counted(self, chats: EncodedChats) -> NDArray[np.int64]:
-        """What the loss counts of each example."""
+        """Returns the number of tokens or pairs of each example that the loss counts."""
 
     @abstractmethod
     def plan(self, number: int) -> Pass:
-        """A pass over the examples of `train_chats`."""
+        """Returns the plan of one pass over the examples of `train_chats`."""
 
     @abstractmethod
     def training_rows(self) -> Dataset[Any]:
-        """Micro-batches by the numbers of the examples in their rows."""
+        """Returns a data set that makes a micro-batch from the numbers of the examples in its rows."""
 
     @abstractmethod
     def held_out_rows(self, name: str, chats: EncodedChats, batches: list[list[list[int]]]) -> Dataset[Any]:
-        """Micro-batches of held-out examples of a source."""
+        """Returns the micro-batches of a source's held-out examples."""
 
     # --- encoding -----------------------------------------------------------------------------------------------------
 
@@ -190,8 +190,10 @@ class ConversationData(LightningDataModule):
                 self._encode(name)
 
     def fingerprint(self, name: str) -> str:
-        """Hash of all that decides a source's encoded conversations, as its files are when a run begins: they may
-        change while it reads what was made of them."""
+        """Returns a hash of everything that decides a source's encoded conversations.
+
+        The files are hashed when the run begins, since they may change while the run reads the encoded conversations.
+        """
         if name not in self._fingerprints:
             self._fingerprints[name] = self._fingerprint_now(name)
         return self._fingerprints[name]
@@ -214,10 +216,10 @@ class ConversationData(LightningDataModule):
         return self.cache_dir / f"{self.example}s" / f"{name}-{self.fingerprint(name)}"
 
     def _encode(self, name: str) -> None:
-        """Encodes a source and writes it beside its place, which appears by a rename when it is whole.
+        """Encodes a source into a temporary folder beside its final place, which is renamed when it is complete.
 
         Raises:
-            ValueError: the source cannot be read, or holds a row to learn nothing from, unless those may be skipped.
+            ValueError: the source cannot be read, or holds a row with nothing to learn and rows may not be skipped.
         """
         source, least = self.sources[name], held_out_below(self.held_out)
         report, left_out = Counter[str](), Counter[str]()
@@ -226,7 +228,7 @@ class ConversationData(LightningDataModule):
         for found in self.read(name):
             fitted = found if isinstance(found, BadRow) else self._fitted(found)
             if isinstance(fitted, BadRow):
-                # What is too long is left out by the policy that the user has declared: it is no mistake of the data.
+                # The user's policy leaves out an example that is too long, so its length is not an error in the data.
                 if source.on_bad_row == "error" and fitted.cause != TOO_LONG:
                     raise ValueError(f"source {name!r}: {fitted.message}; on_bad_row: skip leaves such rows out")
                 left_out[fitted.cause] += 1
@@ -260,7 +262,7 @@ class ConversationData(LightningDataModule):
         with new_folder(self._directory(name)) as building:
             for split, members in chats.items():
                 dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-                # Begun with nothing, so that a split of no conversations is an array as well.
+                # The empty array comes first, so that a split without conversations can be concatenated, too.
                 ids = np.concatenate([np.zeros(0, int), *(chat.ids for chat in members)], dtype=dtype, casting="unsafe")
                 learned = np.concatenate([np.zeros(0, bool), *(chat.learned for chat in members)])
                 ends = np.cumsum([0, *(len(chat.ids) for chat in members)], dtype=np.int64)
@@ -269,7 +271,7 @@ class ConversationData(LightningDataModule):
             (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def reports(self) -> dict[str, dict[str, Any]]:
-        """Of each source: examples, tokens, what was shortened and what was left out, by cause."""
+        """Returns for each source the examples, the tokens, and what was shortened or left out, by cause."""
         return {
             name: json.loads((self._directory(name) / "report.json").read_text(encoding="utf-8"))
             for name in self.sources
@@ -324,12 +326,12 @@ class ConversationData(LightningDataModule):
 
     @property
     def batch_tokens(self) -> int:
-        """Places of one optimizer step."""
+        """Returns the places of one optimizer step."""
         return self.batch_rows * self.chats_each * self.context_length
 
     @property
     def total_tokens(self) -> int:
-        """Places of the run, padding included."""
+        """Returns the places of the run, padding included."""
         return self.total_steps * self.batch_tokens
 
     # --- devices and state --------------------------------------------------------------------------------------------
@@ -341,14 +343,14 @@ class ConversationData(LightningDataModule):
             "tokenizer": {
                 "name": self.tokenizer_name,
                 "fingerprint": fingerprint_of(self.tokenizer),
-                # From here on the model knows a template, whether its tokenizer brought one or not.
+                # The template that this run trains with, even if the tokenizer came without a template.
                 "chat_template": chat_template_of(self.tokenizer),
             },
             "order": self._order(),
         }
 
     def _order(self) -> dict[str, Any]:
-        """Everything that decides which examples stand in which step."""
+        """Returns everything that decides which examples are in which step."""
         return {
             "sources": {name: self.fingerprint(name) for name in self.sources},
             "seed": self.seed,
@@ -391,7 +393,7 @@ class ConversationData(LightningDataModule):
         return self._evaluation_loaders(None)
 
     def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
-        """One loader a source; each replica has the same number of batches, the last of them possibly empty rows."""
+        """Returns one loader for each source. All replicas have equally many batches; the last may have empty rows."""
         replicas, replica = replicas_of(self.trainer)
         loaders = []
         for name, chats in self._validation.items():
@@ -407,26 +409,26 @@ class ChatData(ConversationData):
     """Conversations of several sources, for `SupervisedFineTuning`.
 
     Args:
-        sources: name → source. All conversations of all of them are in each pass.
+        sources: name → source. Each pass takes all conversations of all sources.
         context_length: places of a row.
         batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
         micro_batch_size: rows a device holds at once.
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
-            template is used, or Danube's where it has none.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used. If the
+            tokenizer has no chat template, Danube's is used.
         epochs: passes over the conversations.
-        layout: "packed" puts several conversations into a row, which do not see each other; "bucketed" one, and
-            conversations of similar length into a step.
-        learned: the answers that the loss counts, "all" of a conversation or the "last".
+        layout: "packed" puts several conversations into a row, where they do not see each other; "bucketed" puts one
+            conversation into a row, and conversations of similar length into a step.
+        learned: the answers that the loss counts: "all" answers of a conversation, or the "last" answer.
         too_long: "drop_turns" leaves out the oldest question and answer of a conversation until the rest fits; "cut"
             cuts its end; "skip" leaves it out.
         held_out: share of the conversations kept for validation, chosen by a hash of the first question.
-        validation_conversations: of each source, on which `fit` and `validate` report; `test` takes all held out.
-        seed: of the order.
+        validation_conversations: held-out conversations of each source that `fit` and `validate` use; `test` uses all.
+        seed: seed of the order.
         workers: loader processes.
-        cache_dir: where encoded conversations are kept.
+        cache_dir: directory of the encoded conversations.
 
     Raises:
-        ValueError: for every mistake in the above, with the key's name.
+        ValueError: an argument is wrong; the message names the key.
     """
 
     def __init__(
@@ -494,7 +496,7 @@ class ChatData(ConversationData):
         return super()._order() | {"layout": self.layout}
 
     def fill(self) -> float:
-        """Share of the places of all rows that hold a token: the rest is padding."""
+        """Returns the share of the places of all rows that hold a token; the rest is padding."""
         places = sum(len(one.rows) for one in self.passes) * self.context_length
         if self.layout == "bucketed":
             places = sum(
@@ -505,12 +507,12 @@ class ChatData(ConversationData):
         return float(self.train_chats.places.sum()) * self.epochs / places
 
     def evaluation_tokens(self, limit: int | None) -> dict[str, int]:
-        """Answer tokens behind each source's held-out loss."""
+        """Returns the number of answer tokens behind each source's held-out loss."""
         return {name: int(chats.labels[: limit or len(chats)].sum()) for name, chats in self._validation.items()}
 
 
 def joined(parts: Sequence[EncodedChats]) -> EncodedChats:
-    """Several sources as one; a single one stays on the disk."""
+    """Returns several sources as one. A single source stays on the disk."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])
@@ -524,8 +526,11 @@ def joined(parts: Sequence[EncodedChats]) -> EncodedChats:
 
 
 class ChatRows(Dataset[Any]):
-    """Micro-batches by the conversations of their rows: input_ids, labels and, packed, document_ids and position_ids,
-    (rows, places) int64; `step_labels`, the tokens that the whole optimizer step counts."""
+    """Makes a micro-batch from the numbers of the conversations in its rows.
+
+    A micro-batch has input_ids, labels and, if packed, document_ids and position_ids, (rows, places) int64, and
+    `step_labels`, the number of tokens that the loss counts in the whole optimizer step.
+    """
 
     def __init__(self, chats: EncodedChats, context_length: int, packed: bool) -> None:
         self.chats, self.context_length, self.packed = chats, context_length, packed
@@ -535,7 +540,7 @@ class ChatRows(Dataset[Any]):
 
 
 class HeldOutChats(Dataset[Any]):
-    """Micro-batches of one source's held-out conversations, one a row."""
+    """Micro-batches of one source's held-out conversations, one conversation in each row."""
 
     def __init__(self, source: str, chats: EncodedChats, batches: list[list[list[int]]], context_length: int) -> None:
         self.source, self.chats, self.batches, self.context_length = source, chats, batches, context_length
@@ -553,9 +558,9 @@ class HeldOutChats(Dataset[Any]):
 
 
 def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int, packed: bool) -> TokenBatch:
-    """Returns rows as tensors. One conversation a row is padded only to the longest one.
+    """Returns rows as tensors. Rows of one conversation each are padded only to the longest conversation.
 
-    The padding stands behind the conversation's end, where causal attention does not see it.
+    The padding stands after the conversation's end, where causal attention does not see it.
     """
     length = context_length
     if not packed:

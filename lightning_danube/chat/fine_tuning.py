@@ -8,13 +8,13 @@ from lightning_danube.weights.adapters import Lora
 
 
 class SupervisedFineTuning(TuningTask):
-    """The loss of answers, as a mean over the answer tokens of the whole optimizer step.
+    """The cross-entropy of the answers, as a mean over the answer tokens of the whole optimizer step.
 
     Args:
         weights: the model to begin with: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or
             "smollm2".
         learning_rate: schedule in tokens, counted as places of rows.
-        lora: train an adapter on frozen weights instead of all weights.
+        lora: train an adapter on the frozen weights, instead of training all weights.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 

@@ -1,4 +1,4 @@
-"""The data of preference tuning: pairs of answers, encoded once, with what the model thought of them before."""
+"""The data of preference tuning: pairs of answers, encoded once, with the reference model's log-probabilities."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lightning_danube.training.position import replicas_of
 
 @dataclass
 class Reference:
-    """What the model that a run begins with gave the answers.
+    """The answers' log-probabilities under the model that the run begins with.
 
     Args:
-        values: log-probabilities of the chosen and the rejected answers by source and split, (pairs, 2).
-        computed: pairs for which they were computed here.
-        reused: pairs for which an earlier run had.
-        seconds: all of it.
+        values: (source, split) → log-probabilities of the chosen and the rejected answers, (pairs, 2).
+        computed: pairs whose values this run computed.
+        reused: pairs whose values an earlier run computed.
+        seconds: time for all pairs.
     """
 
     values: dict[tuple[str, str], NDArray[Any]] = field(default_factory=dict)
@@ -49,25 +49,25 @@ class PreferenceData(ConversationData):
     """Pairs of a chosen and a rejected answer to the same prompt, for `PreferenceTuning`.
 
     Args:
-        sources: name → source. All pairs of all of them are in each pass.
+        sources: name → source. Each pass takes all pairs of all sources.
         context_length: most places of a prompt with one of its answers; each pair takes two rows.
-        batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; those of a step have
-            similar lengths.
+        batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; the pairs of a step
+            have similar lengths.
         micro_batch_size: pairs a device holds at once.
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken; its chat
-            template is used, or Danube's where it has none.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used. If the
+            tokenizer has no chat template, Danube's is used.
         epochs: passes over the pairs.
-        too_long: "drop_turns" leaves out the oldest question and answer of a prompt until it fits with both answers,
-            and cuts the end of an answer that does not fit all the same; "cut" cuts the end; "skip" leaves the pair
-            out.
+        too_long: "drop_turns" leaves out the oldest question and answer of a prompt until the prompt fits with both
+            answers, and cuts the end of an answer that still does not fit; "cut" cuts the end; "skip" leaves the
+            pair out.
         held_out: share of the pairs kept for validation, chosen by a hash of the first question.
-        validation_pairs: of each source, on which `fit` and `validate` report; `test` takes all held out.
-        seed: of the order.
+        validation_pairs: held-out pairs of each source that `fit` and `validate` use; `test` uses all.
+        seed: seed of the order.
         workers: loader processes.
-        cache_dir: where encoded pairs and their reference log-probabilities are kept.
+        cache_dir: directory of the encoded pairs and their reference log-probabilities.
 
     Raises:
-        ValueError: for every mistake in the above, with the key's name.
+        ValueError: an argument is wrong; the message names the key.
     """
 
     source = PreferenceSource
@@ -124,14 +124,14 @@ class PreferenceData(ConversationData):
         return longest
 
     def counted(self, chats: EncodedChats) -> NDArray[np.int64]:
-        """One a pair, however long its answers are."""
+        """Returns 1 for each pair, however long its answers are."""
         return np.ones(len(chats) // 2, dtype=np.int64)
 
     def plan(self, number: int) -> Pass:
         return bucketed_pass(self.lengths(self.train_chats), self.context_length, self.batch_rows, self.seed, number)
 
     def training_rows(self) -> PairRows:
-        # The training pairs of the sources stand one source after the other.
+        # `train_chats` holds the pairs of the sources one source after the other.
         parts = [self._reference_of(name, "train") for name in self.sources]
         return PairRows(self.train_chats, np.concatenate(parts), self.context_length)
 
@@ -139,17 +139,19 @@ class PreferenceData(ConversationData):
         return HeldOutPairs(name, chats, self._reference_of(name, "validation"), batches, self.context_length)
 
     def evaluation_pairs(self, limit: int | None) -> dict[str, int]:
-        """Pairs behind each source's held-out values."""
+        """Returns the number of pairs behind each source's held-out values."""
         return {name: min(limit or len(chats), len(chats) // 2) for name, chats in self._validation.items()}
 
     # --- reference log-probabilities ----------------------------------------------------------------------------------
 
     def prepare_reference(self, model: str, log_probabilities: Callable[[TokenBatch], Tensor]) -> None:
-        """The reference log-probabilities of all pairs: read where a run of the same model left them beside the pairs,
-        else computed here once, each replica its share, and kept.
+        """Reads or computes the reference log-probabilities of all pairs.
+
+        They are read if an earlier run of this model stored them beside the pairs. Otherwise each replica computes its
+        share once, and the values are stored.
 
         Args:
-            model: what decides them besides the pairs, as a file's name can hold it.
+            model: identifies the weights and the precision; a part of the file's name.
             log_probabilities: batch → log-probabilities of the chosen and the rejected answers, (pairs, 2).
         """
         began, reference = time.monotonic(), Reference()
@@ -183,7 +185,7 @@ class PreferenceData(ConversationData):
 
     def _compute(self, chats: EncodedChats, log_probabilities: Callable[[TokenBatch], Tensor]) -> NDArray[Any]:
         replicas, replica = replicas_of(self.trainer)
-        # Longest first, as in validation: what does not fit into memory shows at once.
+        # Longest first, as in validation, so that a pair that does not fit into memory fails at once.
         mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
         starts = range(0, len(mine), self.micro_batch_size)
         if self.trainer is None or self.trainer.is_global_zero:
@@ -201,7 +203,7 @@ class PreferenceData(ConversationData):
                 values = values.to(self.trainer.strategy.root_device)
         if replicas > 1:
             assert self.trainer is not None
-            # Nobody else has written into a pair of mine.
+            # Each pair belongs to one replica and is 0 on the others, so the sum is exact.
             values = self.trainer.strategy.reduce(values, reduce_op="sum")
         result: NDArray[Any] = values.cpu().numpy()
         return result
@@ -226,8 +228,8 @@ class PreferenceData(ConversationData):
 
 
 class PairRows(Dataset[Any]):
-    """Micro-batches of pairs with their `reference`, (pairs, 2); `step_labels`, the pairs of the whole optimizer
-    step."""
+    """Makes micro-batches of pairs with their `reference`, (pairs, 2), and `step_labels`, the number of pairs of the
+    whole optimizer step."""
 
     def __init__(self, chats: EncodedChats, reference: NDArray[Any], context_length: int) -> None:
         self.chats, self.reference, self.context_length = chats, reference, context_length
@@ -265,8 +267,8 @@ class HeldOutPairs(Dataset[Any]):
 
 
 def pairs_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length: int) -> TokenBatch:
-    """input_ids and labels of pairs, (2 × pairs, places): the chosen answer of each, then the rejected one. A row
-    without a pair has no label."""
+    """Returns input_ids and labels of pairs, (2 × pairs, places): for each pair the chosen answer, then the rejected
+    answer. A row without a pair has no label."""
     answers = [[2 * row[0] + side] if row else [] for row in rows for side in (0, 1)]
     return batch_of(chats, answers, context_length, packed=False)
 

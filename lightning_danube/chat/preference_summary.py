@@ -88,7 +88,7 @@ def preference_fit_summary(
     """Returns the content of `summary.json` of `fit`.
 
     Args:
-        before, after: what was measured before and after training; empty if nothing was.
+        before, after: results before and after training; empty if nothing was measured.
     """
     pairs = data.evaluation_pairs(data.validation_examples)
     return {
@@ -103,10 +103,10 @@ def preference_fit_summary(
 
 
 def preference_result_text(summary: Mapping[str, Any], before: PairResults, after: PairResults, run: Path) -> str:
-    """Returns the table of the results before and after training, and what to type next.
+    """Returns the table of the results before and after training, and the next command.
 
     Args:
-        summary: as from `preference_fit_summary`.
+        summary: the result of `preference_fit_summary`.
     """
     table = results_table([("before", before), ("after", after)], summary["val_pairs"])
     return "\n".join(["", table, "", *steps_done(summary, run)])
@@ -123,8 +123,8 @@ def results_table(results: Sequence[tuple[str, PairResults]], pairs: Mapping[str
     """Returns a table with a row for each source and each time of measuring.
 
     Args:
-        results: when it was measured, and what was measured.
-        pairs: source → pairs that were measured.
+        results: (time of measuring, results).
+        pairs: source → number of measured pairs.
     """
     rows = []
     for name, count in pairs.items():

@@ -1,10 +1,10 @@
 """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290): a chat model learns which of two answers
 people prefer, without a reward model.
 
-The reward of an answer is β times how much likelier it has become than it was for the model that tuning began with, the
-reference; the loss is that of telling the chosen answer from the rejected one by their rewards.
+The reference is the model before tuning. The reward of an answer is β times the answer's log-probability minus its
+log-probability under the reference. The loss is -log σ(reward of the chosen answer - reward of the rejected answer).
 
-Shapes: P pairs; 2 the chosen answer and the rejected one.
+Shapes: P pairs; 2 the chosen and the rejected answer.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ REWARDS = ("chosen", "rejected", "margin", "accuracy")
 
 
 class PreferenceTuning(TuningTask):
-    """The loss of pairs, -log σ(reward of the chosen answer - reward of the rejected one), as a mean over the pairs of
-    the whole optimizer step.
+    """The loss of pairs, -log σ(reward of the chosen answer - reward of the rejected answer), as a mean over the pairs
+    of the whole optimizer step.
 
-    The reference's log-probabilities are computed once, before training, with the weights that it begins with; no
-    second model is kept. Besides what every task logs, it logs `rewards/chosen`, `rewards/rejected`, `rewards/margin`
-    and `rewards/accuracy` (share of pairs whose chosen answer has the higher reward; a tie counts half), and the same
-    of each source's held-out pairs after each validation, with `ranking/accuracy_held_out_<source>`, the share of pairs
-    whose chosen answer is the likelier one.
+    The reference's log-probabilities are computed once, before training, so no second model is kept. Besides the values
+    that every task logs, this task logs `rewards/chosen`, `rewards/rejected`, `rewards/margin` and `rewards/accuracy`
+    (share of pairs whose chosen answer has the higher reward; a tie counts half). After each validation it logs these
+    values for each source's held-out pairs, and `ranking/accuracy_held_out_<source>`, the share of pairs whose chosen
+    answer is likelier than the rejected answer.
 
     Args:
-        beta: how much the model is held to the reference; the smaller, the further it may go.
+        beta: strength of the pull towards the reference; a smaller value lets the model change more.
         weights, learning_rate, lora, optimizer, activation_checkpointing: see `TuningTask`.
 
     Raises:
@@ -59,7 +59,7 @@ class PreferenceTuning(TuningTask):
         super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
         self.beta = beta
         self._sums = torch.zeros(len(REWARDS) + 1)
-        """Over the last batch, REWARDS and the number of pairs."""
+        """Sums of REWARDS over the pairs of the last batch, and the number of pairs."""
         self._ranked = torch.zeros(())
         self._step_sums: list[Tensor] = []
         self._step_rewards: Tensor | None = None
@@ -67,7 +67,7 @@ class PreferenceTuning(TuningTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = data_of(self.trainer, PairData, NO_PAIRS)
-        # No checkpoint has been loaded yet: these are the weights to begin with, and a fresh adapter changes nothing.
+        # No checkpoint is loaded yet, so these are the initial weights; a fresh adapter does not change the output.
         model = f"{weights_digest(self.decoder)}-{self.trainer.precision}"
         plugin, training = self.trainer.precision_plugin, self.training
         plugin.convert_module(self.to(self.trainer.strategy.root_device))
@@ -93,9 +93,9 @@ class PreferenceTuning(TuningTask):
         return -logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1]), rewards_P2, logps_P2
 
     def sum_of_losses(self, batch: PairBatch | HeldOutPairBatch) -> tuple[Tensor, Tensor]:
-        """Returns the sum over the pairs, and their number."""
+        """Returns the sum of the losses over the pairs, and the number of pairs."""
         losses_P, rewards_P2, logps_P2 = self.losses_of(batch)
-        # The last batches are filled up with rows of no pair.
+        # The last batches are padded with rows that hold no pair.
         there_P = (batch["labels"] >= 0).any(1).view(-1, 2)[:, 0]
         chosen_P, rejected_P = rewards_P2.detach().unbind(1)
         values_PR = torch.stack([chosen_P, rejected_P, chosen_P - rejected_P, won(rewards_P2), there_P.to(chosen_P)], 1)
@@ -140,5 +140,5 @@ class PreferenceTuning(TuningTask):
 
 
 def won(values_P2: Tensor) -> Tensor:
-    """1 where the chosen answer's value is the higher, 0 where it is the lower, a half where they are equal: (P,)."""
+    """Returns 1 where the chosen answer's value is higher, 0 where it is lower, 0.5 where both are equal: (P,)."""
     return 0.5 + 0.5 * (values_P2[:, 0] - values_P2[:, 1]).detach().sign()

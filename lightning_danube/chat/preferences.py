@@ -1,7 +1,7 @@
-"""Preference pairs out of the files that people have: a prompt, the answer that was chosen and the one rejected.
+"""Reads preference pairs from files and data sets: a prompt, the chosen answer and the rejected answer.
 
-A prompt is a list of messages whose last is the user's. A row that is no such pair comes out as a `BadRow`, for the
-caller to refuse or to set aside.
+A prompt is a list of messages that ends with a user's message. A row without such a pair is returned as a `BadRow`,
+which the caller may refuse or skip.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class PreferenceSource:
         path: "documentation:instruct" (pairs made of the embedded questions and answers), a file, a directory or a glob
             of files (jsonl, json, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets`
             `save_to_disk`, or a hub id such as "HuggingFaceH4/ultrafeedback_binarized".
-        columns: part → column, where a column has another name: {prompt: question, chosen: best}. The parts are prompt,
+        columns: part → column, for columns with other names: {prompt: question, chosen: best}. The parts are prompt,
             chosen, rejected, system, and input, which is added to an instruction.
         name, split, revision: configuration, split and commit of a hub data set.
-        max_pairs: stop after so many: for sets larger than the run needs.
-        on_bad_row: "error" refuses the source at the first row that is no pair to learn from, "skip" leaves such rows
+        max_pairs: read at most this many pairs, if the data set is larger than the run needs.
+        on_bad_row: "error" refuses the source at the first row that has no pair to learn from; "skip" leaves such rows
             out and counts them by cause.
     """
 
@@ -68,14 +68,14 @@ class PreferenceSource:
 
     @property
     def texts(self) -> Source:
-        """The same place as a source of documents, which finds and identifies its files."""
+        """Returns this place as a source of documents, which finds and identifies the files."""
         return Source(self.path, name=self.name, split=self.split, revision=self.revision)
 
 
 class Preference(NamedTuple):
-    """A pair and where it stands: rows count from 1, as an editor shows them.
+    """A pair, with its file and row. Rows count from 1, as in an editor.
 
-    `topic` decides whether it is held out: pairs of one topic never stand on both sides.
+    `topic` decides whether the pair is held out, so pairs of one topic are always in the same split.
     """
 
     prompt: list[ChatMessage]
@@ -87,10 +87,10 @@ class Preference(NamedTuple):
 
 
 def read_preferences(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference | BadRow]:
-    """All pairs of a source, in a fixed order.
+    """Yields all pairs of a source, in a fixed order.
 
     Raises:
-        ValueError: the source cannot be opened, has no row, or not the columns of a pair.
+        ValueError: the source cannot be opened, has no row, or lacks the columns of a pair.
     """
     pairs = _made_pairs if source.texts.is_documentation else _read_pairs
     taken = 0
@@ -124,14 +124,14 @@ def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterato
 
 
 class NoColumns(NoConversation):
-    """A row has other columns than a pair: of the first one, the whole source is to blame."""
+    """A row lacks the columns of a pair. If it is the first row, the whole source is refused."""
 
 
 def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, Any]:
-    """Part of a pair → what stands in its column. Each row is asked, since many files leave out what a row has not.
+    """Returns part of a pair → value of its column. Each row is checked, since many files omit a row's empty columns.
 
     Raises:
-        NoColumns: they are not there.
+        NoColumns: a named column, or the column of an answer, is missing.
     """
     shown = ", ".join(map(str, row)) or "nothing"
     for part, named in source.columns.items():
@@ -139,7 +139,7 @@ def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, 
             raise NoColumns("other columns", f"there is no column {named!r} for {part!r}, only {shown}")
     found = {part: next((name for name in names if name in row), None) for part, names in COLUMNS.items()}
     columns = {part: column for part, column in found.items() if column is not None} | source.columns
-    # Elsewhere a column of that name holds the prompt once more.
+    # "input" is a part only beside "instruction". In other data sets a column of this name repeats the prompt.
     if "input" not in source.columns and columns.get("prompt") != "instruction":
         columns.pop("input", None)
     if not {"chosen", "rejected"} <= columns.keys():
@@ -151,13 +151,13 @@ def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, 
 
 
 def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
-    """(prompt, chosen answer, rejected answer) of the values of a row.
+    """Returns (prompt, chosen answer, rejected answer) from the values of a row.
 
-    The answers are texts, single turns or lists of turns; lists may hold the whole conversation, whose common beginning
-    is then the prompt, and a prompt that stands beside them only says the same again.
+    The answers are texts, single turns or lists of turns. If the lists hold whole conversations, their common beginning
+    is the prompt, and the row's own prompt is ignored because it repeats that beginning.
 
     Raises:
-        NoConversation: that is no pair to learn from.
+        NoConversation: the values are not a pair to learn from.
     """
     for side in ("chosen", "rejected"):
         if not parts[side]:
@@ -204,7 +204,7 @@ def _system(text: str) -> ChatMessage:
 
 
 def _turns(value: Any, role: str, what: str) -> list[ChatMessage]:
-    """A text, a turn or a list of turns as messages; of a text, the role is known."""
+    """Returns a text, a turn or a list of turns as messages. A text gets the given role."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -220,10 +220,10 @@ def _turns(value: Any, role: str, what: str) -> list[ChatMessage]:
 
 
 def _made_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference]:
-    """The answer to a question, against the answer to the next one on the same things.
+    """Yields pairs of two consecutive questions on the same topic: the answer to one is rejected for the other.
 
-    Both questions lend each other their answers: each is right once and wrong once, on the same side of the split, so
-    that only what belongs together tells right from wrong.
+    Each answer is chosen once and rejected once, in the same split. So a model can tell them apart only by whether the
+    answer fits the question.
     """
     for file, row, text in questions_of_documentation(name, source.texts, cache_dir):
         turns = turns_of(text)

@@ -1,7 +1,7 @@
-"""Conversations cut to the context and laid into rows: which stand together, in which order, the same on every machine.
+"""Fits conversations to the context and plans the rows: their content and their order, equal on every machine.
 
-Like the order of pre-training, the plan of a pass is a pure function of (seed, pass), so going on after a stop needs
-nothing but the number of steps done.
+Like the order of pre-training, the plan of a pass is a pure function of (seed, pass). So a resumed run needs only the
+number of finished steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Learned = Literal["all", "last"]
 
 
 class FittedChat(NamedTuple):
-    """A conversation within the context. `ids` has one token more than a row has places: the last is only a label."""
+    """A conversation that fits the context. `ids` has one token more than places: the last token is only a label."""
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
@@ -28,19 +28,19 @@ class FittedChat(NamedTuple):
 
 
 class DoesNotFit(ValueError):
-    """Nothing to learn is left of a conversation within the context."""
+    """A conversation has nothing left to learn within the context."""
 
 
 def fit_chat(
     encoder: ChatEncoder, messages: Sequence[Message], context_length: int, policy: Policy, learned: Learned
 ) -> FittedChat:
-    """A conversation as at most `context_length + 1` tokens.
+    """Returns a conversation as at most `context_length + 1` tokens.
 
     "drop_turns" leaves out the oldest question and answer until the rest fits (a system message stays), and cuts the
-    end of a single answer that is too long all the same; "cut" cuts the end; "skip" takes only what fits.
+    end of a single answer that is still too long. "cut" cuts the end. "skip" refuses conversations that do not fit.
 
     Raises:
-        DoesNotFit: by the policy, or no answer is left.
+        DoesNotFit: the policy leaves the conversation out, or no answer is left.
         ValueError: the template refuses the conversation.
     """
     most = context_length + 1
@@ -67,12 +67,13 @@ def fit_pair(
     context_length: int,
     policy: Policy,
 ) -> list[FittedChat]:
-    """Answers to one prompt, each as a conversation in which only it is learned; turns that have to be left out for one
-    of them are left out for all.
+    """Returns one conversation for each answer to a prompt; only the answer is learned.
+
+    Turns that must be left out for one answer are left out for all answers.
 
     Raises:
-        DoesNotFit: by the policy, or what is left of the answers is the same.
-        ValueError: the template refuses the conversation, or writes the same for all answers.
+        DoesNotFit: the policy leaves the pair out, or the answers are equal after cutting.
+        ValueError: the template refuses the conversation, or writes equal texts for all answers.
     """
 
     def fit_all(kept: Sequence[Message]) -> list[FittedChat]:
@@ -83,7 +84,7 @@ def fit_pair(
     dropped = max(one.dropped_turns for one in fitted)
     if any(one.dropped_turns < dropped for one in fitted):
         system = 1 if prompt[0]["role"] == "system" else 0
-        # None of them has to drop more now; what they dropped is counted from the whole prompt.
+        # No conversation drops more turns now, so the count of dropped turns is set relative to the whole prompt.
         fitted = fit_all([*prompt[:system], *prompt[system + dropped :]])
         fitted = [one._replace(dropped_turns=dropped) for one in fitted]
     if all(np.array_equal(one.ids, fitted[0].ids) for one in fitted):

@@ -18,14 +18,14 @@ from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 AnswerLosses = Mapping[str, float]
-"""Source → held-out loss, nats a token."""
+"""Source → held-out loss in nats per token."""
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
 class Answers:
-    """A model's answers to the same questions before and during training, with the likeliest token each time.
+    """A model's answers to fixed questions before and during training, by greedy decoding.
 
     Args:
         max_new_tokens: most tokens of an answer.
@@ -36,10 +36,10 @@ class Answers:
         self.before: list[str] = []
         self.latest: list[str] = []
         self.step = -1
-        """Optimizer steps before the latest answers; -1: there are none."""
+        """Optimizer steps done before the latest answers; -1 if there are no answers."""
 
     def ask(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-        """Has the model answer each question.
+        """Asks the model each question, and keeps the answers.
 
         Raises:
             ValueError: a question fills the context.
@@ -74,7 +74,7 @@ class Answers:
 
 
 def _markdown_row(columns: Mapping[str, str]) -> str:
-    """Returns a table of one row. Texts are escaped: they are shown as they are, not interpreted."""
+    """Returns a table of one row. Texts are escaped, so that they are shown verbatim."""
     cells = [re.sub(r"([^\w\s])", r"\\\1", text.strip()).replace("\n", "<br>") for text in columns.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), cells))
 
@@ -165,7 +165,7 @@ def chat_fit_summary(
 
 
 def chat_result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path) -> str:
-    """Returns the held-out losses and the answers before and after training, and what to type next.
+    """Returns the held-out losses and the answers before and after training, and the next command.
 
     Args:
         summary: the content of `summary.json` of `fit`.

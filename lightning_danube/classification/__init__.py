@@ -1,4 +1,4 @@
-"""Text classification with a small head or LoRA, beside baselines."""
+"""Text classification with a linear head and LoRA, compared with baselines."""
 
 from __future__ import annotations
 

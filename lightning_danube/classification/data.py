@@ -1,4 +1,4 @@
-"""The data of text classification: labelled texts in three splits, in batches whose whole state is the number of
+"""The data of text classification: labelled texts in three splits. The state of the batches is only the number of
 steps."""
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ NO_CLASS = -1
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Texts one after the other: `ids` (tokens,), `ends` (texts + 1,), `classes` (texts,), NO_CLASS where unknown."""
+    """Concatenated texts: `ids` (tokens,), `ends` (texts + 1,), `classes` (texts,), which is NO_CLASS where unknown."""
 
     ids: NDArray[np.int32]
     ends: NDArray[np.int64]
     classes: NDArray[np.int64]
     cut: int
-    """Texts whose end did not fit."""
+    """Number of texts whose end was cut to fit the context."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -63,8 +63,10 @@ class EncodedTexts:
         return result
 
     def batch(self, numbers: Sequence[int | None]) -> dict[str, Any]:
-        """Texts as tensors, padded behind their ends to the longest: input_ids and attention_mask (B, T), classes and
-        rows (B,). None is an empty row that counts nothing."""
+        """Returns texts as tensors: input_ids and attention_mask (B, T), classes and rows (B,).
+
+        Texts are padded at their ends to the longest text. None stands for an empty row, which is not counted.
+        """
         length = max([int(self.lengths[number]) for number in numbers if number is not None], default=1)
         ids = torch.zeros(len(numbers), length, dtype=torch.int64)
         mask = torch.zeros(len(numbers), length, dtype=torch.int64)
@@ -86,29 +88,30 @@ class ClassificationData(LightningDataModule):
     """Labelled texts, for `TextClassification`.
 
     Args:
-        train, validation, test: where the texts of each split stand: a path, or a mapping of the options of
-            LabelledTexts. What is not given is split off the training texts.
-        predict: texts to classify with `predict`, with or without labels; those of the test split where not given.
-        text_column: the column that holds the text, or a pattern of several, such as "{title} {abstract}".
+        train, validation, test: where the texts of each split are: a path, or a mapping of the options of
+            LabelledTexts. A split that is not given is split off the training texts.
+        predict: texts to classify with `predict`, with or without labels; if not given, the texts of the test split.
+        text_column: the column that holds the text, or a pattern of several columns, such as "{title} {abstract}".
         label_column: the column that holds the label, a word or a whole number.
-        context_length: most tokens of a text; what is longer loses its end.
-        batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; those of a step have
-            similar lengths.
+        context_length: most tokens of a text; the end of a longer text is cut.
+        batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; the texts of a step
+            have similar lengths.
         micro_batch_size: texts a device holds at once.
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used.
         epochs: passes over the training texts.
-        validation_share, test_share: of the training texts, of each class alike, for the splits that are not given.
-        most_frequent_classes: leave out the texts of all other classes.
-        max_texts: split → most texts, chosen by the seed, of each class its share; for sets larger than the run needs.
-        on_bad_row: "error" refuses a row without text or label, with a label that training does not know, and a
-            training text that stands in another split as well, and names file and row; "skip" leaves them out, counts
-            them by cause and lists them in rejected.jsonl in the run's directory.
-        seed: of the splits and the order.
+        validation_share, test_share: share of each class of the training texts that is split off for a split that is
+            not given.
+        most_frequent_classes: use only the texts of this many classes, the most frequent ones.
+        max_texts: split → most texts, chosen by the seed and stratified by class, if a split is larger than needed.
+        on_bad_row: "error" stops at a bad row and names its file and row; "skip" leaves bad rows out, counts them by
+            cause and lists them in rejected.jsonl in the run's directory. A row is bad without text or label, with a
+            label that training lacks, or if it is a training text that is also in another split.
+        seed: seed of the splits and the order.
         workers: loader processes.
-        cache_dir: where the embedded texts are kept.
+        cache_dir: directory of the embedded texts.
 
     Raises:
-        ValueError: for every mistake in the above, with the key's name.
+        ValueError: an argument is wrong; the message names the key.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class ClassificationData(LightningDataModule):
         self.splits: dict[str, list[LabelledText]] = {}
         self.rejected: list[BadRow] = []
         self.other_classes = 0
-        """Texts left out because of `most_frequent_classes`."""
+        """Number of texts left out because of `most_frequent_classes`."""
         self.encoded: dict[str, EncodedTexts] = {}
         self.steps_done = 0
 
@@ -185,7 +188,7 @@ class ClassificationData(LightningDataModule):
                 batch does not divide over the devices.
         """
         if stage == "predict" and "predict" in self.sources:
-            # The classes are in the checkpoint: training texts need not be there.
+            # The checkpoint holds the classes, so the training texts are not needed.
             self.splits["predict"] = self._read("predict")
             self.encoded["predict"] = self._encode(self.splits["predict"])
             return
@@ -249,13 +252,13 @@ class ClassificationData(LightningDataModule):
         texts = [text for text in found if not self._is_rejected(text)]
         if not texts:
             raise ValueError(f"data.{role}: {self.sources[role].path} holds no text to use")
-        return texts  # type: ignore[return-value]  # no bad row is among them
+        return texts  # type: ignore[return-value]  # the list has no bad rows
 
     def _is_rejected(self, row: LabelledText | BadRow) -> bool:
-        """Whether a row is bad, and then left out.
+        """Returns whether a row is bad. A bad row is recorded as left out.
 
         Raises:
-            ValueError: it is, and the user has not asked for that.
+            ValueError: the row is bad, and the user has not chosen to skip bad rows.
         """
         if not isinstance(row, BadRow):
             return False
@@ -272,8 +275,10 @@ class ClassificationData(LightningDataModule):
         return not self._is_rejected(BadRow(text.file, text.row, "unknown label", message))
 
     def _keep_apart(self, splits: dict[str, list[LabelledText]]) -> None:
-        """Takes out of training what stands in another split as well, and out of validation what stands in test: what
-        was seen before says nothing, and the test stays as others know it."""
+        """Removes from training the texts that are also in another split, and from validation those also in test.
+
+        A score on texts seen in training would be too good. The test split stays complete, as others use it.
+        """
         for role, others in (("train", ("test", "validation")), ("validation", ("test",))):
             there: dict[str, LabelledText] = {}
             for other in others:
@@ -294,18 +299,18 @@ class ClassificationData(LightningDataModule):
         return {label: number for number, label in enumerate(self.labels)}
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Label → split → texts."""
+        """Returns label → split → number of texts."""
         counts = {split: Counter(text.label for text in texts) for split, texts in self.splits.items()}
         return {label: {split: counts[split][label] for split in counts} for label in self.labels}
 
     def causes(self) -> dict[str, int]:
-        """Rows left out, by cause."""
+        """Returns cause → number of rows left out."""
         return dict(Counter(row.cause for row in self.rejected))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _encode(self, texts: Sequence[LabelledText]) -> EncodedTexts:
-        """Begun as documents are in training. Text that spells a special token stays text."""
+        """Encodes texts that begin as documents begin in training. Text that spells a special token stays text."""
         bos, backend = begin_token(self.tokenizer), self.tokenizer.backend_tokenizer
         head = [] if bos is None else [bos]
         room, cut = self.context_length - len(head), 0
@@ -313,7 +318,7 @@ class ClassificationData(LightningDataModule):
         remaining = iter(texts)
         backend.encode_special_tokens = True
         try:
-            # In parts, since the encodings of a part take many times the memory of its ids.
+            # Texts are encoded in parts, because encodings take many times the memory of their ids.
             while part := list(islice(remaining, 1000)):
                 for encoding in backend.encode_batch_fast([text.text for text in part], add_special_tokens=False):
                     cut += len(encoding.ids) > room
@@ -333,8 +338,9 @@ class ClassificationData(LightningDataModule):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a mean optimizer step, padding left out: texts differ in length, and steps in their tokens."""
-        # The steps first: before setup they are an AttributeError, by which the parser sees that there is no length.
+        """Returns the mean number of tokens of an optimizer step, without padding, since steps differ in length."""
+        # `total_steps` comes first: before setup it raises an AttributeError, which tells the parser that the length is
+        # unknown.
         steps = self.total_steps
         return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
 
@@ -353,7 +359,7 @@ class ClassificationData(LightningDataModule):
         }
 
     def _order(self) -> dict[str, Any]:
-        """Everything that decides which texts stand in which step."""
+        """Returns everything that decides which texts are in which step."""
         train = self.encoded["train"]
         digest = hashlib.sha256()
         for array in (train.ids, train.ends, train.classes):
@@ -395,20 +401,20 @@ class ClassificationData(LightningDataModule):
 
     @property
     def predicted(self) -> str:
-        """The split that `predict` classifies."""
+        """Returns the name of the split that `predict` classifies."""
         return "predict" if "predict" in self.sources else "test"
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns where a text that `predict` classifies stands, and its `true_label` if that is known."""
+        """Returns the place of a text that `predict` classifies, and its `true_label` if the label is known."""
         text = self.splits[self.predicted][row]
         return {"file": text.file, "row": text.row}, {} if text.label is None else {"true_label": text.label}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        # In the order of the file, so that the answers stand beside the questions.
+        # In the order of the file, so that predictions can be compared with it line by line.
         return self._evaluation_loader(self.predicted, longest_first=False)
 
     def _evaluation_loader(self, split: str, longest_first: bool = True) -> DataLoader[Any]:
-        """Each replica has the same number of batches, the last of them possibly with empty rows."""
+        """Returns the loader of a split. All replicas have equally many batches; the last may have empty rows."""
         replicas, replica = replicas_of(self.trainer)
         texts = self.encoded[split]
         order: list[int] = list(range(len(texts)))
@@ -421,7 +427,7 @@ class ClassificationData(LightningDataModule):
 
 
 class TextRows(Dataset[Any]):
-    """Micro-batches by the numbers of their texts, with `step_labels`, the texts of the whole optimizer step."""
+    """Makes micro-batches from the numbers of their texts, with `step_labels`, the text count of the optimizer step."""
 
     def __init__(self, texts: EncodedTexts) -> None:
         self.texts = texts

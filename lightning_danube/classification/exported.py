@@ -1,6 +1,6 @@
-"""Classifiers of ours for other programs: transformers' LlamaForSequenceClassification and PEFT.
+"""Exports trained classifiers for other programs: transformers' LlamaForSequenceClassification and PEFT.
 
-Both pool the last token that is not padding, as training did, and score it by a linear layer without a bias.
+Both programs pool the last token that is not padding, as training does, and score it by a linear layer without a bias.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Classifier:
     """A trained classifier.
 
     Args:
-        decoder: with the adapter merged, or beside its weights.
+        decoder: the decoder, with the adapter merged into its weights or kept beside them.
         score_CD: the head as a linear layer over the last hidden state, (classes, hidden size).
         labels: the classes, by number.
-        tokenizer: begins and cuts a text by itself as training did.
+        tokenizer: begins and cuts a text as training did.
     """
 
     decoder: Decoder
@@ -41,7 +41,7 @@ class Classifier:
 
 
 def is_classifier(weights: Located) -> bool:
-    """Whether the weights are those of a run of TextClassification."""
+    """Returns whether the weights come from a run of TextClassification."""
     if weights.kind != "checkpoint":
         return False
     from lightning_danube.weights.huggingface import read_checkpoint
@@ -50,13 +50,13 @@ def is_classifier(weights: Located) -> bool:
 
 
 def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype | str | None = None) -> Classifier:
-    """The classifier in a checkpoint of a run of TextClassification.
+    """Loads the classifier from a checkpoint of a run of TextClassification.
 
     Args:
         merge: add the adapter to the weights, instead of keeping it beside them.
 
     Raises:
-        ValueError: the model that the adapter was trained on is not there any more, or is another one.
+        ValueError: the model that the adapter was trained on is missing or has changed.
     """
     import torch
 
@@ -69,7 +69,7 @@ def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype 
     decoder = (load_decoder if merge else load_adapted_decoder)(weights, dtype=torch.float32)
     score_CD = checkpoint["state_dict"]["head.weight"].clone()
     if facts["head"] == "logits":
-        # A linear layer of a linear layer is one: the output embedding becomes a part of the head.
+        # Two linear layers in sequence are one linear layer, so the output embedding is multiplied into the head.
         score_CD = (score_CD.double() @ decoder.lm_head.weight.detach().double()).to(torch.float32)
     kind = parse_dtype(dtype)
     decoder.to(dtype=kind)
@@ -77,18 +77,20 @@ def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype 
 
 
 def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> PreTrainedTokenizerFast:
-    """A copy that begins a text with the bos token if there is one, and cuts it (`truncation=True`) at the length of
-    training; with a padding token that no text ends in, since the last token that is another one is scored.
+    """Returns a copy of the tokenizer that prepares a text as training did.
+
+    The copy adds the bos token if there is one, and `truncation=True` cuts a text at the context length of training. It
+    has a padding token that no text ends with, because the last token that is not padding is scored.
 
     Raises:
-        ValueError: the tokenizer cannot be made to begin a text so.
+        ValueError: the copy still adds other tokens to a text than training did.
     """
     from lightning_danube.tokens.tokenizer import begin_token
 
     tokenizer = copy.deepcopy(tokenizer)
     bos = begin_token(tokenizer)
     if bos is not None:
-        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter does not stand right behind it
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter is not next to its getter
     tokenizer.model_max_length = context_length
     tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
@@ -103,7 +105,7 @@ def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> 
 
 
 def hf_config(classifier: Classifier) -> dict[str, Any]:
-    """The content of a `config.json` for LlamaForSequenceClassification, or that of the decoder's family."""
+    """Returns the content of `config.json` for LlamaForSequenceClassification, or its equivalent in another family."""
     from lightning_danube.model.architecture import family_of
 
     tokenizer = classifier.tokenizer
@@ -120,7 +122,7 @@ def hf_config(classifier: Classifier) -> dict[str, Any]:
 
 
 def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: str, overwrite: bool = False) -> None:
-    """Write a directory that transformers' `pipeline("text-classification")` runs."""
+    """Writes a directory that transformers' `pipeline("text-classification")` runs."""
     from lightning_danube.weights.huggingface import (
         EXPORTED_FILES,
         export_folder,
@@ -130,7 +132,7 @@ def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: s
     )
 
     tensors = plain_tensors(classifier.decoder)
-    # Its place is taken by the head.
+    # The head replaces the output embedding.
     tensors.pop("lm_head.weight", None)
     tensors["score.weight"] = classifier.score_CD
     with export_folder(directory, EXPORTED_FILES, overwrite) as partial:

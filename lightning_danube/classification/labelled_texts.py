@@ -1,7 +1,7 @@
-"""Texts with labels out of the files that people have, and the splits that are made of them.
+"""Reads labelled texts from files and data sets, and divides them into splits.
 
-A row without a usable text or label comes out as a `BadRow`, for the caller to refuse or to set aside. Which texts go
-into a split depends on their content and a seed alone, not on their place in a file.
+A row without a usable text or label is returned as a `BadRow`, which the caller may refuse or skip. The split of a text
+depends only on the text's content and a seed, not on its place in a file.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow, read_rows, text_of
 
 PACKAGES = f"{DOCUMENTATION}packages"
-"""The embedded set: documentation of installed packages. The label is the package."""
+"""The embedded data set: documentation of installed packages. The label is the package."""
 PACKAGE_SOURCES = ("web", "academic")
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Where texts with labels stand.
+    """A place of labelled texts.
 
     Args:
         path: "documentation:packages" (the embedded set), a file, a directory or a glob of files (jsonl, csv, tsv,
             parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub id such as
             "stanfordnlp/imdb".
-        name, split, revision: configuration, split and commit of a hub data set; the split is the one of the role's
-            name where it is not given.
+        name, split, revision: configuration, split and commit of a hub data set. The default split has the name of the
+            role.
     """
 
     path: str
@@ -43,9 +43,9 @@ class LabelledTexts:
 
     @classmethod
     def named(cls, role: str, given: str | Mapping[str, str]) -> LabelledTexts:
-        """What a config says for a role: a path, or a mapping of the options.
+        """Returns the place that a config gives for a role: a path, or a mapping of the options.
 
-        A plain mapping, since the parser of the command line reads the file of a path that could be one of a class.
+        The mapping is not typed as this class, because the command-line parser would then read a path as a config file.
 
         Raises:
             ValueError: the mapping has other options, or no path.
@@ -53,12 +53,12 @@ class LabelledTexts:
         return options(cls, given, f"data.{role}")
 
     def texts(self, role: str) -> Source:
-        """The same place as a source of documents, which finds its files."""
+        """Returns this place as a source of documents, which finds the files."""
         return Source(self.path, name=self.name, split=self.split or role, revision=self.revision)
 
 
 class LabelledText(NamedTuple):
-    """A text, its label (None where it is to be predicted), and where it stands: rows count from 1."""
+    """A text, its label (None if it is to be predicted), its file and its row. Rows count from 1."""
 
     text: str
     label: str | None
@@ -73,12 +73,12 @@ class LabelledText(NamedTuple):
 def read_labelled_texts(
     role: str, source: LabelledTexts, text_column: str, label_column: str | None, cache_dir: Path
 ) -> Iterator[LabelledText | BadRow]:
-    """All rows of a source, in a fixed order.
+    """Yields all rows of a source, in a fixed order.
 
     Args:
-        role: train, validation, test or predict, for messages and as the split of a hub data set.
-        text_column: the column that holds the text, or a pattern of several, such as "{title} {abstract}".
-        label_column: None where labels are not wanted.
+        role: train, validation, test or predict; used in messages and as the split of a hub data set.
+        text_column: the column that holds the text, or a pattern of several columns, such as "{title} {abstract}".
+        label_column: the column that holds the label; None if labels are not needed.
 
     Raises:
         ValueError: the source cannot be opened, has no row, or its first row does not have the columns.
@@ -119,7 +119,7 @@ def _documentation_of_packages(role: str, cache_dir: Path) -> Iterator[tuple[str
         (file,) = local_files(role, Source(DOCUMENTATION + name), cache_dir)
         for row, values in read_rows(file):
             package = values["origin"].partition(":")[0]
-            # The heading of a text has the path of its module, which would give the label away.
+            # The heading of a text contains the module's path, which would reveal the label.
             text = re.sub(rf"\b{re.escape(package)}\b", "package", values["text"], flags=re.IGNORECASE)
             yield file, row, {"text": text, "label": package}
 
@@ -148,7 +148,7 @@ def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
 
 
 def ordered(labels: Sequence[str]) -> list[str]:
-    """Labels in the order that numbers the classes: by value where all are whole numbers, else by the alphabet."""
+    """Returns the labels in the order of the class numbers: by value if all are whole numbers, else alphabetically."""
     unique = set(labels)
     if all(re.fullmatch(r"-?\d+", label) for label in unique):
         return sorted(unique, key=int)
@@ -156,17 +156,17 @@ def ordered(labels: Sequence[str]) -> list[str]:
 
 
 def same_text(text: str) -> str:
-    """What two texts share that count as one: all but case and white space."""
+    """Returns a key that is equal for two texts that differ only in case and white space."""
     return " ".join(text.split()).casefold()
 
 
 def stratified(
     texts: Sequence[LabelledText], count: int, *, seed: int, stream: str, leave_one: bool = False
 ) -> list[int]:
-    """Numbers of `count` of the texts, of each class its share (largest remainder), in the order of the texts.
+    """Returns the numbers of `count` texts, stratified by class (largest remainder), in the order of the texts.
 
     Args:
-        stream: what the choice is for, so that two choices with one seed are not the same.
+        stream: the purpose of the choice, so that two choices with one seed differ.
         leave_one: never take all texts of a class.
     """
     members: dict[str, list[int]] = {}
@@ -189,7 +189,7 @@ def stratified(
 def split_off(
     texts: Sequence[LabelledText], share: float, *, seed: int, stream: str
 ) -> tuple[list[LabelledText], list[LabelledText]]:
-    """The rest and the share of each class that is split off; copies of a text stay together."""
+    """Splits a share off each class. Returns the rest and the share; copies of a text stay together."""
     first: dict[str, int] = {}
     for number, text in enumerate(texts):
         first.setdefault(same_text(text.text), number)
@@ -201,6 +201,6 @@ def split_off(
 
 
 def most_frequent(texts: Sequence[LabelledText], count: int) -> set[str]:
-    """The labels of most texts; of equally frequent ones those that come first in the alphabet."""
+    """Returns the most frequent labels; equally frequent labels are taken in alphabetical order."""
     counts = Counter(str(text.label) for text in texts)
     return set(sorted(counts, key=lambda label: (-counts[label], label))[:count])

@@ -1,7 +1,7 @@
-"""How good a classifier is, and how sure that is: scores by torchmetrics, intervals by resampling the texts.
+"""Scores of a classifier by torchmetrics, with intervals by resampling the texts.
 
-Shapes: N texts, C classes. An interval covers what another test set of the same size, drawn alike, would move; it says
-nothing about another training run.
+Shapes: N texts, C classes. An interval covers the variation between test sets of this size from the same distribution,
+not the variation between training runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of (probabilities_NC, classes_N), and how scipy.stats.bootstrap makes its interval.
+    """A score of (probabilities_NC, classes_N), and the method of scipy.stats.bootstrap for its interval.
 
-    Resampled texts have a larger calibration error than the texts themselves, since the noise of each bin counts as an
-    error; "basic" turns that bias around, "percentile" would double it.
+    Resampled texts have a larger calibration error than the texts themselves, because the noise of each bin counts as
+    an error. The method "basic" reverses this bias; "percentile" would double it.
     """
 
     title: str
@@ -68,12 +68,12 @@ METRICS = {
 
 
 def scores(probabilities_NC: Tensor, classes_N: Tensor) -> dict[str, float]:
-    """Name → score."""
+    """Returns name → score."""
     return {name: metric(probabilities_NC, classes_N) for name, metric in METRICS.items()}
 
 
 def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Name → score with its interval."""
+    """Returns name → score with its interval."""
     found = {}
     for name, metric in METRICS.items():
 
@@ -82,7 +82,7 @@ def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, se
             return metric(probabilities_NC[chosen], classes_N[chosen])
 
         texts_N = np.arange(len(classes_N))
-        # The basic interval is turned around the score, and may leave the range that a score can have.
+        # The basic interval is reflected at the score and may leave the score's range, so it needs limits.
         found[name] = bootstrap(texts_N, score, resamples=resamples, method=metric.method, seed=seed, limits=(0.0, 1.0))
     return found
 
@@ -90,8 +90,10 @@ def estimates(probabilities_NC: Tensor, classes_N: Tensor, *, resamples: int, se
 def accuracy_gain(
     probabilities_NC: Tensor, baseline_NC: Tensor, classes_N: Tensor, *, resamples: int, seed: int
 ) -> Estimate:
-    """How much more accurate one is than the other on the same texts: paired, so that texts that are hard for both
-    cancel."""
+    """Returns the model's accuracy minus the baseline's on the same texts, with its interval.
+
+    The comparison is paired, so texts that are hard for both classifiers cancel.
+    """
     gains = (probabilities_NC.argmax(1) == classes_N).double() - (baseline_NC.argmax(1) == classes_N).double()
     values = gains.numpy()
     texts_N = np.arange(len(values))
@@ -101,7 +103,7 @@ def accuracy_gain(
 
 
 def by_class(probabilities_NC: Tensor, classes_N: Tensor) -> list[dict[str, Any]]:
-    """For each class its texts, and precision, recall and F1 of the predictions."""
+    """Returns for each class the number of its texts, and the precision, recall and F1 of the predictions."""
     C = probabilities_NC.shape[1]
     options: Any = {"num_classes": C, "average": "none", "validate_args": False}
     columns = {
@@ -114,10 +116,10 @@ def by_class(probabilities_NC: Tensor, classes_N: Tensor) -> list[dict[str, Any]
 
 
 def confusion(probabilities_NC: Tensor, classes_N: Tensor) -> Tensor:
-    """(C, C) counts: row the true class, column the predicted one."""
+    """Returns counts (C, C); row: true class; column: predicted class."""
     return multiclass_confusion_matrix(probabilities_NC, classes_N, probabilities_NC.shape[1], validate_args=False)
 
 
 def average_precision(probabilities_N2: Tensor, classes_N: Tensor) -> float:
-    """Area under the precision-recall curve of the second of two classes."""
+    """Returns the area under the precision-recall curve of the second of two classes."""
     return float(binary_average_precision(probabilities_N2[:, 1], classes_N))

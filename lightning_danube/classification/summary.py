@@ -68,7 +68,7 @@ def class_table(counts: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _ends(rows: list[list[str]]) -> list[list[str]]:
-    """Returns the rows at both ends of a table that is too long."""
+    """Returns the rows of a table; of a table that is too long, only the rows at both ends."""
     if len(rows) <= SHOWN_CLASSES:
         return rows
     half = SHOWN_CLASSES // 2
@@ -89,11 +89,11 @@ def list_rejected(data: ClassificationData, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """What the model and two baselines, trained on the same texts, say about the texts of a split.
+    """Predictions of the model and of two baselines, trained on the same texts, for the texts of a split.
 
     Args:
-        resamples: resampled sets of texts, for the 95 % intervals.
-        loss: of the model, nats a text.
+        resamples: number of resampled sets of texts, for the 95 % intervals.
+        loss: the model's loss in nats per text.
     """
 
     split: str
@@ -110,7 +110,7 @@ class Compared:
     def of(
         cls, data: ClassificationData, weights: str, split: str, model: Classified, *, loss: float, resamples: int
     ) -> Compared:
-        """Trains the baselines and has them classify the split."""
+        """Trains the baselines and classifies the split with them."""
         train = data.encoded["train"].classes.tolist()
         texts, asked = ([text.text for text in data.splits[name]] for name in ("train", split))
         majority = majority_probabilities(train, len(data.labels), len(asked))
@@ -139,7 +139,7 @@ class Scored:
 
     Args:
         estimates: "majority", "tfidf" or "model" → metric → score with its interval.
-        gain: accuracy of the model above that of TF-IDF.
+        gain: accuracy of the model minus the accuracy of TF-IDF.
         classes: for each class the number of its texts, precision, recall and F1.
         average_precision: for the second of two classes; None for more classes.
         confusion_CC: counts; row: true class; column: predicted class.

@@ -27,15 +27,17 @@ Head = Literal["hidden", "logits"]
 
 
 class Classified(NamedTuple):
-    """What a model says of the texts of a split, in their order, on the CPU."""
+    """A model's predictions for the texts of a split, in their order, on the CPU."""
 
     classes_N: Tensor
     probabilities_NC: Tensor
 
 
 class ClassifiedTexts(Metric):
-    """Collects what is said of each text, over all devices, in the order of the texts: scores then do not depend on
-    how texts are dealt, and can be resampled."""
+    """Collects the predictions from all devices, in the order of the texts.
+
+    So the scores do not depend on how texts are divided over devices, and the texts can be resampled.
+    """
 
     full_state_update = False
 
@@ -54,8 +56,8 @@ class ClassifiedTexts(Metric):
         self.log_probabilities.append(log_probabilities_BC[real_B])
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Classes (N,) and log-probabilities (N, C)."""
-        # After a sync each is one tensor, before it a list.
+        """Returns classes (N,) and log-probabilities (N, C)."""
+        # Each state is a list before a sync, and one tensor after it.
         rows_N, classes_N, log_probabilities_NC = (
             torch.cat(state) if isinstance(state, list) else state
             for state in (self.rows, self.classes, self.log_probabilities)
@@ -65,10 +67,10 @@ class ClassifiedTexts(Metric):
 
 
 def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """(B, D): after the last norm, the state of the last token that is not padding, wherever the padding stands.
+    """Returns the state of the last token that is not padding, after the last norm: (B, D).
 
-    Behind a text it is out of sight of causal attention. Before a text it is kept out of sight by a mask, and positions
-    count from the first token, so a text has the same state either way.
+    Causal attention does not see padding after a text. A mask hides padding before a text, and positions count from the
+    first token, so the state does not depend on the side of the padding.
     """
     real_BT = attention_mask_BT.bool()
     position_ids_BT = document_ids_BT = None
@@ -82,7 +84,7 @@ def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT:
 
 
 class TextClassification(TuningTask):
-    """Cross-entropy of the classes of texts. The adapter and the head train, the decoder's own weights stay.
+    """Cross-entropy of the classes of texts. The adapter and the head train; the decoder's own weights are frozen.
 
     Logs `loss/train` and after each validation or test `loss/<split>` (nats a text), `accuracy/<split>`,
     `macro_f1/<split>` and `calibration_error/<split>`.
@@ -90,12 +92,12 @@ class TextClassification(TuningTask):
     Args:
         weights: the model to begin with: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or
             "smollm2".
-        learning_rate: of the adapter; a schedule in tokens, those of a mean step being counted for each.
-        head: what the linear head sees of the last token: its "hidden" state, as LlamaForSequenceClassification does,
-            or its "logits", as H2O LLM Studio did when the paper was written.
-        head_learning_rate: peak of the head's learning rate, which follows the same schedule; that of the adapter if
-            not given.
-        lora: the adapter.
+        learning_rate: schedule of the adapter's learning rate in tokens; each step counts as the mean tokens of a step.
+        head: input of the linear head: the last token's "hidden" state, as in LlamaForSequenceClassification, or its
+            "logits", as in H2O LLM Studio when the paper was written.
+        head_learning_rate: peak of the head's learning rate, which follows the adapter's schedule; if not given, the
+            adapter's peak.
+        lora: options of the adapter.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations: for
             long documents.
@@ -124,12 +126,12 @@ class TextClassification(TuningTask):
         self.head_rate = 1.0 if head_learning_rate is None else head_learning_rate / learning_rate.peak
         self.classified = ClassifiedTexts()
         self.latest: Classified | None = None
-        """What the last validation or test said."""
+        """The predictions of the last validation or test."""
         self.labels: list[str] = []
         self._base_digest = ""
 
     def configure_model(self) -> None:
-        """Makes the head, if the data say how many classes there are; to predict, the checkpoint does."""
+        """Makes the head if the data tell the number of classes. For `predict`, the checkpoint tells it."""
         if self._base_digest:
             return
         self._base_digest = base_digest(self.decoder)
@@ -143,13 +145,13 @@ class TextClassification(TuningTask):
     def _make_head(self, labels: list[str]) -> None:
         self.labels = list(labels)
         width = self.config.hidden_size if self.head_sees == "hidden" else self.config.vocab_size
-        # What was drawn before differs between one process and several: the head begins alike in all.
+        # The random state here depends on the number of processes. A fixed seed gives all processes the same head.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self.head = nn.Linear(width, len(labels), bias=False)
 
     def class_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """(B, C), in float32 at least: probabilities of 8 bits are not worth calibrating."""
+        """Returns logits (B, C), at least in float32: 8 bits of precision are too few for calibrated probabilities."""
         seen_BD = last_token_states(self.decoder, input_ids_BT, attention_mask_BT)
         if self.head_sees == "logits":
             seen_BD = self.decoder.lm_head(seen_BD)
@@ -157,7 +159,7 @@ class TextClassification(TuningTask):
             return self.head(seen_BD.to(self.head.weight.dtype))
 
     def sum_of_losses(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        """Returns the sum of nats, and the number of texts."""
+        """Returns the sum of the losses in nats, and the number of texts."""
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
         total = F.cross_entropy(logits_BC, batch["classes"], ignore_index=IGNORE_INDEX, reduction="sum")
         return total, (batch["classes"] != IGNORE_INDEX).sum()
@@ -193,19 +195,19 @@ class TextClassification(TuningTask):
 
     def _log_scores(self, split: str) -> None:
         classes_N, log_probabilities_NC = self.classified.compute()
-        # Kept in float64, where softmax and its logarithm undo each other.
+        # In float64, because exp then reverses the logarithm of the softmax.
         classes_N, log_probabilities_NC = classes_N.cpu(), log_probabilities_NC.cpu().double()
         self.latest = Classified(classes_N, log_probabilities_NC.exp())
         found = {"loss": float(F.nll_loss(log_probabilities_NC, classes_N)), **scores(self.latest[1], classes_N)}
         named = {f"{name}/{split}": value for name, value in found.items()}
         self.log_dict(named, logger=False)
-        # Straight to the loggers: Lightning counts their steps anew after a resume.
+        # The values go straight to the loggers, because Lightning restarts its count of logged steps after a resume.
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each text where it stands, the likeliest label, its true label if known, and the probability of
-        each."""
+        """Returns for each text its place, the likeliest label, the true label if known, and the probability of each
+        label."""
         data = self._data
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
         said = []

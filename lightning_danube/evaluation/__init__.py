@@ -1,4 +1,4 @@
-"""Benchmarks: the data module, the task, the parts that ask and score, the report."""
+"""Benchmarks: the data module, the task, the parts that ask questions and score the answers, the report."""
 
 from __future__ import annotations
 

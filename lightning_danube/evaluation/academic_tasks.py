@@ -1,4 +1,4 @@
-"""The paper's academic benchmarks, and their questions in local files laid out as on the hub."""
+"""The paper's academic benchmarks, and their questions in local files with the hub's layout."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_danube.text.reading import BadRow, format_of, read_rows
 
 @dataclass(frozen=True)
 class AcademicTask:
-    """A task of the lm-evaluation-harness as the paper ran it.
+    """A task of the lm-evaluation-harness with the paper's setting.
 
     Args:
-        name: of the task, or of the group of tasks whose documents are pooled, in the harness.
-        title: as the paper prints it.
-        folder: where the harness keeps the task, under lm_eval/tasks.
+        name: the harness's name of the task, or of a group of tasks whose documents are pooled.
+        title: the task's name in the paper.
+        folder: the task's folder in the harness, under lm_eval/tasks.
         shots: examples before each question.
-        metric, filter: what is compared with the paper's figure. Accuracy is normalised by the answer's length
-            (acc_norm) where the Open LLM Leaderboard of that time did so, which is for ARC-c and HellaSwag; the report
-            does not say for the tasks that the leaderboard lacks.
-        chance: what guessing among the choices scores, where all questions have as many.
+        metric, filter: the score that is compared with the paper's score. Accuracy is normalised by the answer's length
+            (acc_norm) for ARC-c and HellaSwag, as on the Open LLM Leaderboard of that time. For tasks that are not on
+            the leaderboard, the paper does not name the metric.
+        chance: the score of guessing, if all questions have equally many choices.
     """
 
     name: str
@@ -54,13 +54,14 @@ PAPER_TASKS = (
     AcademicTask("piqa", "PIQA", "piqa", 3, chance=0.5),
     AcademicTask("sciq", "SciQ", "sciq", 3, chance=0.25),
 )
-"""In the paper's order. PIQA is the one about physical interaction, which some summaries call PhysicsQA."""
+"""In the paper's order. PIQA is about physical interaction; some summaries call it PhysicsQA."""
 
 
 def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
-    """
+    """Returns the tasks of these names.
+
     Raises:
-        ValueError: there is no such task, with the one that is meant.
+        ValueError: a name is unknown (the message suggests the nearest name) or given twice.
     """
     known = {task.name: task for task in PAPER_TASKS}
     for name in names:
@@ -75,18 +76,21 @@ def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
 
 
 def split_files(directory: Path, dataset: str, name: str | None, split: str) -> list[Path]:
-    """The files of a split: `<directory>/<dataset>/<name>/<split>.jsonl` or `…/<split>-00000-of-00001.parquet`, which
-    is where a copy of the hub's repository has them; plain or compressed. None is an empty list."""
+    """Returns the files of a split, plain or compressed; an empty list if there are none.
+
+    They are `<directory>/<dataset>/<name>/<split>.jsonl` or `…/<split>-00000-of-00001.parquet`, as in a copy of the
+    hub's repository.
+    """
     folder = directory / dataset / (name or "")
     found = [file for pattern in (f"{split}.*", f"{split}-*") for file in sorted(folder.glob(pattern))]
     return [file for file in found if format_of(file.name) in ("jsonl", "parquet", "csv")]
 
 
 def read_split(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """All rows of a split.
+    """Returns all rows of a split.
 
     Raises:
-        ValueError: a row cannot be read, or has other columns than the first; with file and row.
+        ValueError: a row cannot be read, or its columns differ from the first row's; the message names file and row.
     """
     rows: list[dict[str, Any]] = []
     for file in files:

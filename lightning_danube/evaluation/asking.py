@@ -1,4 +1,4 @@
-"""What a part of an evaluation is, and the model that it asks.
+"""The base class of the parts of an evaluation, and the model that the parts ask.
 
 Shapes: B texts of a batch, T tokens, D hidden size, V vocabulary.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD_ROWS = 256
-"""Tokens whose logits exist at once."""
+"""Most tokens whose logits are in memory at once."""
 
 
 class Part(ABC):
@@ -37,28 +37,29 @@ class Part(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """Returns what the progress and the report call this part."""
+        """Returns the part's name in the progress display and the report."""
 
     def prepare(self) -> None:  # noqa: B027  (most parts have read their questions by then)
-        """Reads what is not read yet. Every part is prepared before the first is asked, so a bad row is told at once.
+        """Reads the questions that are not read yet. All parts are prepared before the first is measured, so a bad row
+        is reported at once.
 
         Raises:
-            ValueError: a row cannot be used; with file and row.
+            ValueError: a row cannot be used; the message names file and row.
         """
 
     @abstractmethod
     def measure(self, model: AskedModel) -> list[Measured]:
-        """Asks the model. Returns the rows of the report."""
+        """Asks the model the questions, and returns the rows of the report."""
 
 
 class AskedModel:
-    """A decoder with its tokenizer, as parts ask it.
+    """A decoder with its tokenizer, and the methods that the parts need.
 
     Args:
-        weights: what the user called the model.
-        digest: of its weights.
+        weights: the user's name for the model.
+        digest: digest of the weights.
         places: most places, padding included, of a batch of texts; a longer text is a batch of its own.
-        chat_template: whether academic questions are put as a user's messages.
+        chat_template: whether academic questions are asked as a user's messages.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class AskedModel:
         self.decoder, self.tokenizer, self.weights, self.digest = decoder, tokenizer, weights, digest
         self.places, self.chat_template = places, chat_template
         self.on_progress: Callable[[str, int, int], None] | None = None
-        """Called with a part's title, and how much of it is done."""
+        """Called with a part's title, and how much of the part is done."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +83,7 @@ class AskedModel:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a text."""
+        """Returns the most tokens that a text may have."""
         return self.decoder.config.max_position_embeddings
 
     def progress(self, title: str, done: int, total: int) -> None:
@@ -90,7 +91,7 @@ class AskedModel:
             self.on_progress(title, done, total)
 
     def nats(self, ids_BT: Tensor) -> Tensor:
-        """Returns the nats of each token but the first, (B, T - 1), in float64 on the CPU."""
+        """Returns the loss in nats of each token except the first, (B, T - 1), in float64 on the CPU."""
         states_ND = self.decoder.hidden_states(ids_BT[:, :-1]).flatten(0, 1)
         nats = []
         for states_CD, targets_C in zip(
@@ -117,7 +118,7 @@ class AskedModel:
     def continuations(
         self, title: str, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
     ) -> list[str]:
-        """Returns the likeliest continuation of each prompt. A prompt that is too long loses its beginning."""
+        """Returns the greedy continuation of each prompt. The beginning of a prompt that is too long is cut."""
         room = self.context_length - new_tokens
         kept = [list(prompt[-room:]) for prompt in prompts]
         texts = [""] * len(kept)
@@ -131,7 +132,7 @@ class AskedModel:
         return texts
 
     def batches(self, lengths: Sequence[int], more: int) -> Iterator[list[int]]:
-        """Yields the numbers of texts, the longest first, in batches of `places` when each has grown by `more`."""
+        """Yields batches of text numbers, the longest first. A batch fits `places` if each text grows by `more`."""
         batch: list[int] = []
         for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
             if batch and (len(batch) + 1) * (lengths[batch[0]] + more) > self.places:
@@ -142,22 +143,22 @@ class AskedModel:
             yield batch
 
     def note_of_cut_prompts(self, cut: int) -> list[str]:
-        """Returns what the report says of prompts that did not fit."""
+        """Returns the report's note on prompts that did not fit; an empty list if all fitted."""
         return [f"{cut:,} prompts lost their beginning, at {self.context_length:,} tokens"] if cut else []
 
 
 def part_of(asked: int, available: int) -> list[str]:
-    """Returns what the report says where only some questions were asked."""
+    """Returns the report's note if only some questions were asked, else an empty list."""
     return [f"{asked:,} of {available:,} questions, chosen by seed"] if asked < available else []
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Returns rows that were appended one by one. A last line that a kill broke off is removed from the file."""
+    """Returns rows that were appended one by one. Removes an incomplete last line, which a killed run leaves."""
     if not file.is_file():
         return []
     *whole, last = file.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in whole if line]
     if last:
-        # The next row must begin a line of its own.
+        # The next row must start on a new line.
         write_text(file, "".join(line + "\n" for line in whole))
     return rows

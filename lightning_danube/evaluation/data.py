@@ -1,4 +1,4 @@
-"""What to ask a model: a list of parts, each a row or a few of the report."""
+"""The questions of an evaluation: a list of parts, each with one or a few rows of the report."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from lightning_danube.weights.tokenizers import tokenizer_of
 
 
 class EvaluationData(LightningDataModule):
-    """The questions of an evaluation, for `Evaluation`. What is not given is not asked.
+    """The questions of an evaluation, for `Evaluation`. Only the benchmarks that are given are run.
 
     Args:
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then taken.
+        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used.
         tasks: academic benchmarks, by their names in the lm-evaluation-harness.
-        directory: where their files are, laid out as on the hub:
-            `<directory>/allenai/ai2_arc/ARC-Challenge/test.jsonl`; from the hub itself where it is not given.
+        directory: directory of the academic benchmarks' files, with the hub's layout:
+            `<directory>/allenai/ai2_arc/ARC-Challenge/test.jsonl`. If not given, the files come from the hub.
         limit: most questions of an academic benchmark, chosen by the seed.
         mt_bench, wildbench: chat benchmarks. Scores need `lightning_danube.callbacks.Judge`; without it, only the
             answers are written.
         retrieval: questions to be answered from passages.
-        texts: source → where its running text stands, for the perplexity.
-        text_rows: most rows of `context_length` tokens of each such source, the first ones.
+        texts: source → place of its running text, for the perplexity.
+        text_rows: most rows of `context_length` tokens from each source of running text; the first rows are used.
         needle: needles in haystacks.
-        context_length: tokens of a row of text, and most of a haystack.
-        seed: of every choice.
-        cache_dir: where the embedded texts are kept.
+        context_length: tokens of a row of text, and most tokens of a haystack.
+        seed: seed of every random choice.
+        cache_dir: directory of the embedded texts.
 
     Raises:
-        ValueError: for every mistake in the above, with the key's name.
+        ValueError: an argument is wrong; the message names the key.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class EvaluationData(LightningDataModule):
                 local_files(source.path, source, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Reads and encodes all but the academic questions, which the harness brings itself.
+        """Reads and encodes all questions except the academic ones, which the harness reads itself.
 
         Raises:
-            ValueError: a file cannot be read or holds a row that is no question; with file and row.
+            ValueError: a file cannot be read, or a row is not a question; the message names file and row.
         """
         if self.parts:
             return
@@ -119,5 +119,5 @@ class EvaluationData(LightningDataModule):
         self.parts = parts
 
     def test_dataloader(self) -> DataLoader[int]:
-        """Numbers of parts: Lightning would take the parts themselves apart, to move and to convert what is in them."""
+        """Returns a loader of part numbers. Lightning would convert and move the contents of the parts themselves."""
         return DataLoader(range(len(self.parts)), batch_size=None)  # type: ignore[arg-type]

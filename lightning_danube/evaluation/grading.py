@@ -1,4 +1,4 @@
-"""Has a judge grade the answers of chat benchmarks, and turns the grades into rows of the report."""
+"""Grades the answers of chat benchmarks with a judge, and makes the report's rows from the grades."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_danube.evaluation.results import Measured, mean_of
 
 
 class Grading(NamedTuple):
-    """One turn of a question, as the judge is asked about it."""
+    """One turn of a question, with the messages to the judge."""
 
     question: str
     category: str
@@ -33,12 +33,12 @@ class Grading(NamedTuple):
 
 @dataclass(frozen=True)
 class Grader:
-    """Has a judge grade answers, and keeps each judgement in a file.
+    """Grades answers with a judge, and keeps each judgement in a file.
 
     Args:
-        at_once: requests that wait for their answers at the same time.
-        price_in, price_out: dollars a million tokens.
-        most_dollars: the largest estimate at which anything is sent. Needs the prices.
+        at_once: most requests in flight at the same time.
+        price_in, price_out: dollars per million tokens.
+        most_dollars: if the estimated cost is higher, nothing is sent. Needs the prices.
 
     Raises:
         ValueError: a number is out of range, or the prices are missing.
@@ -65,12 +65,12 @@ class Grader:
         tell: Callable[[str], object],
         on_progress: Callable[[str, int, int], object] | None,
     ) -> list[tuple[Grading, Judgement]]:
-        """Returns each grading with its judgement: one that is kept from before, or a new one.
+        """Returns each grading with its judgement, which is new or kept from an earlier run.
 
         Args:
             weights: name of the model that has answered.
-            tell: called with what the new judgements cost, before anything is sent.
-            on_progress: called with the part's title, and how many gradings are done and in all.
+            tell: called with the cost of the new judgements, before anything is sent.
+            on_progress: called with the part's title, the number of gradings done and the number of all gradings.
 
         Raises:
             ValueError: the new judgements would cost too much.
@@ -105,7 +105,7 @@ class Grader:
         return [(grading, judged[number]) for number, grading in enumerate(gradings)]
 
     def _line(self, key: str, weights: str, grading: Grading, judgement: Judgement) -> dict[str, Any]:
-        """Returns what the file keeps of a judgement."""
+        """Returns the record of a judgement for the file."""
         return {
             "key": key,
             "weights": weights,
@@ -127,7 +127,8 @@ class Grader:
         )
 
     def _check_cost(self, part: ChatQuestions, prompts: Sequence[list[dict[str, str]]]) -> None:
-        """
+        """Checks the estimated cost.
+
         Raises:
             ValueError: the estimate is above `most_dollars`.
         """
@@ -157,7 +158,7 @@ def graded_rows(
 ) -> list[Measured]:
     """Returns the rows of the report: for MT-Bench one for each turn, then their average.
 
-    Answers without a grade are counted in a note, and nowhere else.
+    Answers without a grade are only counted in a note; they do not enter the scores.
     """
     notes = [*row.notes, f"graded by {judge} in the words of {PROMPTS}, which are not the paper's"]
     without = [judgement for _, judgement in graded if judgement.score is None]

@@ -1,8 +1,8 @@
-"""The lm-evaluation-harness (EleutherAI), run on our decoder in this process. The one file that imports it.
+"""Runs the lm-evaluation-harness (EleutherAI) on a decoder in this process. Only this file imports the harness.
 
-Prompts, answers and scores are the harness's own; what is here answers its three questions (how likely is a
-continuation, how likely is a text, what comes next) and points its tasks at local files. A beginning that several
-continuations share, as the choices of a question do, is read once.
+The harness makes the prompts and scores the answers. This file implements the harness's three requests (likelihood of a
+continuation, likelihood of a text, generation) and points its tasks to local files. The model reads a context once,
+even if several continuations share it, such as the choices of a question.
 
 Shapes: B texts of a batch, R their continuations, T tokens, V vocabulary, D hidden size.
 """
@@ -46,28 +46,28 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 NEW_TOKENS = 256
-"""Of an answer whose task does not say how long it may be: what the harness gives a Hugging Face model."""
+"""Most tokens of an answer if its task sets no limit: the harness's default for a Hugging Face model."""
 SHOTS_SEED = 1234
-"""The harness's own, for the examples before a question."""
+"""The harness's default seed for the examples before a question."""
 HEAD_ROWS = 256
-"""Tokens whose logits exist at once."""
+"""Most tokens whose logits are in memory at once."""
 
 OnProgress = Callable[[int, int], None]
 
 
 class MissingData(Exception):
-    """A task whose questions are not at hand; says which file or why."""
+    """The questions of a task are not available. The message names the file or the reason."""
 
 
-# --- our decoder as a model of the harness ----------------------------------------------------------------------------
+# --- the decoder as a model of the harness ----------------------------------------------------------------------------
 
 
 class DecoderLM(TemplateLM):
-    """A decoder, with the tokenizer that its export would have.
+    """A decoder with the tokenizer that its export would have, as a model of the harness.
 
     Args:
-        batch_tokens: most places, padding included, that a batch of texts has; a longer text is a batch of its own.
-        progress: called with how many requests of a kind are done, and how many there are.
+        batch_tokens: most places, padding included, of a batch of texts; a longer text is a batch of its own.
+        progress: called with the number of finished requests of a kind, and the number of all requests of that kind.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class DecoderLM(TemplateLM):
         self.batch_tokens, self.progress = batch_tokens, progress
         self.max_length = decoder.config.max_position_embeddings
         self.truncated = 0
-        """Requests that lost their beginning because they do not fit the context."""
+        """Number of requests whose beginning was cut because they do not fit the context."""
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +113,7 @@ class DecoderLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
-            # A chat template has written the token already.
+            # A chat template may have written the prefix token already.
             prefix = str(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = not string.startswith(prefix)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -125,7 +125,7 @@ class DecoderLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Of whole texts, each token with as much before it as its window has."""
+        """Returns the log-likelihood of whole texts; each token sees the preceding tokens of its window."""
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -141,11 +141,11 @@ class DecoderLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(sum of natural logarithms of the continuation's probabilities, whether each is the likeliest token)."""
+        """Returns (log-probability of the continuation in nats, whether all its tokens are the likeliest)."""
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
             assert context and 0 < len(continuation) <= self.max_length
-            # The last token is never read, so one more than the context fits.
+            # The model does not read the last token, so one token more than the context fits.
             fits = (context + continuation)[-(self.max_length + 1) :]
             self.truncated += len(fits) < len(context) + len(continuation)
             groups[tuple(fits[: len(fits) - len(continuation)])].append((number, continuation))
@@ -163,7 +163,8 @@ class DecoderLM(TemplateLM):
         return answers
 
     def _batches(self, groups: Mapping[tuple[int, ...], list[tuple[int, list[int]]]]) -> Iterator[list[Any]]:
-        """Beginnings with their continuations, the longest first, so that what is too large fails at once."""
+        """Yields batches of contexts with their continuations, the longest first, so that a lack of memory shows at
+        once."""
 
         def longest(members: list[tuple[int, list[int]]]) -> int:
             return max(len(continuation) for _, continuation in members)
@@ -183,7 +184,7 @@ class DecoderLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, batch: Sequence[tuple[tuple[int, ...], list[tuple[int, list[int]]]]]) -> list[tuple[float, bool]]:
-        """Answers for the continuations of several beginnings, in their order."""
+        """Returns the answers for the continuations of several contexts, in their order."""
         lengths = [len(context) for context, _ in batch]
         continuations = [continuation for _, members in batch for _, continuation in members]
         owners = [row for row, (_, members) in enumerate(batch) for _ in members]
@@ -192,7 +193,7 @@ class DecoderLM(TemplateLM):
         cache = KVCache.for_decoder(self.decoder, len(batch), ids_BT.shape[1]) if more else None
         hidden_BTD = self.decoder.hidden_states(ids_BT, cache=cache)
         last_BD = hidden_BTD[torch.arange(len(batch)), torch.tensor(lengths) - 1]
-        # The first token of each continuation, by the state of the beginning.
+        # The context's last state predicts the first token of each continuation.
         states = [last_BD[torch.tensor(owners)]]
         targets = [torch.tensor([continuation[0] for continuation in continuations], device=self.device)]
         rows = [torch.arange(len(continuations))]
@@ -216,7 +217,7 @@ class DecoderLM(TemplateLM):
         return [(log, misses == 0) for log, misses in zip(sums_R.tolist(), misses_R.tolist(), strict=True)]
 
     def _of_tokens(self, states_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithm of each target's probability, and whether it is the likeliest; at least in float32."""
+        """Returns the log-probability of each target, at least in float32, and whether the target is the likeliest."""
         logs, likeliest = [], []
         for states_CD, targets_C in zip(states_ND.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True):
             logits_CV = self.decoder.lm_head(states_CD)
@@ -227,14 +228,14 @@ class DecoderLM(TemplateLM):
         return torch.cat(logs), torch.cat(likeliest)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Filled up behind their ends, where causal attention keeps them from seeing it."""
+        """Returns the rows padded at their ends, where causal attention does not see the padding."""
         tensors = [torch.tensor(row, device=self.device) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
     # --- what comes next ----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """The likeliest continuation of each context, up to the first of its stop strings or the end of the text."""
+        """Returns the greedy continuation of each context, up to its first stop string or the end of the text."""
         by_settings: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             by_settings[repr(request.args[1])].append(number)
@@ -279,7 +280,7 @@ class DecoderLM(TemplateLM):
 
     def _continue(self, prompts: Sequence[Sequence[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
         ends = [self.eot_token_id]
-        # Tokens back that can hold a stop string, with two to spare for other ways to spell it, as the harness has it.
+        # Number of last tokens that can hold a stop string, plus two for other spellings, as in the harness.
         reach = 2 + max((len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in until), default=0)
         stream = TokenStream(self.decoder, prompts, new_tokens, eos_ids=ends)
         new: list[list[int]] = [[] for _ in prompts]
@@ -301,17 +302,17 @@ class DecoderLM(TemplateLM):
             self.progress(done, total)
 
 
-# --- its tasks, on local files ----------------------------------------------------------------------------------------
+# --- the harness's tasks on local files -------------------------------------------------------------------------------
 
 
 @dataclass
 class PreparedTask:
-    """A task with its questions: the parts of a group, each with the numbers of the documents to ask."""
+    """A task with its questions: the tasks of a group, each with the numbers of the documents to ask."""
 
     parts: dict[str, ConfigurableTask]
     samples: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
-    """Where this departs from the paper's setting."""
+    """Differences from the paper's setting."""
 
     @property
     def available(self) -> int:
@@ -323,14 +324,14 @@ class PreparedTask:
 
 
 def prepare_task(task: AcademicTask, directory: Path | None, limit: int | None, seed: int) -> PreparedTask:
-    """The questions of a task, from the hub, or from files below a directory.
+    """Returns a task with its questions, from the hub or from files below a directory.
 
     Args:
-        limit: most documents, drawn by the seed, of each part of a group its share.
+        limit: most documents, drawn by the seed in proportion to the sizes of a group's tasks.
 
     Raises:
-        MissingData: the questions are not there.
-        ValueError: a row of a file cannot be read or lacks what the task needs; with file and row.
+        MissingData: the questions are not available.
+        ValueError: a row cannot be read or lacks something that the task needs; the message names file and row.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     bring_squad_scores()
@@ -358,7 +359,7 @@ def prepare_task(task: AcademicTask, directory: Path | None, limit: int | None, 
 
 
 def bring_squad_scores() -> None:
-    """CoQA's task imports SQuAD's scores from a module that transformers 5 no longer has: ours stands in for it."""
+    """Provides `squad_scores` as the module of SQuAD's scores, which CoQA's task imports and transformers 5 lacks."""
     name = "transformers.data.metrics.squad_metrics"
     try:
         there = name in sys.modules or importlib.util.find_spec(name) is not None
@@ -372,7 +373,7 @@ def bring_squad_scores() -> None:
 
 
 def leaf_names(manager: TaskManager, name: str) -> list[str]:
-    """The tasks that a group is made of, or the task itself."""
+    """Returns the names of a group's tasks, or the name of the task itself."""
     entry = manager.task_index[name]
     if entry.cfg is not None and isinstance(entry.cfg.get("task"), list):
         return [leaf for member in entry.cfg["task"] for leaf in leaf_names(manager, member)]
@@ -382,10 +383,10 @@ def leaf_names(manager: TaskManager, name: str) -> list[str]:
 
 
 def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tuple[ConfigurableTask, list[str]]:
-    """A task of the harness, and where its questions are not the paper's.
+    """Returns a task of the harness, and notes on how its questions differ from the paper's.
 
     Raises:
-        MissingData: its questions are not there, or too few examples.
+        MissingData: the questions are not available, or there are too few examples.
         ValueError: a row cannot be read or used.
     """
     notes: list[str] = []
@@ -405,7 +406,7 @@ def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tu
             raise MissingData(f"{config['dataset_path']} cannot be loaded from the hub ({first})") from error
         raise cannot_use(next(iter(places.values()))[0], 1, config["task"], error) from error
     check_documents(part, config["task"], places)
-    # Where the question at hand may be among the examples, the harness draws one to spare.
+    # If the examples come from the split that is asked, the harness draws one more, to replace the question itself.
     needed = shots + (part.fewshot_cfg.split == part.config.test_split)
     examples = len(part.sampler.df)
     if shots and not config_samples(config) and examples < needed:
@@ -414,7 +415,7 @@ def build_part(config: dict[str, Any], shots: int, directory: Path | None) -> tu
 
 
 def config_samples(config: Mapping[str, Any]) -> bool:
-    """Whether the task brings its own examples."""
+    """Returns whether the task has its own fixed examples."""
     return isinstance(config.get("fewshot_config"), dict) and bool(config["fewshot_config"].get("samples"))
 
 
@@ -423,10 +424,11 @@ def cannot_use(file: Path, row: int, task: str, error: Exception) -> ValueError:
 
 
 def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of the splits that a task needs. What is not there is replaced where a note can say by what: validation
-    for test, and for the examples the split itself that is asked, of which the harness leaves out the question at hand.
+    """Returns the files of the splits that a task needs, and notes on the splits that were replaced.
 
-    Changes the config's splits accordingly.
+    Validation replaces a missing test split. Validation replaces missing examples; if it cannot, the split that is
+    asked replaces them, and the harness leaves the question itself out of its examples. Changes the config's splits
+    accordingly.
 
     Raises:
         MissingData: there are no questions.
@@ -460,7 +462,7 @@ def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[d
                 places[validation] = files(validation)
                 notes.append(f"the examples are of {validation}")
             else:
-                # The harness leaves the question at hand out where the two names are the same.
+                # If both splits have the same name, the harness leaves the question itself out of its examples.
                 fewshot = test
                 notes.append(f"the examples are other questions of {evaluated}")
     else:
@@ -473,9 +475,10 @@ def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[d
 
 
 def splits_of(places: Mapping[str, list[Path]]) -> dict[str, Any]:
-    """
+    """Returns split → data set of its rows.
+
     Raises:
-        ValueError: with file and row.
+        ValueError: a row cannot be read or a column mixes types; the message names the file, and the row if known.
     """
     import pyarrow
     from datasets import Dataset
@@ -492,7 +495,7 @@ def splits_of(places: Mapping[str, list[Path]]) -> dict[str, Any]:
 
 
 def check_documents(part: ConfigurableTask, task: str, places: Mapping[str, list[Path]]) -> None:
-    """Makes question, choices and answer of every document once, so that a bad row is named before anything is run."""
+    """Makes question, choices and answer of every document once, so that a bad row is reported before the run."""
     if not places:
         return
     file = next(iter(places.values()))[0]
@@ -508,8 +511,8 @@ def check_documents(part: ConfigurableTask, task: str, places: Mapping[str, list
 
 
 def chosen_documents(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
-    """Numbers of the documents to ask, ascending: all, or as many as the limit says, of each part its share (largest
-    remainder)."""
+    """Returns the numbers of the documents to ask, ascending: all, or at most `limit`, divided in proportion to the
+    parts' sizes (largest remainder)."""
     total = sum(sizes.values())
     if limit is None or limit >= total:
         return {name: list(range(size)) for name, size in sizes.items()}
@@ -523,21 +526,21 @@ def chosen_documents(sizes: Mapping[str, int], limit: int | None, seed: int) -> 
 
 
 class Answered(NamedTuple):
-    """What came of a task: metric (with its filter, unless that is "none") → the documents' values, and the samples as
-    the harness logs them."""
+    """The results of a task: metric (with its filter, unless the filter is "none") → the documents' values, and the
+    samples as the harness logs them."""
 
     values: dict[str, list[float]]
     samples: list[dict[str, Any]]
 
 
 def ask(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answered:
-    """Asks the questions.
+    """Asks the questions, and returns the results.
 
     Args:
-        chat_template: put questions as a user's messages, examples as earlier turns.
+        chat_template: ask questions as a user's messages, with the examples as earlier turns.
 
     Raises:
-        MissingData: the model cannot be asked them.
+        MissingData: the questions cannot be asked of this model.
     """
     parts = {name: part for name, part in prepared.parts.items() if prepared.samples[name]}
     for part in parts.values():
@@ -557,14 +560,14 @@ def ask(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answe
         for sample in results["samples"][name]:
             for metric in sample["metrics"]:
                 key = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                # Figures come as numpy scalars.
+                # The harness returns numpy scalars.
                 values[key].append(float(sample[metric]))
             samples.append({"task": name, **sample})
     return Answered(dict(values), samples)
 
 
 def record(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a document: enough to see what was asked and answered, and to compare runs."""
+    """Returns the record of a document: enough to see the question and the answer, and to compare runs."""
     return {
         "task": sample["task"],
         "document": sample["doc_id"],
@@ -579,7 +582,7 @@ def record(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """The harness draws a bar for each task that it builds requests of; a group has up to 57."""
+    """Hides the harness's progress bars for building requests: one per task, and a group has up to 57 tasks."""
     bar = lm_eval.api.task.tqdm
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
     try:

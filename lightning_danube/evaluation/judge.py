@@ -1,9 +1,9 @@
-"""A judge of chat answers behind an OpenAI-compatible chat API: a commercial one, vLLM, or llama.cpp's server here.
+"""A judge of chat answers behind an OpenAI-compatible chat API: a commercial service, vLLM, or llama.cpp's server.
 
-The protocol is that of single-answer grading (MT-Bench, arXiv 2306.05685) and of the checklist score (WildBench, arXiv
-2406.04770): an explanation first, then a score of 1 to 10 in double brackets. The wording is this project's own, so
-scores are comparable with each other and not, to the last tenth, with published ones; `PROMPTS` is its version, which
-stands beside each judgement.
+The protocol follows single-answer grading (MT-Bench, arXiv 2306.05685) and the checklist score (WildBench, arXiv
+2406.04770): first an explanation, then a score of 1 to 10 in double brackets. The prompts' wording is this project's
+own, so scores are comparable with each other, but only roughly with published scores. `PROMPTS` is the version of the
+wording and is stored with each judgement.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 PROMPTS = "danube-judge-1"
 CHARACTERS_A_TOKEN = 4
-"""A rough mean of English text, for estimates."""
+"""A rough mean for English text, used in estimates."""
 
 SYSTEM = (
     "You grade answers that an assistant gave to a user. Judge how helpful, relevant, correct, thorough and clear the "
@@ -40,7 +40,7 @@ ASK_FOR_GRADE = (
 def grading_messages(
     conversation: Sequence[dict[str, str]], answer: str, reference: str | None, checklist: Sequence[str]
 ) -> list[dict[str, str]]:
-    """What the judge is told: the conversation up to the last question, and the answer to grade."""
+    """Returns the messages to the judge: the conversation up to the last question, and the answer to grade."""
     parts = []
     for message in conversation:
         who = {"user": "User", "assistant": "Assistant", "system": "System"}[message["role"]]
@@ -56,7 +56,7 @@ def grading_messages(
 
 
 def grade_in(reply: str) -> float | None:
-    """The last grade in a reply, if it is one of 1 to 10."""
+    """Returns the last grade in a reply; None if there is no grade or the grade is not from 1 to 10."""
     found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", reply)
     if not found:
         return None
@@ -65,9 +65,9 @@ def grade_in(reply: str) -> float | None:
 
 
 class Judgement(NamedTuple):
-    """A grade, or None: an answer that could not be graded has none, it does not have the worst.
+    """A grade, or None for an answer that could not be graded, which is not the worst grade.
 
-    `problem` says why there is none; `attempts` counts requests.
+    `problem` says why there is no grade; `attempts` counts requests.
     """
 
     score: float | None
@@ -77,7 +77,7 @@ class Judgement(NamedTuple):
 
 
 class JudgeRefused(ValueError):
-    """The judge will not answer however often it is asked: a wrong key, model or address."""
+    """The judge refuses, and more attempts would not help: a wrong key, model or address."""
 
 
 @dataclass
@@ -85,14 +85,14 @@ class ChatJudge:
     """A judge behind an OpenAI-compatible chat API.
 
     Args:
-        base_url: of the API, up to and without /chat/completions, such as "http://localhost:8000/v1".
-        model: its name there.
-        api_key_variable: environment variable that holds the key; an unset one sends none.
-        requests_per_minute: no more are begun.
-        attempts: requests for one judgement, until it holds a grade.
-        timeout: seconds for an answer.
+        base_url: address of the API without /chat/completions, such as "http://localhost:8000/v1".
+        model: the model's name in the API.
+        api_key_variable: environment variable that holds the key; if it is not set, no key is sent.
+        requests_per_minute: most requests that are started in a minute.
+        attempts: most requests for one judgement; a reply without a grade is asked for again.
+        timeout: seconds to wait for an answer.
         new_tokens: most tokens of a judgement.
-        wait: seconds before the second attempt after an error; each further one takes twice as long.
+        wait: seconds before the second attempt after an error; the wait doubles for each further attempt.
     """
 
     base_url: str
@@ -116,10 +116,10 @@ class ChatJudge:
             raise ValueError(f"the judge's requests_per_minute is {self.requests_per_minute}: it must be above 0")
 
     def judge(self, messages: Sequence[dict[str, str]]) -> Judgement:
-        """The grade of one answer, after as many attempts as it takes, at most `attempts`.
+        """Returns the judgement of one answer, after at most `attempts` requests.
 
         Raises:
-            JudgeRefused: no repetition would help.
+            JudgeRefused: more attempts would not help.
         """
         said = list(messages)
         reply, problem, wait = "", None, self.wait
@@ -140,14 +140,14 @@ class ChatJudge:
         return Judgement(None, reply, self.attempts, problem)
 
     def _ask(self, messages: Sequence[dict[str, str]]) -> str:
-        """The judge's reply to one request.
+        """Returns the judge's reply to one request.
 
-        The request is made by urllib, because huggingface_hub's InferenceClient sends the user's Hugging Face token to
-        any server when no key is given, and refuses servers of this machine under HF_HUB_OFFLINE=1.
+        The request uses urllib. huggingface_hub's InferenceClient sends the user's Hugging Face token to any server
+        when no key is given, and refuses local servers under HF_HUB_OFFLINE=1.
 
         Raises:
             _Unavailable: a later attempt may succeed.
-            JudgeRefused: no repetition would help.
+            JudgeRefused: more attempts would not help.
         """
         self._keep_to_the_rate()
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.new_tokens}
@@ -166,7 +166,7 @@ class ChatJudge:
                 raise _Unavailable(message, _seconds(error.headers.get("Retry-After"))) from None
             raise JudgeRefused(message) from None
         except (OSError, ValueError) as error:
-            # A refused or broken connection, a timeout, or a body that is no JSON.
+            # A refused or broken connection, a timeout, or a body that is not JSON.
             raise _Unavailable(f"the judge at {url} does not answer ({error})", None) from None
         try:
             return str(answer["choices"][0]["message"]["content"] or "")
@@ -185,7 +185,7 @@ class ChatJudge:
 
 
 class _Unavailable(Exception):
-    """No answer this time; `wait` is how many seconds the server asks to wait."""
+    """The judge does not answer now. `wait` is the number of seconds that the server asks to wait."""
 
     def __init__(self, message: str, wait: float | None) -> None:
         super().__init__(message)
@@ -195,12 +195,12 @@ class _Unavailable(Exception):
 def _seconds(retry_after: str | None) -> float | None:
     try:
         return None if retry_after is None else min(600.0, max(0.0, float(retry_after)))
-    except ValueError:  # a date
+    except ValueError:  # the header is a date
         return None
 
 
 class JudgingCost(NamedTuple):
-    """What judging will take, estimated from the lengths of the texts. Dollars are None where no price is known."""
+    """The estimated cost of judging, from the lengths of the texts. Dollars are None if no price is known."""
 
     requests: int
     tokens_in: int
@@ -211,9 +211,10 @@ class JudgingCost(NamedTuple):
 def estimated_cost(
     prompts: Sequence[Sequence[dict[str, str]]], new_tokens: int, price_in: float | None, price_out: float | None
 ) -> JudgingCost:
-    """
+    """Returns the estimated cost of judging.
+
     Args:
-        price_in, price_out: dollars a million tokens.
+        price_in, price_out: dollars per million tokens.
     """
     characters = sum(len(message["content"]) for messages in prompts for message in messages)
     tokens_in, tokens_out = characters // CHARACTERS_A_TOKEN, len(prompts) * new_tokens
@@ -224,6 +225,6 @@ def estimated_cost(
 
 
 def judgement_key(messages: Sequence[dict[str, str]], model: str) -> str:
-    """Tells one question to a judge from another: what it is told, its name, and the version of the wording."""
+    """Returns a key of a question to a judge: a digest of the messages, the model and the version of the wording."""
     told: list[Any] = [PROMPTS, model, list(messages)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -77,7 +77,7 @@ class Report:
 
 
 def shown(row: Measured) -> str:
-    """Returns a score with its interval, or "not run"."""
+    """Returns a score with its interval as a text, or "not run"."""
     if row.estimate is None:
         return "not run"
     times, digits = (100.0, 2) if row.percent else (1.0, 2)
@@ -109,7 +109,7 @@ def table_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> tupl
 
 
 def details_of(row: Measured) -> dict[str, str]:
-    """Returns the parts of a row's score: name of a further column → cell."""
+    """Returns the details of a row's score: name of the additional column → cell."""
     if row.table == "academic" and "guessing" in row.more:
         return {"guessing": f"{100 * row.more['guessing']:.0f}"}
     if row.table == "perplexity" and row.more:
@@ -139,7 +139,7 @@ def averages(rows: Sequence[Measured], table: str, paper: PaperScores) -> dict[s
 
 
 def remarks(rows: Sequence[Measured]) -> list[str]:
-    """Returns which rows were not run, and where a measurement differs from the paper's."""
+    """Returns the rows that were not run, and the differences of a measurement from the paper's setting."""
     lines = [f"{row.title} was not run: {row.not_run}" for row in rows if row.not_run]
     by_note: dict[str, list[str]] = {}
     for row in rows:
@@ -152,7 +152,7 @@ def remarks(rows: Sequence[Measured]) -> list[str]:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes one JSON object a line."""
+    """Writes one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -176,7 +176,8 @@ def write_results(path: Path, rows: Sequence[Measured], paper: PaperScores, weig
 
 
 def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any | None:
-    """Returns a figure of the scores that the paper has, too; None if there are none. Measured bars have intervals."""
+    """Returns a figure of the scores that the paper also has, or None without such scores. Measured bars have
+    intervals."""
     rows = [row for row in rows if row.estimate is not None and row.percent and paper.of(row)]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""Measured scores with their uncertainty, and the paper's beside them."""
+"""Measured scores with their uncertainty, and the paper's scores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TableName = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean over documents: with Wilson's interval where each document is right or wrong, else the normal one.
+    """Returns the mean over documents, with Wilson's interval if each value is 0 or 1, else with the normal interval.
 
-    The interval says how much other questions of the same kind would change the mean, and nothing else.
+    The interval covers only the variation between samples of questions of this kind.
     """
     mean = normal(values)
     if len(values) > 1 and set(values) <= {0.0, 1.0}:
@@ -25,22 +25,22 @@ def mean_of(values: Sequence[float]) -> Estimate:
 
 
 def columns_of(estimate: Estimate | None) -> dict[str, float | None]:
-    """An estimate as values for files; all are None if there is no estimate."""
+    """Returns an estimate as values for files; all values are None if there is no estimate."""
     return {name: getattr(estimate, name, None) for name in ("value", "stderr", "low", "high", "n")}
 
 
 @dataclass
 class Measured:
-    """One row of a table: a score, or why there is none.
+    """One row of a table: a score, or the reason why there is no score.
 
     Args:
-        name: the row's key, the same as among the paper's scores where it is one of those.
-        setting: how it was asked, such as "25-shot acc_norm".
-        percent: whether it is a share, which tables show in percent.
-        not_run: why nothing was measured.
-        notes: where the measurement departs from the paper's, in plain words.
-        more: further figures, for the files.
-        records: what is kept of each document, for jsonl.
+        name: the row's key; equal to the key among the paper's scores if the paper has this score.
+        setting: how the questions were asked, such as "25-shot acc_norm".
+        percent: whether the score is a share, which tables show in percent.
+        not_run: reason why nothing was measured.
+        notes: differences of the measurement from the paper's, in plain words.
+        more: additional values for the files.
+        records: a record of each document, for jsonl.
     """
 
     table: TableName
@@ -56,7 +56,7 @@ class Measured:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def as_row(self) -> dict[str, Any]:
-        """Flat, for files."""
+        """Returns the row as flat values, for files."""
         return {
             "table": self.table,
             "name": self.name,
@@ -70,7 +70,7 @@ class Measured:
 
 
 class PaperScores(NamedTuple):
-    """What was published: table → row → one figure for each model (shares in percent), and where it stands."""
+    """Published scores: table → row → one score for each model (shares in percent), and their source."""
 
     source: str
     models: list[str]

@@ -14,12 +14,13 @@ def normalized_words(answer: str) -> list[str]:
 
 
 def compute_exact(gold: str, predicted: str) -> int:
-    """1 where both are the same words in the same order, else 0."""
+    """Returns 1 if both texts have the same words in the same order, else 0."""
     return int(normalized_words(gold) == normalized_words(predicted))
 
 
 def compute_f1(gold: str, predicted: str) -> float:
-    """Harmonic mean of precision and recall of the words; of an answer without words, whether both are so."""
+    """Returns the harmonic mean of the words' precision and recall; for a text without words, 1 if neither has words,
+    else 0."""
     gold_words, predicted_words = normalized_words(gold), normalized_words(predicted)
     if not gold_words or not predicted_words:
         return float(gold_words == predicted_words)

@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: each batch is a part of the report, and `results` is what came of them."""
+"""Evaluation of a trained model: each batch is one part of the report, and `results` holds the measured rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ NO_PARTS = (
 
 
 class Evaluation(LightningModule):
-    """Asks a model the questions of `EvaluationData`; for the verb `test`. It runs on one device.
+    """Asks a model the questions of `EvaluationData`, for the verb `test`. Runs on one device.
 
     Args:
         weights: the model: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
-        dtype: type of its parameters, as stored if not given (of a quantized GGUF file float32).
+        dtype: type of the parameters; if not given, the stored type (float32 for a quantized GGUF file).
         places: most places, padding included, of a batch of texts; a longer text is a batch of its own.
-        chat_template: put academic questions as a user's messages, in the tokenizer's chat template. The leaderboard
-            of the paper's time did not.
+        chat_template: ask academic questions as a user's messages in the tokenizer's chat template. The leaderboard of
+            the paper's time did not use chat templates.
 
     Raises:
-        ValueError: the weights cannot be read, or there is no such template.
+        ValueError: the weights cannot be read, or the tokenizer has no chat template.
     """
 
     def __init__(self, weights: str, dtype: str | None = None, places: int = 8192, chat_template: bool = False) -> None:
@@ -51,7 +51,7 @@ class Evaluation(LightningModule):
         )
         if chat_template and self.tokenizer.chat_template is None:
             raise ValueError(f"model.chat_template: the tokenizer of {weights} has none: leave it out")
-        # Prompts that do not fit are cut, and counted in the report: no warning is needed.
+        # No warning is needed: prompts that do not fit are cut and counted in the report.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.results: list[Measured] = []
 
@@ -77,7 +77,8 @@ class Evaluation(LightningModule):
             part.prepare()
 
     def on_test_start(self) -> None:
-        # A CPU reads prompts in less than two thirds of the time then. What is packed takes no other type than its own.
+        # With packed weights a CPU reads prompts in less than two thirds of the time. Packed weights take only their
+        # own dtype, so mixed precision keeps the weights unpacked.
         if not str(self.trainer.precision).endswith("mixed"):
             pack_for_generation(self.decoder, rows=self.places)
 

@@ -19,7 +19,7 @@ class AcademicQuestions(Part):
     """The part of an evaluation that is one academic benchmark.
 
     Args:
-        directory: where its files are, laid out as on the hub; None for the hub itself.
+        directory: directory of the benchmark's files, with the hub's layout; None for the hub itself.
         limit: most questions, chosen by the seed.
     """
 
@@ -29,7 +29,7 @@ class AcademicQuestions(Part):
     seed: int
     prepared: PreparedTask | None = None
     missing: str | None = None
-    """Why the questions are not there."""
+    """Reason why the questions are not available."""
 
     @property
     def title(self) -> str:

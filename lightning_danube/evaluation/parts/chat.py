@@ -24,21 +24,22 @@ if TYPE_CHECKING:
 Benchmark = Literal["mt_bench", "wildbench"]
 TITLES: dict[Benchmark, str] = {"mt_bench": "MT-Bench", "wildbench": "WildBench v2"}
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Of MT-Bench's categories, as its authors drew answers; the others, and WildBench, get the likeliest tokens."""
+"""MT-Bench category → its authors' sampling temperature. Other categories and WildBench use greedy decoding."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """
+    """Options of a chat benchmark.
+
     Args:
         path: the benchmark's questions. MT-Bench: rows with question_id, category and turns. WildBench: rows as in
             its data set on the hub, "allenai/WildBench", with id, conversation_input and checklist.
-        references: answers of MT-Bench that the judge sees: rows with question_id and choices, as its authors give
-            them.
+        references: MT-Bench's reference answers for the judge: rows with question_id and choices, in its authors'
+            format.
         name, split: configuration and split of a data set on the hub ("v2" and "test" for WildBench).
         limit: most questions, chosen by the seed.
         keep: directory for `<benchmark>-answers.jsonl` and `<benchmark>-judgements.jsonl`, written line by line. A
-            later run takes from them what was answered or judged in the same way.
+            later run reuses answers and judgements that were made with the same settings.
         new_tokens: most tokens of an answer.
     """
 
@@ -59,12 +60,13 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class ChatQuestion:
-    """
+    """A question of a chat benchmark.
+
     Args:
         history: messages before the first question.
-        turns: what the user says; the model answers after each.
-        references: what a good answer to each turn would be, where that is known.
-        checklist: what a judge should look for.
+        turns: the user's messages; the model answers each.
+        references: a good answer to each turn, if known.
+        checklist: points that a judge should check.
     """
 
     id: str
@@ -75,7 +77,7 @@ class ChatQuestion:
     checklist: list[str] = field(default_factory=list)
 
     def messages(self, answers: Sequence[str]) -> list[dict[str, str]]:
-        """The conversation up to the question that follows these answers."""
+        """Returns the conversation up to the question that follows these answers."""
         said = list(self.history)
         for number, turn in enumerate(self.turns[: len(answers) + 1]):
             said.append({"role": "user", "content": turn})
@@ -107,9 +109,10 @@ class ChatQuestions(Part):
         return TEMPERATURES.get(question.category, 0.0) if self.benchmark == "mt_bench" else 0.0
 
     def prompt_ids(self, question: ChatQuestion, answers: Sequence[str]) -> list[int]:
-        """
+        """Returns the token ids of the next prompt.
+
         Raises:
-            ValueError: the template has no place for these messages.
+            ValueError: the template does not accept these messages.
         """
         return encode_chat(self.tokenizer, question.messages(answers), add_generation_prompt=True)
 
@@ -117,9 +120,9 @@ class ChatQuestions(Part):
         return Path(self.options.keep).expanduser() / f"{self.benchmark}-{what}.jsonl"
 
     def measure(self, model: AskedModel) -> list[Measured]:
-        """Writes answers as they come, and takes over those of an earlier run that were asked for in the same way.
+        """Generates the answers and writes each to the file. Reuses an earlier run's answers with the same settings.
 
-        A judge scores them: `lightning_danube.callbacks.Judge`.
+        `lightning_danube.callbacks.Judge` scores the answers.
         """
         file = self.file("answers")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,7 @@ class ChatQuestions(Part):
         return [found]
 
     def _key(self, model: AskedModel, question: ChatQuestion) -> str:
-        """Returns the digest of all that decides an answer."""
+        """Returns a digest of everything that decides an answer."""
         asked = [model.digest, question.id, question.turns, question.history, self.options.new_tokens]
         return hashlib.sha256(json.dumps([*asked, self.temperature(question)]).encode()).hexdigest()[:16]
 
@@ -167,7 +170,7 @@ class ChatQuestions(Part):
         }
 
     def _batches(self, model: AskedModel, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Yields questions that are answered together: at one temperature, and few enough for the model's places."""
+        """Yields batches of questions: each has one temperature and fits the model's places."""
         by_temperature: dict[float, list[int]] = {}
         for number in numbers:
             by_temperature.setdefault(self.temperature(self.questions[number]), []).append(number)
@@ -178,7 +181,7 @@ class ChatQuestions(Part):
                 yield [mine[place] for place in batch]
 
     def _answers(self, model: AskedModel, questions: Sequence[ChatQuestion]) -> list[tuple[list[str], int]]:
-        """Returns for each question the answers to its turns, and how many of its prompts did not fit."""
+        """Returns for each question the answers to its turns, and the number of prompts that did not fit."""
         new_tokens = min(self.options.new_tokens, model.context_length // 2)
         room = model.context_length - new_tokens
         sampling = Sampling(temperature=self.temperature(questions[0]))
@@ -197,7 +200,7 @@ class ChatQuestions(Part):
 
 
 def seed_of(name: str) -> int:
-    """Returns the seed from which the answers to a question are drawn."""
+    """Returns the sampling seed for the answers to a question."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -209,9 +212,10 @@ def chat_questions(
     seed: int,
     cache_dir: Path,
 ) -> ChatQuestions:
-    """
+    """Returns the part of an evaluation for one chat benchmark.
+
     Raises:
-        ValueError: a file cannot be read, or a row lacks something; with file and row.
+        ValueError: a file cannot be read, or a row lacks a value; the message names file and row.
     """
     key = f"data.{benchmark}"
     references = _references(options.references, cache_dir, key) if options.references is not None else {}

@@ -1,4 +1,4 @@
-"""Needles in haystacks: whether a model finds a number that stands somewhere in a long text."""
+"""Needles in haystacks: tests whether a model finds a number somewhere in a long text."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CITIES = ("Lisbon", "Oslo", "Lima", "Kyoto", "Accra", "Quito", "Riga", "Hanoi", 
 
 @dataclass(frozen=True)
 class NeedleOptions:
-    """A sentence with a number, somewhere in a long text, and a question for the number at its end.
+    """A sentence with a number in a long text, and at the text's end a question for the number.
 
     Args:
         lengths: tokens of the whole prompt; powers of two up to the context if not given.
-        depths: where the sentence stands, as shares of the text before it.
-        haystack: the text around it.
+        depths: places of the sentence, as the share of the text before the sentence.
+        haystack: the text around the sentence.
         trials: sentences at each length and depth.
     """
 
@@ -52,7 +52,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Needles(Part):
-    """The part of an evaluation that is all prompts of one length."""
+    """The part of an evaluation that holds all prompts of one length."""
 
     length: int
     needles: list[Needle]
@@ -64,7 +64,7 @@ class Needles(Part):
         return f"needle in {self.length:,} tokens"
 
     def is_found(self, needle: Needle, text: str) -> bool:
-        """Whether the number comes first in what was said."""
+        """Returns whether the model's text begins with the number."""
         return text.strip().startswith(needle.answer)
 
     def by_depth(self, found: Sequence[bool]) -> dict[float, float]:
@@ -90,14 +90,15 @@ class Needles(Part):
 def make_needles(
     options: NeedleOptions, context: int, seed: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
 ) -> list[Needles]:
-    """
+    """Returns a part for each length.
+
     Raises:
-        ValueError: a length does not hold the sentence, or the haystack is too short.
+        ValueError: a length is too short for the sentence, or the haystack is too short.
     """
     lengths = sorted(options.lengths or [2**k for k in range(7, 32) if 2**k <= context])
     if not lengths:
         raise ValueError(f"data.needle: the context of {context:,} tokens is too short: give lengths")
-    # The answer takes part of the context, too.
+    # The context must hold the answer, too.
     if lengths[-1] > context:
         raise ValueError(f"data.needle.lengths has {lengths[-1]:,}, beyond data.context_length of {context:,}")
     hay: list[int] = []

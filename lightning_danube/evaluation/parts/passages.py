@@ -1,7 +1,7 @@
-"""Questions to be answered from passages: retrieval-augmented answering, scored by whether the answer is said.
+"""Questions to be answered from passages: retrieval-augmented generation, scored by whether the output has the answer.
 
-Passages come with a question, or are retrieved for it from a corpus by TF-IDF, which finds words and no meaning: what
-is measured is the reader, beside how often the retriever brought it the answer at all.
+Passages come with a question, or TF-IDF retrieves them from a corpus. TF-IDF matches words, not meaning. So the score
+measures the reader; the report also shows how often the retrieved passages contain the answer.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FUNCTIONS = f"{DOCUMENTATION}functions"
-"""The embedded set: questions that quote the documentation of a function of the standard library, and ask for its
-name."""
+"""The embedded data set: questions that quote the documentation of a function of the standard library, and ask for the
+function's name."""
 INSTRUCTION = "Answer the question from the passages, with a few words and nothing else."
 
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """
+    """Options of the questions about passages.
+
     Args:
-        path: "documentation:functions" (the embedded set), or rows with `question`, `answers` (one text or a list, any
-            of which will do) and, unless there is a corpus, `passages` (a list of texts).
-        corpus: rows with `text`, of which each question gets the `passages` most similar ones.
-        passages: how many a question gets.
+        path: "documentation:functions" (the embedded data set), or rows with `question`, `answers` (one text or a list
+            of accepted texts) and, unless there is a corpus, `passages` (a list of texts).
+        corpus: rows with `text`; each question gets the most similar texts.
+        passages: number of texts that a question gets from the corpus.
         limit: most questions, chosen by the seed.
         new_tokens: most tokens of an answer.
     """
@@ -64,13 +65,13 @@ class PassageQuestion:
 
     @property
     def answer_is_there(self) -> bool:
-        """Whether a passage says it."""
+        """Returns whether a passage contains an answer."""
         return any(says(passage, self.answers) for passage in self.passages)
 
 
 @dataclass(frozen=True)
 class PassageQuestions(Part):
-    """The part of an evaluation that is answered from passages."""
+    """The part of an evaluation whose questions are answered from passages."""
 
     questions: list[PassageQuestion]
     available: int
@@ -117,7 +118,7 @@ class PassageQuestions(Part):
 
 
 def says(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in a text as whole words, whatever the case and the punctuation."""
+    """Returns whether a text contains one of the answers as whole words, ignoring case and punctuation."""
     there = f" {' '.join(_words(text))} "
     return any(f" {' '.join(_words(answer))} " in there for answer in answers if _words(answer))
 
@@ -129,9 +130,10 @@ def _words(text: str) -> list[str]:
 def passage_questions(
     options: RetrievalOptions, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], seed: int, cache_dir: Path
 ) -> PassageQuestions:
-    """
+    """Returns the part of an evaluation for questions about passages.
+
     Raises:
-        ValueError: a file cannot be read, or a row lacks something; with file and row.
+        ValueError: a file cannot be read, or a row lacks a value; the message names file and row.
     """
     corpus: list[str] | None = None
     if options.path == FUNCTIONS:
@@ -156,7 +158,8 @@ def passage_questions(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequence[str]) -> list[int]:
-    """A user's message where the tokenizer has a chat template, else a text whose next line is the answer."""
+    """Returns the ids of a user's message if the tokenizer has a chat template, else of a text that the answer
+    continues."""
     numbered = "\n\n".join(f"Passage {number}: {passage}" for number, passage in enumerate(passages, start=1))
     text = f"{INSTRUCTION}\n\n{numbered}\n\nQuestion: {question}"
     if tokenizer.chat_template is not None:
@@ -167,7 +170,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequ
 
 
 def retrieved(questions: Sequence[str], corpus: Sequence[str], count: int) -> list[list[str]]:
-    """For each question the most similar texts of the corpus, the best first."""
+    """Returns for each question the most similar texts of the corpus, the best first."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
@@ -175,7 +178,7 @@ def retrieved(questions: Sequence[str], corpus: Sequence[str], count: int) -> li
     similarities = vectorizer.transform(questions) @ texts.T
     best = []
     for row in similarities:
-        # Stable, so that of equals the first of the corpus comes first, on every machine.
+        # Equally similar texts keep the order of the corpus, so the result is equal on every machine.
         order = sorted(zip(-row.data, row.indices, strict=True))[:count]
         best.append([corpus[number] for _, number in order])
     return best
@@ -216,9 +219,9 @@ def _read_corpus(path: str, cache_dir: Path) -> list[str]:
 
 
 def _functions(cache_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Questions about functions of the standard library, and the passages that describe them.
+    """Returns questions about functions of the standard library, and the passages that describe the functions.
 
-    A question quotes the first sentence of a function's documentation; the passage has its name, too.
+    A question quotes the first sentence of a function's documentation; the passage also has the function's name.
     """
     (file,) = local_files("retrieval", Source(f"{DOCUMENTATION}wiki"), cache_dir)
     rows, corpus = [], []

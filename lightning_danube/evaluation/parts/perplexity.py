@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST_BUCKET = 64
-"""Tokens before which the first figure by position counts; each further bucket is twice as long."""
+"""End of the first bucket of positions, in tokens; each further bucket ends at twice the previous bucket's end."""
 
 
 @dataclass(frozen=True)
 class RunningText(Part):
-    """The part of an evaluation that is running text of one source.
+    """The part of an evaluation for the running text of one source.
 
-    Documents stand one after the other as in training, cut into rows without regard to their ends, so that texts of the
-    same kind stand at every position.
+    Documents are concatenated as in training and cut into rows without regard to their ends, so every position has the
+    same kind of text.
 
     Args:
-        bytes_of_rows: length of each row's text but its first token, which is not predicted, in UTF-8.
+        bytes_of_rows: bytes of each row's text in UTF-8, without the first token, which is not predicted.
     """
 
     source: str
@@ -47,7 +47,7 @@ class RunningText(Part):
         return f"perplexity of {self.source}"
 
     def buckets(self) -> list[tuple[int, int]]:
-        """Positions, counted from 0, that share a figure: up to 64, up to 128, and so on."""
+        """Returns ranges of positions, counted from 0, that share a perplexity: up to 64, up to 128, and so on."""
         return position_buckets(self.ids_NT.shape[1])
 
     def measure(self, model: AskedModel) -> list[Measured]:
@@ -65,7 +65,7 @@ class RunningText(Part):
             self.source,
             self.source,
             f"rows of {ids_NT.shape[1]:,} tokens",
-            # Without a standard error: the interval of an exponential is not symmetric.
+            # There is no standard error, because the interval of an exponential is not symmetric.
             mean.map(math.exp),
             percent=False,
         )
@@ -73,7 +73,7 @@ class RunningText(Part):
             "tokens": nats_NT.numel(),
             "nats_a_token": columns_of(mean),
             "bits_a_byte": float(nats_NT.sum()) / math.log(2) / sum(self.bytes_of_rows),
-            # A row's first token is not predicted: what is said at a place is the token behind it.
+            # The loss at a position belongs to the next token: a row's first token is not predicted.
             "by_position": [
                 {"first": first, "last": last - 1, "perplexity": math.exp(float(nats_NT[:, first:last].mean()))}
                 for first, last in self.buckets()
@@ -94,10 +94,10 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
 def text_rows(
     name: str, source: Source, rows: int, length: int, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
 ) -> RunningText:
-    """The first rows of a source.
+    """Returns the first rows of a source.
 
     Raises:
-        ValueError: it cannot be read, or holds less than one row.
+        ValueError: the source cannot be read, or holds less than one row.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
