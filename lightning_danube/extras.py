@@ -1,4 +1,4 @@
-"""Packages that only some features need: what they are, and how to install them where one is missing."""
+"""Packages that only some features need, and the command that installs a missing package."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def need(extra: str, purpose: str) -> None:
     """Imports the modules of an extra, so that a missing package is found before the work begins.
 
     Args:
-        purpose: what needs them, the subject of the message.
+        purpose: the feature that needs the modules; it is the subject of the message.
 
     Raises:
-        ValueError: one is not installed; with the command that installs it.
+        ValueError: a module is not installed; the message has the command that installs it.
     """
     missing = missing_module(extra)
     if missing is not None:
@@ -37,12 +37,12 @@ def need(extra: str, purpose: str) -> None:
 
 
 def missing_module(extra: str) -> str | None:
-    """The first module of an extra that is not installed."""
+    """Returns the first module of an extra that is not installed; None if all are installed."""
     for module in MODULES[extra]:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            # An installed package that lacks one of its own requirements says so itself.
+            # If an installed package lacks one of its own requirements, its own error says so.
             if error.name != module:
                 raise
             return module
@@ -50,16 +50,16 @@ def missing_module(extra: str) -> str | None:
 
 
 def install_command(extra: str) -> str:
-    """What to type to install an extra."""
+    """Returns the command that installs an extra."""
     in_clone = Path("constraints.txt").is_file() and Path("lightning_danube").is_dir()
     return pip_command(f"-e '.[{extra}]'" if in_clone else f"'lightning-danube[{extra}]'")
 
 
 def pip_command(requirements: str) -> str:
-    """What to type to install something into this environment without another torch getting in.
+    """Returns the pip command that installs requirements into this environment and keeps the installed torch.
 
-    The installed torch is named at its version, without its build (+cpu): a requirement of it further down could
-    otherwise replace it. The pinned versions are asked for in a clone, whose root has them.
+    The command pins the installed torch version, without its build (+cpu): an indirect requirement could otherwise
+    replace torch. In a clone, the command also uses the pinned versions of constraints.txt.
     """
     torch = importlib.metadata.version("torch").partition("+")[0]
     pins = "-c constraints.txt " if Path("constraints.txt").is_file() else ""

@@ -1,4 +1,4 @@
-"""Options as people write them: numbers of tokens, names of precisions, mappings in place of dataclasses."""
+"""Reads options as users write them: numbers of tokens, names of precisions, mappings in place of dataclasses."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
 
 
 def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: str) -> Options:
-    """Returns options as the dataclass that holds them. In Python a mapping may stand for it, or its first field alone.
+    """Returns options as a dataclass. In Python, a mapping or the first field alone may replace the dataclass.
 
     Args:
         kind: the dataclass.
-        key: what the options are called in messages.
+        key: name of the options in messages.
 
     Raises:
         ValueError: an option is missing or unknown.

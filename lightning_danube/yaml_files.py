@@ -1,4 +1,4 @@
-"""YAML files: configurations by path, or by the name of one that comes with the package (`sft/quickstart`)."""
+"""YAML configurations, found by path or by the name of a configuration in this package (`sft/quickstart`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ FOLDER = Path(__file__).parent / "configs"
 
 
 def config_names() -> list[str]:
-    """All names; those without a folder come first."""
+    """Returns the names of all configurations in this package; names without a folder come first."""
     folder = FOLDER.resolve()  # a symbolic link in a clone, which rglob would not enter
     names = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def config_file(config: str) -> str:
-    """The file that `--config` names: a path, or the name of a configuration of the package. A path goes first.
+    """Returns the file that `--config` names: a path, or the name of a configuration in this package.
+
+    A path takes precedence.
 
     Raises:
-        ValueError: there is neither such a file nor such a name.
+        ValueError: there is no such file and no such name.
     """
     if Path(config).is_file():
         return config
@@ -45,18 +47,18 @@ def _what_was_meant(config: str, names: list[str]) -> str:
 
 
 def description(config: str) -> str:
-    """What the first line of a configuration, a file or a name, says about it. Empty if it is no comment."""
+    """Returns the description in the first line of a configuration (path or name); empty if the line is no comment."""
     first = Path(config_file(config)).read_text("utf-8").partition("\n")[0]
     return first.removeprefix("#").strip().rstrip(":.") if first.startswith("#") else ""
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """The mapping that a configuration holds, given by its file or by its name.
+    """Reads the mapping in a configuration, given by path or name.
 
     Raises:
-        ValueError: there is no such file and no such name, or it is no YAML mapping.
+        ValueError: there is no such file and no such name, or the content is no YAML mapping.
     """
-    import yaml  # here: the command `configs` reads no file, and its help has to come at once
+    import yaml  # here, because the command `configs` reads no file and its help must be fast
 
     file = config_file(file)
     try:
@@ -74,7 +76,7 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 def lines_of_keys(file: str) -> dict[tuple[str, ...], int]:
-    """Key path → the line of a configuration that states it, counted from 1. A list's items are numbered from 0."""
+    """Returns key path → line of the configuration, counted from 1. Items of a list are numbered from 0."""
     import yaml
 
     root = yaml.compose(Path(config_file(file)).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)

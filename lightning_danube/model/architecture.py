@@ -1,9 +1,8 @@
 """Two tables: the layers of the decoder that have weights, and the families of checkpoints that can hold a decoder.
 
-Everything that has to know a layer by its name takes it from the first table: GGUF files, tensor parallelism, LoRA,
-quantization. The second table says what a `config.json` or the header of a GGUF file means, and which family a decoder
-is written as. A new variant is an option of `DecoderShape`, the rows here that it adds, and its code in attention.py or
-decoder.py.
+GGUF files, tensor parallelism, LoRA and quantization take the names of layers from the first table. The second table
+says what a `config.json` or the header of a GGUF file means, and as which family a decoder is saved. A new variant
+needs an option of `DecoderShape`, rows in these tables, and code in attention.py or decoder.py.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ class WeightLayer:
     """One kind of layer that has weights.
 
     Args:
-        name: of the module, as in Hugging Face's models; in a block it follows `model.layers.<number>.`.
-        gguf: its name in GGUF files; in a block it follows `blk.<number>.`.
+        name: name of the module, as in Hugging Face's models; in a block it follows `model.layers.<number>.`.
+        gguf: name in GGUF files; in a block it follows `blk.<number>.`.
         role: "matrix" is a linear layer of a block. LoRA may adapt these, and quantization may round them.
         shard_axis: the axis of the weight that tensor parallelism divides over devices. 0 is the output channels, which
             the bias follows; 1 is the input channels. None: every device holds the whole weight.
-        sees_some_heads: under tensor parallelism each device gives the layer only the heads that it has.
+        sees_some_heads: under tensor parallelism the layer gets only the heads of its device.
         heads: the rows of the weight are the channels of these heads, and rotary positions turn them.
         bias: the option of the config that gives the layer a bias.
-        option: the option of the config that the layer exists with; None: every decoder has the layer.
+        option: the option of the config that adds the layer; None: every decoder has the layer.
     """
 
     name: str
@@ -47,23 +46,23 @@ class WeightLayer:
 
     @property
     def adaptable(self) -> bool:
-        """Whether a fresh LoRA adapter may sit on it."""
+        """Whether a new LoRA adapter may be attached to the layer."""
         return self.role == "matrix"
 
     @property
     def quantizable(self) -> bool:
-        """Whether quantization takes it without being asked for embeddings."""
+        """Whether quantization replaces the layer by default, when embeddings are not requested."""
         return self.role == "matrix"
 
     def parts(self, config: DecoderShape) -> tuple[str, ...]:
-        """Returns "weight" and "bias", as far as a decoder's layer has them."""
+        """Returns the parameters that the layer has in this decoder: "weight" and perhaps "bias", or none."""
         if self.option is not None and not is_on(config, self.option):
             return ()
         return ("weight", "bias") if self.bias is not None and is_on(config, self.bias) else ("weight",)
 
 
 EMBEDDING = WeightLayer("model.embed_tokens", "token_embd", "embedding", shard_axis=0)
-# In the order in which GGUF files of this project have them.
+# The order is that of the tensors in this project's GGUF files.
 BLOCK_LAYERS = (
     WeightLayer("input_layernorm", "attn_norm", "gain"),
     WeightLayer("self_attn.q_proj", "attn_q", "matrix", shard_axis=0, heads="query", bias="qkv_bias"),
@@ -85,7 +84,7 @@ ADAPTABLE = tuple(layer.name.rpartition(".")[2] for layer in BLOCK_LAYERS if lay
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """One tensor of a decoder: its name here and in Hugging Face's files, its name in GGUF files, and its layer."""
+    """One tensor of a decoder: its name (as in Hugging Face's files), its name in GGUF files, and its layer."""
 
     name: str
     gguf: str
@@ -93,7 +92,7 @@ class NamedTensor:
 
 
 def tensors_of(config: DecoderConfig) -> Iterator[NamedTensor]:
-    """Yields the tensors of a decoder in the order of a GGUF file. A tied head is left out."""
+    """Yields the tensors of a decoder in the order of a GGUF file, without a tied head."""
     yield from _named(EMBEDDING, config, "", "")
     for number in range(config.num_hidden_layers):
         for layer in BLOCK_LAYERS:
@@ -104,7 +103,7 @@ def tensors_of(config: DecoderConfig) -> Iterator[NamedTensor]:
 
 
 def quantizable_layers(config: DecoderConfig) -> list[str]:
-    """Returns the names of the modules that quantization may replace, embedding and head left out."""
+    """Returns the names of the modules that quantization may replace, without embedding and head."""
     return [
         tensor.name.removesuffix(".weight")
         for tensor in tensors_of(config)
@@ -120,7 +119,7 @@ def _named(layer: WeightLayer, config: DecoderConfig, ours: str, theirs: str) ->
 # --- families -------------------------------------------------------------------------------------------------------
 
 OPTIONS = ("sliding_window", "qkv_bias", "qk_norm", "rope_scaling", "nope_interval")
-"""Fields of `DecoderShape` in which decoders of different families differ. All are off in a Danube3."""
+"""Fields of `DecoderShape` in which the families differ. All are off in Danube3."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,16 @@ class Family:
     """A family of checkpoints.
 
     Args:
-        model_type: in `config.json`.
-        classes: what the names of transformers' classes begin with.
-        gguf: `general.architecture` of its GGUF files.
+        model_type: the field of that name in `config.json`.
+        classes: the prefix of the class names in transformers.
+        gguf: `general.architecture` of the family's GGUF files.
         turns_neighbours: llama.cpp turns channels 2i and 2i + 1 of a head as one pair, where this project and
-            transformers turn i and i + K/2. The rows of the query and key matrices then stand in another order.
+            transformers turn i and i + K/2. The rows of the query and key matrices then have another order.
         needs: options that every decoder of the family has.
-        allows: options that some have.
+        allows: options that some decoders of the family have.
         not_in_gguf: options that llama.cpp does not compute for the architecture.
-        fixed: fields of `config.json` that have to have this value; they are written, too.
-        defaults: what a field means that `config.json` leaves out, where it is not what Llama's would mean.
+        fixed: fields of `config.json` that must have this value; export writes them, too.
+        defaults: values of fields that `config.json` leaves out, where they differ from Llama's defaults.
     """
 
     model_type: str
@@ -164,9 +163,9 @@ DEFAULTS: Mapping[str, Any] = {
     "initializer_range": 0.02,
     "attention_dropout": 0.0,
 }
-"""What fields of `config.json` mean that a Llama's leaves out."""
+"""Values of the fields that the `config.json` of a Llama model leaves out."""
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
-# A decoder is written as the first family that holds it.
+# A decoder is saved as the first family that has its options.
 FAMILIES = (
     Family(
         "llama",
@@ -226,7 +225,7 @@ FAMILIES = (
     ),
 )
 GGUF_NOPE_INTERVAL = 4
-"""llama.cpp's `smollm3` leaves every fourth layer without rotary positions. The file does not say which."""
+"""llama.cpp's `smollm3` has no rotary positions in every fourth layer. The GGUF file does not store this number."""
 
 
 def is_on(config: DecoderShape, option: str) -> bool:
@@ -234,15 +233,15 @@ def is_on(config: DecoderShape, option: str) -> bool:
 
 
 def family_options(config: DecoderShape) -> frozenset[str]:
-    """Returns the options that a decoder has on."""
+    """Returns the options that are on in a decoder."""
     return frozenset(option for option in OPTIONS if is_on(config, option))
 
 
 def family_of(config: DecoderShape) -> Family:
-    """Returns the family that a decoder is written as.
+    """Returns the family as which a decoder is saved.
 
     Raises:
-        ValueError: no family has these options together.
+        ValueError: no family combines these options.
     """
     used = family_options(config)
     for family in FAMILIES:
@@ -258,7 +257,7 @@ def family_called(model_type: Any) -> Family:
     """Returns the family of a `config.json` by its `model_type`.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: no family has this `model_type`.
     """
     for family in FAMILIES:
         if family.model_type == model_type:
@@ -268,10 +267,10 @@ def family_called(model_type: Any) -> Family:
 
 
 def family_in_gguf(architecture: Any) -> Family:
-    """Returns the first family of a GGUF file by its `general.architecture`.
+    """Returns the first family whose GGUF files have this `general.architecture`.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: no family has this architecture.
     """
     for family in FAMILIES:
         if family.gguf == architecture:

@@ -1,6 +1,6 @@
 """Rotary positions and causal attention with grouped queries.
 
-Shapes: B batch, T tokens of this call, S tokens attended to (T and what the cache held before), D hidden size,
+Shapes: B batch, T tokens of this call, S tokens attended to (T plus the tokens already in the cache), D hidden size,
 H query heads, G key-value heads (G divides H), K channels of a head. Rotary tables have the shape (B or 1, T, 1, K).
 """
 
@@ -22,16 +22,16 @@ class Past(Protocol):
     """One layer's part of a key-value cache."""
 
     def extend(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in keys and values of new tokens; those of all tokens, (B, G, S, K) each."""
+        """Adds keys and values of new tokens. Returns the keys and values of all tokens, (B, G, S, K) each."""
 
 
 def inverse_frequencies(
     head_dim: int, theta: float, dtype: torch.dtype = torch.float32, scaling: "RopeScaling | None" = None
 ) -> Tensor:
-    """Radians a token by which each pair of channels turns, (K / 2,), on the CPU.
+    """Returns the angle in radians per token by which each pair of channels turns, (K / 2,).
 
-    On the CPU even for a model on a GPU: one unit in the last place of a frequency is 4e-4 radians at position 8192,
-    and `pow` differs between devices by about that.
+    Computes on the CPU even for a model on a GPU, because `pow` differs between devices by about one unit in the last
+    place. For a frequency that is 4e-4 radians at position 8192.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim
     frequencies = 1.0 / theta**exponents
@@ -39,7 +39,7 @@ def inverse_frequencies(
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: "RopeScaling") -> Tensor:
-    """Frequencies slowed as in Llama 3.1, with the operations in the order that transformers has, for the same bits."""
+    """Returns frequencies slowed as in Llama 3.1. The order of operations is that of transformers, for equal bits."""
     context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
     slowed = torch.where(wavelengths > context / low, frequencies / scaling.factor, frequencies)
@@ -50,18 +50,18 @@ def scaled_frequencies(frequencies: Tensor, scaling: "RopeScaling") -> Tensor:
 
 
 def rotary_tables(position_ids_BT: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for `rotate`, in the precision of the frequencies."""
+    """Returns cosines and signed sines for `rotate`, in the precision of the frequencies."""
     angles = position_ids_BT[..., None].to(frequencies.dtype) * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).unsqueeze(-2), torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
 
 
 def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
-    """Turn channel i and channel i + K/2 as one pair: Hugging Face's layout, which is not Meta's (i and i + 1).
+    """Turns channels i and i + K/2 as one pair. This is Hugging Face's layout; Meta's pairs i and i + 1.
 
-    The sine already carries the signs, so one roll serves where the usual form splits, negates and joins: the same
-    bits, in 5.9 instead of 6.8 ms in float32, 6.8 instead of 7.1 in bfloat16 (one core, forward and backward, 4 x 1024
-    tokens, 12 heads of 64).
+    The sine table already has the signs, so one roll replaces the usual split, negation and concatenation. The bits are
+    equal; the time is 5.9 instead of 6.8 ms in float32 and 6.8 instead of 7.1 ms in bfloat16 (one core, forward and
+    backward, 4 x 1024 tokens, 12 heads of 64).
     """
     if gains(x_BTHK) and x_BTHK.dtype == cos_BT1K.dtype:
         own: Tensor = Turn.apply(x_BTHK, cos_BT1K, sin_BT1K)
@@ -71,12 +71,13 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Tables for the positions of one call, shared by all layers, computed anew each time: T x K/2 cosines cost
-    nothing beside one layer, and nothing has to be sized in advance.
+    """Computes the rotary tables for the positions of each call. All layers share them.
 
-    Frequencies and angles are float32 in a float64 model, too: transformers does so, hence weights trained anywhere
-    expect these rounded angles. With exact ones, logits of up to 7 (two random layers, float64) moved by 1e-6 within 16
-    tokens and by 3e-4 within 1024; with these they agree with transformers' to 2e-14.
+    Recomputing T x K/2 cosines costs almost nothing compared with one layer, and no table needs a size in advance.
+
+    Frequencies and angles are float32 in a float64 model, too. transformers does so, hence published weights expect
+    these rounded angles. With exact angles, logits of up to 7 (two random layers, float64) moved by 1e-6 within 16
+    tokens and by 3e-4 within 1024. With the rounded angles they agree with transformers to 2e-14.
     """
 
     def __init__(self, head_dim: int, theta: float, scaling: "RopeScaling | None" = None) -> None:
@@ -89,7 +90,7 @@ class RotaryEmbedding(nn.Module):
         return inverse_frequencies(self.head_dim, self.theta, scaling=self.scaling)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # .to(bfloat16) would round the frequencies, .to_empty() would leave noise in them: take over the device only.
+        # .to(bfloat16) would round the frequencies, .to_empty() would leave them uninitialized: take only the device.
         super()._apply(fn, recurse)
         device = self.frequencies.device
         self.frequencies = self._computed()
@@ -98,8 +99,10 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, position_ids_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables for activations of `dtype`. Never below float32: bfloat16 tables would save a good millisecond of
-        those 6.8, and round every cosine to 8 bits."""
+        """Returns tables for activations of `dtype`, at least in float32.
+
+        bfloat16 tables would save about 1 ms of the 6.8 ms in `rotate`, but round every cosine to 8 bits.
+        """
         cos, sin = rotary_tables(position_ids_BT, self.frequencies.to(position_ids_BT.device))
         if dtype == torch.float64:
             cos, sin = cos.double(), sin.double()
@@ -107,20 +110,20 @@ class RotaryEmbedding(nn.Module):
 
 
 def causal_mask(tokens: int, past: int, device: torch.device, window: int | None = None) -> Tensor:
-    """(1, 1, T, S), true where token past + i may see token j: a token not later, and one of the last `window`.
+    """Returns a mask (1, 1, T, S), true where token past + i may see token j: j is not later and within the window.
 
-    Needed to extend a filled cache by several tokens, because the kernel's own causal case counts from the first key
-    and not from the last, and for texts that are longer than a window.
+    It is needed for texts longer than a window, and to extend a filled cache by several tokens: the kernel's own causal
+    mask aligns the queries with the first keys, not with the last.
     """
     seen_TS = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
     return (seen_TS if window is None else seen_TS.triu(past - window + 1))[None, None]
 
 
 def document_mask(document_ids_BT: Tensor, window: int | None = None) -> Tensor:
-    """(B, 1, T, T), true where a token may see another: not later, of the same document, and one of the last `window`.
+    """Returns a mask (B, 1, T, T), true where a token may see another token.
 
-    Every token sees itself, so no row is empty, whatever ids the padding has. An id that comes back later in a row
-    is the same document.
+    A token sees tokens that are not later, in the same document and within the last `window`. Every token sees itself,
+    so no row is empty, whatever ids the padding has. An id that returns later in a row means the same document.
     """
     seen_BTT = (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]).tril()
     return (seen_BTT if window is None else seen_BTT.triu(1 - window))[:, None]
@@ -132,7 +135,7 @@ class GroupedQueryAttention(nn.Module):
     Args:
         bias: queries, keys and values have biases.
         q_norm, k_norm: modules over the channels of each head, before the rotary positions.
-        rotary: queries and keys are turned to their positions.
+        rotary: queries and keys get rotary positions.
     """
 
     def __init__(
@@ -165,7 +168,10 @@ class GroupedQueryAttention(nn.Module):
         mask_B1TS: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Without a mask the attention is causal and no T x S tensor is made; a mask says all by itself."""
+        """Returns (B, T, D). Without a mask the attention is causal and makes no T x S tensor.
+
+        A given mask replaces the causal mask.
+        """
         B, T, _ = hidden_BTD.shape
         q_BTHK, k_BTGK, v_BTGK = self.project(hidden_BTD, cos_BT1K, sin_BT1K)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
@@ -195,25 +201,25 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each head, the first two normed and turned to their positions if they are to."""
+        """Returns queries, keys and values of each head; queries and keys are already normed and rotated."""
         B, T, _ = hidden_BTD.shape
         q_BTHK = self.placed(self.q_proj(hidden_BTD).view(B, T, -1, self.head_dim), self.q_norm, cos_BT1K, sin_BT1K)
         k_BTGK = self.placed(self.k_proj(hidden_BTD).view(B, T, -1, self.head_dim), self.k_norm, cos_BT1K, sin_BT1K)
         return q_BTHK, k_BTGK, self.v_proj(hidden_BTD).view(B, T, -1, self.head_dim)
 
     def placed(self, x_BTHK: Tensor, norm: nn.Module | None, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
-        """Query or key heads after their norm and rotary positions, as far as the layer has them."""
+        """Returns query or key heads after their norm and rotary positions, if the layer has these."""
         if norm is not None:
             x_BTHK = norm(x_BTHK)
         return rotate(x_BTHK, cos_BT1K, sin_BT1K) if self.rotary else x_BTHK
 
 
 def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor | None) -> Tensor:
-    """Attention of one new token a row to all that the cache gives, (B, G, H / G, K): a decoding step.
+    """Returns a decoding step's attention, one new token per row over the cached tokens: (B, G, H / G, K).
 
-    The query heads of a group are laid out as if they were as many tokens of one head: they may see the same. Each key
-    is then read once for its whole group, by a kernel that need not know of groups: over 1024 cached tokens (9 heads on
-    3 of 64 channels, one core) in 88 us instead of 730 in bfloat16, in 72 instead of 77 in float32.
+    The query heads of a group are laid out as tokens of one head, because they may see the same keys. A kernel that
+    knows no groups then reads each key once for its group. Over 1024 cached tokens (9 query heads, 3 key-value heads of
+    64 channels, one core) this takes 88 instead of 730 us in bfloat16, 72 instead of 77 us in float32.
     """
     B, H, _, K = q_BH1K.shape
     G = k_BGSK.shape[1]
@@ -224,10 +230,11 @@ def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tenso
 
 
 def sums_of_products(q_BGJK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor | None) -> Tensor:
-    """Attention of J query heads on each key-value head to all that the cache gives, for a compiler to make loops of.
+    """Returns attention of J query heads per key-value head over the cached tokens, in a form for the compiler.
 
-    Against PyTorch's kernel in a compiled step's place (16 heads on 8 of 96 channels, bfloat16, one core of an EPYC):
-    100 instead of 131 us over 512 cached tokens, 321 instead of 504 over 2048. As it is written it holds every product.
+    The compiler fuses it into loops; in eager mode every product would be in memory. In a compiled step it takes 100 us
+    where PyTorch's kernel takes 131 us over 512 cached tokens, and 321 against 504 us over 2048 (16 query heads, 8
+    key-value heads of 96 channels, bfloat16, one core of an EPYC).
     """
     dtype = torch.promote_types(q_BGJK.dtype, torch.float32)
     scores_BGJS = (q_BGJK[:, :, :, None].to(dtype) * k_BGSK[:, :, None].to(dtype)).sum(-1) * q_BGJK.shape[-1] ** -0.5
@@ -238,17 +245,17 @@ def sums_of_products(q_BGJK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: 
 
 
 def takes_grouped_heads(q_BHTK: Tensor, mask_B1TS: Tensor | None) -> bool:
-    """Whether a fused kernel takes fewer key-value heads than query heads as they are.
+    """Returns whether a fused kernel accepts fewer key-value heads than query heads.
 
-    CPU: always. It is not slower in training (one core, forward and backward, 4 x 512 tokens, 8 heads on 4: 45.8
-    against 49.8 ms in float32, 44.6 against 48.2 ms in bfloat16). CUDA: only flash attention does, so no mask and 16
-    bits; otherwise PyTorch silently takes the path that holds every score (B, H, T, S), where repeated heads still find
-    a fused one. Decoding steps have their own way, `attend_once`.
+    CPU: always. It is not slower than repeated heads in training (one core, forward and backward, 4 x 512 tokens, 8
+    query heads, 4 key-value heads: 45.8 against 49.8 ms in float32, 44.6 against 48.2 ms in bfloat16). CUDA: only flash
+    attention does, which needs 16 bits and no mask. Otherwise PyTorch silently falls back to a kernel that stores all
+    scores (B, H, T, S), while repeated heads still get a fused kernel. Decoding steps use `attend_once`.
     """
     return not q_BHTK.is_cuda or (mask_B1TS is None and q_BHTK.dtype in (torch.bfloat16, torch.float16))
 
 
 def repeat_heads(x_BGSK: Tensor, groups: int) -> Tensor:
-    """(B, G, S, K) to (B, H, S, K): each head `groups` times in a row."""
+    """Returns (B, H, S, K) from (B, G, S, K): each head `groups` times in a row."""
     B, G, S, K = x_BGSK.shape
     return x_BGSK[:, :, None].expand(B, G, groups, S, K).reshape(B, G * groups, S, K)

@@ -1,15 +1,15 @@
 """Attention by batched matrix products, a block of queries at a time: faster on a CPU than PyTorch's fused kernel.
 
 The kernel behind `F.scaled_dot_product_attention` multiplies small tiles; oneDNN's batched products of whole blocks run
-near the processor's peak. As with the kernel, no more than a block of scores is ever held, and the backward pass
-computes them anew.
+near the processor's peak. As in the kernel, memory holds the scores of one block at a time, and the backward pass
+computes them again.
 
-Scores are kept in the type of the queries. Of 16-bit ones, a row's largest is taken off *before* they are rounded: the
-product is added to its negative inside oneDNN, in float32. What counts in a softmax is then near zero, where 16 bits
-are fine; rounding the scores themselves would cost 4 to 6 times the error at scores of +-10.
+Scores have the type of the queries. In 16 bits, the largest score of a row is subtracted *before* rounding: oneDNN adds
+its negative to the product in float32. The scores that matter in the softmax are then near zero, where 16 bits are
+precise enough. Rounding the scores themselves would make the error 4 to 6 times as large at scores of +-10.
 
 Shapes: B batch, T tokens, H query heads, G key-value heads (G divides H), R = H / G query heads of a group, K channels
-of a head, Q queries of a block, S the keys that a block may see, N = B * G.
+of a head, Q queries of a block, S keys that a block may see, N = B * G.
 """
 
 import functools
@@ -35,14 +35,17 @@ _R = TypeVar("_R")
 #     256                           66         168         297
 BLOCK_QUERIES = 64
 BLOCK_SCORES = 2**21
-"""Rows of the batch go through a block together while their scores are not more than these: 4 MB in 16 bits."""
+"""Largest number of scores in a block of several batch rows: 4 MB in 16 bits."""
 WIDE_TOKENS = 1024
-"""In float32 the kernel catches up: 68 ms against 112 with 512 tokens, 212 against 207 with 2048."""
+"""Longest float32 text for blocks. Blocks take 68 ms and the kernel 112 ms at 512 tokens, 212 and 207 ms at 2048."""
 
 
 def is_faster(q_BHTK: Tensor) -> bool:
-    """Whether the processor multiplies such blocks fast: 16-bit ones if it has instructions for them, float32 ones when
-    oneDNN may take them (`torch.set_float32_matmul_precision`); by the default library neither way is ahead."""
+    """Returns whether blocked attention is faster than the kernel on this processor.
+
+    bfloat16 needs the processor's own instructions, float32 needs permission to use oneDNN
+    (`torch.set_float32_matmul_precision`). With PyTorch's default BLAS neither way is faster in float32.
+    """
     if q_BHTK.device.type != "cpu":
         return False
     if q_BHTK.dtype == torch.bfloat16:
@@ -51,7 +54,7 @@ def is_faster(q_BHTK: Tensor) -> bool:
 
 
 def outside_compiled_code(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Does what `torch.compiler.disable` does, at the first call. It imports PyTorch's compiler (1.4 CPU seconds)."""
+    """Applies `torch.compiler.disable` at the first call, because it imports PyTorch's compiler (1.4 CPU seconds)."""
     disabled: list[Callable[_P, _R]] = []
 
     @functools.wraps(function)
@@ -65,8 +68,11 @@ def outside_compiled_code(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @outside_compiled_code
 def blocked_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
-    """Causal `F.scaled_dot_product_attention` of as many queries as keys, (B, H, T, K). A mask (true where a query may
-    see a key; each sees one at least) hides more, it does not show what is later. Compiled code calls it as it is."""
+    """Returns causal `F.scaled_dot_product_attention` of equally many queries and keys, (B, H, T, K).
+
+    A mask is true where a query may see a key; each query must see at least one key. The mask can only hide more keys,
+    never show later ones. Compiled code calls this function without compiling it.
+    """
     with torch.autocast(q_BHTK.device.type, enabled=False):
         mixed: Tensor = BlockedAttention.apply(q_BHTK, k_BGTK, v_BGTK, mask_B1TT)
     return mixed
@@ -77,7 +83,7 @@ class QueryBlock:
 
     def __init__(self, rows: slice, first: int, last: int, groups: int, mask_B1TT: Tensor | None) -> None:
         self.rows, self.queries, self.keys, self.groups = rows, slice(first, last), slice(0, last), groups
-        # Without a mask only the last Q of the keys are hidden from some of the queries.
+        # Without a mask only the last Q keys are hidden from some queries.
         self.masked = slice(first if mask_B1TT is None else 0, last)
         self.hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
         if mask_B1TT is not None:
@@ -85,12 +91,12 @@ class QueryBlock:
             self.hidden[..., first:] |= torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
 
     def of_queries(self, x_BHTK: Tensor) -> Tensor:
-        """(N, R * Q, K)"""
+        """Returns the block's queries, (N, R * Q, K)."""
         x_BGRQK = x_BHTK[self.rows, :, self.queries].unflatten(1, (-1, self.groups))
         return x_BGRQK.flatten(0, 1).flatten(1, 2)
 
     def of_keys(self, x_BGTK: Tensor) -> Tensor:
-        """(N, S, K)"""
+        """Returns the block's keys or values, (N, S, K)."""
         return x_BGTK[self.rows, :, self.keys].flatten(0, 1)
 
     def put(self, x_BHTK: Tensor, part_NPK: Tensor) -> None:
@@ -98,7 +104,7 @@ class QueryBlock:
         target_BHQK.copy_(part_NPK.view(target_BHQK.shape))
 
     def scores(self, q_NPK: Tensor, k_NSK: Tensor, offset_NP1: Tensor | None) -> Tensor:
-        """(N, R * Q, S), less an offset, -inf where hidden."""
+        """Returns scores minus the offset, (N, R * Q, S), -inf where hidden."""
         if offset_NP1 is None:
             scores_NPS = q_NPK @ k_NSK.transpose(1, 2)
         else:
@@ -127,9 +133,9 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         groups = q_BHTK.shape[1] // k_BGTK.shape[1]
         q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
-        # Copied once: the keys of each block are then a view.
+        # After this one copy the keys of each block are a view.
         k_BGTK, v_BGTK = k_BGTK.contiguous(), v_BGTK.contiguous()
-        # Laid out as the caller reads it: heads side by side in each token.
+        # The memory layout is the one that the caller reads: the heads of a token lie side by side.
         mixed_BHTK = torch.empty_like(q_BHTK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         largest_BHT1 = q_BHTK.new_zeros(*q_BHTK.shape[:3], 1)
         for block in blocks(q_BHTK, groups, mask_B1TT):
@@ -147,7 +153,7 @@ class BlockedAttention(torch.autograd.Function):
         q_BHTK, k_BGTK, v_BGTK, mask_B1TT, largest_BHT1 = ctx.saved_tensors
         wide = torch.promote_types(q_BHTK.dtype, torch.float32)
         grad_q_BHTK = torch.empty_like(q_BHTK)
-        # Every block adds to those of the keys.
+        # Every block adds to the gradients of keys and values.
         grad_k_BGTK, grad_v_BGTK = torch.zeros_like(k_BGTK, dtype=wide), torch.zeros_like(v_BGTK, dtype=wide)
         with torch.autocast(grad_BHTK.device.type, enabled=False):
             for block in blocks(q_BHTK, q_BHTK.shape[1] // k_BGTK.shape[1], mask_B1TT):
@@ -156,7 +162,7 @@ class BlockedAttention(torch.autograd.Function):
                 p_NPS = block.probabilities(q_NPK, k_NSK, block.of_queries(largest_BHT1))
                 seen = grad_v_BGTK[block.rows, :, block.keys]
                 seen += (p_NPS.transpose(1, 2) @ grad_NPK).view(seen.shape)
-                # By the probabilities, then through the softmax.
+                # Gradient of the probabilities, then of the scores.
                 grad_NPS = torch._softmax_backward_data(grad_NPK @ v_NSK.transpose(1, 2), p_NPS, -1, p_NPS.dtype)
                 block.put(grad_q_BHTK, grad_NPS @ k_NSK)
                 seen = grad_k_BGTK[block.rows, :, block.keys]

@@ -1,4 +1,4 @@
-"""The key-value cache: what attention keeps of the tokens so far."""
+"""The key-value cache: keys and values of the tokens so far."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for the key-value heads only: H / G times smaller than with a head each.
+    """Keys and values of the tokens so far. Only key-value heads are stored: H / G times less than for all query heads.
 
-    All memory is taken at the start, so a text that fits can be finished, and no shape changes from step to step. Rows
-    are filled from slot 0 on, and hold either the same number of tokens, `length`, or numbers of their own, `lengths_B`
-    (after `set_lengths`; who extends them sees to it that what is new fits). Those live on the device and select slots
-    there: a step then asks the host for nothing, and can be compiled or recorded as a graph.
+    All memory is allocated at the start, so a text that fits can be finished, and no shape changes between steps. Rows
+    are filled from slot 0. All rows hold `length` tokens or, after `set_lengths`, each row has its own length in
+    `lengths_B`; then the caller checks that new tokens fit. `lengths_B` is on the device and selects slots there. A
+    step therefore never waits for the host, and can be compiled or recorded as a graph.
 
     Args:
-        keys_BGSK: a tensor for each layer. Were they cut out of one tensor within a step, a compiled step would write
-            all of it anew in each layer.
-        values_BGSK: likewise.
-        window: tokens that a token sees, itself included; None: all before it. All tokens stay in the cache: a window
-            saves time, not memory.
+        keys_BGSK: one tensor per layer. If layers were slices of one tensor, a compiled step would write the whole
+            tensor again in each layer.
+        values_BGSK: one tensor per layer, like `keys_BGSK`.
+        window: tokens that a token sees, including itself; None: all earlier tokens. All tokens stay in the cache: a
+            window saves time, not memory.
     """
 
     def __init__(self, keys_BGSK: Sequence[Tensor], values_BGSK: Sequence[Tensor], window: int | None = None) -> None:
@@ -36,12 +36,12 @@ class KVCache:
         self.length = 0
         self.lengths_B: Tensor | None = None
         self.visible = self.capacity
-        """Slots that attention looks at when rows have lengths of their own: at least those of the longest row and of
-        the new tokens. Fewer than all save time, all of them keep the shapes fixed."""
+        """Slots that attention reads when each row has its own length: at least the longest row plus the new tokens.
+        Fewer slots than the capacity save time; the full capacity keeps the shapes fixed."""
 
     @classmethod
     def for_decoder(cls, decoder: Decoder, batch: int, length: int) -> KVCache:
-        """A cache for `length` tokens in the type that the decoder's attention computes in right here."""
+        """Returns a cache for `length` tokens, in the type of the decoder's attention (autocast's type if it is on)."""
         c, device = decoder.config, decoder.model.embed_tokens.weight.device
         assert c.head_dim is not None  # resolved by the config
         dtype = decoder.activation_dtype
@@ -50,7 +50,7 @@ class KVCache:
         shape = (batch, c.num_key_value_heads, length, c.head_dim)
 
         def empty() -> list[Tensor]:
-            # Zeros: what is masked is still multiplied by 0, and must not be an inf or nan that was left in the memory.
+            # Zeros, because masked values are still multiplied by 0: inf or nan in uninitialized memory would spread.
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
 
         return cls(empty(), empty(), c.sliding_window)
@@ -68,15 +68,15 @@ class KVCache:
         return self.keys_BGSK[0].device
 
     def layer(self, index: int) -> Past:
-        """What one layer's attention adds its keys and values to."""
-        # Made for each step: were it kept here, it and the cache would keep each other, and their memory, alive.
+        """Returns the part of the cache to which one layer's attention adds its keys and values."""
+        # A new object for each step: a stored object and the cache would keep each other, and their memory, alive.
         return LayerOfCache(self, self.keys_BGSK[index], self.values_BGSK[index])
 
     def reserve(self, tokens: int) -> None:
-        """Make sure that so many more fit. Rows of different lengths are only extended by whoever knows their lengths.
+        """Checks that this many new tokens fit. Does not check rows with their own lengths: the caller knows them.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the tokens do not fit.
         """
         if self.lengths_B is None and self.length + tokens > self.capacity:
             raise ValueError(
@@ -84,46 +84,51 @@ class KVCache:
             )
 
     def positions(self, tokens: int) -> Tensor:
-        """Of the next tokens, (1 or B, T)."""
+        """Returns the positions of the next tokens, (1 or B, T)."""
         if self.lengths_B is not None:
             return self.lengths_B[:, None] + torch.arange(tokens, device=self.lengths_B.device)
         return torch.arange(self.length, self.length + tokens, device=self.device)[None]
 
     def mask(self, tokens: int) -> Tensor | None:
-        """(1 or B, 1, T, S) for attention of the next tokens, where it is not plainly causal."""
+        """Returns the attention mask of the next tokens, (1 or B, 1, T, S); None if plain causal attention is right."""
         if self.lengths_B is not None:
             slots_S, positions_BT1 = torch.arange(self.visible, device=self.device), self.positions(tokens)[:, :, None]
             seen_BTS = slots_S <= positions_BT1
             if self.window is not None:
                 seen_BTS = seen_BTS & (slots_S > positions_BT1 - self.window)
             return seen_BTS[:, None]
-        # A single token is given the keys of its window alone, see `LayerOfCache.extend`.
+        # A single token gets only the keys of its window, see `LayerOfCache.extend`.
         window = self.window if self.window is not None and self.window < self.length + tokens else None
         if tokens > 1 and (self.length or window is not None):
             return causal_mask(tokens, self.length, self.device, window)
         return None
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that all layers have taken in. Until then they are not there: a step that was broken off in its
-        midst leaves the cache as it was."""
+        """Counts new tokens after all layers have stored them. Until then the cache ignores them, so an interrupted
+        step leaves the cache unchanged."""
         if self.lengths_B is not None:
             self.lengths_B += tokens
         else:
             self.length += tokens
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each row."""
+        """Removes all but the first `length` tokens of each row."""
         assert self.lengths_B is None and 0 <= length <= self.length, (length, self.length)
         self.length = length
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """From now on each row has a length of its own: what lies behind it is overwritten, and not seen before."""
+        """Gives each row its own length. Tokens after that length are hidden, and later overwritten."""
         assert len(lengths) == self.keys_BGSK[0].shape[0] and max(lengths) <= self.capacity
         self.lengths_B = torch.tensor(lengths, device=self.device)
 
     def copies(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> KVCache:
-        """A cache that has these rows, each as often as it is named, its first so many tokens, and room for more: for
-        several continuations of one beginning, which is then read once."""
+        """Returns a new cache with copies of the named rows, for several continuations of a prompt that is read once.
+
+        Args:
+            rows: row of this cache for each row of the new cache; a row may occur several times.
+            lengths: tokens to keep in each row of the new cache.
+            room: further tokens that must fit.
+        """
         capacity = max(lengths) + room
         rows_R, kept = torch.tensor(rows, device=self.device), min(self.capacity, capacity)
 
@@ -138,7 +143,7 @@ class KVCache:
         return cache
 
     def row(self, index: int) -> KVCache:
-        """An empty cache of one row, in the memory of this one's."""
+        """Returns an empty cache of one row that shares the memory of this row."""
         keys_BGSK, values_BGSK = (
             [memory_BGSK[index : index + 1] for memory_BGSK in memories_BGSK]
             for memories_BGSK in (self.keys_BGSK, self.values_BGSK)
@@ -155,7 +160,7 @@ class LayerOfCache:
     values_BGSK: Tensor
 
     def extend(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' into the next slots; those of all slots to look at."""
+        """Writes keys and values of the new tokens into the next slots. Returns those of all slots to attend to."""
         keys_BGSK, values_BGSK, lengths_B = self.keys_BGSK, self.values_BGSK, self.cache.lengths_B
         if lengths_B is None:
             start, end = self.cache.length, self.cache.length + k_BGTK.shape[2]

@@ -5,10 +5,11 @@ import shutil
 
 
 def check_compiler(asked_by: str, instead: str) -> None:
-    """
+    """Checks that there is a C++ compiler.
+
     Args:
-        asked_by: the option that has something compiled for a CPU.
-        instead: what to do without it.
+        asked_by: the option that needs compiled code on a CPU.
+        instead: what the user can do without the option.
 
     Raises:
         ValueError: there is no C++ compiler.

@@ -1,8 +1,8 @@
-"""The shape of a decoder, checked once, and what follows from it on paper: parameters, FLOPs, cache bytes.
+"""The shape of a decoder, checked once, and the numbers computed from it: parameters, FLOPs, cache bytes.
 
-Field names are those of Hugging Face's LlamaConfig, so that a `config.json` is read and written without a table of
-renamings. What sets other families apart is in architecture.py. Sizes of the presets: H2O-Danube3 technical report,
-arXiv 2407.09276, table 1.
+Fields have the names of Hugging Face's LlamaConfig, so reading and writing a `config.json` needs no table of renamings.
+The differences between families are in architecture.py. The sizes of the presets are from the H2O-Danube3 technical
+report, arXiv 2407.09276, table 1.
 """
 
 import dataclasses
@@ -34,27 +34,27 @@ CHUNK_TOKENS = 1024
 """Tokens whose logits the loss computes at a time.
 
 One core, 4096 tokens, D = 256, V = 32000, forward and backward: 2.03 s in float32 and 0.73 s under bfloat16 autocast.
-256 and 512 tokens are within 6 % of it, 4096 take 9 % and 34 % longer, F.cross_entropy takes 3.02 and 2.56 s. 1024 is
-the largest of the equally fast ones: the larger D is, the more time goes into adding up the weight's gradient (V x D
-for each chunk)."""
+Chunks of 256 and 512 tokens are within 6 % of this time, and 4096 tokens take 9 % and 34 % longer. F.cross_entropy
+takes 3.02 and 2.56 s. 1024 is the largest of the equally fast sizes: each chunk adds V x D values to the weight's
+gradient, which costs more time as D grows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotary positions for long texts, as Llama 3.1 has them (`rope_type` "llama3").
+    """Slower rotary positions for long texts, as in Llama 3.1 (`rope_type` "llama3").
 
     A pair of channels whose wavelength is above `original_max_position_embeddings / low_freq_factor` tokens turns
     `factor` times slower. Below `original_max_position_embeddings / high_freq_factor` tokens nothing changes, and in
     between the factor rises smoothly.
 
     Args:
-        factor: how many times longer the texts became.
-        low_freq_factor: wavelengths in the original context of the slowed pairs, at most.
-        high_freq_factor: wavelengths in the original context of the unchanged pairs, at least.
-        original_max_position_embeddings: tokens of a text before.
+        factor: how many times longer the context became.
+        low_freq_factor: fully slowed pairs turn at most this many times in the original context.
+        high_freq_factor: unchanged pairs turn at least this many times in the original context.
+        original_max_position_embeddings: context length in tokens before the extension.
 
     Raises:
-        ValueError: a number is not above 0, or the two factors are in the wrong order.
+        ValueError: a number is not above 0, or `low_freq_factor` is not below `high_freq_factor`.
     """
 
     factor: float
@@ -75,16 +75,16 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """What a person chooses of a decoder; vocabulary and context length come with the data.
+    """The sizes and options of a decoder that the user chooses. The data determine vocabulary and context length.
 
-    `head_dim` left out is `hidden_size // num_attention_heads`; `dataclasses.replace` keeps the resolved number, so
-    replace `head_dim` too (by None) when the hidden size or the number of heads changes.
+    The default of `head_dim` is `hidden_size // num_attention_heads`. `dataclasses.replace` keeps the computed number:
+    also set `head_dim` to None when the hidden size or the number of heads changes.
 
-    The last five fields are off in Llama 2 and Danube3. Only combinations are possible that transformers can load.
+    The last five fields are off in Llama 2 and Danube3. Only combinations that transformers can load are allowed.
 
     Args:
-        sliding_window: tokens that a token sees, itself included; None: all before it. A text that is not longer is
-            computed as without a window (Mistral, H2O-Danube-1.8B).
+        sliding_window: tokens that a token sees, including itself; None: all earlier tokens. Has no effect on texts
+            that are not longer (Mistral, H2O-Danube-1.8B).
         qkv_bias: query, key and value matrices have biases (Qwen2).
         qk_norm: an RMSNorm over the channels of each query and key head, before the rotary positions (Qwen3).
         rope_scaling: slower rotary positions (Llama 3.1, 3.2, 3.3); None: not slowed.
@@ -123,8 +123,8 @@ class DecoderShape:
             raise ValueError(
                 f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}; these do: {working}"
             )
-        # The head dimension may be any even number, yet LlamaConfig refuses such a hidden size all the same: taking it
-        # would train a model that cannot be exported.
+        # The head dimension may be any even number, yet LlamaConfig refuses such a hidden size in every case. Accepting
+        # it would train a model that cannot be exported.
         if self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}; "
@@ -149,7 +149,7 @@ class DecoderShape:
         return self.head_dim
 
     def with_data(self, vocab_size: int, context_length: int) -> "DecoderConfig":
-        """The whole config for a tokenizer and a context length."""
+        """Returns the complete config for a vocabulary size and a context length."""
         shape = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderShape)}
         return DecoderConfig(**shape, vocab_size=vocab_size, max_position_embeddings=context_length)
 
@@ -167,7 +167,11 @@ class DecoderConfig(DecoderShape):
 
     @classmethod
     def preset(cls, name: str) -> "DecoderConfig":
-        """A published shape by its name, one of PRESETS."""
+        """Returns a published config by its name in PRESETS.
+
+        Raises:
+            ValueError: no preset has this name.
+        """
         if name not in PRESETS:
             close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.3)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(PRESETS)}"
@@ -176,12 +180,12 @@ class DecoderConfig(DecoderShape):
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of one token embedding; an untied head has as many again."""
+        """Parameters of the token embedding. An untied head has the same number."""
         return self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """All parameters, a tied embedding counted once."""
+        """All parameters; a tied embedding counts once."""
         query_and_output = 2 * self.hidden_size * self.num_attention_heads * self._head_dim
         key_and_value = 2 * self.hidden_size * self.num_key_value_heads * self._head_dim
         feed_forward = 3 * self.hidden_size * self.intermediate_size
@@ -193,15 +197,15 @@ class DecoderConfig(DecoderShape):
 
     @property
     def parameters_without_embedding(self) -> int:
-        """Parameters less the input embedding, which costs memory but no multiplication."""
+        """Parameters without the input embedding, which needs memory but no multiplication."""
         return self.parameters - self.embedding_parameters
 
     def flops_per_token(self, context: int, causal: bool = False) -> int:
-        """Training FLOPs a token, forward and backward, at `context` tokens a sample.
+        """Returns training FLOPs per token, forward and backward, with samples of `context` tokens.
 
-        6 for each parameter that multiplies (so a tied embedding counts, as the head) and 12 for each layer, attention
-        channel and position, as in PaLM's appendix B (arXiv 2204.02311). That convention counts the whole square of
-        scores; `causal=True` counts the half that a causal kernel computes. A sliding window lowers neither.
+        Counts 6 for each parameter in a matrix product (a tied embedding counts as the head) and 12 for each layer,
+        attention channel and position, as in PaLM's appendix B (arXiv 2204.02311). PaLM counts the full square of
+        scores; `causal=True` counts the half that a causal kernel computes. A sliding window changes neither count.
         """
         multiplying = self.parameters_without_embedding
         if self.tie_word_embeddings:
@@ -210,25 +214,25 @@ class DecoderConfig(DecoderShape):
         return 6 * multiplying + (attention // 2 if causal else attention)
 
     def cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values that `tokens` tokens leave in the cache; 2 bytes a value is bf16 or fp16."""
+        """Returns the bytes of keys and values of `tokens` tokens in the cache; bf16 and fp16 take 2 bytes a value."""
         values = 2 * self.num_hidden_layers * self.num_key_value_heads * self._head_dim
         return values * tokens * bytes_per_value
 
     def facts(self) -> dict[str, Any]:
-        """Returns the fields as plain data, as checkpoints hold them: `DecoderConfig(**facts)` is the config again.
+        """Returns the fields as plain data for checkpoints: `DecoderConfig(**facts)` restores the config.
 
-        Options that are off are left out, so a checkpoint of a Danube3 does not depend on which options there are.
+        Options that are off are left out, so the checkpoint of a Danube3 stays the same when options are added.
         """
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in OPTIONS or is_on(self, name)
         }
 
     def to_hf(self, bos_id: int | None = 1, eos_id: int | None = 2, pad_id: int | None = 0) -> dict[str, Any]:
-        """The content of a `config.json` for the family that has the decoder's options. The ids belong to the
-        tokenizer; those of Danube3 are the defaults.
+        """Returns the content of a `config.json` for the family that has the decoder's options.
 
-        The rotary base is there twice: transformers 5 reads `rope_parameters`, version 4 and llama.cpp's converter
-        `rope_theta`, and both leave the other one alone.
+        The ids belong to the tokenizer; the defaults are those of Danube3. The rotary base is written twice:
+        transformers 5 reads `rope_parameters`; transformers 4 and llama.cpp's converter read `rope_theta`. Each ignores
+        the other field.
         """
         family = family_of(self)
         scaling = (
@@ -251,16 +255,19 @@ class DecoderConfig(DecoderShape):
         }
 
     def _nope_in_hf(self) -> dict[str, Any]:
-        # The list has 1 for a layer *with* rotary positions, whatever its name says.
+        # In the list, 1 means a layer *with* rotary positions, despite the name.
         rotary = [int(self.has_rotary(layer)) for layer in range(self.num_hidden_layers)]
         return {"no_rope_layer_interval": self.nope_interval, "no_rope_layers": rotary}
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "DecoderConfig":
-        """The config that a `config.json` of either major version of transformers describes.
+        """Returns the config from a `config.json` of transformers 4 or 5.
 
-        What is absent has the default of its family. What this decoder cannot compute is refused: a field ignored here
-        would be a model that loads and answers wrongly.
+        Missing fields get the default of the family. Fields that this decoder cannot compute raise an error: a model
+        that ignored such a field would load and give wrong answers.
+
+        Raises:
+            ValueError: the family is unknown, a required field is missing, or a field cannot be computed.
         """
         family = family_called(hf.get("model_type"))
         refuse_what_is_not_computed(hf, family)
@@ -293,7 +300,7 @@ def refuse_what_is_not_computed(hf: Mapping[str, Any], family: Family) -> None:
     """Refuses fields of a `config.json` that would change what is computed.
 
     Raises:
-        ValueError: with the field, its value and what is possible.
+        ValueError: a field has an unsupported value; the message names the supported values.
     """
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
@@ -323,12 +330,12 @@ def rope_type(parameters: Mapping[str, Any]) -> Any:
 
 
 def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the rotary parameters of a `config.json`, from where versions 4 and 5 of transformers have them."""
+    """Returns the rotary parameters of a `config.json` from the fields of transformers 4 and 5."""
     return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
 
 
 def scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
-    """Returns the scaling of rotary parameters, None where they ask for none.
+    """Returns the scaling of rotary positions; None if the type is not "llama3".
 
     Raises:
         ValueError: a number is missing or impossible.
@@ -342,17 +349,17 @@ def scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def nope_interval_of(hf: Mapping[str, Any]) -> int | None:
-    """Returns n where every n-th layer of a `config.json` has no rotary positions, None where all have them.
+    """Returns n if every n-th layer of a `config.json` has no rotary positions; None if all layers have them.
 
     Raises:
-        ValueError: the layers without are no such ones.
+        ValueError: the layers without rotary positions are not every n-th layer.
     """
     interval, layers = hf["no_rope_layer_interval"], range(1, hf["num_hidden_layers"] + 1)
     rotary = hf.get("no_rope_layers")
     if rotary is None:
         return None if interval is None else int(interval)
     if all(rotary):
-        # Deeper than the model: then no layer is the n-th.
+        # The interval may be larger than the number of layers: then no layer is the n-th.
         return interval if isinstance(interval, int) and interval > len(rotary) else None
     interval = rotary.index(0) + 1
     if list(map(bool, rotary)) != [layer % interval != 0 for layer in layers]:

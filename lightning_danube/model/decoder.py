@@ -1,7 +1,9 @@
-"""The whole model, read from top to bottom. Parameter names are those of Hugging Face's LlamaForCausalLM and of its
-neighbours (architecture.py), so weights, adapters and converters made for them fit without renaming.
+"""The whole model, read from top to bottom.
 
-Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py has those inside the heads.
+Parameters have the names of Hugging Face's LlamaForCausalLM and of related models (architecture.py). Weights, adapters
+and converters made for those models therefore fit without renaming.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py defines the shapes inside the heads.
 """
 
 from contextlib import nullcontext
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 class RMSNorm(nn.Module):
     """Division by the root mean square, then a learned gain.
 
-    `F.rms_norm` computes 16-bit inputs in float32 inside and rounds once at the end; the reference rounds before the
-    gain as well, and is further from the exact result (0.051 against 0.031 at most on standard normal bfloat16 rows).
-    Forward and backward of 8192 x 512 values take 14.1 ms on one core, the reference's formula 16.1; on CUDA it is one
-    kernel. float64 stays float64.
+    `F.rms_norm` computes 16-bit inputs in float32 and rounds once at the end. Hugging Face's formula also rounds before
+    the gain, and has a larger error (at most 0.051 against 0.031 on standard normal bfloat16 rows). Forward and
+    backward of 8192 x 512 values take 14.1 ms on one core, Hugging Face's formula 16.1 ms. On CUDA it is one kernel.
+    float64 stays float64.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -41,7 +43,7 @@ class RMSNorm(nn.Module):
                 normed: Tensor = RootMeanSquareNorm.apply(hidden_BTD, weight, self.eps)
                 return normed
             return F.rms_norm(hidden_BTD, weight.shape, weight, self.eps)
-        # 16-bit activations with float32 gains (a quantized base, say) would leave the fused path with a warning.
+        # 16-bit activations with float32 gains (for example of a quantized base) would leave the fused path and warn.
         dtype = torch.promote_types(hidden_BTD.dtype, weight.dtype)
         return F.rms_norm(hidden_BTD.to(dtype), weight.shape, weight.to(dtype), self.eps).to(hidden_BTD.dtype)
 
@@ -79,10 +81,10 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """All but the head; it exists for the sake of the `model.` in the parameter names.
+    """The decoder without its head. It is a module of its own so that parameter names begin with `model.`.
 
     Args:
-        window: tokens that a token sees, itself included; None: all before it.
+        window: tokens that a token sees, including itself; None: all earlier tokens.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class Backbone(nn.Module):
         return self.norm(hidden_BTD)
 
     def mask(self, document_ids_BT: Tensor | None, input_ids_BT: Tensor) -> Tensor | None:
-        """(B, 1, T, T) for attention without a cache, None where it is plainly causal."""
+        """Returns the mask of attention without a cache, (B, 1, T, T); None if plain causal attention is right."""
         B, T = input_ids_BT.shape
         window = self.window if self.window is not None and self.window < T else None
         if document_ids_BT is not None:
@@ -144,18 +146,20 @@ class Backbone(nn.Module):
 
 
 def new_embedding(rows: int, size: int) -> nn.Embedding:
-    """nn.Embedding. On the meta device its own initialization would import PyTorch's compiler (1.4 CPU seconds)."""
+    """Returns an nn.Embedding. Skips its initialization on the meta device, which would import PyTorch's compiler (1.4
+    CPU seconds)."""
     if torch.get_default_device().type == "meta":
         return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
     return nn.Embedding(rows, size)
 
 
 class Decoder(nn.Module):
-    """A language model built from its config, with initialized weights unless it is built on the meta device
-    (then: `to_empty`, `init_weights`, or `load_state_dict(..., assign=True)`).
+    """A language model built from its config, with initialized weights.
 
-    `activation_checkpointing`: in training keep only each block's input, and compute the block again in the backward
-    pass: about a third more compute for memory that no longer grows with what a block holds inside.
+    On the meta device they stay empty: call `to_empty` and `init_weights`, or `load_state_dict(..., assign=True)`.
+
+    `activation_checkpointing`: training keeps only each block's input, and computes the block again in the backward
+    pass. This costs about a third more compute, and no activations inside a block stay in memory.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -203,8 +207,10 @@ class Decoder(nn.Module):
         return dtype
 
     def tie_weights(self) -> None:
-        """Make the head the embedding again, when the config says so: leaving the meta device and loading by
-        assignment replace parameters one by one, and so would quietly untie them."""
+        """Ties the head to the embedding again, if the config says so.
+
+        Leaving the meta device and loading by assignment replace parameters one by one, which silently unties them.
+        """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -214,17 +220,19 @@ class Decoder(nn.Module):
         return self
 
     def compile_blocks(self) -> None:
-        """Has PyTorch compile the blocks at their first use, the same code for all of them; names stay as they are.
-        Before `parallelize`, which then leaves its gathering out of the compiled code. With a cache they stay as they
-        are written: its lengths would be compiled for one after the other."""
+        """Makes PyTorch compile the blocks at their first use, with the same code for all blocks and unchanged names.
+
+        Call it before `parallelize`, so that gathering weights stays outside the compiled code. With a cache the blocks
+        run uncompiled, because each length of the cache would need a compilation.
+        """
         for block in self.model.layers:
             block.compile()
         self.has_compiled_blocks = True
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices from normal(0, initializer_range), gains at 1, biases at 0; no scaling with depth, as in Llama and
-        Danube."""
+        """Draws matrices from normal(0, initializer_range), sets gains to 1 and biases to 0. Nothing scales with depth,
+        as in Llama and Danube."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -238,11 +246,11 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
-        """(B, T, D) after the last norm: what the head, and a loss that never holds all logits, starts from.
+        """Returns the states after the last norm, (B, T, D): the input of the head and of the chunked loss.
 
-        Positions count on from the cache when not given. Documents keep packed texts apart (each id one text of its
-        row); they cost a mask of B x T x T bools, and a window shorter than the text costs one of T x T. With a cache,
-        keys and values of these tokens are added to it.
+        Default positions start after the tokens of the cache. `document_ids_BT` separates packed texts (each id is one
+        text of its row) and needs a mask of B x T x T bools. A window shorter than the text needs a mask of T x T
+        bools. Adds keys and values of these tokens to a given cache.
         """
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         as_written = self.has_compiled_blocks and cache is not None
@@ -256,11 +264,11 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the next token at every position."""
+        """Returns the logits of the next token at every position, (B, T, V)."""
         return self.lm_head(self.hidden_states(input_ids_BT, position_ids_BT, document_ids_BT, cache))
 
 
 def tie_after_loading(decoder: nn.Module, incompatible_keys: Any) -> None:
-    # A function of the module, not a bound method: hooks are copied by reference when a decoder is deep-copied.
+    # Not a bound method: deep-copying a decoder copies hooks by reference, so the hook would keep the old decoder.
     assert isinstance(decoder, Decoder)
     decoder.tie_weights()

@@ -1,8 +1,8 @@
 """RMSNorm, SwiGLU's gate and rotary positions as one autograd function each: fewer passes over memory on a CPU.
 
-PyTorch has no kernel of these for a CPU. It runs each as several operations, every one of which reads and writes whole
-activations. Here a piece of the rows goes through all operations while it is in the core's cache, and less is kept for
-the backward pass. Compiled code and GPUs use the plain operations, which their compilers and kernels join.
+PyTorch has no CPU kernel for these functions. It runs several operations, each of which reads and writes whole
+activations. Here a piece of the rows goes through all operations while it is in the core's cache, and less memory is
+kept for the backward pass. Compiled code and GPUs use the plain operations, which their compilers and kernels fuse.
 
 Shapes: N rows, D channels; B batch, T tokens, H heads, K channels of a head. Rotary tables: (B or 1, T, 1, K).
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE = 2**16
-"""Values of a piece: 256 KiB in float32. Smaller pieces cost more in calls than they gain in the cache."""
+"""Values per piece: 256 KiB in float32. Smaller pieces lose more time in calls than they gain from the cache."""
 
 
 def gains(x: Tensor) -> bool:
-    """Whether these functions are faster than plain operations: in eager training on a CPU."""
+    """Returns whether these functions are faster than plain operations: only in eager training on a CPU."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
 
 
@@ -29,7 +29,7 @@ def pieces(rows: int, width: int) -> Iterator[slice]:
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
-    """`F.rms_norm` of float32 or float64 by gains of the same type. Keeps the input and one value of each row."""
+    """`F.rms_norm` in float32 or float64, with gains of the same type. Keeps the input and one value per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -56,7 +56,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
             along_nD = grad_ND[rows] * x_ND[rows]
             if grad_weight_D is not None:
                 grad_weight_D.addmv_(along_nD.t(), scale_n1.squeeze(1))
-            # The part of the gradient that only changes the length of a row is taken off.
+            # Subtract the part of the gradient that only changes the length of a row.
             length_n1 = torch.mv(along_nD, weight_D).unsqueeze(1).mul_(scale_n1).mul_(scale_n1).mul_(scale_n1)
             part_nD = torch.mul(grad_ND[rows], weight_D, out=grad_x_ND[rows]).mul_(scale_n1)
             part_nD.addcmul_(x_ND[rows], length_n1, value=-1 / D)
@@ -92,7 +92,7 @@ class Gate(torch.autograd.Function):
 
 
 class Turn(torch.autograd.Function):
-    """Rotary positions: channel i and channel i + K/2 are turned as one pair, back again in the backward pass."""
+    """Rotary positions: turns channels i and i + K/2 as one pair. The backward pass turns the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Turn(torch.autograd.Function):
 
 
 def turn(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
-    """`rotate` for float32 and float64, in pieces."""
+    """Computes `rotate` of attention.py for float32 and float64, piece by piece."""
     B, T, H, K = x_BTHK.shape
     turned_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
     tables = (cos_BT1K.expand(B, T, 1, K), sin_BT1K.expand(B, T, 1, K))

@@ -1,12 +1,12 @@
 """Cross-entropy of the next token from hidden states and the head's weight, a chunk of tokens at a time.
 
-All logits of 16 x 8192 tokens over 32000 words are 17 GB in float32, and their gradient as much again; a chunk of
-them is all that is ever needed. The gradients of a sum are computed in the forward pass, while the chunk's logits are
-at hand, so nothing is computed twice.
+All logits of 16 x 8192 tokens over a vocabulary of 32000 take 17 GB in float32, and their gradient as much again. Only
+one chunk of them is in memory at a time. For a sum, the forward pass also computes the gradients while it has the
+chunk's logits, so nothing is computed twice.
 
-A head that is divided over devices by its vocabulary (parallel.py) gives a part of the logits on each. Their largest
-value, the sum of their exponentials and the label's are then put together, and the gradients of the hidden states
-summed.
+If the vocabulary of the head is divided over devices (parallel.py), each device has a part of the logits. The devices
+then reduce the largest logit, the sum of exponentials and the label's logit, and sum the gradients of the hidden
+states.
 
 Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vocabulary (of this device).
 """
@@ -20,14 +20,14 @@ from torch.autograd.function import once_differentiable
 from .config import CHUNK_TOKENS
 
 SOFTMAX_TOKENS = 32
-"""Their logits in float32 stay in a core's cache between the passes of the softmax: 134 ms for 4096 tokens and 32000
-words in bfloat16, 185 with 1024 tokens at a time."""
+"""Tokens whose logits go through the softmax together. In float32 these logits stay in a core's cache between passes:
+4096 tokens over a vocabulary of 32000 in bfloat16 take 134 ms, and 185 ms with 1024 tokens at a time."""
 NOTHING_IGNORED = -1
 """No label has this number."""
 
 
 class VocabularyPart(NamedTuple):
-    """Which words of a divided vocabulary this device has: from `start` on, the others on those of its group."""
+    """The part of a divided vocabulary on this device: it begins at `start`. Other devices of `group` have the rest."""
 
     group: Any
     start: int
@@ -42,14 +42,14 @@ class VocabularyPart(NamedTuple):
 
 
 def local_head(weight_VD: Tensor) -> tuple[Tensor, VocabularyPart | None]:
-    """The rows of the head that this device has, and which these are; None where it has all."""
+    """Returns the rows of the head on this device, and which part of the vocabulary they are; None for all rows."""
     if not hasattr(weight_VD, "device_mesh"):  # no distributed tensor
         return weight_VD, None
     distributed_VD: Any = weight_VD
     mesh, (placement,) = distributed_VD.device_mesh, distributed_VD.placements
     assert placement.is_shard(0), placement
     local_VD: Tensor = distributed_VD.to_local()
-    # check_tensor_parallel has seen to it that all parts are of one size.
+    # check_tensor_parallel has checked that all parts have the same size.
     return local_VD, VocabularyPart(mesh.get_group(), mesh.get_local_rank() * len(local_VD))
 
 
@@ -61,12 +61,14 @@ def next_token_loss(
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of nats, number of counted tokens), both scalars; the sum is differentiable, in float32 (float64 for
-    float64 input). Sum and count, not their mean: micro-batches and ranks with unequal counts have to add up first.
+    """Returns the sum of nats and the number of counted tokens, both scalars.
 
-    Labels are already shifted: labels[t] is the token after input[t]. Under autocast the matrix products are in its
-    type and the softmax in float32, as F.cross_entropy on autocast logits would be. No counted token gives 0 and zero
-    gradients.
+    The sum is differentiable, in float32 (float64 for float64 input). It is not a mean, because micro-batches and ranks
+    with unequal counts must be added first.
+
+    Labels are already shifted: labels[t] is the token after input[t]. Under autocast the matrix products have its type
+    and the softmax is in float32, like F.cross_entropy on autocast logits. Without a counted token, the sum and the
+    gradients are 0.
     """
     check_arguments(hidden_BTD, head_weight_VD, labels_BT, chunk_tokens)
     head_weight_VD, part = local_head(head_weight_VD)
@@ -86,11 +88,11 @@ def token_losses(
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Nats of each token, (B, T), 0 where ignored; differentiable, in float32 (float64 for float64 input).
+    """Returns the nats of each token, (B, T), 0 where ignored; differentiable, in float32 (float64 for float64 input).
 
-    For losses that weigh tokens by what comes out of them all: how much each counts is known only in the backward pass,
-    which computes the chunks' logits once more. A sum of nats is `next_token_loss`, which does not. Ignored tokens,
-    such as all of a prompt, cost nothing.
+    Use it for losses whose token weights depend on the nats of all tokens. These weights are known only in the backward
+    pass, which computes the logits of each chunk again. For a plain sum use `next_token_loss`, which computes them
+    once. Ignored tokens, such as a prompt, cost nothing.
     """
     check_arguments(hidden_BTD, head_weight_VD, labels_BT, chunk_tokens)
     head_weight_VD, part = local_head(head_weight_VD)
@@ -103,7 +105,7 @@ def token_losses(
 
 
 class ChunkedTokenNats(torch.autograd.Function):
-    """Nats of each token; the backward pass computes the logits anew, a chunk at a time."""
+    """Nats of each token; the backward pass computes the logits again, a chunk at a time."""
 
     @staticmethod
     def forward(
@@ -166,10 +168,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with_gradient: bool,
         part: VocabularyPart | None,
     ) -> Tensor:
-        # needs_input_grad ignores torch.no_grad, under which it is all there is to say in validation.
+        # needs_input_grad ignores torch.no_grad, so validation needs `with_gradient` as well.
         wants_hidden = with_gradient and ctx.needs_input_grad[0]
         wants_weight = with_gradient and ctx.needs_input_grad[1]
-        # One cast here, where autocast would cast the weight again for each chunk and keep the copies.
+        # Cast once here: autocast would cast the weight again for each chunk and keep the copies.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
             logits = LogitsBuffer(min(chunk_tokens, len(h_ND)), w_VD, part)
@@ -206,12 +208,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class LogitsBuffer:
-    """Memory for the logits of one chunk, in which all that has their size happens in place: fresh memory for each
-    step and chunk costs more in page faults than the arithmetic that fills it.
+    """Memory for the logits of one chunk. All operations on tensors of this size are in place.
 
-    `narrow` holds what the matrix products give and take, `wide` (float32, or float64) what the softmax works on; they
-    are one tensor when the types are the same. On a CPU the softmax takes some tokens at a time, and `wide` has no more
-    of them.
+    New memory for each step and chunk costs more time in page faults than the arithmetic that fills it. `narrow` holds
+    the inputs and outputs of matrix products; `wide` (float32 or float64) holds the values of the softmax. Both are the
+    same tensor if the types are equal. On a CPU the softmax takes `step` tokens at a time, and `wide` has only as many
+    rows.
     """
 
     def __init__(self, rows: int, weight_VD: Tensor, part: VocabularyPart | None = None) -> None:
@@ -231,8 +233,11 @@ class LogitsBuffer:
         times_C: Tensor | None = None,
         with_derivative: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Nats of each token, 0 where ignored; and their derivative by the logits, (C, V): softmax less one at the
-        label, 0 where ignored, times `times_C`. If no derivative is wanted, nothing of use is in its place."""
+        """Returns the nats of each token, 0 where ignored, and their derivative with respect to the logits, (C, V).
+
+        The derivative is (softmax - one-hot label) * `times_C`, 0 where ignored. Without `with_derivative` the second
+        tensor has no meaningful values.
+        """
         product_CV = self.narrow[: len(labels_C)]
         torch.mm(hidden_CD, weight_VD.t(), out=product_CV)
         nats_C = product_CV.new_empty(len(labels_C), dtype=self.wide.dtype)
@@ -245,7 +250,7 @@ class LogitsBuffer:
     def _softmax(
         self, product_CV: Tensor, labels_C: Tensor, ignore_index: int, times_C: Tensor | None, with_derivative: bool
     ) -> Tensor:
-        """Nats of some tokens; their logits are replaced by the derivative."""
+        """Returns the nats of some tokens, and replaces their logits by the derivative."""
         logits_CV = product_CV if self.is_wide else self.wide[: len(labels_C)].copy_(product_CV)
         counted_C = labels_C != ignore_index
         here_C, labels_C = self._here(labels_C, counted_C)
@@ -264,7 +269,7 @@ class LogitsBuffer:
         return (sums_C.log() - target_C).where(counted_C, 0)
 
     def _here(self, labels_C: Tensor, counted_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each label is a counted one among this device's words, and its number among them, else 0."""
+        """Returns whether each label is counted and on this device, and its row in the local head, otherwise 0."""
         if self.part is None:
             return counted_C, labels_C.where(counted_C, 0)
         own_C = labels_C - self.part.start
@@ -273,7 +278,7 @@ class LogitsBuffer:
 
 
 def add_product(total_VD: Tensor, derivative_CV: Tensor, hidden_CD: Tensor) -> None:
-    """Adds a chunk's part of the head's gradient, in the type of the total."""
+    """Adds one chunk's gradient of the head to the total, in the type of the total."""
     if total_VD.dtype == derivative_CV.dtype:
         total_VD.addmm_(derivative_CV.t(), hidden_CD)
     else:
@@ -281,7 +286,7 @@ def add_product(total_VD: Tensor, derivative_CV: Tensor, hidden_CD: Tensor) -> N
 
 
 def product_dtype(hidden_BTD: Tensor, head_weight_VD: Tensor) -> torch.dtype:
-    """The type in which to multiply: autocast's where it is on, except for float64, which it leaves alone."""
+    """Returns the type of the matrix products: autocast's type if it is on, except that float64 stays float64."""
     dtype, device = torch.promote_types(hidden_BTD.dtype, head_weight_VD.dtype), hidden_BTD.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

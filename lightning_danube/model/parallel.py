@@ -1,9 +1,9 @@
 """One decoder over many devices: FSDP2 over the data-parallel replicas, tensor parallelism inside each of them.
 
-Tensor parallelism divides the vocabulary of embedding and head, the heads of attention and the width of the
-feed-forward; every device of a replica computes the residual stream and the norms. A block sums twice over the devices
-in each direction, and the loss three numbers a token (loss.py): no device ever has the logits of the whole vocabulary.
-FSDP2 then deals what each device would hold over the replicas, block by block.
+Tensor parallelism divides the vocabulary of embedding and head, the attention heads and the width of the feed-forward.
+Every device of a replica computes the residual stream and the norms. A block sums over the devices twice in each
+direction. The loss reduces three numbers per token (loss.py), so no device has the logits of the whole vocabulary.
+FSDP2 then shards the weights of each device over the replicas, block by block.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def check_tensor_parallel(config: DecoderConfig, devices: int) -> None:
-    """
+    """Checks that tensor parallelism can divide a decoder over this many devices.
+
     Raises:
-        ValueError: so many devices can not share the heads, the feed-forward or the vocabulary evenly.
+        ValueError: the key-value heads, the feed-forward or the vocabulary do not divide evenly.
     """
     divided = {
         "num_key_value_heads": config.num_key_value_heads,
@@ -38,7 +39,7 @@ def check_tensor_parallel(config: DecoderConfig, devices: int) -> None:
 
 
 def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh) -> None:
-    """Makes the decoder's weights distributed ones, in place; every process has to call it with the same weights.
+    """Makes the decoder's weights distributed tensors, in place. Every process must call it with the same weights.
 
     Args:
         replicas: one-dimensional mesh of the data-parallel replicas.
@@ -54,7 +55,8 @@ def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh) -> 
 
 
 def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
-    """Tensor parallelism. Inputs and outputs of all modules stay plain tensors: a block counts its heads by shape."""
+    """Applies tensor parallelism. Inputs and outputs of all modules stay plain tensors, because a block counts its
+    heads by shape."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -68,19 +70,21 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
         if isinstance(module, RMSNorm):
             hold_on_all(module, devices, with_some_heads=name.endswith(with_some_heads))
     parallelize_module(decoder.model.embed_tokens, devices, RowwiseParallel(input_layouts=Replicate()))
-    # A plain tensor instead of one that is still on its way: compiled blocks would hand its gradient back wrongly.
+    # The clone waits for the asynchronous result. Without it, compiled blocks would return a wrong gradient.
     decoder.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.clone())
     parallelize_module(decoder.lm_head, devices, ColwiseParallel(output_layouts=Replicate()))
     decoder.tie_weights()
 
 
 def hold_on_all(norm: nn.Module, devices: DeviceMesh, *, with_some_heads: bool = False) -> None:
-    """A gain on every device, as a distributed tensor like all others: one optimizer and one norm of the gradient then
-    take them all. Its gradient is the same everywhere, since what follows it sums over the devices.
+    """Replicates a norm's gain on every device, as a distributed tensor like all other weights.
+
+    One optimizer and one gradient norm can then process all weights. The gain's gradient is equal on all devices,
+    because the layers after the norm sum over the devices.
 
     Args:
         with_some_heads: the input is (B, T, heads of this device, K). Each device then has a part of the gradient, and
-            their sum is taken.
+            the parts are summed.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 
@@ -99,8 +103,11 @@ def hold_on_all(norm: nn.Module, devices: DeviceMesh, *, with_some_heads: bool =
 
 
 def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh) -> None:
-    """FSDP2: a block's weights are gathered while it works; embedding, last norm and head stay gathered from the
-    forward pass to the end of the backward pass, for the loss multiplies with the head outside of any module."""
+    """Applies FSDP2: gathers the weights of a block while the block runs.
+
+    Embedding, last norm and head stay gathered from the forward pass to the end of the backward pass, because the loss
+    multiplies by the head outside of any module.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in decoder.model.layers:
