@@ -1,8 +1,8 @@
-"""What this machine can do: which number types it multiplies fast and exactly, its cores, its memory allocator.
+"""Properties of this machine: the number types it multiplies fast and exactly, its cores, its memory allocator.
 
 The speed of a type is measured, not looked up. Processors without AVX-512 have no 16-bit products: there PyTorch
-multiplies bfloat16 matrices up to 300 times slower than float32 ones. A trial takes milliseconds and is made once a
-process, when something asks for it.
+multiplies bfloat16 matrices up to 300 times slower than float32 matrices. A trial takes milliseconds and runs once per
+process, at the first call.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ R = TypeVar("R")
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Allowed error of a matrix product, relative to its largest element, by type.
 
-float32 leaves 6e-7; a float32 product that is computed in 16 bits has 3e-3 (bfloat16) or 4e-4 (TF32). The 16-bit types
-may round their result (4e-3 and 5e-4), not the sums that lead to it.
+A float32 product has an error of 6e-7; computed in fewer bits, 3e-3 (bfloat16) or 4e-4 (TF32). The 16-bit types may
+round their result (4e-3 and 5e-4), but not the sums inside the product.
 """
 
 SIZES = {"cpu": (64, 128, 256, 512), "cuda": (1024, 4096), "mps": (512, 2048)}
 """Width of the square matrices of a trial. A trial stops after the first size that takes `SECONDS_OF_A_SIZE`."""
 SECONDS_OF_A_SIZE = 1e-3
 TRIES = 3
-"""The best time of so many counts. On a CPU the time of one thread counts, so that other processes disturb little."""
+"""Tries of which the fastest counts. A CPU trial measures the CPU time of one thread, so other processes disturb it
+little."""
 
 WORTH_16_BITS = 1.2
 """Mixed precision also casts every weight in every step, so its products must be this much faster than float32's."""
@@ -61,7 +62,7 @@ class ProductRate:
 
 @functools.cache
 def product_rate(dtype: torch.dtype, device: str = "cpu") -> ProductRate:
-    """The measured rate of a type on a device ("cpu", "cuda", "cuda:1", "mps"). The first call takes about 20 ms.
+    """Returns the measured rate of a type on a device ("cpu", "cuda", "cuda:1", "mps"). The first call takes 20 ms.
 
     float32 is measured as `exact_products_by_onednn` computes it.
 
@@ -79,10 +80,10 @@ def product_rate(dtype: torch.dtype, device: str = "cpu") -> ProductRate:
 
 
 def fastest_type(device: str = "cpu", *, training: bool = False) -> torch.dtype:
-    """The type whose products are fastest among those that are exact enough: float32, bfloat16 or float16.
+    """Returns the type with the fastest products among the types that are exact enough: float32, bfloat16 or float16.
 
     Args:
-        training: count the products of a training step; otherwise the forward pass alone.
+        training: compare the products of a training step; otherwise only those of the forward pass.
     """
 
     def speed(dtype: torch.dtype) -> float:
@@ -98,7 +99,7 @@ def fastest_type(device: str = "cpu", *, training: bool = False) -> torch.dtype:
 
 
 def onednn_stays_exact() -> bool:
-    """Whether float32 products in "medium" precision keep float32's error on this processor, by a trial."""
+    """Returns whether float32 products in "medium" precision keep float32's error on this processor. Measures it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -109,11 +110,11 @@ def onednn_stays_exact() -> bool:
 
 @contextmanager
 def exact_products_by_onednn() -> Iterator[bool]:
-    """Lets oneDNN multiply float32 matrices on a CPU where this costs no exactness. Yields whether it does.
+    """Lets oneDNN multiply float32 matrices on a CPU if this keeps their exactness. Yields whether oneDNN is used.
 
-    PyTorch uses the BLAS that it was built with, unless lower precision is allowed; then it uses oneDNN. Where oneDNN
-    computes in float32 all the same, only the speed differs: 1.6 to 2 times on an EPYC. A precision that the user has
-    chosen stays.
+    PyTorch uses the BLAS that it was built with, and uses oneDNN only if lower precision is allowed. If oneDNN
+    nevertheless computes in float32, only the speed changes: 1.6 to 2 times on an EPYC. A precision that the user has
+    chosen does not change.
     """
     before = torch.get_float32_matmul_precision()
     allowed = before == "highest" and onednn_stays_exact()
@@ -127,9 +128,9 @@ def exact_products_by_onednn() -> Iterator[bool]:
 
 @contextmanager
 def _undisturbed(kind: str) -> Iterator[None]:
-    """The caller's modes (autocast, gradients) do not reach a trial, and a CPU uses one thread.
+    """Turns off the caller's modes (autocast, gradients) during a trial, and limits a CPU to one thread.
 
-    The threads of a busy machine wait for each other: a trial with all of them measures the waiting.
+    On a busy machine threads wait for each other, so a trial with all threads would measure the waiting.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -141,7 +142,7 @@ def _undisturbed(kind: str) -> Iterator[None]:
 
 
 def _error(dtype: torch.dtype, device: str) -> float:
-    """Error of a product of 256 terms, relative to its largest element."""
+    """Returns the error of a matrix product with sums of 256 terms, relative to its largest element."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 256, generator=generator, device="cpu", dtype=torch.float32).to(dtype) for _ in range(2))
     expected = a.double() @ b.double().T
@@ -150,7 +151,7 @@ def _error(dtype: torch.dtype, device: str) -> float:
 
 
 def _rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """FLOP/s of a linear layer forward, and of its three products in training: the best over all sizes."""
+    """Returns FLOP/s of a linear layer's forward product and of its three training products, the best of all sizes."""
     forward = training = 0.0
     for size in SIZES[torch.device(device).type]:
         x, w, grad = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
@@ -164,7 +165,7 @@ def _rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
 
 
 def _best_time(product: Callable[[], Tensor], device: str) -> float:
-    """Seconds of the fastest try, after one that compiles."""
+    """Returns the seconds of the fastest try, after one try that compiles."""
     product()
     return min(_time(product, device) for _ in range(TRIES))
 
@@ -189,22 +190,22 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type for sums that must not round: float64. MPS has none, so there float32."""
+    """Returns the widest type for sums: float64; float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# --- what kernels ask, also from compiled code ------------------------------------------------------------------------
+# --- questions of kernels, also from compiled code --------------------------------------------------------------------
 
 
 def constant_in_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
-    """Does what `torch.compiler.assume_constant_result` does, which imports PyTorch's compiler (1.4 CPU seconds)."""
+    """Works like `torch.compiler.assume_constant_result`, without importing PyTorch's compiler (1.4 CPU seconds)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant_in_compiled_code
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this type on this processor. Asks for instructions and measures nothing."""
+    """Returns whether oneDNN has products of this type on this processor. Checks instructions, measures nothing."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -216,12 +217,12 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 @constant_in_compiled_code
 def onednn_multiplies_float32() -> bool:
-    """Whether oneDNN multiplies float32 matrices at the moment: `exact_products_by_onednn` or the user allows it."""
+    """Returns whether oneDNN multiplies float32 matrices now: `exact_products_by_onednn` or the user must allow it."""
     return torch.backends.mkldnn.is_available() and torch.get_float32_matmul_precision() != "highest"
 
 
 def onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a linear layer of this type whose weight is stored in oneDNN's packed layout."""
+    """Returns whether oneDNN has a linear layer of this type whose weight is stored in oneDNN's packed layout."""
     operators = ("_linear_pointwise", "_reorder_linear_weight")
     return (
         dtype in (torch.float32, torch.bfloat16)
@@ -231,7 +232,7 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 
 def fbgemm_packs() -> bool:
-    """Whether FBGEMM has a linear layer with float16 weights and float32 sums (PyTorch's x86 builds on AVX2)."""
+    """Returns whether FBGEMM has a linear layer with float16 weights, float32 sums (PyTorch's x86 builds on AVX2)."""
     return "fbgemm" in torch.backends.quantized.supported_engines and torch.backends.quantized.engine in (
         "fbgemm",
         "x86",
@@ -242,7 +243,7 @@ def fbgemm_packs() -> bool:
 
 
 def usable_cores() -> int:
-    """The number of cores that this process may use. macOS and Windows tell only how many there are."""
+    """Returns the number of cores that this process may use; on macOS and Windows, the number of all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -254,8 +255,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory in the process. Returns whether this took effect (Linux with glibc only).
 
-    glibc gives large blocks back to the system and gets them again page by page in every step. Up to half of the time
-    of an eager training step goes into page faults on the logits. The price is that the peak stays reserved.
+    By default, glibc returns large blocks to the system and gets them again page by page in every step. Page faults on
+    the logits take up to half of an eager training step. The cost of this setting: peak memory stays reserved.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -263,6 +264,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    # -1: never give the end of the heap back, however large it is.
+    # -1: never return the end of the heap to the system.
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 2**28}
     return all(mallopt(option, value) == 1 for option, value in settings.items())

@@ -1,9 +1,9 @@
-"""Signals that tell a process to stop: the answer comes at once, the work ends in order. Exit codes, and SLURM's queue.
+"""Handles stop signals: tells the user at once, then ends the work in order. Exit codes, and requeuing a SLURM job.
 
 Python runs a signal handler between two bytecodes, so a matrix product of a minute delays the handler by a minute.
 Python's C code writes the number of each signal into a pipe at once, and a thread of this module reads that pipe. The
 thread prints the answer, and ends the process on a second Ctrl-C. The main thread unwinds as soon as it can.
-A call into C that keeps Python's lock (loading torch's libraries takes a second) delays the thread as well.
+A call into C that holds Python's global lock (loading torch's libraries takes a second) delays the thread as well.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was told to stop, saved, and waits for `--ckpt_path last`: EX_TEMPFAIL of sysexits.h.
+"""Exit code of a run that was told to stop and has saved; `--ckpt_path last` resumes it. EX_TEMPFAIL of sysexits.h.
 
-Neither 0 (what was asked is not done) nor 128 + signal (what a process shows that was ended before it could save).
+It is not 0, because the run is not finished, and not 128 + signal, the code of a process that could not save.
 """
 
 SECONDS_OF_ONE_STOP = 0.2
-"""Two SIGINTs within this time are one Ctrl-C: `timeout -s INT` sends its signal to the child and to the group."""
+"""Two SIGINTs within this time count as one Ctrl-C: `timeout -s INT` signals both the child and its group."""
 
 SECONDS_TO_END = 10.0
 """How long a process that has nothing to save may take to end after SIGTERM."""
 
 SECONDS_OF_PATIENCE = 0.5
-"""How long a verb that answers Ctrl-C itself is left alone with it."""
+"""How long the thread waits before it answers a Ctrl-C that the verb handles itself."""
 
 
 class Stopped(SystemExit):
-    """Leaves the trainer, or a verb, because a signal said so.
+    """Leaves the trainer or a verb after a stop signal.
 
     Args:
         message: for the user.
@@ -53,13 +53,14 @@ class Stopped(SystemExit):
 
 @dataclass(frozen=True)
 class Phase:
-    """What a signal means at the moment.
+    """How the process reacts to a signal at the moment.
 
     Args:
-        answer: what the user is told, behind the signal's name.
-        again: what a second Ctrl-C does.
-        raises: the exception that the main thread leaves its work with on SIGINT; None: it looks at `received` itself.
-        handles_interrupts: the verb answers Ctrl-C itself and goes on. The thread speaks only if that takes too long.
+        answer: message to the user, printed after the signal's name.
+        again: message that says what a second Ctrl-C does.
+        raises: the exception that SIGINT raises in the main thread; None: the main thread checks `received` itself.
+        handles_interrupts: the verb handles Ctrl-C itself and continues. The thread answers only if that takes too
+            long.
     """
 
     answer: str
@@ -80,7 +81,7 @@ PROMPTING = Phase("", raises=KeyboardInterrupt, handles_interrupts=True)
 
 
 class StopSignals:
-    """Answers the signals of this process, and remembers the first.
+    """Answers the signals of this process, and remembers the first signal.
 
     There is one object, `SIGNALS`, because a process has one handler for each signal.
     """
@@ -98,7 +99,7 @@ class StopSignals:
 
     @contextmanager
     def ending_first(self, end: Callable[[], object]) -> Iterator[None]:
-        """What is called before this process ends at once: it ends a process that this one has started."""
+        """Registers a function that runs before this process ends at once; it ends a process that this one started."""
         self._end_first.append(end)
         try:
             yield
@@ -110,19 +111,19 @@ class StopSignals:
         """Whether the user has been told that the process stops."""
         return self._answered is not None
 
-    # --- what a signal means ------------------------------------------------------------------------------------------
+    # --- the meaning of a signal --------------------------------------------------------------------------------------
 
     @contextmanager
     def listening(self, *, own_process: bool) -> Iterator[None]:
         """Takes SIGINT and SIGTERM while a command line runs. Does nothing outside the main thread.
 
         Args:
-            own_process: the process has no other purpose, so a second Ctrl-C may end it, and a thread may watch.
+            own_process: the process runs only this command line, so a second Ctrl-C may end it, and a thread may watch.
         """
         if threading.current_thread() is not threading.main_thread() or self._listening:
             yield
             return
-        # A signal that whoever started this process has had ignored (nohup, a shell's background job) stays ignored.
+        # A signal that the parent process ignores (nohup, a shell's background job) stays ignored.
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
         self._forget()
         self._phase, self._listening = ENDING, True
@@ -133,7 +134,7 @@ class StopSignals:
             yield
         finally:
             self._listening = self._threaded = False
-            # While Python shuts down, an exception would be of no use: there the system ends the process.
+            # While Python shuts down, nothing can catch an exception: let the system end the process.
             _restore(dict.fromkeys(numbers, signal.SIG_DFL) if own_process else before)
             if close is not None:
                 close()
@@ -150,7 +151,7 @@ class StopSignals:
                 self._forget()
 
     def hold(self, numbers: Iterable[int]) -> None:
-        """From now on these signals are remembered for whoever looks at `received`, until `release`."""
+        """Only stores these signals in `received` from now on, until `release`."""
         if threading.current_thread() is threading.main_thread():
             if not self._listening:
                 self._forget()
@@ -158,7 +159,7 @@ class StopSignals:
         self._phase = SAVING
 
     def all_done(self) -> None:
-        """What was held for is over; signals are still held, as the process is about to end by itself."""
+        """Says that all work is saved. Signals are still held, because the process will soon end by itself."""
         self._phase = DONE
 
     def release(self) -> None:
@@ -185,7 +186,7 @@ class StopSignals:
         if again:
             raise KeyboardInterrupt if self._phase.raises is KeyboardInterrupt else Stopped("", 128 + signal.SIGINT)
         if self.received is not None:
-            return  # the exception is on its way, or `received` is going to be looked at
+            return  # the exception was already raised, or the main thread will check `received`
         self.received = signal.Signals(number)
         if number == signal.SIGINT and self._phase.raises is KeyboardInterrupt:
             raise KeyboardInterrupt
@@ -195,11 +196,11 @@ class StopSignals:
     # --- in either thread, whichever is first -------------------------------------------------------------------------
 
     def _answer(self, number: int) -> None:
-        """Tells the user, once, what happens now."""
+        """Tells the user once what the process does now."""
         phase = self._phase
         if number == signal.SIGTERM and phase.handles_interrupts:
             phase = ENDING
-        # Not a lock that waits: the handler may have interrupted this very function.
+        # Do not wait for the lock: the handler may have interrupted this function while it held the lock.
         if phase is PROMPTING or not self._answering.acquire(blocking=False):
             return
         try:
@@ -227,7 +228,7 @@ class StopSignals:
         return number == signal.SIGINT and self._first is not None and now - self._first > SECONDS_OF_ONE_STOP
 
     def _start_thread(self) -> Callable[[], None] | None:
-        """Has a thread answer. Returns what ends it; None where another library listens already."""
+        """Starts the thread that answers. Returns a function that ends it; None if another library already listens."""
         reading, writing = os.pipe()
         if os.name != "nt":
             os.set_blocking(writing, False)
@@ -256,14 +257,14 @@ class StopSignals:
         return close
 
     def _end_now(self, code: int) -> NoReturn:
-        """Ends this process and those it has started. Files are whole or not there, so no file breaks."""
+        """Ends this process and the processes that it started. This damages no file, because files appear complete."""
         for end in list(self._end_first):
             with suppress(Exception):
                 end()
         processes = sys.modules.get("multiprocessing")
         if processes is not None:
             with suppress(Exception):
-                # Else the process that watches over semaphores warns that they were left behind.
+                # Otherwise multiprocessing's resource tracker warns about leaked semaphores.
                 sys.modules["multiprocessing.util"]._run_finalizers(0)
             with suppress(Exception):
                 for child in processes.active_children():
@@ -274,10 +275,10 @@ class StopSignals:
 
     @contextmanager
     def starting_processes(self) -> Iterator[None]:
-        """Processes that are started inside never get SIGINT, from their first instruction on.
+        """Blocks SIGINT from the first instruction on in processes that are started inside this context.
 
-        A terminal sends Ctrl-C to them as well, and a handler of their own would come too late while they import. Here
-        the exception waits until they have been started: half a start ends with a traceback of the new process.
+        A terminal also sends Ctrl-C to them, and while they import, their own handler is not yet installed. In this
+        process the exception waits until they are started: an interrupted start prints the new process's traceback.
         """
         before = None
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
@@ -301,7 +302,7 @@ class StopSignals:
         self._forks_known = True
 
     def _forget_in_child(self) -> None:
-        """A terminal sends Ctrl-C to the children as well. Their parent answers for all of them."""
+        """Ignores Ctrl-C in a forked child: a terminal also sends it to children, and the parent answers for them."""
         if not self._listening:
             return
         self._listening = self._threaded = False
@@ -314,7 +315,7 @@ SIGNALS = StopSignals()
 
 
 def run_child(command: Sequence[str], *, timeout: float | None = None, **options: Any) -> CompletedProcess[str]:
-    """`subprocess.run` with text, for a process that must not outlive this one when a second Ctrl-C ends it at once."""
+    """Runs a command like `subprocess.run` with text, and kills it if a second Ctrl-C ends this process at once."""
     with subprocess.Popen(command, text=True, **options) as process, SIGNALS.ending_first(process.kill):
         try:
             out, err = process.communicate(timeout=timeout)
@@ -333,12 +334,12 @@ def _restore(handlers: dict[int, Any]) -> None:
 def _say(number: int, phase: Phase) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank != "0" and number == signal.SIGINT:
-        return  # a terminal sends it to all ranks, and rank zero answers
+        return  # a terminal sends SIGINT to all ranks, and rank zero answers
     who = f"{signal.Signals(number).name}{'' if rank == '0' else f' on local rank {rank}'}"
     again = f"; {phase.again}" if number == signal.SIGINT else ""
-    # The terminal has written ^C where the cursor was.
+    # The terminal has written ^C at the cursor.
     line = "\n" if number == signal.SIGINT and os.isatty(2) else ""
-    # Not print: the main thread may be in the midst of it.
+    # Not print: this may interrupt a print of the main thread.
     with suppress(OSError):
         os.write(2, f"{line}{who}: {phase.answer}{again}\n".encode())
 
@@ -350,7 +351,7 @@ def _later(seconds: float, do: Callable[[], object]) -> None:
 
 
 def requeue_slurm_job() -> str:
-    """Has SLURM put the job this process belongs to back into its queue; returns what to tell the user."""
+    """Asks SLURM to put this process's job back into the queue. Returns a message for the user."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
     if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):

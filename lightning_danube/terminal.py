@@ -16,17 +16,17 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def as_typed() -> str:
-    """The start of this command line: `lightning-danube`, or `python -m lightning_danube`."""
+    """Returns the start of this command line: `lightning-danube`, or `python -m lightning_danube`."""
     return SCRIPT if _by_script() else "python -m lightning_danube"
 
 
 def runnable() -> str:
-    """The start of a command line that works when it is pasted here: a path where PATH does not lead to the program."""
+    """Returns the start of a command line that works in this shell: the program's path if PATH does not contain it."""
     return program(SCRIPT) if _by_script() else f"{program('python')} -m lightning_danube"
 
 
 def program(name: str) -> str:
-    """A program of this environment as it can be typed here: its name if PATH leads to it, otherwise its path."""
+    """Returns how to call a program of this environment: by its name if PATH leads to it, otherwise by its path."""
     folder = Path(sys.executable).parent
     if name == "python" and not (folder / name).exists():
         name = Path(sys.executable).name
@@ -38,7 +38,7 @@ def program(name: str) -> str:
 
 
 def quoted(text: object) -> str:
-    """A text as one argument of a shell, in double quotes where that is enough."""
+    """Returns a text as one shell argument, in double quotes if these are enough."""
     text = str(text)
     if shlex.quote(text) == text or set(text) & set('"$`\\!'):
         return shlex.quote(text)
@@ -50,7 +50,7 @@ def _by_script() -> bool:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first aligned left, the others right."""
+    """Returns a table with padded columns: the first column aligned left, the others right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:
@@ -61,7 +61,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells without the spaces around them; a bar inside one stays a bar."""
+    """Returns a Markdown table. Strips spaces around cells, and escapes a bar inside a cell."""
     lines = [[re.sub(r"([|\\])", r"\\\1", cell.strip()) for cell in row] for row in [header, *rows]]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -73,7 +73,7 @@ def markdown_code(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """A line for whoever watches, beside what the run prints."""
+    """Prints a line to stderr, so that stdout has only the output of the run."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -84,7 +84,7 @@ def minutes_and_seconds(seconds: float) -> str:
 
 
 def closing_lines(done: str, run: Path, *arguments: object) -> list[str]:
-    """Returns the last lines of a finished run: what was done, where it is, and the command to type next.
+    """Returns the last lines of a finished run: what was done, its directory, and the next command.
 
     Args:
         arguments: verb and options of that command; a path is quoted for a shell.

@@ -1,1 +1,1 @@
-"""What trains a model, whatever the task."""
+"""Training code that all tasks share."""

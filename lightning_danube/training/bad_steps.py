@@ -18,7 +18,7 @@ from lightning_danube.files import write_text
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot usefully go on. The message says which checkpoint to go on from."""
+    """Raised when training cannot usefully continue. The message names the checkpoint to resume from."""
 
     @property
     def user_message(self) -> str:
@@ -44,8 +44,8 @@ class BadSteps:
 
     Args:
         spike_deviations: a loss is a spike if it is this many standard deviations above the mean of the last
-            `spike_window` losses that counted; None: no loss is a spike.
-        spike_window: losses of that mean and deviation. No loss is a spike before the window is full.
+            `spike_window` losses, without skipped steps; None: no loss is a spike.
+        spike_window: number of losses in that mean and deviation. No loss is a spike before the window is full.
 
     Raises:
         ValueError: a number is out of range.
@@ -58,9 +58,9 @@ class BadSteps:
             raise ValueError(f"spike_window is {spike_window}: a deviation needs at least 2 losses")
         self.spike_deviations, self.spike_window = spike_deviations, spike_window
         self.skipped = 0
-        """Steps skipped in the whole run, as far as they were read."""
+        """Skipped steps of the whole run whose decisions were read."""
         self.in_a_row = 0
-        """Skipped steps up to the last one that was read."""
+        """Number of skipped steps in a row, ending at the last decision that was read."""
         self._recent = torch.zeros(spike_window, dtype=torch.float64)
         self._counted = torch.zeros((), dtype=torch.int64)
         self._latest: Tensor | None = None
@@ -112,7 +112,7 @@ class BadSteps:
         return 0 if event is None else 1
 
     def read(self, all_but: int = 0) -> Iterator[BadStep]:
-        """Reads the decisions that were not read yet, and yields the skipped steps. Every rank reads the same.
+        """Reads the decisions that were not read yet, and yields the skipped steps. All ranks read equal decisions.
 
         Args:
             all_but: how many of the newest decisions stay unread.
@@ -128,11 +128,11 @@ class BadSteps:
                 yield BadStep(step, "spike" if spike else _not_finite(loss), loss, norm)
 
     def forget_unread(self) -> None:
-        """Drops the decisions that were not read, because the run stops."""
+        """Discards the decisions that were not read, because the run stops."""
         self._unread.clear()
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Returns the state for a checkpoint."""
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -141,7 +141,7 @@ class BadSteps:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes what a checkpoint kept; the window of losses only if it has the same length."""
+        """Restores the state from a checkpoint; the window of losses only if its length is unchanged."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         if len(state["recent"]) == self.spike_window:
             self._recent, self._counted = state["recent"].clone(), state["counted"].clone()
@@ -169,7 +169,7 @@ def append_record(path: Path, bad: BadStep, samples: Sequence[dict[str, Any]]) -
 
 
 def drop_later_records(path: Path, step: int) -> None:
-    """Removes the steps after `step` from the file: a resumed run does them again, and records them again."""
+    """Removes the records after `step` from the file: a resumed run repeats these steps and records them again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
@@ -179,7 +179,7 @@ def too_many_bad_steps(in_a_row: int, step: int, run: Path | None) -> TrainingSt
     """Returns the error that ends a run after too many bad steps.
 
     Args:
-        run: the run's directory; None on ranks other than zero, which do not know it.
+        run: the run's directory; None on ranks other than zero, which do not know the directory.
     """
     what = f"{in_a_row} optimizer steps in a row were skipped, up to step {step}"
     if run is None:
@@ -190,5 +190,5 @@ def too_many_bad_steps(in_a_row: int, step: int, run: Path | None) -> TrainingSt
 
 
 def _json_number(value: float) -> float | str:
-    """JSON has no nan and no infinity: they become texts."""
+    """Returns the number, or a string for nan and infinity, which JSON cannot represent."""
     return value if math.isfinite(value) else str(value)

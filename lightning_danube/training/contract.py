@@ -1,9 +1,9 @@
-"""What a task may ask of its data, and what a batch holds. A new task or data module is written by reading this page.
+"""The interface between tasks and data, and the content of batches. Read this file before writing either of them.
 
-Data return numbers and batches. They never write to the trainer: `DecoderTask.setup` does that, in one place.
-Parts of an evaluation have a contract of their own: `evaluation/asking.py`.
+Data modules return numbers and batches. They never write to the trainer: only `DecoderTask.setup` does that.
+Parts of an evaluation have their own interface: `evaluation/asking.py`.
 
-Shapes: B rows of a micro-batch, T places of a row, P pairs, C choices of a question.
+Shapes: B rows of a micro-batch, T positions of a row, P pairs, C choices of a question.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a token, or the class of a text, that the loss does not count."""
+"""The label of a token, or the class of a text, that the loss ignores."""
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
 class TokenBatch(TypedDict):
-    """Rows of tokens. `labels` holds IGNORE_INDEX where the loss does not count."""
+    """Rows of tokens. `labels` is IGNORE_INDEX where the loss ignores the token."""
 
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     document_ids: NotRequired[Tensor]  # (B, T): tokens see only tokens of their own document
-    position_ids: NotRequired[Tensor]  # (B, T): the place in the document
+    position_ids: NotRequired[Tensor]  # (B, T): the position in the document
 
 
 class StepBatch(TokenBatch):
-    """A micro-batch of training whose optimizer step counts its labels over all micro-batches and devices."""
+    """A training micro-batch, and the labels of its whole optimizer step over all micro-batches and devices."""
 
     step_labels: int
 
 
 class HeldOutBatch(TokenBatch):
-    """Held-out rows of one source, with their numbers; -1 for an empty row."""
+    """Held-out rows of one source, and the numbers of the rows; -1 for an empty row."""
 
     source: str
     rows: list[int]
 
 
 class PairBatch(StepBatch):
-    """Pairs of answers: the rows of a pair follow each other, the chosen answer first, so B is 2 P."""
+    """Pairs of answers. The rows of a pair follow each other, the chosen answer first, so B is 2 P."""
 
-    reference: Tensor  # (P, 2): log-probabilities that the model began with
+    reference: Tensor  # (P, 2): log-probabilities under the initial model
 
 
 class HeldOutPairBatch(HeldOutBatch):
@@ -55,7 +55,7 @@ class HeldOutPairBatch(HeldOutBatch):
 
 
 class TextBatch(TypedDict):
-    """Texts to classify, padded behind their ends. A row is -1, and a class IGNORE_INDEX, where there is none."""
+    """Texts to classify, padded at the end. A missing row is -1, and a missing class is IGNORE_INDEX."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64
@@ -65,12 +65,12 @@ class TextBatch(TypedDict):
 
 
 class WindowBatch(TypedDict, total=False):
-    """Windows of a text, or the questions of a cloze, whose C choices follow each other, the true one first."""
+    """Windows of a text, or cloze questions. The C choices of a question follow each other, the true choice first."""
 
     input_ids: Tensor  # (B, T) int64
-    first: int  # predictions count from this place on
-    context_length: int  # of windows
-    choices: int  # of questions
+    first: int  # position of the first prediction that counts
+    context_length: int  # only for windows
+    choices: int  # only for questions
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class WindowBatch(TypedDict, total=False):
 
 @runtime_checkable
 class TokenizedData(Protocol):
-    """Data that are made of tokens."""
+    """Data made of tokens."""
 
     vocab_size: int
     context_length: int
@@ -86,22 +86,22 @@ class TokenizedData(Protocol):
 
 @runtime_checkable
 class TrainingData(TokenizedData, Protocol):
-    """Data to train on. Lengths are known after `setup("fit")`; those of a curriculum are known at once."""
+    """Data to train on. Lengths are known after `setup("fit")`; the lengths of a curriculum are known earlier."""
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one optimizer step over all devices, padding included unless the data say otherwise."""
+        """Tokens of one optimizer step over all devices, including padding unless the data module says otherwise."""
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole run: what the learning rate goes by."""
+        """Tokens of the whole run; the learning rate depends on this number."""
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
 
     def accumulation(self, replicas: int) -> int:
-        """Micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
 
         Raises:
             ValueError: the step does not divide evenly.
@@ -110,14 +110,14 @@ class TrainingData(TokenizedData, Protocol):
 
 @runtime_checkable
 class PairData(Protocol):
-    """Pairs of answers, beside the log-probabilities of the model that a run begins with."""
+    """Pairs of answers, with their log-probabilities under the initial model of the run."""
 
     def prepare_reference(self, model: str, log_probabilities: Callable[[TokenBatch], Tensor]) -> None:
-        """Has the log-probabilities of all pairs computed, or reads them where an earlier run left them.
+        """Computes the log-probabilities of all pairs, or reads the file of an earlier run.
 
         Args:
-            model: name of the weights and the precision, fit for a file's name.
-            log_probabilities: batch → (P, 2), of the chosen and the rejected answers.
+            model: name of the weights and the precision, usable in a file name.
+            log_probabilities: batch → (P, 2), the log-probabilities of the chosen and the rejected answers.
         """
 
 
@@ -126,24 +126,24 @@ class LabelledData(TokenizedData, Protocol):
     """Texts with classes."""
 
     labels: list[str]
-    """The classes, by number; empty where the checkpoint knows them."""
+    """The names of the classes, in the order of their numbers; empty if the checkpoint has them."""
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns what `predict` says of a text: where it stands, and its `true_label` if that is known."""
+        """Returns the fields that `predict` writes about a text: its location, and its `true_label` if known."""
 
 
 Wanted = TypeVar("Wanted")
 
 
 def data_of(trainer: Trainer, wanted: type[Wanted], problem: str) -> Wanted:
-    """Returns the run's data module as what the caller needs.
+    """Returns the run's data module, checked to have the type that the caller needs.
 
     Args:
         wanted: a class, or one of the Protocols above.
-        problem: what to say of other data. `{data}` stands for the name of their class.
+        problem: error message for other data. `{data}` stands for the name of their class.
 
     Raises:
-        ValueError: the run has other data, or none.
+        ValueError: the run has other data, or no data.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, wanted):

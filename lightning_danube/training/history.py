@@ -1,4 +1,4 @@
-"""What changed between the sessions of a run, and on which commit and machine a session ran."""
+"""Records the changes between the sessions of a run, and the commit and machine of each session."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key → (old value, new value) for each key that differs; None stands for a key that is not there."""
+    """Returns key → (old value, new value) for each key that differs; None stands for a missing key."""
     before, after = _flat(old), _flat(new)
     keys = [key for key in {**before, **after} if key.split(".")[0] not in _SAY_NOTHING]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key, without `init_args`; stages and callbacks by their name, not their number."""
+    """Returns nested values by dotted key, without `init_args`. Stages and callbacks have their name, not a number."""
     if isinstance(value, dict) and value:
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -44,7 +44,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def append_history(path: Path, **facts: Any) -> None:
-    """Adds a line to the run's history: when, with which versions and commit, and what the caller knows."""
+    """Adds a line to the run's history: the time, the versions, the commit, and the caller's facts."""
     record = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         **facts,
@@ -53,7 +53,7 @@ def append_history(path: Path, **facts: Any) -> None:
         "commit": commit(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A line is appended to those of earlier starts, which are left as they are.
+    # Appending keeps the lines of earlier sessions.
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 

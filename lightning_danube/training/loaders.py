@@ -1,4 +1,4 @@
-"""Loaders and samplers that data modules of several tasks share: micro-batches of whole steps, and exact resume."""
+"""Loaders and samplers that several tasks share: micro-batches of whole optimizer steps, and exact resume."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from lightning_danube.training.passes import Pass
 
 
 def steps_of(one: Pass) -> Iterator[list[list[int]]]:
-    """The rows of each step of a pass."""
+    """Yields the rows of each step of a pass."""
     for first, behind in pairwise(range(0, len(one.rows) + 1, one.batch_rows)):
         yield one.rows[first:behind]
 
 
 class StepRows(list[list[int]]):
-    """Rows of a micro-batch, and what its optimizer step counts in all: the loss is a mean over the whole step, however
-    unevenly its answers are dealt to micro-batches and devices."""
+    """Rows of a micro-batch, and the number of labels in its whole optimizer step.
+
+    The loss is a mean over the whole step, even if its labels are spread unevenly over micro-batches and devices.
+    """
 
     step_labels: int = 0
 
 
 class StepSampler(Sampler[StepRows]):
-    """This replica's micro-batches from step `start` on; micro-batch after micro-batch is dealt to the replicas."""
+    """Yields this replica's micro-batches from step `start` on. Replicas take the micro-batches of a step in turn."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class StepSampler(Sampler[StepRows]):
         self.micro_batch_size, self.replicas, self.replica = micro_batch_size, replicas, replica
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, wherever it starts: the trainer counts those before as done."""
+        """Returns the micro-batches of the whole run, for any `start`: the trainer counts the earlier ones as done."""
         return sum(len(one.rows) for one in self.passes) // (self.micro_batch_size * self.replicas)
 
     def __iter__(self) -> Iterator[StepRows]:
@@ -64,7 +66,7 @@ class StepSampler(Sampler[StepRows]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that need not be rewound: the data module starts its sampler where the checkpoint stands."""
+    """A loader without a state: the data module starts its sampler at the position of the checkpoint."""
 
     def __init__(self, rows: Dataset[Any], sampler: Sampler[Any], workers: int, *, pin_memory: bool = False) -> None:
         super().__init__(
@@ -78,7 +80,7 @@ class ResumableLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        # Processes start here, and a Ctrl-C while they import would end them with a traceback.
+        # Worker processes start here; a Ctrl-C during their imports would end them with a traceback.
         with SIGNALS.starting_processes():
             return super().__iter__()
 
@@ -90,9 +92,11 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group (`timeout`, a shell, a terminal) must not take the loaders away from a run
-    that is about to save."""
-    if sys.platform != "win32":  # where neither exists
+    """Moves a loader process into its own process group, and ignores SIGUSR1 in it.
+
+    A signal to the whole group (`timeout`, a shell, a terminal) must not end the loaders of a run that will save.
+    """
+    if sys.platform != "win32":  # Windows has neither
         os.setpgid(0, 0)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -105,7 +109,7 @@ def accumulation(key: str, batch: int, micro_batch_size: int, replicas: int) -> 
     """Returns the micro-batches of one optimizer step on each replica.
 
     Raises:
-        ValueError: `batch` examples, which `data.<key>` asks for, cannot be dealt evenly.
+        ValueError: the `batch` examples of `data.<key>` do not divide evenly.
     """
     held = replicas * micro_batch_size
     if batch % held:

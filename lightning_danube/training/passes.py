@@ -1,4 +1,4 @@
-"""The order of the rows in one pass over a data set: a shuffle with random access, and which rows share a batch."""
+"""The order of rows in one pass over a data set: a shuffle with random access, and the rows of each batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 PACKED_TOGETHER = 1024
-"""Conversations among which a row's are chosen: enough to fill rows, few enough that who stands together is chance."""
+"""Conversations that are packed together: enough to fill rows well, few enough that rows stay random."""
 
 
 BATCHES_SORTED_TOGETHER = 50
@@ -21,7 +21,7 @@ BATCHES_SORTED_TOGETHER = 50
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the conversations: rows of the numbers of conversations, padded with empty rows to whole steps."""
+    """One pass over the conversations: each row lists conversation numbers; empty rows pad the last step."""
 
     rows: list[list[int]]
     batch_rows: int
@@ -32,10 +32,10 @@ class Pass:
 
 
 def packed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
-    """Several conversations a row: in each group, the longest first, each into the row that it fills best.
+    """Returns a pass with several conversations per row, packed by best fit, the longest of each group first.
 
     Args:
-        lengths: places that each takes in a row, (n,).
+        lengths: tokens of each conversation in a row, (n,).
     """
     chats = _shuffled(len(lengths), seed, "conversations", number)
     rows: list[list[int]] = []
@@ -55,7 +55,7 @@ def packed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int
 
 
 def bucketed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
-    """One conversation a row, those of a step of similar length, so that little is padding."""
+    """Returns a pass with one conversation per row. The rows of a step have similar lengths, so padding is small."""
     chats = _shuffled(len(lengths), seed, "conversations", number)
     chunk = batch_rows * BATCHES_SORTED_TOGETHER
     batches: list[NDArray[np.int64]] = []
@@ -86,12 +86,12 @@ def _whole_steps(rows: list[list[int]], batch_rows: int) -> Pass:
 
 
 def permute(positions: IntArray, size: int, *, seed: int, stream: str, epoch: int) -> IntArray:
-    """Rows visited at `positions` of one pass: a bijection of range(size) for each (seed, stream, epoch).
+    """Returns the rows at `positions` of one pass, (n,): a bijection of range(size) for each (seed, stream, epoch).
 
     Args:
         positions: (n,) integers in [0, size).
-        stream: what is shuffled, for example a source's name, so that equal sizes do not mean equal orders.
-        epoch: number of the pass; each has its own order.
+        stream: name of the shuffled data, for example a source. Different names give different orders.
+        epoch: number of the pass; each pass has its own order.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, stream, epoch)
@@ -111,7 +111,10 @@ def _round_keys(seed: int, stream: str, epoch: int) -> tuple[np.uint64, ...]:
 
 
 def _feistel(values: NDArray[np.uint64], half_bits: int, keys: tuple[np.uint64, ...]) -> NDArray[np.uint64]:
-    """Six rounds over two halves of `half_bits` bits; the round function is the finaliser of splitmix64."""
+    """Applies a Feistel network of six rounds to two halves of `half_bits` bits.
+
+    The round function is the finaliser of splitmix64.
+    """
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for key in keys:

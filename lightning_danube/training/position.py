@@ -1,4 +1,4 @@
-"""Where a run stands: its tokens, its steps, its directory."""
+"""The position of a run: its tokens, its steps, its directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_danube.training.contract import TrainingData, data_of
 
 
 def replicas_of(trainer: Trainer | None) -> tuple[int, int]:
-    """Returns the number of data-parallel replicas, and this one's.
+    """Returns the number of data-parallel replicas, and the number of this process's replica.
 
     `global_rank` would be wrong under tensor parallelism.
     """
@@ -23,7 +23,7 @@ def training_data_of(trainer: Trainer) -> TrainingData:
     """Returns the run's data module.
 
     Raises:
-        ValueError: it is none to train on.
+        ValueError: the data module is not for training.
     """
     return data_of(trainer, TrainingData, "{data} does not say how long a run is: see training/contract.py")
 
@@ -34,24 +34,24 @@ def tokens_done(trainer: Trainer) -> int:
 
 
 def end_of_run(trainer: Trainer) -> int:
-    """Returns the tokens after which the run ends: all of the data, or fewer where `trainer.max_steps` ends it."""
+    """Returns the tokens after which the run ends: all tokens of the data, or fewer if `trainer.max_steps` is lower."""
     data = training_data_of(trainer)
     limit = trainer.max_steps * data.batch_tokens
     return data.total_tokens if limit < 0 else min(data.total_tokens, limit)
 
 
 def steps_ahead(trainer: Trainer, total: int) -> str:
-    """Returns "250", or "20 of 250" where `trainer.max_steps` ends the run before."""
+    """Returns the steps of the run as text: "250", or "20 of 250" if `trainer.max_steps` ends the run earlier."""
     return f"{total:,}" if not 0 <= trainer.max_steps < total else f"{trainer.max_steps:,} of {total:,}"
 
 
 def is_done(trainer: Trainer) -> bool:
-    """Whether the last step of the run is over."""
+    """Returns whether the last step of the run is finished."""
     return tokens_done(trainer) >= training_data_of(trainer).total_tokens
 
 
 def speaks_for_replica(trainer: Trainer) -> bool:
-    """Whether this rank is the first of those that share a data-parallel replica, and so have the same rows."""
+    """Returns whether this rank is the first rank of its data-parallel replica. All ranks of a replica share rows."""
     replicas, _ = replicas_of(trainer)
     return trainer.global_rank % (trainer.world_size // replicas) == 0
 
@@ -59,7 +59,7 @@ def speaks_for_replica(trainer: Trainer) -> bool:
 def run_directory(trainer: Trainer) -> Path:
     """Returns the directory of this run. Only rank zero may call it.
 
-    `trainer.log_dir` is a broadcast: if only one rank asks for it, that rank waits for the others for ever.
+    `trainer.log_dir` is a broadcast: if only one rank reads it, that rank waits for the others forever.
     """
     assert trainer.is_global_zero, "other ranks have not agreed on the version: use trainer.log_dir on all of them"
     logger = trainer.logger
@@ -67,13 +67,13 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 def log_interval(trainer: Trainer) -> int:
-    """Returns the optimizer steps between two logged ones; 0 logs none."""
+    """Returns every how many optimizer steps the trainer logs; 0 means never."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
     return every
 
 
 def at_logged_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch ended an optimizer step that is logged."""
+    """Returns whether this micro-batch ended an optimizer step that is logged."""
     at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     every = log_interval(trainer)
     return at_step and every > 0 and trainer.global_step % every == 0

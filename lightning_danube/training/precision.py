@@ -1,4 +1,4 @@
-"""Which precision a run computes in: the one that is set, or the fastest that is exact enough on its device.
+"""Chooses the precision of a run: the precision in the config, or the fastest one that is exact enough on the device.
 
 The names are those of Lightning's trainer: in "bf16-mixed" the weights are float32 and matrices are multiplied in
 bfloat16; in "32-true" everything is float32.
@@ -16,13 +16,13 @@ import torch
 from lightning_danube.device import fastest_type, onednn_stays_exact, product_rate
 
 RANK_ZEROS = "LIGHTNING_DANUBE_PRECISION"
-"""Environment variable of a rank that rank zero has started: the precision that rank zero computes in."""
+"""Environment variable of a rank that rank zero has started: the precision of rank zero."""
 
 MUCH_SLOWER = 3.0
-"""A precision that is slower by this factor is not kept when a run goes on, and is told when it is set."""
+"""A precision that is slower by this factor is not kept when a run resumes, and causes a warning when it is set."""
 
 PRECISION_OF = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}
-"""The precisions that are chosen. 16-mixed scales its loss and can skip steps, so only the user chooses it."""
+"""The precisions of the automatic choice. 16-mixed scales its loss and can skip steps, so only the user chooses it."""
 
 PRODUCTS_IN = {
     "32-true": torch.float32,
@@ -32,17 +32,18 @@ PRODUCTS_IN = {
     "16-true": torch.float16,
     "64-true": torch.float64,
 }
-"""Precision → the type in which it multiplies matrices."""
+"""Precision → type of its matrix products."""
 
 DEVICES = {"cpu": "this processor", "cuda": "this GPU", "mps": "this GPU"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """
+    """A precision, and the reason for it.
+
     Args:
-        precision: as the trainer calls it.
-        reason: why, to print beside it.
+        precision: the trainer's name of the precision.
+        reason: why this precision was chosen, for the user.
     """
 
     precision: str
@@ -50,7 +51,7 @@ class Choice:
 
 
 def kind_of_device(accelerator: Any) -> str:
-    """ "cpu", "cuda", "mps" or another kind, for what a config says of the accelerator."""
+    """Returns "cpu", "cuda", "mps" or another kind of device, from the accelerator in a config."""
     if accelerator == "auto":
         # `plan` chooses a precision without Lightning, whose import takes seconds.
         from lightning.fabric.utilities.device_parser import _select_auto_accelerator
@@ -66,12 +67,12 @@ def kind_of_device(accelerator: Any) -> str:
 
 
 def choose(kind: str, *, trains: bool = True, before: str | None = None) -> Choice:
-    """The fastest precision that is exact enough on a kind of device.
+    """Returns the fastest precision that is exact enough on a kind of device.
 
     Args:
-        kind: of device, as `kind_of_device` says.
-        trains: whether the task trains a model. A task that only measures one computes in the type of its weights.
-        before: the precision that a run which goes on had until now. It stays unless it is much slower here, as another
+        kind: kind of device, as from `kind_of_device`.
+        trains: whether the task trains a model. A task that only measures a model computes in the type of its weights.
+        before: the precision of a resumed run until now. It stays unless it is much slower here, because another
             precision changes the loss curve.
     """
     if not trains:
@@ -90,7 +91,7 @@ def _fastest(kind: str) -> tuple[str, str]:
     if kind == "cpu":
         return PRECISION_OF.get(fastest_type(training=True), "32-true"), _rates("cpu")
     if kind == "cuda" and torch.cuda.is_available():
-        # Asked, not measured: a trial would take memory of the first GPU, which may not be the run's.
+        # Not measured: a trial would take memory of the first GPU, which may not be the run's GPU.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "this GPU has bfloat16 products"
         return "32-true", "this GPU has no bfloat16 products; 16-mixed may be faster"
@@ -109,18 +110,19 @@ def _rates(kind: str) -> str:
 
 
 def _slowdown(precision: str, reference: str, device: str) -> float:
-    """How many times slower one precision multiplies matrices in training than another. Measured."""
+    """Returns how many times slower a precision multiplies matrices in training than the reference. Measures it."""
     slow, fast = (product_rate(PRODUCTS_IN[name], device).training for name in (precision, reference))
     return fast / slow
 
 
 def check_precision(precision: str, kind: str) -> None:
-    """
+    """Checks that a kind of device can compute in a precision.
+
     Raises:
-        ValueError: no device of this kind computes in a precision.
+        ValueError: no device of this kind can compute in the precision.
     """
     if kind == "cpu" and precision == "16-mixed":
-        # Lightning would take bf16-mixed instead.
+        # Lightning would use bf16-mixed instead.
         reason = "needs a GPU, and this run is on a CPU"
     elif precision.startswith("transformer-engine") and kind != "cuda":
         reason = f"needs an NVIDIA GPU, and this run is on {kind!r}"
@@ -132,7 +134,7 @@ def check_precision(precision: str, kind: str) -> None:
 
 
 def warning_of(precision: str, device: torch.device) -> str | None:
-    """One line if a precision that was set is much slower on a device than the one that would be chosen."""
+    """Returns a one-line warning if the given precision is much slower on a device than the automatic choice."""
     dtype = PRODUCTS_IN.get(precision)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None  # float64 is set for its exactness
@@ -147,7 +149,7 @@ def warning_of(precision: str, device: torch.device) -> str | None:
 
 
 def has_precision_plugin(plugins: Any) -> bool:
-    """Whether one of the trainer's plugins decides the precision. The trainer then takes no name of a precision."""
+    """Returns whether a trainer plugin sets the precision. The trainer then accepts no name of a precision."""
     from lightning.pytorch.plugins import Precision
 
     listed = plugins if isinstance(plugins, list | tuple) else [plugins]

@@ -1,7 +1,7 @@
-"""The processes of one run ("ranks") on a machine: when one fails, all end soon, and one of them says why.
+"""The processes of one run ("ranks") on a machine: if one fails, all end soon, and one of them prints the cause.
 
-Left alone, a rank waits for the others in a collective operation until that times out, half an hour later; or it fails
-there with an error of the network, which says nothing about the cause.
+Without this module, the other ranks wait in a collective operation until it times out after half an hour. Or they fail
+there with a network error that does not name the cause.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LAUNCHER = "LIGHTNING_DANUBE_LAUNCHER"
 """Environment variable of a rank that rank zero has started: the process id of rank zero."""
 
 SECONDS_OF_SILENCE = 10.0
-"""How long a failed rank leaves it to rank zero, which often fails for the same cause, to say why."""
+"""How long a failed rank waits before it prints its error: rank zero often fails for the same cause and prints it."""
 
 SECONDS_OF_DOUBT = 3.0
-"""How long rank zero waits to see whether its error is but the echo of another rank's end."""
+"""How long rank zero waits to see whether its error only follows from the end of another rank."""
 
 SECONDS_TO_END = 30.0
 """How long rank zero may take to end after an error; on a GPU it can wait for work that no peer will finish."""
@@ -42,10 +42,10 @@ _POLL_SECONDS = 0.2
 
 
 class RankLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks of this machine as Lightning's does, and answers for them.
+    """Starts the other ranks of this machine like Lightning's launcher, and ends them when one rank fails.
 
-    Lightning's kills rank zero, silently, up to five seconds after another rank has failed, and lets the others be when
-    rank zero itself fails or is done.
+    Lightning's launcher kills rank zero, without a message, up to five seconds after another rank has failed. When rank
+    zero itself fails or finishes, Lightning's launcher leaves the other ranks running.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     @staticmethod
     def install(trainer: Trainer) -> None:
-        """Takes the place of Lightning's, where that would start processes."""
+        """Replaces Lightning's launcher, if that would start processes."""
         launcher = trainer.strategy.launcher
         if type(launcher) is _SubprocessScriptLauncher:
             trainer.strategy._launcher = RankLauncher(
@@ -82,9 +82,9 @@ class RankLauncher(_SubprocessScriptLauncher):
             result = function(*args, **kwargs)
         except SystemExit as stop:
             if isinstance(stop, Stopped) and stop.code != EXIT_STOPPED:
-                self._end_the_others(stop)  # there is nothing to save, and perhaps only this rank was told
+                self._end_the_others(stop)  # there is nothing to save, and perhaps only this rank got the signal
             else:
-                # Told to stop: all ranks were, and leave at the same step.
+                # All ranks were told to stop, and leave at the same step.
                 self._wait_for_the_others()
             raise
         except BaseException as error:
@@ -105,23 +105,23 @@ class RankLauncher(_SubprocessScriptLauncher):
                     self._end_because_of(local_rank, process.returncode)
 
     def _end_because_of(self, local_rank: int, code: int) -> None:
-        """Ends this process, whose main thread may be waiting for ever, and all that it started."""
+        """Ends this process, whose main thread may wait forever, and all processes that it started."""
         with self._ending:
             if self._over.is_set():
                 return  # ended by this process
             self.kill(signal.SIGKILL)
             sys.stdout.flush()
-            if code < 0:  # else it has said why
+            if code < 0:  # otherwise the rank has printed its error
                 rank = self.cluster_environment.node_rank() * self.num_processes + local_rank
                 ranks = self.num_nodes * self.num_processes
                 tell(f"error: rank {rank} of {ranks} {_ended_by(-code)}")
             os._exit(code if code > 0 else 128 - code)
 
     def _end_the_others(self, error: BaseException) -> None:
-        """Ends them at once, and this process should it not end by itself."""
+        """Ends the other ranks at once, and later this process if it does not end by itself."""
         if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
-            # What a collective operation raises when a peer is gone. If one is, `_watch` ends this process meanwhile,
-            # at once as a rule; on a busy machine a peer can take long to end whose connections are closed already.
+            # A collective operation raises this if a peer has ended. `_watch` then ends this process during the sleep,
+            # usually at once. On a busy machine a peer can close its connections long before its process ends.
             time.sleep(SECONDS_TO_END if _is_of_the_network(error) else SECONDS_OF_DOUBT)
         with self._ending:
             self._over.set()
@@ -146,12 +146,12 @@ class RankLauncher(_SubprocessScriptLauncher):
                 self._end_because_of(local_rank, code)
         with self._ending:
             self._over.set()
-            # What was asked is done: who does not end by now is not waited for.
+            # The work is done: do not wait for ranks that have not ended by now.
             self.kill(signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
-    """In a rank that rank zero has started: ends this process when that one is gone."""
+    """Ends this process when rank zero, which started it, is gone. Does nothing in other processes."""
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is not None:
         threading.Thread(target=_watch_launcher, args=(int(launcher),), name="launcher", daemon=True).start()
@@ -161,13 +161,13 @@ def _watch_launcher(launcher: int) -> NoReturn:
     while os.getppid() == launcher:
         time.sleep(_POLL_SECONDS)
     if os.environ.get("LOCAL_RANK") == "1":
-        # It ends the others before itself in every case but this one.
+        # In every other case rank zero ends the other ranks before itself.
         tell(f"error: rank 0 {_ended_by(None)}")
     os._exit(1)
 
 
 def explain_silence(error: BaseException) -> None:
-    """Says of a collective operation that timed out what that means; gloo's error speaks of sockets."""
+    """Adds a clear message to the error of a collective operation that timed out; gloo's error is about sockets."""
     found = re.search(r"Timed out waiting (\d+)ms", str(error))
     if isinstance(error, RuntimeError) and found:
         error.user_message = (  # type: ignore[attr-defined]
@@ -178,12 +178,12 @@ def explain_silence(error: BaseException) -> None:
 
 
 def this_rank() -> int:
-    """Returns the rank of this process, as Lightning knows it before there is a trainer."""
+    """Returns the rank of this process from Lightning, before there is a trainer."""
     return int(getattr(rank_zero_only, "rank", 0))
 
 
 def let_rank_zero_speak(rank: int, error: Exception) -> None:
-    """Delays an error of another rank: often rank zero has it as well, says so, and ends this process meanwhile."""
+    """Delays an error of a rank other than zero: rank zero often has the same error, and ends this process first."""
     explain_silence(error)
     if rank:
         time.sleep(SECONDS_OF_SILENCE)
@@ -191,7 +191,7 @@ def let_rank_zero_speak(rank: int, error: Exception) -> None:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    """Whether a back end of torch.distributed says so; gloo's errors have no class of their own."""
+    """Returns whether a back end of torch.distributed raised the error. gloo's errors have no class of their own."""
     return isinstance(error, DistError) or "gloo" in str(error).lower()
 
 

@@ -1,4 +1,4 @@
-"""What a run knows of itself: callbacks fill it in, and the summaries of the tasks read it."""
+"""Facts about a run: callbacks fill them in, and the summaries of the tasks read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass
 class RunFacts:
-    """Facts that one callback measures and another one reports. A task makes one object, `task.run_facts`.
+    """Facts that one callback measures and another callback reports. A task makes one object, `task.run_facts`.
 
     A field keeps its default if the run does not use the callback that fills the field in.
     """
@@ -21,11 +21,11 @@ class RunFacts:
     training_seconds: float = 0.0
     """Seconds spent in training steps, over all sessions of the run. From Throughput."""
     tokens_by_source: Callable[[], list[dict[str, int]]] | None = None
-    """Returns source → tokens seen, for each stage. A collective call: every rank has to make it. From TokenLedger."""
+    """Returns source → tokens seen, for each stage. A collective call: every rank must make it. From TokenLedger."""
     skipped_steps: Callable[[], int] | None = None
     """Returns the number of skipped optimizer steps. Waits for the device. From SkipBadSteps."""
     recall: dict[str, Any] | None = None
-    """How many facts of the made-up world the model knows. From FactRecall."""
+    """How many facts of the invented world the model knows. From FactRecall."""
     samples: dict[str, str] = field(default_factory=dict)
     """Prompt → the prompt and its latest continuation. From TextSamples."""
 
@@ -46,7 +46,7 @@ def run_facts_of(task: LightningModule) -> RunFacts:
 
 
 class Trained(NamedTuple):
-    """How far a run has trained."""
+    """The progress of a run."""
 
     steps: int
     """Optimizer steps."""
@@ -63,7 +63,7 @@ class RunClock:
         self._began = time.monotonic()
 
     def start(self) -> None:
-        """Begins to count this session anew."""
+        """Restarts the count of this session."""
         self._began = time.monotonic()
 
     def resume(self, seconds: float) -> None:
@@ -86,9 +86,9 @@ def rate(amount: float, seconds: float, digits: int = 1) -> float | None:
 
 
 def metrics_of_sources(metrics: Mapping[str, Tensor], prefix: str = "loss/held_out_") -> dict[str, float]:
-    """Returns source → value of the metrics whose names are a prefix and the source's name.
+    """Returns source → value of the metrics whose name is the prefix plus the source's name.
 
     Args:
-        metrics: the trainer's `callback_metrics`, which hold those of the last validation.
+        metrics: the trainer's `callback_metrics`, which hold the metrics of the last validation.
     """
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}

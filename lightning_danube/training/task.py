@@ -27,16 +27,17 @@ from lightning_danube.training.run_facts import RunFacts
 from lightning_danube.training.trainer import check_trainer
 
 FORWARD = "decoder"
-"""What the trainer's profiler calls the forward pass of a training step up to the loss."""
+"""Name in the trainer's profiler for the forward pass of a training step up to the loss."""
 
 
 class DecoderTask(LightningModule):
-    """A decoder, its optimizer and a learning rate in tokens. A task adds `training_step`, which appends the detached
-    loss of each micro-batch to `self._losses`.
+    """A decoder, its optimizer and a learning rate in tokens.
 
-    Logs `loss/train` (nats a token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
-    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats a token, mean over the source's
-    tokens).
+    A task adds `training_step`, which appends the detached loss of each micro-batch to `self._losses`.
+
+    Logs `loss/train` (nats per token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
+    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats per token, mean over the
+    source's tokens).
     """
 
     def __init__(self, decoder: Decoder, learning_rate: LearningRate, optimizer: AdamW) -> None:
@@ -49,9 +50,10 @@ class DecoderTask(LightningModule):
         self._gradient_norm: Tensor | None = None
         self._step_loss: Tensor | None = None
         self.step_verdict: Callable[[Tensor, Tensor], Tensor] | None = None
-        """Set by a callback: (loss of the step, gradient norm) → whether to leave the step out, on the device.
+        """Set by a callback: (loss of the step, gradient norm) → whether to skip the step, as a tensor on the device.
 
-        Both are means over the ranks, so that all ranks decide alike: what is not finite on one is not finite here.
+        Both inputs are means over the ranks, so all ranks decide alike: a value that is not finite on one rank makes
+        the mean not finite.
         """
         self._rate = 0.0
         self._evaluation_means: dict[str, MeanMetric] = {}
@@ -59,13 +61,13 @@ class DecoderTask(LightningModule):
         self._is_parallel = False
 
     def configure_model(self) -> None:
-        """Spreads the decoder as the trainer's strategy says. Called again by each verb of one process."""
+        """Distributes the decoder as the trainer's strategy says. Each verb in one process calls this again."""
         if self.device_mesh is not None and not self._is_parallel:
             parallelize(self.decoder, self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"])
             self._is_parallel = True
 
     def setup(self, stage: str) -> None:
-        """Sets what the trainer has to know of the data. Lightning has set up the data by now."""
+        """Sets the trainer's number of micro-batches per step from the data, which Lightning has already set up."""
         if stage == "fit":
             check_trainer(self.trainer)
             self.trainer.accumulate_grad_batches = self.training_data.accumulation(replicas_of(self.trainer)[0])
@@ -75,12 +77,12 @@ class DecoderTask(LightningModule):
         """The run's data module.
 
         Raises:
-            ValueError: it is none to train on.
+            ValueError: the data module is not for training.
         """
         return training_data_of(self.trainer)
 
     def length_in_tokens(self) -> tuple[int, int]:
-        """Returns the tokens of an optimizer step and of the whole run: what the learning rate goes by."""
+        """Returns the tokens of an optimizer step and of the whole run; the learning rate depends on both."""
         return self.training_data.batch_tokens, self.training_data.total_tokens
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
@@ -96,14 +98,14 @@ class DecoderTask(LightningModule):
     def sum_of_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Returns the sum of nats of a `TokenBatch`, and the number of counted tokens.
 
-        A task with another loss or another batch overrides this.
+        A task with another loss or another batch overrides this method.
         """
         return next_token_loss(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def seed_dropout(self, micro_batch: int) -> None:
-        """Dropout depends on (seed, micro-batch, replica) alone: a resumed run draws what the first would have."""
+        """Seeds dropout by seed, micro-batch and replica alone, so a resumed run draws the same dropout masks."""
         _, replica = replicas_of(self.trainer)
         digest = hashlib.blake2b(f"{self._seed}/{micro_batch}/{replica}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest))
@@ -123,7 +125,7 @@ class DecoderTask(LightningModule):
         limit = gradient_clip_val if gradient_clip_val else float("inf")
         self._rate = optimizer.param_groups[0]["lr"]
         norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
-        # Of sharded gradients it is the norm of this rank's part until it is asked for whole.
+        # For sharded gradients `norm` is only this rank's part; `full_tensor` reduces it over the ranks.
         self._gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._step_loss = torch.stack(self._losses).mean()
         self._losses.clear()
@@ -131,8 +133,8 @@ class DecoderTask(LightningModule):
             together = torch.stack([self._step_loss, self._gradient_norm.to(self._step_loss)])
             together = self._mean_over_ranks(together)
             self._step_loss = together[0]
-            # The fused kernel leaves weights, moments and step counts alone where this is 1, as it does for a gradient
-            # scaler. It reads the flag on the device: the host neither waits for it nor knows it yet.
+            # If this is 1, the fused kernel changes no weights, moments or step counts, as for a gradient scaler. The
+            # kernel reads the flag on the device, so the host does not wait for it.
             optimizer.found_inf = self.step_verdict(together[0], together[1]).float()  # type: ignore[attr-defined]
 
     def _mean_over_ranks(self, values: Tensor) -> Tensor:
@@ -167,12 +169,12 @@ class DecoderTask(LightningModule):
             self.trainer.callback_metrics["loss/train"] = loss
 
     def more_of_the_step(self) -> dict[str, float]:
-        """What a task logs of an optimizer step besides its loss, over all ranks; called on all of them."""
+        """Returns further values of an optimizer step to log, over all ranks. Every rank calls it."""
         return {}
 
     def on_train_start(self) -> None:
-        """Lets the config decide the optimizer's settings. A loaded optimizer brings those that it was saved with, and
-        the rate of its next step from the old schedule."""
+        """Applies the config's optimizer settings and learning rate. A checkpoint's optimizer brings its old settings,
+        and the rate of its next step from the old schedule."""
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             scheduler = config.scheduler
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
@@ -189,8 +191,8 @@ class DecoderTask(LightningModule):
         return multiple * self._rate_of_step(step)
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, list[float]]:
-        """Returns the optimizer, and for each of its parameter groups its learning rate as a multiple of the
-        schedule's."""
+        """Returns the optimizer, and for each parameter group the factor between its learning rate and the
+        schedule's rate."""
         optimizer = self.optimizer_settings.build(self, lr=1.0)
         peak = self.learning_rate.peak
         return optimizer, [self.optimizer_settings.peak_of(group, peak) / peak for group in optimizer.param_groups]
@@ -217,7 +219,7 @@ class DecoderTask(LightningModule):
     def on_validation_epoch_end(self) -> None:
         means = {name: metric.compute() for name, metric in self._evaluation_means.items()}
         self.log_dict(means, logger=False)
-        # Straight to the loggers: Lightning counts their steps anew after a resume at a stage's end.
+        # Not through Lightning's log: it restarts the step count of loggers after a resume at a stage's end.
         for logger in self.trainer.loggers:
             logger.log_metrics({name: float(mean) for name, mean in means.items()}, step=self.trainer.global_step)
 
@@ -228,7 +230,7 @@ class DecoderTask(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each row of a `HeldOutBatch` its source, number, tokens and mean loss (nats a token)."""
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens and mean loss (nats per token)."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()
@@ -245,9 +247,9 @@ class DecoderTask(LightningModule):
 
     def update_mean(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds a batch to the mean that is logged under a name after the evaluation."""
-        # A plain dict: these are made anew for each validation, and belong to no checkpoint.
+        # A plain dict: the metrics are new for each validation, and no checkpoint contains them.
         if name not in self._evaluation_means:
-            # In float64 the mean does not depend on how rows are dealt to ranks, beyond its last digits.
+            # In float64 only the last digits of the mean depend on the distribution of rows over ranks.
             metric = MeanMetric().to(self.device)
             metric.set_dtype(widest_float(self.device))
             self._evaluation_means[name] = metric
@@ -257,7 +259,7 @@ class DecoderTask(LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # What a checkpoint counts as done is on the disk before it: a run killed just after goes on without a gap.
+        # Write the logs up to this step before the checkpoint, so a run that is killed afterwards resumes without gaps.
         self._log_step()
         for logger in self.trainer.loggers:
             logger.save()
@@ -265,13 +267,13 @@ class DecoderTask(LightningModule):
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses another decoder by the fields that differ, before torch lists every tensor.
+        """Refuses a different decoder, naming the fields that differ, before torch lists every tensor.
 
-        Lightning makes the module a double one after it has loaded the weights: here it is made one before, so that
-        float64 weights are not rounded on their way in.
+        Also converts the module to float64 for double precision. Lightning does so only after it has loaded the
+        weights, which would round float64 weights.
 
         Raises:
-            ValueError: the checkpoint's decoder is not this one, or training would go on with another seed or another
+            ValueError: the checkpoint has a different decoder, or training would continue with another seed or another
                 optimizer.
         """
         saved, mine = checkpoint.get("decoder_config"), self.config.facts()
@@ -308,7 +310,7 @@ class DecoderTask(LightningModule):
 
 
 def _optimizer_of(checkpoint: dict[str, Any]) -> str | None:
-    """Returns the name of the optimizer that a checkpoint was trained with, and None if it has none."""
+    """Returns the name of a checkpoint's optimizer; None if the checkpoint has no optimizer."""
     groups = [group for state in checkpoint.get("optimizer_states", ()) for group in state["param_groups"]]
     groups += [group for groups in checkpoint.get("optimizer_groups", ()) for group in groups]
     return optimizer_of(groups) if groups else None
@@ -318,15 +320,15 @@ _OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_siz
 
 
 def _restate_micro_batches(checkpoint: dict[str, Any], accumulation: int) -> None:
-    """Brings the trainer's count of micro-batches to the present accumulation.
+    """Converts the trainer's count of micro-batches to the present accumulation.
 
-    The trainer takes its place in the epoch from that count; made with another micro-batch or number of devices, it
-    would end the run early or late.
+    The trainer derives its position in the epoch from this count. A count from another micro-batch size or number of
+    devices would end the run early or late.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     done = checkpoint["global_step"] * accumulation
     for counts in (progress["total"], progress["current"]):
-        # A save while a batch ends finds "completed" one behind: these are differences, not sizes.
+        # While a batch ends, "completed" is one less than "ready": add the difference, do not set the values.
         ahead = counts["ready"]
         for name in ("ready", "started", "processed", "completed"):
             counts[name] += done - ahead

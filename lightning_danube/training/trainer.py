@@ -1,4 +1,4 @@
-"""The trainer's settings that the recipe relies on, and a trainer for Python that has them."""
+"""The trainer settings that the recipe needs, and a function that makes such a trainer in Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_danube.device import exact_products_by_onednn
 from lightning_danube.training.precision import choose, kind_of_device
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # The curriculum is one pass over one sampler; its length comes from the stages, and so does validation.
+    # The curriculum is one pass over one sampler. The stages determine its length and the times of validation.
     "max_epochs": 1,
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
@@ -47,15 +47,14 @@ class FastProducts(Callback):
 def make_trainer(
     name: str = "run", *, runs: str | Path = "runs", callbacks: Sequence[Callback] = (), **options: Any
 ) -> Trainer:
-    """Returns a Lightning trainer with the settings that `fit` on the command line has.
+    """Returns a Lightning trainer with the settings of `fit` on the command line.
 
     It clips gradients at 1, writes TensorBoard events below `<runs>/<name>/version_<n>`, makes checkpoints durable, and
-    leaves the order of samples to the data module. It computes in the precision that is the fastest on this machine.
+    leaves the order of samples to the data module. It uses the fastest exact enough precision of this machine.
 
     Args:
-        callbacks: hooks of the run. `lightning_danube.callbacks.Checkpoints()` writes checkpoints; without it none is
-            written.
-        options: of `lightning.pytorch.Trainer`; they go before the defaults.
+        callbacks: hooks of the run. Only `lightning_danube.callbacks.Checkpoints()` writes checkpoints.
+        options: options of `lightning.pytorch.Trainer`; they override the defaults.
     """
     logger = TensorBoardLogger(str(runs), name=name)
     kind = kind_of_device(options.get("accelerator", "auto"))
@@ -73,10 +72,11 @@ def make_trainer(
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuses a trainer that would train otherwise than the recipe, without a word.
+    """Refuses a trainer that would silently differ from the recipe.
 
     Raises:
-        ValueError: gradients would not be clipped, checkpoints would not be durable, or samples would be dealt twice.
+        ValueError: gradients would not be clipped, checkpoints would not be durable, or samples would be distributed
+            twice.
     """
     way_out = "make the trainer with lightning_danube.make_trainer(…)"
     if trainer.gradient_clip_val is None:

@@ -1,4 +1,4 @@
-"""The task that all tuning tasks extend: trained weights, an adapter or all of them, steps of unevenly dealt labels."""
+"""The task that all fine-tuning tasks extend: trained weights, an optional adapter, steps with uneven label counts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from lightning_danube.weights.loading import load_decoder
 class TuningTask(DecoderTask):
     """A trained decoder that is trained further.
 
-    A subclass gives `sum_of_losses`: the sum over what counts in a micro-batch (tokens, pairs, texts), and its number.
-    The loss of an optimizer step is the mean over all that counts in it, however unevenly that is dealt to
-    micro-batches and devices; batches say how much counts in `step_labels`.
+    A subclass defines `sum_of_losses`: the sum over the counted items of a micro-batch (tokens, pairs, texts), and the
+    number of items. The loss of an optimizer step is the mean over all its counted items, even if they are spread
+    unevenly over micro-batches and devices. `step_labels` of each batch is the number of items in the whole step.
 
     Args:
-        weights: the model to begin with: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or
-            "smollm2".
+        weights: initial weights from a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
         learning_rate: schedule in tokens.
         lora: train an adapter on frozen weights instead of all weights.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: the weights cannot be read, or the optimizer trains from random weights only.
+        ValueError: the weights cannot be read, or the optimizer is only for training from random weights.
     """
 
     def __init__(
@@ -49,18 +48,19 @@ class TuningTask(DecoderTask):
             raise ValueError(
                 f"model.optimizer is {type(optimizer).__name__}, which trains from random weights only: use AdamW"
             )
-        # Master weights in float32: 16-bit ones would lose the small steps of fine-tuning.
+        # Master weights in float32: 16-bit weights would round away the small steps of fine-tuning.
         super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
         self.weights = weights
         self.lora = lora = None if lora is None else options(Lora, lora, "model.lora")
         self.decoder.activation_checkpointing = activation_checkpointing
         if lora is not None:
             lora.apply(self.decoder)
-            # A checkpoint has nothing of the frozen weights; on_load_checkpoint checks that it has all of the adapter.
+            # A checkpoint does not contain the frozen weights; on_load_checkpoint checks that the adapter is complete.
             self.strict_loading = False
 
     def setup(self, stage: str) -> None:
-        """
+        """Checks the data against the model, and the learning rate against the length of the run.
+
         Raises:
             ValueError: the data do not fit the model, or the learning rate does not fit the length of the run.
         """
@@ -78,7 +78,7 @@ class TuningTask(DecoderTask):
         super().setup(stage)
         if stage == "fit":
             self.learning_rate.check(self.training_data.total_tokens)
-            # A run on few examples is shorter than the usual interval, and the trainer would warn of that.
+            # The trainer warns if a run on few examples is shorter than its log interval.
             steps = min(log_interval(self.trainer), self.training_data.total_steps)
             self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning's, see log_interval
 
@@ -102,9 +102,10 @@ class TuningTask(DecoderTask):
             checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trained()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
+        """Refuses a different adapter, then checks as DecoderTask does.
+
         Raises:
-            ValueError: the checkpoint has another adapter, or see DecoderTask.
+            ValueError: the checkpoint has another adapter, or a check of DecoderTask fails.
         """
         mine, saved = (None if self.lora is None else asdict(self.lora)), checkpoint.get("lora")
         if saved != mine:

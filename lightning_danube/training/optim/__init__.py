@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate. One optimizer is one file; `groups.py` says which parameters decay."""
+"""Optimizers and the learning rate. Each optimizer has its own file; `groups.py` says which parameters decay."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ class AdamW:
 
     Args:
         betas: decay rates of the two moments.
-        eps: is added to the root of the second moment.
-        weight_decay: of the matrices. Embeddings, norms and biases do not decay.
+        eps: added to the root of the second moment.
+        weight_decay: weight decay of the matrices. Embeddings, norms and biases do not decay.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -25,7 +25,7 @@ class AdamW:
     weight_decay: float = 0.1
 
     def build(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer of all parameters that train, with the fused kernel where there is one."""
+        """Returns the optimizer of all trainable parameters, with the fused kernel."""
         import torch
 
         from .groups import parameter_groups
@@ -35,5 +35,5 @@ class AdamW:
         )
 
     def peak_of(self, group: dict[str, Any], peak: float) -> float:
-        """Returns the highest learning rate of a parameter group. `peak` is that of the schedule."""
+        """Returns the highest learning rate of a parameter group. `peak` is the highest rate of the schedule."""
         return peak

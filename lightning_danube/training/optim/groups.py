@@ -11,11 +11,11 @@ from torch import nn
 def parameter_groups(
     module: nn.Module, weight_decay: float, without: Collection[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Returns two groups of the parameters that train: matrices with decay; embeddings, norms and biases without.
+    """Returns two groups of trainable parameters: matrices with decay; embeddings, norms and biases without.
 
     Args:
         module: the model.
-        weight_decay: of the first group.
+        weight_decay: weight decay of the first group.
         without: parameters that belong to another optimizer.
     """
     embeddings = {

@@ -25,9 +25,9 @@ QUINTICS: tuple[Coefficients, ...] = (
     (3.636586, -2.721927, 0.536546),
     (2.661300, -1.977155, 0.452616),
 )
-"""For each iteration (a, b, c) of a x + b x³ + c x⁵. The first one is the polynomial closest to 1 on [0.01, 1], each
-next one the closest on the interval that the one before leaves (Polar Express, Amsel et al. 2025, arXiv 2505.16932).
-Three iterations bring singular values from [0.01, 1] into [0.73, 1.27]."""
+"""Coefficients (a, b, c) of a x + b x³ + c x⁵ for each iteration. The first polynomial is the closest to 1 on
+[0.01, 1]; each next polynomial is the closest on the interval that the previous polynomial maps to (Polar Express,
+Amsel et al. 2025, arXiv 2505.16932). Three iterations bring singular values from [0.01, 1] into [0.73, 1.27]."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Muon(AdamW):
 
     Args:
         betas: decay rates of AdamW's moments.
-        eps: is added to the root of AdamW's second moment.
-        weight_decay: of the matrices of the blocks, and of an untied head.
-        peak: Muon's highest learning rate. `learning_rate.peak` is that of AdamW. Both rise and fall together.
+        eps: added to the root of AdamW's second moment.
+        weight_decay: weight decay of the matrices of the blocks, and of an untied head.
+        peak: Muon's highest learning rate; `learning_rate.peak` is AdamW's. Both rates rise and fall together.
         momentum: decay rate of Muon's average of gradients.
 
     Raises:
@@ -55,10 +55,10 @@ class Muon(AdamW):
             raise ValueError(f"optimizer.momentum is {self.momentum}: give a number from 0 to below 1, such as 0.95")
 
     def build(self, module: nn.Module, lr: float) -> MuonAndAdamW:
-        """Returns the optimizer of all parameters that train.
+        """Returns the optimizer of all trainable parameters.
 
         Raises:
-            ValueError: the matrices are sharded, or none of them trains.
+            ValueError: the matrices are sharded, or none of them is trainable.
         """
         matrices = matrices_of_blocks(module)
         if not matrices:
@@ -68,15 +68,15 @@ class Muon(AdamW):
         return MuonAndAdamW(muon, rest, lr=lr, betas=self.betas, eps=self.eps)
 
     def peak_of(self, group: dict[str, Any], peak: float) -> float:
-        """Returns the highest learning rate of a parameter group. `peak` is that of the schedule."""
+        """Returns the highest learning rate of a parameter group. `peak` is the highest rate of the schedule."""
         return self.peak if "momentum" in group else peak
 
 
 def matrices_of_blocks(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the matrices of the decoder's blocks that train.
+    """Returns the trainable matrices of the decoder's blocks.
 
     Raises:
-        ValueError: they are sharded.
+        ValueError: the matrices are sharded.
     """
     blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
     matrices = [p for block in blocks for p in block.parameters() if p.requires_grad and p.ndim == 2]
@@ -88,12 +88,12 @@ def matrices_of_blocks(module: nn.Module) -> list[nn.Parameter]:
 
 
 def optimizer_of(groups: Sequence[dict[str, Any]]) -> str:
-    """Returns the name of the settings that made these parameter groups, also when they come from a checkpoint."""
+    """Returns the name of the settings class that made these parameter groups; they may come from a checkpoint."""
     return "Muon" if any("momentum" in group for group in groups) else "AdamW"
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """The first parameter group is trained by Muon, the others by fused AdamW.
+    """Trains the first parameter group with Muon, and the others with fused AdamW.
 
     `found_inf`: a scalar tensor. A step where it is 1 changes neither weights nor state, as with torch's fused AdamW.
     """
@@ -150,7 +150,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Returns for each matrix U S V^T a matrix near U V^T, in float32 or wider. Matrices of one shape go together."""
+    """Returns for each matrix U S V^T a matrix near U V^T, in float32 or wider. Matrices of one shape form a batch."""
     places: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         rows, columns = matrix.shape
@@ -171,12 +171,12 @@ def newton_schulz(X_NRC: Tensor, quintics: Sequence[Coefficients] = QUINTICS) ->
     """Returns matrices with the singular vectors of X and singular values near 1.
 
     Each iteration is X <- (a + b A + c A²) X with A = X X^T. All these polynomials of A commute. So the iterations
-    work on the small matrix A alone, and X is multiplied once, at the end.
+    use only the small matrix A, and X is multiplied once, at the end.
     """
-    # The products below square the elements twice, which must neither overflow nor vanish.
+    # The products below square the elements twice: scale them, so that they neither overflow nor vanish.
     X_NRC = X_NRC / X_NRC.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(X_NRC.dtype).tiny)
     A_NRR = X_NRC @ X_NRC.mT
-    # The root of A's norm is an upper bound of the singular values of X, and a closer one than the norm of X.
+    # The root of A's norm is an upper bound of the singular values of X, and closer than the norm of X.
     bound_N11 = torch.linalg.matrix_norm(A_NRR, keepdim=True).clamp_min(torch.finfo(X_NRC.dtype).tiny)
     A_NRR = A_NRR / bound_N11
     Q_NRR: Tensor | None = None

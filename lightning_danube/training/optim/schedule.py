@@ -16,13 +16,13 @@ class LearningRate:
     Args:
         peak: rate after the warm-up.
         final: rate at the end of the run.
-        warmup: tokens of linear rise from 0 ("2.36B").
+        warmup: tokens of the linear rise from 0 ("2.36B").
         shape: "cosine" and "linear" fall from the peak to the end. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv
             2404.06395) stays at the peak and falls linearly over the last `decay` tokens.
-        decay: tokens of the fall, for "wsd" only.
+        decay: tokens of the final fall, for "wsd" only.
 
     Raises:
-        ValueError: for a value out of range, or `decay` with the wrong shape.
+        ValueError: a value is out of range, or `decay` does not fit the shape.
     """
 
     peak: float
@@ -44,7 +44,11 @@ class LearningRate:
             object.__setattr__(self, "decay", parse_tokens(self.decay, "decay"))
 
     def check(self, total_tokens: int) -> None:
-        """Raises ValueError when warm-up and decay do not fit into the run."""
+        """Checks that warm-up and decay fit into the run.
+
+        Raises:
+            ValueError: they need more tokens than the run has.
+        """
         needed = int(self.warmup) + int(self.decay or 0)
         if needed > total_tokens:
             raise ValueError(
@@ -53,7 +57,7 @@ class LearningRate:
             )
 
     def at(self, tokens: float, total_tokens: int) -> float:
-        """Rate for the optimizer step that *ends* after `tokens` tokens."""
+        """Returns the rate of the optimizer step that *ends* after `tokens` tokens."""
         warmup = int(self.warmup)
         if tokens < warmup:
             return self.peak * tokens / warmup
