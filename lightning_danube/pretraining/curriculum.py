@@ -1,8 +1,8 @@
-"""Stages of a pre-training run, and the sample that stands at each position of it.
+"""The stages of a pre-training run, and the sample at each position of the run.
 
 The paper trains in three stages whose share of web text falls from 90.6 to 81.7 to 51.6 % (arXiv 2407.09276). Here a
-run is a list of `Stage`s, and `Curriculum` maps the number of a sample to (stage, source, epoch, row) by arithmetic
-alone. The state of the training data is therefore one integer: how many samples the optimizer has consumed.
+run is a list of `Stage`s, and `Curriculum` computes (stage, source, epoch, row) from the number of a sample. The state
+of the training data is therefore one integer: the number of samples that the optimizer has consumed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Stage:
     """One stage of the curriculum.
 
     Args:
-        name: how logs, checkpoints and tables call it.
-        tokens: its length, as an integer or like "2.8T"; rounded up to whole global batches.
+        name: name of the stage in logs, checkpoints and tables.
+        tokens: length of the stage, as an integer or like "2.8T"; rounded up to whole global batches.
         mix: source → share of the stage's samples, in any unit (percent here).
     """
 
@@ -48,7 +48,7 @@ class Stage:
 
 
 class SampleKey(NamedTuple):
-    """Address of one training sample: indices of stage and source, the pass over that source, the row in it."""
+    """Address of one training sample: indices of stage and source, the pass over the source, the row of the source."""
 
     stage: int
     source: int
@@ -58,7 +58,7 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Where a stage lies in the run: samples [start, stop), and what is taken from each source in it."""
+    """The samples [start, stop) of a stage in the run, and their number from each source."""
 
     name: str
     start: int
@@ -74,15 +74,15 @@ class Curriculum:
     """The whole run as a function of the sample's number.
 
     Args:
-        stages: in order.
-        source_rows: source → rows (windows of `context_length` tokens) in one pass over it. The order numbers the
-            sources.
-        context_length: tokens a sample.
+        stages: the stages, in order.
+        source_rows: source → rows (windows of `context_length` tokens) in one pass over the source. The order numbers
+            the sources.
+        context_length: tokens per sample.
         batch_samples: samples of one optimizer step over all ranks; every stage ends with a whole step.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
 
     Raises:
-        ValueError: no stage, two stages of one name, a mix that names an unknown source or a share too small to meet.
+        ValueError: there is no stage, two stages have one name, a mix names an unknown source, or a share is too small.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Curriculum:
         self._mixtures = [Mixture({name: stage.mix.get(name, 0.0) for name in self.sources}) for stage in stages]
         lengths = [stage_samples(stage, context_length, batch_samples) for stage in stages]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # _taken[k, s]: samples of source s consumed by the stages before stage k; a pass goes on across stages.
+        # _taken[k, s]: samples of source s consumed by the stages before stage k; a pass continues across stages.
         taken = [np.zeros(len(self.sources), dtype=np.int64)]
         for mixture, length in zip(self._mixtures, lengths, strict=True):
             taken.append(taken[-1] + mixture.taken_before(np.array([length]))[0])
@@ -138,20 +138,20 @@ class Curriculum:
         ]
 
     def stage_index(self, sample: int) -> int:
-        """Number of the stage that holds `sample`; the last stage for the end of the run."""
+        """Returns the number of the stage that contains `sample`; the last stage for the end of the run."""
         assert 0 <= sample <= self.total_samples
         return min(int(np.searchsorted(self._starts, sample, side="right")) - 1, len(self.stages) - 1)
 
     def passes(self) -> dict[str, float]:
-        """How often the whole run goes through each source."""
+        """Returns the number of passes of the whole run over each source."""
         return self.passes_after(len(self.stages))
 
     def passes_after(self, stages: int) -> dict[str, float]:
-        """How often the run has gone through each source when so many stages are over."""
+        """Returns the number of passes over each source after the first `stages` stages."""
         return {name: float(self._taken[stages, s] / self._rows[s]) for s, name in enumerate(self.sources)}
 
     def samples(self, start: int, stop: int) -> list[SampleKey]:
-        """Keys of the samples [start, stop); their cost does not depend on `start`."""
+        """Returns the keys of the samples [start, stop). The cost does not depend on `start`."""
         return list(map(SampleKey._make, self.keys(start, stop).tolist()))
 
     def described(self, key: SampleKey) -> dict[str, str | int]:
@@ -163,7 +163,7 @@ class Curriculum:
         return self.samples(sample, sample + 1)[0]
 
     def keys(self, start: int, stop: int) -> IntArray:
-        """The same as an array, (samples, 4), in the order of the fields of `SampleKey`."""
+        """Returns the keys of the samples [start, stop) as an array, (samples, 4), in the order of `SampleKey`."""
         assert 0 <= start <= stop <= self.total_samples
         keys = np.empty((stop - start, len(SampleKey._fields)), dtype=np.int64)
         at = start
@@ -175,7 +175,7 @@ class Curriculum:
         return keys
 
     def _stage_keys(self, k: int, positions: IntArray, keys: IntArray) -> None:
-        """Writes the keys of positions of one stage, (positions, 4)."""
+        """Writes the keys at positions of one stage into `keys`, (positions, 4)."""
         mixture = self._mixtures[k]
         sources = mixture.sources_at(positions)
         here = np.arange(len(positions))
@@ -190,16 +190,16 @@ class Curriculum:
 
 
 def stage_samples(stage: Stage, context_length: int, batch_samples: int) -> int:
-    """Samples in a stage: its tokens rounded up to whole optimizer steps."""
+    """Returns the samples of a stage: its tokens rounded up to whole optimizer steps."""
     batch_tokens = context_length * batch_samples
     return -(-int(stage.tokens) // batch_tokens) * batch_samples
 
 
 def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
-    """Checks what can be known before a source is opened.
+    """Checks the stages as far as possible before a source is opened.
 
     Raises:
-        ValueError: no stage, two stages of one name, or a mix that names a source which does not exist.
+        ValueError: there is no stage, two stages have one name, or a mix names an unknown source.
     """
     if not stages:
         raise ValueError("data.stages is empty: a run needs at least one stage")

@@ -1,4 +1,4 @@
-"""The data of a pre-training run: sources, their shards, and a loader whose whole state is one integer."""
+"""The data of a pre-training run: sources, their shards, and a loader whose state is one integer."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
     """Documents of several sources, mixed in stages. `CurriculumSettings` explains the arguments."""
 
     samples_done = 0
-    """Samples that the optimizer has consumed, as the checkpoint says with which the run goes on."""
+    """Samples that the optimizer had consumed at the checkpoint that the run resumes from."""
 
     seconds_to_prepare: Mapping[str, float] = MappingProxyType({})
-    """Source → seconds that its shards took, 0 for shards that were there."""
+    """Source → seconds to make its shards, 0 for existing shards."""
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """
+        """Checks the trainer, then makes the shards that are missing.
+
         Raises:
-            ValueError: the trainer is asked for something that the curriculum decides, or the batch does not divide.
+            ValueError: the trainer has an option that the curriculum decides, or the batch does not divide.
         """
-        # Known by now, and collecting text can take minutes.
+        # Before the shards, because collecting text can take minutes.
         if self.trainer is not None and self.trainer.state.fn == "fit":
             self._check_trainer()
         self.seconds_to_prepare = self.prepare()
 
     def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
-        """Makes the shards that are missing, or one part of them; the seconds that each source took."""
+        """Makes the missing shards, or one part of them. Returns the seconds that each source took."""
         return prepare(
             self.sources,
             self.tokenizer,
@@ -73,10 +74,10 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         return shards
 
     def setup(self, stage: str) -> None:
-        """Opens the shards and, for training, lays out the run.
+        """Opens the shards and, for training, makes the curriculum.
 
         Raises:
-            ValueError: a source is too small for one row or would be repeated too often.
+            ValueError: a source is too small for one row, has no held-out document, or would be repeated too often.
         """
         self.shards = {name: self._open(name) for name in self.sources}
         self._validation = {name: shards.tokens("validation") for name, shards in self.shards.items()}
@@ -115,7 +116,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
                 )
 
     def _check_trainer(self) -> None:
-        """Refuses what the curriculum decides and the trainer would decide otherwise."""
+        """Refuses trainer options that contradict the curriculum."""
         assert self.trainer is not None
         if self.trainer.max_epochs not in (1, -1, None):
             raise ValueError(
@@ -143,13 +144,13 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         }
 
     def order_facts(self) -> OrderFacts:
-        """What decides which tokens stand at each position of the run."""
+        """Returns the facts that decide which tokens are at each position of the run."""
         return OrderFacts(
             seed=self.seed,
             context_length=self.context_length,
             batch_samples=self.batch_samples,
             stages=[
-                # In the order of the sources, as the mixture takes them: it decides ties.
+                # In the order of the sources, as in the mixture, because the order decides ties.
                 (stage.name, span.samples, whole_counts({name: stage.mix.get(name, 0.0) for name in self.sources}))
                 for stage, span in zip(self.stages, self.curriculum.spans, strict=True)
             ],
@@ -196,7 +197,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         return self._evaluation_loaders(None)
 
     def _evaluation_loaders(self, limit: int | None) -> list[DataLoader[Any]]:
-        """One loader a source. Each replica gets the same number of batches, so that sharded models stay in step."""
+        """Returns one loader per source. All replicas get equally many batches, so that sharded models stay in step."""
         replicas, replica = replicas_of(self.trainer)
         loaders = []
         for name, stream in self._validation.items():
@@ -215,23 +216,23 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         return self.tokenizer.eos_id if self.document_masks else None
 
     def evaluation_tokens(self, limit: int | None) -> dict[str, int]:
-        """Tokens predicted in each source's held-out rows, at most `limit` rows."""
+        """Returns for each source the predicted tokens in its held-out rows, in at most `limit` rows."""
         return {
             name: min(evaluation_rows(stream, self.context_length, limit) * self.context_length, len(stream) - 1)
             for name, stream in self._validation.items()
         }
 
     def evaluation_bytes(self, limit: int | None) -> dict[str, int]:
-        """Returns for each source the UTF-8 bytes of the text that those tokens stand for."""
+        """Returns for each source the UTF-8 bytes of the text of its `evaluation_tokens`."""
         return {
             name: len(self.tokenizer.text(self._validation[name].read(1, n + 1)).encode())
             for name, n in self.evaluation_tokens(limit).items()
         }
 
     def unigram_losses(self) -> dict[str, float]:
-        """Nats a token of a unigram model of each source (training counts plus one) on its validation rows.
+        """Returns the loss of a unigram model (training counts plus one) on each source's validation rows.
 
-        What a model has to beat before it can be said to have learned more than how frequent words are.
+        The unit is nats per token. A model above this loss has not learned more than the frequencies of tokens.
         """
         losses = {}
         for name, stream in self._validation.items():
@@ -244,16 +245,16 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
 
 
 def evaluation_rows(stream: TokenSequence, context_length: int, limit: int | None) -> int:
-    """Rows of a held-out stream, the last one possibly short; at most `limit`."""
+    """Returns the number of rows of a held-out stream, at most `limit`. The last row may be short."""
     rows = math.ceil((len(stream) - 1) / context_length)
     return rows if limit is None else min(rows, limit)
 
 
 class CurriculumSampler(Sampler[Any]):
-    """Keys of this replica's micro-batches, (rows, 4) each, from sample `start` to the end of the run.
+    """Yields the keys of this replica's micro-batches, (rows, 4) each, from sample `start` to the end of the run.
 
-    An optimizer step is a run of consecutive samples; micro-batch after micro-batch is dealt to the replicas in turn.
-    So neither the micro-batch nor the number of replicas changes which samples a step holds.
+    An optimizer step consists of consecutive samples, and the replicas take its micro-batches in turn. So neither the
+    micro-batch size nor the number of replicas changes the samples of a step.
     """
 
     def __init__(
@@ -265,7 +266,7 @@ class CurriculumSampler(Sampler[Any]):
         self.micro_batch_size, self.replicas, self.replica = micro_batch_size, replicas, replica
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, wherever it starts: the trainer counts those before as done."""
+        """Returns the micro-batches of the whole run, for any `start`: the trainer counts the earlier ones as done."""
         return self.curriculum.total_samples // (self.micro_batch_size * self.replicas)
 
     def __iter__(self) -> Iterator[IntArray]:
@@ -278,10 +279,10 @@ class CurriculumSampler(Sampler[Any]):
 
 
 class TrainingRows(Dataset[Any]):
-    """Reads whole micro-batches by key, in any process, and makes tensors of them in the one that trains.
+    """Reads whole micro-batches by key, in any process, and converts them to tensors in the training process.
 
-    Between the two they are arrays, ids as small as they are stored, and go through a pipe: a tensor would go through
-    shared memory, whose setting up costs a loader process many times what it takes to read the rows.
+    Loader processes send arrays, with ids in their small stored type, through a pipe. Tensors would go through shared
+    memory, whose setup costs a loader process many times as much as reading the rows.
     """
 
     def __init__(self, streams: Sequence[TokenSequence], context_length: int, document_end: int | None) -> None:
@@ -289,8 +290,10 @@ class TrainingRows(Dataset[Any]):
         self._pinned = torch.cuda.is_available()
 
     def __getitems__(self, keys: IntArray) -> tuple[NDArray[Any], IntArray] | ValueError:
-        """The rows of the keys, (rows, context + 1), and the keys; or why there are none, for `batch` to raise, as
-        an error raised in a loader process would arrive wrapped into its traceback."""
+        """Returns the rows of the keys, (rows, context + 1), and the keys; or the error that `batch` must raise.
+
+        An error raised in a loader process would arrive wrapped in that process's traceback.
+        """
         try:
             return self._read(keys.tolist()), keys
         except ValueError as error:
@@ -308,10 +311,10 @@ class TrainingRows(Dataset[Any]):
         return ids
 
     def batch(self, rows: tuple[NDArray[Any], IntArray] | ValueError) -> dict[str, Any]:
-        """input_ids and labels, (rows, context), int64, and the keys.
+        """Returns input_ids and labels, (rows, context), int64, and the keys.
 
         Raises:
-            ValueError: an id is none of the vocabulary, see `TokenStream.row`.
+            ValueError: an id is not in the vocabulary, see `TokenStream.row`.
         """
         if isinstance(rows, ValueError):
             raise rows
@@ -321,7 +324,7 @@ class TrainingRows(Dataset[Any]):
 
 
 class CurriculumLoader(ResumableLoader):
-    """Training rows, as tensors only in the process that trains."""
+    """Loads training rows, and converts them to tensors only in the training process."""
 
     dataset: TrainingRows
     batch_sampler: CurriculumSampler
@@ -332,7 +335,7 @@ class CurriculumLoader(ResumableLoader):
 
 
 class EvaluationBatches(Dataset[Any]):
-    """Micro-batches of one held-out stream; row -1 and the end of a short last row count nothing."""
+    """Micro-batches of one held-out stream. The loss ignores row -1 and the padding of a short last row."""
 
     def __init__(
         self,
@@ -365,13 +368,18 @@ class EvaluationBatches(Dataset[Any]):
 
 
 def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bool = False) -> dict[str, Any]:
-    """Both of (rows, context) from (rows, context + 1) ids; pinned if a device is going to copy them."""
+    """Returns input_ids and labels, (rows, context) each, from (rows, context + 1) ids.
+
+    Args:
+        document_end: id that ends a document, to add document_ids; None: no document_ids.
+        pinned: use pinned memory, for tensors that a device will copy.
+    """
     both = torch.empty((2, len(ids), ids.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
     into = both.numpy()
     into[0], into[1] = ids[:, :-1], ids[:, 1:]
     batch: dict[str, Any] = dict(zip(("input_ids", "labels"), both.unbind(), strict=True))
     if document_end is not None:
         ends = batch["input_ids"] == document_end
-        # A document's end belongs to it; what follows is the next one.
+        # The end token belongs to its document; the next document begins after it.
         batch["document_ids"] = ends.cumsum(1) - ends.long()
     return batch

@@ -1,4 +1,4 @@
-"""How many facts of the made-up world a model knows."""
+"""Measures how many facts of the invented world a model knows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def right_answers(
         asked = questions[begin : begin + QUESTIONS_AT_ONCE]
         prompts = [[tokenizer.bos_token_id, *tokenizer.encode(question.prompt)] for question in asked]
         longest = max(map(len, prompts))
-        # Padding stands behind the prompt's last token, which does not see the padding.
+        # The padding comes after the prompt's last token, which therefore does not see it.
         ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         hidden = decoder.hidden_states(ids)[torch.arange(len(asked), device=device), last]
@@ -44,12 +44,12 @@ def shares(questions: Sequence[Question], right: Sequence[bool]) -> dict[str, fl
 
 
 def commonest_shares(questions: Sequence[Question]) -> dict[str, float]:
-    """Returns group → share that is right if each question gets the commonest answer to its kind of question."""
+    """Returns group → share of right answers if each question gets the most common answer to its kind of question."""
     return shares(questions, [question.commonest == question.answer for question in questions])
 
 
 def recall_summary(questions: Sequence[Question], known: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the shares of known facts, those of guessing and of the commonest answers, and each group's facts."""
+    """Returns the shares of known facts, of right guesses and of the most common answers, and the facts per group."""
     return {
         **known,
         "guessing": sum(1 / len(question.candidates) for question in questions) / len(questions),

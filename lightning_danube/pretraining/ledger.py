@@ -19,7 +19,7 @@ class SampleLedger:
 
     Args:
         curriculum: gives the names of the stages and the sources.
-        sum_over_ranks: sums a tensor over all ranks, in place; every rank has to call it.
+        sum_over_ranks: sums a tensor over all ranks, in place; every rank must call it.
     """
 
     def __init__(self, curriculum: Curriculum, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -27,9 +27,9 @@ class SampleLedger:
         self.context_length = curriculum.context_length
         self._sum_over_ranks = sum_over_ranks
         self._samples_KS = torch.zeros(len(self.stages), len(self.sources), dtype=torch.int64)
-        """All replicas, up to the last synchronisation."""
+        """Samples of all replicas up to the last synchronisation."""
         self._since_KS = torch.zeros_like(self._samples_KS)
-        """This replica, since the last synchronisation."""
+        """Samples of this replica since the last synchronisation."""
         self._logged_S = torch.zeros(len(self.sources), dtype=torch.int64)
 
     def add(self, keys: Iterable[SampleKey]) -> None:
@@ -38,7 +38,7 @@ class SampleLedger:
             self._since_KS[key.stage, key.source] += 1
 
     def samples(self) -> Tensor:
-        """Returns the samples seen over all replicas, (K, S). A collective call: every rank has to make it."""
+        """Returns the samples seen over all replicas, (K, S). A collective call: every rank must make it."""
         self._samples_KS += self._sum_over_ranks(self._since_KS).cpu()
         self._since_KS.zero_()
         return self._samples_KS
@@ -51,7 +51,7 @@ class SampleLedger:
         ]
 
     def values_to_log(self) -> dict[str, float]:
-        """Returns the shares of tokens since the last call, and all tokens seen, by source. A collective call."""
+        """Returns by source the share of tokens since the last call, and all tokens seen. A collective call."""
         seen_S = self.samples().sum(0)
         since_S, self._logged_S = seen_S - self._logged_S, seen_S
         values = {f"mix/{name}": float(n / since_S.sum()) for name, n in zip(self.sources, since_S, strict=True)}
@@ -61,7 +61,7 @@ class SampleLedger:
         return values | seen
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps under "token_ledger". A collective call.
+        """Returns the state that a checkpoint keeps under "token_ledger". A collective call.
 
         stages, sources: names (K,) and (S,); samples: counts (K, S); context_length: tokens of a sample; logged: source
         → samples at the last logged step.
@@ -75,10 +75,12 @@ class SampleLedger:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes what a checkpoint kept, by name: a changed config may add stages, and sources that only those use.
+        """Restores the state from a checkpoint, by name.
+
+        A changed config may add stages, and sources that only the new stages use.
 
         Raises:
-            ValueError: the config has no stage or source of a name that the checkpoint has counted.
+            ValueError: the config lacks a stage or source for which the checkpoint has samples.
         """
         self._since_KS.zero_()
         self._samples_KS.zero_()

@@ -1,13 +1,13 @@
-"""Which source does the n-th sample of a stage come from, and which row of it?
+"""Computes the source and the row of the n-th sample of a stage.
 
-Both answers are pure functions of position, so nothing has to be remembered to go on after a stop:
+Both are pure functions of the position, so a resumed run needs no further state:
 
-* `Mixture` spreads the sources of one stage evenly. The shares are brought to whole counts in a block (largest
-  remainder); inside the block each source's k-th sample has to fall between its ideal times k/share and (k+1)/share,
-  which earliest-deadline-first always achieves (Baruah et al. 1996, "Proportionate progress"). After *any* number of
-  samples no source is a whole sample away from its share.
-* `permute` shuffles the rows of one pass without a permutation array: a Feistel network is a bijection on a power of
-  four, and walking its cycles restricts it to any size (Black & Rogaway 2002). A pass over trillions of tokens costs no
+* `Mixture` spreads the sources of one stage evenly. The shares become whole counts in a block (largest remainder).
+  Inside the block, the k-th sample of a source must fall between its ideal times k/share and (k+1)/share.
+  Earliest-deadline-first always achieves this (Baruah et al. 1996, "Proportionate progress"). After *any* number of
+  samples, every source is less than one sample away from its share.
+* `permute` shuffles the rows of one pass without a permutation array. A Feistel network is a bijection on a power of
+  four, and cycle walking restricts it to any size (Black & Rogaway 2002). A pass over trillions of tokens needs no
   memory, and the cost of a sample does not depend on its position.
 """
 
@@ -23,17 +23,19 @@ import numpy as np
 from lightning_danube.training.passes import IntArray
 
 LARGEST_BLOCK = 10_000
-"""Samples in a block at most: shares are then exact to 0.01 %."""
+"""Largest number of samples in a block: shares are then exact to 0.01 %."""
 
 
 def whole_counts(shares: Mapping[str, float], largest_block: int = LARGEST_BLOCK) -> dict[str, int]:
-    """Samples of each source in one block: the smallest block in which all shares are whole, else `largest_block`.
+    """Returns the samples of each source in one block.
+
+    The block is the smallest in which all shares are whole numbers, but has at most `largest_block` samples.
 
     Args:
-        shares: source → weight, of any positive sum (percent, fractions, tokens).
+        shares: source → weight, with any positive sum (percent, fractions, tokens).
 
     Raises:
-        ValueError: a share is so small that a block would not hold one sample of it.
+        ValueError: a share is less than one sample of a block.
     """
     exact = {name: Fraction(str(float(share))) for name, share in shares.items()}
     total = sum(exact.values())
@@ -55,10 +57,10 @@ def whole_counts(shares: Mapping[str, float], largest_block: int = LARGEST_BLOCK
 
 
 class Mixture:
-    """The order of sources in one stage, periodic in blocks.
+    """The order of sources in one stage; it repeats after each block.
 
     Args:
-        shares: source → weight, in the order in which the sources are numbered. A weight of 0 is allowed.
+        shares: source → weight, in the order of the source numbers. A weight of 0 is allowed.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
@@ -73,17 +75,17 @@ class Mixture:
         np.cumsum(one_hot, axis=0, out=self._before[1:])
 
     def sources_at(self, positions: IntArray) -> IntArray:
-        """Number of the source of each position, (n,) → (n,)."""
+        """Returns the number of the source at each position, (n,) → (n,)."""
         return self._order[positions % self.block]
 
     def taken_before(self, positions: IntArray) -> IntArray:
-        """Samples of every source before each position, (n,) → (n, sources)."""
+        """Returns the samples of every source before each position, (n,) → (n, sources)."""
         blocks, rest = np.divmod(positions, self.block)
         return blocks[:, None] * self.counts[None, :] + self._before[rest]
 
 
 def _even_order(counts: list[int]) -> IntArray:
-    """Source number at each place of a block, every source spread evenly over it."""
+    """Returns the source number at each position of a block, with every source spread evenly."""
     block = sum(counts)
     releases: list[tuple[int, int, int]] = [(0, source, 0) for source, count in enumerate(counts) if count]
     ready: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""What a run may change about its data between a stop and going on: only what lies ahead.
+"""Checks that a resumed run changes its data only after the point where it resumes.
 
 The data module keeps `OrderFacts` in each checkpoint, so the check needs neither the old config nor the old machine.
 """
@@ -17,11 +17,11 @@ _WAY_OUT = "or begin a new run without --ckpt_path"
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """Everything that decides which tokens stand at each position of a run.
+    """All facts that decide which tokens are at each position of a run.
 
     Args:
         stages: name, samples, and samples of each source in a block of the mixture.
-        sources: source → what tells its tokens, in the order that numbers the sources.
+        sources: source → `stream_identity` of its tokens, in the order of the source numbers.
     """
 
     seed: int
@@ -32,9 +32,9 @@ class OrderFacts:
 
 
 def stream_identity(stream: TokenSequence) -> dict[str, Any]:
-    """Tells one source's tokens from another's by content: the same shards on another machine are the same source.
+    """Returns the number of tokens and a digest, which identify a source by content, also on another machine.
 
-    The digest reads windows spread over the whole, not all of it, which could be terabytes.
+    The digest reads windows spread over the whole stream, because the stream can have terabytes.
     """
     digest = hashlib.sha256()
     last = max(0, len(stream) - _WINDOW)
@@ -44,10 +44,10 @@ def stream_identity(stream: TokenSequence) -> dict[str, Any]:
 
 
 def check_order(saved: OrderFacts, now: OrderFacts, samples_done: int) -> None:
-    """Checks that the samples before `samples_done` are the same under both.
+    """Checks that the samples before `samples_done` are equal with the saved and the current facts.
 
     Raises:
-        ValueError: they are not; the message names the key and the way out.
+        ValueError: the samples differ; the message names the config key and the remedy.
     """
     _same("data.seed", saved.seed, now.seed)
     _same("data.context_length", saved.context_length, now.context_length)

@@ -1,4 +1,4 @@
-"""Where a pre-training run stands in its curriculum."""
+"""The position of a pre-training run in its curriculum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
 
 
 def has_stages(trainer: Trainer) -> bool:
-    """Whether the run's data come in stages."""
+    """Returns whether the run's data have stages."""
     return isinstance(getattr(trainer, "datamodule", None), CurriculumData)
 
 
@@ -32,7 +32,7 @@ def samples_done(trainer: Trainer) -> int:
 
 
 def finished_stage(trainer: Trainer) -> int | None:
-    """Returns the number of the stage that ends exactly here; None within a stage, and for data without stages."""
+    """Returns the number of the stage that ends at this step; None inside a stage, and for data without stages."""
     if not has_stages(trainer):
         return None
     _, curriculum = curriculum_of(trainer)

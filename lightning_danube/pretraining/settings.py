@@ -1,6 +1,6 @@
-"""What a configuration says about a pre-training run, without Lightning and without PyTorch.
+"""The settings of a pre-training run, without Lightning and without PyTorch.
 
-`plan` reads a run from these settings alone. `CurriculumData` and `Pretraining` add what it takes to train.
+The verb `plan` needs only these settings. `CurriculumData` and `Pretraining` add the code that trains.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_danube.weights.tokenizers import document_tokenizer
 
 @dataclass(frozen=True)
 class PretrainingSettings:
-    """The arguments of `Pretraining`, which explains them. Their defaults stand here."""
+    """The arguments of `Pretraining` and their defaults. `Pretraining` explains the arguments."""
 
     decoder: DecoderShape | str
     learning_rate: LearningRate
@@ -43,7 +43,7 @@ class PretrainingSettings:
 
     @property
     def config(self) -> DecoderConfig:
-        """The whole config of the decoder.
+        """The complete config of the decoder.
 
         Raises:
             ValueError: no preset has that name.
@@ -61,26 +61,27 @@ class CurriculumSettings:
         stages: the curriculum, in order.
         context_length: tokens a training row predicts.
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
-        micro_batch_size: rows a device holds at once; accumulation follows from it and `batch_tokens`.
+        micro_batch_size: rows on a device at once; the accumulation follows from `micro_batch_size` and `batch_tokens`.
         tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
             parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
-        validation_rows: rows of each source on which `validate` and validation in `fit` run; `test` takes all.
-        max_passes: how often the run may go through a source before this is an error. Repeating a text up to about
-            four times costs little (Muennighoff et al. 2023, arXiv 2305.16264).
-        document_masks: keep the packed documents of a row from seeing each other.
+        validation_rows: rows of each source for `validate` and for validation in `fit`; `test` takes all rows.
+        max_passes: largest allowed number of passes over a source. Repeating a text up to about four times costs little
+            (Muennighoff et al. 2023, arXiv 2305.16264).
+        document_masks: tokens attend only to their own document, not to the other documents packed in the row.
         workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
-        cache_dir: where shards are kept.
-        processes: how many tokenize; all cores by default.
-        deduplicate: "exact" drops documents whose text stood earlier in the same source, "near" also those that share
-            about four fifths of their five-word shingles with an earlier one. Sources are not compared with each other.
-        filters: rules for prose that every document of a source has to pass (`{}` for the defaults).
-        decontaminate: jsonl or parquet files of evaluation sets. Documents that share 13 words in a row with a text of
-            them are dropped, and counted for each file.
+        cache_dir: directory for the shards.
+        processes: processes that tokenize; all cores by default.
+        deduplicate: "exact" drops documents whose text occurred earlier in the same source, "near" also documents that
+            share about four fifths of their five-word shingles with an earlier document. Sources are not compared with
+            each other.
+        filters: rules for prose that every document of a source must pass (`{}` for the defaults).
+        decontaminate: jsonl or parquet files of evaluation sets. Documents that share 13 consecutive words with a text
+            of these files are dropped, and counted for each file.
 
     Raises:
-        ValueError: for every mistake in the above, with the key's name.
+        ValueError: an argument is wrong; the message names the config key.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class CurriculumSettings:
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
         self.tokenizer = document_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
-        # Known from the stages alone, so that the schedule does not wait for the data.
+        # Computed from the stages alone, so that the schedule does not wait for the data.
         self.total_tokens = context_length * sum(
             stage_samples(stage, context_length, self.batch_samples) for stage in stages
         )
@@ -149,18 +150,18 @@ class CurriculumSettings:
         return self.total_tokens // self.batch_tokens
 
     def shards_directories(self) -> dict[str, Path]:
-        """Where the shards of each source are, or will be."""
+        """Returns the directory of each source's shards, which may not exist yet."""
         return {name: self.shards_directory(name) for name in self.sources}
 
     def shards_directory(self, name: str) -> Path:
-        """Where the shards of one source are, or will be."""
+        """Returns the directory of one source's shards, which may not exist yet."""
         return shards_directory(name, self.sources[name], self.tokenizer, self.held_out, self.quality, self.cache_dir)
 
     def accumulation(self, replicas: int) -> int:
-        """Micro-batches of one optimizer step on each of so many data-parallel replicas.
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
 
         Raises:
-            ValueError: they do not divide it.
+            ValueError: the rows of a step do not divide evenly.
         """
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:

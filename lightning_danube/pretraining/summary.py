@@ -1,4 +1,4 @@
-"""The plan and the result of a pre-training run, as texts and as the content of `summary.json`."""
+"""The plan and the result of a pre-training run, as text and as the content of `summary.json`."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from lightning_danube.terminal import closing_lines, minutes_and_seconds, progra
 from lightning_danube.training.run_facts import RunFacts, Trained, rate
 
 Losses = Mapping[str, float]
-"""Source → held-out loss, nats a token."""
+"""Source → held-out loss in nats per token."""
 
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """What is known of the held-out texts that a run is measured on, by source."""
+    """Tokens of the held-out texts that measure a run, by source, and the factors that convert their losses."""
 
     tokens: dict[str, int]
     bits_per_nat: dict[str, float]
-    """Factor from nats a token to bits a byte of the text."""
+    """Factor from nats per token to bits per byte of the text."""
 
     @classmethod
     def of(cls, data: CurriculumData, rows: int | None) -> HeldOutText:
-        """
+        """Returns the facts about the held-out texts of a data module.
+
         Args:
-            rows: most held-out rows of a source; None: all of them.
+            rows: largest number of held-out rows of a source; None: all rows.
         """
         tokens, sizes = data.evaluation_tokens(rows), data.evaluation_bytes(rows)
         return cls(tokens, {name: n / max(1, sizes[name]) / math.log(2) for name, n in tokens.items()})
 
     def bits_per_byte(self, losses: Losses) -> dict[str, float]:
-        """Returns source → held-out loss in bits a byte, a unit that does not depend on the tokenizer."""
+        """Returns source → held-out loss in bits per byte, a unit that does not depend on the tokenizer."""
         return {name: loss * self.bits_per_nat[name] for name, loss in losses.items()}
 
 
@@ -60,7 +61,7 @@ def model_lines(decoder: Decoder) -> list[str]:
 
 
 def source_table(data: CurriculumData) -> str:
-    """Returns a table of the sources: documents, tokens, and how often the run goes through them."""
+    """Returns a table of the sources: documents, tokens, and the number of passes over them."""
     passes = data.curriculum.passes()
     rows = []
     for name, shards in data.shards.items():
@@ -70,11 +71,11 @@ def source_table(data: CurriculumData) -> str:
 
 
 def length_line(data: CurriculumData, *, end: int, steps: str, replicas: int, accumulation: int, run: str) -> str:
-    """Returns the length of the run, the parts of an optimizer step, and the run's directory.
+    """Returns a line with the length of the run, the parts of an optimizer step, and the run's directory.
 
     Args:
         end: tokens after which the run ends.
-        steps: the optimizer steps until then.
+        steps: optimizer steps of the run, as text.
         accumulation: micro-batches of an optimizer step on each replica.
     """
     total = data.curriculum.total_tokens
@@ -89,7 +90,7 @@ def length_line(data: CurriculumData, *, end: int, steps: str, replicas: int, ac
 
 
 def with_stage_losses(losses: Sequence[Losses], stage: int, measured: Losses) -> list[Losses]:
-    """Returns the held-out losses at the ends of the stages up to `stage`, whose losses were measured now.
+    """Returns the held-out losses at the ends of the stages up to `stage`, whose losses are `measured`.
 
     A stage has no losses if a changed config ended it exactly where the run was resumed.
     """
@@ -124,16 +125,16 @@ def fit_summary(
     unigram: Losses,
     trained: Trained,
 ) -> dict[str, Any]:
-    """Returns the content of `summary.json` of `fit`. A collective call: every rank has to make it.
+    """Returns the content of `summary.json` of `fit`. A collective call: every rank must make it.
 
-    skipped_steps are those that left the model as it was; tokens_per_second is of training alone, without validation;
-    stages holds for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats a
-    token; val_bits_per_byte is the last held-out loss in a unit that does not depend on the tokenizer; recall is there
-    if FactRecall asks for facts.
+    `skipped_steps` did not change the model. `tokens_per_second` is the speed of training without validation. `stages`
+    has for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats per token.
+    `val_bits_per_byte` is the last held-out loss in a unit that does not depend on the tokenizer. `recall` exists if
+    FactRecall asks for facts.
 
     Args:
-        losses: at the end of each stage that is done.
-        unigram: losses of a model that knows only how frequent each token is.
+        losses: held-out losses at the end of each finished stage.
+        unigram: losses of a model that knows only the frequency of each token.
 
     Raises:
         ValueError: no TokenLedger counts the tokens.
@@ -167,7 +168,7 @@ def fit_summary(
 
 
 def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> str:
-    """Returns after which step a run stopped, and the step of its last checkpoint; where the run is, if no stage ended.
+    """Returns the last step of a stopped run and of its last checkpoint; also the run's directory if no stage ended.
 
     Args:
         summary: as from `fit_summary`.
@@ -179,7 +180,7 @@ def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> 
 
 
 def result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path, samples: Mapping[str, str]) -> str:
-    """Returns the tables of a finished run, a sample of its text, and what to type next.
+    """Returns the tables of a finished run, a sample of its text, and the next commands.
 
     Args:
         summary: as from `fit_summary`.
@@ -202,7 +203,7 @@ def _loss_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
     rows = [["unigram baseline", *(f"{summary['unigram_loss'][name]:.3f}" for name in sources)]]
     for stage in summary["stages"]:
         if losses := stage["val_loss"]:
-            # A source that joined the run later was not measured at this stage.
+            # Sources that were added later have no loss at this stage.
             shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in sources)
             rows.append([f"after {stage['name']}", *shown])
     if bits := summary["val_bits_per_byte"]:
@@ -222,7 +223,7 @@ def _share_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
 
 
 def evaluation_summary(losses: Losses, held_out: HeldOutText, *, weights: str, precision: str | int) -> dict[str, Any]:
-    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats a token."""
+    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats per token."""
     return {
         "weights": weights,
         "precision": precision,

@@ -1,4 +1,4 @@
-"""How much training text each source has, as far as that is known without reading any."""
+"""The amount of training text of each source, as far as it is known without reading the text."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Supply:
-    """Tokens of training text in one pass over a source, None if nobody knows, and who says so."""
+    """Tokens of training text in one pass over a source, None if unknown, and the origin of this number."""
 
     tokens: int | None
     said_by: str
 
     def rows(self, context_length: int) -> int | None:
-        """Rows in one pass, as shards would count them."""
+        """Returns the rows in one pass, counted as in shards; None if unknown."""
         return None if self.tokens is None else max(0, self.tokens - 1) // context_length
 
 
 def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict[str, int]:
-    """Source → tokens from "web=10T,wiki=6B".
+    """Returns source → tokens from a text such as "web=10T,wiki=6B".
 
     Raises:
-        ValueError: it is not written so, or a source is none of the run's.
+        ValueError: the text has another form, or names a source that the run does not have.
     """
     stated: dict[str, int] = {}
     for item in text.split(",") if text else ():
@@ -48,7 +48,10 @@ def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict
 
 
 def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, Supply]:
-    """What is stated counts first, then prepared shards, then the `max_tokens` of a source, less what is held out."""
+    """Returns the supply of each source: the stated tokens, else its prepared shards, else its `max_tokens`.
+
+    Stated tokens and `max_tokens` are reduced by the held-out share.
+    """
     found = {}
     for name, source in data.sources.items():
         if name in stated:
@@ -64,11 +67,11 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
 
 def _prepared_tokens(data: CurriculumSettings, name: str) -> int | None:
     if data.sources[name].is_documentation and not is_collected(data.cache_dir):
-        return None  # asking for its files would collect them
+        return None  # reading its list of files would collect the documentation
     if not is_finished(data.sources[name].path) and not any((data.cache_dir / "shards").glob(f"{name}-*")):
         return None  # the name of a directory needs the tokenizer's fingerprint, which takes a second
     try:
         directory = data.shards_directory(name)
-    except ValueError:  # its files are somewhere else, or not there yet
+    except ValueError:  # the source's files are elsewhere, or do not exist yet
         return None
     return TokenShards(directory, data.tokenizer).counts("train").tokens if directory.exists() else None

@@ -1,4 +1,4 @@
-"""Pre-training as a Lightning system around the plain decoder: its loss, its length."""
+"""Pre-training as a Lightning system around the plain decoder: the loss and the length of the run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Pretraining(DecoderTask):
     """Next-token prediction with the Danube decoder.
 
     Args:
-        decoder: the shape, or the name of a preset ("danube3-500m", "danube3-4b"). Vocabulary and context length are
-            taken from the data.
+        decoder: the shape, or the name of a preset ("danube3-500m", "danube3-4b"). Vocabulary and context length come
+            from the data.
         learning_rate: schedule in tokens.
         optimizer: settings of AdamW, or of Muon by its class path.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile_blocks: have PyTorch compile each block for training and held-out losses: some 20 s at the start of a
-            run on a CPU, which needs a C++ compiler.
+        compile_blocks: compile each block with PyTorch for training and held-out losses. On a CPU this takes about 20 s
+            at the start of a run, and needs a C++ compiler.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
     """
 
@@ -55,9 +55,10 @@ class Pretraining(DecoderTask):
             self.decoder.compile_blocks()
 
     def configure_model(self) -> None:
-        """
+        """Checks that compiled blocks on a CPU have a C++ compiler, then distributes the decoder.
+
         Raises:
-            ValueError: blocks are to be compiled for a CPU, and there is no C++ compiler.
+            ValueError: there is no C++ compiler.
         """
         if self.decoder.has_compiled_blocks and self.trainer.strategy.root_device.type == "cpu":
             check_compiler("model.compile_blocks", "set model.compile_blocks to false")
