@@ -151,7 +151,7 @@ class StopSignals:
                 self._forget()
 
     def hold(self, numbers: Iterable[int]) -> None:
-        """Only stores these signals in `received` from now on, until `release`."""
+        """Stores these signals in `received` from now on, without an exception, until `release`."""
         if threading.current_thread() is threading.main_thread():
             if not self._listening:
                 self._forget()

@@ -160,7 +160,7 @@ class LayerOfCache:
     values_BGSK: Tensor
 
     def extend(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values of the new tokens into the next slots. Returns those of all slots to attend to."""
+        """Writes new keys and values into the next slots. Returns keys and values of all slots to attend to."""
         keys_BGSK, values_BGSK, lengths_B = self.keys_BGSK, self.values_BGSK, self.cache.lengths_B
         if lengths_B is None:
             start, end = self.cache.length, self.cache.length + k_BGTK.shape[2]

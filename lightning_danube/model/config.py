@@ -88,7 +88,7 @@ class DecoderShape:
         qkv_bias: query, key and value matrices have biases (Qwen2).
         qk_norm: an RMSNorm over the channels of each query and key head, before the rotary positions (Qwen3).
         rope_scaling: slower rotary positions (Llama 3.1, 3.2, 3.3); None: not slowed.
-        nope_interval: every n-th layer has no rotary positions (SmolLM3: 4); None: all have them.
+        nope_interval: every n-th layer has no rotary positions (SmolLM3, n = 4); None: all layers have them.
     """
 
     hidden_size: int
