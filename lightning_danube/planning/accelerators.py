@@ -42,7 +42,7 @@ ACCELERATORS: dict[str, tuple[float, int]] = {
     "b200": (2250e12, 180),
     "mi300x": (1307e12, 192),
 }
-"""Name → dense bf16 FLOP/s, GiB. `h100` is the SXM one."""
+"""Name → dense bf16 FLOP/s, GiB. `h100` is the SXM version."""
 
 
 def parse_accelerator(text: str) -> Accelerator:

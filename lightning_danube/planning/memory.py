@@ -20,7 +20,7 @@ BYTES: dict[str, tuple[int, int]] = {
     "16-true": (2, 2),
     "64-true": (8, 8),
 }
-"""Precision, as the trainer calls it → bytes of a weight, and of what matrix products take and give."""
+"""The trainer's name of a precision → bytes of a weight, and of the inputs and outputs of matrix products."""
 
 Engine = Literal["single", "ddp", "fsdp"]
 

@@ -13,10 +13,11 @@ from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.pretraining.settings import CurriculumSettings
 
 USABLE = 0.9
-"""Share of a device's memory that tensors may take: the rest is for its context, its libraries and fragments."""
+"""Share of a device's memory for tensors. The rest is for its context, its libraries and fragmentation."""
 
 HOURS_BETWEEN_FAILURES = 50_000.0
-"""Of one device: Llama 3 was interrupted unexpectedly 419 times in 54 days on 16,384 (arXiv 2407.21783, section 3)."""
+"""Mean time between failures of one device: training Llama 3 on 16,384 devices had 419 unexpected interruptions in 54
+days (arXiv 2407.21783, section 3)."""
 
 MOST_DEVICES = 4096
 

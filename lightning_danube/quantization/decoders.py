@@ -113,7 +113,7 @@ def _matrices(decoder: Decoder, embeddings: bool) -> Iterator[tuple[str, Any]]:
 
 
 Build = Callable[[Tensor, Tensor | None], nn.Module]
-"""Makes a layer of a matrix, and of its bias if it has one."""
+"""Makes a quantized layer from a matrix and its bias, if it has one."""
 
 
 def _layer_builder(level: Level) -> tuple[Build, int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE_DTYPE = torch.float16
-"""Of scales and zero points, as hqq keeps them on a GPU."""
+"""Type of scales and zero points, as hqq keeps them on a GPU."""
 
 
 class GroupedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""Computes llama.cpp's importance matrix, which weighs the columns of each matrix, from the decoder's forward passes."""
+"""Computes llama.cpp's importance matrix, which weighs each matrix's columns, from the decoder's forward passes."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Level:
 
 
 FULL = Level("full", "")
-"""The model as it is, to compare with."""
+"""The unquantized model, with which all levels are compared."""
 
 
 def parse_level(text: str) -> Level:

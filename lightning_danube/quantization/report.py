@@ -14,10 +14,10 @@ from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Array, MeasuredLevel
 
 TOLERANCES = (0.01, 0.05)
-"""By what share the perplexity may rise in what is recommended."""
+"""Relative rise in perplexity that a recommended level may have."""
 MIB = 2**20
 BROKEN = 10.0
-"""From here on a change is no longer told in per cent."""
+"""Relative changes above this are reported as factors, not in per cent."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
     level: Level
     measured: MeasuredLevel
     nats: Array
-    """(windows, tokens) of the first context length, on which everything but `by_length` is measured."""
+    """(windows, tokens) of the first context length, at which everything except `by_length` is measured."""
     perplexity: Estimate
     change: Estimate
     divergence: Estimate

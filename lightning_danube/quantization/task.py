@@ -37,7 +37,7 @@ from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_decoder
 
 REFERENCE_BYTES = 2**31
-"""Of the full model's distributions, which stay on the disk while others are compared with them."""
+"""Most bytes on disk for the full model's distributions, with which the levels are compared."""
 NO_WINDOWS = (
     "QuantizationEvaluation reads a text, {data} has none in windows: set data.class_path to "
     "lightning_danube.quantization.TextWindows"
