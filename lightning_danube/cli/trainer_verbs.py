@@ -331,7 +331,8 @@ class DanubeCLI(LightningCLI):
             raise ValueError(f"{type(self.model).__name__} has no {verb}: say {' or '.join(possible)}")
 
     def _nothing_left(self) -> str | None:
-        """Says that the run."""
+        """Returns a message that the run to resume is already complete, None if it is not."""
+        # Some data are counted only when they are read. Their number of steps is not known before the run begins.
         steps = getattr(self.datamodule, "total_steps", None)
         if not self.place.continues or self.place.checkpoint is None or not isinstance(steps, int):
             return None

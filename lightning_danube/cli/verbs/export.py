@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    """Refuses options that would change nothing."""
+    """Refuses options that would have no effect."""
     if arguments.format == "gguf":
         if arguments.dtype is not None:
             raise ValueError("--dtype is for --format hf: the type of a GGUF file is --type")
