@@ -63,7 +63,7 @@ ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with
 
 
 PARTS = 8
-"""Products of a batch in `SplitLinear`. One row is equally fast with 4 to 64 products; 64 rows are slower from 16 on."""
+"""Products of a batch in `SplitLinear`. One row is equally fast with 4 to 64; 64 rows are slower with 16 or more."""
 
 FEW_ROWS = 4
 """Rows up to which `ConvertingLinear` multiplies in 16 bits. With AVX2 only, 4 rows take about equally long in 16 bits

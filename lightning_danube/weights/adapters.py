@@ -212,8 +212,8 @@ def save_adapter(
 ) -> None:
     """Writes the decoder's adapter as PEFT does.
 
-    `base` names the adapter's base model. `card` goes into README.md. `score` is the classification head that belongs to
-    the adapter, as in LlamaForSequenceClassification, (classes, hidden size).
+    `base` names the adapter's base model. `card` goes into README.md. `score` is the classification head that belongs
+    to the adapter, as in LlamaForSequenceClassification, (classes, hidden size).
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

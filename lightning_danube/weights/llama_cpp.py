@@ -1,7 +1,7 @@
 """llama.cpp, through the ctypes interface of the package llama-cpp-python, an optional extra.
 
-The project uses llama.cpp's quantization instead of its own, so that it measures and exports exactly what other programs
-run from GGUF files. Only this file imports the package.
+The project uses llama.cpp's quantization instead of its own, so that it measures and exports exactly what other
+programs run from GGUF files. Only this file imports the package.
 
 Shapes: B texts, T tokens, V vocabulary, D columns of a matrix.
 """
@@ -30,7 +30,7 @@ from lightning_danube.extras import install_command
 from lightning_danube.files import new_file
 from lightning_danube.weights.gguf.header import read_gguf_header
 
-# The suffixes that llama.cpp's own program uses for its mixtures.
+# Short names that llama.cpp's own program accepts for its medium mixtures.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 UNQUANTIZED = ("F32", "F16", "BF16")
 

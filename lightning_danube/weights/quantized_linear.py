@@ -41,7 +41,7 @@ class FrozenLinear4bit(Linear4bit):
         """`double`: the scales are held in 8 bits, with scales of their own."""
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
         weight: Any = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
-        # Moving is what quantizes.
+        # Moving the weight to its device quantizes it.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))
         self.support_avx512bf16_for_cpu = False
@@ -62,7 +62,7 @@ class FrozenLinear4bit(Linear4bit):
         return values.to(dtype)
 
     def stored(self) -> list[Tensor]:
-        """All that has to be kept to have the layer again."""
+        """Returns all tensors that are needed to restore the layer."""
         weight: Any = self.weight
         return [weight.data, *weight.quant_state.as_dict(packed=True).values(), *biases(self)]
 
@@ -80,7 +80,7 @@ class FrozenLinear8bit(Linear8bitLt):
             device="meta",
         )
         weight: Any = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        # Moving is what quantizes.
+        # Moving the weight to its device quantizes it.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))
 
@@ -97,7 +97,7 @@ class FrozenLinear8bit(Linear8bitLt):
         return values.to(dtype)
 
     def stored(self) -> list[Tensor]:
-        """All that has to be kept to have the layer again."""
+        """Returns all tensors that are needed to restore the layer."""
         return [self.weight.data, self._scales(), *biases(self)]
 
 
@@ -126,7 +126,7 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
         layer = decoder.get_submodule(name)
         assert isinstance(layer, nn.Linear), name
         layers[name] = layer
-    # bitsandbytes 0.50 on a CPU uses the scale at the beginning of a row where a block crosses rows.
+    # bitsandbytes 0.50 on a CPU assumes that each row begins with a new block, so a block must not cross rows.
     if uneven := {layer.in_features for layer in layers.values() if layer.in_features % BLOCK}:
         raise ValueError(
             f"quantization {quantization} needs layers whose input is a multiple of {BLOCK}; this model has some of "

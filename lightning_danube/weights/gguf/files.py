@@ -1,8 +1,8 @@
 """Decoders as GGUF files, the format of llama.cpp, in both directions.
 
 For some architectures llama.cpp rotates channels 2i and 2i + 1 of a head as one pair, and this project i and i + K/2.
-So the rows of the query and key projections are in another order there. Without reordering, the file loads and the model
-answers wrongly. model/architecture.py lists these architectures and the names of the tensors.
+So the rows of the query and key projections are in another order there. Without reordering, the file loads, and the
+model answers wrongly. model/architecture.py lists these architectures and the names of the tensors.
 
 A wrong file is refused in one line that names it, before any tensor is read. gguf and numpy are imported inside the
 functions, so that importing the model stays cheap.
@@ -63,8 +63,8 @@ KNOWN_KEYS = frozenset(
 # No decoder has a larger number of anything. So the check of a damaged number cannot cost more than this.
 MOST = 2**24
 LARGEST_FLOAT16 = 65504.0
-# Dequantizing temporarily needs several times the memory of its result. With pieces that fit into the processor's cache,
-# SmolLM2's file takes 0.9 CPU seconds; with pieces of 2^20 values, 1.5.
+# Dequantizing temporarily needs several times the memory of its result. With pieces that fit into the processor's
+# cache, SmolLM2's file takes 0.9 CPU seconds; with pieces of 2^20 values, 1.5.
 PIECE_VALUES = 2**18
 
 
@@ -155,8 +155,7 @@ def save_gguf(
 
 
 def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
-    """Writes the header of a float16 file, with a sparse hole instead of the tensors, for programs that only read shapes.
-
+    """Writes the header of a float16 file, with a hole instead of the tensors, for programs that only read shapes.
     The file takes almost no disk space, however large the model is.
     """
     writer = begin_gguf(Path(path), config, torch.float16, None, None)
@@ -278,8 +277,7 @@ def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
 
 
 def rope_factors(config: DecoderConfig) -> Tensor:
-    """Returns the factors by which llama.cpp divides the rotary frequencies, one per pair of channels, (K / 2,), float32.
-    """
+    """Returns the factors by which llama.cpp divides the frequencies of channel pairs, (K / 2,), float32."""
     head_dim = config.head_dim
     assert head_dim is not None  # resolved by the config
     plain = inverse_frequencies(head_dim, config.rope_theta, torch.float64)

@@ -51,7 +51,7 @@ class GGUFHeader:
 
 
 def read_gguf_header(path: str | Path) -> GGUFHeader:
-    """Reads the header of a file. The last header is cached, because the tokenizer and the model of a file both need it.
+    """Reads the header of a file. The last header is cached, because a file's tokenizer and model both need it.
 
     Raises:
         ValueError: the file is missing, not a GGUF file, or truncated, or its counts exceed its size.
