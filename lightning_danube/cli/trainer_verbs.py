@@ -287,7 +287,7 @@ class DanubeCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
-            # Lightning raises this for an option that this machine, or any machine, cannot follow.
+            # Lightning raises this for an option that this machine, or every machine, does not support.
             raise ValueError(f"trainer: {error}") from error
         nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:
@@ -307,7 +307,7 @@ class DanubeCLI(LightningCLI):
         return trainer
 
     def _plugins(self) -> list[Any]:
-        """Returns the user's plugins, and this project's plugin for checkpoints unless the user has one."""
+        """Returns the user's plugins, and this project's checkpoint plugin unless they or their strategy bring one."""
         trainer = self._get(self.config_init, "trainer")
         plugins = trainer["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]

@@ -74,7 +74,7 @@ def read_speeds() -> pd.DataFrame:
 
 
 def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per context length: decoded tokens per second, speed-up over the most heads, and MiB of cache."""
+    """Returns a row per context length: MiB of cache, prefill and decode speed, decode speed-up over the most heads."""
     by_heads = speeds.assign(MiB=speeds["cache_bytes"] / 2**20).pivot(
         index="context",
         columns="key_value_heads",

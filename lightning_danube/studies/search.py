@@ -51,7 +51,7 @@ class Search:
 
     def _run(self, trial: optuna.Trial, tell: Callable[[str], None]) -> float:
         values = {key: suggested(trial, key, among) for key, among in self.design.search.items()}
-        # A retry keeps the name, so that it continues the runs of the first attempt.
+        # A retry keeps the number, so that it continues the runs of the first attempt.
         number = trial.user_attrs.get("number", trial.number)
         trial.set_user_attr("number", number)
         shown = ", ".join(f"{key.rpartition('.')[2]} {shown_value(value)}" for key, value in values.items())
