@@ -31,7 +31,7 @@ LINKED = ("callbacks", "configs")
 
 
 def folders_of(package: Path) -> tuple[str, ...]:
-    """Where code of this project lies: a ValueError that is raised there is a user's mistake."""
+    """Returns the folders with this project's code: a ValueError raised there is a user's mistake."""
     return tuple(os.path.realpath(folder) + os.sep for folder in (package, *(package / name for name in LINKED)))
 
 
@@ -39,7 +39,7 @@ _OURS = folders_of(PACKAGE)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0 only when what was asked is done, 2 for a user's mistake."""
+    """Runs one command line and returns its exit code: 0 only if the command succeeded, 2 for a user's mistake."""
     with SIGNALS.listening(own_process=args is None):
         return _run(list(sys.argv[1:] if args is None else args))
 
@@ -73,9 +73,10 @@ def _report(error: Exception, debug: bool) -> int:
 
 
 def check_links() -> None:
-    """
+    """Checks the symbolic links of a clone.
+
     Raises:
-        ValueError: git wrote a text file in place of a symbolic link, as it does where it may not make one.
+        ValueError: git wrote a text file instead of a symbolic link, as it does where it may not create links.
     """
     for name in LINKED:
         if not (PACKAGE / name).is_dir():
@@ -131,13 +132,13 @@ def _check_at_once(args: list[str]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake like every other: one line, no usage."""
+    """A parser that reports a mistake in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
 
     def refuse(self, arguments: Sequence[str]) -> NoReturn:
-        """Says which arguments are none of its options, and what was meant by the first."""
+        """Reports the unknown arguments, and the option that was probably meant by the first."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         close = get_close_matches(arguments[0].partition("=")[0], known, n=1)
         self.error(f"unrecognized arguments: {' '.join(arguments)}" + (f": did you mean {close[0]}?" if close else ""))
@@ -160,10 +161,10 @@ def _overview() -> str:
 
 
 def user_message(error: BaseException) -> str | None:
-    """One line for a user's mistake; None for a fault of ours, which deserves its traceback.
+    """Returns one line for a user's mistake; None for a bug of the project, which needs its traceback.
 
-    A ValueError that this project raises itself is a user's mistake by the house rule; so is what the argument parser
-    rejects, and a file system that refuses.
+    A ValueError that this project raises itself is a user's mistake by convention. So are an error of the argument
+    parser and an error of the file system.
     """
     if hasattr(error, "user_message"):
         return str(error.user_message)
@@ -176,7 +177,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 def _as_asked_for(path: str) -> str:
-    """The path that the user named. A file or directory has a hidden name until it is whole."""
+    """Returns the path that the user named. A file or directory has a hidden name until it is complete."""
     return re.sub(r"\.([^/\\]+)\.[0-9a-f]{32}\.partial(?=$|[/\\])", r"\1", path)
 
 

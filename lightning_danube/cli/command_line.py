@@ -1,7 +1,7 @@
-"""A command line and the configurations that it names, as one tree of values, and where each of them is stated.
+"""Reads a command line and its configurations as one tree of values, and records where each value is stated.
 
-This reads files and flags alone. Importing PyTorch and Lightning takes seconds, and most typing errors need neither of
-them to be found: `check_command_line` reports those at once.
+This module reads only files and flags. Importing PyTorch and Lightning takes seconds, and most typing errors can be
+found without them: `check_command_line` reports such errors at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LINKED = {
     "batch_tokens": "data.batch_tokens",
     "total_tokens": "data.stages",
 }
-"""Attributes of a data module that reach the task of that parameter name → the key of the data that states them."""
+"""Attribute of a data module that is linked to the task's parameter of that name → the data's key that states it."""
 
 FACTS_OF_DATA = {**LINKED, "max_position_embeddings": LINKED["context_length"]}
-"""Options of a model that are facts of the data → the key that states each. A configuration gives them nowhere else."""
+"""Option of a model that is a fact of the data → the data's key that states it. It may be stated only there."""
 
 TRAINER_OPTIONS = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run"),
@@ -43,7 +43,7 @@ TRAINER_OPTIONS = (
 )
 """Options of Lightning's trainer."""
 
-# Of single verbs, and of the parser itself.
+# Options of single verbs, and of the parser itself.
 _OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
 
 
@@ -56,9 +56,9 @@ class Stated:
     """What a command line and its configurations state.
 
     Args:
-        files: of the configurations, in the order in which they count.
+        files: the configuration files; later files override earlier ones.
         tree: all values as one mapping. Values of flags are `Typed`.
-        places: key path without `init_args` → the file and line, or the flag, that states it last.
+        places: key path without `init_args` → the last file and line, or flag, that states it.
     """
 
     files: list[str]
@@ -66,16 +66,17 @@ class Stated:
     places: dict[Path, str] = field(default_factory=dict)
 
     def place_of(self, path: Path) -> str:
-        """ "file, line n" or "--flag" of the innermost key of a path that is stated anywhere, "" if none is."""
+        """Returns "file, line n" or "--flag" for the innermost key of a path that is stated, "" if no key is."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "")
 
 
 def read_command_line(args: Sequence[str]) -> Stated:
-    """
+    """Reads what a command line and its configurations state.
+
     Args:
-        args: of a verb that takes a configuration, without the verb.
+        args: arguments of a verb that takes a configuration, without the verb.
 
     Raises:
         ValueError: a configuration is missing or no YAML mapping.
@@ -101,7 +102,7 @@ def without_init_args(path: Path) -> Path:
 
 
 def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
-    """The flags of a command line that set a key of the configuration: as typed, the keys, the value."""
+    """Yields the flags of a command line that set a key of the configuration: flag as typed, keys, value."""
     for arg, following in pairwise([*args, "--"]):
         match = re.match(r"--(\w[\w.-]*)(\+?)(?:=(.*))?$", arg, re.DOTALL)
         if match is None or (match[3] is None and following.startswith("--")):
@@ -112,9 +113,9 @@ def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 
 
 def merged(old: Any, new: Any) -> Any:
-    """One tree of values from two, as jsonargparse merges them: the new one counts, and lists are replaced.
+    """Merges two trees of values as jsonargparse does: new values override old ones, and lists are replaced.
 
-    An option that is given for a list belongs to its last item, as in `--trainer.callbacks+=Progress`.
+    An option that is given for a list belongs to its last item, as after `--trainer.callbacks+=Progress`.
     """
     if isinstance(new, list) and new and isinstance(new[0], Added):
         return [*(old if isinstance(old, list) else []), *new]
@@ -130,16 +131,16 @@ def merged(old: Any, new: Any) -> Any:
 
 
 def config_files(args: Sequence[str]) -> list[str]:
-    """Files that a command line names by --config or -c."""
+    """Returns the files that a command line names by --config or -c."""
     files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
     return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
 
 
 def with_config_paths(args: Sequence[str]) -> list[str]:
-    """A command line where each config is the path of its file: those of the package are given by name.
+    """Returns a command line in which each config's name is replaced by the path of the package's file.
 
     Raises:
-        ValueError: there is neither a file nor a name like that.
+        ValueError: there is no such file and no config of that name.
     """
     found = list(args)
     for place, arg in enumerate(args):
@@ -151,13 +152,14 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
 
 
 def check_command_line(args: Sequence[str]) -> None:
-    """
+    """Checks a command line without importing PyTorch or Lightning.
+
     Args:
-        args: of a verb that takes a configuration, without the verb.
+        args: arguments of a verb that takes a configuration, without the verb.
 
     Raises:
-        ValueError: a configuration is missing or no YAML mapping, a section or an option of the trainer is unknown, a
-            precision is none, or a fact of the data is stated for the model.
+        ValueError: a configuration is missing or no YAML mapping, a section, an option of the trainer or a precision is
+            unknown, or a fact of the data is stated for the model.
     """
     if args and not args[0].startswith("-"):
         raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
@@ -187,7 +189,7 @@ def _check_flags(args: Sequence[str]) -> None:
 
 
 def _check_facts_of_data(stated: Stated) -> None:
-    """Refuses a fact of the data that is stated again for the model: the link would override it without a word."""
+    """Refuses a fact of the data that is stated again for the model, because the link would silently override it."""
     for fact, key in LINKED.items():
         place = stated.places.get(("model", fact))
         if place is not None and place.startswith("--"):
@@ -201,7 +203,7 @@ def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
         if key not in TRAINER_OPTIONS:
             raise ValueError(f"{_place(stated, 'trainer', key)}{no_option(str(key), TRAINER_OPTIONS, 'Trainer')}")
     precision = trainer.get("precision")
-    refers = str(precision).startswith("${")  # to another key
+    refers = str(precision).startswith("${")  # a reference to another key
     if precision is not None and not refers and str(precision) not in PRECISIONS:
         place = stated.place_of(("trainer", "precision"))
         where = place if place.startswith("--") else f"{place}: trainer.precision"

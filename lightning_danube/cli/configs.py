@@ -1,4 +1,4 @@
-"""The one parser of configurations: what `fit` would run, for the verbs that train and for those that do not."""
+"""The only parser of configurations, for the verbs that train and for the other verbs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PARSER_OPTIONS: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False,
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A pre-training run as its configuration describes it. Neither data nor weights are made.
+    """A pre-training run as its configuration describes it. Neither data nor weights are created.
 
     Args:
-        trainer: what the configuration says of the trainer. The devices may be elsewhere.
+        trainer: the configuration's section of the trainer. This machine need not have its devices.
     """
 
     name: str
@@ -36,13 +36,13 @@ class PlannedRun:
 
 
 def read_configuration(args: Sequence[str]) -> Stated:
-    """What a command line states, after every value was checked against the class that takes it.
+    """Reads a command line, and checks every value against the class that takes it.
 
     Args:
-        args: without the verb.
+        args: the arguments without the verb.
 
     Raises:
-        ValueError: a value is refused; in one line.
+        ValueError: a value is refused; the message is one line.
     """
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -61,7 +61,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
 
 @contextlib.contextmanager
 def one_line_errors(stated: Stated) -> Iterator[None]:
-    """Turns what is refused inside into a ValueError of one line."""
+    """Turns a refusal inside the block into a ValueError of one line."""
     from lightning_danube.cli.errors import in_one_line
 
     try:
@@ -79,7 +79,7 @@ def add_run_options(parser: Any) -> None:
 
 
 def set_parsing_rules() -> None:
-    """Settings of jsonargparse that hold for every parser here."""
+    """Sets options of jsonargparse that hold for every parser here."""
     from jsonargparse import set_parsing_settings
 
     from lightning_danube.training.optim import AdamW
@@ -89,10 +89,10 @@ def set_parsing_rules() -> None:
 
 
 def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
-    """The data module alone. The model and the trainer are not looked at.
+    """Returns the configured data module. Ignores the model and the trainer.
 
     Raises:
-        ValueError: a configuration is wrong, in one line.
+        ValueError: a configuration is wrong; the message is one line.
     """
     from lightning.pytorch import LightningDataModule
 
@@ -106,15 +106,16 @@ def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> Lightni
 
 
 def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
-    """
+    """Returns the pre-training run that configurations and overrides describe.
+
     Raises:
-        ValueError: a configuration is wrong, in one line, or it is none of pre-training.
+        ValueError: a configuration is wrong or not for pre-training; the message is one line.
     """
     from lightning_danube.planning.run import TrainerSection
     from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
 
     stated = _stated(configs, overrides)
-    # Before anything is read: other tasks would fetch weights first.
+    # Checked before anything is read, because other tasks would download weights first.
     model, data = (_class_name(stated.tree.get(section)) for section in ("model", "data"))
     if (model, data) != ("Pretraining", "CurriculumData"):
         raise ValueError(f"only pre-training can be planned (Pretraining on CurriculumData), not {model} on {data}")
@@ -145,7 +146,7 @@ def _stated(configs: Sequence[str], overrides: Sequence[str]) -> Stated:
 
 
 def resolved_tree(stated: Stated) -> dict[str, Any]:
-    """The tree of values, where each reference such as `${seed_everything}` has become what it refers to."""
+    """Returns the tree of values, in which each reference such as `${seed_everything}` is replaced by its value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -160,7 +161,7 @@ def resolved_tree(stated: Stated) -> dict[str, Any]:
 
 
 def _untyped(value: Any) -> Any:
-    """A tree of values where text of the command line is text like any other, which OmegaConf demands."""
+    """Returns a tree of values with plain texts instead of `Typed` texts, as OmegaConf requires."""
     if isinstance(value, Mapping):
         return {key: _untyped(one) for key, one in value.items()}
     return str(value) if isinstance(value, Typed) else value
@@ -173,13 +174,13 @@ def _typed_again(resolved: Any, before: Any) -> Any:
 
 
 def resolved_config(args: Sequence[str]) -> dict[str, Any]:
-    """The whole configuration that a command line of a trainer's verb would run, defaults included.
+    """Returns the whole configuration that a command line of a trainer's verb would run, including defaults.
 
     Args:
-        args: without the verb.
+        args: the arguments without the verb.
 
     Raises:
-        ValueError: it is refused, in one line.
+        ValueError: the configuration is refused; the message is one line.
     """
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser

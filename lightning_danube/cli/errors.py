@@ -1,4 +1,4 @@
-"""Says in one line what is wrong with a configuration: where it stands, the key, what is wrong, what was meant."""
+"""Reports a mistake in a configuration in one line: the place, the key, what is wrong, what was meant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_danube.cli.options import Path, Refusal
 
 
 def in_one_line(refusal: Refusal, stated: Stated) -> str:
-    """What a refusal says, with the file and line or the flag that states the value."""
+    """Returns the message of a refusal, with the file and line or the flag that states the value."""
     place, key = stated.place_of(refusal.path), ".".join(refusal.shown)
     flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
     said_by_flag = flag[: len(refusal.shown)] == refusal.shown
@@ -22,10 +22,10 @@ def in_one_line(refusal: Refusal, stated: Stated) -> str:
 
 
 def parse(parser: Any, args: list[str], stated: Stated) -> Any:
-    """What a jsonargparse parser makes of a command line that was read before.
+    """Parses, with a jsonargparse parser, a command line that was read before.
 
     Raises:
-        ValueError: it refuses; in one line.
+        ValueError: the parser refuses a value; the message is one line.
     """
     from omegaconf.errors import OmegaConfBaseException
 
@@ -38,7 +38,7 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
 
 
 def unresolved(stated: Stated) -> str | None:
-    """Names the first value that refers to a key which nothing states, such as `${nothing}`."""
+    """Names the first value that refers to a missing key, such as `${nothing}`."""
     for path, text in _texts(stated.tree, ()):
         for reference in re.findall(r"\$\{([\w.]+)\}", text):
             if not _is_stated(stated.tree, reference.split(".")):
@@ -66,9 +66,9 @@ def _is_stated(tree: Any, keys: list[str]) -> bool:
 
 
 def raised_by_a_class(error: BaseException) -> ValueError | None:
-    """The ValueError of a class that was made with its options, if that is what the parser's own error stands for.
+    """Returns the ValueError that a configured class raised, if it is the cause of the parser's error.
 
-    The parser adds the types that it tried to the message and chains the errors.
+    The parser chains the errors, and adds the types that it tried to the message.
     """
     inner: BaseException | None = error
     while inner is not None:

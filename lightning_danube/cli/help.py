@@ -1,4 +1,4 @@
-"""The help of the trainer's verbs: first the options of the configured data and model, last those of the trainer."""
+"""Help of the trainer's verbs: first the options of the configured data and model, last the trainer's options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_danube.yaml_files import description
 
 WIDTH = 120
 COLUMN = 46
-"""Where the explanations begin."""
+"""Column at which the explanations begin."""
 
 RUN_OPTIONS = {
     "--config NAME": "a configuration: the name of one that comes with the package, or a file; may be repeated",
@@ -38,9 +38,10 @@ RUN_OPTIONS = {
 
 
 def help_of(verb: str, args: Sequence[str]) -> str:
-    """
+    """Returns the help text of a verb.
+
     Args:
-        args: of the verb, without it.
+        args: arguments of the verb, without the verb.
 
     Raises:
         ValueError: a configuration is missing or wrong.
@@ -101,7 +102,7 @@ def _callbacks(tree: Mapping[str, Any]) -> str:
 
 
 def _section(stated: Stated, tree: Mapping[str, Any], name: str) -> list[str]:
-    """The options of the class that a section names."""
+    """Returns lines with the options of the class that a section names."""
     import lightning.pytorch as pl
 
     section = tree.get(name)
@@ -145,7 +146,7 @@ def _options(owner: Any, given: Mapping[str, Any], path: Path) -> Iterator[str]:
 
 
 def _inner_class(hint: Any, value: Any) -> Any:
-    """The class whose options a value gives, None for all other values."""
+    """Returns the class whose options a value gives, None for all other values."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     classes = [member for member in members if is_configured_class(member)]
     if not classes or isinstance(value, str) or value is None:
@@ -156,7 +157,7 @@ def _inner_class(hint: Any, value: Any) -> Any:
 
 
 def shown_type(hint: Any) -> str:
-    """A type as a reader of a command line's help would call it."""
+    """Returns the name of a type for readers of the help."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return "|".join(shown_type(one) for one in inner if one is not type(None))
@@ -170,7 +171,7 @@ def shown_type(hint: Any) -> str:
 
 
 def _explanations(owner: Any) -> dict[str, str]:
-    """Option → the first sentence about it in the docstring of the class, or of a class that it inherits from."""
+    """Returns option → its first sentence in the docstring of the class, or of a base class."""
     import docstring_parser
 
     found: dict[str, str] = {}
@@ -190,7 +191,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a few words. Of mappings and lists of mappings, the names."""
+    """Returns a value in a few words; for mappings and lists of mappings, the names."""
     if isinstance(value, Mapping) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
@@ -206,7 +207,7 @@ def _shown(value: Any) -> str:
 
 
 def _line(flag: str, text: str, column: int = COLUMN) -> str:
-    """A flag, and what it is for in a column beside it, or below it where the flag is too long."""
+    """Returns a flag with its explanation in a column beside it, or below it if the flag is too long."""
     rows = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False) or [""]
     first = f"  {flag}"
     lines = [first.ljust(column) + rows.pop(0)] if len(first) < column - 1 else [first]

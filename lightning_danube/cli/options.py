@@ -1,8 +1,8 @@
 """Reads the values of a configuration against the signatures of the classes that they configure.
 
-For the trainer's verbs, jsonargparse does the same afterwards. But it answers a mistake with everything that it tried,
-since most types are unions ("a module, or null"). Here a mistake is found first: one option, what is wrong with it,
-what was meant. Values of types that are not known here are left to jsonargparse.
+For the trainer's verbs, jsonargparse checks the values afterwards, too. But its messages list everything that it tried,
+because most types are unions ("a module, or null"). This module finds the mistake first, and names one option, what is
+wrong with it, and what was meant. Values of types unknown to this module are left to jsonargparse.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Path = tuple[str, ...]
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 BEFORE = "options of the class before"
-"""Key of options that were set for another class. Those that the new class has, too, go on to count."""
+"""Key of options that were set for the previous class. Options that the new class also has still count."""
 
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
@@ -38,18 +38,18 @@ _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
 class Typed(str):
-    """A value as it was typed on the command line. Its type follows from the option."""
+    """A value as it was typed on the command line. The option determines its type."""
 
 
 class Refusal(ValueError):
     """A value that an option does not take.
 
     Args:
-        path: of the option.
+        path: path of the option.
         reason: what is wrong and what was meant.
-        shown: the keys that stand before the reason. The path itself if not given.
-        expected: what the option takes, if the reason is that and no more.
-        value: that was given instead.
+        shown: the keys shown before the reason; by default the path.
+        expected: what the option takes, if the reason says only that.
+        value: the value that was given instead.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Option:
     """An option of a class.
 
     Args:
-        hint: its type, `Any` if it has none.
-        default: its default, `inspect.Parameter.empty` if it is required.
+        hint: type of the option, `Any` if it has none.
+        default: default of the option, `inspect.Parameter.empty` if it is required.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Option:
 def options_of(owner: type) -> tuple[dict[str, Option], bool]:
     """Returns the options of a class by name, and whether it takes others, too (`**kwargs`).
 
-    Where a constructor hands its `**kwargs` to that of the class it inherits from, those are options as well.
+    If a constructor passes its `**kwargs` to its base class, the options of the base class are included.
     """
     return _options_of(owner.__mro__)
 
@@ -117,12 +117,13 @@ def _options_of(mro: Sequence[type]) -> tuple[dict[str, Option], bool]:
 def _hints(owner: type, constructor: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else constructor)
-    except NameError:  # a name that is imported for the type checker alone
+    except NameError:  # a name that is imported only for the type checker
         return {}
 
 
 def _given_with_the_rest(constructor: Any) -> set[str] | None:
-    """Names of the arguments beside `**kwargs` in `super().__init__(…, **kwargs)`, None if there is no such call."""
+    """Returns the names of the arguments beside `**kwargs` in `super().__init__(…, **kwargs)`, None without such a
+    call."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
     except (OSError, SyntaxError, TypeError):
@@ -136,18 +137,18 @@ def _given_with_the_rest(constructor: Any) -> set[str] | None:
 
 
 def is_configured_class(hint: Any) -> bool:
-    """Whether values of a type are given by the options of a class, rather than by a text or a number."""
+    """Returns whether values of a type are described by the options of a class, rather than by a text or a number."""
     if not isinstance(hint, type) or issubclass(hint, enum.Enum):
         return False
     return hint.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
 class Reader:
-    """Checks values and gives those that were typed on the command line their types.
+    """Checks values, and converts values typed on the command line to their types.
 
     Args:
         taken: option → the key of the data that states it. A model's section may not state it again.
-        make: makes the objects that a configuration describes, instead of returning their options.
+        make: whether to make the objects that a configuration describes, instead of returning their options.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Reader:
         """Returns the options of a class with their types.
 
         Args:
-            name: of the class in messages.
+            name: name of the class in messages.
 
         Raises:
             Refusal: an option is unknown, missing or of a wrong type.
@@ -187,14 +188,14 @@ class Reader:
         return read
 
     def value(self, hint: Any, value: Any, path: Path) -> Any:
-        """Returns a value as its option's type has it.
+        """Returns a value, converted to the type of its option.
 
         Raises:
             Refusal: the option does not take it.
         """
         origin = typing.get_origin(hint) or hint
         if isinstance(value, str) and "${" in value:
-            return value  # refers to another key
+            return value  # a reference to another key
         if origin in (typing.Union, types.UnionType):
             return self._union(typing.get_args(hint), value, path)
         if origin is typing.Literal:
@@ -211,8 +212,8 @@ class Reader:
         return _plain(value)
 
     def _union(self, members: tuple[Any, ...], value: Any, path: Path) -> Any:
-        """The member that a value went deepest into is the one that was meant."""
-        # The text of a command line is a number before it is a text.
+        """Returns a value as a member of a union. An error names the member that the value matches most deeply."""
+        # A text of the command line is tried as a number before it is accepted as a text.
         members = tuple(sorted(members, key=lambda member: member is str)) if isinstance(value, Typed) else members
         refusals = []
         for member in members:
@@ -226,7 +227,7 @@ class Reader:
         if exact:
             raise exact[0]
         expected = dict.fromkeys(one for refusal in meant for one in refusal.expected)
-        # null is named last, as in "a number or null".
+        # Messages name null last, as in "a number or null".
         raise _expected(tuple(sorted(expected, key=lambda one: one == "null")), meant[0].value, meant[0].path)
 
     def _list(self, hint: Any, value: Any, path: Path) -> Any:
@@ -251,10 +252,10 @@ class Reader:
         return {key: self.value(inner[1], one, (*path, str(key))) for key, one in given.items()}
 
     def _object(self, base: type, value: Any, path: Path) -> Any:
-        """The options of a class, or of a class that inherits from it and is named by its class path."""
+        """Returns the options of a class, or of a subclass that is named by its class path."""
         if isinstance(value, str):
             if os.path.isfile(value):
-                return value  # a configuration of this section alone
+                return value  # a configuration file for this section only
             value = {"class_path": value}
             if "." not in value["class_path"] and class_of(value["class_path"], base, path, path) is None:
                 raise _expected((base.__name__,), value["class_path"], path)
@@ -268,7 +269,7 @@ class Reader:
             return base(**options) if self.make else options
         owner = self._named_class(named, base, path)
         if owner is not None and not isinstance(owner, type):
-            return value  # a function that makes one
+            return value  # a function that makes an object
         if owner is None:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
@@ -297,7 +298,7 @@ class Reader:
         return self.options(owner, {**before, **(value.get("init_args") or {}), **outer}, path, name)
 
     def _named_class(self, named: Any, base: type, path: Path) -> Any:
-        """The class of a class path; None if there is none of that name."""
+        """Returns the class of a class path; None if there is no such class."""
         if not isinstance(named, str):
             return None
         owner = class_of(named, base, (*path, "class_path"), path)
@@ -307,10 +308,10 @@ class Reader:
 
 
 def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
-    """The class of a class path, or of the name alone of a class that inherits from `base`; None for another name.
+    """Returns the class of a class path, or the subclass of `base` with this name; None for another name.
 
     Raises:
-        Refusal: its module cannot be imported or has no such class.
+        Refusal: the module cannot be imported or has no such class.
     """
     module_name, _, name = named.rpartition(".")
     if not module_name:
@@ -334,7 +335,7 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
 
 
 def _descendants(base: type) -> Iterator[type]:
-    """A class and all that inherit from it and are imported."""
+    """Yields a class and all its imported subclasses."""
     yield base
     subclasses: list[type] = base.__subclasses__()
     for one in subclasses:
@@ -342,7 +343,7 @@ def _descendants(base: type) -> Iterator[type]:
 
 
 def no_option(option: str, known: Collection[str], owner: str) -> str:
-    """Says that an option is unknown, and which one was meant."""
+    """Returns the message that an option is unknown, with the option that was probably meant."""
     close = get_close_matches(option, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
     return f"{option!r} is not an option of {owner}: {hint}"
@@ -362,7 +363,7 @@ def _as_scalar(read: Callable[[], Any], expected: str, value: Any, path: Path) -
 
 
 def _scalar(kind: type, value: Any) -> Any:
-    """Raises TypeError or ValueError if the value is none of this kind."""
+    """Converts a value to a scalar type. Raises TypeError or ValueError if that is impossible."""
     if kind is str and isinstance(value, str):
         return str(value)
     plain = _plain(value)
@@ -389,7 +390,7 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What the text of a command line says as YAML. Other values stay as they are."""
+    """Parses a text of the command line as YAML. Returns other values unchanged."""
     if not isinstance(value, Typed):
         return value
     try:

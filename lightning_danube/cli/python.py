@@ -1,4 +1,4 @@
-"""Training from Python: what `fit` does on the command line, and what a run left behind."""
+"""Training from Python: `fit` as on the command line, and access to the files of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """What a run left in its directory.
+    """The files of a run in its directory.
 
     Args:
         path: `<runs>/<name>/version_<n>`, or `<runs>/<name>` for its newest version.
@@ -53,7 +53,7 @@ class Run:
         """Returns the config that the run was trained with.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the config cannot be read.
         """
         config = read_saved_config(self.directory / "config.yaml")
         if config is None:
@@ -65,7 +65,7 @@ class Run:
         """Returns the newest complete checkpoint.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no complete checkpoint.
         """
         checkpoint, _ = newest_whole_checkpoint(self.directory)
         return checkpoint
@@ -88,11 +88,11 @@ def fit(config: str, **overrides: Any) -> Run:
 
     Args:
         config: a config's name or file.
-        overrides: options in the place of the config's. Those of a section are given as a mapping: `data`, `model` and
-            `trainer`.
+        overrides: options that override the config's. The sections `data`, `model` and `trainer` are mappings of
+            options.
 
     Raises:
-        ValueError: what the command line would say in its line.
+        ValueError: a user's mistake, with the message of the command line.
         KeyboardInterrupt: the run was stopped, and saved if it had begun.
     """
     from lightning_danube.cli.trainer_verbs import run_verb
@@ -107,7 +107,7 @@ def fit(config: str, **overrides: Any) -> Run:
 
 
 def _options(overrides: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields options of the command line: a mapping's keys one by one, what is below them as JSON."""
+    """Yields options of the command line: a mapping's keys one by one, with their values as JSON."""
     for section, given in overrides.items():
         inner = given.items() if section in ("data", "model", "trainer") and isinstance(given, Mapping) else None
         if inner is None:

@@ -44,17 +44,17 @@ from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let
 from lightning_danube.training.trainer import TRAINER_DEFAULTS
 
 MOST_PROCESSES = 8
-"""Processes of a CPU run that every machine may start: with fewer cores they are slow, and show that a run works."""
+"""Processes that a CPU run may start on any machine. With fewer cores they are slow, but they show that a run works."""
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-"""Verb → the method of a task that does it."""
+"""Verb → the task's method that runs it."""
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml`, and a line of `history.jsonl` each time the run goes on.
+    """Writes `config.yaml`, and a line of `history.jsonl` each time the run is started or resumed.
 
-    `fit` writes when the checkpoint has been accepted: a resume that is refused must not replace the config that the
-    run was really trained with, which the next one is compared to.
+    `fit` writes only after the checkpoint was accepted. A refused resume must not replace the config that the run was
+    trained with, because the next resume is compared with that config.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RunRecord(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """On rank zero alone, after the config: nothing collective may be called here."""
+        """Writes on rank zero only, after the config. It must not call collective operations."""
         if stage != "fit":
             return
         directory = (
@@ -99,12 +99,12 @@ class RunRecord(SaveConfigCallback):
 class DanubeCLI(LightningCLI):
     """`<verb> --config <yaml> [--overrides]` for any task.
 
-    Beyond LightningCLI: facts of the data reach the model by links; a run's directory is `<runs>/<name>/version_<n>`;
-    `--ckpt_path last` goes on in the newest version that has a checkpoint, and a checkpoint's own hyperparameters never
-    override what the user asked for.
+    Beyond LightningCLI: links pass facts of the data to the model; a run's directory is `<runs>/<name>/version_<n>`;
+    `--ckpt_path last` resumes the newest version that has a checkpoint; a checkpoint's own hyperparameters never
+    override the user's options.
 
     Raises:
-        ValueError: for a user's mistake, in one line.
+        ValueError: a user's mistake; the message is one line.
     """
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -125,7 +125,10 @@ class DanubeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Checkpoints are always read as plain data: the switch that would run their code is not offered."""
+        """Returns the verbs and the arguments that they do not offer.
+
+        `weights_only` is not offered: checkpoints are always read as plain data, so their code never runs.
+        """
         return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
 
     # --- parsing ------------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class DanubeCLI(LightningCLI):
         self.config = parse(parser, args, read_configuration(args[1:]))
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's hyperparameters override the config here; the config decides."""
+        """Does nothing. Lightning's own method lets the checkpoint's hyperparameters override the config."""
 
     # --- the run's place ----------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class DanubeCLI(LightningCLI):
             self._get(self.config, "runs"),
             self._get(self.config, "name"),
             self._get(self.config, "ckpt_path"),
-            # A task that begins with a trained model can evaluate that one.
+            # A task that begins with a trained model can evaluate that model.
             has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
         )
         if this_rank() == 0:
@@ -172,7 +175,7 @@ class DanubeCLI(LightningCLI):
             keep_freed_memory()
 
     def _tell_checkpoint(self, asked_for: str) -> None:
-        """Says which checkpoint "last" or a run's directory stands for, and where the run goes on."""
+        """Prints which checkpoint "last" or a run's directory stands for, and which directory the run continues in."""
         checkpoint = self.place.checkpoint
         assert checkpoint is not None
         if this_rank() != 0 or str(checkpoint) == asked_for:
@@ -183,9 +186,10 @@ class DanubeCLI(LightningCLI):
         print(f"--ckpt_path {asked_for}: {checkpoint}{where}")
 
     def _check_accelerator(self) -> None:
-        """
+        """Checks that the accelerator exists.
+
         Raises:
-            ValueError: a GPU is asked for, and there is none.
+            ValueError: a GPU is requested, and there is no GPU.
         """
         accelerator = self._get(self.config, "trainer").accelerator
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -199,13 +203,13 @@ class DanubeCLI(LightningCLI):
         return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"
 
     def _choose_precision(self, saved: dict[str, Any] | None) -> Choice | None:
-        """Writes the run's precision into its config. None if a plugin decides it.
+        """Writes the run's precision into its config, and returns it. Returns None if a plugin decides the precision.
 
         Args:
-            saved: the config of the run that goes on.
+            saved: the config of the run to resume.
 
         Raises:
-            ValueError: the precision that is set is not for the run's device.
+            ValueError: the run's device does not support the configured precision.
         """
         trainer = self._get(self.config, "trainer")
         kind = kind_of_device(trainer.accelerator)
@@ -230,7 +234,7 @@ class DanubeCLI(LightningCLI):
                 tell(warning)
 
     def _note_changes(self, saved: dict[str, Any] | None) -> None:
-        """Compares the config with the one saved beside the checkpoint, before anything of it is replaced."""
+        """Compares the config with the config saved beside the checkpoint, before the saved config is replaced."""
         assert self.subcommand is not None
         checkpoint = self.place.checkpoint
         changes: dict[str, tuple[Any, Any]] = {}
@@ -242,7 +246,7 @@ class DanubeCLI(LightningCLI):
         self.changes = changes
 
     def _show_changes(self) -> None:
-        """Says what is different from when the run stopped, and what that means for the schedule."""
+        """Prints what has changed since the run stopped, and what that means for the schedule."""
         if not self.changes or not self.trainer.is_global_zero:
             return
         assert self.place.checkpoint is not None
@@ -259,7 +263,7 @@ class DanubeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # What a class says of its arguments arrives wrapped in the union "the class, or null".
+            # The parser wraps the error of a class in the error of the union "the class, or null".
             inner = raised_by_a_class(error)
             if inner is None or inner is error:
                 raise
@@ -271,7 +275,7 @@ class DanubeCLI(LightningCLI):
             directory, name, version = self.place.logger_place()
             purge = None
             if self.place.continues and self.place.checkpoint is not None:
-                # Steps logged after the checkpoint are trained again: TensorBoard drops their first version.
+                # Steps logged after the checkpoint are trained again. TensorBoard drops their first version.
                 purge = read_step(self.place.checkpoint) + 1
             kwargs["logger"] = TensorBoardLogger(directory, name=name, version=version, purge_step=purge)
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
@@ -283,7 +287,7 @@ class DanubeCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
-            # Lightning's word for an option that this machine, or no machine, can follow.
+            # Lightning raises this for an option that this machine, or every machine, does not support.
             raise ValueError(f"trainer: {error}") from error
         nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:
@@ -298,12 +302,12 @@ class DanubeCLI(LightningCLI):
                 "run needs one"
             )
         RankLauncher.install(trainer)
-        # Lightning takes SIGTERM when it starts, and in a validation or a test does nothing about it.
+        # Lightning installs a handler of SIGTERM at its start, which does nothing in a validation or a test.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
     def _plugins(self) -> list[Any]:
-        """The user's plugins, and ours for checkpoints unless they or their strategy bring one."""
+        """Returns the user's plugins, and this project's checkpoint plugin unless they or their strategy bring one."""
         trainer = self._get(self.config_init, "trainer")
         plugins = trainer["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
@@ -312,32 +316,33 @@ class DanubeCLI(LightningCLI):
 
     @property
     def run_directory(self) -> Path:
-        """The directory of the run: `<runs>/<name>/version_<n>`."""
+        """Returns the directory of the run: `<runs>/<name>/version_<n>`."""
         logger = self.trainer.logger
         return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else self.trainer.default_root_dir)
 
     def _check_verb(self, verb: str) -> None:
-        """
+        """Checks that the task supports the verb.
+
         Raises:
-            ValueError: the task is not for this verb.
+            ValueError: the task does not support it.
         """
         possible = [name for name, step in STEPS.items() if is_overridden(step, self.model)]
         if verb not in possible:
             raise ValueError(f"{type(self.model).__name__} has no {verb}: say {' or '.join(possible)}")
 
     def _nothing_left(self) -> str | None:
-        """Says that the run which would go on is complete, if it is."""
-        # Data that are known only when they are read do not say how many steps a run has before it begins.
+        """Returns a message that the run to resume is already complete, None if it is not."""
+        # Some data are counted only when they are read. Their number of steps is not known before the run begins.
         steps = getattr(self.datamodule, "total_steps", None)
         if not self.place.continues or self.place.checkpoint is None or not isinstance(steps, int):
             return None
         if {"data.batch_tokens", "data.context_length"} & self.changes.keys():
-            return None  # steps of another size tell nothing about it
+            return None  # with another size of steps, the numbers cannot be compared
         done, limit = read_step(self.place.checkpoint), self.trainer.max_steps
         run = self.place.checkpoint.parent.parent
         if done == steps:
             return f"{run} is complete: {done} of {steps} steps; nothing is left to do"
-        # Fewer steps than are done are refused later, with the reason.
+        # If `max_steps` is below the steps already done, the run is refused later with the reason.
         if 0 <= limit <= done:
             return f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do"
         return None
@@ -359,7 +364,7 @@ class DanubeCLI(LightningCLI):
 
 
 def remove_unused_version(trainer: Trainer) -> None:
-    """A run that failed before its first step leaves no version behind."""
+    """Removes the version directory of a run that failed before its first step."""
     if trainer.global_step == 0 and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
         trainer.logger.finalize("failed")
         remove_if_unused(Path(trainer.logger.log_dir))
@@ -370,29 +375,29 @@ def _shown(value: Any) -> str:
 
 
 def _quieten_lightning() -> None:
-    """Drops what Lightning says at every start and what has no meaning here; real warnings stay."""
+    """Hides messages that Lightning prints at every start or that do not apply here. Real warnings stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # Whoever asks for a profiler wants to read what it says.
+    # A user who sets a profiler wants to read its report.
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    # Rows are read from memory-mapped shards; a process of its own would cost more than it saves.
+    # Rows are read from memory-mapped shards; worker processes would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The means of a validation are over all ranks before they are logged.
+    # The means of a validation are averaged over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    # Rows that are predicted say themselves where they stand.
+    # Predicted rows carry their own positions.
     warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
-    # Lightning 2.6 asks torch >= 2.12 in a way that torch deprecates.
+    # Lightning 2.6 calls torch >= 2.12 in a deprecated way.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
 
 def run_verb(args: list[str]) -> DanubeCLI:
-    """Carries out one of the trainer's verbs; returns what ran.
+    """Runs one of the trainer's verbs, and returns the CLI object that ran it.
 
     Args:
         args: the verb and its options.
 
     Raises:
-        ValueError: a user's mistake, in one line.
+        ValueError: a user's mistake; the message is one line.
         Stopped: a signal ended the run.
     """
     _quieten_lightning()
@@ -406,6 +411,6 @@ def run_verb(args: list[str]) -> DanubeCLI:
 
 
 def main(args: list[str]) -> int:
-    """Runs one of the trainer's verbs; returns the exit code."""
+    """Runs one of the trainer's verbs, and returns the exit code."""
     run_verb(args)
     return 0

@@ -1,14 +1,14 @@
-"""Decoders that only generate, with their matrices stored as the device's kernels read them fastest.
+"""Decoders that only generate, with their matrices stored in the layout that the device's kernels read fastest.
 
-A decoding step at batch 1 reads every weight once and computes almost nothing. Its speed is the speed at which a kernel
-streams a matrix, plus what each call costs. Which layout is fastest depends on the type, the number of rows and the
+A decoding step at batch 1 reads every weight once and computes almost nothing. Its time is the time in which a kernel
+streams a matrix, plus the cost of each call. Which layout is fastest depends on the type, the number of rows and the
 processor. Matrices that share an input become one matrix, because a call of a packed layer costs 8 us more than
 F.linear.
 
-ms for the 106 million weights of SmolLM2-135M's blocks (120 matrices), by the clock of two cores of an idle EPYC
-(Zen 4), the best of ten. AVX2 was emulated on the same cores (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
-FBGEMM_ENABLE_INSTRUCTIONS, MKL_ENABLE_INSTRUCTIONS). Activations have the weight's type, with FBGEMM and where the
-weight is converted they are float32 (python benchmarks/layouts.py --threads 2):
+Wall time in ms for the 106 million weights of SmolLM2-135M's blocks (120 matrices), on two cores of an idle EPYC
+(Zen 4), the best of ten. AVX2 was emulated on these cores (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
+FBGEMM_ENABLE_INSTRUCTIONS, MKL_ENABLE_INSTRUCTIONS). Activations have the weight's type; with FBGEMM, and where the
+weight is converted, they are float32 (python benchmarks/layouts.py --threads 2):
 
                                      AVX-512                             AVX2
     rows                             1     2     8    32   128           1     2     8    32   128
@@ -23,14 +23,14 @@ weight is converted they are float32 (python benchmarks/layouts.py --threads 2):
 
 So 16-bit weights go to oneDNN where the processor multiplies their type, and to FBGEMM elsewhere. float16 has more
 digits than bfloat16, so FBGEMM holds bfloat16 weights exactly unless they are very large or very small. float32 goes to
-oneDNN, but for a single text it becomes a batch of products. A prompt of 128 tokens then takes an eighth to a quarter
-longer, and each new token a third less (whole steps: docs/generation.md).
+oneDNN, except for a single text, where it becomes a batch of products. A prompt of 128 tokens then takes an eighth to a
+quarter longer, and each new token a third less (whole steps: docs/generation.md).
 
-torch.compile uses oneDNN's operators, too, when it freezes a model and finds a C++ compiler.
+torch.compile also uses oneDNN's operators when it freezes a model and finds a C++ compiler.
 
-On a GPU matrices of one input become one, too, in their plain layout: a compiled step then has ten kernels a layer
-beside attention's three, not thirteen, and no product of few rows (by the program that torch 2.11 generates). What that
-gains was not measured.
+On a GPU, matrices that share an input are also joined, in their plain layout. A compiled step then has ten kernels per
+layer beside attention's three, instead of thirteen, and no product of few rows (by the program that torch 2.11
+generates). The gain was not measured.
 """
 
 import itertools
@@ -48,8 +48,8 @@ from lightning_danube.model.decoder import Block, Decoder, RMSNorm, SwiGLU
 
 OPERATORS = torch.ops.mkldnn
 LAYOUT_ROWS = 16
-"""The number of rows to choose a layout for. From 2 to 256 it is the same one, which serves every number; for 1 oneDNN
-chooses another, which is slower in float32 and no faster in bfloat16.
+"""The number of rows for which oneDNN chooses a layout. From 2 to 256 rows, oneDNN chooses one layout, which suits any
+number of rows. For 1 row it chooses another layout, which is slower in float32 and no faster in bfloat16.
 
 ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with AVX-512):
 
@@ -63,11 +63,11 @@ ms for 71 million weights (80 matrices of SmolLM2-135M; one core of an EPYC with
 
 
 PARTS = 8
-"""Products of a batch in `SplitLinear`. One row takes as long with 4 to 64 of them, 64 rows longer with 16 or more."""
+"""Products of a batch in `SplitLinear`. One row is equally fast with 4 to 64; 64 rows are slower with 16 or more."""
 
 FEW_ROWS = 4
-"""Rows up to which `ConvertingLinear` multiplies in 16 bits. With AVX2 alone 4 rows take as long either way (bfloat16,
-the matrices above: 46 ms, converted 49)."""
+"""Rows up to which `ConvertingLinear` multiplies in 16 bits. With AVX2 only, 4 rows take about equally long in 16 bits
+and converted (bfloat16, the matrices above: 46 ms, converted 49)."""
 
 
 def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
@@ -105,7 +105,7 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
 
 
 Join = Callable[[Sequence[nn.Linear]], nn.Module]
-"""Makes one linear layer of layers that share an input."""
+"""Joins linear layers that share an input into one layer."""
 
 
 def pack(decoder: Decoder, linear: Join) -> None:
@@ -130,17 +130,17 @@ def pack_head(decoder: Decoder, linear: Join) -> None:
 
 
 def are_plain(*layers: nn.Module) -> bool:
-    """Whether all are nn.Linear without a bias. A subclass computes something else."""
+    """Returns whether all layers are nn.Linear without a bias. Subclasses do not count: they compute something else."""
     return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
 
 
 def have_biases(*layers: nn.Module) -> bool:
-    """Whether all are nn.Linear with a bias."""
+    """Returns whether all layers are nn.Linear with a bias."""
     return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
 
 
 def has_only_plain_matrices(decoder: Decoder) -> bool:
-    """Whether every module with weights is one of those that `Decoder` itself makes."""
+    """Returns whether every module with weights is of a kind that `Decoder` itself makes."""
     holders = (module for module in decoder.modules() if next(module.parameters(recurse=False), None) is not None)
     return all(type(module) in (nn.Linear, nn.Embedding, RMSNorm) for module in holders)
 
@@ -154,7 +154,7 @@ def widen_activations(decoder: Decoder) -> None:
 
 
 class WideEmbedding(nn.Module):
-    """An embedding that is stored in 16 bits and gives float32."""
+    """An embedding that is stored in 16 bits and returns float32."""
 
     activation_dtype = torch.float32
 
@@ -167,7 +167,7 @@ class WideEmbedding(nn.Module):
 
 
 class JoinedLinear(nn.Module):
-    """Linear layers that share an input, as one layer. Its output is their outputs one after the other."""
+    """Linear layers that share an input, as one layer. Its output is their outputs, concatenated."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class JoinedLinear(nn.Module):
 
 
 class WithBias(nn.Module):
-    """A linear layer of any layout, and the biases of the layers that it is made of."""
+    """A linear layer of any layout, plus the concatenated biases of the layers that it joins."""
 
     def __init__(self, layers: Sequence[nn.Linear], linear: Join) -> None:
         super().__init__()
@@ -194,16 +194,16 @@ class WithBias(nn.Module):
 class SplitLinear(nn.Module):
     """A linear layer that is computed as a batch of products, each with a part of the output channels.
 
-    MKL multiplies one row by a large matrix in one thread, and a batch of matrices in all.
+    MKL uses one thread to multiply one row by a large matrix, and all threads for a batch of matrices.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weights = [layer.weight.detach() for layer in layers]
-        # A single one is not copied: a tied head keeps the embedding's memory.
+        # A single weight is not copied, so a tied head still shares the embedding's memory.
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.weight_PNK: Tensor
-        # A buffer, as in PackedLinear. Of another tensor the compiler would not take the shape for constant.
+        # A buffer, as in PackedLinear, because the compiler does not assume a constant shape for other tensors.
         self.register_buffer(
             "weight_PNK", weight.view(math.gcd(len(weight), PARTS), -1, weight.shape[1]), persistent=False
         )
@@ -216,7 +216,7 @@ class SplitLinear(nn.Module):
 
 
 def products_of_parts(x: Tensor, weight_PNK: Tensor) -> Tensor:
-    """x (…, K) by a weight of P parts with N output channels each: (…, P N)."""
+    """Multiplies x (…, K) by a weight of P parts with N output channels each. Returns (…, P N)."""
     x_PRK = x.reshape(1, -1, x.shape[-1]).expand(len(weight_PNK), -1, -1)
     if x_PRK.shape[1] == 1:
         return torch.bmm(weight_PNK, x_PRK.transpose(1, 2)).view(*x.shape[:-1], -1)
@@ -224,7 +224,7 @@ def products_of_parts(x: Tensor, weight_PNK: Tensor) -> Tensor:
     return y_PRN.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-# One operator for a compiler, which would make loops of these products that take twice as long.
+# One operator for the compiler, which would otherwise turn these products into loops that take twice as long.
 split_linear = torch.library.custom_op(
     "lightning_danube::split_linear", products_of_parts, mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor"
 )
@@ -241,8 +241,8 @@ class PackedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        # Not in a state_dict, which could do nothing with the opaque layout. A buffer, so that a compiler may take it
-        # for a constant: of others these operators can not be compiled.
+        # Not in the state_dict, because the layout is opaque. A buffer, so that the compiler may treat the weight as a
+        # constant: otherwise these operators cannot be compiled.
         self.register_buffer("packed", OPERATORS._reorder_linear_weight(weight, LAYOUT_ROWS), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class PackedLinear(nn.Module):
 
 
 def linear_of_16_bits(layers: Sequence[nn.Linear]) -> nn.Module:
-    """A linear layer for float32 inputs whose weight keeps 16 bits."""
+    """Returns a linear layer for float32 inputs whose weight stays in 16 bits."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
     if fbgemm_packs() and fits_float16(weight):
         return Float16Linear(weight)
@@ -259,10 +259,10 @@ def linear_of_16_bits(layers: Sequence[nn.Linear]) -> nn.Module:
 
 
 def fits_float16(weight: Tensor) -> bool:
-    """Whether float16 holds these values with an error below 2^-20 of the largest one, so that no sum notices.
+    """Returns whether float16 holds all values with an error below 2^-20 of the largest, which no sum is sensitive to.
 
-    float16 has more digits than bfloat16. Only the range is smaller: values beyond 65,504 become infinite, and values
-    below 6e-5 have a fixed error of 3e-8.
+    float16 has more digits than bfloat16, but a smaller range: values beyond 65,504 become infinite, and values below
+    6e-5 have a fixed error of 3e-8.
     """
     error = (weight.half().float() - weight.float()).abs().max()
     return bool(error <= 2**-20 * weight.abs().max())
@@ -288,7 +288,7 @@ class Float16Linear(nn.Module):
 
 NUMBERS = itertools.count()
 FLOAT16_LAYERS: WeakValueDictionary[int, Float16Linear] = WeakValueDictionary()
-"""The layers by number. A compiler can pass a number to an operator, and no matrix of FBGEMM."""
+"""Number → layer. A compiler can pass a number to an operator, but not a matrix in FBGEMM's layout."""
 
 
 @torch.library.custom_op("lightning_danube::float16_linear", mutates_args=())
@@ -303,10 +303,10 @@ def _(x: Tensor, number: int) -> Tensor:
 
 
 class ConvertingLinear(nn.Module):
-    """A linear layer for float32 inputs whose weight is stored in 16 bits, where nothing multiplies 16 bits fast.
+    """A linear layer for float32 inputs with a 16-bit weight, for CPUs without a fast 16-bit multiplication.
 
-    Few rows are rounded to 16 bits, because reading the weight takes most of the time. For many rows this one matrix
-    is converted to float32.
+    A few rows are rounded to 16 bits, because reading the weight takes most of the time. For many rows the weight is
+    converted to float32 in each call.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -319,8 +319,8 @@ class ConvertingLinear(nn.Module):
         return F.linear(x, self.weight.float())
 
 
-# PyTorch takes 2 us to find and call a submodule. That is a tenth of a token's time in a model with 30 small layers. So
-# the modules below keep the functions of their parts beside the parts.
+# PyTorch takes 2 us to look up and call a submodule. That is a tenth of a token's time in a model with 30 small layers.
+# So the modules below store the functions of their submodules as attributes.
 
 
 class PackedBlock(Block):
@@ -377,7 +377,7 @@ class PackedAttention(GroupedQueryAttention):
         if self.q_norm is not None:
             q_BTHK = self.placed(heads[:, :, :H], self.q_norm, cos_BT1K, sin_BT1K)
             return q_BTHK, self.placed(heads[:, :, H : H + G], self.k_norm, cos_BT1K, sin_BT1K), heads[:, :, H + G :]
-        # Queries and keys turn alike, so they turn together.
+        # Queries and keys are rotated by equal angles, so one call rotates both.
         turned = heads[:, :, : H + G]
         if self.rotary:
             turned = rotate(turned, cos_BT1K, sin_BT1K)
@@ -402,7 +402,7 @@ def packed_norm(norm: nn.Module) -> nn.Module:
 
 
 class PackedNorm(nn.Module):
-    """RMSNorm with float32 sums in four operations, six for 16 bits. On a CPU `F.rms_norm` is nine or more."""
+    """RMSNorm with float32 sums in four operations, six for 16 bits. On a CPU `F.rms_norm` takes nine or more."""
 
     def __init__(self, plain: RMSNorm) -> None:
         super().__init__()

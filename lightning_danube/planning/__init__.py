@@ -1,1 +1,1 @@
-"""What a run needs before it starts: memory, devices, time, checkpoints."""
+"""Predicts before a run starts what it needs: memory, devices, time, checkpoints."""

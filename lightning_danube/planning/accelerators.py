@@ -1,6 +1,6 @@
-"""What makers state of their accelerators: dense 16-bit peak and memory.
+"""Accelerators with the makers' figures: dense 16-bit peak and memory.
 
-From data sheets; where those give figures "with sparsity", half of them. A device sold as 80 GB has about 80 GiB.
+The figures are from data sheets; figures "with sparsity" are halved. A device sold as 80 GB has about 80 GiB.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Accelerator:
-    """
+    """One kind of device.
+
     Args:
-        name: as on a command line.
-        flops: dense peak in FLOP/s of 16-bit matrix products that add up in 32 bits.
+        name: name on a command line.
+        flops: dense peak in FLOP/s of 16-bit matrix products that accumulate in 32 bits.
         memory: bytes of one device.
-        price: of one device for an hour, in whatever money; None if it was not said.
+        price: price of one device per hour, in any currency; None if it was not stated.
     """
 
     name: str
@@ -41,14 +42,14 @@ ACCELERATORS: dict[str, tuple[float, int]] = {
     "b200": (2250e12, 180),
     "mi300x": (1307e12, 192),
 }
-"""Name → dense bf16 FLOP/s, GiB. `h100` is the SXM one."""
+"""Name → dense bf16 FLOP/s, GiB. `h100` is the SXM version."""
 
 
 def parse_accelerator(text: str) -> Accelerator:
-    """An accelerator from "h100", "h100=2.50" (a price for an hour), or "400e12/64GiB" for one that has no name here.
+    """Parses "h100", "h100=2.50" (with a price per hour), or "400e12/64GiB" for a device that has no name here.
 
     Raises:
-        ValueError: no such accelerator, or no such price.
+        ValueError: the accelerator is unknown, or the price is not valid.
     """
     name, equals, price = text.partition("=")
     hourly = _positive(price) if equals else None
@@ -67,10 +68,10 @@ def parse_accelerator(text: str) -> Accelerator:
 
 
 def this_cpu(precision: str, processes: int = 1) -> Accelerator:
-    """One process's share of this machine, by how fast a core multiplies matrices in a precision. Takes milliseconds.
+    """Returns one process's share of this machine. Measures matrix products in the precision, which takes milliseconds.
 
     Args:
-        processes: that share the cores and the memory.
+        processes: number of processes that share the cores and the memory.
     """
     import torch
 
@@ -83,7 +84,7 @@ def this_cpu(precision: str, processes: int = 1) -> Accelerator:
 
 
 def _memory_of_this_machine() -> int:
-    """Bytes. As much as an address can name where the system does not say (Windows)."""
+    """Returns the memory in bytes, or the size of the address space if the system does not report it (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):

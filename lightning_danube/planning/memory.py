@@ -1,8 +1,8 @@
-"""What training the decoder takes of a device's memory, by arithmetic: no weight is made, no device is asked.
+"""Computes how much memory of a device the training of the decoder needs, without weights and without a device.
 
-Every term is something that decoder.py, loss.py or the optimizer keeps, and is named after it. What was kept for the
-backward pass is checked against autograd's own hooks in tests/planning/test_memory.py, the sums against the measured
-peaks of processes in benchmarks/plan_memory.py.
+Every term is something that decoder.py, loss.py or the optimizer keeps, and is named after it. The tensors kept for the
+backward pass are checked against autograd's own hooks in tests/planning/test_memory.py. The sums are checked against
+the measured peaks of processes in benchmarks/plan_memory.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BYTES: dict[str, tuple[int, int]] = {
     "16-true": (2, 2),
     "64-true": (8, 8),
 }
-"""Precision, as the trainer calls it → bytes of a weight, and of what matrix products take and give."""
+"""The trainer's name of a precision → bytes of a weight, and of the inputs and outputs of matrix products."""
 
 Engine = Literal["single", "ddp", "fsdp"]
 
@@ -30,9 +30,9 @@ class Layout:
     """How training is spread over devices.
 
     Args:
-        replicas: data-parallel replicas; each has rows of its own.
-        tensor_parallel: devices that share the matrices of one replica.
-        sharded: weights, gradients and optimizer state are dealt over the replicas (FSDP2), instead of being held by
+        replicas: number of data-parallel replicas; each processes other rows.
+        tensor_parallel: number of devices that share the matrices of one replica.
+        sharded: weights, gradients and optimizer state are sharded over the replicas (FSDP2), instead of copied to
             each of them (DDP).
     """
 
@@ -47,17 +47,17 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device at the moment that needs most.
+    """Bytes on one device at the moment of the highest use.
 
     Args:
         weights: parameters, as stored.
-        gradients: of all parameters.
-        optimizer: the averages that it keeps.
+        gradients: gradients of all parameters.
+        optimizer: the averages that the optimizer keeps.
         casts: 16-bit copies of weights that autocast makes.
-        activations: kept for the backward pass, and what one block needs meanwhile.
-        logits: of one chunk of tokens, and the gradients that the loss computes with them.
+        activations: tensors kept for the backward pass, and the temporary tensors of one block.
+        logits: logits of one chunk of tokens, and the gradients that the loss computes with them.
         communication: gathered weights (FSDP2) or gradient buckets (DDP).
-        moment: the phase of a step in which it is reached.
+        moment: the phase of a step in which the peak is reached.
     """
 
     weights: int
@@ -82,15 +82,15 @@ class TrainingMemory:
 
     Args:
         config: the decoder.
-        rows, context: of one micro-batch.
-        precision: the trainer's name of it, one of BYTES.
-        recompute: activation checkpointing.
-        accumulate: whether a step has several micro-batches; gradients then live through all but the first.
-        layout: how it is spread over devices.
-        gpu: kernels of CUDA rather than of the CPU: RMSNorm keeps its input alone in 16 bits, too; the activated gate
-            is kept; flash attention is for 16 bits alone.
-        document_masks: packed documents do not see each other.
-        muon: the optimizer keeps one average of the blocks' matrices, where AdamW keeps two moments.
+        rows, context: shape of one micro-batch.
+        precision: the trainer's name of the precision, one of BYTES.
+        recompute: whether activation checkpointing is on.
+        accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
+        layout: how training is spread over devices.
+        gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
+            kept; flash attention needs 16 bits.
+        document_masks: whether packed documents are masked from each other.
+        muon: whether the optimizer keeps one average of the blocks' matrices, instead of AdamW's two moments.
     """
 
     config: DecoderConfig
@@ -108,11 +108,11 @@ class TrainingMemory:
         if self.precision not in BYTES:
             raise ValueError(f"precision is {self.precision!r}; memory is known for {', '.join(BYTES)}")
 
-    # --- what the whole run holds -------------------------------------------------------------------------------------
+    # --- memory held during the whole run -----------------------------------------------------------------------------
 
     @property
     def optimizer_values(self) -> int:
-        """Numbers that a device's optimizer keeps."""
+        """Returns how many numbers the optimizer keeps on a device."""
         matrices = self.block_matrices // self.layout.tensor_parallel
         saved = self.config.num_hidden_layers * matrices if self.muon else 0
         return 2 * self.stored_parameters - saved
@@ -123,7 +123,7 @@ class TrainingMemory:
 
     @property
     def weight_bytes(self) -> int:
-        """Of one stored weight, and of what follows its type: its gradient, its moments, the residual stream."""
+        """Returns bytes per stored weight. Gradients, moments and the residual stream have the same type."""
         return BYTES[self.precision][0]
 
     @property
@@ -132,18 +132,17 @@ class TrainingMemory:
 
     @property
     def _wide(self) -> int:
-        """Bytes of a value where 16 bits would be too few."""
+        """Returns bytes of a value that needs more than 16 bits."""
         return max(4, self.weight_bytes)
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block's matrices and their biases that a device holds when nothing is sharded over the
-        replicas."""
+        """Returns the parameters of one block's matrices and biases on a device, before sharding over replicas."""
         return (self.block_matrices + self.block_biases) // self.layout.tensor_parallel
 
     @property
     def block_matrices(self) -> int:
-        """Parameters of one block's matrices."""
+        """Returns the parameters of one block's matrices."""
         c = self.config
         attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * head_dim(c)
         return attention + 3 * c.hidden_size * c.intermediate_size
@@ -159,7 +158,7 @@ class TrainingMemory:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one device's share of the matrices; gains are on all of them."""
+        """Returns the parameters of a device: its share of the matrices, and all gains."""
         c = self.config
         embeddings = self.head_parameters * (1 if c.tie_word_embeddings else 2)
         gains = (2 * c.num_hidden_layers + 1) * c.hidden_size
@@ -168,83 +167,86 @@ class TrainingMemory:
 
     @property
     def stored_parameters(self) -> int:
-        """Of these, what stays on the device between steps."""
+        """Returns how many of the parameters stay on the device between steps."""
         return -(-self.parameters // self.layout.replicas) if self.layout.sharded else self.parameters
 
     # --- activations --------------------------------------------------------------------------------------------------
 
     def norm_bytes(self) -> int:
-        """Kept by one RMSNorm of the residual stream for its backward pass."""
+        """Returns the bytes that one RMSNorm of the residual stream keeps for its backward pass."""
         return self._norm_bytes(self.tokens, self.config.hidden_size, self.weight_bytes)
 
     def _norm_bytes(self, rows: int, channels: int, value: int) -> int:
-        """`value`: bytes of an input's value."""
+        """Returns the bytes that one RMSNorm keeps. `value` is the bytes of an input's value."""
         if self.gpu or value == self._wide:
             return rows * (channels * value + self._wide)
         # The CPU's plain operations on 16-bit values.
         return rows * (2 * channels * self._wide + self._wide)
 
     def head_norm_bytes(self) -> int:
-        """Kept by the norms of one block's query and key heads."""
+        """Returns the bytes that the norms of one block's query and key heads keep."""
         c = self.config
         if not c.qk_norm:
             return 0
         heads = (c.num_attention_heads + c.num_key_value_heads) // self.layout.tensor_parallel
-        # Autocast gives 16-bit heads to gains in float32, and the norm works on a copy in float32.
+        # Under autocast the heads have 16 bits and the gains float32, so the norm works on a float32 copy.
         value = self._product if self._product == self.weight_bytes or not self.gpu else self._wide
         return self._norm_bytes(self.tokens * heads, head_dim(c), value)
 
     def block_bytes(self) -> int:
-        """Kept by one block, without the copies of its weights."""
+        """Returns the bytes that one block keeps, without the copies of its weights."""
         c, a, tp = self.config, self._product, self.layout.tensor_parallel
-        # Autocast makes a copy of the input for each matrix that is multiplied with it.
+        # Autocast copies the input for each matrix that multiplies it.
         queries_and_feed_forward = (3 + 2) if a < self.weight_bytes else (1 + 1)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self.gpu and a != 2:
-            kv_heads = heads  # repeated: no fused kernel takes them as they are
-        # Of each row of scores its largest, in their type, where they are multiplied in blocks; else what the kernel
-        # keeps, in float32.
+            kv_heads = heads  # repeated, because no fused kernel takes grouped heads
+        # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
+        # statistics, in float32.
         of_a_row = a if not self.gpu and a == 2 and _cpu_multiplies_bfloat16() else self._wide
         attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
-        # Gate, up and their product; on a GPU the activated gate, too.
+        # Gate, up and their product; on a GPU also the activated gate.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
     def kept_bytes(self) -> int:
-        """Kept by the whole network for its backward pass, without the copies of its weights."""
+        """Returns the bytes that the network keeps for its backward pass, without the copies of its weights."""
         c = self.config
         block = self.tokens * c.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
         rotary = 2 * self.context * head_dim(c) * self._wide
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
     def mask_bytes(self) -> int:
-        """Of documents, one mask a row; of a window alone, one for all rows."""
+        """Returns the bytes of attention masks: one per row for documents, one for all rows for a window alone."""
         window = self.config.sliding_window
         if self.document_masks:
             return self.rows * self.context**2
         return self.context**2 if window is not None and window < self.context else 0
 
     def cast_bytes(self, blocks: int) -> int:
-        """16-bit copies of the weights of so many blocks."""
+        """Returns the bytes of the 16-bit copies of some blocks' weights."""
         matrices = self.block_matrices // self.layout.tensor_parallel
         return self._product * blocks * matrices if self._product < self.weight_bytes else 0
 
     # --- the phases of a step -----------------------------------------------------------------------------------------
 
     def loss_phase(self) -> DeviceMemory:
-        """The last chunk of the head's gradient is being added: all of the forward pass is kept, gradients of the step
-        before are still there (they are dropped just before the backward pass)."""
+        """Returns the memory while the last chunk of the head's gradient is added.
+
+        All of the forward pass is kept. The previous step's gradients still exist: they are freed just before the
+        backward pass.
+        """
         c, w, a, wide, N = self.config, self.weight_bytes, self._product, self._wide, self.tokens
         head = self.head_parameters
-        # Measured: recomputed blocks' copies are dropped at once, but not those of distributed weights.
+        # Measured: copies of recomputed blocks' weights are freed at once, but not copies of distributed weights.
         kept = not self.recompute or (self.layout.sharded and self.layout.devices > 1)
         casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
         casts += a * head if a < w else 0
         chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
         logits = chunk * (wide if a == wide else a + wide)
         logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
-        if a < wide:  # one chunk's part of the latter, which the CPU widens before it adds it
+        if a < wide:  # one chunk's gradient of the head, which the CPU widens before the addition
             logits += head * (a if self.gpu else a + wide)
         hidden = N * c.hidden_size * (w if a == w else w + a)
         return self._device(
@@ -252,8 +254,11 @@ class TrainingMemory:
         )
 
     def backward_phase(self) -> DeviceMemory:
-        """A block is being gone through: the last one, when all others are kept and no gradient is there yet but those
-        of earlier micro-batches; or the first one, when only its own are kept and all gradients are there."""
+        """Returns the higher memory of two moments of the backward pass.
+
+        In the last block, the activations of all blocks are kept, and only earlier micro-batches have gradients. In the
+        first block, only its own activations are kept, and all gradients exist.
+        """
         first, last = self._backward(0), self._backward(self.config.num_hidden_layers - 1)
         return max(first, last, key=lambda memory: memory.total)
 
@@ -264,7 +269,7 @@ class TrainingMemory:
         kept = self.kept_bytes() - self.norm_bytes() - done * (self.kept_bytes_of_block())
         if self.recompute:
             kept += self.block_bytes()
-        # Gradients of the residual stream, of the feed-forward's product, gate and up, of one matrix.
+        # Gradients of the residual stream, of the feed-forward's product, gate and up, and of one matrix.
         D, width = c.hidden_size, c.intermediate_size // self.layout.tensor_parallel
         meanwhile = 2 * N * D * w + 3 * N * width * a
         largest = D * width
@@ -294,11 +299,11 @@ class TrainingMemory:
         )
 
     def communicated_parameters(self, *, backward: bool) -> int:
-        """Parameters whose values or gradients a device holds whole for the sake of others.
+        """Returns the parameters whose full values or gradients a device holds for communication.
 
         DDP: its buckets, beside the gradients. FSDP2: the embedding and the head, gathered from the forward pass to the
-        end of the backward pass; in that, their whole gradients as well, of the blocks the one at work and the one
-        gathered ahead of it, and one block's whole gradients.
+        end of the backward pass. In the backward pass also their full gradients, the current block, the next block
+        (gathered ahead), and one block's full gradients.
         """
         if self.layout.replicas == 1:
             return 0
@@ -312,7 +317,7 @@ class TrainingMemory:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this CPU. Only then PyTorch is imported, which takes 2 CPU s."""
+    """Returns whether oneDNN multiplies bfloat16 matrices on this CPU. Importing PyTorch for this takes 2 CPU s."""
     import torch
 
     from lightning_danube.device import onednn_multiplies

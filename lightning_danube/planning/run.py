@@ -1,4 +1,4 @@
-"""What a pre-training run will cost, by arithmetic: how it is spread, what fits, how long it takes, when to save."""
+"""Computes what a pre-training run will cost: its layout, what fits, how long it takes, when to save."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.pretraining.settings import CurriculumSettings
 
 USABLE = 0.9
-"""Share of a device's memory that tensors may take: the rest is for its context, its libraries and fragments."""
+"""Share of a device's memory for tensors. The rest is for its context, its libraries and fragmentation."""
 
 HOURS_BETWEEN_FAILURES = 50_000.0
-"""Of one device: Llama 3 was interrupted unexpectedly 419 times in 54 days on 16,384 (arXiv 2407.21783, section 3)."""
+"""Mean time between failures of one device: training Llama 3 on 16,384 devices had 419 unexpected interruptions in 54
+days (arXiv 2407.21783, section 3)."""
 
 MOST_DEVICES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainerSection:
-    """The options of Lightning's trainer that a plan depends on, with the trainer's defaults. Classes are not made: a
-    mapping names them by `class_path` and `init_args`."""
+    """The options of Lightning's trainer that a plan depends on, with the trainer's defaults. Classes are not
+    instantiated: a mapping names them by `class_path` and `init_args`."""
 
     accelerator: str | dict[str, Any] = "auto"
     strategy: str | dict[str, Any] = "auto"
@@ -35,7 +36,7 @@ class TrainerSection:
 
     @property
     def checkpoint_steps(self) -> int | None:
-        """Optimizer steps between two checkpoints. None if no callback saves them."""
+        """Returns the optimizer steps between two checkpoints, None if no callback saves checkpoints."""
         callbacks = self.callbacks if isinstance(self.callbacks, list) else [self.callbacks or {}]
         for callback in callbacks:
             if _class_name(callback) == "Checkpoints":
@@ -49,15 +50,15 @@ def _class_name(one: str | Mapping[str, Any]) -> str:
 
 
 def _arguments(one: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options of a class. On a command line they may stand beside `class_path`."""
+    """Returns the options of a class. On a command line they may stand beside `class_path`."""
     return {**(one.get("init_args") or {}), **one} if isinstance(one, Mapping) else {}
 
 
 def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
-    """How a trainer section spreads a run, and what had to be assumed, in words.
+    """Returns how a trainer section spreads a run over devices, and the assumptions made, in words.
 
     Raises:
-        ValueError: it names a strategy whose memory is not known, or sizes that do not fit together.
+        ValueError: the memory of the strategy is not known, or sizes do not fit together.
     """
     notes = []
     nodes, devices = trainer.num_nodes, _devices(trainer.devices)
@@ -66,7 +67,7 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
         devices = 1
     name, world = _class_name(trainer.strategy), nodes * devices
     if name == "ModelParallelStrategy":
-        # What "auto" means is decided in the strategy's set-up, from the devices.
+        # The strategy's set-up resolves "auto" from the number of devices.
         sizes = _arguments(trainer.strategy)
         data, tensor = (sizes.get(f"{kind}_parallel_size", "auto") for kind in ("data", "tensor"))
         data, tensor = nodes if data == "auto" else int(data), devices if tensor == "auto" else int(tensor)
@@ -95,8 +96,11 @@ def _devices(devices: Any) -> int | None:
 
 
 def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: float, *, sharded: bool) -> int | None:
-    """The smallest number of devices on which the run fits, every one with `capacity` bytes for tensors; None if none
-    up to MOST_DEVICES does. Tensor parallelism stays as it is, and only what divides an optimizer step counts."""
+    """Returns the smallest number of devices on which the run fits, each with `capacity` bytes for tensors.
+
+    Returns None if the run fits on no number up to MOST_DEVICES. Tensor parallelism does not change, and the number of
+    replicas must divide an optimizer step.
+    """
     tensor = memory.layout.tensor_parallel
     for replicas in range(1, MOST_DEVICES // tensor + 1):
         if data.batch_samples % (replicas * memory.rows):
@@ -111,7 +115,7 @@ def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: f
 
 
 def seconds_of(flops: float, devices: int, accelerator: Accelerator, utilisation: float) -> float:
-    """Of so many model FLOPs. Utilisation counts what the model needs alone: recomputed blocks are no work done."""
+    """Returns the seconds for a number of model FLOPs. Utilisation does not count recomputed blocks as work."""
     return flops / (devices * accelerator.flops * utilisation)
 
 
@@ -122,8 +126,8 @@ class CheckpointAdvice:
 
     Args:
         size: bytes of one checkpoint.
-        write: seconds that one takes.
-        between_failures: seconds, of the whole job.
+        write: seconds to write one checkpoint.
+        between_failures: mean seconds between two failures of the whole job.
     """
 
     size: int
@@ -132,15 +136,15 @@ class CheckpointAdvice:
 
     @property
     def interval(self) -> float:
-        """Seconds between two checkpoints that lose least."""
+        """Returns the seconds between two checkpoints at which the least time is lost."""
         return math.sqrt(2 * self.write * self.between_failures)
 
     def lost(self, interval: float) -> float:
-        """Share of the time that goes into saving and into doing again what a failure took."""
+        """Returns the share of the time spent on saving and on repeating the steps that a failure lost."""
         return self.write / interval + interval / (2 * self.between_failures)
 
 
 def checkpoint_bytes(memory: TrainingMemory) -> int:
-    """Weights and the optimizer's averages, all in the type of the weights. The rest is a few kilobytes."""
+    """Returns bytes of the weights and the optimizer's averages, all in the weights' type. The rest is a few KB."""
     alone = dataclasses.replace(memory, layout=Layout())
     return (memory.config.parameters + alone.optimizer_values) * memory.weight_bytes

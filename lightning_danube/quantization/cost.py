@@ -1,8 +1,8 @@
-"""Speed and memory of one level, measured in a process of its own: what the one before it left behind counts nothing.
+"""Measures the speed and memory of one level in a separate process, so that the previous level does not affect them.
+
+`measure_cost` starts this command, which prints one line of JSON:
 
     python -m lightning_danube.quantization.cost '{"level": …}'
-
-is what `measure_cost` starts; it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ LIMIT_SECONDS = 1800
 
 
 def measure_cost(level: Level, weights: str, file: Path | None, *, dtype: str, device: str, threads: int) -> Cost:
-    """
+    """Returns the speed and memory of one level, measured in a separate process.
+
     Args:
         weights: the model, as in `--weights`.
-        file: the quantized GGUF file, of levels that have one.
-        dtype: of the full model's parameters.
-        device: of levels that run here rather than in llama.cpp.
-        threads: of the processor.
+        file: the quantized GGUF file, for levels that have one.
+        dtype: type of the full model's parameters.
+        device: device for levels that run in PyTorch rather than in llama.cpp.
+        threads: number of CPU threads.
 
     Raises:
-        ValueError: it could not be measured, with the last line that the process wrote.
+        ValueError: the measurement failed; the message has the last line that the process wrote.
     """
     request = {
         "level": level.name,
@@ -104,7 +105,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
     def build(decoder: Decoder) -> Decoder:
         return (full_decoder(decoder) if level == FULL else quantized_decoder(decoder, level)).decoder
 
-    # What is loaded once, libraries and the kernels' buffers, is no part of a model.
+    # Libraries and the kernels' buffers are loaded once. They are not part of a model's memory.
     tiny = Decoder(DecoderConfig(64, 64, 1, 2, 2, vocab_size=64)).to(device)
     build(tiny)(torch.ones(1, 4, dtype=torch.long, device=device))
     before = _reset_peak()
@@ -113,7 +114,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
     model = build(decoder)
     del decoder
     gc.collect()
-    # What quantizing itself needed is given back, and not counted.
+    # The memory that quantizing itself needed is released first, so it is not counted.
     _give_back_freed()
     _reset_peak()
     if device.type == "cuda":
@@ -125,7 +126,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
         if anew:
             cache.length = 0
         ids_BT = torch.tensor([tokens], device=device)
-        # As in generation: the head sees the last token alone.
+        # As in generation, the head computes only the last token.
         model.lm_head(model.hidden_states(ids_BT, cache=cache)[:, -1])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -137,7 +138,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
 
 
 def _timed(read: Callable[[Sequence[int], bool], None], ids: list[int]) -> tuple[float, float]:
-    """Tokens a second of reading and of writing, medians over rounds; a first round is not counted."""
+    """Returns tokens per second of prefill and of decoding: medians over the rounds after a warm-up round."""
     prefill, decode = [], []
     for _ in range(1 + ROUNDS):
         begin = time.perf_counter()
@@ -154,11 +155,11 @@ def _some_ids(vocabulary: int) -> list[int]:
     return [(7919 * place) % vocabulary for place in range(1, 1 + PREFILL_TOKENS + DECODE_TOKENS)]
 
 
-# --- memory of this process, where Linux tells ------------------------------------------------------------------------
+# --- memory of this process, on Linux ---------------------------------------------------------------------------------
 
 
 def _reset_peak() -> int:
-    """What the process holds now, in bytes, from where on its peak is counted."""
+    """Resets the process's peak memory, and returns the memory that it holds now, in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""Decoders of ours whose matrices are held in fewer bits."""
+"""Decoders of this project whose matrices are held in fewer bits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_danube.quantization.measured import Content
 
 
 class QuantizedLayer(Protocol):
-    """What the layers of all methods have."""
+    """The interface that the layers of all methods share."""
 
     def weight_values(self, dtype: torch.dtype) -> Tensor: ...
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of a quantized matrix, unpacked anew in each call.
+    """An embedding with a quantized matrix, which is unpacked in each call.
 
-    `weight` holds nothing: a cache asks it for the type and the device to compute in.
+    `weight` is empty: a cache reads from it the type and the device to compute in.
     """
 
     weight: Tensor
@@ -42,13 +42,13 @@ class QuantizedEmbedding(nn.Module):
 
 
 class RunningDecoder:
-    """A decoder of ours that answers with logits."""
+    """A decoder of this project that returns logits."""
 
     def __init__(self, decoder: Decoder, content: Content) -> None:
         self.decoder, self.content = decoder.eval(), content
 
     def logits(self, ids_BT: Tensor, first: int) -> Tensor:
-        """(B, T - first, V), at the places from `first` on."""
+        """Returns logits, (B, T - first, V), for the positions from `first` on."""
         return self.decoder.lm_head(self.decoder.hidden_states(ids_BT)[:, first:])
 
     def close(self) -> None:
@@ -56,12 +56,13 @@ class RunningDecoder:
 
 
 def check_finite(decoder: Decoder) -> None:
-    """
+    """Checks that all weights are finite.
+
     Raises:
-        ValueError: a weight is no finite number; with the tensor's name.
+        ValueError: a weight is no finite number; the message names the tensor.
     """
     for name, parameter in decoder.named_parameters():
-        # The sum is not finite if a part is not; one that overflows is told apart by looking again.
+        # A sum is not finite if any value is not. The widest type keeps a sum of finite values from overflowing.
         if not bool(parameter.sum(dtype=widest_float(parameter.device)).isfinite()):
             raise ValueError(
                 f"{name} has weights that are no finite numbers: the model is damaged, nothing is measured"
@@ -69,19 +70,19 @@ def check_finite(decoder: Decoder) -> None:
 
 
 def full_decoder(decoder: Decoder) -> RunningDecoder:
-    """The decoder as it is."""
+    """Returns the unquantized decoder, ready to return logits."""
     return RunningDecoder(decoder, content_of(decoder, Counter()))
 
 
 def quantized_decoder(decoder: Decoder, level: Level) -> RunningDecoder:
-    """A decoder beside the given one, which stays as it is; both share what is not quantized.
+    """Returns a quantized copy of a decoder. The original does not change; both share all tensors not quantized.
 
-    A matrix that the method cannot take keeps its type, and counts as a fallback.
+    A matrix that the method cannot quantize keeps its type, and counts as a fallback.
 
     Raises:
-        ValueError: the method is not installed, or a tensor that it must not round; with the tensor's name.
+        ValueError: the method is not installed, or must not round a tensor; the message names the tensor.
     """
-    # Parameters are shared: the copy of a module asks its memo first.
+    # Parameters are shared, because deepcopy looks in its memo first.
     quantized = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
     build, block = _layer_builder(level)
     fallbacks: Counter[str] = Counter()
@@ -112,11 +113,11 @@ def _matrices(decoder: Decoder, embeddings: bool) -> Iterator[tuple[str, Any]]:
 
 
 Build = Callable[[Tensor, Tensor | None], nn.Module]
-"""Makes a layer of a matrix, and of its bias if it has one."""
+"""Makes a quantized layer from a matrix and its bias, if it has one."""
 
 
 def _layer_builder(level: Level) -> tuple[Build, int]:
-    """What makes a layer of a matrix, and what its columns have to be a multiple of."""
+    """Returns a function that quantizes a linear layer, and the number that its columns must be a multiple of."""
     if level.method in ("hqq", "rounding"):
         from lightning_danube.quantization.grouped import GroupedLinear
 
@@ -140,7 +141,7 @@ def _linear(weight_ND: Tensor, bias_N: Tensor | None) -> nn.Linear:
 
 
 def content_of(decoder: Decoder, fallbacks: Counter[str]) -> Content:
-    """The bytes of all tensors, as they lie in memory and would in a file."""
+    """Returns the size of all tensors, as they are stored in memory and would be in a file."""
     return Content(
         tensor_bytes=sum(tensor.nbytes for tensor in _tensors(decoder)),
         weights=decoder.config.parameters,
@@ -157,7 +158,7 @@ def _tensors(decoder: Decoder) -> Iterable[Tensor]:
         else:
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         for tensor in own:
-            # Tied tensors, and layers that share one, once. A parameter is a new object each time it is asked for its
-            # data, yet its memory stays where it is.
+            # Shared tensors, such as tied ones, count once. `data` returns a new object each time, but the address of
+            # its memory stays equal.
             stored.setdefault(tensor.data_ptr(), tensor)
     return stored.values()

@@ -22,7 +22,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class RunningFile(LlamaCpp):
-    """A GGUF file that answers with logits, and what it holds."""
+    """A GGUF file that llama.cpp runs to return logits, and the file's content."""
 
     def __init__(self, path: Path, content: GGUFContent, context_length: int, cache: str | None) -> None:
         super().__init__(path, context_length, cache=cache, threads=torch.get_num_threads())
@@ -38,10 +38,10 @@ def quantized_file(
     calibration_ids: Tensor,
     context_length: int,
 ) -> tuple[RunningFile, Path]:
-    """The level's model, and its file in `directory`, where the unquantized one is kept for the levels to come.
+    """Returns the level's model and its file in `directory`. The unquantized file stays there for later levels.
 
     Raises:
-        ValueError: llama.cpp is not installed, or refuses.
+        ValueError: llama.cpp is not installed, or refuses the file.
     """
     import_llama_cpp()
     file = directory / f"{level.name.replace(':', '-')}.gguf"
@@ -60,11 +60,11 @@ def quantized_file(
 
 
 def kept_importance_matrix(decoder: Decoder, ids: Tensor, directory: Path) -> dict[str, NDArray[np.float32]]:
-    """One for all levels."""
+    """Returns the importance matrix, which all levels share."""
     path = directory / "importance.npz"
     if not path.exists():
-        # Written plainly: the directory belongs to this process and is removed at its end. Names of tensors have dots
-        # and no slashes, so they can be names in an archive.
+        # No atomic write is needed: the directory belongs to this process, which removes it at its end. Tensor names
+        # have dots and no slashes, so they can be names in an archive.
         np.savez(path, **importance_matrix(decoder, ids))  # type: ignore[arg-type]
     with np.load(path) as kept:
         return {name: kept[name] for name in kept.files}

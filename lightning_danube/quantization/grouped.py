@@ -1,7 +1,7 @@
-"""Weights in groups of a row that share a scale and a zero point, by hqq, whose package only this file imports.
+"""Linear layers quantized by hqq: groups of a row's weights share a scale and a zero point. Only this file imports hqq.
 
 hqq (Half-Quadratic Quantization, Badri and Shaji 2023) rounds to the nearest step, then moves the zero points to make
-the error sparse. Without that second part it is plain rounding, with the same bytes: the floor for every method.
+the error sparse. Without that second step it is plain rounding with equal size: the baseline for every method.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE_DTYPE = torch.float16
-"""Of scales and zero points, as hqq keeps them on a GPU."""
+"""Type of scales and zero points, as hqq keeps them on a GPU."""
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer whose weights are packed in 2, 3, 4 or 8 bits; unpacked anew in each call.
+    """A linear layer whose weights are packed in 2, 3, 4 or 8 bits and unpacked in each call.
 
     Args:
-        weight_ND: what is quantized, one row an output.
-        bits: of a weight. 3 bits are packed by tens into 32, so they take 3.2.
-        group: neighbours of a row that share a scale and a zero point.
+        weight_ND: the matrix to quantize, one row per output.
+        bits: bits per weight. Ten 3-bit weights are packed into 32 bits, so each takes 3.2.
+        group: number of neighbouring weights in a row that share a scale and a zero point.
         optimize: hqq's optimization of the zero points; without it plain rounding.
-        bias_N: stays as it is.
+        bias_N: the bias, which is not quantized.
 
     Raises:
-        ValueError: all weights of a group are equal, so there is no range to divide.
+        ValueError: all weights of a group are equal, so they have no range to divide.
     """
 
     packed: Tensor
@@ -59,7 +59,7 @@ class GroupedLinear(nn.Module):
         self.meta: dict[str, Any] = meta
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
-        """The weights it computes with, (N, D)."""
+        """Returns the dequantized weights, (N, D)."""
         from hqq.core.quantize import Quantizer
 
         meta = self.meta | {"scale": self.scale.to(dtype), "zero": self.zero.to(dtype), "compute_dtype": dtype}

@@ -1,4 +1,4 @@
-"""How much each column of each matrix matters: llama.cpp's importance matrix, from our own forward passes."""
+"""Computes llama.cpp's importance matrix, which weighs each matrix's columns, from the decoder's forward passes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ WINDOW = 512
 
 @torch.no_grad()
 def importance_matrix(decoder: Decoder, ids: Tensor) -> dict[str, NDArray[np.float32]]:
-    """Name of a tensor in a GGUF file → mean square of what each of its columns is multiplied with, on a text.
+    """Returns the name of each tensor in a GGUF file → mean square of the inputs to each of its columns, on a text.
 
-    The order of rows differs between our q and k projections and GGUF's, that of columns does not.
+    The q and k projections have another order of rows in GGUF than here, but the same order of columns.
 
     Args:
         ids: (tokens,), read in windows of 512.
 
     Raises:
-        ValueError: there is not one token.
+        ValueError: there are no tokens.
     """
     if not len(ids):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Names of quantization levels: `<method>:<type>` and options behind a `+`, such as `gguf:Q4_K_M+imatrix`."""
+"""Names of quantization levels: `<method>:<type>`, then options after a `+`, such as `gguf:Q4_K_M+imatrix`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Level:
     """One way to hold a model in fewer bits.
 
     Args:
-        method: who quantizes: llama.cpp to a "gguf" file, "bitsandbytes", "hqq", or "rounding" to the nearest step.
-        type: a GGUF file type; int8, nf4 or fp4; "<bits>/<group>".
+        method: the quantizer: "gguf" (llama.cpp), "bitsandbytes", "hqq", or "rounding" to the nearest step.
+        type: a GGUF file type; int8, nf4 or fp4 for bitsandbytes; "<bits>/<group>" for hqq and rounding.
         embeddings: whether the embedding and the head are quantized, too.
-        double: of bitsandbytes' 4 bits: whether the scales are themselves held in 8 bits.
-        imatrix: of GGUF: whether columns are weighed by how much passes through them on a calibration text.
-        cache: of GGUF: the type of the keys and values; llama.cpp's default is F16.
+        double: for 4 bits by bitsandbytes: whether the scales are stored in 8 bits.
+        imatrix: for GGUF: whether an importance matrix from a calibration text weighs the columns.
+        cache: for GGUF: the type of the cached keys and values; llama.cpp's default is F16.
     """
 
     method: Method
@@ -40,7 +40,7 @@ class Level:
 
     @property
     def name(self) -> str:
-        """As it is written in a config."""
+        """Returns the level's name as a config writes it."""
         if self.method == "full":
             return "full"
         usual = self.method == "gguf"
@@ -51,19 +51,20 @@ class Level:
 
     @property
     def group(self) -> tuple[int, int]:
-        """Bits of a weight and weights that share a scale, of hqq and of rounding."""
+        """Returns bits per weight and the number of weights that share a scale, for hqq and rounding."""
         bits, group = self.type.split("/")
         return int(bits), int(group)
 
 
 FULL = Level("full", "")
-"""The model as it is, to compare with."""
+"""The unquantized model, with which all levels are compared."""
 
 
 def parse_level(text: str) -> Level:
-    """
+    """Returns the level with this name.
+
     Raises:
-        ValueError: an unknown method, type or option, with the ones there are.
+        ValueError: an unknown method, type or option; the message lists the known ones.
     """
     head, *options = text.strip().split("+")
     method, colon, kind = head.partition(":")
@@ -78,9 +79,10 @@ def parse_level(text: str) -> Level:
 
 
 def parse_levels(texts: list[str]) -> list[Level]:
-    """
+    """Returns the levels with these names.
+
     Raises:
-        ValueError: none, a wrong one, or one twice.
+        ValueError: the list is empty, or a name is wrong or occurs twice.
     """
     if not texts:
         raise ValueError(f"model.levels is empty: name some, such as {EXAMPLES}")
@@ -92,7 +94,7 @@ def parse_levels(texts: list[str]) -> list[Level]:
 
 
 def why_not(level: Level) -> str | None:
-    """What is not installed, and how it would be; None for what can be tried."""
+    """Returns which package is missing and how to install it; None if the level can be tried."""
     try:
         if level.method == "gguf":
             import_llama_cpp()

@@ -21,12 +21,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Content:
-    """What a model holds.
+    """The content of a model.
 
     Args:
-        tensor_bytes: of all tensors; of a GGUF file those of the file, which is little more.
-        weights: parameters of the model, a tied matrix once.
-        fallbacks: type → how many matrices have it because the level's own does not fit their shape.
+        tensor_bytes: size of all tensors; for a GGUF file the size of the file, which is little more.
+        weights: parameters of the model, where a tied matrix counts once.
+        fallbacks: type → number of matrices stored in it because the level's own type does not fit their shape.
     """
 
     tensor_bytes: int
@@ -39,26 +39,26 @@ class Content:
 
 
 class RunningModel(Protocol):
-    """A model that answers with logits."""
+    """A model that returns logits."""
 
     content: Content
 
     def logits(self, ids_BT: Tensor, first: int) -> Tensor:
-        """(B, T - first, V), at the places from `first` on."""
+        """Returns logits, (B, T - first, V), for the positions from `first` on."""
 
     def close(self) -> None:
-        """Gives back what it holds outside of Python's memory."""
+        """Frees the memory that the model holds outside of Python."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Speed and memory, measured in a process of its own.
+    """Speed and memory, measured in a separate process.
 
     Args:
-        prefill_tokens_per_second: of reading a text.
-        decode_tokens_per_second: of writing, one token after the other.
-        peak_memory_bytes: most that the process held while doing so beyond what it held before the model was there;
-            None where the system does not tell.
+        prefill_tokens_per_second: speed of reading a prompt.
+        decode_tokens_per_second: speed of writing, token by token.
+        peak_memory_bytes: the process's peak memory during both, minus its memory before the model was loaded; None
+            if the system does not report it.
     """
 
     prefill_tokens_per_second: float
@@ -68,17 +68,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class MeasuredLevel:
-    """What a level said of the text.
+    """The results of one level on the text.
 
     Args:
-        content: what the model holds.
-        seconds: that it took.
-        nats: context length → (windows, counted tokens) of each.
-        divergence: (windows, counted tokens) of the first context length, nats from the full model's distribution to
-            the level's (Kullback-Leibler); of as many windows as the full model's were kept of.
-        same_first: likewise, whether both have the same likeliest token.
+        content: the content of the model.
+        seconds: duration of the evaluation.
+        nats: context length → loss of each token in nats, (windows, counted tokens).
+        divergence: (windows, counted tokens) of the first context length: Kullback-Leibler divergence in nats from the
+            full model's distribution to the level's. Covers the windows whose full distributions were kept.
+        same_first: of equal shape: whether both models have the same likeliest token.
         cloze: (questions,), whether the true continuation was the likeliest.
-        cost: None where it was not asked for, or not to be had.
+        cost: None if it was not requested, or could not be measured.
     """
 
     content: Content
@@ -92,7 +92,7 @@ class MeasuredLevel:
 
 
 def measured_key(**facts: Any) -> str:
-    """Tells a measurement from one of another model, level, text or version."""
+    """Returns a key that differs between measurements of different models, levels, texts or versions."""
     text = json.dumps([FORMAT, facts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -112,12 +112,12 @@ def save_measured(path: Path, measured: MeasuredLevel) -> None:
             divergence=measured.divergence.astype(np.float32),
             same_first=measured.same_first,
             cloze=measured.cloze,
-            **arrays,  # type: ignore[arg-type]  # its stub takes them for switches
+            **arrays,  # type: ignore[arg-type]  # the stub reads them as switches
         )
 
 
 def load_measured(path: Path) -> MeasuredLevel | None:
-    """None where nothing, or nothing whole, is kept."""
+    """Reads the results from a file. Returns None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -134,6 +134,6 @@ def load_measured(path: Path) -> MeasuredLevel | None:
                 None if facts["cost"] is None else Cost(**facts["cost"]),
                 facts["cost_reason"],
             )
-    # Whatever is wrong with a damaged archive: it is measured again.
+    # Whatever the damage is, the level is measured again.
     except Exception:
         return None

@@ -1,4 +1,4 @@
-"""What was measured, as rows of a table, and what follows from it."""
+"""Turns measurements into the rows of a table, and into a recommendation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Array, MeasuredLevel
 
 TOLERANCES = (0.01, 0.05)
-"""By what share the perplexity may rise in what is recommended."""
+"""Relative rise in perplexity that a recommended level may have."""
 MIB = 2**20
 BROKEN = 10.0
-"""From here on a change is no longer told in per cent."""
+"""Relative changes above this are reported as factors, not in per cent."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One level. Changes are against the full model, paired over the same tokens or questions."""
+    """One level. Changes are relative to the full model, paired over the same tokens or questions."""
 
     level: Level
     measured: MeasuredLevel
     nats: Array
-    """(windows, tokens) of the first context length, on which everything but `by_length` is measured."""
+    """(windows, tokens) of the first context length, at which everything except `by_length` is measured."""
     perplexity: Estimate
     change: Estimate
     divergence: Estimate
@@ -39,7 +39,7 @@ class Row:
     """Context length → perplexity and its change."""
 
     def flat(self) -> dict[str, Any]:
-        """For a table of plain values; sizes in bytes, shares as fractions."""
+        """Returns plain values for a table: sizes in bytes, shares as fractions."""
         content, cost = self.measured.content, self.measured.cost
         values: dict[str, Any] = {
             "level": self.level.name,
@@ -80,10 +80,10 @@ class Row:
 
 
 def rows_of(done: Mapping[Level, MeasuredLevel], order: Sequence[Level], primary: int) -> list[Row]:
-    """A row for each level that was measured, the full model first.
+    """Returns a row for each level that was measured, the full model first.
 
     Args:
-        primary: the context length on which everything but `by_length` is measured.
+        primary: the context length for every value except `by_length`.
     """
     full = done[FULL]
     rows = []
@@ -111,9 +111,9 @@ def rows_of(done: Mapping[Level, MeasuredLevel], order: Sequence[Level], primary
 
 
 def recommendation(rows: Sequence[Row]) -> list[str]:
-    """What to take, in words: the smallest level that is surely not much worse, and what to leave."""
+    """Returns the advice in words: the smallest level that is surely not much worse, and the levels to avoid."""
     full = rows[0]
-    # What differs in the cache alone has the same weights.
+    # Levels that differ only in the cache have the same weights.
     levels = sorted(
         (row for row in rows[1:] if row.level.cache is None), key=lambda row: row.measured.content.tensor_bytes
     )
@@ -141,7 +141,7 @@ def recommendation(rows: Sequence[Row]) -> list[str]:
 
 
 def mean_over_windows(values: Array) -> Estimate:
-    """The mean of windows (W, N), or of questions (Q,), with an interval over the windows or the questions.
+    """Returns the mean of windows (W, N), or of questions (Q,), with an interval over the windows or the questions.
 
     Tokens of one window depend on each other, so the sample is the windows, not their tokens.
     """
@@ -154,17 +154,17 @@ def perplexity(nats: Array) -> Estimate:
 
 
 def perplexity_change(nats: Array, full: Array) -> Estimate:
-    """The relative difference from the full model's perplexity, paired over the same tokens."""
+    """Returns the relative difference from the full model's perplexity, paired over the same tokens."""
     return mean_over_windows(nats.astype(np.float64) - full.astype(np.float64)).map(math.expm1)
 
 
 def accuracy_change(right: Array, full: Array) -> Estimate:
-    """The difference from the full model's share of right answers, paired over the same questions."""
+    """Returns the difference from the full model's share of right answers, paired over the same questions."""
     return mean_over_windows(right.astype(np.float64) - full.astype(np.float64))
 
 
 def percent(change: Estimate, *, with_interval: bool = True) -> str:
-    """+1.23 % [+0.98, +1.49]; × 25,412 where nothing is left of the model."""
+    """Formats a change as +1.23 % [+0.98, +1.49], or as × 25,412 where the quantized model is useless."""
     if change.value > BROKEN:
         return f"× {1 + change.value:,.0f}"
     value = f"{100 * change.value:+.2f} %"

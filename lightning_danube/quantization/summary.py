@@ -29,11 +29,11 @@ class LevelTable(NamedTuple):
 
 
 class LevelResults(NamedTuple):
-    """What was measured, in the form in which it is shown.
+    """The measurements in the form in which they are shown.
 
     Args:
         failed: name of the level → why it was not measured.
-        notes: a legend of the tables, then what a reader should know about single levels.
+        notes: a legend of the tables, then remarks on single levels.
         advice: which levels to take.
     """
 
@@ -53,8 +53,8 @@ class LevelResults(NamedTuple):
     ) -> LevelResults:
         """
         Args:
-            levels: in their order in the tables.
-            context_lengths: the first is the one on which everything but `perplexity by context` is measured.
+            levels: the levels, in the order of the tables.
+            context_lengths: everything except `perplexity by context` is measured at the first length.
         """
         rows = rows_of(done, levels, context_lengths[0])
         tables = [main_table(rows)]
@@ -76,7 +76,7 @@ class LevelResults(NamedTuple):
         """Returns a page with the tables, the notes and the advice.
 
         Args:
-            weights, text: name of the model, and of the text that it has read.
+            weights, text: names of the model and of the text.
         """
         parts = [f"# {weights} in fewer bits, on {text}", *(markdown_table(*table) for table in self.tables)]
         parts += ["\n".join(f"- {line}" for line in lines) for lines in (self.notes, self.advice)]
@@ -195,7 +195,7 @@ def failure_notes(failed: Mapping[Level, str]) -> list[str]:
 
 
 def fallback_notes(rows: Sequence[Row]) -> list[str]:
-    """Returns a line for each level that keeps some tensors in another type."""
+    """Returns a line for each level that stores some tensors in another type."""
     return [
         f"{row.level.name}: {flat['fallbacks']} tensors have rows that the type cannot hold: {flat['fallback_types']}"
         for row in rows
@@ -224,13 +224,13 @@ def share(estimate: Estimate) -> str:
 
 
 def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns a figure of each level's change of the perplexity, with its 95 % interval, against its size.
+    """Returns a figure of each level's change in perplexity, with its 95 % interval, against its size.
 
     Args:
-        rows: as in `quantization.parquet`. Levels without a measurement are left out, and so are levels with a cache of
-            their own, because another level has the same weights.
+        rows: rows of `quantization.parquet`. Omits levels without a measurement, and levels with another type of cache,
+            because another level has the same weights.
     """
-    # Not pyplot's Figure: pyplot would keep the figure, and ask for a screen if there is one.
+    # pyplot would keep the figure in memory, and would use a screen if there is one.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 

@@ -1,6 +1,6 @@
-"""Quantization evaluation: one text, read by a model as it is and in fewer bits by several methods.
+"""Evaluates quantization: a model and its quantized levels read one text, and the results are compared.
 
-Shapes: B texts of a batch, T tokens, N of them counted, V vocabulary, W windows, Q questions.
+Shapes: B texts of a batch, T tokens, N counted tokens, V vocabulary, W windows, Q questions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_decoder
 
 REFERENCE_BYTES = 2**31
-"""Of the full model's distributions, which stay on the disk while others are compared with them."""
+"""Most bytes on disk for the full model's distributions, with which the levels are compared."""
 NO_WINDOWS = (
     "QuantizationEvaluation reads a text, {data} has none in windows: set data.class_path to "
     "lightning_danube.quantization.TextWindows"
@@ -48,20 +48,20 @@ PACKAGES = {"gguf": "llama-cpp-python", "bitsandbytes": "bitsandbytes", "hqq": "
 class QuantizationEvaluation(LightningModule):
     """Reads the text of `TextWindows` with a model and with each of its quantized levels in turn.
 
-    What was measured once, of the same weights, level and text, is taken from the cache. A level that cannot be had
-    here is told with the reason, and stops nothing.
+    A measurement of the same weights, level and text is read from the cache. If a level cannot run on this machine,
+    the reason is reported and the evaluation continues.
 
     Args:
         weights: the model: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
         levels: `<method>:<type>` and options, such as gguf:Q4_K_M, gguf:Q4_K_M+imatrix, gguf:F16+cache-q8_0,
             bitsandbytes:int8, bitsandbytes:nf4+double, hqq:4/64+embeddings, rounding:4/64. bitsandbytes, hqq and
-            rounding take the blocks' linear layers, with `+embeddings` the embedding and the head, too; gguf takes all
-            that llama.cpp does, with `+linear` not the embedding and the head.
-        cost: whether to measure speed and memory, of each level in a process of its own.
-        cache_dir: where measurements are kept; that of the data by default.
+            rounding quantize the blocks' linear layers; `+embeddings` adds the embedding and the head. gguf quantizes
+            all that llama.cpp does; `+linear` excludes the embedding and the head.
+        cost: whether to measure speed and memory, for each level in a separate process.
+        cache_dir: where measurements are kept; by default the cache directory of the data.
 
     Raises:
-        ValueError: an unknown level; the weights cannot be read, or hold numbers that are not finite.
+        ValueError: a level is unknown, or the weights cannot be read or are not finite.
     """
 
     def __init__(self, weights: str, levels: list[str], cost: bool = True, cache_dir: str | None = None) -> None:
@@ -106,7 +106,8 @@ class QuantizationEvaluation(LightningModule):
                 self.failed[level] = reason
             else:
                 self._missing.append(level)
-        # To compare with, the full model reads the text again, as much of it as distributions are kept of.
+        # The levels are compared with the full model. It reads again the part of the text for which its distributions
+        # are kept.
         if self._missing and self._missing[0] != FULL:
             self._missing.insert(0, FULL)
         data.passes = len(self._missing)
@@ -138,7 +139,7 @@ class QuantizationEvaluation(LightningModule):
         self.decoder.eval()
         self._directory.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(self._directory)
-        # What a process that was killed leaves here is removed by the next one.
+        # If this process is killed, the next one removes its files.
         self._work = tempfile.TemporaryDirectory(
             prefix=f"work-{socket.gethostname()}-{os.getpid()}-", dir=self._directory, ignore_cleanup_errors=True
         )
@@ -168,7 +169,7 @@ class QuantizationEvaluation(LightningModule):
 
     @contextmanager
     def _cleaning_up(self) -> Iterator[None]:
-        """Leaves no half-written files behind when something goes wrong: above all not on a full disk."""
+        """Removes half-written files when an error occurs, above all on a full disk."""
         try:
             yield
         except BaseException:
@@ -213,7 +214,7 @@ class QuantizationEvaluation(LightningModule):
             raise ValueError(f"the model itself cannot be measured: {reason}") from error
 
     def _finish(self) -> None:
-        """Keeps what was measured of the level that was read last."""
+        """Stores the results of the level that was read last."""
         if self._running is None:
             return
         reading, self._running = self._running, None
@@ -248,9 +249,9 @@ class QuantizationEvaluation(LightningModule):
 
 
 class _Divergences:
-    """The full model's distributions, in the order in which the text is read, as many as there is room for.
+    """The full model's distributions, in the order in which the text is read, as many as fit into the limit.
 
-    They lie in a file that has no name any more, so nothing is left of it whatever happens.
+    They are stored in an unlinked file, so nothing is left on disk even after a crash.
     """
 
     def __init__(self, path: Path, vocabulary: int) -> None:
@@ -262,7 +263,7 @@ class _Divergences:
         path.unlink()
 
     def keep(self, log_probabilities_NV: Tensor) -> None:
-        """Appends those of one window, if there is room."""
+        """Appends the distributions of one window, if there is room."""
         rows = len(log_probabilities_NV)
         start = self.kept[-1][1] if self.kept else 0
         self.is_full = bool(self.kept) and start + rows > self.room
@@ -278,7 +279,7 @@ class _Divergences:
             ) from error
 
     def window(self, number: int) -> Tensor | None:
-        """(N, V), in float32; None for windows that found no room."""
+        """Returns the distributions of a window, (N, V), in float32; None if there was no room for them."""
         if number >= len(self.kept):
             return None
         start, end = self.kept[number]
@@ -288,7 +289,7 @@ class _Divergences:
 
 
 class _Reading:
-    """One model on its way through the text."""
+    """One model that is reading the text, and its results so far."""
 
     def __init__(
         self,
@@ -300,7 +301,7 @@ class _Reading:
         *,
         to_compare_with: bool,
     ) -> None:
-        """`to_compare_with`: all is known of it, and only its distributions are wanted."""
+        """`to_compare_with`: the model's results are known already, and only its distributions are needed."""
         self.level, self.model, self.file, self.divergences, self.began = level, model, file, divergences, began
         self.to_compare_with = to_compare_with
         self.nats: dict[int, list[np.ndarray[Any, Any]]] = {}
@@ -321,7 +322,7 @@ class _Reading:
             self.cloze += (nats_B.view(-1, batch["choices"]).argmin(1) == 0).tolist()
             return
         length = batch["context_length"]
-        # A window at a time: all distributions of a batch would be there several times over.
+        # One window at a time, because several copies of a whole batch's distributions would need too much memory.
         for logits_NV, labels_N in zip(logits_BNV, labels_BN, strict=True):
             log_probabilities_NV = logits_NV.float().log_softmax(-1)
             if length == self.primary:
@@ -353,22 +354,22 @@ class _Reading:
 
 
 def _nats(log_probabilities_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Of each label, whatever stands before N."""
+    """Returns the loss of each label in nats, (…, N)."""
     return -log_probabilities_NV.gather(-1, labels_N[..., None])[..., 0]
 
 
 def divergence(wanted_NV: Tensor, found_NV: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of each place, (N,), in nats, from log-probabilities.
+    """Returns the Kullback-Leibler divergence at each position, (N,), in nats, from log-probabilities.
 
-    The textbook's sum of p (ln p − ln q) is a small difference of large terms: in float32 it is off by 1e-7, which is
-    more than F16 costs. As probabilities add up to 1, q − p can be added to each term, and then none is below zero.
+    The textbook's sum of p (ln p − ln q) is a small difference of large terms. In float32 its error is 1e-7, which is
+    more than F16 costs. As probabilities add up to 1, q − p can be added to each term; then no term is negative.
     """
     apart_NV = wanted_NV - found_NV
     return (wanted_NV.exp() * (torch.expm1(-apart_NV) + apart_NV)).sum(-1)
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Work of processes of this machine that were killed."""
+    """Removes the files of killed processes of this machine."""
     for path in directory.glob(f"work-{socket.gethostname()}-*"):
         process = int(path.name.split("-")[-2])
         if not _is_running(process):

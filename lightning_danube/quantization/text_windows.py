@@ -1,5 +1,4 @@
-"""A text in windows, for what is said of a model token by token: perplexity by the conventions of the field, and a
-cloze made of the text itself.
+"""Divides a text into windows, to measure perplexity by the usual conventions, and makes cloze questions from the text.
 
 Shapes: B windows or continuations of a batch, T tokens of each.
 """
@@ -29,34 +28,35 @@ CLOZE_CHOICES = 4
 CLOZE_CONTEXT, CLOZE_CONTINUATION = 32, 8
 """Tokens of a question and of each answer."""
 BATCH_TOKENS = 1024
-"""Of a batch, at least one window: all logits of it are held at once."""
+"""Most tokens of a batch, which has at least one window: all logits of a batch are in memory at once."""
 
 
 class TextWindows(LightningDataModule):
     """The beginning of a text, in windows of one or several lengths.
 
-    A token is predicted from those before it in its window; with the usual bos token, a window begins with one. How
-    tokens are counted:
+    A token is predicted from the tokens before it in its window. A window begins with the bos token if there is one.
+    How tokens are counted:
 
-    * without `stride`, as llama.cpp's perplexity program does it: windows stand side by side, and the tokens of the
-      second half of each count;
-    * with it, windows slide by so many tokens, and the last so many of each count: every token once, with the most of
-      what stands before it that a window can show.
+    * without `stride`, as in llama.cpp's perplexity program: windows do not overlap, and the second half of each
+      window counts;
+    * with `stride`, windows slide by `stride` tokens, and the last `stride` tokens of each window count. Every token
+      counts once, with the longest context that a window can hold.
 
     Args:
-        text: where it comes from; of several documents each is ended by the eos token.
+        text: the source of the text; each of its documents ends with the eos token.
         tokenizer: "danube-small", "mistral", a model, a directory or a hub id.
         held_out: take only the documents that `CurriculumData` with this share keeps out of training.
-        context_lengths: tokens of a window. Everything is measured on the first of them, the others show how
-            perplexity depends on it.
-        stride: tokens by which windows slide.
+        context_lengths: lengths of a window in tokens. Everything is measured at the first length; the other lengths
+            show how perplexity depends on it.
+        stride: number of tokens by which windows slide.
         max_tokens: how much of the text is read ("16K"); the whole text if not given.
-        calibration_tokens: tokens behind those, for methods that look at text to quantize; none of them counts.
-        cloze_questions: the text is continued, and has to be told from three continuations of other places of it.
+        calibration_tokens: number of tokens after the measured text, for methods that calibrate on text; none counts.
+        cloze_questions: number of questions. In each, the model has to tell the true continuation from three false
+            ones, which are taken from other places of the text.
         cache_dir: where the embedded texts are kept.
 
     Raises:
-        ValueError: for every mistake in the above; the text is too short.
+        ValueError: an argument is wrong, or the text is too short.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class TextWindows(LightningDataModule):
         self.questions = self._questions()
 
     def _read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What is measured on, and what stands behind it."""
+        """Returns the tokens to measure on, and the calibration tokens after them."""
         wanted = None if self.max_tokens is None else self.max_tokens + self.calibration_tokens
         parts: list[list[int]] = [] if self._begin is None else [[self._begin]]
         count = documents = 0
@@ -139,7 +139,7 @@ class TextWindows(LightningDataModule):
     # --- windows ------------------------------------------------------------------------------------------------------
 
     def windows(self, context_length: int) -> NDArray[np.int64]:
-        """(windows, T): each begins with the bos token if there is one."""
+        """Returns windows, (windows, T). Each begins with the bos token if there is one."""
         step = context_length if self.stride is None else self.stride
         starts = range(0, len(self.ids) - context_length + 1, step)
         windows = np.stack([self.ids[start : start + context_length] for start in starts])
@@ -148,11 +148,11 @@ class TextWindows(LightningDataModule):
         return windows
 
     def first_counted(self, context_length: int) -> int:
-        """The place in a window from which on predictions count; the token there predicts the first that does."""
+        """Returns the first position in a window whose prediction counts. The token at the next position is scored."""
         return context_length // 2 if self.stride is None else context_length - 1 - self.stride
 
     def _questions(self) -> NDArray[np.int64]:
-        """(questions, choices, tokens): the first choice is the true one, the others continue other questions."""
+        """Returns (questions, choices, tokens). The first choice is true; the others continue other questions."""
         length = CLOZE_CONTEXT + CLOZE_CONTINUATION
         places = len(self.ids) // length
         count = min(self.cloze_questions, places)
@@ -169,13 +169,13 @@ class TextWindows(LightningDataModule):
             texts[:, 0] = self._begin
         questions = np.repeat(texts[:, None], CLOZE_CHOICES, axis=1)
         for choice in range(1, CLOZE_CHOICES):
-            # Continuations of far-away places: a quarter, half, three quarters of the text from here.
+            # The false continuations come from far away: a quarter, half and three quarters of the text from here.
             others = np.roll(texts, -(count * choice // CLOZE_CHOICES), axis=0)
             questions[:, choice, CLOZE_CONTEXT:] = others[:, CLOZE_CONTEXT:]
         return questions
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what is measured on which tokens."""
+        """Returns everything that determines which tokens are measured, and how."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.questions.tobytes())
         return {"text": digest.hexdigest(), "context_lengths": self.context_lengths, "stride": self.stride}
@@ -186,14 +186,14 @@ class TextWindows(LightningDataModule):
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """The whole text once for each model that the task wants to show it to."""
-        # The trainer wants to be given something even where nothing is left to read.
+        """Returns a loader of the whole text for each model that the task evaluates."""
+        # The trainer needs a loader even if nothing is left to read.
         batches = self.batches() if self.passes else [WindowBatch()]
         return [DataLoader(WindowBatches(batches), batch_size=None) for _ in range(max(1, self.passes))]
 
     def batches(self) -> Sequence[WindowBatch]:
-        """Windows: input_ids (B, T), their context_length, and `first`, the place from where on predictions count. Then
-        questions: input_ids (B, T), so many `choices` of each one after the other, the true one first."""
+        """Returns windows: input_ids (B, T), their context_length, and `first`, the first position whose prediction
+        counts. Then questions: input_ids (B, T), where the `choices` of a question are consecutive, true one first."""
         result: list[WindowBatch] = []
         for length in self.context_lengths:
             windows, rows = torch.from_numpy(self.windows(length)), max(1, BATCH_TOKENS // length)
@@ -208,7 +208,7 @@ class TextWindows(LightningDataModule):
 
 
 class WindowBatches(Dataset[Any]):
-    """Batches that are there already."""
+    """A data set of batches that are already in memory."""
 
     def __init__(self, batches: Sequence[WindowBatch]) -> None:
         self.batches = batches

@@ -1,4 +1,4 @@
-"""Reads what runs leave behind and draws it; notebooks show the results. Needs the extra `notebooks`."""
+"""Reads the files of runs and draws figures for the notebooks. Needs the extra `notebooks`."""
 
 from lightning_danube.extras import need
 

@@ -1,4 +1,4 @@
-"""Grouped queries: what fewer key-value heads cost in loss, and what they save in cache and in time."""
+"""Grouped-query attention: what fewer key-value heads cost in loss, and what they save in cache and in time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NAMES = {16: "16 (multi-head)", 8: "8 (the paper's)", 1: "1 (multi-query)"}
 
 
 def decoders(config: str) -> pd.DataFrame:
-    """The decoder of each variant of a study: heads, feed-forward width, parameters, and the bytes that a token leaves
-    in the cache in bfloat16.
+    """Returns the decoder of each variant of a study: heads, feed-forward width, parameters, and bytes of bfloat16
+    cache per token.
 
     Args:
         config: the study's name, such as studies/attention, or its file.
@@ -45,7 +45,7 @@ def decoders(config: str) -> pd.DataFrame:
 
 
 def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseline: str) -> Figure:
-    """The difference in loss from the baseline, with its 95 % interval, over what a token leaves in the cache."""
+    """Draws the difference in loss from the baseline, with its 95 % interval, over the cache size per token."""
     found = paired_differences(study, [metric], baseline).loc[metric]
     figure, (ax,) = new_figure(3.2)
     cache = shapes["cache, bytes a token"]
@@ -69,12 +69,12 @@ def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseli
 
 
 def read_speeds() -> pd.DataFrame:
-    """The committed measurement: a row a context and number of key-value heads."""
+    """Reads the committed measurement: a row per context length and number of key-value heads."""
     return pd.read_parquet(committed_result(SPEEDS))
 
 
 def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:
-    """A row a context; tokens a second of decoding, how many times those of the most heads, and MiB of cache."""
+    """Returns a row per context length: MiB of cache, prefill and decode speed, decode speed-up over the most heads."""
     by_heads = speeds.assign(MiB=speeds["cache_bytes"] / 2**20).pivot(
         index="context",
         columns="key_value_heads",
@@ -92,7 +92,7 @@ def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed(speeds: pd.DataFrame) -> Figure:
-    """Cache, reading and writing by the length of the context, a line a number of key-value heads."""
+    """Draws cache size, prefill and decoding by context length, a line per number of key-value heads."""
     figure, axes = new_figure(3.2, columns=3)
     handles = []
     panels = (

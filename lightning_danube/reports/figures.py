@@ -18,7 +18,7 @@ from pandas.io.formats.style import Styler
 from lightning_danube.reports import runs
 from lightning_danube.reports.runs import RecordedRun
 
-# Okabe and Ito's palette, made to be told apart with any kind of colour vision; a source looks the same in all figures.
+# Okabe and Ito's palette, which suits any kind of colour vision. A source has one colour in all figures.
 COLOURS = {
     "web": "#0072B2",
     "wiki": "#56B4E9",
@@ -36,7 +36,7 @@ DPI = 90
 
 
 def source_colours(sources: Sequence[str]) -> dict[str, str]:
-    """Fixed colours for the sources of the paper; others take what is left of the palette, in order, then greys."""
+    """Returns fixed colours for the sources of the paper. Others get the remaining colours in order, then greys."""
     free = [colour for name, colour in COLOURS.items() if name not in sources]
     others = [name for name in sources if name not in COLOURS]
     # Greys from dark to light, so that any number of sources can be drawn.
@@ -46,7 +46,7 @@ def source_colours(sources: Sequence[str]) -> dict[str, str]:
 
 
 def table(frame: pd.DataFrame, name: str, digits: int = 1) -> Styler:
-    """A frame as a notebook shows it; a fixed name keeps the HTML the same from run to run."""
+    """Returns a frame styled for a notebook. A fixed `name` keeps the HTML equal from run to run."""
     return frame.style.format(precision=digits, thousands=",", na_rep="–").set_uuid(name)
 
 
@@ -54,7 +54,7 @@ def table(frame: pd.DataFrame, name: str, digits: int = 1) -> Styler:
 
 
 def stage_mixes(run: RecordedRun) -> Figure:
-    """For each stage two bars of sources, planned and seen; a black mark where the paper has the end of web."""
+    """Draws two bars of sources per stage, planned and seen. A black mark shows the paper's end of the web share."""
     planned, seen = runs.planned_mix(run), runs.seen_mix(run)
     colours = source_colours(run.sources)
     figure, (ax,) = new_figure(0.9 + 0.85 * len(planned))
@@ -70,7 +70,7 @@ def stage_mixes(run: RecordedRun) -> Figure:
             for source in run.sources:
                 share = mix.loc[stage, source]
                 ax.barh(y, share, 0.36, left, color=colours[source], edgecolor="white", linewidth=0.8)
-                if share >= 0.035:  # a number fits
+                if share >= 0.035:  # wide enough for a number
                     ink = readable_on(colours[source])
                     ax.text(
                         left + share / 2, y, f"{100 * share:.1f}", color=ink, ha="center", va="center", fontsize=8.5
@@ -92,7 +92,7 @@ def stage_mixes(run: RecordedRun) -> Figure:
 
 
 def mix_over_tokens(run: RecordedRun) -> Figure:
-    """The sources of what was really trained on, over the run."""
+    """Draws the share of each source in the training tokens, over the run."""
     mix = runs.mix_table(run)
     colours = source_colours(run.sources)
     figure, (ax,) = new_figure(2.9)
@@ -109,7 +109,7 @@ def mix_over_tokens(run: RecordedRun) -> Figure:
 
 
 def training_loss(run: RecordedRun) -> Figure:
-    """Loss of the training batches over tokens."""
+    """Draws the loss of the training batches over tokens."""
     loss = run.curve("loss/train")
     figure, (ax,) = new_figure(3.4)
     line(ax, loss)
@@ -120,7 +120,7 @@ def training_loss(run: RecordedRun) -> Figure:
 
 
 def held_out_losses(run: RecordedRun) -> Figure:
-    """A panel a source: loss after each stage, and a dashed line for a model that only knows frequencies."""
+    """Draws a panel per source: loss after each stage, and a dashed line for the unigram baseline."""
     losses = runs.held_out_loss_table(run)
     baseline, after = losses.iloc[0], losses.iloc[1:]
     colours = source_colours(run.sources)
@@ -152,7 +152,7 @@ def held_out_losses(run: RecordedRun) -> Figure:
 
 
 def optimization(run: RecordedRun) -> Figure:
-    """Learning rate and gradient norm over tokens."""
+    """Draws learning rate and gradient norm over tokens."""
     rate, norm = run.curve("optimizer/learning_rate"), run.curve("optimizer/gradient_norm")
     figure, (top, bottom) = new_figure(4.6, rows=2, sharex=True)
     line(top, rate)
@@ -174,7 +174,7 @@ def optimization(run: RecordedRun) -> Figure:
 
 
 def throughput(run: RecordedRun) -> Figure:
-    """Tokens a second between two logged steps, and, where a peak was given, the share of it."""
+    """Draws tokens per second between two logged steps and, if the peak is known, the model FLOPs utilisation."""
     rate = run.curve("throughput/tokens_per_second")
     has_peak = "throughput/mfu" in run.curves
     figure, axes = new_figure(4.6 if has_peak else 2.9, rows=1 + has_peak, sharex=True)
@@ -214,13 +214,13 @@ def new_figure(
 
 
 def line(ax: Axes, values: pd.Series) -> None:
-    # Dots show where there is a measurement, as long as they do not run into each other.
+    # Dots mark the measurements, as long as they do not overlap.
     marker = "o" if len(values) <= 60 else ""
     ax.plot(values.index, values.to_numpy(), color=COLOURS["web"], linewidth=1.6, marker=marker, markersize=3.5)
 
 
 def legend(figure: Figure, handles: Sequence[Any], title: str) -> None:
-    """One row above the axes, below the title."""
+    """Adds a legend in one row between the title and the axes."""
     drawn = figure.legend(
         handles=handles, loc="outside upper left", ncols=8, frameon=False, fontsize=9, title=title,
         alignment="left", handlelength=1.4, columnspacing=1.4, borderpad=0,
@@ -229,7 +229,7 @@ def legend(figure: Figure, handles: Sequence[Any], title: str) -> None:
 
 
 def over_tokens(axes: Sequence[Axes], run: RecordedRun) -> None:
-    """Tokens across, a dotted line where a stage begins, and above the first of `axes` the names of the stages."""
+    """Sets tokens as the x-axis, with a dotted line where a stage begins. Writes stage names above the first axes."""
     spans = runs.stage_spans(run)
     end = int(spans["end"].max())
     for ax in axes:
@@ -239,7 +239,7 @@ def over_tokens(axes: Sequence[Axes], run: RecordedRun) -> None:
             ax.axvline(begin, color=INK, linewidth=1.0, linestyle=":")
     axes[-1].set_xlabel("tokens trained on")
     for number, (name, span) in enumerate(spans.iterrows(), start=1):
-        # About 100 characters of this size fit over the axes; in a short stage its number stands for its name.
+        # About 100 characters of this size fit above the axes. A short stage shows its number instead of its name.
         fits = len(str(name)) + 2 <= 100 * (span["end"] - span["begin"]) / end
         axes[0].annotate(
             str(name) if fits else str(number), ((span["begin"] + span["end"]) / 2, 1), (0, 4),
@@ -248,7 +248,7 @@ def over_tokens(axes: Sequence[Axes], run: RecordedRun) -> None:
 
 
 def count(tokens: float) -> str:
-    """1500000 → 1.5M, as configs write it."""
+    """Formats 1500000 as 1.5M, as in configs."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(tokens) >= size:
             return f"{tokens / size:g}{unit}"
@@ -256,7 +256,7 @@ def count(tokens: float) -> str:
 
 
 def readable_on(colour: str) -> str:
-    """Black or white, whichever stands out more from a colour (WCAG's relative luminance)."""
+    """Returns black or white, whichever has more contrast with a colour (WCAG's relative luminance)."""
     channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)] if colour.startswith("#") else [float(colour)] * 3
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,4 +1,4 @@
-"""What a quantization evaluation left behind, as pandas frames, from its `quantization.parquet` alone."""
+"""Reads the results of a quantization evaluation as pandas frames, from its `quantization.parquet` alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MIB = 2**20
 
 
 def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
-    """One row a level, of the newest evaluation under `<runs>/<name>-test`.
+    """Returns one row per level of the newest evaluation under `<runs>/<name>-test`.
 
     Raises:
-        MissingResult: there is none.
+        MissingResult: there is no evaluation.
     """
     way = f"`{as_typed()} test --config quantization/{name.removeprefix('quantization-')}`"
     try:
@@ -32,7 +32,7 @@ def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
 
 
 def quality(levels: pd.DataFrame) -> pd.DataFrame:
-    """Size and what is lost, of the levels that were measured."""
+    """Returns the size and the loss of quality of each measured level."""
     found = levels[levels["not_measured"].isna()]
     frame = pd.DataFrame(
         {
@@ -52,10 +52,10 @@ def quality(levels: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost(levels: pd.DataFrame) -> pd.DataFrame:
-    """Speed and memory.
+    """Returns the speed and memory of each level.
 
     Raises:
-        MissingResult: they were not measured.
+        MissingResult: the evaluation did not measure them.
     """
     found = levels[levels["prefill_tokens_per_second"].notna()]
     if found.empty:
@@ -71,5 +71,5 @@ def cost(levels: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier(levels: pd.DataFrame) -> Figure:
-    """What each level loses against its size."""
+    """Draws the loss of quality of each level against its size."""
     return frontier_figure(levels[levels["not_measured"].isna()].to_dict("records"))

@@ -1,6 +1,6 @@
-"""Tables of the H2O-Danube3 report beside what was measured here; columns say whose a number is, and of which model.
+"""Tables of the H2O-Danube3 report beside this project's measurements. Columns name the source and the model.
 
-Figures of others: H2O-Danube3 Technical Report, arXiv 2407.09276.
+The report's numbers: H2O-Danube3 Technical Report, arXiv 2407.09276.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHAPES = {
         "parameters": 3_961_839_360,
     },
 }
-"""Table 1; parameters are those of the published weights, which it rounds."""
+"""Table 1. Parameters are counted in the published weights, because the table rounds them."""
 STAGE_TOKENS = {"danube3-500m": (2.8e12, 1.15e12, 0.05e12), "danube3-4b": (4.6e12, 1.35e12, 0.05e12)}
 PERPLEXITY = {
     "Danube3 4B": {
@@ -57,7 +57,7 @@ PERPLEXITY = {
     },
     "Danube3 500M": {"F16": 9.46, "Q8_0": 9.46, "Q6_K": 9.46, "Q5_K_M": 9.55, "Q4_K_M": 9.96},
 }
-"""Of WikiText-2, by llama.cpp."""
+"""Perplexity on WikiText-2, measured with llama.cpp."""
 CLASSIFICATION = {
     "Danube3 500M": {"arXiv": 0.863, "IMDB": 0.959, "patent": 0.708, "scientific": 0.846},
     "Danube3 4B": {"arXiv": 0.873, "IMDB": 0.971, "patent": 0.727, "scientific": 0.872},
@@ -66,7 +66,7 @@ CLASSIFICATION = {
 
 
 def shapes() -> pd.DataFrame:
-    """Table 1 beside the presets, whose parameters are counted from the shape."""
+    """Returns Table 1 beside the presets, whose parameters are counted from the shape."""
     columns: dict[tuple[str, str], Mapping[str, float]] = {}
     for name, published in SHAPES.items():
         config = PRESETS[name]
@@ -86,7 +86,7 @@ def shapes() -> pd.DataFrame:
 
 
 def stages() -> pd.DataFrame:
-    """The three stages: billions of tokens and web shares of the report, and of the configs here."""
+    """Returns the three stages: billions of tokens and web shares in the report and in this project's configs."""
     columns: dict[tuple[str, str], Sequence[float]] = {}
     for name, tokens in STAGE_TOKENS.items():
         config = read_config(f"pretrain/{name}")["data"]["init_args"]["stages"]
@@ -100,7 +100,7 @@ def stages() -> pd.DataFrame:
 
 
 def academic(file: str = "evaluation-smollm2-2026-11-25.parquet") -> pd.DataFrame:
-    """Academic benchmarks in percent: what the report states, and what was measured here with its 95 % interval."""
+    """Returns academic benchmarks in percent: the report's values, and those measured here with 95 % intervals."""
     frame = pd.read_parquet(committed_result(file))
     frame = frame[frame["table"] == "academic"]
     ours = frame[frame["measured"] & frame["value"].notna()].set_index("title")
@@ -123,7 +123,7 @@ def _order(stated: pd.DataFrame) -> list[str]:
 
 
 def academic_scores(file: str = "evaluation-smollm2-2026-11-25.parquet") -> Figure:
-    """The same of the paper's two models and of the one here: hollow is stated there, filled was measured here."""
+    """Draws academic benchmarks: hollow for the report's values of its two models, filled for values measured here."""
     scores = academic(file)
     scores.columns = scores.columns.droplevel(0)
     titles = list(scores.index)
@@ -148,9 +148,10 @@ def academic_scores(file: str = "evaluation-smollm2-2026-11-25.parquet") -> Figu
 
 
 def quantized_perplexity() -> pd.DataFrame:
-    """By llama.cpp type: perplexity, what it rises over F16, and bits a weight, of the report's models and of two here.
+    """Returns by llama.cpp type: perplexity, its rise over F16, and bits per weight.
 
-    Of the report's models bits follow from the file's size and the number of parameters.
+    Covers the report's models and two measured here. For the report's models, bits per weight are computed from the
+    file size and the number of parameters.
     """
     sizes = pd.read_parquet(committed_result("gguf-sizes-2026-11-25.parquet"))
     columns: dict[tuple[str, str], pd.Series] = {}
@@ -177,7 +178,7 @@ def _rises(model: str, perplexity: pd.Series, bits: pd.Series) -> dict[tuple[str
 
 
 def perplexity_by_bits() -> Figure:
-    """What fewer bits cost, of the report's models (hollow) and of two here (filled); models and texts differ."""
+    """Draws the cost of fewer bits for the report's models (hollow) and two here (filled). Models and texts differ."""
     table = quantized_perplexity()
     figure, (ax,) = new_figure(3.8)
     handles = []
@@ -191,7 +192,7 @@ def perplexity_by_bits() -> Figure:
         )  # fmt: skip
     ours = table[f"Danube3 4B, {PAPER}"]
     for kind in ours.index.drop("F16"):
-        left = kind == "Q4_K_M"  # at its right lies a point of the 500M
+        left = kind == "Q4_K_M"  # a point of the 500M model is on its right
         ax.annotate(
             kind, (ours.loc[kind, "bits"], ours.loc[kind, "rise, %"]), (-5, -12) if left else (5, 5),
             textcoords="offset points", ha="right" if left else "left", fontsize=8.5, color=INK,
@@ -207,7 +208,7 @@ def perplexity_by_bits() -> Figure:
 
 
 def quantized_sizes() -> pd.DataFrame:
-    """GB of the published files, and what llama.cpp plans for the same shapes here."""
+    """Returns GB of the published files, and the size that llama.cpp plans for equal shapes here."""
     sizes = pd.read_parquet(committed_result("gguf-sizes-2026-11-25.parquet"))
     columns = {}
     for model, ours in sizes.groupby("model", sort=False):
@@ -219,5 +220,5 @@ def quantized_sizes() -> pd.DataFrame:
 
 
 def classification() -> pd.DataFrame:
-    """Accuracy after LoRA fine-tuning, of the report alone: its four data sets come from a hub."""
+    """Returns accuracy after LoRA fine-tuning, from the report alone: its four data sets come from a hub."""
     return pd.DataFrame(CLASSIFICATION).rename(columns=lambda name: f"{name}, {PAPER}")

@@ -1,7 +1,7 @@
-"""What a pre-training run left behind, as pandas frames: plan, curves over tokens, held-out losses, text samples.
+"""Reads a pre-training run as pandas frames: plan, curves over tokens, held-out losses, text samples.
 
-Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events): no model is loaded, and a
-run that is still going on, or was stopped, reads as far as it came.
+Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events); no model is loaded. A run
+that is not finished, or was stopped, is read up to its last step.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LOGGED_BY = {
 
 
 class MissingResult(ValueError):
-    """A result that is not there; the message names the command that makes it."""
+    """A result is missing. The message names the command that makes it."""
 
     def _render_traceback_(self) -> list[str]:
-        # IPython's hook: a notebook then shows this line alone instead of the stack that led to it.
+        # IPython's hook: a notebook then shows this line instead of the traceback.
         return [f"Missing: {self}"]
 
 
@@ -50,9 +50,9 @@ class RecordedRun:
 
     Args:
         directory: `<runs>/<name>/version_<n>`.
-        config: of `config.yaml`.
-        summary: of `summary.json`; empty before the end of the first stage.
-        curves: one column a TensorBoard tag, one row an optimizer step at which any of them was logged.
+        config: content of `config.yaml`.
+        summary: content of `summary.json`; empty before the end of the first stage.
+        curves: one column per TensorBoard tag, one row per optimizer step at which any tag was logged.
         texts: TensorBoard tag → optimizer step → text.
     """
 
@@ -64,7 +64,7 @@ class RecordedRun:
 
     @property
     def title(self) -> str:
-        """Where the run lies, from its runs directory on."""
+        """Returns the run's path, from its runs directory on."""
         return "/".join(self.directory.absolute().parts[-3:])
 
     @property
@@ -82,11 +82,11 @@ class RecordedRun:
 
     @property
     def way_on(self) -> str:
-        """The command that continues the run."""
+        """Returns the command that continues the run."""
         return f"`{as_typed()} fit --config {self.title}/config.yaml --ckpt_path last`"
 
     def curve(self, tag: str) -> pd.Series:
-        """Values of a tag over the tokens trained on.
+        """Returns the values of a tag over the training tokens.
 
         Raises:
             MissingResult: the run did not log it.
@@ -98,7 +98,7 @@ class RecordedRun:
         return values
 
     def finished(self, key: str) -> Any:
-        """An entry of the summary.
+        """Returns an entry of the summary.
 
         Raises:
             MissingResult: there is no summary yet.
@@ -119,12 +119,12 @@ def way_to_log(tag: str) -> str:
 
 
 def newest_run(runs: str | Path, name: str) -> Path:
-    """Directory of the newest version under `<runs>/<name>`.
+    """Returns the directory of the newest version under `<runs>/<name>`.
 
-    A relative `runs` is looked for here and then one level up, since Jupyter starts a notebook in its own folder.
+    A relative `runs` is searched here and then one level up, because Jupyter starts a notebook in its own folder.
 
     Raises:
-        MissingResult: there is none.
+        MissingResult: there is no version.
     """
     for directory in (Path(runs) / name, Path("..") / runs / name):
         versions = {int(match[1]): path for path in directory.glob("*/") if (match := VERSION.fullmatch(path.name))}
@@ -142,7 +142,7 @@ RESULTS = Path("benchmarks") / "results"
 
 
 def committed_result(file: str) -> Path:
-    """The path of a measurement that comes with a clone: a file below RESULTS, here or one level up.
+    """Returns the path of a measurement that comes with a clone: a file below RESULTS, here or one level up.
 
     Raises:
         MissingResult: neither this directory nor the one above it is a clone.
@@ -157,16 +157,17 @@ def read_run(directory: Path) -> RecordedRun:
     """Reads a run's files.
 
     Raises:
-        ValueError: the run is not one of pre-training.
+        ValueError: the run is not a pre-training run.
     """
     config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     if "stages" not in config["data"]["init_args"]:
         raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
     summary_path = directory / "summary.json"
     summary = json.loads(summary_path.read_text("utf-8")) if summary_path.is_file() else {}
-    # 0 keeps all points; TensorBoard's own default thins a long curve by chance.
+    # 0 keeps all points; TensorBoard's own default samples a long curve randomly.
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
-    # After a resume it drops what the stopped session logged beyond its checkpoint, as it should, and warns of it.
+    # After a resume, TensorBoard drops the points that the stopped session logged after its checkpoint. This is
+    # correct, so its warning is hidden.
     logger = logging.getLogger("tensorboard")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -187,11 +188,11 @@ def read_run(directory: Path) -> RecordedRun:
     return RecordedRun(directory, config, summary, frame, texts)
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def overview(run: RecordedRun) -> pd.DataFrame:
-    """What was trained, and what it took."""
+    """Returns a table of what was trained, and of the time and tokens it took."""
     decoder = run.config["model"]["init_args"]["decoder"]
     shape = decoder
     if not isinstance(decoder, str):
@@ -211,9 +212,9 @@ def overview(run: RecordedRun) -> pd.DataFrame:
 
 
 def stage_spans(run: RecordedRun) -> pd.DataFrame:
-    """The stages that were entered: begin and end in tokens, the last one up to where the run stands."""
+    """Returns the begun stages with begin and end in tokens. The last stage ends at the run's last step."""
     numbers = run.curve("mix/stage").astype(int)
-    # A resumed run announces its stage once more: the first time counts.
+    # A resumed run logs its stage once more. The first entry counts.
     begins = {k: int(numbers.index[numbers == k].min()) for k in sorted(set(numbers))}
     reached = max(int(run.curves.index.max()) * run.batch_tokens, run.summary.get("tokens", 0))
     names = [run.data["stages"][k - 1]["name"] for k in begins]
@@ -222,7 +223,7 @@ def stage_spans(run: RecordedRun) -> pd.DataFrame:
 
 
 def planned_mix(run: RecordedRun) -> pd.DataFrame:
-    """Share of each source in each stage as the config has it."""
+    """Returns the configured share of each source in each stage."""
     rows = {}
     for stage in run.data["stages"]:
         total = sum(stage["mix"].values())
@@ -231,7 +232,7 @@ def planned_mix(run: RecordedRun) -> pd.DataFrame:
 
 
 def seen_mix(run: RecordedRun) -> pd.DataFrame:
-    """Share of each source in the tokens that each stage was trained on; NaN for a stage not begun."""
+    """Returns the share of each source in the training tokens of each stage; NaN for a stage not begun."""
     rows = {
         stage["name"]: {source: stage["mix"][source] if stage["tokens"] else float("nan") for source in run.sources}
         for stage in run.finished("stages")
@@ -240,7 +241,7 @@ def seen_mix(run: RecordedRun) -> pd.DataFrame:
 
 
 def web_shares(run: RecordedRun) -> pd.DataFrame:
-    """Tokens and share of the source `web` in each stage, planned and seen, beside the paper's."""
+    """Returns tokens and share of the source `web` in each stage, planned and seen, beside the paper's share."""
     planned, seen = planned_mix(run), seen_mix(run)
     stages = run.data["stages"]
     paper = [*PAPER_WEB_SHARES, *[float("nan")] * len(stages)][: len(stages)]
@@ -259,7 +260,7 @@ def web_shares(run: RecordedRun) -> pd.DataFrame:
 
 
 def mix_table(run: RecordedRun) -> pd.DataFrame:
-    """Share of each source in the tokens since the row before."""
+    """Returns the share of each source in the tokens since the previous row."""
     seen = pd.DataFrame({source: run.curve(f"tokens_seen/{source}") for source in run.sources})
     news = seen.diff()
     news.iloc[0] = seen.iloc[0]
@@ -267,7 +268,7 @@ def mix_table(run: RecordedRun) -> pd.DataFrame:
 
 
 def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
-    """Held-out loss by source, nats a token: of the unigram baseline, then after each stage that ended."""
+    """Returns held-out loss by source in nats per token: the unigram baseline, then the loss after each ended stage."""
     rows = {"unigram baseline": run.finished("unigram_loss")}
     for stage in run.finished("stages"):
         if stage["val_loss"]:
@@ -276,10 +277,10 @@ def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
 
 
 def text_samples(run: RecordedRun) -> pd.DataFrame:
-    """One row a validation and prompt: prompt, stage, tokens trained on, text.
+    """Returns one row per validation and prompt: prompt, stage, training tokens, text.
 
     Raises:
-        MissingResult: the run wrote none.
+        MissingResult: the run wrote no samples.
     """
     if not run.texts:
         raise MissingResult(f"{run.title} holds no text samples: {way_to_log('samples/1')}")
@@ -290,14 +291,14 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
         for step, text in run.texts.get(f"samples/{number}", {}).items():
             tokens = step * run.batch_tokens
             stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])
-            # TextSamples indents by four spaces, which TensorBoard takes for a block of code.
+            # TextSamples indents by four spaces, so that TensorBoard shows a block of code.
             lines = [line.removeprefix("    ") for line in text.splitlines()]
             rows.append({"prompt": prompt, "stage": stage, "tokens": tokens, "text": "\n".join(lines)})
     return pd.DataFrame(rows).sort_values("tokens", kind="stable", ignore_index=True)
 
 
 def samples_markdown(samples: pd.DataFrame) -> str:
-    """Samples as Markdown, each in a block of code that nothing in its text can close."""
+    """Returns samples as Markdown. Nothing in a sample's text can close its block of code."""
     parts = []
     for row in samples.itertuples():
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", str(row.text))), default=0))

@@ -1,4 +1,4 @@
-"""A ladder of runs and the law fitted to it, as frames and figures."""
+"""A ladder of runs (models of growing size) and the scaling law fitted to it, as frames and figures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_danube.studies.scaling import PAPER_RUNS, SIZE, TOKENS, Law, Poin
 
 @cache
 def read_ladder(runs: str, name: str, metric: str) -> tuple[pd.DataFrame, Law]:
-    """A study's complete runs and the law fitted to them, fitted once for all figures.
+    """Returns a study's complete runs and the law fitted to them, so that all figures share one fit.
 
     Raises:
-        MissingResult: there are none, or too few for a law.
+        MissingResult: there are no complete runs, or too few for a law.
     """
     study = read_study(runs, name)
     try:
@@ -30,12 +30,12 @@ def read_ladder(runs: str, name: str, metric: str) -> tuple[pd.DataFrame, Law]:
 
 
 def points(study: pd.DataFrame, metric: str) -> list[Point]:
-    """The runs of a ladder."""
+    """Returns the runs of a ladder."""
     return points_of(study.to_dict("records"), metric)
 
 
 def ladder(study: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A row a variant: its size, tokens, compute (6·N·D), and the mean loss over the seeds."""
+    """Returns a row per variant: size, tokens, compute (6·N·D), and mean loss over the seeds."""
     groups = study.groupby("variant", sort=False)
     frame = groups[[SIZE, TOKENS, metric]].mean()
     frame.insert(2, "FLOPs", 6 * frame[SIZE] * frame[TOKENS])
@@ -43,14 +43,14 @@ def ladder(study: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def coefficients(law: Law) -> pd.DataFrame:
-    """Of L = E + A·N^−alpha + B·D^−beta, with 95 % intervals."""
+    """Returns the coefficients of L = E + A·N^−alpha + B·D^−beta, with 95 % intervals."""
     return pd.DataFrame(
         {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in law.coefficients().items()}
     ).T
 
 
 def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
-    """What the law says of the largest run here without having seen it, and of the paper's two models."""
+    """Returns the law's predictions for the largest run here, fitted without it, and for the paper's two models."""
     rows: dict[str, dict[str, float | None]] = {}
     held_out = predict_largest(largest)
     if held_out is not None:
@@ -67,7 +67,7 @@ def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
 
 
 def loss_by_compute(study: pd.DataFrame, metric: str, law: Law) -> Figure:
-    """Each run at its compute, a colour a size, with the law's line through each size."""
+    """Draws each run's loss over its compute, with a colour and the law's line per size."""
     figure, (ax,) = new_figure(4.2)
     handles = []
     for place, (size, ours) in enumerate(study.groupby(SIZE)):
@@ -84,7 +84,7 @@ def loss_by_compute(study: pd.DataFrame, metric: str, law: Law) -> Figure:
 
 
 def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
-    """The law carried on to the paper's models, with its interval, and how far that is from what was measured."""
+    """Draws the law extrapolated to the paper's models, with its interval, far beyond the measured runs."""
     figure, (ax,) = new_figure(3.8)
     flops = 6 * study[SIZE] * study[TOKENS]
     ax.plot(flops, study[metric], "o", color=INK, ms=4, alpha=0.6)

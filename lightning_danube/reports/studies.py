@@ -1,6 +1,6 @@
-"""What studies found, as pandas frames and figures, from their `study.parquet` and `summary.json`.
+"""Shows the results of studies as pandas frames and figures, from their `study.parquet` and `summary.json`.
 
-A study that was run here is read from the runs; one that was not, from the results that come with a clone.
+If the study was run here, its results are read from the runs; otherwise from the results that come with a clone.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ LABELS = {"rank": "rank of the adapter", "peak": "peak learning rate", "alpha": 
 
 
 def read_study(runs: str | Path, name: str) -> pd.DataFrame:
-    """The runs of a study that came to their end; its `attrs` say where they were found.
+    """Returns the complete runs of a study. The frame's `attrs` say where the runs were found.
 
     Raises:
-        MissingResult: there are none.
+        MissingResult: there are no complete runs.
     """
     file = _file(runs, name, "parquet")
     frame = pd.read_parquet(file)
@@ -61,10 +61,10 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
 
 
 def read_summary(runs: str | Path, name: str) -> dict[str, Any]:
-    """What a study's `summary.json` says.
+    """Returns the content of a study's `summary.json`.
 
     Raises:
-        MissingResult: there is none.
+        MissingResult: there is no such file.
     """
     summary: dict[str, Any] = json.loads(_file(runs, name, "json").read_text("utf-8"))
     return summary
@@ -82,12 +82,12 @@ def _file(runs: str | Path, name: str, kind: str) -> Path:
 
 
 def study_command(name: str) -> str:
-    """What runs a study of the project."""
+    """Returns the command that runs a study of the project."""
     return f"{as_typed()} study --config studies/{name}"
 
 
 def provenance(*studies: pd.DataFrame) -> pd.DataFrame:
-    """Where each study's numbers came from."""
+    """Returns the source of each study's numbers."""
     rows = [
         {
             "study": study["study"].iloc[0],
@@ -104,14 +104,16 @@ def provenance(*studies: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(study: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A row a variant: how many seeds, and the mean of each metric."""
+    """Returns a row per variant: the number of seeds, and the mean of each metric."""
     groups = study.groupby("variant", sort=False)
     return groups[list(metrics)].mean().assign(seeds=groups.size())[["seeds", *metrics]].rename_axis(None)
 
 
 def paired_differences(study: pd.DataFrame, metrics: Sequence[str], baseline: str) -> pd.DataFrame:
-    """A row a metric and variant: the mean difference from the baseline, paired by seed, with Student's 95 % interval
-    and p, adjusted by Holm among the variants of a metric."""
+    """Returns a row per metric and variant: the mean difference from the baseline, paired by seed.
+
+    With Student's 95 % interval, and p adjusted by Holm among the variants of a metric.
+    """
     rows = []
     for metric in metrics:
         for found in compare(_by_seed(study, metric), baseline):
@@ -137,15 +139,15 @@ def _by_seed(study: pd.DataFrame, metric: str) -> dict[str, dict[int, float]]:
 
 
 def verdicts(study: pd.DataFrame, metric: str, baseline: str, better: Literal["lower", "higher"] = "lower") -> str:
-    """What the study says of each variant, in words, as a list in Markdown."""
+    """Returns the study's verdict on each variant in words, as a list in Markdown."""
     return "\n".join(
         f"- {verdict(one, baseline, metric, better)}" for one in compare(_by_seed(study, metric), baseline)
     )
 
 
 def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
-    """Differences from the baseline with their intervals, a panel a metric; black and filled where chance is ruled
-    out."""
+    """Draws differences from the baseline with their intervals, a panel per metric. Significant differences are black
+    and filled."""
     found = paired_differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
     columns = 2 if len(metrics) == 4 else min(3, len(metrics))
@@ -179,7 +181,7 @@ def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str
 
 
 def mixes(config: str) -> Figure:
-    """What each variant of a study of the curriculum is trained on over its run.
+    """Draws the training mixture of each variant of a curriculum study over its run.
 
     Args:
         config: the study's name, such as studies/curriculum, or its file.
@@ -213,17 +215,17 @@ def mixes(config: str) -> Figure:
 
 
 def settings_of(study: pd.DataFrame) -> list[str]:
-    """The columns of a search that hold what it tried."""
+    """Returns the columns of a search that hold the settings."""
     return [column for column in study.columns if ".init_args." in column]
 
 
 def short(setting: str) -> str:
-    """The last part of a dotted key."""
+    """Returns the last part of a dotted key."""
     return setting.rpartition(".")[2]
 
 
 def best(study: pd.DataFrame, metric: str, count: int = 8, lower: bool = False) -> pd.DataFrame:
-    """The best settings of a search: mean over the seeds and half its 95 % interval."""
+    """Returns the best settings of a search: mean over the seeds and half its 95 % interval."""
     settings = settings_of(study)
     rows = []
     for trial, one in study.groupby("trial"):
@@ -240,7 +242,7 @@ def best(study: pd.DataFrame, metric: str, count: int = 8, lower: bool = False) 
 
 
 def marginals(study: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Of a grid: a row a setting and value, the mean over all it was combined with, and half the 95 % interval over
+    """Returns for a grid a row per setting and value: the mean over all other settings, and half the 95 % interval over
     the seeds."""
     rows = []
     for setting in settings_of(study):
@@ -258,7 +260,7 @@ def marginals(study: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def marginal_means(study: pd.DataFrame, metric: str) -> Figure:
-    """Of a grid: a panel a setting, its mean over all it was combined with and the 95 % interval over the seeds."""
+    """Draws for a grid a panel per setting: the mean over all other settings, and the 95 % interval over the seeds."""
     found = marginals(study, metric)
     settings = list(dict.fromkeys(found.index.get_level_values("setting")))
     figure, axes = new_figure(2.8, columns=len(settings), sharey=True)
@@ -272,7 +274,7 @@ def marginal_means(study: pd.DataFrame, metric: str) -> Figure:
 
 
 def heat_map(study: pd.DataFrame, metric: str) -> Figure:
-    """Of a grid of two settings: the mean over the seeds, with half its 95 % interval beneath."""
+    """Draws a grid of two settings as a heat map: the mean over the seeds, and half its 95 % interval below."""
     rows, columns = settings_of(study)
     cells = study.groupby([rows, columns])[metric]
     mean = cells.mean().unstack()
@@ -294,7 +296,7 @@ def heat_map(study: pd.DataFrame, metric: str) -> Figure:
 
 
 def tried(study: pd.DataFrame, metric: str) -> Figure:
-    """Of a search: the metric of each trial over each setting that is a number."""
+    """Draws for a search the metric of each trial over each numeric setting."""
     numbers = [setting for setting in settings_of(study) if pd.api.types.is_numeric_dtype(study[setting])]
     figure, axes = new_figure(2.8, columns=len(numbers), sharey=True)
     for ax, setting in zip(axes, numbers, strict=True):
@@ -308,7 +310,7 @@ def tried(study: pd.DataFrame, metric: str) -> Figure:
 
 
 def importances(summary: dict[str, Any]) -> pd.DataFrame:
-    """What share of the differences between the trials each setting explains (fANOVA).
+    """Returns the share of the variance between trials that each setting explains (fANOVA).
 
     Raises:
         MissingResult: too few trials differ.

@@ -1,4 +1,4 @@
-"""What a pre-training run keeps for TensorBoard: its tags, what each says, and who logs it."""
+"""The TensorBoard tags of a pre-training run: what each tag means, and what logs it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ MEANINGS = {
     "samples/": "the prompt and how the model goes on, at each validation",
     "run/plan": "what the run was going to do, as it was printed at the start",
 }
-"""Tag, or how it begins, → what it says."""
+"""Tag, or the beginning of a tag → its meaning."""
 
 
 def meaning(tag: str) -> str:
-    """What a tag says; the longest beginning counts."""
+    """Returns the meaning of a tag, from the longest matching beginning."""
     known = [beginning for beginning in MEANINGS if tag.startswith(beginning)]
     return MEANINGS[max(known, key=len)] if known else "not described here"
 
 
 def tags(run: RecordedRun) -> pd.DataFrame:
-    """A row a tag: points, the last value, what it says, and what in the config logs it."""
+    """Returns a row per tag: number of points, last value, meaning, and which part of the config logs it."""
     task = run.config["model"].get("class_path", "the task")
     rows = {}
     for tag in sorted([*run.curves, *run.texts]):
@@ -56,10 +56,10 @@ def _shown(value: float | str) -> str:
 
 
 def group(run: RecordedRun, name: str) -> Figure:
-    """The curves of a group of tags over tokens, a panel a tag, as TensorBoard lays them out.
+    """Draws a group of tags over tokens, a panel per tag, as in TensorBoard.
 
     Raises:
-        MissingResult: the run logged none.
+        MissingResult: the run logged no tag of the group.
     """
     found = [tag for tag in run.curves if tag.split("/")[0] == name]
     if not found:
@@ -85,10 +85,10 @@ def group(run: RecordedRun, name: str) -> Figure:
 
 
 def plan(run: RecordedRun) -> str:
-    """What stands under `run/plan`, as Markdown.
+    """Returns the text of `run/plan`, as Markdown.
 
     Raises:
-        MissingResult: the run kept none.
+        MissingResult: the run logged no plan.
     """
     texts = run.texts.get("run/plan")
     if not texts:

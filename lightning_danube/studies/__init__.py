@@ -1,1 +1,1 @@
-"""Controlled experiments: variants × seeds of an ordinary run, everything else equal."""
+"""Controlled experiments: runs of variants × seeds, where everything else is equal."""

@@ -1,5 +1,5 @@
-"""What a variant changes, paired by seed: the mean difference with its intervals, its size, and what was too small to
-be seen. Every number is SciPy's or statsmodels'."""
+"""Compares variants with the baseline, paired by seed: mean difference, intervals, effect size, and the smallest
+difference that would be detected. SciPy and statsmodels compute every number."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Comparison:
     """A variant against the baseline, over the seeds that both have.
 
     Args:
-        variant: its name.
-        difference: the mean of the variant's metric less the baseline's over the pairs, with Student's interval.
-        resampled: the same difference with the percentile interval over resampled pairs; None for one pair.
-        effect: Cohen's d of the pairs, the mean in standard deviations of the differences.
-        p: that differences as far from zero come of chance, two-sided; adjusted for all variants of the study by Holm.
-        visible: the smallest difference that as many seeds would show with a power of 80 %.
-        seeds_needed: pairs that would show a difference of the size that was found, with a power of 80 %; None if more
-            than 1,000.
+        variant: name of the variant.
+        difference: mean over the pairs of the variant's metric minus the baseline's, with Student's interval.
+        resampled: this difference with the percentile interval over resampled pairs; None for one pair.
+        effect: Cohen's d of the pairs: the mean difference in standard deviations of the differences.
+        p: two-sided p-value of the paired differences, adjusted by Holm for all variants of the study.
+        visible: the smallest difference that this number of seeds would detect with a power of 80 %.
+        seeds_needed: number of pairs that would detect the measured difference with a power of 80 %; None if more than
+            1,000.
     """
 
     variant: str
@@ -43,11 +43,11 @@ class Comparison:
 
     @property
     def is_seen(self) -> bool:
-        """Whether chance is ruled out, all variants considered."""
+        """Returns whether the difference is significant, adjusted for all variants."""
         return self.p is not None and self.p < 1 - CONFIDENCE
 
     def as_row(self) -> dict[str, Any]:
-        """The comparison as plain values for files."""
+        """Returns the comparison as plain values for files."""
         return {
             "variant": self.variant,
             "seeds": self.difference.n,
@@ -63,7 +63,8 @@ class Comparison:
 
 
 def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Comparison]:
-    """
+    """Returns a comparison with the baseline for each other variant.
+
     Args:
         values: variant → seed → metric.
         baseline: the variant to compare with.
@@ -94,14 +95,14 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
         return Comparison(variant, student(values))
     spread = float(values.std(ddof=1))
     if spread == 0:
-        # All pairs differ by the same: nothing is left to chance.
+        # All pairs have an equal difference, so the differences do not vary.
         sure, resampled = (Estimate(mean, mean, mean, count, method) for method in ("student", "bootstrap"))
         return Comparison(variant, sure, resampled, None, 1.0 if mean == 0 else 0.0, 0.0, 2)
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
     effect = mean / spread
     with warnings.catch_warnings():
-        # It says so where no number of seeds would do, and gives back what it tried.
+        # If no number of seeds suffices, the solver warns and returns its last attempt.
         warnings.simplefilter("ignore")
         visible = float(np.squeeze(TTestPower().solve_power(nobs=count, alpha=1 - CONFIDENCE, power=POWER))) * spread
         needed = next((n for n in range(2, MOST_SEEDS + 1) if _power(abs(effect), n) >= POWER), None)
@@ -117,7 +118,7 @@ def _paired(variant: str, differences: Sequence[float]) -> Comparison:
 
 
 def _power(effect: float, count: int) -> float:
-    """Of a paired t-test; where SciPy's noncentral t knows no number, of the normal test that it nears."""
+    """Returns the power of a paired t-test. Where SciPy's noncentral t gives no number, uses the normal limit."""
     from statsmodels.stats.power import NormalIndPower, TTestPower
 
     found = float(TTestPower().power(effect, count, 1 - CONFIDENCE))
@@ -127,7 +128,7 @@ def _power(effect: float, count: int) -> float:
 
 
 def verdict(one: Comparison, baseline: str, metric: str, better: Literal["lower", "higher"]) -> str:
-    """In words, and none from one seed."""
+    """Returns the result of a comparison in words. From one seed there is no verdict."""
     mean, seeds = one.difference.value, one.difference.n
     if one.difference.low is None or one.difference.high is None:
         return f"{one.variant}: {_signed(mean)} in {metric} from one seed, which tells nothing: run more"

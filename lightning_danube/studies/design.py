@@ -1,4 +1,4 @@
-"""The file that describes a study: one run of the project, what differs between its variants, and what is compared."""
+"""Reads the file that describes a study: the base run, what differs between its variants, and what is compared."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from lightning_danube.yaml_files import config_file, read_config
 Overrides = Mapping[str, Any]
 """Dotted key of a run's config → value."""
 FACTS = ("parameters", "tokens", "tokens_by_source")
-"""What variants can be asked to have in common."""
+"""Facts that a study can require to be equal in all variants."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """A study as it is written in YAML.
+    """A study as a YAML file describes it.
 
     Args:
         name: results are kept under `<runs>/studies/<name>`.
-        base: the config of the run: a name, or a path from the directory where the command is typed.
-        metric: what decides, a dotted key of a run's `summary.json` such as val_loss.web (see `trials.number_of`).
-        variants: name → what is set in it.
+        base: the config of the run: a name, or a path relative to the current directory.
+        metric: the metric to compare: a dotted key of `summary.json` such as val_loss.web (see `trials.number_of`).
+        variants: name → the options that the variant sets.
         baseline: the variant that all others are compared with.
-        law: instead of a baseline, true where variants differ in size and tokens: a scaling law is fitted.
-        search: instead of variants, dotted key → the values to search among: a list, or {low: …, high: …} with
-            log: true where steps are factors; whole numbers stay whole.
-        trials: how many settings a search tries, each with all seeds; without it all that there are, where each key has
-            a list.
+        law: used instead of a baseline; true fits a scaling law to variants that differ in size and tokens.
+        search: used instead of variants: dotted key → values to search: a list, or {low: …, high: …}. log: true
+            searches on a logarithmic scale. Between whole numbers only whole numbers are tried.
+        trials: number of settings that a search tries, each with all seeds. Without it, all combinations are tried, and
+            each key needs a list.
         better: whether lower or higher is better.
-        seeds: each variant runs once with each.
+        seeds: each variant runs once with each seed.
         also: other keys of `summary.json` that the table shows.
-        set: set in all variants. In a text, here and in variants, {seed} is the run's seed.
-        equal: what variants have in common, and by what share they may differ: {parameters: 0.01, tokens: 0}.
+        set: options for all variants. In texts here and in variants, {seed} stands for the run's seed.
+        equal: facts that variants must share, and the relative difference allowed: {parameters: 0.01, tokens: 0}.
         verb: fit, or test for tasks that do not train.
     """
 
@@ -59,7 +59,7 @@ class Design:
     verb: Literal["fit", "test"] = "fit"
 
     def overrides(self, values: Overrides, seed: int) -> dict[str, Any]:
-        """All that is set in one run: of a variant, or of what a search tries."""
+        """Returns all options set in one run of a variant, or of a setting that a search tries."""
         merged = {**self.set, **values}
         filled = {
             key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
@@ -69,24 +69,24 @@ class Design:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All that a run is asked for."""
+        """Returns the keys of all metrics that the study reads from a run."""
         return tuple(dict.fromkeys([self.metric, *self.also, *((SIZE, TOKENS) if self.law else ())]))
 
     def grid(self) -> list[dict[str, Any]]:
-        """All settings of a search that tries each; empty if it samples."""
+        """Returns all settings of a grid search; empty if the search samples."""
         if not self.search or self.trials:
             return []
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
     @property
     def settings(self) -> int:
-        """How many settings a search tries."""
+        """Returns how many settings a search tries."""
         return self.trials or len(self.grid())
 
     def digest(self) -> str:
-        """Tells apart studies whose results cannot stand in one table. Seeds, and what is shown, may change."""
+        """Returns a hash that differs where results must not share a table. Seeds and the metrics shown may change."""
         free = ("seeds", "also", "variants", "trials")
-        # What is as it is by default says nothing: a key that studies learn later does not make old ones others.
+        # Defaults are left out, so that a key added later does not change the hash of old studies.
         defaults = {one.name: one.default for one in fields(self)} | {"search": {}, "set": {}, "equal": {}}
         compared = {key: value for key, value in asdict(self).items() if key not in free and value != defaults[key]}
         compared["base"] = read_config(self.base)
@@ -94,9 +94,10 @@ class Design:
 
 
 def read_design(file: str) -> Design:
-    """
+    """Reads a study's file.
+
     Raises:
-        ValueError: the file is missing, no YAML, or describes no study; with the file and the key.
+        ValueError: the file is missing, no YAML, or describes no study; the message names the file and the key.
     """
     raw = read_config(file)
     known = [one.name for one in fields(Design)]

@@ -1,4 +1,4 @@
-"""What each variant's config says before anything runs, so that what is meant to be equal can be checked."""
+"""Reads facts from each variant's config before anything runs, to check that what should be equal is equal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ refused."""
 
 
 def command_of(design: Design, values: Overrides, seed: int, *more: str) -> list[str]:
-    """The run of one variant, or of what a search tries, with one seed, as a command line."""
+    """Returns the command line for one run of a variant, or of a search's setting, with one seed."""
     return [sys.executable, "-m", "lightning_danube", design.verb, *override_options(design, values, seed), *more]
 
 
 def override_options(design: Design, values: Overrides, seed: int) -> list[str]:
-    """The options of that run: its configuration and what the variant overrides."""
+    """Returns the options of a run: its configuration and the overrides of its variant."""
     options = ["--config", design.base]
     for key, value in design.overrides(values, seed).items():
         options += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
@@ -33,10 +33,10 @@ def override_options(design: Design, values: Overrides, seed: int) -> list[str]:
 
 
 def check_variants(design: Design, resolve: Resolver) -> dict[str, Facts]:
-    """Variant → facts, after each config was parsed.
+    """Parses each variant's config, and returns variant → facts.
 
     Raises:
-        ValueError: a variant's config is refused, or what should be equal is not.
+        ValueError: a variant's config is refused, or facts that should be equal differ.
     """
     facts = {}
     for variant, values in design.variants.items():
@@ -49,9 +49,10 @@ def check_variants(design: Design, resolve: Resolver) -> dict[str, Facts]:
 
 
 def check_equal(design: Design, facts: Mapping[str, Facts]) -> None:
-    """
+    """Checks the facts that the study requires to be equal.
+
     Raises:
-        ValueError: what the study says to be equal is not.
+        ValueError: such a fact differs between variants.
     """
     for fact, tolerance in design.equal.items():
         _check_equal(fact, tolerance, {variant: one[fact] for variant, one in facts.items()})
@@ -113,7 +114,7 @@ def _check_equal(fact: str, tolerance: float, values: Mapping[str, Any]) -> None
 
 
 def facts_table(facts: Mapping[str, Facts]) -> str:
-    """What is known of each variant; what was found equal was checked before."""
+    """Returns a table of the known facts of each variant. `check_equal` runs before."""
     sources = dict.fromkeys(source for one in facts.values() for source in one["tokens_by_source"] or ())
     header = ["variant", "parameters", "tokens", *sources]
     rows = []

@@ -1,4 +1,4 @@
-"""What came of a study: a table, a verdict for each variant in words, and the same as parquet and Markdown."""
+"""Writes the results of a study: a table and a verdict for each variant, as text, parquet and Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ ALSO = "Beside it, with the differences from {baseline} and half their 95 % inte
 
 
 def write_report(design: Design, results: Sequence[Result], directory: Path, command: str) -> str:
-    """Writes `study.parquet` (a row a run), `study.md` and `summary.json` into the study's directory; the text."""
+    """Writes `study.parquet` (a row per run), `study.md` and `summary.json` into the study's directory.
+
+    Returns the report as text.
+    """
     complete = [result for result in results if result.state == "complete"]
     if design.law:
         return _write_law_report(design, results, directory, command)
@@ -91,7 +94,7 @@ def _write_law_report(design: Design, results: Sequence[Result], directory: Path
 
 
 def _origin(design: Design, command: str, where: Sequence[tuple[str | None, str | None]]) -> dict[str, Any]:
-    """What every summary begins with: which study it is, and on which commits and machines its runs were made."""
+    """Returns the first entries of every summary: the study, and the commits and machines of its runs."""
     return {
         "name": design.name,
         "command": command,
@@ -111,7 +114,7 @@ def _not_complete(results: Sequence[Result]) -> list[str]:
 
 
 def _values(design: Design, complete: Sequence[Result], key: str) -> dict[str, dict[int, float]]:
-    """Variant → seed → a metric."""
+    """Returns variant → seed → a metric."""
     values: dict[str, dict[int, float]] = {variant: {} for variant in design.variants}
     for result in complete:
         if key in result.metrics:
@@ -120,7 +123,7 @@ def _values(design: Design, complete: Sequence[Result], key: str) -> dict[str, d
 
 
 def write_search_report(search: Search, directory: Path, command: str) -> str:
-    """The same of a search: its trials from the best on, and how much each setting matters."""
+    """Writes the report of a search, and returns it: trials from the best on, and the importance of each setting."""
     design = search.design
     lower = design.better == "lower"
     tried = search.tried()
@@ -201,7 +204,7 @@ def _with_interval(values: Sequence[float]) -> str:
 
 
 def _write_search_parquet(path: Path, search: Search, command: str) -> None:
-    """A row a run: a setting with one seed."""
+    """Writes a row for each run, which is a setting with one seed."""
     design = search.design
     rows = []
     for trial in search.tried():
@@ -244,7 +247,7 @@ def _table(design: Design, complete: Sequence[Result], comparisons: Sequence[Com
 
 
 def _table_of_also(design: Design, complete: Sequence[Result], also: Mapping[str, Sequence[Comparison]]) -> Table:
-    """Means of the other metrics, and the difference from the baseline with half its interval."""
+    """Returns a table of the other metrics: means, and differences from the baseline with half the interval."""
     found = {(key, one.variant): one for key, comparisons in also.items() for one in comparisons}
     rows = []
     for variant in design.variants:

@@ -1,7 +1,7 @@
-"""A scaling law fitted to the runs of a study: loss by size and by tokens, with what is not known of it.
+"""Fits a scaling law to the runs of a study: loss by size and by tokens, with its uncertainty.
 
 L(N, D) = E + A·N^−α + B·D^−β of Hoffmann et al. (arXiv 2203.15556, approach 3), with their Huber loss on the logarithm.
-N is the number of parameters without the input embedding, D the number of training tokens, L nats a token.
+N is the number of parameters without the input embedding, D the number of training tokens, L nats per token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lightning_danube.intervals import Estimate, percentiles
 
 SIZE, TOKENS = "parameters_without_embedding", "tokens"
-"""Keys of a pre-training run's `summary.json` that the law goes by."""
+"""Keys of a pre-training run's `summary.json` that the law depends on."""
 RESAMPLES = 500
 HUBER = 1e-3
 _NAMES = ("E", "A", "alpha", "B", "beta")
@@ -27,10 +27,10 @@ class Point:
     """One run.
 
     Args:
-        group: its variant; runs of one group differ by their seed.
+        group: the run's variant; runs of one group differ by their seed.
         size: parameters without the input embedding.
-        tokens: trained on.
-        loss: nats a token.
+        tokens: number of training tokens.
+        loss: nats per token.
     """
 
     group: str
@@ -41,11 +41,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D), as fitted, and as fitted to each resample of the groups.
+    """L(N, D), fitted to all runs, and to each of R resamples of the groups.
 
     Args:
-        parameters: E (nats), A, alpha, B, beta, in a row.
-        resampled: (R, 5), the same of each resample.
+        parameters: (5,): E (nats), A, alpha, B, beta.
+        resampled: (R, 5), the parameters for each resample.
         error: root mean square of ln(measured / fitted).
         groups: how many groups of runs it was fitted to.
     """
@@ -56,13 +56,15 @@ class Law:
     groups: int
 
     def loss(self, size: float, tokens: float) -> Estimate:
-        """Nats a token at a size and a number of tokens, with an interval that covers the choice of runs, and not that
-        the form of the law might not hold there."""
+        """Returns the loss in nats per token at a size and a number of tokens.
+
+        The interval covers the choice of runs. It does not cover that the form of the law might not hold there.
+        """
         resampled = _loss(self.resampled.T, size, tokens)
         return percentiles(_loss(self.parameters, size, tokens), resampled, self.groups)
 
     def coefficients(self) -> dict[str, Estimate]:
-        """E, A, alpha, B, beta."""
+        """Returns E, A, alpha, B and beta with intervals."""
         return {
             name: percentiles(self.parameters[place], self.resampled[:, place], self.groups)
             for place, name in enumerate(_NAMES)
@@ -75,7 +77,7 @@ def _loss(parameters: Any, size: Any, tokens: Any) -> Any:
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Point]:
-    """Of the rows of a study's table, those of complete runs."""
+    """Returns a point for each complete run in the rows of a study's table."""
     return [
         Point(str(row["variant"]), float(row[SIZE]), float(row[TOKENS]), float(row[metric]))
         for row in rows
@@ -84,12 +86,13 @@ def points_of(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Point]:
 
 
 def fit_law(points: Sequence[Point], seed: int = 0) -> Law:
-    """
+    """Returns the law fitted to the points.
+
     Args:
-        seed: of the resampling, which draws groups, and of each group its runs.
+        seed: seed of the resampling, which draws groups, and then runs within each group.
 
     Raises:
-        ValueError: fewer than three sizes, three numbers of tokens or eight groups: five numbers are fitted.
+        ValueError: fewer than three sizes, three numbers of tokens or eight groups, because five numbers are fitted.
     """
     groups = list(dict.fromkeys(point.group for point in points))
     if not _is_enough(points):
@@ -122,7 +125,7 @@ def _is_enough(points: Sequence[Point], groups: int = 8) -> bool:
 
 
 def _starts(points: Sequence[Point]) -> list[NDArray[np.float64]]:
-    """Several, because the sum of squares has more than one minimum."""
+    """Returns several starting points, because the sum of squares has more than one minimum."""
     lowest = min(point.loss for point in points)
     size = np.exp(np.mean([np.log(point.size) for point in points]))
     tokens = np.exp(np.mean([np.log(point.tokens) for point in points]))
@@ -142,14 +145,14 @@ def _starts(points: Sequence[Point]) -> list[NDArray[np.float64]]:
 
 
 def _fit(points: Sequence[Point], start: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Parameters, and what the fit cost."""
+    """Returns the parameters and the remaining loss of the fit."""
     from scipy.optimize import least_squares
 
     size = np.array([point.size for point in points])
     tokens = np.array([point.tokens for point in points])
     logarithm = np.log([point.loss for point in points])
-    # Of logarithms, and of terms at the middle of the data instead of at one parameter and one token: the search is
-    # then among numbers of like size.
+    # The unknowns are logarithms of the terms at the middle of the data, not at one parameter and one token. The
+    # numbers to search are then of similar size.
     size_0, tokens_0 = np.exp(np.log(size).mean()), np.exp(np.log(tokens).mean())
 
     def unpack(x: NDArray[np.float64]) -> tuple[Any, ...]:
@@ -178,12 +181,12 @@ def _fit(points: Sequence[Point], start: NDArray[np.float64]) -> tuple[NDArray[n
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a law fitted without the largest runs says of them.
+    """The largest runs against the prediction of a law fitted without them.
 
     Args:
-        group: the variant of the most compute.
+        group: the variant with the most compute.
         measured: its loss, a mean over seeds.
-        predicted: by the law that never saw it.
+        predicted: its loss by the law fitted without it.
     """
 
     group: str
@@ -192,7 +195,7 @@ class HeldOut:
 
 
 def predict_largest(points: Sequence[Point]) -> HeldOut | None:
-    """None if too few runs for a law are left without it."""
+    """Predicts the largest variant from the others. Returns None if the others are too few for a law."""
     largest = max(points, key=lambda point: point.size * point.tokens)
     ours = [point.loss for point in points if point.group == largest.group]
     others = [point for point in points if point.group != largest.group]
@@ -207,8 +210,8 @@ PAPER_RUNS = {"danube3-500m": 4.0e12, "danube3-4b": 6.0e12}
 
 
 def law_lines(law: Law, held_out: HeldOut | None) -> list[str]:
-    """The law in words, how it did on the largest run (if it could be left out), and what it would say of the paper's
-    models."""
+    """Returns lines with the law, its prediction for the largest run (if one was held out), and its predictions for the
+    paper's models."""
     from lightning_danube.model import PRESETS
 
     known = law.coefficients()

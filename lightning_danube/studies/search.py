@@ -1,4 +1,4 @@
-"""A search among settings, over a grid or by Optuna's TPE sampler (Bergstra et al. 2011), and how much each matters."""
+"""Searches settings on a grid or with Optuna's TPE sampler (Bergstra et al. 2011), and rates their importance."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DONE = (TrialState.COMPLETE, TrialState.FAIL)
 
 
 class Search:
-    """Trials of settings that the sampler chooses from what earlier ones gave; arguments as for `open_study`.
+    """Trials of settings that the sampler chooses from earlier results; arguments as for `open_study`.
 
     The value of a trial is the mean of the metric over the seeds.
     """
 
     def __init__(self, design: Design, directory: Path, *, storage: str | None = None, resume: bool = False) -> None:
         self.design, self.runner = design, Runner(design, directory)
-        # Told of trials that run elsewhere as if they went badly, it does not try the same again beside them.
+        # The sampler treats trials that run elsewhere as bad, so it does not try their settings in parallel.
         sampler = optuna.samplers.TPESampler(seed=design.seeds[0], multivariate=True, constant_liar=True)
         self.study = open_study(design, directory, storage=storage, resume=resume, sampler=sampler)
         planned = {
@@ -37,7 +37,7 @@ class Search:
                 self.study.enqueue_trial(values, user_attrs={"number": number})
 
     def work(self, tell: Callable[[str], None]) -> None:
-        """Tries settings until there are as many as the study asks for, dropped ones again."""
+        """Tries settings until the study's number is reached. Tries dropped settings again."""
         while True:
             optuna.storages.fail_stale_trials(self.study)
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
@@ -51,7 +51,7 @@ class Search:
 
     def _run(self, trial: optuna.Trial, tell: Callable[[str], None]) -> float:
         values = {key: suggested(trial, key, among) for key, among in self.design.search.items()}
-        # Kept when it is tried again, so that it goes on with the runs of the first attempt.
+        # A retry keeps the number, so that it continues the runs of the first attempt.
         number = trial.user_attrs.get("number", trial.number)
         trial.set_user_attr("number", number)
         shown = ", ".join(f"{key.rpartition('.')[2]} {shown_value(value)}" for key, value in values.items())
@@ -64,7 +64,7 @@ class Search:
                 found.append(metrics)
         except (KeyboardInterrupt, Stopped) as stop:
             self.study.enqueue_trial(trial.params, user_attrs={"number": number})
-            raise KeyboardInterrupt from stop  # the one that Optuna notes
+            raise KeyboardInterrupt from stop  # the exception that Optuna records
         except TrialFailed as error:
             trial.set_user_attr("error", str(error))
             tell(f"trial {number}: failed: {error}")
@@ -88,21 +88,21 @@ class Search:
         return f"{len(self.tried()) + 1} of {self.design.settings}, about {time_left} left"
 
     def tried(self) -> list[FrozenTrial]:
-        """The last attempt of each setting that came to an end."""
+        """Returns the last finished attempt of each setting."""
         last: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             last[trial.user_attrs.get("number", trial.number)] = trial
         return [trial for trial in last.values() if trial.state in DONE]
 
     def retry_failed(self) -> int:
-        """Lets failed trials wait again; how many."""
+        """Returns failed trials to the queue. Returns how many."""
         failed = [trial for trial in self.tried() if trial.state == TrialState.FAIL]
         for trial in failed:
             self.study.enqueue_trial(trial.params, user_attrs={"number": trial.user_attrs["number"]})
         return len(failed)
 
     def marginals(self) -> dict[str, dict[Any, list[float]]]:
-        """Of a grid: setting → its value → the metric for each seed, a mean over all that was combined with it."""
+        """Returns for a grid: setting → value → the metric for each seed, averaged over all other settings."""
         complete = [trial for trial in self.tried() if trial.state == TrialState.COMPLETE]
         found: dict[str, dict[Any, list[float]]] = {}
         for key, values in self.design.search.items() if self.design.grid() else ():
@@ -116,8 +116,8 @@ class Search:
         return found
 
     def importances(self) -> dict[str, float]:
-        """Setting → the share of what differs between the trials that it explains (fANOVA; Hutter et al. 2014); empty
-        for too few trials."""
+        """Returns setting → share of the variance between trials that it explains (fANOVA; Hutter et al. 2014); empty
+        if there are too few trials."""
         complete = [trial for trial in self.tried() if trial.state == TrialState.COMPLETE]
         if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
             return {}
@@ -125,7 +125,7 @@ class Search:
 
 
 def suggested(trial: optuna.Trial, key: str, among: Any) -> Any:
-    """A value of a setting, from how the study describes it."""
+    """Returns a value of a setting, which the sampler chooses from the study's description."""
     if isinstance(among, list):
         return trial.suggest_categorical(key, among)
     low, high, log = among["low"], among["high"], bool(among.get("log", False))

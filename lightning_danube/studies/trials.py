@@ -1,8 +1,8 @@
-"""The trials of a study, kept and handed out by Optuna: each is an ordinary run in a process of its own.
+"""The trials of a study, stored and distributed by Optuna. Each trial is an ordinary run in a separate process.
 
-All trials are written into the storage as waiting when the study begins; a worker takes the next one. A worker that
-dies stops beating its heart, after which its trial waits again. So a study can be stopped and gone on with at any time,
-and several workers, on several machines if the storage is one that they share, work on it together.
+When the study begins, all trials are written into the storage as waiting; a worker takes the next waiting trial. When a
+worker dies, its heartbeat stops, and its trial waits again. So a study can be stopped and continued at any time.
+Several workers can share it, on several machines if they share the storage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POLL_SECONDS = 1.0
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-# The heart that beats while a trial runs is called experimental, since 2021.
+# Optuna has called the heartbeat experimental since 2021.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
@@ -48,9 +48,9 @@ class Result:
         state: "waiting", "running", "complete" or "failed".
         metrics: key of `summary.json` → number.
         error: the last line that a failed run wrote.
-        run: its directory.
-        seconds: it took.
-        commit, machine: where it ran.
+        run: directory of the run.
+        seconds: duration of the run.
+        commit, machine: commit and machine of the run.
     """
 
     variant: str
@@ -65,7 +65,7 @@ class Result:
 
 
 class TrialFailed(Exception):
-    """A run ended with an error, which stays with its trial."""
+    """A run ended with an error, which is stored with its trial."""
 
 
 def open_study(
@@ -76,16 +76,16 @@ def open_study(
     resume: bool = False,
     sampler: optuna.samplers.BaseSampler | None = None,
 ) -> optuna.Study:
-    """What Optuna keeps of a study.
+    """Returns Optuna's record of a study.
 
     Args:
-        directory: of the study's runs; without another storage also of its storage.
+        directory: directory of the study's runs, and of its storage if no `storage` is given.
         storage: a URL that Optuna knows, for workers on several machines; a file in `directory` if not given.
-        resume: whether a study that was begun is gone on with, or joined.
-        sampler: what chooses the settings that a search tries.
+        resume: whether to continue or join a study that was begun before.
+        sampler: chooses the settings that a search tries.
 
     Raises:
-        ValueError: it was begun and `resume` was not said, or the other way round; or it is another study by now.
+        ValueError: the study exists without `resume`, does not exist with `resume`, or has changed.
     """
     url = storage or f"sqlite:///{directory / 'study.sqlite3'}"
     begun = storage is not None or (directory / "study.sqlite3").exists()
@@ -120,10 +120,10 @@ def open_study(
 
 
 def check_identity(study: optuna.Study, design: Design) -> None:
-    """What is in one table was run in one way; a variant may come, none may change.
+    """Checks that all results of one table come from equal settings. New variants may be added.
 
     Raises:
-        ValueError: something did.
+        ValueError: a variant or a setting has changed.
     """
     digest = design.digest()
     before = study.user_attrs.get("identity", {"digest": digest, "variants": {}})
@@ -138,7 +138,7 @@ def check_identity(study: optuna.Study, design: Design) -> None:
 
 
 class Runner:
-    """Runs of a study, in processes of their own, below its directory."""
+    """Runs the runs of a study in separate processes, below its directory."""
 
     def __init__(self, design: Design, directory: Path) -> None:
         self.design, self.directory = design, directory
@@ -148,10 +148,10 @@ class Runner:
         return self.directory / f"{name}.log"
 
     def run(self, name: str, values: Overrides, seed: int) -> tuple[Path, dict[str, float]]:
-        """The directory of the finished run, and what the study wants to know of it.
+        """Runs one setting, and returns the run's directory and the study's metrics.
 
         Raises:
-            TrialFailed: the run did, or does not know it.
+            TrialFailed: the run failed, or its summary lacks a metric.
         """
         runs = self.directory / "runs"
         place = ["--runs", str(runs), "--name", name]
@@ -182,11 +182,11 @@ class Trials:
                     self._plan(variant, seed)
 
     def _plan(self, variant: str, seed: int) -> None:
-        # No parameters: Optuna would want all their values to be known from the first trial on.
+        # Trials have no Optuna parameters, because Optuna would need all their values from the first trial on.
         self.study.enqueue_trial({}, user_attrs={"variant": variant, "seed": seed})
 
     def retry_failed(self) -> int:
-        """Lets failed trials wait again; how many."""
+        """Returns failed trials to the queue. Returns how many."""
         failed = [result for result in self.results() if result.state == "failed"]
         for result in failed:
             self._plan(result.variant, result.seed)
@@ -195,7 +195,7 @@ class Trials:
     # --- working ------------------------------------------------------------------------------------------------------
 
     def work(self, tell: Callable[[str], None]) -> None:
-        """Takes trials until none is left, those that another worker dropped included."""
+        """Takes trials until none is left, including trials that another worker dropped."""
         while True:
             optuna.storages.fail_stale_trials(self.study)
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
@@ -208,7 +208,7 @@ class Trials:
 
     def _run(self, trial: optuna.Trial, tell: Callable[[str], None]) -> float:
         if "variant" not in trial.user_attrs:
-            # Another worker has taken the last one in between.
+            # Another worker took the last trial in the meantime.
             raise optuna.TrialPruned
         variant, seed = trial.user_attrs["variant"], trial.user_attrs["seed"]
         name = f"{variant}-seed{seed}"
@@ -218,7 +218,7 @@ class Trials:
             run, metrics = self.runner.run(name, self.design.variants[variant], seed)
         except (KeyboardInterrupt, Stopped) as stop:
             self._plan(variant, seed)
-            raise KeyboardInterrupt from stop  # the one that Optuna notes
+            raise KeyboardInterrupt from stop  # the exception that Optuna records
         except TrialFailed as error:
             trial.set_user_attr("error", str(error))
             tell(f"{name}: failed: {error} (all of it: {self.runner.log(name)})")
@@ -232,7 +232,7 @@ class Trials:
         return value
 
     def _left(self) -> str:
-        """Progress over the trials, and the time that those left would take at the pace of those done."""
+        """Returns the progress over the trials, and the estimated time for the remaining trials."""
         results = self.results()
         done = [result.seconds for result in results if result.seconds is not None]
         left = sum(result.state in ("waiting", "running") for result in results) - 1
@@ -243,7 +243,7 @@ class Trials:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def results(self) -> list[Result]:
-        """The last that is known of each run, in the order of variants and seeds."""
+        """Returns the latest result of each run, in the order of variants and seeds."""
         latest: dict[tuple[str, int], FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             key = _key(trial)
@@ -277,10 +277,10 @@ class Trials:
 
 
 def take_turns(storage: RDBStorage) -> None:
-    """Lets each transaction on a file have it alone from its first word on.
+    """Makes each transaction lock the SQLite file from its first statement on.
 
-    Optuna takes a waiting trial by reading and then writing, and asks the database to lock the row in between, which
-    SQLite does not know: two workers would take the same trial. (The events are those of SQLAlchemy's own recipe.)
+    Optuna takes a waiting trial by reading and then writing, and asks the database to lock the row in between. SQLite
+    has no row locks, so two workers would take the same trial. (The events follow SQLAlchemy's own recipe.)
     """
 
     @event.listens_for(storage.engine, "connect")
@@ -291,18 +291,18 @@ def take_turns(storage: RDBStorage) -> None:
     def begin_as_a_writer(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    # Those that were made before are not ours.
+    # Connections that were made before do not have these events.
     storage.engine.dispose()
 
 
 def number_of(summary: dict[str, Any], key: str) -> float:
-    """A number of a run's summary by its dotted key, such as val_loss.web or levels.gguf:Q8_0.perplexity.
+    """Returns a number of a run's summary by its dotted key, such as val_loss.web or levels.gguf:Q8_0.perplexity.
 
-    Of several numbers, such as the loss of each source, it is their mean. In a list of mappings a part of the key names
-    one by its first value.
+    If the key holds several numbers, such as the loss of each source, returns their mean. In a list of mappings, a part
+    of the key selects the mapping with that first value.
 
     Raises:
-        TrialFailed: there is none; with the keys that there are.
+        TrialFailed: the summary has no such number; the message lists its keys.
     """
     value: Any = summary
     for part in key.split("."):

@@ -1,8 +1,8 @@
-"""LoRA adapters in PEFT's layout, on the plain decoder. The one file that imports peft.
+"""LoRA adapters in PEFT's layout, on the plain decoder. Only this file imports peft.
 
-The decoder's modules are named as in Hugging Face's LlamaForCausalLM, so an adapter fits both: what is trained here
-loads with PeftModel on the exported model, and the other way round. PEFT skips what it does not know or find; here
-names, shapes and settings have to fit exactly.
+The decoder's modules are named as in Hugging Face's LlamaForCausalLM, so an adapter fits both. An adapter trained here
+loads with PeftModel on the exported model, and the other way round. PEFT skips names that it does not know or find;
+here names, shapes and settings must fit exactly.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lightning_danube.weights.huggingface import (
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# bitsandbytes, which peft imports, looks for a kernel on the hub on some processors, and warns that there is none. Said
-# here, because jsonargparse runs the import above to know the types.
+# On some processors bitsandbytes, which peft imports, looks for a kernel on the hub, and warns that there is none. The
+# filter is set here, because jsonargparse runs the import above to find the types.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# PeftModel is a wrapper around the model's wrapper; on disk every name begins so.
+# PeftModel wraps the model's wrapper, so every name on disk begins with this prefix.
 PREFIX = "base_model.model."
-# Settings that may have any value. Of the others only the default is known here to leave the base as it is.
+# Settings that may have any value. All other settings must have their default, which leaves the base unchanged.
 FREE = {
     "auto_mapping",
     "alpha_pattern",
@@ -68,11 +68,11 @@ class Lora:
     """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685); the defaults are the paper's settings for classification.
 
     Args:
-        rank: of the update of each layer.
+        rank: rank of each layer's update.
         alpha: the update is scaled by alpha / rank.
-        dropout: on the adapter's input, in training.
-        targets: linear layers of the blocks that get one.
-        dora: also learn the length of each layer's rows apart from their direction (Liu et al. 2024, arXiv 2402.09353).
+        dropout: dropout rate on the adapter's input, in training.
+        targets: the blocks' linear layers that get an adapter.
+        dora: also learn the norm of each weight row, separate from its direction (Liu et al. 2024, arXiv 2402.09353).
         rslora: scale by alpha / √rank, so that a higher rank does not weaken the update (Kalajdzievski 2023,
             arXiv 2312.03732).
         quantization: "nf4" holds the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314).
@@ -99,10 +99,10 @@ class Lora:
             raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
 
     def apply(self, decoder: Decoder) -> None:
-        """Put a fresh adapter onto a decoder, in place, on weights of the type that is asked for.
+        """Adds a new adapter to a decoder, in place, after quantizing the weights if that is configured.
 
         Raises:
-            ValueError: the decoder has an adapter.
+            ValueError: the decoder already has an adapter.
         """
         if self.quantization is not None:
             from lightning_danube.weights.quantized_linear import quantize_linear_layers
@@ -111,7 +111,7 @@ class Lora:
         add_adapter(decoder, **self.settings())
 
     def settings(self) -> dict[str, Any]:
-        """The same for peft.LoraConfig."""
+        """Returns these settings as arguments of peft.LoraConfig."""
         return {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -123,10 +123,10 @@ class Lora:
 
 
 def add_adapter(decoder: Decoder, **settings: Any) -> None:
-    """A fresh adapter in place; from then on only it trains. Settings are those of peft.LoraConfig.
+    """Adds a new adapter, in place. From then on only the adapter trains. `settings` are those of peft.LoraConfig.
 
     Raises:
-        ValueError: the decoder has an adapter, or the settings fit none of its layers.
+        ValueError: the decoder already has an adapter, or the settings fit none of its layers.
     """
     config = _lora_config(settings, "the adapter")
     _expected_shapes(decoder, config, "the adapter")
@@ -134,10 +134,10 @@ def add_adapter(decoder: Decoder, **settings: Any) -> None:
 
 
 def load_adapter(decoder: Decoder, directory: str | Path, *, trainable: bool = False) -> None:
-    """Put an adapter from disk onto a decoder, in place and beside its weights; `merge_adapter` adds it to them.
+    """Loads an adapter onto a decoder, in place, without changing the weights; `merge_adapter` adds it to them.
 
     Raises:
-        ValueError: it is no adapter, or does not fit the decoder, which then is as it was.
+        ValueError: the directory has no adapter, or it does not fit the decoder, which then is unchanged.
     """
     source = Path(directory)
     settings = read_settings(source)
@@ -152,16 +152,16 @@ def load_adapter(decoder: Decoder, directory: str | Path, *, trainable: bool = F
 
 
 def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
-    """Add the adapter to the weights, in place: a plain decoder again, in the type it had.
+    """Adds the adapter to the weights, in place. The decoder is plain again, and keeps its type.
 
-    In 16-bit weights the sum is rounded to 16 bits: load the base as float32 where that matters.
+    For 16-bit weights the sum is rounded to 16 bits: load the base as float32 where that matters.
 
     Args:
-        dequantize: merge into plain layers what was trained on 4-bit ones. Rounded to 4 bits, the sum would be another
-            model than the one that was trained.
+        dequantize: merge an adapter trained on 4-bit layers into plain layers. Rounded to 4 bits, the sum would not be
+            the trained model.
 
     Raises:
-        ValueError: the sum is not finite, or the base is in 4 bits and may not be dequantized.
+        ValueError: the sum is not finite, or the base is in 4 bits and `dequantize` is false.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -183,7 +183,7 @@ def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
 
 
 def _onto_plain_layers(decoder: Decoder) -> None:
-    """Moves the adapter from 4-bit layers onto the plain ones that those compute as."""
+    """Moves the adapter from 4-bit layers onto plain layers with the dequantized weights."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -210,8 +210,11 @@ def save_adapter(
     score: Tensor | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the decoder's adapter as PEFT does. `base` names the model it belongs on, `card` goes into README.md;
-    `score` is the head of a LlamaForSequenceClassification, (classes, hidden size), that belongs to the adapter."""
+    """Writes the decoder's adapter as PEFT does.
+
+    `base` names the adapter's base model. `card` goes into README.md. `score` is the classification head that belongs
+    to the adapter, as in LlamaForSequenceClassification, (classes, hidden size).
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -235,7 +238,7 @@ def save_adapter(
 
 
 def base_digest(decoder: Decoder) -> str:
-    """Tells one frozen base from another by the beginning of each of its weights, with or without an adapter on it."""
+    """Returns a hash of the beginning of each weight of a frozen base, with or without an adapter on it."""
     digest = hashlib.sha256()
     frozen = {
         name.replace(".base_layer.", "."): parameter
@@ -245,14 +248,15 @@ def base_digest(decoder: Decoder) -> str:
     for name in sorted(frozen):
         digest.update(name.encode())
         begin = frozen[name].detach().flatten()[:256].cpu()
-        # In one type, so that a base is the same whether it is loaded in 16 bits or more; packed weights stay bytes.
+        # Converted to one type, so that the hash is equal if the base is loaded in 16 bits or more. Packed weights stay
+        # bytes.
         begin = begin.float() if begin.is_floating_point() else begin
         digest.update(begin.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def weights_digest(decoder: Decoder) -> str:
-    """Hash of all weights under an adapter, or without one, in the type they have."""
+    """Returns a hash of all weights of the base, with or without an adapter, in the type they have."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in decoder.state_dict().items():
         if ".lora_" not in name:
@@ -262,7 +266,7 @@ def weights_digest(decoder: Decoder) -> str:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """An adapter_config.json whose every setting is known to do here what it does in PEFT."""
+    """Reads adapter_config.json. Refuses settings that do not have the effect here that they have in PEFT."""
     file = directory / CONFIG
     if not file.is_file():
         raise ValueError(f"{directory}: no {CONFIG} in it, so no adapter in PEFT's layout")
@@ -283,7 +287,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter by their names in the decoder."""
+    """Reads the tensors of an adapter, by their names in the decoder."""
     file = directory / TENSORS
     if not file.is_file():
         if (directory / "adapter_model.bin").is_file():
@@ -301,7 +305,7 @@ def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _check_embeddings(decoder: Decoder, tensors: dict[str, Tensor], source: Path) -> None:
-    """Takes out the copies of the base's embeddings that PEFT saves when an adapter sits on them."""
+    """Removes the copies of the base's embeddings that PEFT saves if an adapter is on them."""
     for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
         theirs, module = tensors.pop(name), name.removesuffix(".base_layer.weight")
         ours = dict(decoder.named_parameters(remove_duplicate=False)).get(f"{module}.weight")
@@ -313,8 +317,10 @@ def _check_embeddings(decoder: Decoder, tensors: dict[str, Tensor], source: Path
 
 
 def _expected_shapes(decoder: Decoder, config: LoraConfig, where: str) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors that an adapter has on this decoder, found out on one without memory: the decoder
-    itself is not touched until all is known to fit."""
+    """Returns name → shape of the tensors that an adapter has on this decoder.
+
+    Computes them on a copy without memory, so that the decoder does not change before everything is known to fit.
+    """
     from peft import get_peft_model_state_dict
 
     if hasattr(decoder, "peft_config"):
@@ -371,10 +377,10 @@ def _inject(decoder: Decoder, config: LoraConfig, where: str) -> None:
     try:
         inject_adapter_in_model(config, decoder)
     except Exception as error:
-        # PEFT takes settings as they come: a wrong one fails anywhere.
+        # PEFT does not check settings, so a wrong setting can raise any exception.
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: it fits no layer of this model as it stands ({reason})") from error
-    # As PeftModel does: 16-bit adapters would lose their small steps.
+    # As in PeftModel, adapters get float32, because small updates would be lost in 16 bits.
     cast_adapter_dtype(decoder, "default")
 
 

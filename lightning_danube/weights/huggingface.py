@@ -1,6 +1,6 @@
-"""Decoders on disk: Hugging Face directories in and out, and our own Lightning checkpoints in.
+"""Decoders on disk: reads and writes Hugging Face directories, and reads this project's Lightning checkpoints.
 
-A wrong file is refused in one line that names it. Nothing here unpickles anything but tensors and plain data.
+A wrong file is refused in one line that names it. This module unpickles only tensors and plain data.
 safetensors is imported inside the functions, so that importing the model stays cheap.
 """
 
@@ -24,7 +24,7 @@ from lightning_danube.model.decoder import Decoder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What an exported directory may hold, ours or transformers': nothing else is ever deleted by overwriting.
+# Files of a directory exported by this project or transformers. Overwriting never deletes other files.
 EXPORTED_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -38,12 +38,12 @@ EXPORTED_FILES = (
     "chat_template.*",
     "README.md",
 )
-# How a safetensors file names the types that a parameter can have; any other is a quantized weight.
+# A safetensors file's names of the types that a parameter can have. Any other type is a quantized weight.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class SavesPretrained(Protocol):
-    """What is asked of a tokenizer here."""
+    """The interface of a tokenizer that this module needs."""
 
     def save_pretrained(self, save_directory: str) -> Any: ...
 
@@ -61,7 +61,7 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Write a directory that AutoModelForCausalLM loads with the same logits, in the types the parameters have.
+    """Writes a directory that AutoModelForCausalLM loads with equal logits, in the types of the parameters.
 
     `generation` goes into generation_config.json beside the ids, `card` into README.md. With `overwrite`, an earlier
     export is replaced; a directory that holds anything else is left alone.
@@ -90,7 +90,7 @@ def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) 
     """
     target = Path(directory).absolute()
     make_folder(target.parent)
-    # First: what a killed export has set aside comes back, and has to be checked.
+    # This comes first: it restores the files that a killed export has set aside, and they must be checked.
     remove_leftovers(target)
     check_target(target, known, overwrite)
     with new_folder(target, replace=True) as partial:
@@ -100,12 +100,12 @@ def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) 
 def load_hf(
     directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Decoder:
-    """A decoder from a directory that save_hf or transformers wrote, in the type of the files unless `dtype` is given;
-    of several types, the one that holds them all.
+    """Loads a decoder from a directory that save_hf or transformers wrote.
 
-    Only safetensors files are read: a .bin is a pickle, which can run anything. Tensors are taken over one by one, so
-    two copies are never held. The decoder is in training mode, like any new module: Lightning leaves submodules in the
-    mode it finds, and would train one in evaluation mode without its dropout.
+    Without `dtype`, the decoder has the type of the files; if they have several types, the type that holds them all.
+    Only safetensors files are read: a .bin is a pickle, which can run any code. Tensors are read one by one, so two
+    copies are never held. The decoder is in training mode, like any new module: Lightning leaves submodules in their
+    mode, and would train a decoder in evaluation mode without its dropout.
     """
     source = Path(directory)
     config = read_hf_config(source)
@@ -118,7 +118,7 @@ def load_hf(
     if dtype is None and stored:
         dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
     tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in stored.items()}
-    # transformers up to 4.31 saved these tables, too.
+    # transformers up to 4.31 also saved these tables.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
@@ -134,8 +134,8 @@ def load_hf(
 def load_checkpoint(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Decoder:
-    """The decoder inside a Lightning checkpoint of ours: `decoder_config`, a plain dict, and the `decoder.` part of
-    `state_dict`. In training mode, as after load_hf."""
+    """Loads the decoder from a Lightning checkpoint of this project: `decoder_config`, a plain dict, and the `decoder.`
+    part of `state_dict`. The decoder is in training mode, as after load_hf."""
     file = Path(path)
     checkpoint = read_checkpoint(file)
     try:
@@ -144,7 +144,7 @@ def load_checkpoint(
         raise ValueError(f"{file}: decoder_config: {error}") from None
     prefix = "decoder."
     tensors = {
-        # A copy of each, as in read_tensor. Pages of the map are the system's to drop, so still only one copy is held.
+        # Each tensor is copied, as in read_tensor. The system can drop pages of the map, so only one copy is held.
         name.removeprefix(prefix): tensor.to(device=device, dtype=dtype, copy=True)
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(prefix)
@@ -153,8 +153,10 @@ def load_checkpoint(
 
 
 def read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """What a checkpoint of ours holds, its tensors mapped, not read; of a directory that many ranks have written, the
-    weights in memory and the optimizer's state left out."""
+    """Reads a checkpoint of this project. Its tensors are memory-mapped, not read.
+
+    If many ranks wrote the checkpoint as a directory, reads the weights into memory and omits the optimizer's state.
+    """
     if not file.exists():
         raise ValueError(f"{file}: no such file")
     try:
@@ -162,7 +164,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
             weights = load_whole(file, lambda name: name.startswith(WEIGHT))
             rest = torch.load(file / REST, map_location="cpu", weights_only=True)
             return {**rest, "state_dict": {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}}
-        # mmap: the optimizer's state, twice the size of the weights, is never read.
+        # With mmap the optimizer's state, which has twice the size of the weights, is never read.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -175,7 +177,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
 
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
-    """A decoder around tensors that are there already; each expected one has to be there, and no other."""
+    """Returns a decoder made of existing tensors. `tensors` must have exactly the expected names and shapes."""
     with torch.device("meta"):
         decoder = Decoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
@@ -195,7 +197,7 @@ def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) ->
 
 
 def plain_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's tensors under the names of LlamaForCausalLM; a tied head is left out, as transformers does."""
+    """Returns the decoder's tensors by their names in LlamaForCausalLM, without a tied head, as in transformers."""
     expected = {tensor.name for tensor in tensors_of(decoder.config)}
     tensors = decoder.state_dict()
     if decoder.config.tie_word_embeddings:
@@ -224,7 +226,10 @@ def check_target(target: Path, known: Sequence[str], overwrite: bool) -> None:
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """One file, or several and an index, in the order of the parameters; a tensor above the limit has its own file."""
+    """Writes one file, or several and an index, in the order of the parameters.
+
+    A tensor that exceeds the limit has its own file.
+    """
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -240,7 +245,7 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) ->
         names = [SINGLE]
     for file_name, shard in zip(names, shards, strict=True):
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        # transformers refuses a file that does not say which framework its tensors come from.
+        # transformers refuses a file that does not name the framework of its tensors.
         save_file(on_cpu, directory / file_name, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
@@ -262,7 +267,7 @@ def read_hf_config(directory: Path) -> DecoderConfig:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model."""
+    """Returns the safetensors files that make up the model."""
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -283,12 +288,12 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def tensor_types(file: Path) -> dict[str, torch.dtype]:
-    """Name → type of the tensors in a safetensors file, from its header."""
+    """Returns name → type of the tensors in a safetensors file, from its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated, or no safetensors file ({error})") from None
     if quantized := [f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS]:
@@ -300,10 +305,10 @@ def tensor_types(file: Path) -> dict[str, torch.dtype]:
 
 
 def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """One tensor of a safetensors file, as a copy: the file may be replaced or cut while the model lives.
+    """Reads a copy of one tensor of a safetensors file, because the file may be replaced or truncated during use.
 
-    The file is mapped for each tensor anew (0.1 ms): mapped once for all, its pages would stand beside the copies, and
-    loading would need the memory of two models.
+    The file is mapped again for each tensor (0.1 ms). With a single map, its pages would stay in memory beside the
+    copies, and loading would need the memory of two models.
     """
     from safetensors import safe_open
 
@@ -327,6 +332,6 @@ def write_hf_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """At most three of them."""
+    """Formats at most three of the names, and the number of the others."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -1,7 +1,7 @@
 """llama.cpp, through the ctypes interface of the package llama-cpp-python, an optional extra.
 
-Its quantization is used rather than our own code: what is measured and shipped is then what every other program that
-reads GGUF files runs. This is the one file that imports the package.
+The project uses llama.cpp's quantization instead of its own, so that it measures and exports exactly what other
+programs run from GGUF files. Only this file imports the package.
 
 Shapes: B texts, T tokens, V vocabulary, D columns of a matrix.
 """
@@ -30,16 +30,16 @@ from lightning_danube.extras import install_command
 from lightning_danube.files import new_file
 from lightning_danube.weights.gguf.header import read_gguf_header
 
-# The letters of llama.cpp's own program for its mixtures.
+# Short names that llama.cpp's own program accepts for its medium mixtures.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class GGUFContent:
-    """What a GGUF file holds, measured from its tensors: the name of its type says little about either.
+    """The content of a GGUF file, measured from its tensors, because the name of its type says little about it.
 
-    `fallbacks`: type → how many tensors got it because their rows do not fit the one that the file's type has for them.
+    `fallbacks`: type → number of tensors that have it because their rows do not fit the type intended for them.
     """
 
     file_bytes: int
@@ -66,7 +66,7 @@ class GGUFContent:
 
 
 def file_types() -> dict[str, int]:
-    """Name → number of the types that llama.cpp gives whole files."""
+    """Returns name → number of llama.cpp's types of whole files."""
     from gguf import LlamaFileType
 
     types = {
@@ -78,7 +78,7 @@ def file_types() -> dict[str, int]:
 
 
 def check_file_type(name: str) -> str:
-    """The name of a file type as it is written; in any case of letters."""
+    """Returns the canonical name of a file type; upper and lower case are equal."""
     types = file_types()
     if name.upper() in types:
         return name.upper()
@@ -88,10 +88,10 @@ def check_file_type(name: str) -> str:
 
 
 def import_llama_cpp() -> ModuleType:
-    """The package llama-cpp-python.
+    """Imports the package llama-cpp-python.
 
     Raises:
-        ValueError: it is not installed; with the command that does it.
+        ValueError: it is not installed; the message has the command that installs it.
     """
     try:
         import llama_cpp
@@ -111,18 +111,18 @@ def quantize(
     *,
     embeddings: bool = True,
 ) -> GGUFContent:
-    """Have llama.cpp write a GGUF file again in another type.
+    """Makes llama.cpp convert a GGUF file to another type.
 
-    The target is written beside its place and renamed when complete; one that is there is replaced.
+    The target is written under a temporary name and renamed when complete. An existing target is replaced.
 
     Args:
         source: a file with F32, F16 or BF16 tensors.
         type: one of `file_types()`.
-        imatrix: name of a tensor in the file → how much each of its D columns matters; types of 1 to 3 bits need it.
-        embeddings: whether embedding and head are quantized, too, as llama.cpp does by itself; if not they become F16.
+        imatrix: name of a tensor in the file → importance of each of its D columns; types of 1 to 3 bits need it.
+        embeddings: whether embedding and head are quantized, too, as llama.cpp does by default; otherwise they are F16.
 
     Raises:
-        ValueError: llama.cpp refuses, with what it says.
+        ValueError: llama.cpp refuses; the message has its reason.
     """
     llama_cpp = import_llama_cpp()
     target = Path(target).absolute()
@@ -131,9 +131,9 @@ def quantize(
     if not embeddings:
         parameters.token_embedding_type = parameters.output_tensor_type = llama_cpp.GGML_TYPE_F16
     if imatrix is not None:
-        # Rows are handed over by address: `columns` keeps them alive until the call is done.
+        # Rows are passed by address. `columns` keeps them alive until the call returns.
         columns = {name: np.ascontiguousarray(values, np.float32) for name, values in imatrix.items()}
-        # The last one, all null, ends the list.
+        # The last entry, all null, ends the list.
         entries = (llama_cpp.llama_model_imatrix_data * (len(columns) + 1))()
         for entry, (name, values) in zip(entries, columns.items(), strict=False):
             entry.name = name.encode()
@@ -148,20 +148,20 @@ def quantize(
         try:
             content = measure(partial, "".join(log))
         except ValueError as error:
-            # Its stream may keep silent about a write that failed.
+            # llama.cpp's stream may not report a failed write.
             raise OSError(errno.EIO, f"not written by llama.cpp as a whole ({error})", str(target)) from error
     return content
 
 
 def planned_bytes(source: str | Path, type: str) -> int:
-    """Bytes of all tensors that a file would have in another type, by llama.cpp's own plan; nothing is rounded.
+    """Returns the bytes of all tensors if a file had another type, by llama.cpp's own plan, without quantizing.
 
     Args:
-        source: a file with F32, F16 or BF16 tensors, of which only the shapes count.
+        source: a file with F32, F16 or BF16 tensors; only their shapes count.
         type: one of `file_types()`.
 
     Raises:
-        ValueError: llama.cpp refuses, with what it says.
+        ValueError: llama.cpp refuses; the message has its reason.
     """
     llama_cpp = import_llama_cpp()
     parameters = llama_cpp.llama_model_quantize_default_params()
@@ -180,13 +180,13 @@ class LlamaCpp:
 
     Args:
         path: the file.
-        context_length: the most tokens that it is going to be asked about.
-        cache: type of the keys and values: None for the default, F16, or one like "q8_0".
-        threads: of the processor.
-        all_logits: whether they are wanted at all places, or at none: a model that is only timed.
+        context_length: the maximum number of tokens in the context.
+        cache: type of the cached keys and values, such as "q8_0"; None for the default, F16.
+        threads: number of CPU threads.
+        all_logits: whether logits are kept for all positions. If not, the model can only be timed.
 
     Raises:
-        ValueError: llama.cpp does not run it.
+        ValueError: llama.cpp cannot run the file.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class LlamaCpp:
                 n_threads=threads,
                 n_threads_batch=threads,
                 logits_all=all_logits,
-                # As llama.cpp's programs do where it can be had; values in few bits depend on it.
+                # llama.cpp's programs also use flash attention where possible; a quantized cache of values needs it.
                 flash_attn=True,
                 type_k=kind,
                 type_v=kind,
@@ -218,7 +218,7 @@ class LlamaCpp:
             ) from None
 
     def logits(self, ids_BT: Tensor, first: int) -> Tensor:
-        """(B, T - first, V), at the places from `first` on."""
+        """Returns logits, (B, T - first, V), for the positions from `first` on."""
         rows = []
         for ids_T in ids_BT.tolist():
             self.llama.reset()
@@ -227,7 +227,7 @@ class LlamaCpp:
         return torch.stack(rows)
 
     def read(self, ids: Sequence[int], *, anew: bool) -> None:
-        """Take in tokens, behind those before or as a text of their own."""
+        """Reads tokens after the tokens read before, or as the start of a new text if `anew`."""
         if anew:
             self.llama.reset()
         self.llama.eval(ids)
@@ -237,7 +237,7 @@ class LlamaCpp:
 
 
 def measure(path: str | Path, log: str = "") -> GGUFContent:
-    """What a GGUF file holds; fallbacks are known from llama.cpp's log alone."""
+    """Returns the content of a GGUF file. Fallbacks are known only from llama.cpp's log."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header = read_gguf_header(path)
@@ -258,7 +258,7 @@ def measure(path: str | Path, log: str = "") -> GGUFContent:
 
 @contextmanager
 def _captured_log(llama_cpp: ModuleType) -> Iterator[list[str]]:
-    """Collects what llama.cpp would print to the terminal: a line for each tensor, and the reason of a failure."""
+    """Collects llama.cpp's output to the terminal: a line for each tensor, and the reason of a failure."""
     log: list[str] = []
 
     def collect(level: int, text: bytes, _: Any) -> None:

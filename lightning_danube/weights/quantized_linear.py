@@ -1,7 +1,7 @@
-"""Frozen linear layers of bitsandbytes: in 4 bits, for adapters to train on (QLoRA; Dettmers et al. 2023, arXiv
-2305.14314), and in 8 (LLM.int8; Dettmers et al. 2022, arXiv 2208.07339).
+"""Frozen linear layers of bitsandbytes: in 4 bits, as a base for adapters (QLoRA; Dettmers et al. 2023, arXiv
+2305.14314), and in 8 bits (LLM.int8; Dettmers et al. 2022, arXiv 2208.07339).
 
-The one file that imports bitsandbytes, which takes a second: import it where it is needed.
+Only this file imports bitsandbytes, which takes a second: import this module only where it is needed.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from torch import Tensor, nn
 from lightning_danube.model import Decoder
 from lightning_danube.model.architecture import quantizable_layers
 
-# On some processors its import looks for a kernel on the hub, and warns that there is none.
+# On some processors bitsandbytes looks for a kernel on the hub at import, and warns that there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Products in 8 bits come from 16-bit inputs, whatever the model's type.
+# 8-bit products convert their inputs to 16 bits, whatever the model's type.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 from bitsandbytes.functional import dequantize_4bit  # noqa: E402  (the lines above come first)
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 
 BLOCK = 64
-"""Weights that share a scale, in 4 bits."""
+"""Number of 4-bit weights that share a scale."""
 OUTLIERS_FROM = 6.0
-"""In 8 bits: columns with an input beyond this are multiplied in 16, as the paper has it."""
+"""For 8 bits: columns with an input beyond this value are multiplied in 16 bits, as in the paper."""
 
 
 class FrozenLinear4bit(Linear4bit):
-    """`Linear4bit` that trains right after an evaluation, and follows autocast.
+    """`Linear4bit` that trains correctly after an evaluation, and follows autocast.
 
-    In evaluation on a CPU with bfloat16 instructions, bitsandbytes turns the weights, for good, into a layout whose
-    product has no gradient, with rounded scales: training would go on after a validation with no gradient behind the
-    layer, and without a word. And it computes in the type of the first input that it ever sees, whatever autocast says.
+    In evaluation on a CPU with bfloat16 instructions, bitsandbytes permanently converts the weights to a layout whose
+    product has no gradient, with rounded scales. After a validation, training would silently continue with no gradient
+    before the layer. bitsandbytes also computes in the type of its first input, whatever the autocast type is.
     """
 
     def __init__(self, layer: nn.Linear, quantization: str, *, double: bool = True) -> None:
         """`double`: the scales are held in 8 bits, with scales of their own."""
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
         weight: Any = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
-        # Moving is what quantizes.
+        # Moving the weight to its device quantizes it.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))
         self.support_avx512bf16_for_cpu = False
@@ -49,26 +49,26 @@ class FrozenLinear4bit(Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        # It knows 32 and 16 bits.
+        # bitsandbytes supports 32 and 16 bits.
         self.compute_dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
         self.compute_type_is_set = True
         result: Tensor = super().forward(x)
         return result
 
     def weight_values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weights it computes with, (N, D); in the type of those that were quantized if none is given."""
+        """Returns the dequantized weights, (N, D), by default in the type that they had before quantization."""
         weight: Any = self.weight
         values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return values.to(dtype)
 
     def stored(self) -> list[Tensor]:
-        """All that has to be kept to have the layer again."""
+        """Returns all tensors that are needed to restore the layer."""
         weight: Any = self.weight
         return [weight.data, *weight.quant_state.as_dict(packed=True).values(), *biases(self)]
 
 
 class FrozenLinear8bit(Linear8bitLt):
-    """A linear layer whose weights are held in 8 bits, with a scale for each row of them."""
+    """A linear layer whose weights are stored in 8 bits, with a scale per row."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(
@@ -80,24 +80,24 @@ class FrozenLinear8bit(Linear8bitLt):
             device="meta",
         )
         weight: Any = Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        # Moving is what quantizes.
+        # Moving the weight to its device quantizes it.
         self.weight = weight.to(layer.weight.device)
         self.register_parameter("bias", frozen_bias(layer))
 
     def _scales(self) -> Tensor:
         weight: Any = self.weight
-        # The first call moves them from the weight to the layer.
+        # The first call moves the scales from the weight to the layer.
         scales_N = self.state.SCB if weight.SCB is None else weight.SCB
         assert scales_N is not None
         return scales_N
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
-        """The weights it computes with, (N, D)."""
+        """Returns the dequantized weights, (N, D)."""
         values: Tensor = self.weight.data.float() * (self._scales()[:, None] / 127)
         return values.to(dtype)
 
     def stored(self) -> list[Tensor]:
-        """All that has to be kept to have the layer again."""
+        """Returns all tensors that are needed to restore the layer."""
         return [self.weight.data, self._scales(), *biases(self)]
 
 
@@ -111,22 +111,22 @@ def biases(layer: nn.Linear) -> list[Tensor]:
 
 
 def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
-    """Hold the linear layers of the blocks in 4 bits, in place: a scale for each 64 weights, itself in 8 bits.
+    """Quantizes the linear layers of the blocks to 4 bits, in place, with an 8-bit scale for each 64 weights.
 
-    Embedding, head and norms stay as they are.
+    Embedding, head and norms do not change.
 
     Args:
-        quantization: "nf4", whose steps are made for weights that are normally distributed.
+        quantization: "nf4", whose steps are made for normally distributed weights.
 
     Raises:
-        ValueError: a layer's input is no multiple of 64; the decoder is then as it was.
+        ValueError: a layer's input is no multiple of 64; the decoder is then unchanged.
     """
     layers: dict[str, nn.Linear] = {}
     for name in quantizable_layers(decoder.config):
         layer = decoder.get_submodule(name)
         assert isinstance(layer, nn.Linear), name
         layers[name] = layer
-    # bitsandbytes 0.50 on a CPU takes a block's scale for that of its row's beginning.
+    # bitsandbytes 0.50 on a CPU assumes that each row begins with a new block, so a block must not cross rows.
     if uneven := {layer.in_features for layer in layers.values() if layer.in_features % BLOCK}:
         raise ValueError(
             f"quantization {quantization} needs layers whose input is a multiple of {BLOCK}; this model has some of "
@@ -134,12 +134,12 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
         )
     for name, layer in layers.items():
         _replace(decoder, name, FrozenLinear4bit(layer, quantization))
-    # PEFT asks the model for this before it looks at its layers.
+    # PEFT reads this attribute of the model before it inspects the layers.
     _mark(decoder, in_4bit=True)
 
 
 def dequantize_linear_layers(decoder: Decoder) -> None:
-    """Make plain layers of the quantized ones, in place, with the weights that those compute with."""
+    """Replaces the quantized layers by plain layers with the dequantized weights, in place."""
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, FrozenLinear4bit):
             _replace(decoder, name, dequantized(layer))

@@ -1,4 +1,4 @@
-"""Verbs beside the trainer's: one file each, with `add_arguments(parser)` and `run(arguments)`."""
+"""Verbs other than the trainer's: one file each, with `add_arguments(parser)` and `run(arguments)`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ COMMANDS = {
     "configs": "list the configurations that come with the package, or copy one for editing",
     "study": "run a controlled experiment: variants and seeds of one configuration, and a verdict",
 }
-"""Verb → what it does. A verb's module bears its name."""
+"""Verb → what it does. A verb's module has the verb's name."""

@@ -61,7 +61,7 @@ def run(arguments: Namespace) -> None:
 
 
 def converse(conversation: ChatSession) -> None:
-    """Questions from stdin, answers to stdout, all else to stderr, until the input ends."""
+    """Reads questions from stdin until the input ends. Writes answers to stdout, and everything else to stderr."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         with suppress(ImportError):  # not on Windows
@@ -97,7 +97,7 @@ def converse(conversation: ChatSession) -> None:
 
 
 def answer(conversation: ChatSession, question: str) -> None:
-    """Print an answer as it comes."""
+    """Prints an answer while it is generated."""
     coming = conversation.ask(question)
     if coming.dropped_turns:
         remark(f"the context is full: the oldest {coming.dropped_turns} of the turns are forgotten")
@@ -119,5 +119,5 @@ def answer(conversation: ChatSession, question: str) -> None:
 
 
 def remark(message: str) -> None:
-    """What is not part of the conversation."""
+    """Prints a message that is not part of the conversation."""
     print(f"({message})", file=sys.stderr, flush=True)

@@ -37,6 +37,6 @@ def run(arguments: Namespace) -> None:
 
 
 def _verb(text: str) -> str:
-    """The verb of the first command in a configuration's comment."""
+    """Returns the verb of the first command in a configuration's comment."""
     found = re.search(r"lightning-danube (\w+) ", text)
     return found[1] if found else "fit"

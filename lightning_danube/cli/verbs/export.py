@@ -44,12 +44,12 @@ def run(arguments: Namespace) -> None:
     except OSError as error:
         if error.filename is not None:
             raise
-        # numpy says how much of a tensor it has written, and nothing else.
+        # numpy's error says only how much of a tensor it has written.
         raise OSError(error.errno or errno.EIO, f"not written: {error}; is the disk full?", arguments.out) from error
 
 
 def _check(arguments: Namespace) -> None:
-    """Refuses options that would change nothing."""
+    """Refuses options that would have no effect."""
     if arguments.format == "gguf":
         if arguments.dtype is not None:
             raise ValueError("--dtype is for --format hf: the type of a GGUF file is --type")
@@ -68,7 +68,7 @@ def _export_hf(arguments: Namespace) -> None:
     from lightning_danube.weights.model_card import model_card
 
     out = Path(arguments.out)
-    # Before minutes of reading.
+    # Checked before the weights are read, which takes minutes.
     check_target(out, EXPORTED_FILES, arguments.overwrite)
     weights = locate(arguments.weights)
     if is_classifier(weights):
@@ -93,7 +93,7 @@ def _export_hf(arguments: Namespace) -> None:
 
 
 def _export_classifier(arguments: Namespace, weights: Located) -> None:
-    """A run of TextClassification, as LlamaForSequenceClassification."""
+    """Exports a run of TextClassification as LlamaForSequenceClassification."""
     from lightning_danube.classification.exported import load_classifier, save_hf_classifier
     from lightning_danube.weights.model_card import classifier_card
 
@@ -118,7 +118,7 @@ def _export_gguf(arguments: Namespace) -> None:
     file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), Path(arguments.out).absolute()
     if file_type not in UNQUANTIZED:
         import_llama_cpp()
-    # All of this before minutes of reading and rounding.
+    # All of this is checked before reading and rounding, which take minutes.
     check_gguf_target(out, arguments.overwrite)
     weights = locate(arguments.weights)
     if is_classifier(weights):
@@ -134,7 +134,7 @@ def _export_gguf(arguments: Namespace) -> None:
         # Beside the target, not in $TMPDIR, which may be memory.
         with scratch_folder(out) as scratch:
             whole = scratch / "whole.gguf"
-            # In the type of the weights, so that the weights are rounded once.
+            # The type is that of the weights, so that the weights are rounded only once.
             dtype = decoder.model.embed_tokens.weight.dtype
             save_gguf(decoder, whole, dtype=dtype, tokenizer_fields=fields, name=name)
             del decoder
@@ -155,7 +155,7 @@ def _export_adapter(arguments: Namespace) -> None:
     load_adapter(decoder, directory, trainable=True)
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     settings = read_settings(directory)
-    # A name that transformers can load: a checkpoint or a GGUF file of ours is none.
+    # A name that transformers can load, which a checkpoint or GGUF file of this project is not.
     base = arguments.weights if weights.kind == "hf" else settings.get("base_model_name_or_path")
     out = Path(arguments.out)
     card = adapter_card(out.resolve().name, base, settings, parameters)
@@ -164,7 +164,7 @@ def _export_adapter(arguments: Namespace) -> None:
 
 
 def _export_trained_adapter(arguments: Namespace) -> None:
-    """The adapter that a run of ours has trained."""
+    """Exports the adapter that a run of this project has trained."""
     from lightning_danube.classification.exported import is_classifier, load_classifier
     from lightning_danube.weights.adapters import save_adapter
     from lightning_danube.weights.loading import load_adapted_decoder
@@ -192,7 +192,7 @@ def _export_trained_adapter(arguments: Namespace) -> None:
 
 
 def _model_name(weights: Located) -> str:
-    """What a program that reads the file shows: the run, or what the weights were called."""
+    """Returns the model's name for programs that read the file: the run, or the name of the weights."""
     if weights.kind == "checkpoint":
         run = weights.path.parent.parent
         return f"{run.parent.name}/{run.name}"

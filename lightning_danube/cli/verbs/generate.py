@@ -1,4 +1,4 @@
-"""`generate`: continues prompts; their text goes to stdout and nothing else does."""
+"""`generate`: continues prompts. Only the generated text goes to stdout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Prompt(NamedTuple):
     text: str
     place: str
-    """Where it was given, for messages."""
+    """Where the prompt was given, for messages."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -154,7 +154,7 @@ def _read_file(file: str) -> Iterator[Prompt]:
     for row in read_file(file, "prompt", "\n"):
         if isinstance(row, BadRow):
             raise ValueError(row.message)
-        # Blank rows are left out by the reader. Here that would shift all later results against their prompts.
+        # The reader skips blank rows, which would shift all later results against their prompts.
         if row.row != expected:
             raise ValueError(f"{file}, row {expected}: the prompt is empty")
         expected += 1
@@ -185,7 +185,7 @@ def _read_standard_input() -> Iterator[Prompt]:
 def _encoded(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, arguments: Namespace, context: int
 ) -> list[list[int]]:
-    """Token ids of all prompts: what is wrong with the last one is said before the first one is continued."""
+    """Returns token ids of all prompts, so that an error in the last prompt is reported before the first generation."""
     from lightning_danube.generation.text import encode_prompt
     from lightning_danube.generation.token_stream import check_room
     from lightning_danube.tokens.chat_template import encode_chat
@@ -205,7 +205,7 @@ def _encoded(
 
 
 def _print_as_it_comes(begin: str, pieces: Iterator[str]) -> None:
-    # Only a terminal is worth a system call for each piece.
+    # A system call for each piece of text is worthwhile only for a terminal.
     is_terminal = sys.stdout.isatty()
     print(begin, end="", flush=is_terminal)
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""`plan`: what a pre-training run of a configuration would take: memory, time, money, text."""
+"""`plan`: reports the memory, time, money and text that a pre-training run of a configuration would need."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 
 SHORTEST_STEP = 0.01
-"""Seconds of arithmetic in a step. On an accelerator it takes milliseconds to start the kernels of a step."""
+"""Shortest predicted time of a step in seconds. Below it, starting the kernels on an accelerator (ms) dominates."""
 
 UNKNOWN = "–"
-"""A time that the arithmetic does not say."""
+"""Shown for a time that the arithmetic cannot predict."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -126,7 +126,7 @@ def _memory(
 
 
 def _precision(trainer: TrainerSection) -> str:
-    """The precision that is set, or the one that `fit` would choose: this CPU's, or bf16-mixed elsewhere."""
+    """Returns the configured precision, or the default of `fit`: this CPU's precision, or bf16-mixed elsewhere."""
     from lightning_danube.options import full_name
 
     if trainer.precision is not None:
@@ -164,7 +164,7 @@ def _size(bytes_: int) -> str:
 def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curriculum:
     from lightning_danube.pretraining.curriculum import Curriculum
 
-    # A source of unknown size takes its share all the same; its passes are not shown.
+    # A source of unknown size also takes its share; its number of passes is not shown.
     rows = {name: s.rows(data.context_length) or 1 for name, s in supply.items()}
     return Curriculum(
         data.stages, rows, context_length=data.context_length, batch_samples=data.batch_samples, seed=data.seed
@@ -172,7 +172,7 @@ def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curricul
 
 
 def _stages(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
-    """The walk through the run: where each stage ends, and what it takes of each source."""
+    """Returns a table of the stages: where each stage ends, and how much it takes from each source."""
     curriculum = _curriculum(data, supply)
     rows = []
     for span in curriculum.spans:
@@ -190,7 +190,7 @@ def _stages(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
 
 
 def _texts(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
-    """How often each source will have been gone through at the end of each stage."""
+    """Returns a table of the number of passes over each source at the end of each stage."""
     curriculum = _curriculum(data, supply)
     known = {name for name, s in supply.items() if s.rows(data.context_length)}
     after = [curriculum.passes_after(k + 1) for k in range(len(data.stages))]
@@ -222,7 +222,7 @@ def _engine(memory: TrainingMemory) -> str:
 
 
 def _parts(memory: TrainingMemory) -> str:
-    """Memory of one device by part, as the trainer section has it, and what else it could be."""
+    """Returns a table of the memory of one device by part, for the configured trainer and for alternatives."""
     from lightning_danube.planning.memory import DeviceMemory, Layout
 
     columns: list[tuple[str, DeviceMemory]] = [(_engine(memory), memory.peak())]
@@ -299,7 +299,7 @@ def _accelerators(
 
 
 def _unit(seconds: Sequence[float]) -> tuple[str, int]:
-    """The unit of time in which the longest of some times is at least one."""
+    """Returns the largest unit of time in which the longest time is at least one."""
     units = {"days": 86400, "hours": 3600, "minutes": 60}
     return next((one for one in units.items() if max(seconds) >= one[1]), ("minutes", 60))
 
@@ -307,7 +307,7 @@ def _unit(seconds: Sequence[float]) -> tuple[str, int]:
 def _is_too_short(
     memory: TrainingMemory, data: CurriculumSettings, accelerator: Accelerator, utilisation: float
 ) -> bool:
-    """Whether the arithmetic of a step says nothing about its time."""
+    """Returns whether a step is too short for its arithmetic to predict its time."""
     from lightning_danube.planning.run import seconds_of
 
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens

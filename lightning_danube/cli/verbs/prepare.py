@@ -110,7 +110,7 @@ def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, floa
                 f"{duplicates['exact'] + duplicates['near']:,}",
                 f"{report['contaminated']:,}",
                 f"{report['seconds']:.1f}" if made else "there",
-                # Sources overlap, so the time that processes spent on one is what tells its speed.
+                # Sources are processed in parallel, so a source's speed follows from its processes' own time.
                 f"{report['tokens'] / report['seconds_of_all_processes']:,.0f}" if made else "",
             ]
         )

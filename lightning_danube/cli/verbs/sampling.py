@@ -1,4 +1,4 @@
-"""One meaning of the sampling options, wherever text is generated."""
+"""The sampling options, shared by all verbs that generate text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`study`: runs a controlled experiment, variants × seeds of one configuration, and says what came of it."""
+"""`study`: runs a controlled experiment, variants × seeds of one configuration, and reports the results."""
 
 from __future__ import annotations
 

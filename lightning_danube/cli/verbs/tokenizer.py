@@ -74,7 +74,7 @@ def _configured_sample(configs: Sequence[str], overrides: Sequence[str]) -> Text
     from lightning_danube.tokens.tokenizer import MISTRAL
     from lightning_danube.tokens.tokenizer_training import TextSample
 
-    # The configuration may already name the tokenizer that is to be made.
+    # The configuration may already name the tokenizer that this command makes.
     data = configured_data(configs, [*overrides, "--data.init_args.tokenizer", MISTRAL])
     if not isinstance(data, CurriculumData):
         raise ValueError(f"data is {type(data).__name__}: only the sources of CurriculumData are plain texts")

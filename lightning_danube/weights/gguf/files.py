@@ -1,8 +1,8 @@
 """Decoders as GGUF files, the format of llama.cpp, in both directions.
 
-For some architectures llama.cpp turns channels 2i and 2i + 1 of a head as one pair, where we turn i and i + K/2. So the
-rows of the query and key projections stand in another order there: taken as they are, they load, and the model answers
-wrongly. Which architectures these are, and the names of the tensors, is in model/architecture.py.
+For some architectures llama.cpp rotates channels 2i and 2i + 1 of a head as one pair, and this project i and i + K/2.
+So the rows of the query and key projections are in another order there. Without reordering, the file loads, and the
+model answers wrongly. model/architecture.py lists these architectures and the names of the tensors.
 
 A wrong file is refused in one line that names it, before any tensor is read. gguf and numpy are imported inside the
 functions, so that importing the model stays cheap.
@@ -39,9 +39,9 @@ from lightning_danube.weights.huggingface import assemble, plain_tensors, some
 if TYPE_CHECKING:
     import gguf
 
-# By how much each pair of channels turns slower, (K / 2,); no tensor of the decoder, which computes these numbers.
+# Factors by which the rotary frequencies are divided, (K / 2,). The decoder has no such tensor: it computes them.
 ROPE_FACTORS = "rope_freqs.weight"
-# Keys whose meaning the config takes over or checks; any other one of the architecture could change what is computed.
+# Keys that become part of the config or are checked. Any other key of the architecture could change the computation.
 KNOWN_KEYS = frozenset(
     {
         "vocab_size",
@@ -60,17 +60,19 @@ KNOWN_KEYS = frozenset(
         "rope.scaling.type",
     }
 )
-# No decoder has more of anything, and a damaged number costs no more than this to check.
+# No decoder has a larger number of anything. So the check of a damaged number cannot cost more than this.
 MOST = 2**24
 LARGEST_FLOAT16 = 65504.0
-# Dequantizing needs several times the memory of its result in between. Pieces that fit into the processor's cache
-# take 0.9 CPU seconds for SmolLM2's file, pieces of 2^20 values 1.5.
+# Dequantizing temporarily needs several times the memory of its result. With pieces that fit into the processor's
+# cache, SmolLM2's file takes 0.9 CPU seconds; with pieces of 2^20 values, 1.5.
 PIECE_VALUES = 2**18
 
 
 def import_gguf() -> Any:
-    """The package gguf, without the tokenizers of mistral_common: gguf would import them, which takes 0.4 CPU seconds,
-    and uses them only to convert models."""
+    """Imports the package gguf without the tokenizers of mistral_common.
+
+    gguf uses them only to convert models, and importing them takes 0.4 CPU seconds.
+    """
     hidden = "mistral_common"
     if "gguf" not in sys.modules and hidden not in sys.modules:
         sys.modules[hidden] = None  # type: ignore[assignment]  # makes its import fail
@@ -84,11 +86,11 @@ def import_gguf() -> Any:
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Decoder:
-    """The decoder in a GGUF file of a known architecture, whatever type its tensors have.
+    """Loads the decoder in a GGUF file of a known architecture, whatever type its tensors have.
 
-    In `dtype`, or without one in the file's own type where all its matrices are float16 or all bfloat16, else in
-    float32: what a quantized file says is then not rounded once more. Tensors are taken from a memory map one by one,
-    so two copies are never held. In training mode as after load_hf.
+    The decoder has type `dtype`. Without `dtype` it has the file's type if all matrices are float16 or all bfloat16,
+    otherwise float32, so that dequantized values are not rounded again. Tensors are read from a memory map one by one,
+    so two copies are never held. The decoder is in training mode, as after load_hf.
     """
     header = read_gguf_header(path)
     config = config_of(header)
@@ -110,7 +112,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.
 
 
 def read_gguf_config(path: str | Path) -> DecoderConfig:
-    """The shape of the decoder in a GGUF file, without reading its tensors."""
+    """Reads the shape of the decoder in a GGUF file, without its tensors."""
     return config_of(read_gguf_header(path))
 
 
@@ -123,12 +125,12 @@ def save_gguf(
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a file that llama.cpp loads: matrices in `dtype` (float32, float16 or bfloat16), gains and biases in
-    float32, as llama.cpp wants them.
+    """Writes a file that llama.cpp loads: matrices in `dtype` (float32, float16 or bfloat16), gains and biases in
+    float32, as llama.cpp requires.
 
     `tokenizer_fields` are keys and values of the tokenizer, as `gguf_tokenizer_fields` makes them. Without them, the
-    file has no tokenizer and takes token ids only. `name` is shown by the programs that read the file. Only a GGUF file
-    is ever overwritten.
+    file has no tokenizer and takes only token ids. Programs that read the file show `name`. An existing file is
+    overwritten only if it is a GGUF file.
     """
     target = Path(path).absolute()
     file_type_of(dtype)
@@ -139,7 +141,7 @@ def save_gguf(
 
     with new_file(target) as partial, closing(begin_gguf(partial, config, dtype, tokenizer_fields, name)) as writer:
         for named in tensors_of(config):
-            # One converted copy at a time, however large the model.
+            # Only one converted copy is in memory at a time, however large the model is.
             tensor = tensors[named.name].detach().cpu()
             if heads := rotated_heads(config, named):
                 tensor = rotated_by_neighbours(tensor, heads)
@@ -153,8 +155,9 @@ def save_gguf(
 
 
 def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
-    """Write the head of a float16 file, with a hole in the place of the tensors: for programs that only ask for shapes.
-    However large the model is said to be, it takes next to no room on the disk."""
+    """Writes the header of a float16 file, with a hole instead of the tensors, for programs that only read shapes.
+    The file takes almost no disk space, however large the model is.
+    """
     writer = begin_gguf(Path(path), config, torch.float16, None, None)
     writer.close()
     header = read_gguf_header(path)
@@ -165,10 +168,10 @@ def save_gguf_shape(config: DecoderConfig, path: str | Path) -> None:
 
 
 def file_type_of(dtype: torch.dtype) -> "tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]":
-    """The types of a matrix and of a file.
+    """Returns GGUF's types of a matrix and of a file for a `dtype`.
 
     Raises:
-        ValueError: a file of ours has none such.
+        ValueError: this project does not write files of this type.
     """
     gguf = import_gguf()
 
@@ -189,9 +192,9 @@ def begin_gguf(
     tokenizer_fields: Mapping[str, Any] | None,
     name: str | None,
 ) -> "gguf.GGUFWriter":
-    """A file with all but its tensors, which have to follow in the order of `gguf_names`.
+    """Opens a file and writes everything except its tensors, which must follow in the order of `gguf_names`.
 
-    Nothing is left of it when that fails.
+    If that fails, the file is removed.
     """
     gguf = import_gguf()
     import numpy as np
@@ -224,7 +227,7 @@ def begin_gguf(
 
 
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """GGUF's names of all tensors of a file, in their order, and their shapes in torch's."""
+    """Returns GGUF's names of all tensors of a file, in the file's order, with their shapes in torch's order."""
     with torch.device("meta"):
         parameters = Decoder(config).state_dict()
     shapes = {named.gguf: tuple(parameters[named.name].shape) for named in tensors_of(config)}
@@ -235,12 +238,12 @@ def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
-    """Our names of the decoder's tensors, and GGUF's, in the order of a file; a tied head is left out."""
+    """Returns the decoder's names of tensors → GGUF's names, in the order of a file, without a tied head."""
     return {named.name: named.gguf for named in tensors_of(config)}
 
 
 def rotated_heads(config: DecoderConfig, tensor: NamedTensor) -> int | None:
-    """How many heads the rows of a tensor are, if they are rotated and so stand in another order in GGUF."""
+    """Returns the number of heads in a tensor's rows if GGUF stores the rows in another order, otherwise None."""
     if tensor.layer.heads is None or not family_of(config).turns_neighbours:
         return None
     assert tensor.name.endswith(".weight"), "no family has biases whose channels stand in another order"
@@ -248,7 +251,8 @@ def rotated_heads(config: DecoderConfig, tensor: NamedTensor) -> int | None:
 
 
 def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
-    """
+    """Checks that llama.cpp computes what this decoder computes.
+
     Raises:
         ValueError: llama.cpp would load the file, and compute something else.
     """
@@ -273,7 +277,7 @@ def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
 
 
 def rope_factors(config: DecoderConfig) -> Tensor:
-    """By how much each pair of channels turns slower, (K / 2,), float32: llama.cpp divides its frequencies by these."""
+    """Returns the factors by which llama.cpp divides the frequencies of channel pairs, (K / 2,), float32."""
     head_dim = config.head_dim
     assert head_dim is not None  # resolved by the config
     plain = inverse_frequencies(head_dim, config.rope_theta, torch.float64)
@@ -284,10 +288,10 @@ def rope_factors(config: DecoderConfig) -> Tensor:
 def scaling_of_factors(factors: Tensor, head_dim: int, theta: float) -> RopeScaling:
     """Returns the scaling that these factors come from, if they are Llama 3.1's for some `factor`.
 
-    The file has the factors alone. All published models with this scaling share the other numbers.
+    The file has only the factors. All published models with this scaling share the other numbers.
 
     Raises:
-        ValueError: they are no such factors.
+        ValueError: the factors have another form.
     """
     largest = float(factors.max())
     if math.isfinite(largest) and largest > 0:
@@ -301,26 +305,26 @@ def scaling_of_factors(factors: Tensor, head_dim: int, theta: float) -> RopeScal
 
 
 def rotated_by_neighbours(weight_ND: Tensor, heads: int) -> Tensor:
-    """Rows of each head from our order (channel i turns with i + K/2) to llama.cpp's (2i with 2i + 1)."""
+    """Reorders the rows of each head from this project's order (pairs i, i + K/2) to llama.cpp's (pairs 2i, 2i + 1)."""
     N, D = weight_ND.shape
     return weight_ND.view(heads, 2, N // heads // 2, D).transpose(1, 2).reshape(N, D)
 
 
 def rotated_by_halves(weight_ND: Tensor, heads: int) -> Tensor:
-    """The way back."""
+    """Reorders the rows of each head from llama.cpp's order to this project's; inverse of `rotated_by_neighbours`."""
     N, D = weight_ND.shape
     return weight_ND.view(heads, N // heads // 2, 2, D).transpose(1, 2).reshape(N, D)
 
 
 @dataclass(frozen=True)
 class ModelFields:
-    """The fields of a file that describe its architecture, by their names without it in front."""
+    """The fields of a file that describe its architecture, by their names without the architecture's prefix."""
 
     architecture: str
     values: Mapping[str, Any]
 
     def named(self, key: str) -> str:
-        """Returns the key as it stands in the file."""
+        """Returns the key with the prefix that it has in the file."""
         return f"{self.architecture}.{key}"
 
     def whole(self, key: str, default: int | None = None) -> int:
@@ -333,7 +337,7 @@ class ModelFields:
         if value is None:
             raise ValueError(f"no {self.named(key)} in it")
         if not isinstance(value, int) or isinstance(value, bool):
-            # A list has a number a layer: layers of different shapes.
+            # A list has one number per layer, so the layers have different shapes.
             raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not one whole number")
         if not 0 <= value <= MOST:
             raise ValueError(f"{self.named(key)} is {value}, and cannot be above {MOST}")
@@ -350,17 +354,17 @@ class ModelFields:
             raise ValueError(f"no {self.named(key)} in it")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not a number")
-        # The file holds a float32, and 1e-5 comes back as 9.999999747378752e-06: the shortest number of the same
-        # float32 is what was meant.
+        # The file holds a float32, so 1e-5 is read as 9.999999747378752e-06. The shortest decimal number with this
+        # float32 value is taken instead.
         import numpy as np
 
         return float(str(np.float32(value)))
 
 
 def config_of(header: GGUFHeader) -> DecoderConfig:
-    """The config that a file's fields describe.
+    """Returns the config that a file's fields describe.
 
-    What this decoder cannot compute is refused: a field ignored here would be a model that loads and answers wrongly.
+    Refuses fields that this decoder cannot compute: if they were ignored, the model would load and answer wrongly.
     """
     try:
         architecture = header.fields.get("general.architecture")
@@ -435,9 +439,10 @@ def read_rope_factors(header: GGUFHeader, head_dim: int) -> Tensor:
 
 
 def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
-    """
+    """Checks that this decoder computes everything that the fields describe.
+
     Raises:
-        ValueError: a field asks for something that this decoder does not compute.
+        ValueError: a field requires something that this decoder does not compute.
     """
     scaling = fields.values.get("rope.scaling.type", "none")
     if scaling != "none":
@@ -449,14 +454,17 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
             f"does not compute a window for {fields.architecture!r}, so what the file means is not certain"
         )
     for key, value in fields.values.items():
-        # Settings that are off, and the other settings of a scaling that is off, change nothing.
+        # Settings that are off have no effect, and neither have the other settings of a scaling that is off.
         if key not in KNOWN_KEYS and not key.startswith("rope.scaling.") and value not in (0, "", "none", "default"):
             raise ValueError(f"{fields.named(key)} is {value!r}, which is not supported")
 
 
 def model_fields(config: DecoderConfig) -> dict[str, Any]:
-    """What llama.cpp has to know of the shape. It takes the key and value lengths for hidden size / heads when they are
-    left out, and the rotary base for 10,000, which is a model that loads and answers wrongly."""
+    """Returns the fields of the shape that llama.cpp needs.
+
+    Without them llama.cpp assumes key and value lengths of hidden size / heads and a rotary base of 10,000. The model
+    would then load and answer wrongly.
+    """
     assert config.head_dim is not None  # resolved by the config
     return {
         "vocab_size": config.vocab_size,
@@ -475,7 +483,7 @@ def model_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def padded_to_vocabulary(tokenizer_fields: Mapping[str, Any] | None, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer's fields with a token for every row of the embedding: llama.cpp counts on as many."""
+    """Returns the tokenizer's fields with a token for every row of the embedding, because llama.cpp requires this."""
     if tokenizer_fields is None:
         return {"tokenizer.ggml.model": "none"}
     gguf = import_gguf()
@@ -488,7 +496,7 @@ def padded_to_vocabulary(tokenizer_fields: Mapping[str, Any] | None, vocab_size:
         )
     missing = range(len(tokens), vocab_size)
     tokens += [f"[PAD{index}]" for index in missing]
-    # llama.cpp ends the whole process when two tokens have one text.
+    # llama.cpp ends the whole process if two tokens have equal text.
     assert len(set(tokens)) == len(tokens), "two tokens have the same text"
     fields["tokenizer.ggml.tokens"] = tokens
     fillers = {"tokenizer.ggml.token_type": int(gguf.TokenType.UNUSED), "tokenizer.ggml.scores": -10000.0}
@@ -537,7 +545,7 @@ def check_gguf_target(target: Path, overwrite: bool) -> None:
 
 
 def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
-    """That each expected tensor is there in its shape, in a type that can be read, as a whole, and no other."""
+    """Checks that each expected tensor is complete, in its shape and a readable type, and that there are no others."""
     path, entries, expected = header.path, header.tensors, shapes_of(config)
     if missing := expected.keys() - entries.keys():
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
@@ -571,7 +579,7 @@ def type_name(kind: int) -> str:
 
 @lru_cache(maxsize=1)
 def readable_types() -> frozenset[int]:
-    """The types that the package dequantizes."""
+    """Returns the types that the package gguf can dequantize."""
     gguf = import_gguf()
     import numpy as np
 
@@ -586,7 +594,7 @@ def readable_types() -> frozenset[int]:
 
 
 def block_size(entry: TensorEntry) -> int:
-    """How many values are encoded together."""
+    """Returns the number of values that are encoded together."""
     gguf = import_gguf()
 
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.type)][0]
@@ -600,7 +608,7 @@ def tensor_bytes(entry: TensorEntry) -> int:
 
 
 def natural_type(header: GGUFHeader) -> torch.dtype:
-    """float16 or bfloat16 where every matrix has it, else float32."""
+    """Returns float16 or bfloat16 if every matrix has that type, otherwise float32."""
     gguf = import_gguf()
 
     kinds = {entry.type for entry in header.tensors.values() if len(entry.shape) > 1}
@@ -610,7 +618,7 @@ def natural_type(header: GGUFHeader) -> torch.dtype:
 
 
 def read_gguf_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
-    """One tensor out of the mapped file (an array of bytes), as a copy: the file may be cut while the model lives."""
+    """Copies one tensor from the mapped file (an array of bytes), because the file may be truncated during use."""
     gguf = import_gguf()
     import numpy as np
 
@@ -629,7 +637,7 @@ def read_gguf_tensor(content: Any, entry: TensorEntry, dtype: torch.dtype) -> Te
         if kind in plain:
             values = torch.from_numpy(piece).view(plain[kind])
         else:
-            # As one long row: the package works on 16 rows at a time, which are small pieces here.
+            # Read as one long row, because the package processes 16 rows at a time, which are small pieces here.
             values = torch.from_numpy(gguf.dequantize(piece.reshape(1, -1), kind)).view(len(piece), -1)
         rows[start : start + together] = values
     return tensor

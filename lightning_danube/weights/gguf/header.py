@@ -1,8 +1,8 @@
-"""What stands at the head of a GGUF file: its fields, and where each tensor lies.
+"""Reads the header of a GGUF file: its fields, and the place of each tensor.
 
-The package `gguf` reads this too, into an object a value: 6.4 s for the 98,000 strings of SmolLM2's tokenizer, where
-this takes 0.2. And it believes every count: an array that is said to have a billion values fills the memory before the
-file's end is noticed. Here nothing is read or made before it is known to fit into the file.
+The package `gguf` reads the header too, but makes an object per value: 6.4 s for the 98,000 strings of SmolLM2's
+tokenizer, where this module takes 0.2 s. And `gguf` trusts every count: an array that claims a billion values fills the
+memory before the end of the file is noticed. This module checks that data fit into the file before it reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"GGUF"
-# Version 1 counted in 32 bits and was written for some weeks of August 2023.
+# Version 1 had 32-bit counts and was in use for some weeks of August 2023.
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MOST_DIMENSIONS = 4
@@ -28,10 +28,10 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies and how it is encoded.
+    """The position and encoding of a tensor.
 
-    `shape` is in the order of torch, the reverse of the file's; `type` is the file's number of the encoding, one of
-    `gguf.GGMLQuantizationType` unless it is newer than the package; `offset` counts from the start of the file.
+    `shape` is in torch's order, the reverse of the file's order. `type` is the file's number of the encoding, one of
+    `gguf.GGMLQuantizationType` unless it is newer than the package. `offset` counts from the start of the file.
     """
 
     name: str
@@ -51,10 +51,10 @@ class GGUFHeader:
 
 
 def read_gguf_header(path: str | Path) -> GGUFHeader:
-    """The head of one file. The last one is kept: the tokenizer and the model of a file each ask for it.
+    """Reads the header of a file. The last header is cached, because a file's tokenizer and model both need it.
 
     Raises:
-        ValueError: no such file, no GGUF file, truncated, or counts that do not fit into it.
+        ValueError: the file is missing, not a GGUF file, or truncated, or its counts exceed its size.
     """
     file = Path(path)
     if not file.is_file():
@@ -72,7 +72,7 @@ def _read(file: Path, *version: int) -> GGUFHeader:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a file starts as GGUF files do."""
+    """Returns whether a file starts like a GGUF file."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as opened:
@@ -80,7 +80,7 @@ def is_gguf(path: str | Path) -> bool:
 
 
 class _HeaderReader:
-    """Walks through a file from its start; every step is checked against the file's end first."""
+    """Reads a file from its start. Checks before every read that the file is long enough."""
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path, self.content, self.end = path, content, len(content)
@@ -100,7 +100,7 @@ class _HeaderReader:
                 f"{self.path}: GGUF version {version} is not supported, only {VERSIONS[0]} and {VERSIONS[1]}"
             )
         tensor_count, field_count = self.scalar("Q", "the number of tensors"), self.scalar("Q", "the number of fields")
-        # The least that one of each takes: lengths, types, and no text.
+        # The fewest bytes that one field or tensor takes: lengths and types, without text.
         self.check_count(field_count, 8 + 4 + 1, "fields")
         self.check_count(tensor_count, 8 + 4 + 4 + 8, "tensors")
 
@@ -159,7 +159,7 @@ class _HeaderReader:
         return self.decoded(raw, what)
 
     def strings(self, count: int, what: str) -> list[str]:
-        """An array of strings. A vocabulary has 100,000, so this loop is written for speed."""
+        """Reads an array of strings. A vocabulary has 100,000 strings, so this loop is written for speed."""
         content, end, position = self.content, self.end, self.position
         read_length = struct.Struct("<Q").unpack_from
         raw = []
@@ -181,7 +181,7 @@ class _HeaderReader:
             raise ValueError(f"{self.path}: {what} is not UTF-8: {raw[:40]!r}") from None
 
     def name(self, what: str) -> str:
-        """A text that messages may show: a damaged one could hold line breaks, or codes that a terminal obeys."""
+        """Reads a text that is safe in messages: a damaged text could hold line breaks or terminal control codes."""
         name = self.string(what)
         if not name.isprintable():
             raise ValueError(f"{self.path}: {what} is not printable: {name[:40]!r}")
@@ -196,7 +196,7 @@ class _HeaderReader:
         return values
 
     def check_count(self, count: int, least_bytes: int, what: str) -> None:
-        """A count is believed only as far as the rest of the file can hold that many."""
+        """Checks that the rest of the file can hold `count` items of at least `least_bytes` each."""
         if count > (self.end - self.position) // least_bytes:
             raise ValueError(
                 f"{self.path}: truncated, or damaged: it is said to hold {count:,} {what}, and has {self.end:,} bytes"

@@ -1,11 +1,12 @@
-"""Tokenizers in GGUF files, both ways: the same ids here and in llama.cpp.
+"""Reads and writes tokenizers in GGUF files, with equal ids here and in llama.cpp.
 
-llama.cpp has its own implementation of two kinds. "llama" is SentencePiece's BPE, driven by a score a piece. "gpt2" is
-byte-level BPE, driven by a list of merges, after a split of the text into words for which the file holds only a name;
-the names and what they stand for are known to llama.cpp's source alone.
+llama.cpp implements two kinds of tokenizers. "llama" is SentencePiece's BPE, driven by a score per piece. "gpt2" is
+byte-level BPE, driven by a list of merges, after a split of the text into words. The file holds only the name of the
+split; its definition is only in llama.cpp's source.
 
-One convention differs. For us a tokenizer that has a bos token (another one than eos) puts it before every document and
-prompt; a file says so apart, in `add_bos_token`. So a file that says no gives a tokenizer without a bos token.
+One convention differs. In this project a tokenizer with a bos token (other than eos) puts it before every document and
+prompt. A file states this separately, in `add_bos_token`. So a file with `add_bos_token` false gives a tokenizer
+without a bos token.
 """
 
 from __future__ import annotations
@@ -29,33 +30,33 @@ KEY = "tokenizer.ggml."
 CHAT_TEMPLATE = "tokenizer.chat_template"
 # llama.cpp's types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Our names of special tokens, and those of the keys that hold their ids.
+# This project's names of special tokens → GGUF's keys that hold their ids.
 SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
-    "sep_token": "seperator_token_id",  # spelt so in the format
+    "sep_token": "seperator_token_id",  # the format's own spelling
     "mask_token": "mask_token_id",
 }
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-# Tells the splits apart: whatever two of them treat differently is in here.
+# A text that distinguishes the word splits: it contains everything that two splits treat differently.
 PROBE = (
     "Hello I've told HE'S, y'all'Ll  two   spaces\n\nnew \n line\r\n\ttab 3 33 333 3333 33333 3.3 a1b22 caf\u00e9 "
     "cafe\u0301 camelCase XMLFile 我想在apple工作1314151天～ កាន់តែ нещо на Български \U0001f469\u200d\U0001f467 ?! "
     "...\n//\n/ ''' \u00a0x ₂½Ⅷ "
 )
-# The same for SentencePiece: what the prefix and the spaces become. It starts with no space, see gguf_tokenizer_fields.
+# A text that shows SentencePiece's treatment of prefix and spaces. No space at its start: see gguf_tokenizer_fields.
 SENTENCEPIECE_PROBE = "a b  c\td\n e"
 
 
 def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a GGUF file, with its special tokens, chat template, and the model's context length.
+    """Loads the tokenizer in a GGUF file, with its special tokens, chat template, and the model's context length.
 
     Raises:
-        ValueError: there is none, or one of a kind that is not known here.
+        ValueError: the file has no tokenizer, or a tokenizer of an unknown kind.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -77,7 +78,7 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     special: dict[str, str | None] = {}
     for name, key in SPECIAL_IDS.items():
         index = fields.get(KEY + key)
-        # llama.cpp passes over ids beyond the vocabulary, too; some files have them.
+        # Some files have ids beyond the vocabulary. llama.cpp ignores them, too.
         if isinstance(index, int) and 0 <= index < len(tokens):
             special[name] = tokens[index]
     if not _adds_bos(fields, kind):
@@ -95,13 +96,13 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What a GGUF file has to say of a tokenizer, key by key.
+    """Returns the fields of a tokenizer in a GGUF file.
 
-    Of a SentencePiece tokenizer's treatment of leading spaces nothing is kept: llama.cpp has SentencePiece's own, and
-    what transformers makes of such vocabularies often differs from it there.
+    A SentencePiece tokenizer's treatment of leading spaces is not stored. llama.cpp treats them as SentencePiece does,
+    and transformers often treats them differently for such vocabularies.
 
     Raises:
-        ValueError: llama.cpp has nothing that gives the same ids.
+        ValueError: no tokenizer of llama.cpp gives equal ids.
     """
     backend = tokenizer.backend_tokenizer
     parts = json.loads(backend.to_str())
@@ -139,7 +140,7 @@ def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     bos = tokenizer.bos_token_id
     fields[f"{KEY}add_space_prefix"] = add_space_prefix
     fields[f"{KEY}add_bos_token"] = bos is not None and bos != tokenizer.eos_token_id
-    # Documents end with eos in training; a prompt must not.
+    # Documents end with eos in training, but a prompt must not.
     fields[f"{KEY}add_eos_token"] = False
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
@@ -150,7 +151,7 @@ def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _tokens(fields: Mapping[str, Any], path: Path) -> tuple[list[str], list[int]]:
-    """All tokens and their types, by id, less the fillers at the end that only make up for the embedding's size."""
+    """Returns all tokens and their types by id, without the fillers at the end that only match the embedding's size."""
     if fields.get(f"{KEY}model", "none") in ("none", "no_vocab"):
         raise ValueError(f"{path}: holds no tokenizer; name one")
     tokens = _list(fields, "tokens", str, path)
@@ -191,7 +192,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], path: Path) -> Tok
 
     split = _named_split(fields, path)
     merges = _list(fields, "merges", str, path)
-    # The space that parts a pair is the first one after its first character.
+    # The two parts of a pair are separated by the first space after the first character.
     pairs = [(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in merges if " " in merge[1:]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     for left, right in pairs:
@@ -220,7 +221,7 @@ def _adds_bos(fields: Mapping[str, Any], kind: str) -> bool:
 def _tokens_by_id(backend: Tokenizer) -> list[str]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     by_id = {index: token for token, index in vocabulary.items()}
-    # Ids without a token exist where a vocabulary was cut; llama.cpp wants a text for each, all different.
+    # A reduced vocabulary has ids without a token. llama.cpp needs a unique text for each id.
     return [by_id.get(index, f"[PAD{index}]") for index in range(max(by_id) + 1)]
 
 
@@ -237,7 +238,7 @@ def _type(
 
 
 def _adds_space_prefix(backend: Tokenizer) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text, by what it makes of one."""
+    """Returns whether a SentencePiece tokenizer puts a space before a text, from its result on a sample text."""
     text = backend.normalizer.normalize_str(SENTENCEPIECE_PROBE) if backend.normalizer else SENTENCEPIECE_PROBE
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
     plain = SENTENCEPIECE_PROBE.replace(" ", "▁")
@@ -247,10 +248,10 @@ def _adds_space_prefix(backend: Tokenizer) -> bool:
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """A score a piece that makes llama.cpp merge in the order of the list: it prefers the piece of the higher score,
-    made of whatever two pieces, and of equal ones the leftmost.
+    """Returns a score per piece with which llama.cpp merges in the order of the list.
 
-    llama.cpp's own converter writes -1000 for every piece here, and so gets other ids.
+    llama.cpp prefers the merged piece with the highest score, whatever its two parts are, and at equal scores the
+    leftmost. llama.cpp's own converter writes -1000 for every piece in this case, and so gets other ids.
     """
     pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     pairs, ranks = set(merges), dict[str, int]()
@@ -271,7 +272,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
                     f"the tokenizer never merges {pair[0]!r} and {pair[1]!r}, as no SentencePiece model does: "
                     "llama.cpp would merge them"
                 )
-    # Pieces that nothing merges into need no score; those of an alphabet stand behind all others, as in SentencePiece.
+    # Pieces that no merge produces need no score. Pieces of the alphabet come after all others, as in SentencePiece.
     rest = iter(range(len(ranks), len(ranks) + len(tokens)))
     return [
         0.0 if kind != NORMAL else float(-(ranks[token] if token in ranks else next(rest)))
@@ -280,7 +281,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
 
 
 def _word_split(backend: Tokenizer, model: Mapping[str, Any]) -> WordSplit:
-    """The split into words that a byte-level tokenizer has, by what it makes of a text in which all of them differ."""
+    """Returns the word split of a byte-level tokenizer, from its result on a text that all splits treat differently."""
     if backend.normalizer is not None:
         raise ValueError("the tokenizer normalizes texts before it cuts them into words, which llama.cpp does not do")
     if backend.pre_tokenizer is not None:
