@@ -96,6 +96,7 @@ def fit(config: str, **overrides: Any) -> Run:
         KeyboardInterrupt: the run was stopped, and saved if it had begun.
     """
     from lightning_danube.cli.trainer_verbs import run_verb
+    from lightning_danube.training.position import logged_directory
 
     arguments = ["fit", "--config", config, *(f"--{key}={value}" for key, value in _options(overrides))]
     try:
@@ -103,7 +104,7 @@ def fit(config: str, **overrides: Any) -> Run:
             cli = run_verb(arguments)
     except Stopped as stop:
         raise KeyboardInterrupt(stop.message) from None
-    return Run(cli.run_directory)
+    return Run(logged_directory(cli.trainer))
 
 
 def _options(overrides: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,7 @@ from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
 from lightning_danube.training.history import append_history, differences
+from lightning_danube.training.position import run_directory
 from lightning_danube.training.precision import (
     Choice,
     check_precision,
@@ -84,11 +85,8 @@ class RunRecord(SaveConfigCallback):
         """Writes on rank zero only, after the config. It must not call collective operations."""
         if stage != "fit":
             return
-        directory = (
-            trainer.logger.log_dir if isinstance(trainer.logger, TensorBoardLogger) else trainer.default_root_dir
-        )
         append_history(
-            Path(str(directory)) / "history.jsonl",
+            run_directory(trainer) / "history.jsonl",
             step=read_step(self.resumed_from) if self.resumed_from else 0,
             checkpoint=str(self.resumed_from) if self.resumed_from else None,
             devices=trainer.world_size,
@@ -313,12 +311,6 @@ class DanubeCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
         return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
-
-    @property
-    def run_directory(self) -> Path:
-        """Returns the directory of the run: `<runs>/<name>/version_<n>`."""
-        logger = self.trainer.logger
-        return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else self.trainer.default_root_dir)
 
     def _check_verb(self, verb: str) -> None:
         """Checks that the task supports the verb.

@@ -56,14 +56,19 @@ def speaks_for_replica(trainer: Trainer) -> bool:
     return trainer.global_rank % (trainer.world_size // replicas) == 0
 
 
+def logged_directory(trainer: Trainer) -> Path:
+    """Returns the directory that this rank takes for the run's. `run_directory` is the one to write to."""
+    logger = trainer.logger
+    return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else trainer.default_root_dir)
+
+
 def run_directory(trainer: Trainer) -> Path:
     """Returns the directory of this run. Only rank zero may call it.
 
     `trainer.log_dir` is a broadcast: if only one rank reads it, that rank waits for the others forever.
     """
     assert trainer.is_global_zero, "other ranks have not agreed on the version: use trainer.log_dir on all of them"
-    logger = trainer.logger
-    return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else trainer.default_root_dir)
+    return logged_directory(trainer)
 
 
 def log_interval(trainer: Trainer) -> int:
