@@ -3,11 +3,13 @@
     python benchmarks/quickstart_trials.py                    all trials, 480 CPU seconds of training each
     python benchmarks/quickstart_trials.py --seconds 120 --only chosen "8 rows"
 
-A trial is the configuration `quickstart` with some options changed. Its steps are timed first, on one thread. Its
-stages then get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed up
-over the same share of its tokens. At the end `test` measures all held-out text of the five sources.
+A trial is the configuration `quickstart` with some options changed. The steps of all trials are timed first, on one
+thread: that needs an idle machine, about 15 seconds a trial. Then each trial is trained, whatever else the machine does.
+Its stages get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed up over
+the same share of its tokens. At the end `test` measures all held-out text of the five sources.
 
-Each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series goes on where it stopped.
+Each timing and each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -87,27 +89,59 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS), help="names of trials")
     arguments = parser.parse_args()
     for name in arguments.only:
+        if timing_of(name) is None:
+            keep(timed(name))
+    for name in arguments.only:
         if not any(one["trial"] == name and one["options"] == TRIALS[name] for one in finished(arguments.seconds)):
-            result = trial(name, TRIALS[name], arguments.seconds)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            keep(trial(name, arguments.seconds))
     report(arguments.seconds)
 
 
-def finished(seconds: float) -> list[dict[str, Any]]:
+def kept() -> list[dict[str, Any]]:
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    return [one for one in map(json.loads, lines) if one["budget_seconds"] == seconds]
+    return [json.loads(line) for line in lines]
 
 
-def trial(name: str, options: list[str], seconds: float) -> dict[str, Any]:
-    """Trains and tests one setting."""
+def keep(result: dict[str, Any]) -> None:
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def finished(seconds: float) -> list[dict[str, Any]]:
+    return [one for one in kept() if one.get("budget_seconds") == seconds]
+
+
+def timing_of(name: str) -> dict[str, Any] | None:
+    """The timing of a trial with these options on this machine, if there is one."""
+    wanted = {"trial": name, "options": TRIALS[name], "machine": machine(), "avx2_only": avx2_only()}
+    timings = (one for one in kept() if "budget_seconds" not in one)
+    return next((one for one in timings if wanted.items() <= one.items()), None)
+
+
+def timed(name: str) -> dict[str, Any]:
+    """Measures the CPU seconds of a step: the median of 24 steps without the first 8."""
     with tempfile.TemporaryDirectory() as directory:
         runs = Path(directory)
-        _, steps = run("fit", runs, "timed", [*options, "--trainer.max_steps", str(TIMED_STEPS)])
-        seconds_per_step = statistics.median(steps[TIMED_STEPS // 3 :])
-        tokens = round(seconds / seconds_per_step) * tokens_of_a_step(runs / "timed" / "version_0")
+        _, steps = run("fit", runs, "timed", [*TRIALS[name], "--trainer.max_steps", str(TIMED_STEPS)])
+        return {
+            "trial": name,
+            "options": TRIALS[name],
+            "seconds_per_step": round(statistics.median(steps[TIMED_STEPS // 3 :]), 5),
+            "tokens_per_step": tokens_of_a_step(runs / "timed" / "version_0"),
+            "machine": machine(),
+            "avx2_only": avx2_only(),
+        }
+
+
+def trial(name: str, seconds: float) -> dict[str, Any]:
+    """Trains and tests one setting. It must have been timed."""
+    options, timing = TRIALS[name], timing_of(name)
+    assert timing is not None
+    tokens = round(seconds / timing["seconds_per_step"]) * timing["tokens_per_step"]
+    with tempfile.TemporaryDirectory() as directory:
+        runs = Path(directory)
         length = [f"{DATA}.stages", json.dumps(stages_of(tokens)), *scaled_schedule(tokens, options)]
-        said, steps = run("fit", runs, "trial", [*options, *length])
+        said, _ = run("fit", runs, "trial", [*options, *length])
         tested, _ = run("test", runs, "trial", [*options, *length, "--ckpt_path", "last"])
         trained = summary_of(runs / "trial" / "version_0" / "summary.json")
         bits = summary_of(Path(re.findall(r"^written to (.*)$", tested, flags=re.MULTILINE)[0]))["val_bits_per_byte"]
@@ -116,8 +150,7 @@ def trial(name: str, options: list[str], seconds: float) -> dict[str, Any]:
         "trial": name,
         "options": options,
         "budget_seconds": seconds,
-        "seconds_per_step": round(seconds_per_step, 4),
-        "cpu_seconds": round(sum(steps), 1),
+        "seconds_per_step": timing["seconds_per_step"],
         "parameters": trained["parameters"],
         "tokens": trained["tokens"],
         "steps": trained["steps"],
@@ -125,9 +158,14 @@ def trial(name: str, options: list[str], seconds: float) -> dict[str, Any]:
         "mean_bits_per_byte": round(sum(bits.values()) / len(bits), 4),
         "sample": sample[1] if sample else "",
         "machine": machine(),
-        "avx2_only": os.environ.get("ATEN_CPU_CAPABILITY") == "avx2",
+        "avx2_only": avx2_only(),
         "commit": commit(),
     }
+
+
+def avx2_only() -> bool:
+    """Whether torch is told to use AVX2 alone."""
+    return os.environ.get("ATEN_CPU_CAPABILITY") == "avx2"
 
 
 def run(verb: str, runs: Path, name: str, options: list[str]) -> tuple[str, list[float]]:
@@ -192,7 +230,7 @@ def scaled_schedule(tokens: int, options: list[str]) -> list[str]:
 def report(seconds: float) -> None:
     results = sorted(finished(seconds), key=lambda one: one["mean_bits_per_byte"])
     sources = list(results[0]["bits_per_byte"])
-    header = ["trial", "parameters", "tokens", "steps", "s/step", "CPU s", "mean bits a byte", *sources]
+    header = ["trial", "parameters", "tokens", "steps", "s/step", "mean bits a byte", *sources]
     rows = [
         [
             one["trial"],
@@ -200,7 +238,6 @@ def report(seconds: float) -> None:
             f"{one['tokens'] / 1e6:.2f}M",
             f"{one['steps']:,}",
             f"{one['seconds_per_step']:.3f}",
-            f"{one['cpu_seconds']:.0f}",
             f"{one['mean_bits_per_byte']:.3f}",
             *(f"{one['bits_per_byte'][source]:.2f}" for source in sources),
         ]

@@ -45,16 +45,19 @@ def test_a_trial_trains_and_measures(
     monkeypatch.setattr(trials, "write_result", lambda name, text: print(name, text))
     monkeypatch.setattr("sys.argv", ["quickstart_trials.py", "--seconds", "2"])
     trials.main()
-    results = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-    assert [one["trial"] for one in results] == ["chosen", "wider"]
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [one["trial"] for one in lines] == ["chosen", "wider"] * 2
+    timings, results = lines[:2], lines[2:]
     for one in results:
         assert one["tokens"] == one["steps"] * 256
+        assert one["seconds_per_step"] == timings[results.index(one)]["seconds_per_step"]
         assert one["bits_per_byte"].keys() == {"web", "wiki"}
         assert one["mean_bits_per_byte"] == pytest.approx(sum(one["bits_per_byte"].values()) / 2, abs=1e-4)
     assert results[1]["parameters"] - results[0]["parameters"] == 2 * 3 * 32 * 32
     printed = capsys.readouterr().out
     assert "| chosen |" in printed and "| wider |" in printed
     # What is finished is not trained again.
+    monkeypatch.setattr(trials, "timed", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(trials, "trial", lambda *_: pytest.fail("trained again"))
     trials.main()
     assert yaml.safe_load((tiny / "tiny.yaml").read_text())["name"] == "tiny"
