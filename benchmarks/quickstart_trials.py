@@ -4,9 +4,9 @@
     python benchmarks/quickstart_trials.py --seconds 120 --only chosen "8 rows"
 
 A trial is the configuration `quickstart` with some options changed. The steps of all trials are timed first, on one
-thread: that needs an idle machine, about 15 seconds a trial. Then each trial is trained, whatever else the machine does.
-Its stages get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed up over
-the same share of its tokens. At the end `test` measures all held-out text of the five sources.
+thread: that needs an idle machine, about 15 seconds a trial. Then each trial is trained, whatever else the machine
+does. Its stages get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed
+up over the same share of its tokens. At the end `test` measures all held-out text of the five sources.
 
 Each timing and each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series goes on where
 it stopped.
