@@ -25,7 +25,7 @@ IN_PARALLEL := -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-wheel test-newest test-lowest test-slow test-llama-cpp test-trl test-evaluation \
+.PHONY: help quickstart smollm2 llama-cpp test test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
 	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
@@ -58,6 +58,9 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
+	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and run its commands from an empty directory
 	@$(BIN)/python -m pytest -q -m wheel $(ARGS)

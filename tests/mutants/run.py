@@ -1,0 +1,291 @@
+"""Plants small bugs one at a time, and looks whether the fast tests notice.
+
+    python tests/mutants/run.py                       mutants whose code or tests changed since their last run
+    python tests/mutants/run.py --again               all mutants
+    python tests/mutants/run.py studies chat          mutants of these tables
+    python tests/mutants/run.py chat:ranking          mutants of a table whose names hold a word
+
+A mutant is an entry of a table `tests/mutants/<room>.yaml`:
+
+    - name: the divergence has its arguments exchanged
+      file: lightning_danube/quantization/levels.py
+      find: divergence(full, quantized)                # stands exactly once in the file
+      replace: divergence(quantized, full)
+      tests: [tests/quantization/test_levels.py]       # files or tests, one of which must fail
+      survives: why no test can see it                 # only where that is so
+
+Each mutant runs in a copy of the working tree, in a process that is forked from this one, which has imported the heavy
+libraries. The tests run without a mutant first. Results are kept in results.jsonl beside the tables, a line for each
+mutant, and docs/mutants.md gets the table. The exit code is 1 if a mutant survives without a stated reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results.jsonl"
+PAGE = ROOT / "docs" / "mutants.md"
+TIME_LIMIT = 300
+"""Seconds that the tests of one mutant may take. A mutant that makes them hang counts as killed."""
+
+HEAVY = ("torch", "lightning.pytorch", "transformers", "datasets", "tokenizers", "torchmetrics.text", "pyarrow.parquet")
+"""What is imported before the fork. Nothing of this project may be among it: a mutant would not be seen."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One small bug, and the tests that should notice it."""
+
+    room: str
+    name: str
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+    survives: str = ""
+
+    def mutated(self) -> str:
+        """The text of the file with the bug in it."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        if text.count(self.find) != 1:
+            raise ValueError(
+                f"{self.room}: {self.name}: {self.find!r} stands {text.count(self.find)} times in {self.file}"
+            )
+        return text.replace(self.find, self.replace)
+
+    @property
+    def key(self) -> str:
+        """A hash of the mutated file and of the tests."""
+        parts = [self.mutated(), *self.tests]
+        parts += [(ROOT / test.partition("::")[0]).read_text(encoding="utf-8") for test in self.tests]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tests said of a mutant. `by`: the test that failed, `time limit`, or nothing if the mutant survived."""
+
+    room: str
+    name: str
+    by: str
+    seconds: float
+    key: str
+
+
+def mutants() -> list[Mutant]:
+    """All mutants of all tables."""
+    return [
+        Mutant(**{"room": table.stem, **entry, "tests": tuple(entry["tests"])})
+        for table in sorted(HERE.glob("*.yaml"))
+        for entry in yaml.safe_load(table.read_text(encoding="utf-8"))
+    ]
+
+
+def results() -> dict[str, Result]:
+    """Key of a mutant → its result."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", help="tables, or table:word (default: all)")
+    parser.add_argument("--again", action="store_true", help="also run mutants that have a result")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes beside each other")
+    arguments = parser.parse_args()
+    chosen = [one for one in mutants() if not arguments.which or any(is_meant(one, word) for word in arguments.which)]
+    known = {} if arguments.again else results()
+    todo = [one for one in chosen if one.key not in known]
+    print(f"{len(chosen)} mutants, {len(todo)} to run", flush=True)
+    if todo:
+        run(todo, arguments.jobs)
+    PAGE.write_text(page(), encoding="utf-8")
+    survivors = [one for one in chosen if not results()[one.key].by and not one.survives]
+    for one in survivors:
+        print(f"survived: {one.room}: {one.name}, in {one.file}")
+    return 1 if survivors else 0
+
+
+def is_meant(one: Mutant, word: str) -> bool:
+    room, _, part = word.partition(":")
+    return one.room == room and part in one.name
+
+
+def run(todo: list[Mutant], jobs: int) -> None:
+    """Runs the tests without a mutant, then each mutant's. Every result is written when it comes.
+
+    Raises:
+        SystemExit: tests fail without a mutant, or do not run with one.
+    """
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    for name in HEAVY:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as directory:
+        copies = [copy_of_the_tree(Path(directory) / str(number)) for number in range(jobs)]
+        sound = [(None, (tests,)) for tests in sorted({test for one in todo for test in one.tests})]
+        running: list[Trial] = []
+        free, waiting = copies, deque([*sound, *((one, one.tests) for one in todo)])
+        while waiting or running:
+            while free and waiting:
+                running.append(Trial(free.pop(), *waiting.popleft()))
+            time.sleep(0.02)
+            for trial in [trial for trial in running if trial.is_over()]:
+                running.remove(trial)
+                free.append(trial.copy)
+                if trial.mutant is not None:
+                    keep(trial.mutant, trial.result())
+                elif trial.code != 0:
+                    for other in running:
+                        other.kill()
+                    raise SystemExit(f"{trial.tests[0]} fails without a mutant\n{trial.output()}")
+
+
+def copy_of_the_tree(copy: Path) -> Path:
+    """Copies what git knows, and what it does not ignore. Its bytecode is checked by the hash of the source."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_symlink() or (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    compiled = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash"]
+    subprocess.run([*compiled, "lightning_danube", "callbacks"], cwd=copy, check=True)
+    return copy
+
+
+class Trial:
+    """Tests that run in a copy of the tree, in a process of their own."""
+
+    def __init__(self, copy: Path, mutant: Mutant | None, tests: tuple[str, ...]) -> None:
+        self.copy, self.mutant, self.tests = copy, mutant, tests
+        self.code: int | None = None
+        self.began = time.monotonic()
+        if mutant is not None:
+            (copy / mutant.file).write_text(mutant.mutated(), encoding="utf-8")
+        self.process = os.fork()
+        if self.process == 0:
+            test_in(copy, tests)
+
+    def is_over(self) -> bool:
+        """Whether the tests have ended or reached the time limit. The copy is mended then."""
+        if time.monotonic() - self.began > TIME_LIMIT:
+            self.kill()
+            self.code = -signal.SIGKILL
+        else:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            if process == 0:
+                return False
+            self.code = os.waitstatus_to_exitcode(status)
+        self.seconds = time.monotonic() - self.began
+        if self.mutant is not None:
+            shutil.copy2(ROOT / self.mutant.file, self.copy / self.mutant.file)
+        return True
+
+    def kill(self) -> None:
+        os.killpg(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+
+    def output(self) -> str:
+        return (self.copy / "output.txt").read_text(encoding="utf-8", errors="replace")[-4000:]
+
+    def result(self) -> Result:
+        assert self.mutant is not None
+        if self.code not in (0, 1, -signal.SIGKILL):
+            raise SystemExit(f"{self.mutant.room}: {self.mutant.name}: its tests did not run\n{self.output()}")
+        failed = (self.copy / "failed.txt").read_text(encoding="utf-8")
+        by = {0: "", 1: failed, -signal.SIGKILL: "time limit"}[self.code]
+        return Result(self.mutant.room, self.mutant.name, by, round(self.seconds, 1), self.mutant.key)
+
+
+def test_in(copy: Path, tests: tuple[str, ...]) -> None:
+    """Runs tests until one fails, and ends this process with the exit code of pytest."""
+    try:
+        os.setsid()
+        os.chdir(copy)
+        with open("output.txt", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.environ["PYTHONPATH"] = str(copy)
+        sys.path[0] = str(copy)
+        import pytest
+
+        class FirstFailure:
+            def __init__(self) -> None:
+                Path("failed.txt").write_text("", encoding="utf-8")
+
+            def pytest_runtest_logreport(self, report: Any) -> None:
+                if report.failed:
+                    Path("failed.txt").write_text(report.nodeid, encoding="utf-8")
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(copy / "tmp")]
+        code = pytest.main([*options, *tests], plugins=[FirstFailure()])
+        sys.stdout.flush()
+        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)
+
+
+def keep(one: Mutant, result: Result) -> None:
+    print(f"{'killed' if result.by else 'SURVIVED':8} {result.seconds:5.1f} s  {one.room}: {one.name}", flush=True)
+    kept = [old for old in results().values() if (old.room, old.name) != (one.room, one.name)]
+    lines = sorted(json.dumps(asdict(each), ensure_ascii=False) for each in [*kept, result])
+    RESULTS.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def page() -> str:
+    """The text of docs/mutants.md."""
+    known, every = results(), mutants()
+    found = [(one, known.get(one.key)) for one in every]
+    killed = sum(bool(result and result.by) for _, result in found)
+    lines = [
+        "# Mutants",
+        "",
+        "A mutant is a small, realistic bug that is planted in the code on purpose. The fast tests should fail.",
+        "`make mutants` plants all of them, one at a time, and writes this page. [run.py](../tests/mutants/run.py)",
+        "says how. The bugs are chosen by hand: tools that change operators at random do not exchange the arguments",
+        "of a divergence, or call Bonferroni's correction Holm's.",
+        "",
+        f"**{killed} of {len(every)} mutants are killed ({killed / len(every):.1%}).**",
+    ]
+    for room in sorted({one.room for one in every}):
+        lines += ["", f"## {room}", "", "| mutant | in | killed by |", "|---|---|---|"]
+        lines += [
+            f"| {one.name} | `{one.file}` | {verdict(one, result)} |" for one, result in found if one.room == room
+        ]
+    return "\n".join([*lines, ""])
+
+
+def verdict(one: Mutant, result: Result | None) -> str:
+    if result is None:
+        return "changed since it ran"
+    return f"`{result.by}`" if result.by else f"**survives**: {one.survives or 'no reason known'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The tables of mutants: each bug can be planted, and its tests exist."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def runner() -> Any:
+    spec = importlib.util.spec_from_file_location("mutants_run", Path(__file__).parent / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+
+    sys.modules["mutants_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN = runner()
+
+
+@pytest.mark.parametrize("one", RUN.mutants(), ids=lambda one: f"{one.room}: {one.name}")
+def test_a_mutant_fits_the_code(one: Any) -> None:
+    compile(one.mutated(), one.file, "exec")
+    assert one.find.strip() != one.replace.strip()
+    for test in one.tests:
+        path, _, name = test.partition("::")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not name or f"def {name.partition('[')[0]}(" in text, test
+
+
+def test_names_of_mutants_are_unique() -> None:
+    names = [(one.room, one.name) for one in RUN.mutants()]
+    assert len(names) == len(set(names))
+
+
+def test_a_mutant_that_stands_twice_is_refused() -> None:
+    one = RUN.Mutant("room", "name", "lightning_danube/intervals.py", "return", "yield", ("tests/test_intervals.py",))
+    with pytest.raises(ValueError, match=r"room: name: 'return' stands \d+ times in lightning_danube/intervals.py"):
+        one.mutated()
