@@ -116,6 +116,7 @@ seed_everything: 3
 data:
   class_path: lightning_danube.pretraining.CurriculumData
   init_args:
+    tokenizer: danube-small
     context_length: 32
     batch_tokens: 256
     micro_batch_size: 8

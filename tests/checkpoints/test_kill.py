@@ -4,15 +4,12 @@ The moments come from outside: lines that a callback prints (it does nothing els
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.checkpoints.runs import newest_checkpoint
+from tests.forked import Forked
 from tests.training.test_world_size import Sessions, assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +65,7 @@ class Run:
     name: str
     options: tuple[str, ...] = ()
     kills: list[str] = field(default_factory=list)
-    marks: list[str] = field(default_factory=list)
+    processes: list[Forked] = field(default_factory=list)
 
     @property
     def place(self) -> Path:
@@ -75,32 +73,19 @@ class Run:
         versions = sorted((self.directory / "runs" / self.name).glob("version_*"))
         return versions[-1] if versions else self.directory / "runs" / self.name / "version_0"
 
-    def start(self) -> tuple[subprocess.Popen[bytes], Path]:
-        self.marks.append(uuid.uuid4().hex)
+    def start(self) -> tuple[Forked, Path]:
         goes_on = ["--ckpt_path", "last"] if newest_checkpoint(self.place) else []
-        output = self.directory / f"{self.name}-{len(self.marks)}.txt"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}",
-            "OMP_NUM_THREADS": "1",
-            "KILL_TEST": self.marks[-1],
-        }
-        command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(self.directory / "tiny.yaml")]
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                [*command, "--name", self.name, *self.options, *goes_on],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=self.directory,
-            )
-        return process, output
+        output = self.directory / f"{self.name}-{len(self.processes) + 1}.txt"
+        arguments = ["fit", "--config", str(self.directory / "tiny.yaml"), "--name", self.name, *self.options, *goes_on]
+        environment = {"PYTHONPATH": str(self.directory), "OMP_NUM_THREADS": "1"}
+        self.processes.append(Forked(arguments, output, self.directory, environment))
+        return self.processes[-1], output
 
     def kill_when(self, moment: str, ready: Callable[[str], bool], delay: float = 0.0) -> bool:
         """Starts the next process and kills it; False if it was done first."""
         process, output = self.start()
         while process.poll() is None:
-            if ready(output.read_text(errors="replace")):
+            if ready(output.read_text(errors="replace") if output.exists() else ""):
                 time.sleep(delay)
                 process.kill()
                 break
@@ -141,23 +126,8 @@ class Run:
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
     def orphans(self) -> list[int]:
-        """Processes of this run that live, loaders among them; torch lets these look for their parent every 5 s."""
-        end = time.monotonic() + 20
-        while (left := list(processes_marked(self.marks))) and time.monotonic() < end:
-            time.sleep(0.2)
-        return left
-
-
-def processes_marked(marks: list[str]) -> Iterator[int]:
-    wanted = {f"KILL_TEST={mark}".encode() for mark in marks}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = set((entry / "environ").read_bytes().split(b"\0"))
-            except OSError:
-                continue
-            if wanted & environment:
-                yield int(entry.name)
+        """Groups of this run that live, loaders among them; torch lets these look for their parent every 5 s."""
+        return [process.pid for process in self.processes if process.family_lives(20)]
 
 
 def mismatches(full: Path, resumed: Path) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,23 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning_danube.signals import Stopped
 from lightning_danube.training import ranks
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
-from tests.checkpoints.test_kill import processes_marked
 from tests.probes import samples_of_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
 """For a whole run on a busy machine, its start included. Left alone, a rank waits half an hour for another."""
+
+
+def processes_marked(mark: str) -> Iterator[int]:
+    wanted = f"KILL_TEST={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = set((entry / "environ").read_bytes().split(b"\0"))
+            except OSError:
+                continue
+            if wanted in environment:
+                yield int(entry.name)
 
 
 class TwoRanks:
@@ -58,11 +69,11 @@ class TwoRanks:
         try:
             code = process.wait(SECONDS)
             end = time.monotonic() + 20
-            while left := list(processes_marked([self.mark])):
+            while left := list(processes_marked(self.mark)):
                 assert time.monotonic() < end, f"{len(left)} processes are left"
                 time.sleep(0.1)
         finally:
-            for left_over in processes_marked([self.mark]):
+            for left_over in processes_marked(self.mark):
                 os.kill(left_over, signal.SIGKILL)
         return code, (self.tiny / "stderr.txt").read_text()
 
