@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no downloads, two threads, or one where tests run beside each other."""
+"""What holds for every test: no network, no downloads, one thread."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # This holds for the processes that tests start, too.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import ipaddress
 import json
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 # A shell starts its background jobs with SIGINT ignored, and so would be every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
