@@ -99,6 +99,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "runs" / "tiny" / "version_0"
 
 
+@pytest.fixture(scope="session")
+def mistral_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with Mistral's pieces, of which each word is one: a model to tune for short answers."""
+    from lightning_danube.__main__ import main
+
+    directory = write_tiny(tmp_path_factory.mktemp("mistral_run"))
+    assert main(["fit", "--config", str(directory / "tiny.yaml"), "--data.init_args.tokenizer", "mistral"]) == 0
+    return directory / "runs" / "tiny" / "version_0"
+
+
 def write_tiny(tmp_path: Path) -> Path:
     for source, step in (("web", 3), ("wiki", 5)):
         with (tmp_path / f"{source}.jsonl").open("w") as file:

@@ -114,6 +114,7 @@ def parts(tiny: Path) -> tuple[CurriculumData, Pretraining]:
             {"name": "refinement", "tokens": "2K", "mix": {"web": 81.7, "wiki": 18.3}},  # type: ignore[list-item]
             {"name": "finish", "tokens": "1.5K", "mix": {"web": 51.6, "wiki": 48.4}},  # type: ignore[list-item]
         ],
+        tokenizer="danube-small",
         context_length=32,
         batch_tokens=256,
         seed=3,

@@ -51,4 +51,4 @@ def test_another_tokenizer_is_refused(tiny: Path, capsys: pytest.CaptureFixture[
         )
     )
     assert main(["fit", "--config", str(config)]) == 2
-    assert "FactRecall asks in words of the made-up world, data.tokenizer is 'mistral'" in capsys.readouterr().err
+    assert "FactRecall asks in words of the made-up world, data.tokenizer is 'danube-small'" in capsys.readouterr().err

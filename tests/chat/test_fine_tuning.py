@@ -58,14 +58,14 @@ LORA = ("--model.init_args.lora.rank", "4", "--model.init_args.lora.dropout", "0
 
 
 @pytest.fixture
-def talk(tmp_path: Path, tiny_run: Path) -> Path:
+def talk(tmp_path: Path, mistral_run: Path) -> Path:
     """A directory with `talk.yaml`: about ten steps on answers that a model can learn."""
     with (tmp_path / "talk.jsonl").open("w") as file:
         for n in range(80):
             asked, said = ("river?", "stone") if n % 2 else ("mountain?", "green light")
             turns = [{"role": "user", "content": asked + " now" * (n % 5)}, {"role": "assistant", "content": said}]
             file.write(json.dumps({"messages": turns * (1 + n % 2)}) + "\n")
-    (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(tiny_run)))
+    (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(mistral_run)))
     return tmp_path
 
 
@@ -156,14 +156,14 @@ def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ..
         assert full[key] == stopped[key], key
 
 
-def test_an_adapter_is_all_that_trains_and_all_that_is_saved(talk: Path, tiny_run: Path) -> None:
+def test_an_adapter_is_all_that_trains_and_all_that_is_saved(talk: Path, mistral_run: Path) -> None:
     assert fit(talk, *LORA) == 0
     run = run_directory(talk)
     summary, checkpoint = json.loads((run / "summary.json").read_text()), last_checkpoint(run)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
     assert sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) == summary["trained_parameters"]
     assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"]
-    base, tuned = load_decoder(str(tiny_run)), load_decoder(str(run))
+    base, tuned = load_decoder(str(mistral_run)), load_decoder(str(run))
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, tuned.model.layers[0].mlp.up_proj.weight)  # type: ignore[union-attr,arg-type]
     assert torch.equal(base.lm_head.weight, tuned.lm_head.weight)
 

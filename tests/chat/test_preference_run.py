@@ -83,7 +83,7 @@ def test_a_run_learns_what_is_preferred_and_says_so(talk: Path, capsys: pytest.C
     printed = capsys.readouterr()
     summary = summary_of(talk)
     assert summary["val_loss"]["talk"] < 0.8 * summary["val_loss_before"]["talk"]
-    assert summary["val_reward_margin"]["talk"] > 0.5
+    assert summary["val_reward_margin"]["talk"] > 0.3
     assert summary["val_reward_accuracy"]["talk"] > 0.7
     low, high = summary["val_reward_accuracy_interval"]["talk"]
     assert low < summary["val_reward_accuracy"]["talk"] <= high

@@ -204,7 +204,7 @@ def test_the_temporary_directory_plays_no_part(
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tiny: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(tiny, "--runs", str(small_disk)) == 2
+    assert fit(tiny, "--runs", str(small_disk), "--data.init_args.tokenizer", "mistral") == 2
     checkpoints = small_disk / "tiny" / "version_0" / "checkpoints"
     error = capsys.readouterr().err.strip()
     assert error == (
@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny: Path, small_disk: Path, caps
 @pytest.mark.slow
 def test_a_full_disk_ends_all_ranks(tiny: Path, small_disk: Path) -> None:
     """Those that do not write wait for the one that does."""
-    code, said = TwoRanks(tiny).fit("--runs", str(small_disk))
+    code, said = TwoRanks(tiny).fit("--runs", str(small_disk), "--data.init_args.tokenizer", "mistral")
     assert code == 2
     checkpoints = small_disk / "tiny" / "version_0" / "checkpoints"
     assert said == (

@@ -188,7 +188,7 @@ def test_a_checkpoint_holds_what_trains(words: Path, tiny_run: Path, capsys: pyt
     names = set(checkpoint["state_dict"])
     assert {name for name in names if ".lora_" not in name} == {"head.weight"}
     trained = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
-    assert trained == summary_of(words)["trained_parameters"] < 0.02 * summary_of(words)["parameters"]
+    assert trained == summary_of(words)["trained_parameters"] < 0.05 * summary_of(words)["parameters"]
     # The decoder inside is a model like any other, without the head.
     tuned, base = load_decoder(str(directory(words))), load_decoder(str(tiny_run))
     assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)  # type: ignore[union-attr,arg-type]

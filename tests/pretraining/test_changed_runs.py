@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import normalizers
 
 from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.runs import read_saved_config
@@ -31,8 +32,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of `tiny`, stopped after step 15: the first stage is over, the second has begun."""
     tiny = write_tiny(tmp_path_factory.mktemp("stopped"))
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "15"]) == 0
-    hf = copy.deepcopy(DocumentTokenizer().hf)  # the original is shared by all that ask for it
-    hf.backend_tokenizer.normalizer = None
+    hf = copy.deepcopy(DocumentTokenizer("danube-small").hf)  # the original is shared by all that ask for it
+    hf.backend_tokenizer.normalizer = normalizers.Lowercase()
     hf.save_pretrained(tiny / "other")
     lines = (tiny / "web.jsonl").read_text().splitlines(keepends=True)
     (tiny / "more.jsonl").write_text("".join([*lines, lines[0].replace("web 0", "web 300")]))
@@ -74,7 +75,7 @@ def stages(old: str, new: str) -> str:
             "another decoder than the config: data.context_length 32 (here 16)",
         ),
         ("data: {init_args: {batch_tokens: 512}}", "data.batch_tokens is 512, the run began with 256"),
-        ("data: {init_args: {tokenizer: TMP/other}}", "trained with the tokenizer 'mistral'"),
+        ("data: {init_args: {tokenizer: TMP/other}}", "trained with the tokenizer 'danube-small'"),
         (
             "data: {init_args: {sources: {web: {path: TMP/more.jsonl}, wiki: {path: TMP/wiki.jsonl}}}}",
             "data.sources: 'web' now holds ",

@@ -91,7 +91,19 @@ def test_it_is_known_to_prepare_plan_and_a_second_run(road: Path, capsys: pytest
     assert f"{parameters:,} parameters" in said(capsys, "plan", *config, *SMALL)
     last = road / "runs/tiny/version_0/checkpoints"
     capsys.readouterr()
-    assert main(["fit", *map(str, config), "--ckpt_path", str(max(last.glob("*.ckpt")))]) == 2
+    assert (
+        main(
+            [
+                "fit",
+                *map(str, config),
+                "--data.init_args.tokenizer",
+                "mistral",
+                "--ckpt_path",
+                str(max(last.glob("*.ckpt"))),
+            ]
+        )
+        == 2
+    )
     assert "vocabulary of data.tokenizer 4096 (here 32000)" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, encode_chat
-from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
 from lightning_danube.weights.huggingface import save_hf
 from lightning_danube.weights.loading import load_model
 from lightning_danube.weights.names import locate
@@ -149,7 +149,8 @@ def test_a_template_of_the_tokenizer_does_not_make_a_run_a_chat_model(
 ) -> None:
     """A pre-training run whose tokenizer is that of a chat model."""
     checkpoint = torch.load(locate(str(tiny_run)).path, weights_only=True)
-    checkpoint["CurriculumData"]["tokenizer"]["name"] = chat_model
+    own = fingerprint_of(load_tokenizer(locate(chat_model)))
+    checkpoint["CurriculumData"]["tokenizer"] |= {"name": chat_model, "fingerprint": own}
     torch.save(checkpoint, tmp_path / "run.ckpt")
     run = locate(str(tmp_path / "run.ckpt"))
     tokenizer = load_tokenizer(run)

@@ -205,7 +205,7 @@ def test_time_and_advice_by_hand() -> None:
 
 
 def test_a_checkpoint_has_the_size_that_is_told(tiny_run: Path) -> None:
-    config = DecoderConfig(32, 64, 2, 4, 2, vocab_size=32000, max_position_embeddings=32)
+    config = DecoderConfig(32, 64, 2, 4, 2, vocab_size=4096, max_position_embeddings=32)
     checkpoint = next((tiny_run / "checkpoints").glob("stage_3_*.ckpt"))
     # Names and the state of loops and callbacks come on top: some 40 kB.
     told = checkpoint_bytes(TrainingMemory(config, 8, 32))
