@@ -17,6 +17,7 @@ from lightning_danube.__main__ import TRAINER_VERBS, main
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS, Stopped
 from tests.conftest import write_tiny
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +41,17 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals to other proces
 class Busy:
     """A Python program that is told to stop while it works; `lines` are what it prints on both outputs, in order."""
 
-    def __init__(self, folder: Path, program: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, program: str, *arguments: str, imported: bool = False) -> None:
+        """`imported`: the process is forked from one that has imported the package."""
+        if imported:
+            os.mkfifo(folder / "output")
+            quiet = "import warnings; warnings.simplefilter('ignore')\n"
+            variables = {"PYTHONPATH": str(folder)}
+            self.process: Any = Forked(
+                [*arguments], folder / "output", folder, variables, program=quiet + BUSY + program
+            )
+            self.lines = iter((folder / "output").open())
+            return
         script = folder / "program.py"
         script.write_text(BUSY + program)
         environment = {
@@ -80,8 +91,8 @@ class Busy:
 def program(tmp_path: Path) -> Iterator[Any]:
     started: list[Busy] = []
 
-    def start(text: str, *arguments: str) -> Busy:
-        started.append(Busy(tmp_path, text, *arguments))
+    def start(text: str, *arguments: str, imported: bool = False) -> Busy:
+        started.append(Busy(tmp_path, text, *arguments, imported=imported))
         return started[-1]
 
     yield start
@@ -367,7 +378,7 @@ def run(program: Any, folder: Path, moment: str, rounds: int, *options: str) -> 
     callback = f"    - class_path: blocking.Block\n      init_args: {{moment: {moment}, rounds: {rounds}}}\n"
     (folder / "told.yaml").write_text((tiny / "tiny.yaml").read_text() + callback)
     text = "from lightning_danube.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
-    busy: Busy = program(text, "fit", "--config", "told.yaml", *options)
+    busy: Busy = program(text, "fit", "--config", "told.yaml", *options, imported=True)
     return busy
 
 

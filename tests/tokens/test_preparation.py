@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from lightning_danube.tokens import encoding, preparation
 from lightning_danube.tokens.preparation import Preparation, open_or_prepare, prepare
 from lightning_danube.tokens.shards import TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_UNITS = """
@@ -195,27 +195,19 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path: Path, token
     assert content(made(tmp_path / "parts")) == content(one)
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A real `prepare`, with small units."""
-    script = tmp_path / "small.py"
-    script.write_text(SMALL_UNITS)
-    return subprocess.Popen(
-        [sys.executable, str(script), "prepare", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(tmp_path: Path, *arguments: str) -> Forked:
+    """A `prepare` in a process of its own, with small units."""
+    return Forked(["prepare", *arguments], tmp_path / "output.txt", tmp_path, program=SMALL_UNITS)
 
 
-def kill_when(process: subprocess.Popen[str], units: Path, count: int) -> int:
+def kill_when(process: Forked, units: Path, count: int) -> int:
     """kill -9 once so many units are there; how many there were."""
     deadline = time.monotonic() + 120
     while len(list(units.glob("*.npz"))) < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     return len(list(units.glob("*.npz")))
 
@@ -242,8 +234,7 @@ def test_kill_9_and_start_again_gives_the_same_bytes(
     before = {file: file.stat().st_mtime_ns for file in found[0].glob("*.npz")}
     assert len(before) >= kept >= moments[-1]
     process = start(tmp_path, *arguments)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.wait(timeout=120) == 0, (tmp_path / "output.txt").read_text()
     assert content(made(tmp_path / "cache")) == content(
         prepare_small(Source(str(texts_there)), tokenizer, tmp_path / "whole")
     )

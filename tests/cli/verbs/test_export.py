@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from lightning_danube.weights.huggingface import EXPORTED_FILES, export_folder, 
 from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
 from lightning_danube.weights.loading import load_decoder, load_model
 from lightning_danube.weights.names import SMOLLM2, locate
+from tests.forked import Forked
 from tests.tiny_models import CONFIG, TEMPLATE, save_tiny, tiny_decoder, tiny_tokenizer
 from tests.weights.test_loading import save_tiny_adapter
 
@@ -274,7 +274,7 @@ for place, moment, arguments in {cases!r}:
         module, _, name = moment.rpartition(".")
         setattr(importlib.import_module(module), name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         os._exit(main(["export", "--weights", "base", "--overwrite", *arguments]))
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 # In the midst of writing, and with all written but the target's name.
 MOMENTS = [
@@ -304,13 +304,9 @@ def test_a_killed_export_leaves_what_was_there(
                 export("--weights", "base", *arguments)
         there[place] = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         cases += [(str(place), moment, arguments) for moment, arguments in moments]
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED.format(cases=cases)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.stdout.split() == ["-9"] * len(cases), result.stderr
+    output = tmp_path / "output.txt"
+    Forked([], output, tmp_path, program=KILLED.format(cases=cases)).wait(timeout=120)
+    assert re.findall(r"^-?\d+$", output.read_text(), flags=re.MULTILINE) == ["-9"] * len(cases), output.read_text()
     for place, files in there.items():
         leftovers = {path for path in place.iterdir() if path.name.startswith(".")}
         assert leftovers, "killed before anything was written"
