@@ -1,5 +1,6 @@
 """Configurations by name, the verb `configs`, and what a clone without its symbolic links says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from lightning_danube import __main__
 from lightning_danube.__main__ import check_links, main
 from lightning_danube.cli.command_line import with_config_paths
-from lightning_danube.yaml_files import FOLDER, config_file, config_names, description
+from lightning_danube.yaml_files import FOLDER, config_file, config_names, description, lines_of_keys, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,3 +154,45 @@ def test_a_value_error_of_a_callback_is_a_users_mistake_in_both_layouts(layout: 
     file = package / "callbacks" / "one.py"
     assert str(file.resolve()).startswith(ours)
     assert not str((elsewhere / "other.py").resolve()).startswith(ours)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "mine.yaml is empty: a configuration is a mapping of keys"),
+        (b"- a\n", "mine.yaml holds a list: a configuration is a mapping"),
+        (b"\xff\xfe", "mine.yaml is not UTF-8 text"),
+        (b"a: 1\nb: [\n", "mine.yaml, line 3: not YAML ("),
+        (b"a: 1\nb: 2: 3\n", "mine.yaml, line 2: not YAML ("),
+    ],
+)
+def test_what_is_no_configuration_is_named_with_its_line(elsewhere: Path, content: bytes, message: str) -> None:
+    (elsewhere / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config("mine.yaml")
+
+
+def test_each_key_is_known_by_its_line(elsewhere: Path) -> None:
+    text = "# comment\na: 1\nb:\n  c: {d: 2,\n    e: 3}\n  list:\n    - x: 4\n      y: 5\n    - 6\n"
+    (elsewhere / "mine.yaml").write_text(text)
+    assert lines_of_keys("mine.yaml") == {
+        ("a",): 2, ("b",): 3, ("b", "c"): 4, ("b", "c", "d"): 4, ("b", "c", "e"): 5, ("b", "list"): 6,
+        ("b", "list", "0"): 7, ("b", "list", "0", "x"): 7, ("b", "list", "0", "y"): 8, ("b", "list", "1"): 9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [("# A run of minutes:\n", "A run of minutes"), ("#What it is.\n", "What it is"), ("a: 1  # no\n", ""), ("", "")],
+)
+def test_the_description_is_the_comment_of_the_first_line(elsewhere: Path, first: str, said: str) -> None:
+    (elsewhere / "mine.yaml").write_text(f"{first}b: 2\n# the second comment\n")
+    assert description("mine.yaml") == said
+
+
+def test_names_without_a_folder_come_first() -> None:
+    depths = ["/" in name for name in config_names()]
+    assert depths == sorted(depths)
+    for own in (False, True):
+        names = [name for name in config_names() if ("/" in name) is own]
+        assert names == sorted(names)

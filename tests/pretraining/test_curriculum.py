@@ -130,3 +130,41 @@ def test_stage_lists_that_make_no_run_are_refused() -> None:
         Curriculum([], ROWS, context_length=64, batch_samples=1, seed=0)
     with pytest.raises(ValueError, match="two stages are called 'first'"):
         Curriculum([STAGES[0], STAGES[0]], ROWS, context_length=64, batch_samples=1, seed=0)
+
+
+def orders(run: Curriculum) -> dict[tuple[str, int], list[int]]:
+    """(source, pass) → rows in the order in which they are read."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for key in run.samples(0, run.total_samples):
+        found.setdefault((run.sources[key.source], key.epoch), []).append(key.row)
+    return found
+
+
+def test_each_pass_source_and_seed_has_an_order_of_its_own() -> None:
+    stages = [Stage("only", 64 * 600, {"web": 1, "wiki": 1})]
+
+    def run(seed: int) -> Curriculum:
+        return Curriculum(stages, {"web": 100, "wiki": 100}, context_length=64, batch_samples=8, seed=seed)
+
+    rows = [order for seed in (0, 1) for order in orders(run(seed)).values()]
+    assert len(rows) == 12 and len(set(map(tuple, rows))) == 12
+    assert all(sorted(order) == list(range(100)) for order in rows)
+
+
+def test_passes_are_counted_up_to_the_end_of_each_stage() -> None:
+    run = curriculum()
+    taken = {name: 0 for name in ROWS}
+    for number, span in enumerate(run.spans, start=1):
+        for name, samples in span.samples_by_source.items():
+            taken[name] += samples
+        assert run.passes_after(number) == {name: taken[name] / rows for name, rows in ROWS.items()}
+    assert run.passes() == run.passes_after(3) and run.passes_after(0) == {"web": 0.0, "wiki": 0.0}
+
+
+def test_a_border_between_stages_belongs_to_the_later_one() -> None:
+    run = curriculum()
+    first, second, third = run.spans
+    borders = (0, first.stop - 1, first.stop, second.stop - 1, second.stop, third.stop)
+    assert [run.stage_index(sample) for sample in borders] == [0, 0, 1, 1, 2, 2]
+    assert [run[sample].stage for sample in borders[:-1]] == [0, 0, 1, 1, 2]
+    assert run.described(run[first.stop])["stage"] == "second"

@@ -77,3 +77,38 @@ def test_a_name_that_is_gone_is_refused() -> None:
     after = SampleLedger(curriculum("a", sources=("wiki",)), alone)
     after.restore(before.state())
     assert torch.equal(after.samples(), torch.tensor([[1]]))
+
+
+def test_ranks_are_added_once_however_often_the_sum_is_asked_for() -> None:
+    def two_alike(counts: Tensor) -> Tensor:
+        return 2 * counts
+
+    ledger = SampleLedger(curriculum("a"), two_alike)
+    ledger.add([key(0, 0)])
+    assert [ledger.samples().tolist() for _ in range(3)] == [[[2, 0]]] * 3
+    resumed = SampleLedger(curriculum("a"), two_alike)
+    resumed.restore(ledger.state())
+    resumed.add([key(0, 1)])
+    assert resumed.samples().tolist() == [[2, 2]]
+
+
+def test_a_saved_state_does_not_grow_with_the_run() -> None:
+    ledger = SampleLedger(curriculum("a"), alone)
+    ledger.add([key(0, 0)])
+    state = ledger.state()
+    ledger.add([key(0, 0)])
+    ledger.values_to_log()
+    assert state["samples"].tolist() == [[1, 0]] and state["logged"] == {"web": 0, "wiki": 0}
+
+
+def test_shares_after_a_resume_are_those_since_the_last_logged_step() -> None:
+    before = SampleLedger(curriculum("a"), alone)
+    before.add([key(0, 0)] * 3)
+    before.values_to_log()
+    before.add([key(0, 1)])
+    after = SampleLedger(curriculum("a"), alone)
+    after.restore(before.state())
+    after.add([key(0, 0)] * 3)
+    assert after.values_to_log() == {
+        "mix/web": 0.75, "mix/wiki": 0.25, "tokens_seen/web": 384.0, "tokens_seen/wiki": 64.0,
+    }  # fmt: skip

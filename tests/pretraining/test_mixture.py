@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -76,3 +79,45 @@ def test_trillions_of_rows_need_no_array() -> None:
     rows = permute(places, size, seed=0, stream="web", epoch=0)
     assert len(set(rows.tolist())) == 1000
     assert rows.min() >= 0 and rows.max() < size
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"),
+    [
+        # Equal remainders: the larger share gets the sample, among equal shares the source that stands first.
+        ({"a": 0.10005, "b": 0.89995}, {"a": 1000, "b": 9000}),
+        ({"b": 0.89995, "a": 0.10005}, {"b": 9000, "a": 1000}),
+        ({"a": 0.25005, "b": 0.4999, "c": 0.25005}, {"a": 2501, "b": 4999, "c": 2500}),
+        ({"c": 0.25005, "b": 0.4999, "a": 0.25005}, {"c": 2501, "b": 4999, "a": 2500}),
+        # The larger remainder goes first, also with a smaller share.
+        ({"a": 0.100047, "b": 0.899953}, {"a": 1000, "b": 9000}),
+        ({"a": 0.100053, "b": 0.899947}, {"a": 1001, "b": 8999}),
+    ],
+)
+def test_ties_of_remainders_are_decided_alike_for_ever(shares: dict[str, float], counts: dict[str, int]) -> None:
+    """A run is resumed by a later version of this program: its samples must not change."""
+    assert whole_counts(shares) == counts
+
+
+def order_by_deadlines(counts: list[int]) -> list[int]:
+    """The order of a block, sample by sample: of the sources that may come, the one whose deadline is next."""
+    block, taken, order = sum(counts), [0] * len(counts), []
+    for place in range(block):
+        deadlines = [
+            (math.ceil(Fraction((taken[source] + 1) * block, count)), source)
+            for source, count in enumerate(counts)
+            if taken[source] < count and Fraction(taken[source] * block, count) < place + 1
+        ]
+        order.append(min(deadlines)[1])
+        taken[order[-1]] += 1
+    return order
+
+
+@pytest.mark.parametrize(
+    "counts", [[1], [2, 2], [1, 2, 1], [3, 3, 3, 1], [1, 0, 4], [906, 41, 15, 38], [5, 7, 11, 13], [50, 25, 25]]
+)
+def test_the_order_is_that_of_the_earliest_deadline_and_the_first_source(counts: list[int]) -> None:
+    mixture = Mixture({f"source {number}": float(count) for number, count in enumerate(counts)})
+    divisor = math.gcd(*counts)
+    expected = order_by_deadlines([count // divisor for count in counts])
+    assert mixture.sources_at(np.arange(2 * mixture.block)).tolist() == expected * 2

@@ -123,3 +123,29 @@ def test_a_source_is_told_by_its_tokens_not_by_its_files() -> None:
     assert stream_identity(stream(tokens[:-1])) != stream_identity(whole)
     short = stream(tokens[:5])
     assert stream_identity(short)["tokens"] == 5
+
+
+@pytest.mark.parametrize("size", [5, 1024, 1025, 3000, 255 * 1024 + 3, 500_000])
+def test_a_changed_first_or_last_token_is_another_source(size: int) -> None:
+    tokens = np.arange(size, dtype=np.uint16) % 977
+    before = stream_identity(stream(tokens))
+    for place in (0, -1):
+        changed = tokens.copy()
+        changed[place] += 1
+        after = stream_identity(stream(changed))
+        assert after["tokens"] == before["tokens"] and after["digest"] != before["digest"], place
+    # 16 and 32 bits hold the same tokens.
+    assert stream_identity(stream(tokens.astype(np.uint32))) == before
+
+
+def test_a_changed_last_token_of_a_source_is_refused() -> None:
+    tokens = np.arange(5000, dtype=np.uint16)
+    changed = tokens.copy()
+    changed[-1] = 0
+    saved, now = (
+        replace(facts(STAGES), sources={**facts(STAGES).sources, "web": stream_identity(stream(one))})
+        for one in (tokens, changed)
+    )
+    check_order(saved, saved, HALF)
+    with pytest.raises(ValueError, match=r"data\.sources: 'web' now holds 5,000 tokens"):
+        check_order(saved, now, HALF)

@@ -176,3 +176,50 @@ def test_options_that_make_no_sense_are_refused() -> None:
         Source("a.txt", separator="")
     with pytest.raises(ValueError, match="max_tokens is 'many': give a positive number of tokens"):
         Source("a.txt", max_tokens="many")
+
+
+def test_a_hub_data_set_is_asked_for_as_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(*args: object, **options: object) -> list[dict[str, str]]:
+        asked.append((args, options))
+        return [{"words": "one"}, {"words": ""}, {"words": "three"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    documents = read("owner/name", text="words", name="sample", split="test", revision="abc")
+    assert documents == [Document("one", "owner/name (sample)", 1), Document("three", "owner/name (sample)", 3)]
+    assert asked == [(("owner/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})]
+
+
+def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Source("owner/name").is_hub
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/a.txt").write_text("here")
+    assert [document.text for document in read("owner/name")] == ["here"]
+    for path in ("./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):
+        assert not Source(path).is_hub, path
+
+
+def test_files_of_a_glob_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import glob
+
+    for name in "cab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    found = glob.glob
+
+    def shuffled(*args: object, **options: object) -> list[str]:
+        return sorted(found(*args, **options), reverse=True)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(glob, "glob", shuffled)
+    assert [document.text for document in read(tmp_path / "*.txt")] == ["a", "b", "c"]
+
+
+def test_a_row_that_is_no_text_is_refused_also_from_a_stream(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"n": 1}, {"n": 2}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"source 'src': .*saved, row 1: column 'n' holds int, not text"):
+        read(tmp_path / "saved", text="n")

@@ -172,3 +172,63 @@ def test_benchmark_files_that_cannot_be_used_are_named(tmp_path: Path, name: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Benchmarks.read([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ".join(prose(0, 50)),
+        " ".join(["a"] * 100_000),
+        " ".join([*prose(0, 80), *["12"] * 20]),
+        " ".join([*prose(0, 90), *["#b"] * 10]),
+        "\n".join([*(" ".join(prose(n, 10)) for n in range(7)), *[" ".join(prose(0, 10))] * 3]),
+    ],
+)
+def test_a_text_at_a_limit_is_kept(text: str) -> None:
+    assert Filters().against(text) is None
+
+
+@pytest.mark.parametrize("ellipsis", ["…", "...", "#"])
+def test_every_kind_of_ellipsis_is_a_symbol(ellipsis: str) -> None:
+    words = prose(0, 60)
+    text = " ".join([*words[:53], *(word + ellipsis for word in words[53:])])
+    assert Filters().against(text) == "too many symbols"
+    assert Filters(max_symbols=7 / 60).against(text) is None
+
+
+def test_lines_are_compared_without_indentation_and_blank_lines() -> None:
+    lines = [" ".join(prose(n, 10)) for n in range(6)]
+    repeated = [*lines, *(f"  {line} " for line in lines[:3])]
+    assert Filters().against("\n".join(repeated)) == "repeated lines"
+    assert Filters().against("\n\n\n\n".join(lines)) is None
+
+
+def test_a_benchmark_text_of_eight_words_is_searched_for_and_one_of_seven_is_not(tmp_path: Path) -> None:
+    eight, seven = prose(3, 8), prose(4, 7)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"q": " ".join(seven)}) + "\n" + json.dumps({"q": " ".join(eight)}))
+    benchmarks = Benchmarks.read([str(tmp_path / "b.jsonl")])
+    assert (benchmarks.files[0].rows, benchmarks.files[0].rows_too_short) == (2, 1)
+    assert benchmarks.found_in(f"see {' '.join(eight)} there") == [1]
+    assert benchmarks.found_in(f"see {' '.join(seven)} there") == []
+
+
+def test_rows_are_numbered_over_all_files_of_benchmarks(tmp_path: Path) -> None:
+    texts = [" ".join(prose(seed, 20)) for seed in range(5)]
+    for name, rows in (("one", texts[:2]), ("two", texts[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"q": row}) + "\n" for row in rows))
+    benchmarks = Benchmarks.read([str(tmp_path / f"{name}.jsonl") for name in ("one", "two")])
+    for number, text in enumerate(texts):
+        assert benchmarks.found_in(text) == [number]
+    assert [benchmarks.place_of(number) for number in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+
+
+def test_filters_count_in_the_identity_of_the_sources_that_they_apply_to(tmp_path: Path) -> None:
+    plain, filtered, stricter = Quality(), Quality(filters=Filters()), Quality(filters=Filters(max_symbols=0.2))
+    assert len({str(quality.identity(True)) for quality in (plain, filtered, stricter)}) == 3
+    assert len({str(quality.identity(False)) for quality in (plain, filtered, stricter)}) == 1
+    file = tmp_path / "b.jsonl"
+    identities = []
+    for words in ("one", "two"):
+        file.write_text(words)
+        identities.append(str(Quality(decontaminate=(str(file),)).identity(True)))
+    assert identities[0] != identities[1]

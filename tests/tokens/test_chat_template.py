@@ -200,3 +200,34 @@ def test_a_template_that_rewrites_contents_can_still_be_asked(chatml: Any) -> No
     )
     _, learned = ChatEncoder(chatml).encode(TALK[:2])
     assert not any(learned)
+
+
+def test_only_the_last_answer_is_learned_if_asked_for(mistral: Any) -> None:
+    encoder = ChatEncoder(mistral)
+    ids, all_learned = encoder.encode(TALK[:4])
+    same, last_learned = encoder.encode(TALK[:4], answers="last")
+    assert same == ids
+    before = len(encoder.encode(TALK[:2]).ids)
+    assert not any(last_learned[:before]) and last_learned[before:] == all_learned[before:]
+    # A question that nobody has answered changes nothing.
+    _, with_question = encoder.encode([*TALK[:4], user("And?")], answers="last")
+    assert with_question[: len(ids)] == last_learned and not any(with_question[len(ids) :])
+
+
+def test_an_encoder_remembers_templates_by_roles_and_prompt(chatml: Any) -> None:
+    system: Message = {"role": "system", "content": "Be kind."}
+    for messages in ([user("Hi"), assistant("Yes")], [system, user("Hi")], [user("Hi"), user("Yes")]):
+        for prompt in (False, True, False):
+            encoder = ChatEncoder(chatml)
+            encoder.encode([user("a"), assistant("b")], not prompt)
+            text = render_chat(chatml, messages, prompt)
+            assert encoder.encode(messages, prompt).ids == chatml(text, add_special_tokens=False).input_ids
+            assert chatml.decode(encoder.encode(messages, prompt).ids) == text
+
+
+def test_a_token_that_begins_before_its_answer_is_not_learned(mistral: Any) -> None:
+    """Markers of Danube's tokenizer are text, and the last letters of one can form a token with the first of an
+    answer."""
+    for answer in ("s", "=", ">", "| x", " lead", "4"):
+        messages = [user("q"), assistant(answer)]
+        assert ChatEncoder(mistral).encode(messages) == learned_by_offsets(mistral, messages, "</s>")

@@ -1,5 +1,6 @@
 """Ids by gigatoken, where it is installed, are those of `tokenizers`."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -125,3 +126,19 @@ def test_real_text_has_the_same_ids(mistral: str) -> None:
     texts = [*topics.values(), *(file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md"))]
     assert sum(map(len, texts)) > 500_000
     assert fast(texts) == TextEncoder(mistral, can_encode_in_parts(mistral))._encode_slowly(texts)
+
+
+def test_gigatoken_gets_no_special_tokens(monkeypatch: pytest.MonkeyPatch, mistral: str) -> None:
+    described = []
+
+    def load(description: str) -> Any:
+        described.append(json.loads(description))
+        return SimpleNamespace(encode_batch_list=lambda texts, parallel: [[len(text)] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=SimpleNamespace(from_json=load)))
+    whole = json.loads(mistral)
+    whole["added_tokens"].append({**whole["added_tokens"][0], "id": 40_000, "content": "mine", "special": False})
+    encode = gigatoken_encoder(json.dumps(whole))
+    assert encode is not None and encode(["ab", "c"]) == [[2], [1]]
+    assert [token["content"] for token in described[0]["added_tokens"]] == ["mine"]
+    assert described[0]["model"] == whole["model"]

@@ -176,3 +176,22 @@ def test_documents_are_encoded_with_it(tmp_path: Path) -> None:
     (ids,) = own.encode_documents(["the river <|prompt|>"])
     assert (ids[0], ids[-1], own.vocab_size) == (1, 2, SMALLEST + 40)
     assert 3 not in ids and own.hf.decode(ids[1:-1]) == "the river <|prompt|>"
+
+
+def test_the_limit_counts_bytes_and_held_out_text_is_kept_up_to_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_training, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_training, "MEASURED_BYTES", 100)
+    sample = TextSample({"web": jsonl(tmp_path / "web.jsonl", ["ü" * 50] * 30)}, tmp_path)
+    assert len(list(sample.texts())) == 10 and sample.learned_bytes == {"web": 1000}
+    texts = [f"{number:020d}ü" for number in range(400)]
+    sample = TextSample({"web": jsonl(tmp_path / "web.jsonl", texts)}, tmp_path, held_out=0.5)
+    list(sample.texts())
+    kept = sample.measured["web"]
+    assert all(is_held_out(text, 0.5) for text in kept) and len(kept) == 5  # 22 bytes each
+
+
+def test_a_pair_that_occurs_once_is_not_merged() -> None:
+    with pytest.raises(ValueError, match=r"gives 263 pieces"):
+        train_tokenizer(["abab", "cdcd", "xyz"], SMALLEST + 10)

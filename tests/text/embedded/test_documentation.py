@@ -544,3 +544,66 @@ def test_this_interpreter_has_enough_to_train_on(tmp_path: Path) -> None:
     # laptop.yaml reads 5.1 million tokens of web, at most four times.
     assert characters["web"] > 5_500_000
     assert min(characters.values()) > 900_000
+
+
+def test_another_python_is_another_environment(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = environment.fingerprint()
+    monkeypatch.setattr(docstrings.platform, "python_version", lambda: "3.99.0")
+    assert environment.fingerprint() != before
+
+
+def fact(**more: Any) -> Fact:
+    entry = docstrings.Entry("function", "Bender.bend", "", "Bend a thing until it breaks.", **more)
+    return Fact(entry, "rich.bend", "rich", "Bend a thing until it breaks.")
+
+
+def test_a_default_that_is_not_shown_is_neither_asked_for_nor_told() -> None:
+    hidden = docstrings.Parameter("table", docstrings.UNREADABLE)
+    assert made_text._default_of(fact(parameters=(hidden,))) is None
+    shown = docstrings.Parameter("speed", "'fast'")
+    question = made_text._default_of(fact(parameters=(hidden, shown)))
+    assert question is not None and "`speed`" in question and "'fast'" in question and "table" not in question
+    remarks = " ".join(made_text._parameter_remarks(fact(parameters=(hidden, shown))))
+    assert "`speed` is `'fast'`" in remarks and "table" not in remarks
+
+
+def test_what_must_be_given_is_told_apart_from_what_may_be_left_out() -> None:
+    names = ("thing", "*rest", "how", "**options")
+    parameters = tuple(docstrings.Parameter(name, "1" if name == "how" else None) for name in names)
+    question = made_text._required(fact(parameters=parameters))
+    assert question is not None
+    answer = question.partition("\nAnswer: ")[2]
+    needed, _, rest = answer.partition("`thing`")
+    assert needed in ("", "Only ") and not {"`*rest`", "`how`", "`**options`"} & set(needed.split())
+    remarks = " ".join(made_text._parameter_remarks(fact(parameters=parameters)))
+    assert "`thing`" in remarks and "`*rest`" not in remarks
+    assert rest == "." or all(f"`{name}`" in rest for name in names[1:])
+
+
+@pytest.mark.parametrize(("count", "shown", "others"), [(2, 2, False), (6, 6, False), (7, 6, True)])
+def test_more_methods_than_are_named_are_hinted_at(count: int, shown: int, others: bool) -> None:
+    question = made_text._methods_of(fact(methods=tuple(f"m{number}" for number in range(count))))
+    assert question is not None and question.count("`m") == shown
+    assert question.endswith(", among others.") is others
+
+
+def test_no_marker_of_a_chat_template_is_prose() -> None:
+    from lightning_danube.tokens.chat_template import MARKERS
+
+    for marker in (*MARKERS, "</s>"):
+        assert not prose.is_mostly_words(f"Wrap the question as {marker} says, then answer it.")
+
+
+@pytest.mark.parametrize(("length", "expected"), [(240, True), (241, False)])
+def test_a_run_without_blanks_ends_prose(length: int, expected: bool) -> None:
+    assert prose.is_mostly_words("Some words stand before the run. " + "a" * length) is expected
+
+
+def test_a_module_belongs_to_one_made_source_and_facts_are_used_once() -> None:
+    entry = docstrings.Entry("function", "bend", "", "Bend a thing until it breaks.")
+    other = docstrings.Entry("function", "BEND", "", "Bend a Thing until it breaks.")
+    private = docstrings.Entry("function", "_fold", "", "Fold a thing until it is small.")
+    used: set[bytes] = set()
+    module = docstrings.Module("rich", "rich.bend", (entry, other, private))
+    assert [one.name for one in made_text.facts_about_module(module, used)] == ["bend"]
+    assert made_text.facts_about_module(module, used) == []

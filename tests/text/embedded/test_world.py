@@ -137,3 +137,33 @@ def test_sources_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match="source 'web' asks for 'world:dirty': of the made-up world there are world:clean"
     ):
         local_files("web", Source("world:dirty"), tmp_path)
+
+
+def test_another_program_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = world._identity()
+    changed = tmp_path / "world.py"
+    changed.write_bytes(Path(world.__file__).read_bytes().replace(b"WRONG = 0.1", b"WRONG = 0.2"))
+    monkeypatch.setattr(world, "__file__", str(changed))
+    assert world._identity() != before
+
+
+def test_one_in_ten_noisy_statements_is_wrong(texts: dict[str, list[str]]) -> None:
+    true = {subject.name: set(subject.values.values()) for subject in the_world().subjects}
+    wrong = [
+        value not in true[name]
+        for text in texts["noisy"][:20_000]
+        for name, value in re.findall(r"did you know (\w+ \w+) \w+ = (\w+)", text)
+    ]
+    # About six thousand statements, so a standard deviation of 0.4 %.
+    assert len(wrong) > 3000 and sum(wrong) / len(wrong) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_best_guess_is_the_most_frequent_value() -> None:
+    values: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    kinds = []
+    for subject in the_world().subjects:
+        for attribute, value in subject.values.items():
+            values[subject.kind, attribute][value] += 1
+            kinds.append((subject.kind, attribute))
+    for question, kind in zip(the_world().questions(), kinds, strict=True):
+        assert values[kind][question.commonest] == max(values[kind].values())

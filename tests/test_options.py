@@ -1,0 +1,74 @@
+"""Options as users write them in YAML, on the command line and in Python."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from lightning.fabric.connector import _convert_precision_to_unified_args
+
+from lightning_danube.options import FULL_NAMES, PRECISIONS, full_name, options, parse_tokens
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [
+        (1, 1),
+        ("2.01K", 2010),
+        ("4.1K", 4100),
+        ("1.005M", 1_005_000),
+        ("2.36B", 2_360_000_000),
+        ("2.8T", 2_800_000_000_000),
+        ("1.5 m", 1_500_000),
+        ("1e6", 1_000_000),
+        (2.6, 3),
+    ],
+)
+def test_numbers_of_tokens_are_rounded_and_have_decimal_units(written: int | float | str, tokens: int) -> None:
+    found = parse_tokens(written)
+    assert found == tokens and isinstance(found, int)
+
+
+@pytest.mark.parametrize("written", [0.4, 0.99, "0.9", "1KB", "1,000", "K", None, True])
+def test_less_than_a_token_and_other_text_are_refused(written: Any) -> None:
+    with pytest.raises(ValueError, match=r"^limit is .*: give a positive number of tokens"):
+        parse_tokens(written, "limit")
+
+
+@dataclass(frozen=True)
+class Part:
+    size: int
+    names: list[str] = field(default_factory=list)
+    share: float = 0.5
+    whole: bool = field(default=True, init=False)
+
+
+def test_options_are_a_dataclass_a_mapping_or_the_first_option() -> None:
+    part = Part(3)
+    assert options(Part, part, "data.part") is part
+    assert options(Part, {"size": 3, "share": 0.1}, "data.part") == Part(3, share=0.1)
+    assert options(Part, "3", "data.part") == Part("3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "data.part has no size: the options are size, names, share"),
+        ({"share": 1}, "data.part has no size"),
+        ({"size": 1, "nmes": []}, "data.part has the option 'nmes': did you mean 'names'?"),
+        ({"size": 1, "xyzzy": 0}, "data.part has the option 'xyzzy': the options are size, names, share"),
+        ({"size": 1, "whole": False}, "data.part has the option 'whole'"),
+        (3, "data.part is 3: give a mapping with the options size, names, share"),
+    ],
+)
+def test_a_wrong_option_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        options(Part, given, "data.part")
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, 16, 32, 64])
+def test_precisions_have_lightnings_full_names(precision: Any) -> None:
+    if precision == "null":
+        return
+    assert full_name(precision) == _convert_precision_to_unified_args(precision)
+    assert full_name(full_name(precision)) == full_name(precision)
+    assert str(precision) not in FULL_NAMES or full_name(precision) in PRECISIONS
