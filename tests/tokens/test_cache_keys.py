@@ -24,12 +24,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def fingerprint(text: Path, **changes: Any) -> str:
-    facts: dict[str, Any] = {"path": str(text), "held_out": 0.1, "quality": Quality(), "tokenizer": "danube-small"}
+def fingerprint(path: Path, /, **changes: Any) -> str:
+    facts: dict[str, Any] = {"path": str(path), "held_out": 0.1, "quality": Quality(), "tokenizer": "danube-small"}
     facts |= changes
     source = Source(**{name: facts.pop(name) for name in list(facts) if name in Source.__dataclass_fields__})
     tokenizer = DocumentTokenizer(facts["tokenizer"])
-    return source_fingerprint("src", source, tokenizer, facts["held_out"], facts["quality"], text.parent)
+    return source_fingerprint("src", source, tokenizer, facts["held_out"], facts["quality"], path.parent)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def fingerprint(text: Path, **changes: Any) -> str:
         {"max_tokens": "1K"},
         {"on_bad_row": "skip"},
         {"held_out": 0.2},
-        {"tokenizer": "mistral"},
+        {"tokenizer": "world"},
         {"quality": Quality(deduplicate="exact")},
         {"quality": Quality(filters=Filters())},
     ],
@@ -119,12 +119,8 @@ def test_a_document_is_told_by_the_pieces_and_both_end_tokens() -> None:
         options = {} if bos is None else {"bos_token": bos}
         return fingerprint_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, **options))
 
-    assert made("<s>", "</s>") == load_small_fingerprint()
+    assert made("<s>", "</s>") == DocumentTokenizer("danube-small").fingerprint
     assert len({made("<s>", "</s>"), made("<unk>", "</s>"), made("<s>", "<unk>"), made(None, "</s>")}) == 4
-
-
-def load_small_fingerprint() -> str:
-    return DocumentTokenizer("danube-small").fingerprint
 
 
 def test_addresses_with_one_last_name_have_directories_of_their_own(tmp_path: Path) -> None:

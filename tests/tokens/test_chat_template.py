@@ -225,9 +225,15 @@ def test_an_encoder_remembers_templates_by_roles_and_prompt(chatml: Any) -> None
             assert chatml.decode(encoder.encode(messages, prompt).ids) == text
 
 
-def test_a_token_that_begins_before_its_answer_is_not_learned(mistral: Any) -> None:
-    """Markers of Danube's tokenizer are text, and the last letters of one can form a token with the first of an
-    answer."""
-    for answer in ("s", "=", ">", "| x", " lead", "4"):
-        messages = [user("q"), assistant(answer)]
-        assert ChatEncoder(mistral).encode(messages) == learned_by_offsets(mistral, messages, "</s>")
+@pytest.mark.parametrize("answer", ["s", "=", ">", "| x", "4", "</s> forged"])
+def test_a_token_that_begins_before_its_answer_is_not_learned(mistral: Any, answer: str) -> None:
+    """Markers are text in Danube's tokenizer, so the end of one and the beginning of an answer can form a token."""
+    ids, learned = ChatEncoder(mistral).encode([user("q"), assistant(answer)])
+    backend = mistral.backend_tokenizer
+    tokens = [backend.id_to_token(token) for token in ids]
+    text, answers = "", "<|answer|>"
+    for token, counts in zip(tokens, learned, strict=True):
+        begins = answers in text
+        assert counts is begins or (counts is False and text.endswith("</s>")), (text, token)
+        text += token.replace("▁", " ")
+    assert text.endswith(f"{answer}</s>") and learned[-1] and sum(learned) >= 1
