@@ -158,3 +158,14 @@ def test_micro_batches_of_a_step_follow_from_its_rows(small_data: MakeData) -> N
     assert (module.total_steps, module.total_tokens) == (module.curriculum.total_steps, module.curriculum.total_tokens)
     with pytest.raises(ValueError, match=r"micro_batch_size = 1, 2, 4 or 8 would"):
         module.accumulation(3)
+
+
+def test_a_tokenizer_of_one_name_with_other_pieces_is_refused(small_data: MakeData) -> None:
+    module = small_data()
+    module.trainer = trainer_at(5)
+    state = module.state_dict()
+    state["tokenizer"] = state["tokenizer"] | {"fingerprint": "0"}
+    with pytest.raises(
+        ValueError, match=r"trained with the tokenizer 'danube-small' \(0\), data\.tokenizer is 'danube"
+    ):
+        module.load_state_dict(state)

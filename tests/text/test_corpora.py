@@ -198,6 +198,7 @@ def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytes
     assert Source("owner/name").is_hub
     (tmp_path / "owner/name").mkdir(parents=True)
     (tmp_path / "owner/name/a.txt").write_text("here")
+    assert not Source("owner/name").is_hub
     assert [document.text for document in read("owner/name")] == ["here"]
     for path in ("./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):
         assert not Source(path).is_hub, path

@@ -94,6 +94,17 @@ def test_a_text_is_cut_behind_white_space_by_bytes_not_by_characters() -> None:
     pieces = reading.cut(text, 40)
     assert "".join(pieces) == text
     assert all(20 < len(piece.encode()) <= 40 and piece.endswith(" ") for piece in pieces[:-1])
+    assert reading.cut("ü" * 30, 40) == ["ü" * 20, "ü" * 10]
     # 40 bytes are one piece, 41 are two.
     assert [len(piece) for piece in reading.cut("a" * 40, 40)] == [40]
     assert [len(piece) for piece in reading.cut("a" * 41, 40)] == [40, 1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_row_that_begins_at_the_size_begins_a_span(name: str, tmp_path: Path) -> None:
+    row = {"a.jsonl": b'{"text": "x"}\n', "a.csv": b"x,y,z\n", "a.txt": b"xyz|~|"}[name]
+    head = b"text,b,c\n" if name == "a.csv" else b""
+    (tmp_path / name).write_bytes(head + row * 6)
+    parts = spans(str(tmp_path / name), SEPARATOR, 2 * len(row))
+    assert [part.weight for part in parts] == [2 * len(row)] * 3
+    assert [part.row for part in parts] == [1, 3, 5]

@@ -215,3 +215,13 @@ def test_compressed_files_have_units_of_their_uncompressed_size(
     assert sum(span.weight for unit in units for span in unit) == len(content)
     assert len(units) >= len(content) // 1200
     assert made.plan(no_pool) == units  # the second time from its file
+
+
+def test_rows_of_one_number_in_two_files_are_two_documents(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_text(f"the text of {name}")
+    shards = make(Source(str(folder)), held_out=0.5)
+    counts = shards.meta["counts"]
+    assert (counts["documents_read"], counts["pieces_of_long_documents"]) == (3, 0)
