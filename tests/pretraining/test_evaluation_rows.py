@@ -125,7 +125,7 @@ def test_sizes_are_those_of_the_predicted_tokens(data: Data, limit: int | None) 
         predicted = stream.read(1, len(stream))[: None if limit is None else 100 * limit]
         assert tokens[name] == len(predicted)
         # Special tokens have no text.
-        text = module.tokenizer.hf.decode([token for token in predicted.tolist() if token > 2])
+        text = str(module.tokenizer.hf.decode([token for token in predicted.tolist() if token > 2]))
         assert sizes[name] == len(text.encode())
 
 

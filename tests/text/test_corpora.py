@@ -211,8 +211,8 @@ def test_files_of_a_glob_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / f"{name}.txt").write_text(name)
     found = glob.glob
 
-    def shuffled(*args: object, **options: object) -> list[str]:
-        return sorted(found(*args, **options), reverse=True)  # type: ignore[call-overload,no-any-return]
+    def shuffled(pattern: str, *, recursive: bool) -> list[str]:
+        return sorted(found(pattern, recursive=recursive), reverse=True)
 
     monkeypatch.setattr(glob, "glob", shuffled)
     assert [document.text for document in read(tmp_path / "*.txt")] == ["a", "b", "c"]

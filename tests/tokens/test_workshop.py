@@ -87,11 +87,11 @@ def test_the_report_counts_documents_tokens_and_bytes(make: Make, source: Source
 def test_columns_and_separators_of_a_source_are_obeyed(make: Make, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "a", "body": "the body of it"}) + "\n")
     (tmp_path / "c.txt").write_text("one;two;three;four")
-    for path, options, documents in (
-        ("b.jsonl", {"text": "body"}, ["the body of it"]),
-        ("c.txt", {"separator": ";"}, ["one", "two", "three", "four"]),
+    for source, documents in (
+        (Source(str(tmp_path / "b.jsonl"), text="body"), ["the body of it"]),
+        (Source(str(tmp_path / "c.txt"), separator=";"), ["one", "two", "three", "four"]),
     ):
-        shards = make(Source(str(tmp_path / path), **options), held_out=0.5)
+        shards = make(source, held_out=0.5)
         found = []
         for split in ("train", "validation"):
             tokens = shards.tokens(split)
