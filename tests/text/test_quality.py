@@ -213,13 +213,16 @@ def test_a_benchmark_text_of_eight_words_is_searched_for_and_one_of_seven_is_not
 
 
 def test_rows_are_numbered_over_all_files_of_benchmarks(tmp_path: Path) -> None:
-    texts = [" ".join(prose(seed, 20)) for seed in range(5)]
-    for name, rows in (("one", texts[:2]), ("two", texts[2:])):
+    texts = [" ".join(prose(seed, 20)) for seed in range(6)]
+    files = {"one": texts[:2], "two": texts[2:5], "three": texts[5:]}
+    for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"q": row}) + "\n" for row in rows))
-    benchmarks = Benchmarks.read([str(tmp_path / f"{name}.jsonl") for name in ("one", "two")])
+    benchmarks = Benchmarks.read([str(tmp_path / f"{name}.jsonl") for name in files])
     for number, text in enumerate(texts):
         assert benchmarks.found_in(text) == [number]
-    assert [benchmarks.place_of(number) for number in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert [benchmarks.place_of(number) for number in range(6)] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0),
+    ]  # fmt: skip
 
 
 def test_filters_count_in_the_identity_of_the_sources_that_they_apply_to(tmp_path: Path) -> None:

@@ -607,3 +607,14 @@ def test_a_module_belongs_to_one_made_source_and_facts_are_used_once() -> None:
     module = docstrings.Module("rich", "rich.bend", (entry, other, private))
     assert [one.name for one in made_text.facts_about_module(module, used)] == ["bend"]
     assert made_text.facts_about_module(module, used) == []
+
+
+def test_a_text_repeats_others_if_more_than_half_of_it_is_known() -> None:
+    one, two, three, four = (f"Sentence number {number} is long enough to be compared" for number in range(4))
+    seen = Seen()
+    assert not seen.repeats(f"{one}. {two}")
+    assert not seen.repeats(f"{one}. {three}")
+    assert not seen.repeats(
+        f"{two}. {three}. And this is the new part of it, which has twice the length of the others, {four}"
+    )
+    assert seen.repeats(f"{one}. {two}. This sentence alone is a new one in this text")
