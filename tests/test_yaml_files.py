@@ -50,6 +50,7 @@ def test_a_name_is_found_from_any_directory_and_a_path_goes_first(elsewhere: Pat
         ("configs/quickstart.yaml", "quickstart"),
         ("./configs/pretrain/laptop.yaml", "pretrain/laptop"),
         ("imdb-papr", "classification/imdb-paper"),
+        ("experiments-of-mine/imdb-papr", "classification/imdb-paper"),
     ],
 )
 def test_a_typing_error_gets_the_nearest_name(typed: str, meant: str) -> None:
