@@ -221,8 +221,10 @@ def test_an_encoder_remembers_templates_by_roles_and_prompt(chatml: Any) -> None
             encoder = ChatEncoder(chatml)
             encoder.encode([user("a"), assistant("b")], not prompt)
             text = render_chat(chatml, messages, prompt)
-            assert encoder.encode(messages, prompt).ids == chatml(text, add_special_tokens=False).input_ids
-            assert chatml.decode(encoder.encode(messages, prompt).ids) == text
+            encoded = encoder.encode(messages, prompt)
+            assert encoded.ids == chatml(text, add_special_tokens=False).input_ids
+            assert encoded == ChatEncoder(chatml).encode(messages, prompt)
+            assert any(encoded.learned) is (messages[-1]["role"] == "assistant")
 
 
 @pytest.mark.parametrize("answer", ["s", "=", ">", "| x", "4", "</s> forged"])

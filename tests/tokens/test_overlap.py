@@ -54,8 +54,8 @@ def test_questions_are_found_in_any_source(tmp_path: Path) -> None:
 
 
 def test_streamed_sources_are_named_and_short_questions_are_not_looked_for(tmp_path: Path) -> None:
-    texts = texts_of(tmp_path, wiki=QUESTION)
-    texts.sources["hub"] = Source("owner/name")
+    files = texts_of(tmp_path, wiki=QUESTION)
+    texts = TrainingTexts({"hub": Source("owner/name"), **files.sources}, files.cache_dir)
     assert overlap([{"question": QUESTION}], texts) == Overlap({0}, 1, ["hub"])
     assert overlap([{"question": "why?"}], texts) == Overlap(set(), 0, [])
 
