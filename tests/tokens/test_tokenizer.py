@@ -169,3 +169,10 @@ def test_what_is_known_without_transformers_is_what_transformers_says(name: str)
     known = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint
     hf = load_hf_tokenizer(name)
     assert known == (len(hf), hf.bos_token_id, hf.eos_token_id, fingerprint_of(hf))
+
+
+def test_documents_leave_the_tokenizer_as_it_was(small: DocumentTokenizer) -> None:
+    backend = small.hf.backend_tokenizer
+    before = backend.encode("a</s>", add_special_tokens=False).ids
+    small.encode_documents(["a</s>"])
+    assert backend.encode("a</s>", add_special_tokens=False).ids == before and before[-1] == 2
