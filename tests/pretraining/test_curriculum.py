@@ -168,3 +168,16 @@ def test_a_border_between_stages_belongs_to_the_later_one() -> None:
     assert [run.stage_index(sample) for sample in borders] == [0, 0, 1, 1, 2, 2]
     assert [run[sample].stage for sample in borders[:-1]] == [0, 0, 1, 1, 2]
     assert run.described(run[first.stop])["stage"] == "second"
+
+
+def test_the_samples_of_a_run_are_the_same_in_every_version() -> None:
+    """A run is resumed by a later version of this program. Both stages have ties: of shares, remainders, deadlines."""
+    stages = [
+        Stage("one", 64 * 8, {"a": 1, "b": 1, "c": 2}),
+        Stage("two", 64 * 8, {"c": 0.25005, "b": 0.25005, "a": 0.4999}),
+    ]
+    run = Curriculum(stages, {"a": 5, "b": 3, "c": 4}, context_length=64, batch_samples=8, seed=7)
+    assert [tuple(key) for key in run.samples(0, 16)] == [
+        (0, 2, 0, 0), (0, 0, 0, 2), (0, 1, 0, 2), (0, 2, 0, 2), (0, 2, 0, 1), (0, 0, 0, 0), (0, 1, 0, 1), (0, 2, 0, 3),
+        (1, 0, 0, 1), (1, 1, 0, 0), (1, 2, 1, 2), (1, 0, 0, 4), (1, 0, 0, 3), (1, 1, 1, 1), (1, 2, 1, 1), (1, 0, 1, 0),
+    ]  # fmt: skip
