@@ -166,3 +166,16 @@ def test_the_sources_are_told_with_training_and_held_out_text_apart() -> None:
     rows = [re.split(r"  +", line.strip()) for line in source_table(data).splitlines()]
     # 32 of the 64 rows of the first stage are web's; wiki has those and the 64 of the second stage.
     assert ["web", "1,234", "56,789", "321", "0.32"] in rows and ["wiki", "1,234", "56,789", "321", "0.96"] in rows
+
+
+def test_parameters_are_counted_with_and_without_the_embedding() -> None:
+    found, decoder = summary(facts()), tiny_decoder()
+    assert found["parameters"] == sum(parameter.numel() for parameter in decoder.parameters())
+    without = [parameter.numel() for name, parameter in decoder.named_parameters() if "embed" not in name]
+    assert found["parameters_without_embedding"] == sum(without) < found["parameters"]
+
+
+def test_shares_are_those_of_each_stage() -> None:
+    stages = stage_summaries(CURRICULUM, [{"web": 3, "wiki": 1}, {"web": 0, "wiki": 12}], [])
+    assert [stage["mix"] for stage in stages] == [{"web": 0.75, "wiki": 0.25}, {"web": 0.0, "wiki": 1.0}]
+    assert [stage["tokens"] for stage in stages] == [4, 12]
