@@ -65,6 +65,7 @@ def test_a_wrong_option_is_named(given: Any, message: str) -> None:
         options(Part, given, "data.part")
 
 
+@pytest.mark.filterwarnings("ignore:.* is supported for historical reasons")
 @pytest.mark.parametrize("precision", [*PRECISIONS, 16, 32, 64])
 def test_precisions_have_lightnings_full_names(precision: Any) -> None:
     if precision == "null":
