@@ -111,3 +111,15 @@ def test_the_layer_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
 def test_pytorch_still_has_the_private_gradient_of_a_softmax() -> None:
     schema = torch.ops.aten._softmax_backward_data.default._schema
     assert [argument.name for argument in schema.arguments] == ["grad_output", "output", "dim", "input_dtype"]
+
+
+@pytest.mark.usefixtures("blocks")
+def test_an_all_true_mask_is_causal_attention() -> None:
+    """A mask can hide keys, and never shows a later one."""
+    inputs = problem(torch.float64)
+    masked, plain = (
+        results(blocked_attention, inputs, mask, torch.float64)
+        for mask in (torch.ones(B, 1, T, T, dtype=torch.bool), None)
+    )
+    for one, other in zip(masked, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
