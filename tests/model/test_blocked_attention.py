@@ -123,3 +123,15 @@ def test_an_all_true_mask_is_causal_attention() -> None:
     )
     for one, other in zip(masked, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+def test_large_scores_that_differ_little_are_told_apart_in_bfloat16() -> None:
+    """Scores of 362 and more, a third apart: bfloat16 has steps of 2 there. The largest is subtracted before rounding."""
+    tokens = 8
+    q = torch.full((1, 1, tokens, K), 8.0)
+    k = torch.full((1, 1, tokens, K), 16.0)
+    k[..., 0] += 0.125 * torch.arange(tokens)
+    v = torch.randn(1, 1, tokens, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = kernel(q.double(), k.double(), v.double(), None)
+    found = blocked_attention(q.bfloat16(), k.bfloat16(), v)
+    assert (found.double() - exact).norm() < 0.01 * exact.norm()

@@ -280,14 +280,13 @@ def test_a_divided_vocabulary_gives_the_loss_of_the_whole(weighed: bool, monkeyp
     """Two devices have half of the head each. The logits of the second half are far larger."""
     hidden, weight, labels = problem(torch.float64)
     weight = torch.cat([weight[: V // 2], 100 * weight[V // 2 :]]).detach()
-    group, parts = Devices(2), dict[int, VocabularyPart]()
+    group, parts = Devices(2), dict[int, VocabularyPart | None]()
     monkeypatch.setattr(torch.distributed, "all_reduce", group.all_reduce)
-    monkeypatch.setattr("lightning_danube.model.loss.local_head", lambda head: (head, parts.get(id(head))))
+    monkeypatch.setattr("lightning_danube.model.loss.local_head", lambda head: (head, parts[id(head)]))
 
     def loss_of(head: Tensor, part: VocabularyPart | None) -> list[Tensor]:
         head, states = head.clone().requires_grad_(), hidden.detach().clone().requires_grad_()
-        if part is not None:
-            parts[id(head)] = part
+        parts[id(head)] = part
         if weighed:
             total = token_losses(states, head, labels, chunk_tokens=7).square().sum()
         else:
