@@ -213,7 +213,7 @@ def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def seconds(product: Any, name: str) -> float:
-        x, w = product.args
+        x, _ = product.args
         sizes.append(len(x))
         turn = (len(sizes) - 1) % 3
         return (turn + 1) * unit * (len(x) / 64) ** 2

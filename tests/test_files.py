@@ -418,7 +418,7 @@ def test_what_was_set_aside_goes_where_its_replacement_is_there(tmp_path: Path) 
 
 def test_leftovers_of_longer_names_stay(tmp_path: Path) -> None:
     """A writer of `a.b` knows nothing of `axb` and of `a.b.c`."""
-    others = [f".axb.{DIGITS}.partial", f".a.b.c.{DIGITS}.partial", f"x.a.b.{DIGITS}.partial", f".a.b.{DIGITS}.partial2"]
+    others = [f"{name}.{DIGITS}.partial" for name in (".axb", ".a.b.c", "x.a.b")] + [f".a.b.{DIGITS}.partial2"]
     for name in (*others, f".a.b.{DIGITS}.partial"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "a.b")

@@ -55,7 +55,8 @@ def test_only_last_goes_on_in_the_same_version(
 def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result: str | None) -> None:
     version = tmp_path / "runs" / "run" / "version_0"
     (version / "checkpoints").mkdir(parents=True)
-    for name in ("config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1", *([result] if result else [])):
+    of_every_start = ["config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1"]
+    for name in [*of_every_start, result] if result else of_every_start:
         (version / name).touch()
     remove_if_unused(version)
     assert version.exists() == (result is not None)

@@ -50,7 +50,7 @@ def test_each_rank_flushes_its_part_and_rank_zero_all_before_the_name(tmp_path: 
             events.append(("rename", os.stat(old).st_ino))
             replace(old, new)
 
-        os.fsync, os.replace = record_flush, record_rename
+        os.fsync, os.replace = record_flush, record_rename  # type: ignore[assignment]
         writing = saver()
         writing.save(parts(), REST, path)
         writing.wait()
@@ -93,7 +93,7 @@ def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
             assert changed.wait(30), "training waits for this save"
             return write(*args)
 
-        FileSystemWriter.write_data = write_later  # type: ignore[method-assign]
+        FileSystemWriter.write_data = write_later  # type: ignore[method-assign, assignment]
         writing, tensors = saver(), parts()
         writing.save(tensors, REST, path)
         for tensor in tensors.values():
@@ -114,7 +114,7 @@ def test_a_part_that_can_not_be_written_is_told_with_its_rank(tmp_path: Path) ->
 
     def work(rank: int) -> None:
         if rank:
-            FileSystemWriter.write_data = refuse  # type: ignore[method-assign]
+            FileSystemWriter.write_data = refuse  # type: ignore[method-assign, assignment]
         writing = saver()
         writing.save(parts(), REST, path)
         with pytest.raises(OSError, match=r"not written \(rank 1\): no space left on device; free some space") as error:

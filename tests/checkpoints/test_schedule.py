@@ -91,8 +91,13 @@ def test_a_signal_to_one_rank_stops_all(
 
 
 def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(schedule, "requeue_slurm_job", lambda: f"job requeued {asked.append(1)}"[:12])
+    asked: list[str] = []
+
+    def requeue() -> str:
+        asked.append("requeue")
+        return "job requeued"
+
+    monkeypatch.setattr(schedule, "requeue_slurm_job", requeue)
     monkeypatch.setattr(SIGNALS, "received", signal.SIGUSR1)
     signals = RunSignals()
     signals._requeue = signal.SIGUSR1
@@ -102,4 +107,4 @@ def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: p
         stopped = signals.stopped(trainer)
         ends.append((stopped.code, stopped.message))
     saved = "stopped after step 7, saved: go on with --ckpt_path last"
-    assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == [1]
+    assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == ["requeue"]

@@ -126,7 +126,7 @@ def test_an_all_true_mask_is_causal_attention() -> None:
 
 
 def test_large_scores_that_differ_little_are_told_apart_in_bfloat16() -> None:
-    """Scores of 362 and more, a third apart: bfloat16 has steps of 2 there. The largest is subtracted before rounding."""
+    """Scores of 362 and more, a third apart: bfloat16 has steps of 2 there, so the largest is subtracted first."""
     tokens = 8
     q = torch.full((1, 1, tokens, K), 8.0)
     k = torch.full((1, 1, tokens, K), 16.0)

@@ -33,14 +33,12 @@ def test_a_step_counts_the_labels_of_all_its_rows() -> None:
 
 def test_micro_batches_of_a_step() -> None:
     assert [accumulation("batch_rows", 24, *held) for held in ((24, 1), (4, 2), (1, 24), (3, 4))] == [1, 3, 1, 2]
-    with pytest.raises(ValueError, match=r"data.batch_rows is 24, which 2 device\(s\) × data.micro_batch_size 5 do not"):
-        accumulation("batch_rows", 24, 5, 2)
-    with pytest.raises(ValueError, match="divide: 20 would work"):
+    with pytest.raises(ValueError, match=r"batch_rows is 24, which 2 device\(s\) × .* 5 do not divide: 20 would work"):
         accumulation("batch_rows", 24, 5, 2)
 
 
 def test_signals_to_a_run_do_not_reach_its_loaders() -> None:
-    """A loader process has a process group of its own, and ignores the signal with which a cluster announces the end."""
+    """A loader process has a process group of its own, and ignores the signal by which a cluster announces the end."""
     child = os.fork()
     if not child:
         _leave_signals_to_the_trainer(0)

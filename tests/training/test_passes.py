@@ -1,4 +1,4 @@
-"""The order of rows in a pass. Whole passes: tests/chat/test_rows.py; the shuffle: tests/pretraining/test_mixture.py."""
+"""The order of rows in a pass. Whole passes: tests/chat/test_rows.py; shuffles: tests/pretraining/test_mixture.py."""
 
 from typing import Any
 

@@ -102,6 +102,6 @@ def test_a_checkpoint_of_an_adapter_holds_what_trains(weights: str) -> None:
     assert {".".join(name.split(".")[-4:-2]) for name in checkpoint["state_dict"]} == names
     assert len(checkpoint["state_dict"]) == 2 * len(names)
     assert checkpoint["base_weights"] == weights and checkpoint["lora"]["targets"] == ("q_proj", "down_proj")
-    with pytest.raises(ValueError, match="was trained with lora .*'rank': 2.*, the config has None: set it back"):
+    with pytest.raises(ValueError, match=r"was trained with lora .*'rank': 2.*, the config has None: set it back"):
         task_of(weights).on_load_checkpoint(checkpoint)
     task_of(weights, lora).on_load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""A run on two ranks is the run of one process. Longer runs, and other strategies: tests/training/test_world_size.py."""
+"""A run on two ranks is the run of one process. Longer runs: tests/training/test_world_size.py."""
 
 from pathlib import Path
 from typing import Any
