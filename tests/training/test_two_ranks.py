@@ -37,6 +37,7 @@ def trained(sources: Path, runs: Path, ranks: int, micro_batch_size: int) -> dic
     data = CurriculumData(
         {name: {"path": str(sources / f"{name}.jsonl")} for name in ("web", "wiki")},  # type: ignore[misc]
         [{"name": "only", "tokens": STEPS * ROWS * 16, "mix": {"web": 60.0, "wiki": 40.0}}],  # type: ignore[list-item]
+        tokenizer="danube-small",
         context_length=16,
         batch_tokens=ROWS * 16,
         micro_batch_size=micro_batch_size,
