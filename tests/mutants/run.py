@@ -234,12 +234,14 @@ def test_in(copy: Path, tests: tuple[str, ...]) -> None:
         import pytest
 
         class FirstFailure:
+            """Writes down which test fails first. The path is absolute: a test may be in another directory."""
+
             def __init__(self) -> None:
-                Path("failed.txt").write_text("", encoding="utf-8")
+                (copy / "failed.txt").write_text("", encoding="utf-8")
 
             def pytest_runtest_logreport(self, report: Any) -> None:
                 if report.failed:
-                    Path("failed.txt").write_text(report.nodeid, encoding="utf-8")
+                    (copy / "failed.txt").write_text(report.nodeid, encoding="utf-8")
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(copy / "tmp")]
         code = pytest.main([*options, *tests], plugins=[FirstFailure()])
