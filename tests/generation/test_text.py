@@ -178,3 +178,10 @@ def test_a_token_that_also_ends_texts_begins_no_prompt() -> None:
 
     tokenizers: Any = [Tokenizer(*ids) for ids in ((1, 2), (2, 2), (None, 2), (0, 2))]
     assert [encode_prompt(tokenizer, "a") for tokenizer in tokenizers] == [[1, 97], [97], [97], [0, 97]]
+
+
+@pytest.mark.parametrize("stop", [["tain", "oun"], ["oun", "tain"]])
+def test_the_first_of_several_stop_strings_ends_a_text(tokenizer: Any, stop: list[str]) -> None:
+    assert "▁mountain" in tokenizer.get_vocab(), "both come in one piece"
+    pieces, continuation = streamed(tokenizer, "The river", " mountain walks", stop)
+    assert "".join(pieces) == continuation.text == " m"
