@@ -202,3 +202,48 @@ def test_pytorchs_compiler_still_reads_the_private_mark_of_a_constant() -> None:
     torch.compiler.assume_constant_result(theirs)
     device.constant_in_compiled_code(ours)
     assert vars(ours) == vars(theirs)
+
+
+# --- rates by hand ----------------------------------------------------------------------------------------------------
+
+
+def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sizes: products of 64 take 1, 2 and 3 units of time, products of 128 take 4 times as long."""
+    unit = 1e-6
+    sizes: list[int] = []
+
+    def seconds(product: Any, name: str) -> float:
+        x, _ = product.args
+        sizes.append(len(x))
+        turn = (len(sizes) - 1) % 3
+        return (turn + 1) * unit * (len(x) / 64) ** 2
+
+    monkeypatch.setattr(device, "_best_time", seconds)
+    monkeypatch.setattr(device, "SIZES", {"cpu": (64, 128)})
+    forward, training = device._rates(F32, "cpu")
+    assert sizes == [64] * 3 + [128] * 3
+    flops = 2 * 128**3
+    assert forward == pytest.approx(flops / (4 * unit)) and training == pytest.approx(3 * flops / (24 * unit))
+    # A size that takes long is the last.
+    monkeypatch.setattr(device, "SECONDS_OF_A_SIZE", unit)
+    sizes.clear()
+    device._rates(F32, "cpu")
+    assert sizes == [64] * 3
+
+
+def test_the_fastest_try_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, calls = iter((5.0, 3.0, 4.0)), []
+    monkeypatch.setattr(device, "_time", lambda product, name: next(times))
+    assert device._best_time(lambda: calls.append(1) or torch.ones(1), "cpu") == 3.0  # type: ignore[func-returns-value]
+    assert calls == [1], "the first call compiles"
+
+
+def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert usable_cores() == 3
+
+
+def test_sums_are_as_wide_as_the_device_allows() -> None:
+    widths = [device.widest_float(torch.device(name)) for name in ("cpu", "cuda", "mps")]
+    assert widths == [torch.float64, torch.float64, torch.float32]

@@ -17,6 +17,7 @@ import torch
 
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.files import (
+    default_cache_dir,
     finish_folder,
     new_file,
     new_folder,
@@ -24,6 +25,7 @@ from lightning_danube.files import (
     remove_leftovers,
     remove_whole,
     scratch_folder,
+    sync,
     write_bytes,
     write_json,
     write_parquet,
@@ -31,6 +33,7 @@ from lightning_danube.files import (
 )
 from lightning_danube.quantization.measured import Content, MeasuredLevel, save_measured
 from lightning_danube.text.embedded.world import write_world
+from lightning_danube.weights.adapters import add_adapter, save_adapter
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.huggingface import save_hf
 from tests.tiny_models import tiny_decoder
@@ -58,6 +61,12 @@ def a_measurement(path: Path) -> None:
     save_measured(path, MeasuredLevel(Content(8, 8, {}), 1.0, {3: values}, values, values, np.ones(2)))
 
 
+def an_adapter(path: Path) -> None:
+    decoder = tiny_decoder()
+    add_adapter(decoder, r=2, target_modules=["q_proj"])
+    save_adapter(decoder, path, card="# card", overwrite=True)
+
+
 WRITERS: dict[str, Write] = {
     "bytes": lambda path: write_bytes(path, b"content"),
     "text": lambda path: write_text(path, "content"),
@@ -69,8 +78,9 @@ WRITERS: dict[str, Write] = {
     "measurement": a_measurement,
     "GGUF": lambda path: save_gguf(tiny_decoder(), path, dtype=torch.float32, overwrite=True),
     "Hugging Face": lambda path: save_hf(tiny_decoder(), path, overwrite=True),
+    "adapter": lambda path: an_adapter(path),
 }
-FOLDERS = ("folder", "fetched folder", "Hugging Face")
+FOLDERS = ("folder", "fetched folder", "Hugging Face", "adapter")
 OF_FILES = [name for name in WRITERS if name not in FOLDERS]
 
 
@@ -357,3 +367,84 @@ def test_only_one_module_flushes_and_renames() -> None:
                 ):
                     found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not found, "use lightning_danube/files.py:\n" + "\n".join(found)
+
+
+# --- exports, leftovers, odd file systems -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GGUF", "Hugging Face", "adapter"])
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_exports_have_the_permissions_of_the_umask(name: str, umask: int, tmp_path: Path) -> None:
+    """A second export as well, which replaces the first."""
+    old = os.umask(umask)
+    try:
+        for _ in range(2):
+            WRITERS[name](tmp_path / "export")
+    finally:
+        os.umask(old)
+    found = [tmp_path / "export", *(tmp_path / "export").rglob("*")]
+    assert len(found) == {"GGUF": 1, "Hugging Face": 4, "adapter": 4}[name]
+    for path in found:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_folder_may_be_one_that_cannot_be_flushed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        sync(tmp_path / "file")
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sync(tmp_path)
+    else:
+        sync(tmp_path)
+
+
+def test_what_was_set_aside_goes_where_its_replacement_is_there(tmp_path: Path) -> None:
+    a_folder(tmp_path / "folder")
+    before = everything(tmp_path)
+    aside = tmp_path / f".folder.{DIGITS}.replaced"
+    aside.mkdir()
+    (aside / "old").touch()
+    remove_leftovers(tmp_path / "folder")
+    assert everything(tmp_path) == before
+
+
+def test_leftovers_of_longer_names_stay(tmp_path: Path) -> None:
+    """A writer of `a.b` knows nothing of `axb` and of `a.b.c`."""
+    others = [f"{name}.{DIGITS}.partial" for name in (".axb", ".a.b.c", "x.a.b")] + [f".a.b.{DIGITS}.partial2"]
+    for name in (*others, f".a.b.{DIGITS}.partial"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "a.b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed within the removal leaves nothing half of which is gone."""
+    a_folder(tmp_path / "folder")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_whole(tmp_path / "folder")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".folder.") and left.name.endswith(".partial")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    monkeypatch.delenv("LIGHTNING_DANUBE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert default_cache_dir() == Path("/home/me/.cache/lightning-danube")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_cache_dir() == Path("/xdg/lightning-danube")
+    monkeypatch.setenv("LIGHTNING_DANUBE_CACHE", "/mine")
+    assert default_cache_dir() == Path("/mine")

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_danube.__main__ import TRAINER_VERBS, main
 from lightning_danube.cli.verbs import COMMANDS
-from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS, Stopped
+from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS, Stopped, run_child
 from tests.conftest import write_tiny
 from tests.forked import Forked
 
@@ -386,3 +386,49 @@ def test_python_still_has_the_private_end_of_its_processes() -> None:
     import multiprocessing.util
 
     assert "minpriority" in inspect.signature(vars(multiprocessing.util)["_run_finalizers"]).parameters
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_waits_until_processes_are_started(capfd: pytest.CaptureFixture[str]) -> None:
+    """A process that starts has the signal blocked; the parent hears of it when the start is over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    SIGNALS.hold([signal.SIGINT, signal.SIGTERM])
+    try:
+        with SIGNALS.starting_processes():
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert SIGNALS.received is None
+        assert SIGNALS.received is signal.SIGTERM
+    finally:
+        SIGNALS.release()
+    assert blocked == before | {signal.SIGINT} and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert capfd.readouterr().err == "SIGTERM: saving after this optimizer step, then stopping\n"
+
+
+def test_one_rank_answers_a_terminal_and_each_its_own_signal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for rank, number, said in (
+        ("0", signal.SIGINT, "SIGINT: saving after this optimizer step, then stopping; once more stops at once"),
+        ("1", signal.SIGINT, ""),
+        ("1", signal.SIGTERM, "SIGTERM on local rank 1: saving after this optimizer step, then stopping\n"),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        SIGNALS.hold([number])
+        try:
+            os.kill(os.getpid(), number)
+            assert SIGNALS.received is number
+        finally:
+            SIGNALS.release()
+        error = capfd.readouterr().err
+        assert error.startswith(said) and bool(error) == bool(said)
+
+
+def test_a_program_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_child(["sh", "-c", f"sleep 1; touch {tmp_path}/done"], timeout=0.1)
+    assert not (tmp_path / "done").exists(), "it was waited for"
+    done = run_child(["sh", "-c", "echo said; exit 3"], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (3, "said\n")

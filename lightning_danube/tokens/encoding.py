@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -85,6 +86,7 @@ def gigatoken_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[lis
     return encode
 
 
+@lru_cache(maxsize=1)
 def can_encode_in_parts(tokenizer_json: str) -> bool:
     """Returns whether a text can be cut at spaces and its parts encoded one by one, with the same ids.
 

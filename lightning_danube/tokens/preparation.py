@@ -84,18 +84,24 @@ def prepare(
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
             continue
-        preparation = Preparation(
-            directory, name, source, tokenizer, held_out=held_out, quality=quality, cache_dir=cache_dir, part=part
-        )
         if (directory / "shards.json").exists():
-            shutil.rmtree(preparation.building, ignore_errors=True)
-        else:
-            todo.append(preparation)
+            shutil.rmtree(building_directory(directory), ignore_errors=True)
+            continue
+        todo.append(
+            Preparation(
+                directory, name, source, tokenizer, held_out=held_out, quality=quality, cache_dir=cache_dir, part=part
+            )
+        )
     if todo:
         benchmarks = Benchmarks.read(quality.decontaminate) if quality.decontaminate else None
         _Workshop(todo, benchmarks, processes).run()
         seconds |= {preparation.name: preparation.seconds for preparation in todo}
     return seconds
+
+
+def building_directory(directory: Path) -> Path:
+    """Returns the directory that collects the units of shards until they are joined."""
+    return directory.with_name(f".{directory.name}.building")
 
 
 class Preparation:
@@ -115,7 +121,7 @@ class Preparation:
     ) -> None:
         self.directory, self.name, self.source, self.tokenizer = directory, name, source, tokenizer
         self.held_out, self.quality, self.cache_dir, self.part = held_out, quality, cache_dir, part
-        self.building = directory.with_name(f".{directory.name}.building")
+        self.building = building_directory(directory)
         self.limit = math.inf if source.max_tokens is None else int(source.max_tokens)
         self.job = Job(
             building=self.building,

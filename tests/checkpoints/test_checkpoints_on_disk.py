@@ -1,5 +1,6 @@
 """Checkpoints as files: whole or not there, verified before they are read, saved when a run is told to stop."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,14 @@ import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints
-from lightning_danube.checkpoints.files import damage, prepare_directory, read_manifest
+from lightning_danube.checkpoints.files import (
+    HashingWriter,
+    damage,
+    not_written,
+    prepare_directory,
+    read_manifest,
+    write_checkpoint,
+)
 from lightning_danube.checkpoints.runs import newest_checkpoint, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.signals import requeue_slurm_job
@@ -490,3 +499,44 @@ def test_a_requeue_that_fails_is_told(slurm: Path, monkeypatch: pytest.MonkeyPat
     assert "scontrol: No such file" in requeue_slurm_job()
     monkeypatch.setenv("SLURM_JOB_ID", "1; rm")
     assert "no SLURM job to requeue" in requeue_slurm_job()
+
+
+# --- the manifest, and what a disk says -------------------------------------------------------------------------------
+
+
+def test_the_manifest_lists_what_is_there(tmp_path: Path) -> None:
+    for name in ("step_1.ckpt", "step_2.ckpt"):
+        IO.save_checkpoint({"a": 1}, tmp_path / name)
+    (tmp_path / "step_1.ckpt").unlink()
+    IO.save_checkpoint({"a": 1}, tmp_path / "step_3.ckpt")
+    assert list(read_manifest(tmp_path)) == ["step_2.ckpt", "step_3.ckpt"]
+
+
+@pytest.mark.parametrize(("free", "number"), [(2**10, errno.ENOSPC), (2**40, errno.EIO)])
+def test_an_error_of_torchs_archive_is_a_full_disk_only_where_it_is_full(
+    tmp_path: Path, free: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    error = not_written(tmp_path / "step_1.ckpt", RuntimeError("[enforce fail]\n  unexpected pos"), " (rank 3)")
+    assert error.errno == number and error.filename == str(tmp_path / "step_1.ckpt")
+    why = "no space left on device; free some space" if number == errno.ENOSPC else "[enforce fail] unexpected pos"
+    assert f"checkpoint not written (rank 3): {why}" in str(error)
+
+
+def test_a_failed_write_says_what_the_disk_said(tmp_path: Path) -> None:
+    """torch makes an error of its own of it."""
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    def write(writer: HashingWriter) -> None:
+        writer._file = Full()  # type: ignore[assignment]
+        try:
+            writer.write(b"content")
+        except OSError:
+            raise RuntimeError("unexpected pos") from None
+
+    with pytest.raises(OSError, match=r"checkpoint not written: disk quota exceeded; free some space") as error:
+        write_checkpoint(tmp_path / "step_1.ckpt", write)
+    assert error.value.errno == errno.EDQUOT and list(tmp_path.iterdir()) == []

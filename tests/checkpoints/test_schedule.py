@@ -1,17 +1,24 @@
 """Names of checkpoints, and which of them stay. Whole runs: test_checkpoints_on_disk.py."""
 
+import signal
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 
+from lightning_danube.checkpoints import schedule
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
+    RunSignals,
+    StopAtStep,
     older_checkpoints,
     stage_checkpoint,
     step_checkpoint,
 )
+from lightning_danube.signals import SIGNALS
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 4, 9])
@@ -47,3 +54,57 @@ def test_lightning_still_says_in_private_whether_it_validates_next() -> None:
     loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
     assert loop._data_fetcher is None, "set when a fit begins"
     assert list(signature(loop.epoch_loop._should_check_val_fx).parameters) == ["data_fetcher"]
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_waits_for_the_end_of_the_step() -> None:
+    trainer: Any = SimpleNamespace(should_stop=True)
+    stop = StopAtStep()
+    stopped = []
+    for at_step in (False, False, True):
+        stop.move(trainer, at_step)
+        stopped.append(trainer.should_stop)
+    assert stopped == [False, False, True]
+    stop.move(trainer, True)
+    assert trainer.should_stop, "a stop at the end of a step is left alone"
+    trainer.should_stop = False
+    stop.move(trainer, True)
+    assert not trainer.should_stop, "a stop that was applied does not come back"
+
+
+@pytest.mark.parametrize(("mine", "other"), [(None, True), (signal.SIGTERM, False), (None, False)])
+def test_a_signal_to_one_rank_stops_all(
+    mine: signal.Signals | None, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reduced(decision: bool, all: bool) -> bool:
+        return min(decision, other) if all else max(decision, other)
+
+    monkeypatch.setattr(SIGNALS, "received", mine)
+    signals, strategy = RunSignals(), SimpleNamespace(reduce_boolean_decision=reduced)
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    signals.ask(trainer)
+    assert signals.stop_run == (mine is not None or other)
+    signals.ask(SimpleNamespace(world_size=1))  # type: ignore[arg-type]
+    assert signals.stop_run == (mine is not None)
+
+
+def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def requeue() -> str:
+        asked.append("requeue")
+        return "job requeued"
+
+    monkeypatch.setattr(schedule, "requeue_slurm_job", requeue)
+    monkeypatch.setattr(SIGNALS, "received", signal.SIGUSR1)
+    signals = RunSignals()
+    signals._requeue = signal.SIGUSR1
+    ends = []
+    for global_rank, local_rank in ((0, 0), (1, 1), (2, 0)):
+        trainer: Any = SimpleNamespace(global_step=7, is_global_zero=global_rank == 0, local_rank=local_rank)
+        stopped = signals.stopped(trainer)
+        ends.append((stopped.code, stopped.message))
+    saved = "stopped after step 7, saved: go on with --ckpt_path last"
+    assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == ["requeue"]

@@ -100,3 +100,8 @@ def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
 )
 def test_pytorch_still_has_what_an_index_is_made_of(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(module), name)
+
+
+def test_one_file_replaces_a_checkpoint_of_all_ranks(directory: Path) -> None:
+    DurableCheckpointIO().save_checkpoint({"a": torch.ones(1)}, directory)
+    assert directory.is_file() and damage(directory) is None

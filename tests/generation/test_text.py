@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,25 @@ def test_all_end_when_the_last_row_has_met_its_stop_string(decoder: Decoder, tok
 def test_a_prompt_begins_as_documents_do(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, "a</s>") == [1, *tokenizer("a</s>", add_special_tokens=False).input_ids]
     assert encode_prompt(tokenizer, "a</s>")[-1] == 2
+
+
+def test_a_token_that_also_ends_texts_begins_no_prompt() -> None:
+    class Tokenizer:
+        """Makes a token of each character."""
+
+        def __init__(self, bos_token_id: int | None, eos_token_id: int) -> None:
+            self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
+
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            assert not add_special_tokens
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    tokenizers: Any = [Tokenizer(*ids) for ids in ((1, 2), (2, 2), (None, 2), (0, 2))]
+    assert [encode_prompt(tokenizer, "a") for tokenizer in tokenizers] == [[1, 97], [97], [97], [0, 97]]
+
+
+@pytest.mark.parametrize("stop", [["tain", "oun"], ["oun", "tain"]])
+def test_the_first_of_several_stop_strings_ends_a_text(tokenizer: Any, stop: list[str]) -> None:
+    assert "▁mountain" in tokenizer.get_vocab(), "both come in one piece"
+    pieces, continuation = streamed(tokenizer, "The river", " mountain walks", stop)
+    assert "".join(pieces) == continuation.text == " m"

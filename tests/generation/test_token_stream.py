@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import math
 import random
 import weakref
 from collections.abc import Callable
@@ -419,3 +420,29 @@ def test_a_cache_lets_its_memory_go_at_once(decoder: Decoder) -> None:
         assert keys() is None, "something refers to the cache in a circle"
     finally:
         gc.enable()
+
+
+def test_a_share_that_is_reached_needs_no_further_token() -> None:
+    """Four tokens of a quarter each: half of the probability is the first two."""
+    probabilities, ids = candidates(torch.zeros(1, 4), Sampling(temperature=1.0, top_p=0.5))
+    assert probabilities.tolist() == [[0.25, 0.25, 0.0, 0.0]]
+    assert ids is not None and sorted(ids[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_each_step_draws_with_its_own_number() -> None:
+    """All tokens are equally likely: the number says which share of the vocabulary lies before the token."""
+    decoder = exact_decoder()
+    torch.nn.init.zeros_(decoder.lm_head.weight)
+    rows = generate(decoder, [[1], [2]], 12, sampling=Sampling(temperature=1.0), seeds=[8, 9])
+    assert rows == [[math.ceil(number * 101) - 1 for number in uniforms(seed, 12)] for seed in (8, 9)]
+
+
+def test_a_beginning_that_rows_of_different_lengths_share_is_gone_on_with(decoder: Decoder) -> None:
+    beginning, *ends = prompts_of(4, 3, 1)
+    cache = KVCache.for_decoder(decoder, 2, 20)
+    with torch.no_grad():
+        decoder(torch.tensor([beginning, beginning]), cache=cache)
+    prompts = [beginning + end for end in ends]
+    stream = TokenStream(decoder, prompts, 6, cache=cache)
+    rows = torch.stack(list(stream), dim=1).tolist()
+    assert rows == [uncached(decoder, prompt, 6) for prompt in prompts]

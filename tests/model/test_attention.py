@@ -144,3 +144,24 @@ def test_rotary_tables_survive_moves(move: str) -> None:
 def test_pytorch_still_moves_modules_by_a_private_method() -> None:
     """`RotaryEmbedding` and `Decoder` override the method, so that tables and tied weights survive a move."""
     assert list(signature(nn.Module._apply).parameters) == ["self", "fn", "recurse"]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_short_texts_are_causal(tokens: int) -> None:
+    decoder = exact_decoder()
+    ids = torch.randint(0, 101, (1, 8))
+    # As above: the same numbers from sums of other lengths.
+    torch.testing.assert_close(decoder(ids[:, :tokens]), decoder(ids)[:, :tokens], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_form_for_the_compiler_is_the_kernel(masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, tokens, 16, dtype=torch.float64) for heads, tokens in ((6, 1), (3, 7), (3, 7)))
+    mask = torch.rand(2, 1, 1, 7) < 0.5 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    expected = attention_module.attend_once(q, k, v, mask)
+    found = attention_module.sums_of_products(q.view(2, 3, 2, 16), k, v, mask)
+    # Sums of 16 and of 7 terms of order one, in another order.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

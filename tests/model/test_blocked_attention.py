@@ -111,3 +111,27 @@ def test_the_layer_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
 def test_pytorch_still_has_the_private_gradient_of_a_softmax() -> None:
     schema = torch.ops.aten._softmax_backward_data.default._schema
     assert [argument.name for argument in schema.arguments] == ["grad_output", "output", "dim", "input_dtype"]
+
+
+@pytest.mark.usefixtures("blocks")
+def test_an_all_true_mask_is_causal_attention() -> None:
+    """A mask can hide keys, and never shows a later one."""
+    inputs = problem(torch.float64)
+    masked, plain = (
+        results(blocked_attention, inputs, mask, torch.float64)
+        for mask in (torch.ones(B, 1, T, T, dtype=torch.bool), None)
+    )
+    for one, other in zip(masked, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+def test_large_scores_that_differ_little_are_told_apart_in_bfloat16() -> None:
+    """Scores of 362 and more, a third apart: bfloat16 has steps of 2 there, so the largest is subtracted first."""
+    tokens = 8
+    q = torch.full((1, 1, tokens, K), 8.0)
+    k = torch.full((1, 1, tokens, K), 16.0)
+    k[..., 0] += 0.125 * torch.arange(tokens)
+    v = torch.randn(1, 1, tokens, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = kernel(q.double(), k.double(), v.double(), None)
+    found = blocked_attention(q.bfloat16(), k.bfloat16(), v)
+    assert (found.double() - exact).norm() < 0.01 * exact.norm()

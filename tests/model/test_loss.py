@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
+from lightning_danube.model.loss import VocabularyPart
 
 B, T, D, V = 3, 13, 8, 50
 
@@ -255,3 +258,51 @@ def test_what_does_not_fit_is_refused() -> None:
             call(hidden, weight[:, 1:], labels)
         with pytest.raises(ValueError, match=r"chunk_tokens is 0; it has to be at least 1"):
             call(hidden, weight, labels, chunk_tokens=0)
+
+
+class Devices:
+    """Stands for a group of devices: threads that meet at each reduction."""
+
+    def __init__(self, number: int) -> None:
+        self.barrier, self.values = threading.Barrier(number, timeout=60), dict[int, Tensor]()
+
+    def all_reduce(self, values: Tensor, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None) -> None:
+        assert group is self
+        self.values[threading.get_ident()] = values.clone()
+        self.barrier.wait()
+        together = torch.stack([*self.values.values()])
+        self.barrier.wait()
+        values.copy_(together.amax(0) if op == torch.distributed.ReduceOp.MAX else together.sum(0))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_divided_vocabulary_gives_the_loss_of_the_whole(weighed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices have half of the head each. The logits of the second half are far larger."""
+    hidden, weight, labels = problem(torch.float64)
+    weight = torch.cat([weight[: V // 2], 100 * weight[V // 2 :]]).detach()
+    group, parts = Devices(2), dict[int, VocabularyPart | None]()
+    monkeypatch.setattr(torch.distributed, "all_reduce", group.all_reduce)
+    monkeypatch.setattr("lightning_danube.model.loss.local_head", lambda head: (head, parts[id(head)]))
+
+    def loss_of(head: Tensor, part: VocabularyPart | None) -> list[Tensor]:
+        head, states = head.clone().requires_grad_(), hidden.detach().clone().requires_grad_()
+        parts[id(head)] = part
+        if weighed:
+            total = token_losses(states, head, labels, chunk_tokens=7).square().sum()
+        else:
+            total, _ = next_token_loss(states, head, labels, chunk_tokens=7)
+        total.backward()
+        assert states.grad is not None and head.grad is not None
+        return [total.detach(), states.grad, head.grad]
+
+    with ThreadPoolExecutor(2) as devices:
+        halves = [
+            devices.submit(loss_of, rows, VocabularyPart(group, start))
+            for rows, start in ((weight[: V // 2], 0), (weight[V // 2 :], V // 2))
+        ]
+        first, second = (half.result() for half in halves)
+    total, states, head = loss_of(weight, None)
+    for device in (first, second):
+        torch.testing.assert_close(device[0], total, rtol=1e-12, atol=0)
+        torch.testing.assert_close(device[1], states, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.cat([first[2], second[2]]), head, rtol=1e-10, atol=1e-12)

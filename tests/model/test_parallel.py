@@ -8,6 +8,8 @@ import pytest
 
 from lightning_danube.model import DecoderConfig
 from lightning_danube.model.parallel import check_tensor_parallel
+from tests.model.parallel_ranks import compare
+from tests.ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +37,24 @@ def test_devices_that_do_not_divide_a_decoder_are_refused() -> None:
     config = DecoderConfig(32, 48, 2, 4, 1, vocab_size=40, head_dim=8)
     with pytest.raises(ValueError, match="tensor_parallel_size 2 does not divide num_key_value_heads 1: use 1"):
         check_tensor_parallel(config, 2)
+
+
+def test_a_vocabulary_or_a_feed_forward_that_does_not_divide_is_refused() -> None:
+    for changes, message in (
+        ({"vocab_size": 41}, "tensor_parallel_size 4 does not divide vocab_size 41: use 1"),
+        ({"vocab_size": 42}, "tensor_parallel_size 4 does not divide vocab_size 42: 2 would work"),
+        ({"intermediate_size": 50}, "tensor_parallel_size 4 does not divide intermediate_size 50: 2 would work"),
+    ):
+        shape = {"intermediate_size": 48, "vocab_size": 40, **changes}
+        config = DecoderConfig(32, shape["intermediate_size"], 2, 4, 4, vocab_size=shape["vocab_size"], head_dim=8)
+        with pytest.raises(ValueError, match=message):
+            check_tensor_parallel(config, 4)
+
+
+def test_two_devices_compute_what_one_does() -> None:
+    """With norms of heads and a tied head; the slow test above has all the rest."""
+    on_ranks(lambda rank: compare(1, 2, recompute=False, qk_norm=True, tie_word_embeddings=True))
+
+
+def test_two_replicas_compute_what_one_does() -> None:
+    on_ranks(lambda rank: compare(2, 1, recompute=True, qkv_bias=True))

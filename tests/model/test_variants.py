@@ -228,3 +228,17 @@ def test_moving_a_decoder_keeps_the_scaling() -> None:
     decoder = tiny_decoder(VARIANTS["llama 3.2"])
     before = decoder.model.rotary_emb.frequencies.clone()
     assert torch.equal(decoder.bfloat16().model.rotary_emb.frequencies, before)
+
+
+def test_a_stream_that_moves_its_window_keeps_that_of_the_model() -> None:
+    """Rows that reach the stream's window at different times are read again one by one."""
+    decoder = exact(VARIANTS["mistral"])
+    prompts = [some_ids()[0, :5].tolist(), some_ids()[1, :19].tolist()]
+    expected = []
+    for prompt in prompts:
+        text, start = list(prompt), 0
+        for _ in range(20):
+            start = len(text) - 10 if len(text) - start > 20 else start
+            text.append(int(decoder(torch.tensor([text[start:]]))[0, -1].argmax()))
+        expected.append(text[len(prompt) :])
+    assert generate(decoder, prompts, 20, window=20) == expected

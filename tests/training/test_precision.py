@@ -250,3 +250,26 @@ def test_lightning_still_has_the_private_choice_of_an_accelerator() -> None:
 
     trainer = Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
     assert _select_auto_accelerator() == trainer.strategy.root_device.type
+
+
+def test_a_type_that_is_fast_in_the_forward_pass_only_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {
+        torch.float32: ProductRate(100e9, 100e9, exact=True),
+        torch.bfloat16: ProductRate(200e9, 50e9, exact=True),
+        torch.float16: ProductRate(1e9, 1e9, exact=True),
+    }
+    for module in ("device", "training.precision"):
+        monkeypatch.setattr(f"lightning_danube.{module}.product_rate", lambda dtype, device="cpu": rates[dtype])
+    assert choose("cpu").precision == "32-true"
+
+
+def test_a_task_that_only_measures_stays_in_float32_where_16_bits_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_rates(monkeypatch, WITH_16_BITS)
+    assert choose("cpu", trains=False).precision == "32-true"
+    assert choose("cpu").precision == "bf16-mixed"
+
+
+def test_an_emulated_bfloat16_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert choose("cuda").precision == "32-true"

@@ -360,3 +360,27 @@ def test_our_launcher_takes_the_place_of_lightnings() -> None:
     assert type(trainer.strategy._launcher) is _SubprocessScriptLauncher
     RankLauncher.install(trainer)
     assert type(trainer.strategy.launcher) is RankLauncher
+
+
+def test_a_killed_rank_is_named_by_its_number_over_all_machines(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second of three machines with two ranks each has ranks 2 and 3."""
+    monkeypatch.setenv("NODE_RANK", "1")
+    launcher = Launcher("kill -9 $$")
+    launcher.num_nodes = 3
+    assert exit_code_of(lambda: launcher.launch(lambda: time.sleep(60))) == 128 + 9
+    assert capfd.readouterr().err.startswith("error: rank 3 of 6 was ended by SIGKILL")
+
+
+def test_rank_zero_keeps_nothing_that_it_tells_the_others() -> None:
+    Launcher().launch(lambda: None)
+    assert ranks.LAUNCHER not in os.environ and ranks.RANK_ZEROS not in os.environ
+
+
+def test_silence_is_told_in_seconds() -> None:
+    silence, other = RuntimeError("[gloo] Timed out waiting 15500ms for recv"), RuntimeError("Connection reset")
+    for error in (silence, other):
+        ranks.explain_silence(error)
+    assert silence.user_message.startswith("waited 15.5 s for another rank, which hangs")  # type: ignore[attr-defined]
+    assert not hasattr(other, "user_message")

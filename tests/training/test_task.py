@@ -1,15 +1,19 @@
 """What a checkpoint says of its decoder, and what a task makes of it."""
 
 import dataclasses
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.task import DecoderTask
 from tests.tiny_models import CONFIG, VARIANTS
+from tests.training.test_position import trainer
 
 
 def task_of(config: DecoderConfig) -> DecoderTask:
@@ -47,3 +51,197 @@ def test_checkpoints_count_micro_batches_where_a_resume_restates_them() -> None:
     progress = trainer.fit_loop.state_dict()["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         assert {"ready", "started", "processed", "completed"} <= counts.keys()
+
+
+# --- the parts of a step ----------------------------------------------------------------------------------------------
+
+
+def task_under(**facts: Any) -> DecoderTask:
+    """A task under a trainer that is made up; its run has ten steps of 100 tokens."""
+    task = task_of(CONFIG)
+    task._trainer = trainer(**facts)
+    return task
+
+
+def test_a_step_has_the_rate_of_its_last_token() -> None:
+    task = task_under()
+    task.learning_rate = LearningRate(peak=1e-2, final=1e-3, warmup=300)
+    found = task.configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    for step in range(10):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(task.learning_rate.at((step + 1) * 100, 1000))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
+    task = task_under()
+    task.learning_rate = LearningRate(peak=1e-2, final=1e-3, warmup=300)
+    task.optimizer_settings = AdamW(betas=(0.5, 0.6), weight_decay=0.3)
+    found = task.configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    task._trainer = trainer(optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)])
+    for group in optimizer.param_groups:  # as they are after a checkpoint was loaded
+        group.update(lr=123.0, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler.last_epoch = 4
+    task.on_train_start()
+    assert [(group["betas"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        ((0.5, 0.6), 0.3),
+        ((0.5, 0.6), 0.0),
+    ]
+    rate = task.learning_rate.at(500, 1000)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate])
+
+
+def test_each_micro_batch_of_each_replica_has_its_own_dropout() -> None:
+    seeds: dict[tuple[int, int, int], int] = {}
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            task = task_under()
+            for replica in (0, 1):
+                task._trainer = trainer(distributed_sampler_kwargs={"num_replicas": 2, "rank": replica})
+                for micro_batch in (0, 1, 12):
+                    for _ in range(2):  # a resumed run draws the same
+                        task.seed_dropout(micro_batch)
+                        drawn = seeds.setdefault((seed, replica, micro_batch), torch.initial_seed())
+                        assert drawn == torch.initial_seed()
+    assert len(set(seeds.values())) == len(seeds) == 12
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.5, 0.5), (1e9, None), (0.0, None), (None, None)])
+def test_gradients_are_clipped_by_their_global_norm(limit: float | None, expected: float | None) -> None:
+    task = task_under()
+    optimizer = task.optimizer_settings.build(task, lr=0.1)
+    for parameter in task.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+    def norm() -> float:
+        return math.hypot(*(float(each.grad.norm()) for each in task.parameters() if each.grad is not None))
+
+    before = norm()
+    task._losses = [torch.tensor(1.0)]
+    task.configure_gradient_clipping(optimizer, limit, "norm")
+    assert norm() == pytest.approx(before if expected is None else expected, rel=1e-4)
+    assert float(task._gradient_norm or 0) == pytest.approx(before, rel=1e-4)
+
+
+def test_a_step_has_the_mean_loss_of_its_micro_batches() -> None:
+    task = task_under()
+    optimizer = task.optimizer_settings.build(task, lr=0.1)
+    for losses, mean in (([1.0, 2.0, 6.0], 3.0), ([5.0], 5.0)):
+        task._losses += [torch.tensor(loss) for loss in losses]
+        task.configure_gradient_clipping(optimizer, 1.0)
+        assert task._step_loss is not None and float(task._step_loss) == mean
+
+
+def test_ranks_decide_together_which_step_is_bad() -> None:
+    """The loss of this rank is fine, that of another is not."""
+    asked: list[list[float]] = []
+
+    def verdict(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        asked.append([float(loss), float(norm)])
+        return loss > 8
+
+    def reduce(values: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "mean"
+        return (values + torch.tensor([17.0, 0.0])) / 2
+
+    task = task_under(world_size=2, strategy=SimpleNamespace(reduce=reduce))
+    optimizer: Any = task.optimizer_settings.build(task, lr=0.1)
+    task.decoder.lm_head.weight.grad = torch.zeros_like(task.decoder.lm_head.weight)
+    task.step_verdict, task._losses = verdict, [torch.tensor(3.0)]
+    task.configure_gradient_clipping(optimizer, 1.0)
+    assert asked == [[10.0, 0.0]] and float(optimizer.found_inf) == 1
+    assert task._step_loss is not None and float(task._step_loss) == 10.0
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def held_out(task: DecoderTask, *batches: Any) -> float:
+    task.on_validation_epoch_start()
+    for number, batch in enumerate(batches):
+        task.validation_step({**batch, "source": "web"}, number)
+    (name,) = task._evaluation_means
+    assert name == "loss/held_out_web"
+    return float(task._evaluation_means[name].compute())
+
+
+def test_packed_documents_have_the_held_out_loss_that_they_have_alone() -> None:
+    task = task_of(CONFIG).double().eval()
+    texts = [torch.randint(0, CONFIG.vocab_size, (1, length)) for length in (6, 9, 2)]
+    alone: list[Any] = [{"input_ids": text[:, :-1], "labels": text[:, 1:]} for text in texts]
+    lengths = [text.shape[1] - 1 for text in texts]
+    packed = {
+        "input_ids": torch.cat([one["input_ids"] for one in alone], 1),
+        "labels": torch.cat([one["labels"] for one in alone], 1),
+        "document_ids": torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+    with torch.no_grad():
+        # The same sums of float64, in another order.
+        assert held_out(task, packed) == pytest.approx(held_out(task, *alone), rel=1e-12)
+
+
+def test_a_held_out_loss_is_a_mean_over_tokens() -> None:
+    task = task_of(CONFIG)
+    for rows in ([(6.0, 3), (8.0, 1), (0.0, 0)], [(9.0, 2)]):
+        task.on_validation_epoch_start()
+        for total, count in rows:
+            task.update_mean("x", torch.tensor(total), torch.tensor(count))
+        expected = sum(total for total, _ in rows) / sum(count for _, count in rows)
+        assert float(task._evaluation_means["x"].compute()) == pytest.approx(expected)
+
+
+def test_a_predicted_row_has_its_mean_loss() -> None:
+    task = task_of(CONFIG).eval()
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 8))
+    labels = ids.roll(-1, 1).clone()
+    labels[0, 5:] = labels[1] = -100
+    batch: Any = {"input_ids": ids, "labels": labels, "source": "web", "rows": [4, -1, 6]}
+    with torch.no_grad():
+        rows = task.predict_step(batch, 0)
+        logits = task.decoder(ids)
+    assert [(row["source"], row["row"], row["tokens"]) for row in rows] == [("web", 4, 5), ("web", 6, 8)]
+    for row, number in zip(rows, (0, 2), strict=True):
+        expected = torch.nn.functional.cross_entropy(logits[number], labels[number])
+        assert row["loss"] == pytest.approx(float(expected), rel=1e-5)  # float32
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def progress(ready: int, completed: int) -> dict[str, Any]:
+    counts = {"ready": ready, "started": ready, "processed": ready, "completed": completed}
+    return {"loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": {**counts}, "current": {**counts}}}}}
+
+
+def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
+    """The task goes on from a checkpoint of its own, apart from the changes."""
+    task._trainer = trainer(
+        precision_plugin=None, state=SimpleNamespace(fn="fit"), accumulate_grad_batches=4, global_step=0
+    )
+    checkpoint: dict[str, Any] = {"loggers": []}
+    facts = {"decoder_config": CONFIG.facts(), "seed": task._seed, "global_step": 6}
+    checkpoint |= {**facts, **progress(12, 11), **changes}
+    task.on_load_checkpoint(checkpoint)
+    return checkpoint
+
+
+def test_a_resume_counts_micro_batches_of_the_present_size() -> None:
+    """Two micro-batches a step before, four now. The last batch was not over when the checkpoint was written."""
+    found = resumed(task_of(CONFIG))["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert found["total"] == {"ready": 24, "started": 24, "processed": 24, "completed": 23} == found["current"]
+
+
+def test_a_checkpoint_of_another_seed_or_optimizer_is_refused() -> None:
+    task = task_of(CONFIG)
+    with pytest.raises(ValueError, match=rf"seed_everything is {task._seed}, the run began with {task._seed + 1}"):
+        resumed(task, seed=task._seed + 1)
+    muon = [{"param_groups": [{"momentum": 0.9, "params": [0]}, {"params": [1]}], "state": {}}]
+    with pytest.raises(ValueError, match=r"trained with Muon, model\.optimizer is AdamW"):
+        resumed(task, optimizer_states=muon)
+    resumed(task, optimizer_states=[{"param_groups": [{"params": [0]}], "state": {}}])
+    task.optimizer_settings = Muon()
+    resumed(task, optimizer_states=muon)

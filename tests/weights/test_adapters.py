@@ -1,5 +1,6 @@
 """LoRA adapters on the plain decoder against PEFT's own model around transformers' LlamaForCausalLM."""
 
+import copy
 import dataclasses
 import json
 from inspect import getsource, signature
@@ -16,7 +17,15 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.weights.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
+from lightning_danube.weights.adapters import (
+    Lora,
+    add_adapter,
+    base_digest,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    weights_digest,
+)
 from lightning_danube.weights.huggingface import load_hf, save_hf
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
@@ -304,3 +313,43 @@ def test_peft_still_has_the_undocumented_parts_that_are_used() -> None:
     inject_adapter_in_model(LoraConfig(target_modules=["0"]), decoder)
     adapters: Any = decoder.peft_config
     assert list(adapters) == ["default"]
+
+
+# --- settings and digests ---------------------------------------------------------------------------------------------
+
+
+def test_settings_of_an_adapter_are_those_of_peft() -> None:
+    lora = Lora(rank=3, alpha=7, dropout=0.25, targets=("k_proj", "up_proj"), dora=True, rslora=False)
+    config = LoraConfig(**lora.settings())
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 7, 0.25)
+    assert set(config.target_modules or ()) == {"k_proj", "up_proj"} and config.use_dora and not config.use_rslora
+    plain = LoraConfig(**Lora(rslora=True).settings())
+    assert plain.use_rslora and not plain.use_dora and (plain.r, plain.lora_alpha, plain.lora_dropout) == (16, 32, 0.05)
+
+
+def test_a_base_is_the_same_in_wider_types() -> None:
+    decoder = Decoder(CONFIG).bfloat16()
+    digest = base_digest(decoder)
+    assert base_digest(copy.deepcopy(decoder).float()) == digest == base_digest(decoder)
+    decoder.lm_head.weight.data[0, 3] += 1
+    assert base_digest(decoder) != digest
+
+
+def test_every_weight_is_in_the_digest_of_all() -> None:
+    decoder = Decoder(CONFIG)
+    digests = {weights_digest(decoder)}
+    for name, parameter in decoder.named_parameters():
+        if "layers.1" not in name:
+            parameter.data.view(-1)[-1] += 1
+            digests.add(weights_digest(decoder))
+    digests.add(weights_digest(decoder.bfloat16()))
+    assert len(digests) == 1 + 12 + 1
+    assert weights_digest(copy.deepcopy(decoder)) in digests
+
+
+def test_a_loaded_adapter_is_frozen_unless_it_is_to_train(adapter: Path) -> None:
+    for trainable in (False, True):
+        decoder = Decoder(CONFIG)
+        load_adapter(decoder, adapter, trainable=trainable)
+        training = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+        assert bool(training) == trainable and all(".lora_" in name for name in training)

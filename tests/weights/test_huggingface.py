@@ -356,3 +356,32 @@ def test_importing_the_model_imports_neither_transformers_nor_safetensors() -> N
     code = "import sys, lightning_danube.model; print([m for m in ('transformers', 'safetensors') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("limit", [20_000, SHARD, 10**5])
+def test_shards_are_no_larger_than_asked_for_and_the_index_counts_bytes(
+    limit: int, decoder: Decoder, tmp_path: Path
+) -> None:
+    """A tensor that is larger has a file of its own. No two neighbours would fit into one file."""
+    save_hf(decoder.bfloat16(), tmp_path / "export", max_shard_bytes=limit)
+    shards = [load_file(file) for file in sorted((tmp_path / "export").glob("model-*.safetensors"))]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    assert len(shards) > 1
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(sizes, shards, strict=True))
+    names = list(decoder.state_dict())
+    begins = [min(map(names.index, shard)) for shard in shards]
+    for size, begin in zip(sizes, sorted(begins)[1:], strict=False):
+        assert size + decoder.state_dict()[names[begin]].nbytes > limit
+    index = json.loads((tmp_path / "export/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(p.nbytes for p in decoder.parameters())
+    assert index["weight_map"].keys() == set(names)
+
+
+def test_a_loaded_checkpoint_has_its_own_memory(decoder: Decoder, tmp_path: Path) -> None:
+    """The memory map of the file would show what another process writes into it."""
+    file = tmp_path / "last.ckpt"
+    torch.save(lightning_checkpoint(decoder), file)
+    loaded = load_checkpoint(file)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert_same_parameters(loaded, decoder)

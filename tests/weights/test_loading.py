@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,19 @@ from lightning_danube.text.corpora import Source
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
 from lightning_danube.weights import loading, names
-from lightning_danube.weights.adapters import add_adapter, load_adapter, save_adapter
+from lightning_danube.weights.adapters import (
+    Lora,
+    add_adapter,
+    base_digest,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
-from lightning_danube.weights.huggingface import load_checkpoint, load_hf
+from lightning_danube.weights.huggingface import load_checkpoint, load_hf, save_hf
 from lightning_danube.weights.loading import load_decoder, load_model
-from lightning_danube.weights.names import SMOLLM2, locate, locate_adapter
+from lightning_danube.weights.names import SMOLLM2, Located, TokenizerSource, locate, locate_adapter
 from lightning_danube.weights.tokenizers import load_tokenizer, tokenizer_of
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder, tiny_tokenizer
 
@@ -487,3 +495,71 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     (new,) = generate(decoder, [ids], 16, eos_ids=[tokenizer.eos_token_id])
     assert "Paris" in str(tokenizer.decode(new))
+
+
+# --- the adapter of a run ---------------------------------------------------------------------------------------------
+
+
+def save_adapter_run(directory: Path, **changes: Any) -> tuple[Path, Decoder]:
+    """A checkpoint that holds an adapter on a base in bfloat16, and the decoder that was trained, in float32."""
+    base = directory / "base"
+    tokenizer = tiny_tokenizer()
+    save_hf(tiny_decoder().bfloat16(), base, tokenizer)
+    lora = Lora(rank=2, alpha=6, dropout=0.0, targets=("q_proj", "down_proj"))
+    decoder = load_hf(base, dtype=torch.float32)
+    lora.apply(decoder)
+    torch.manual_seed(1)
+    trained = {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    checkpoint = {
+        "decoder_config": CONFIG.facts(),
+        "state_dict": {f"decoder.{name}": parameter.detach() for name, parameter in trained.items()},
+        "lora": asdict(lora),
+        "base_weights": str(base),
+        "base_digest": base_digest(decoder),
+        **changes,
+    }
+    torch.save(checkpoint, directory / "run.ckpt")
+    return directory / "run.ckpt", decoder
+
+
+def test_the_adapter_of_a_run_is_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    path, decoder = save_adapter_run(tmp_path)
+    assert locate(str(path)).adapter_base == str(tmp_path / "base")
+    merge_adapter(decoder)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_decoder(str(path), dtype=dtype).state_dict()
+        assert loaded.keys() == decoder.state_dict().keys()
+        for name, tensor in decoder.to(dtype).state_dict().items():
+            assert torch.equal(loaded[name], tensor), name
+
+
+def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
+    path, _ = save_adapter_run(tmp_path, base_digest="0123")
+    with pytest.raises(ValueError, match=r"holds other weights than those its adapter was trained on: bring them back"):
+        load_decoder(str(path))
+    path, _ = save_adapter_run(tmp_path / "other", state_dict={})
+    with pytest.raises(ValueError, match=r"its adapter does not fit .*, on which it was trained"):
+        load_decoder(str(path))
+
+
+def test_a_run_without_an_adapter_is_a_whole_model(tmp_path: Path) -> None:
+    """Also one that was trained from other weights, whose name its checkpoint holds."""
+    decoder = tiny_decoder()
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    checkpoint = {"decoder_config": CONFIG.facts(), "state_dict": state, "base_weights": "gone"}
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    assert locate(str(tmp_path / "run.ckpt")).adapter_base is None
+    assert torch.equal(load_decoder(str(tmp_path / "run.ckpt")).lm_head.weight, decoder.lm_head.weight)
+
+
+def test_the_chat_template_of_a_run_is_not_given_to_other_models(tmp_path: Path) -> None:
+    plain = tmp_path / "tokenizer"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(str(plain))
+    fingerprint = fingerprint_of(load_hf_tokenizer(str(plain)))
+    tuned = Located("x", "checkpoint", tmp_path, TokenizerSource(str(plain), fingerprint, "{{ messages }}"))
+    assert load_tokenizer(tuned).chat_template == "{{ messages }}"
+    assert load_hf_tokenizer(str(plain)).chat_template is None

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightning_danube.model import Decoder, next_token_loss
 from lightning_danube.weights.adapters import Lora, add_adapter, merge_adapter
-from lightning_danube.weights.quantized_linear import FrozenLinear4bit, dequantize_linear_layers
+from lightning_danube.weights.quantized_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize_linear_layers
 from tests.tiny_models import CONFIG, tiny_decoder
 
 IDS = torch.arange(30).view(2, 15)
@@ -167,3 +167,18 @@ def test_bitsandbytes_still_has_the_undocumented_parts_of_its_layers() -> None:
 @pytest.mark.parametrize("module", ["bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"])
 def test_bitsandbytes_still_has_the_modules_whose_warnings_are_dropped(module: str) -> None:
     assert importlib.util.find_spec(module) is not None
+
+
+def test_8_bits_keep_the_largest_weight_of_each_row() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=False)
+    values = FrozenLinear8bit(linear).weight_values(torch.float32)
+    # bitsandbytes takes weights as float16, with 11 bits.
+    torch.testing.assert_close(values.abs().amax(1), linear.weight.detach().abs().amax(1), rtol=2**-10, atol=0)
+
+
+def test_the_bias_of_a_quantized_layer_is_frozen() -> None:
+    linear = nn.Linear(64, 96)
+    for layer in (FrozenLinear4bit(linear, "nf4"), FrozenLinear8bit(linear)):
+        assert torch.equal(layer.bias, linear.bias) and layer.bias is not linear.bias
+        assert not any(parameter.requires_grad for parameter in layer.parameters())

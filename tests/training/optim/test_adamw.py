@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,3 +62,27 @@ def test_biases_and_norms_of_heads_do_not_decay() -> None:
         decayed, _ = parameter_groups(decoder, 0.1)
         names = {id(parameter): name for name, parameter in decoder.named_parameters()}
         assert all(names[id(p)].endswith(("_proj.weight", "lm_head.weight")) for p in decayed["params"])
+
+
+def test_three_steps_are_those_of_the_formula() -> None:
+    """Kingma and Ba, with the decay of Loshchilov and Hutter. With so large an eps it counts in every weight."""
+    module = nn.Linear(5, 3).double()
+    rate, decay, (first, second), eps = 0.01, 0.2, (0.8, 0.9), 0.5
+    expected = {name: parameter.detach().numpy().copy() for name, parameter in module.named_parameters()}
+    moments = {name: [np.zeros_like(value), np.zeros_like(value)] for name, value in expected.items()}
+    optimizer = AdamW(betas=(first, second), eps=eps, weight_decay=decay).build(module, lr=rate)
+    generator = np.random.default_rng(0)
+    for step in (1, 2, 3):
+        for name, parameter in module.named_parameters():
+            gradient = generator.standard_normal(parameter.shape)
+            parameter.grad = torch.from_numpy(gradient)
+            mean, square = moments[name]
+            mean[:] = first * mean + (1 - first) * gradient
+            square[:] = second * square + (1 - second) * gradient**2
+            expected[name] *= 1 - rate * (decay if name == "weight" else 0)
+            unbiased = np.sqrt(square / (1 - second**step))
+            expected[name] -= rate * mean / (1 - first**step) / (unbiased + eps)
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        # Some dozen roundings of float64.
+        np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-12, atol=0)

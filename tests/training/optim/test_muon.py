@@ -251,3 +251,16 @@ def test_sharded_matrices_are_refused() -> None:
 def test_pytorch_still_has_the_private_average_of_lists() -> None:
     (averaged,) = torch._foreach_lerp([torch.zeros(2)], [torch.ones(2)], 0.25)
     assert averaged.tolist() == [0.25, 0.25]
+
+
+def test_what_muon_leaves_to_adamw_has_its_eps() -> None:
+    decoder, twin = tiny(), tiny()
+    optimizer = Muon(eps=0.5).build(decoder, lr=0.01)
+    adamw = AdamW(eps=0.5).build(twin, lr=0.01)
+    for model, one in ((decoder, optimizer), (twin, adamw)):
+        set_gradients(model, 0)
+        one.step()
+    rest = {name for name, _ in decoder.named_parameters() if "proj" not in name}
+    assert len(rest) == 6
+    for name in rest:
+        assert torch.equal(decoder.get_parameter(name), twin.get_parameter(name)), name

@@ -51,3 +51,11 @@ def test_impossible_schedules_are_refused(arguments: dict[str, object], message:
 def test_a_schedule_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"take 150 tokens, the run has 100"):
         LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50).check(100)
+
+
+def test_a_schedule_as_long_as_the_run_is_allowed() -> None:
+    rate = LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50)
+    rate.check(150)
+    assert [rate.at(tokens, 150) for tokens in (50, 100, 125, 150)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+    with pytest.raises(ValueError, match=r"take 150 tokens, the run has 149"):
+        rate.check(149)

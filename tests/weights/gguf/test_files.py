@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import random
 import shutil
 import struct
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.gguf.files import load_gguf, read_gguf_config, readable_types, save_gguf
 from lightning_danube.weights.gguf.header import read_gguf_header
+from lightning_danube.weights.llama_cpp import measure
 
 # The file does not say how weights were once initialized, so these have the default of that.
 CONFIGS = {
@@ -549,3 +551,62 @@ def test_a_big_model_is_never_there_twice(stored: str, wanted: str, tmp_path: Pa
     peak, held = map(int, result.stdout.split())
     # Beside the model a few megabytes in work, and what the allocator keeps: 15 to 30 MB were measured.
     assert peak - held < 60e6, (peak, held)
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 32)])
+def test_the_header_says_the_type_of_the_file(dtype: torch.dtype, number: int, tmp_path: Path) -> None:
+    """The numbers of `enum llama_ftype` in llama.h."""
+    save_gguf(random_decoder(CONFIGS["grouped"]), tmp_path / "model.gguf", dtype=dtype)
+    fields = read_gguf_header(tmp_path / "model.gguf").fields
+    assert fields["general.file_type"] == number
+    assert (fields["general.type"], fields["general.quantization_version"]) == ("model", 2)
+
+
+def test_a_file_of_several_types_is_read_in_float32(written: Path, tmp_path: Path, decoder: Decoder) -> None:
+    def encode(name: str, array: np.ndarray) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+        half = array.ndim > 1 and "ffn" in name
+        kind = gguf.GGMLQuantizationType.F16 if half else gguf.GGMLQuantizationType.F32
+        return gguf.quantize(array, kind), kind
+
+    loaded = load_gguf(rewrite(written, tmp_path / "mixed.gguf", encode=encode))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.lm_head.weight, decoder.lm_head.weight)
+
+
+def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
+    """In its place and of the same size."""
+    file = tmp_path / "model.gguf"
+    save_gguf(random_decoder(CONFIGS["grouped"]), file, dtype=torch.float32, name="one")
+    assert read_gguf_header(file).fields["general.name"] == "one"
+    stat = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"one", b"two"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert (file.stat().st_ino, file.stat().st_size) == (stat.st_ino, stat.st_size)
+    assert read_gguf_header(file).fields["general.name"] == "two"
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_an_alignment_of_its_own_is_kept(alignment: int, written: Path, tmp_path: Path, decoder: Decoder) -> None:
+    assert_same_parameters(
+        load_gguf(rewrite(written, tmp_path / "other.gguf", {"general.alignment": alignment})), decoder
+    )
+
+
+def test_a_file_is_measured_by_its_tensors(written: Path, tmp_path: Path, decoder: Decoder) -> None:
+    def encode(name: str, array: np.ndarray) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        return gguf.quantize(array, kind), kind
+
+    matrices = [parameter.numel() for parameter in decoder.parameters() if parameter.ndim > 1]
+    gains = [parameter.numel() for parameter in decoder.parameters() if parameter.ndim == 1]
+    file = rewrite(written, tmp_path / "quantized.gguf", encode=encode)
+    content = measure(file, "x: falling back to q5_0\ny: falling back to  q8_0\nz: falling back to q8_0\n")
+    assert content.file_bytes == file.stat().st_size and content.weights == sum(matrices) + sum(gains)
+    assert content.tensors == {"Q8_0": len(matrices), "F32": len(gains)} and content.fallbacks == {"Q8_0": 2, "Q5_0": 1}
+    # Q8_0 has a float16 scale for each 32 weights of 8 bits.
+    assert content.tensor_bytes == sum(matrices) // 32 * 34 + 4 * sum(gains)
+    assert content.bits_per_weight == pytest.approx(8.5, abs=0.2)
+    assert f"{content.weights:,} weights at {content.bits_per_weight:.2f} bits: 16 Q8_0, 5 F32" in content.describe()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"quantized.gguf: truncated: its tensors end beyond its [\d,]+ bytes"):
+        measure(file)

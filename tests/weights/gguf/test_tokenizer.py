@@ -373,3 +373,7 @@ def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], message: str,
     file = write(tmp_path / "tokenizer.gguf", fields)
     with pytest.raises(ValueError, match=rf"^[^\n]*tokenizer.gguf: [^\n]*{message}"):
         load_gguf_tokenizer(file)
+
+
+def test_a_prompt_does_not_end_with_the_token_that_ends_texts() -> None:
+    assert gguf_tokenizer_fields(byte_level(WORD_SPLITS[0]))["tokenizer.ggml.add_eos_token"] is False

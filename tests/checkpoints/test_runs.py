@@ -1,0 +1,64 @@
+"""Where a run's checkpoints are found, and where a new run writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_danube.checkpoints.runs import newest_checkpoint, remove_if_unused, resolve_checkpoint
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+
+
+def save(run: Path, *names: str) -> None:
+    for name in names:
+        DurableCheckpointIO().save_checkpoint({"a": torch.ones(1)}, run / "checkpoints" / f"{name}.ckpt")
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps_whatever_its_name(tmp_path: Path) -> None:
+    save(tmp_path, "step_00000015", "stage_1_web_step_00000012", "stage_2_wiki_step_00000020")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "stage_2_wiki_step_00000020.ckpt"
+    save(tmp_path, "step_00000021")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000021.ckpt"
+
+
+def test_version_ten_is_newer_than_version_nine(tmp_path: Path) -> None:
+    for version in (2, 9, 10):
+        save(tmp_path / "run" / f"version_{version}", "step_00000001")
+    (tmp_path / "run" / "version_11").mkdir()
+    place = resolve_checkpoint("fit", str(tmp_path), "run", "last")
+    assert place.checkpoint == tmp_path / "run" / "version_10" / "checkpoints" / "step_00000001.ckpt"
+    (warning,) = place.warnings
+    assert "version_11 has no checkpoint yet: taking" in warning
+
+
+@pytest.mark.parametrize(
+    ("verb", "asked", "version", "directory"),
+    [
+        ("fit", "last", "version_3", "run"),
+        ("fit", "RUN", None, "run"),
+        ("fit", "RUN/checkpoints/step_00000001.ckpt", None, "run"),
+        ("validate", "last", None, "run-validate"),
+        ("test", "RUN/checkpoints/step_00000001.ckpt", None, "run-test"),
+    ],
+)
+def test_only_last_goes_on_in_the_same_version(
+    tmp_path: Path, verb: str, asked: str, version: str | None, directory: str
+) -> None:
+    run = tmp_path / "run" / "version_3"
+    save(run, "step_00000001")
+    place = resolve_checkpoint(verb, str(tmp_path), "run", asked.replace("RUN", str(run)))
+    assert place.checkpoint == run / "checkpoints" / "step_00000001.ckpt"
+    assert place.logger_place() == (str(tmp_path), directory, version)
+
+
+@pytest.mark.parametrize("result", [None, "checkpoints/step_00000001.ckpt", "summary.json"])
+def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result: str | None) -> None:
+    version = tmp_path / "runs" / "run" / "version_0"
+    (version / "checkpoints").mkdir(parents=True)
+    of_every_start = ["config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1"]
+    for name in [*of_every_start, result] if result else of_every_start:
+        (version / name).touch()
+    remove_if_unused(version)
+    assert version.exists() == (result is not None)
+    assert (tmp_path / "runs").exists() == (result is not None), "empty parents go as well"
+    remove_if_unused(tmp_path / "nowhere")
