@@ -45,7 +45,7 @@ PARTS = {
     "slow-checkpoints": slow("checkpoints"),
     "slow-ranks": slow("training", "model"),
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
-    "slow-commands": slow("cli", "test_configs.py", "test_signals.py", "text", "tokens"),
+    "slow-commands": slow("cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"),
     "slow-weights": slow("generation", "weights", "benchmarks"),
     "notebooks": slow("test_notebooks.py"),
     "mutants-data": mutants("options", "pretraining", "text", "tokens"),

@@ -81,6 +81,7 @@ model:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="takes away what POSIX systems have")
 def test_the_first_steps_need_nothing_of_linux(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SITE)
