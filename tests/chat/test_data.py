@@ -221,7 +221,7 @@ def test_another_template_or_file_is_another_fingerprint(tmp_path: Path) -> None
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_rows": 2}, {"layout": "bucketed"}, {"context_length": 95}])
 def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str, Any]) -> None:
     path = write(tmp_path / "talk.jsonl", 6)
-    options = {"micro_batch_size": 2, "seed": 0, "batch_rows": 4, "layout": "packed"}
+    options: dict[str, Any] = {"micro_batch_size": 2, "seed": 0, "batch_rows": 4, "layout": "packed"}
     first, other = unread(path, **options), unread(path, **options | changed)
     state = {"order": json.loads(json.dumps(first._order())), "steps": 3}
     for module in (first, other):

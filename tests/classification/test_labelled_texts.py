@@ -151,3 +151,10 @@ def test_a_role_takes_the_split_of_its_name(
     source = LabelledTexts("stanfordnlp/imdb", name="plain", split=split, revision="abc")
     assert list(read_labelled_texts(role, source, "text", "label", Path())) == [LabelledText("a text", "a", "hub", 1)]
     assert asked == [("stanfordnlp/imdb", expected, "plain", "abc")]
+
+
+def test_each_class_keeps_a_text_for_training() -> None:
+    given = texts({"a": 4, "b": 1, "c": 2})
+    rest, taken = split_off(given, 0.9, seed=0, stream="test")
+    assert {text.label for text in rest} == {"a", "b", "c"}
+    assert len(taken) == 4 and sorted(rest + taken) == sorted(given)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lightning_danube.classification.summary import Compared, class_table, detail_table, list_rejected
+from lightning_danube.classification.summary import Compared, class_table, detail_table, flat, list_rejected
 from lightning_danube.classification.task import Classified
+from lightning_danube.intervals import Estimate
 
 
 def test_classes_are_sorted_and_a_long_table_shows_both_ends() -> None:
@@ -95,3 +96,9 @@ def test_baselines_are_trained_on_the_training_texts_alone() -> None:
     # The test labels say the opposite of what the words say in training.
     assert (found.tfidf_NC[:, 1] > found.tfidf_NC[1, 1]).tolist() == [True, False, True]
     assert (found.seed, found.resamples, found.loss, list(found.labels)) == (3, 20, 0.5, ["hard", "wet"])
+
+
+def test_an_interval_begins_at_its_lower_end() -> None:
+    assert flat({"a": Estimate(0.5, 0.25, 0.75, 9, "bootstrap"), "b": Estimate(1.0, None, None, 1, "bootstrap")}) == {
+        "a": 0.5, "a_interval": [0.25, 0.75], "b": 1.0, "b_interval": [None, None],
+    }  # fmt: skip

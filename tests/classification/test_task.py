@@ -185,7 +185,7 @@ def test_scores_are_of_the_last_evaluation_alone(tmp_path: Path, verb: str) -> N
     model = task(tmp_path).eval()
     logged: dict[str, Any] = {}
     model.log_dict = lambda values, logger: logged.update(values)  # type: ignore[method-assign, assignment, misc]
-    model.trainer.loggers = []  # type: ignore[misc]
+    model.trainer.loggers = []
     with torch.no_grad():
         logits = model.class_logits(*padded("right"))
         wanted = logits.log_softmax(1)

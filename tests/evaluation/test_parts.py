@@ -20,7 +20,7 @@ from lightning_danube.evaluation.asking import AskedModel
 from lightning_danube.evaluation.parts.academic import AcademicQuestions
 from lightning_danube.evaluation.parts.chat import ChatOptions, ChatQuestion, ChatQuestions, chat_questions, seed_of
 from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles
-from lightning_danube.evaluation.parts.passages import RetrievalOptions, passage_questions
+from lightning_danube.evaluation.parts.passages import PassageQuestion, RetrievalOptions, passage_questions
 from lightning_danube.evaluation.parts.perplexity import RunningText
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.text.corpora import Source
@@ -117,6 +117,12 @@ def test_limits_are_drawn_by_the_seed(tmp_path: Path) -> None:
     for first, second in zip(drawn(0), drawn(1), strict=True):
         assert first != second and len(set(first)) == 5
         assert sorted(first, key=lambda name: int(name.strip("q"))) == first
+
+
+def test_an_answer_may_stand_in_any_passage() -> None:
+    there = [["the Nile", "no"], ["no", "the Nile"], ["no", "no"], []]
+    found = [PassageQuestion("Which?", ["Red", "Nile"], passages, []).answer_is_there for passages in there]
+    assert found == [True, True, False, False]
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def test_the_score_is_that_of_the_papers_metric(
         ask=lambda lm, prepared, chat_template: answered,
         record=lambda sample: sample,
     )
-    monkeypatch.setitem(sys.modules, "lightning_danube.evaluation.harness", harness)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "lightning_danube.evaluation.harness", harness)
     monkeypatch.setattr(evaluation, "harness", harness, raising=False)
     task = next(task for task in PAPER_TASKS if task.name == name)
     prepared: Any = SimpleNamespace(notes=["a note"], available=9)

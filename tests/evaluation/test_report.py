@@ -93,3 +93,9 @@ def test_a_bar_has_its_interval_around_its_own_value() -> None:
     assert [[point[1] for point in segment] for segment in lines.get_segments()] == [
         [pytest.approx(low), pytest.approx(high)] for low, high in ends
     ]
+
+
+def test_an_average_leaves_out_rows_that_were_not_run_for_all_models() -> None:
+    tables = {"academic": PAPER.tables["academic"] | {"c": [90.0, 90.0]}}
+    found = averages([A, B, MISSING], "academic", PaperScores("the paper", PAPER.models, tables))
+    assert found == averages([A, B, MISSING], "academic", PAPER)

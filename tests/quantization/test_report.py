@@ -1,6 +1,7 @@
 """Intervals beside SciPy's own, and what is told of noise."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,3 +118,11 @@ def test_a_rows_values_are_relative_to_the_full_model() -> None:
     # 5 of 10 right answers; the full model has 8.
     assert level.cloze.value == pytest.approx(0.5) and level.cloze_change.value == pytest.approx(-0.3)
     assert level.divergence_99 == pytest.approx(99.0)
+
+
+def test_each_length_has_its_own_change() -> None:
+    full, level = (replace(measured(8), nats={40: NATS + worse, 20: NATS + 3 * worse}) for worse in (0.0, 0.1))
+    _, row = rows_of({FULL: full, LEVELS["Q2_K"]: level}, [LEVELS["Q2_K"]], 40)
+    found = {length: change.value for length, (_, change) in row.by_length.items()}
+    assert found == pytest.approx({40: math.expm1(0.1), 20: math.expm1(0.3)})
+    assert row.by_length[20][0].value == pytest.approx(math.exp(NATS.mean() + 0.3))

@@ -1,5 +1,7 @@
 """Tables of a quantization evaluation. Whole runs: test_run.py."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -82,7 +84,7 @@ def test_points_of_the_figure_are_sizes_and_changes_with_their_intervals() -> No
     rows = [row for row in results(16).flat_rows() if row["tensor_bytes"]]
     rows[1] |= {"perplexity_change": 0.1, "perplexity_change_low": 0.06, "perplexity_change_high": 0.16}
     cached = rows[1] | {"level": "rounding:4/64+cache-q4_0", "tensor_bytes": 2**19}
-    axes = frontier_figure([*rows, cached]).axes[0]
+    axes: Any = frontier_figure([*rows, cached]).axes[0]
     (points,) = [bars for bars in axes.containers if len(bars.lines[0].get_xdata())]
     line, _, (bar,) = points.lines
     assert line.get_xydata().tolist() == [[1.0, pytest.approx(10.0)]]

@@ -132,6 +132,19 @@ def test_a_measurement_without_the_cost_that_is_asked_for_is_made_again(
     assert made._data.passes == (1 if found else 2)
 
 
+def test_a_level_that_is_new_is_compared_with_the_full_model_anew(
+    evaluation: Callable[..., QuantizationEvaluation],
+) -> None:
+    ones = np.ones((2, 3))
+    done = MeasuredLevel(Content(8, 8, {}), 1.0, {64: ones}, ones, ones, ones)
+    save_measured(evaluation()._kept(FULL), done)
+    made = evaluation()
+    assert made.reused == [FULL] and made._missing == [FULL, HQQ] and made._data.passes == 2
+    save_measured(made._kept(HQQ), done)
+    made = evaluation()
+    assert made.reused == [FULL, HQQ] and made._missing == [] and made._data.passes == 0
+
+
 # --- a reading --------------------------------------------------------------------------------------------------------
 
 VOCABULARY = 11
