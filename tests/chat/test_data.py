@@ -1,5 +1,7 @@
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 
 from lightning_danube.chat.conversations import ConversationSource
-from lightning_danube.chat.data import ChatData
+from lightning_danube.chat.data import ChatData, EncodedChats, joined
+from lightning_danube.chat.rows import FittedChat
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
+from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, ChatEncoder
 from lightning_danube.training.loaders import StepSampler
 
 
@@ -167,3 +171,167 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"is damaged .*: remove it, and it is made anew"):
         module.setup("fit")
+
+
+# --- what the encoded conversations are kept by -----------------------------------------------------------------------
+
+
+def unread(path: Path, *, source: dict[str, Any] | None = None, **options: Any) -> ChatData:
+    """A data module that has read nothing yet."""
+    sources = {"talk": ConversationSource(str(path), **(source or {}))}
+    options = {"context_length": 96, "held_out": 0.2} | options
+    return ChatData(sources, cache_dir=str(path.parent / "cache"), **options)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"context_length": 95},
+        {"learned": "last"},
+        {"too_long": "cut"},
+        {"held_out": 0.3},
+        {"source": {"max_conversations": 5}},
+        {"source": {"columns": {"messages": "messages"}}},
+        {"source": {"on_bad_row": "skip"}},
+        {"tokenizer": "danube-small"},
+    ],
+    ids=str,
+)
+def test_what_decides_the_encoding_decides_the_fingerprint(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = write(tmp_path / "talk.jsonl", 6)
+    before = unread(path).fingerprint("talk")
+    assert unread(path, layout="bucketed", batch_rows=2, epochs=3, seed=7).fingerprint("talk") == before
+    assert unread(path, **changed).fingerprint("talk") != before
+
+
+def test_another_template_or_file_is_another_fingerprint(tmp_path: Path) -> None:
+    path = write(tmp_path / "talk.jsonl", 6)
+    module = unread(path)
+    tokenizer = copy.deepcopy(module.tokenizer)
+    tokenizer.chat_template = DANUBE_TEMPLATE
+    module.encoder = ChatEncoder(tokenizer)
+    before = unread(path).fingerprint("talk")
+    assert module._fingerprint_now("talk") == before
+    tokenizer.chat_template = DANUBE_TEMPLATE.replace("<|answer|>", "<|reply|>")
+    assert module._fingerprint_now("talk") != before
+    write(path, 7)
+    assert unread(path).fingerprint("talk") != before
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_rows": 2}, {"layout": "bucketed"}, {"context_length": 95}])
+def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = write(tmp_path / "talk.jsonl", 6)
+    options: dict[str, Any] = {"micro_batch_size": 2, "seed": 0, "batch_rows": 4, "layout": "packed"}
+    first, other = unread(path, **options), unread(path, **options | changed)
+    state = {"order": json.loads(json.dumps(first._order())), "steps": 3}
+    for module in (first, other):
+        module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    first.load_state_dict(state)
+    assert first.steps_done == 3
+    key = "sources" if "context_length" in changed else next(iter(changed))
+    with pytest.raises(ValueError, match=rf"data.{key} is .*, the run began with .*: set it back"):
+        other.load_state_dict(state)
+    assert other.steps_done == 0
+
+
+def test_conversations_with_one_first_question_stand_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    rows = [{"prompt": f"question {n % 12}", "response": f"answer {n}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = unread(path)
+    module.prepare_data()
+    module.setup("fit")
+    asked = []
+    for chats in (module.train_chats, module._validation["talk"]):
+        parts = np.split(np.asarray(chats.ids), chats.ends[1:-1])
+        asked.append({str(module.tokenizer.decode(ids)).partition("</s>")[0] for ids in parts})
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+    assert len(asked[0] | asked[1]) == 12
+
+
+# --- rows and batches -------------------------------------------------------------------------------------------------
+
+
+def chats_of(*learned: list[int]) -> EncodedChats:
+    """Conversations with ids 10, 11 and so on."""
+    counts = [len(one) for one in learned]
+    marks = np.array([mark for one in learned for mark in one], bool)
+    return EncodedChats(np.arange(10, 10 + sum(counts)), marks, np.cumsum([0, *counts]))
+
+
+def test_a_row_predicts_each_learned_token_from_the_token_before_it() -> None:
+    chats = chats_of([1, 0, 1, 1], [0, 1, 0])
+    # The first token of a conversation has no token before it.
+    assert chats.labels.tolist() == [2, 1] and chats.places.tolist() == [3, 2]
+    row = {name: values.tolist() for name, values in chats.row([1, 0], 7).items()}
+    assert row == {
+        "input_ids": [14, 15, 10, 11, 12, 0, 0],
+        "labels": [15, -100, -100, 12, 13, -100, -100],
+        "document_ids": [1, 1, 2, 2, 2, 0, 0],
+        "position_ids": [0, 1, 0, 1, 2, 0, 0],
+    }
+
+
+def test_joined_sources_are_their_conversations_one_after_the_other() -> None:
+    parts = [chats_of([0, 1, 1], [0, 1]), chats_of([0, 0, 1])]
+    both = joined(parts)
+    rows = [part.row([chat], 2) for part in parts for chat in range(len(part))]
+    assert len(both) == len(rows) == 3
+    for chat, row in enumerate(rows):
+        assert all(torch.equal(values, row[name]) for name, values in both.row([chat], 2).items())
+
+
+def test_ids_of_a_large_vocabulary_keep_their_values(tmp_path: Path) -> None:
+    module = unread(write(tmp_path / "talk.jsonl", 6))
+    for size, ids in ((2**16, [1, 2**16 - 1]), (2**16 + 1, [1, 2**16])):
+        module.vocab_size = size
+        module._fingerprints["talk"] = str(size)
+        chat = FittedChat(np.array(ids, np.int32), np.array([False, True]), 0, 0)
+        module._write("talk", {"train": [chat], "validation": []}, {})
+        assert module._open("talk", "train").ids.tolist() == ids
+
+
+def test_each_pass_has_an_order_of_its_own(tmp_path: Path) -> None:
+    module = data(tmp_path, epochs=2, layout="bucketed")
+    first, second = (one.rows for one in module.passes)
+    assert first != second
+    assert sorted(row for row in first if row) == sorted(row for row in second if row)
+
+
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+def test_the_fill_is_the_share_of_places_with_a_token(tmp_path: Path, layout: str) -> None:
+    module = data(tmp_path, epochs=2, layout=layout)
+    places = tokens = 0
+    for one in module.passes:
+        for step in range(one.steps):
+            rows = one.rows[step * 4 : step * 4 + 4]
+            lengths = [[int(module.train_chats.places[chat]) for chat in row] for row in rows]
+            tokens += sum(map(sum, lengths))
+            places += 4 * (96 if layout == "packed" else max(map(sum, lengths)))
+    assert module.fill() == pytest.approx(tokens / places)
+
+
+def test_a_limit_takes_the_first_held_out_conversations(tmp_path: Path) -> None:
+    module = data(tmp_path, validation_conversations=5)
+    (limited,), (all_of_them,) = module.val_dataloader(), module.test_dataloader()
+    rows = [row for batch in limited for row in batch["rows"]]
+    assert sorted(rows) == list(range(5))
+    lengths = module._validation["talk"].places[rows]
+    assert (np.diff(lengths) <= 0).all() and len(set(lengths)) > 1
+    for loader, limit in ((limited, 5), (all_of_them, None)):
+        counted = sum(int((batch["labels"] >= 0).sum()) for batch in loader)
+        assert counted == module.evaluation_tokens(limit)["talk"]
+    assert module.evaluation_tokens(5)["talk"] < module.evaluation_tokens(None)["talk"]
+
+
+def test_replicas_have_equally_many_batches_and_each_row_once(tmp_path: Path) -> None:
+    module = data(tmp_path, validation_conversations=7, micro_batch_size=1)
+    dealt = []
+    for rank in range(3):
+        replicas = {"num_replicas": 3, "rank": rank}
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas)  # type: ignore[assignment]
+        (loader,) = module.val_dataloader()
+        dealt.append([row for batch in loader for row in batch["rows"]])
+    assert [len(rows) for rows in dealt] == [3, 3, 3]
+    rows = [row for rank in dealt for row in rank]
+    assert sorted(row for row in rows if row >= 0) == list(range(7)) and rows.count(-1) == 2

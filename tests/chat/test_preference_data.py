@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from lightning_danube.chat.preference_data import PreferenceData
 from lightning_danube.chat.preferences import PreferenceSource
-from lightning_danube.chat.rows import DoesNotFit, fit_pair
+from lightning_danube.chat.rows import DoesNotFit, fit_chat, fit_pair
 from lightning_danube.tokens.chat_template import ChatEncoder
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.training.loaders import StepSampler
+from tests.tiny_models import tiny_tokenizer
 
 
 def write(path: Path, count: int) -> Path:
@@ -234,3 +236,68 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(tmp_path, **options)
+
+
+def test_a_pair_is_as_long_as_its_longer_answer(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    chats = module.train_chats
+    longer = [max(chats.places[2 * pair : 2 * pair + 2]) for pair in range(len(chats) // 2)]
+    assert module.lengths(chats).tolist() == longer
+    assert any(chats.places[2 * pair] != chats.places[2 * pair + 1] for pair in range(len(longer)))
+
+
+@pytest.mark.parametrize("changed", [{"too_long": "cut"}, {"context_length": 95}, {"held_out": 0.3}], ids=str)
+def test_what_decides_the_encoding_decides_the_fingerprint(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path, found = write(tmp_path / "pairs.jsonl", 6), []
+    for options in ({}, {"batch_pairs": 4, "seed": 3}, changed):
+        options = {"context_length": 96, "held_out": 0.2} | options
+        sources = {"pairs": PreferenceSource(str(path))}
+        found.append(PreferenceData(sources, cache_dir=str(tmp_path), **options).fingerprint("pairs"))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_replicas_share_the_work_of_the_reference(tmp_path: Path, micro_batch_size: int) -> None:
+    module = data(tmp_path, count=33, micro_batch_size=micro_batch_size)
+    chats = module.train_chats
+    whole, asked, parts = module._compute(chats, length_of_answers), [0, 0, 0], []
+    assert (whole != 0).all()
+    for rank in range(3):
+
+        def counted(batch: Any, rank: int = rank) -> Tensor:
+            asked[rank] += len(batch["labels"]) // 2
+            return length_of_answers(batch)
+
+        strategy = SimpleNamespace(reduce=lambda values, reduce_op: values, root_device="cpu")
+        ranks = {"num_replicas": 3, "rank": rank}
+        trainer = SimpleNamespace(distributed_sampler_kwargs=ranks, is_global_zero=False, strategy=strategy)
+        module.trainer = trainer  # type: ignore[assignment]
+        parts.append(module._compute(chats, counted))
+    assert np.array_equal(sum(parts), whole)
+    assert sum(asked) == len(whole) and max(asked) - min(asked) <= 1
+
+
+SPOKEN = ChatEncoder(tiny_tokenizer())
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def ids_of(*messages: dict[str, str]) -> list[int]:
+    return SPOKEN.encode(messages).ids
+
+
+def test_the_system_message_of_a_long_pair_stays() -> None:
+    prompt, answers = [SYSTEM, *OLD, ASKED], ["short", "long " * 30]
+    said = [{"role": "assistant", "content": answer} for answer in answers]
+    room = len(ids_of(*prompt, said[0])) - 1
+    found = fit_pair(SPOKEN, prompt, answers, room, "drop_turns")
+    assert [one.ids.tolist() for one in found] == [ids_of(SYSTEM, ASKED, answer) for answer in said]
+    assert [one.dropped_turns for one in found] == [2, 2] and not any(one.cut_tokens for one in found)
+
+
+def test_a_system_message_is_no_turn_to_drop() -> None:
+    turns = [SYSTEM, *OLD, ASKED, {"role": "assistant", "content": "four " * 9}]
+    last = ids_of(SYSTEM, *turns[3:])
+    found = fit_chat(SPOKEN, turns, len(last) - 1, "drop_turns", "all")
+    assert found.ids.tolist() == last and (found.dropped_turns, found.cut_tokens) == (2, 0)
+    found = fit_chat(SPOKEN, turns, len(last) - 6, "drop_turns", "all")
+    assert found.ids.tolist() == last[:-5] and (found.dropped_turns, found.cut_tokens) == (2, 5)

@@ -1,19 +1,22 @@
 """The loss of preference tuning beside independent implementations, on tiny random weights."""
 
+import dataclasses
 import math
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
 from lightning_danube.chat.preference_tuning import PreferenceTuning
 from lightning_danube.training.optim import LearningRate, Muon
 from lightning_danube.weights.adapters import Lora, weights_digest
 from lightning_danube.weights.loading import load_decoder
-from tests.tiny_models import save_tiny
+from tests.tiny_models import CONFIG, save_tiny
 
 BETA = 0.3
 LENGTHS = [(17, 5), (9, 14), (30, 29)]
@@ -206,3 +209,129 @@ def test_loss_rewards_and_gradients_are_trls(model: Path, reference: Path, tmp_p
     assert logged["rewards/rejected"] == pytest.approx([rejected], rel=1e-4)
     assert logged["rewards/margins"] == pytest.approx([margin], rel=1e-4)
     assert logged["rewards/accuracies"] == pytest.approx([accuracy])
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """As much of a data module as the task asks for: it asks for the reference of the pairs above, twice."""
+
+    vocab_size, context_length = CONFIG.vocab_size, 44
+    model = ""
+
+    def prepare_reference(self, model: str, log_probabilities: Any) -> None:
+        self.model, self.values = model, [log_probabilities(batch_of_pairs()) for _ in range(2)]
+
+
+def set_up(task: PreferenceTuning, precision: str = "32-true") -> Pairs:
+    data, strategy = Pairs(), SimpleNamespace(root_device=torch.device("cpu"))
+    facts = {"datamodule": data, "precision": precision, "strategy": strategy, "precision_plugin": Precision()}
+    task.trainer = SimpleNamespace(**facts)  # type: ignore[assignment]
+    task.setup("validate")
+    return data
+
+
+def with_dropout(directory: Path) -> PreferenceTuning:
+    task = task_of(save_tiny(directory, dataclasses.replace(CONFIG, attention_dropout=0.5)))
+    assert task.config.attention_dropout == 0.5
+    return task
+
+
+def test_the_reference_has_no_dropout_and_the_policy_trains_on(tmp_path: Path) -> None:
+    task = with_dropout(tmp_path / "model").train()
+    data = set_up(task)
+    assert all(module.training for module in task.modules())
+    with torch.no_grad():
+        assert not torch.equal(task.log_probabilities(batch_of_pairs()), data.values[0])
+        expected = task.eval().log_probabilities(batch_of_pairs())
+    assert torch.equal(data.values[0], expected) and torch.equal(data.values[1], expected)
+    assert not data.values[0].requires_grad
+
+
+def test_a_task_in_evaluation_mode_stays_in_it(tmp_path: Path) -> None:
+    task = with_dropout(tmp_path / "model").eval()
+    set_up(task)
+    assert not any(module.training for module in task.modules())
+
+
+def test_the_reference_is_kept_by_the_weights_and_the_precision(model: Path, reference: Path) -> None:
+    names = [set_up(task_of(weights), precision).model for weights, precision in (
+        (model, "32-true"), (model, "bf16-mixed"), (reference, "32-true"), (reference, "bf16-mixed"),
+    )]  # fmt: skip
+    assert len(set(names)) == 4
+    assert set_up(task_of(model, lora=Lora(rank=4))).model == names[0]
+
+
+# --- what is logged ---------------------------------------------------------------------------------------------------
+
+
+def several_batches(task: PreferenceTuning, *pairs: list[int]) -> tuple[list[Any], dict[str, list[float]]]:
+    """Batches of these pairs, each with an empty row behind, and the values of all their pairs. The reference is
+    chosen so that a reward is higher where a log-probability is lower."""
+    whole, batches = batch_of_pairs(), []
+    with torch.no_grad():
+        logps = task.log_probabilities(whole)
+    rewards = BETA * torch.tensor([[1.0, -0.5], [0.25, 2.0], [3.0, -1.0]])
+    opposite = (logps[:, 0] > logps[:, 1]) == (rewards[:, 0] > rewards[:, 1])
+    rewards[opposite] = rewards[opposite].flip(1)
+    for numbers in pairs:
+        rows = [row for number in numbers for row in (2 * number, 2 * number + 1)]
+        batch = {name: torch.cat([values[rows], torch.full_like(values[:2], fill)]) for name, values, fill in (
+            ("input_ids", whole["input_ids"], 0), ("labels", whole["labels"], -100),
+        )}  # fmt: skip
+        reference = torch.cat([(logps - rewards / BETA)[numbers], torch.zeros(1, 2)])
+        batches.append({**batch, "reference": reference, "source": "web", "rows": [*numbers, -1]})
+    seen = [number for numbers in pairs for number in numbers]
+    chosen, rejected = rewards[seen].unbind(1)
+    return batches, {
+        "chosen": chosen.tolist(),
+        "rejected": rejected.tolist(),
+        "margin": (chosen - rejected).tolist(),
+        "accuracy": (chosen > rejected).float().tolist(),
+        "ranking": (logps[seen, 0] > logps[seen, 1]).float().tolist(),
+        "loss": torch.log1p(torch.exp(rejected - chosen)).tolist(),
+    }
+
+
+def mean(values: list[float]) -> Any:
+    # Rewards are differences of float32 log-probabilities of the order of 300.
+    return pytest.approx(sum(values) / len(values), abs=1e-4)
+
+
+def test_held_out_values_are_means_over_the_pairs_however_they_are_batched(model: Path) -> None:
+    task = task_of(model).eval()
+    batches, values = several_batches(task, [0, 1], [2])
+    with torch.no_grad():
+        for batch in batches:
+            task.validation_step(batch, 0)
+    found = {name: float(metric.compute()) for name, metric in task._evaluation_means.items()}
+    names = {name: f"rewards/{name}_held_out_web" for name in ("chosen", "rejected", "margin", "accuracy")}
+    names |= {"ranking": "ranking/accuracy_held_out_web", "loss": "loss/held_out_web"}
+    assert found == {names[name]: mean(of_pairs) for name, of_pairs in values.items()}
+    assert sum(values["ranking"]) + sum(values["accuracy"]) == 3, "a pair is won by either of the two"
+
+
+def test_the_rewards_of_a_step_are_those_of_all_its_micro_batches_and_of_no_earlier_step(model: Path) -> None:
+    task = task_of(model)
+    facts = {"distributed_sampler_kwargs": None, "accumulate_grad_batches": 2, "world_size": 1}
+    task.trainer = SimpleNamespace(**facts)  # type: ignore[assignment]
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    for pairs in ([[0, 1], [2]], [[2], [1]]):
+        batches, values = several_batches(task, *pairs)
+        for number, batch in enumerate(batches):
+            task.training_step({**batch, "step_labels": sum(map(len, pairs))}, number)  # type: ignore[typeddict-item]
+        task.configure_gradient_clipping(optimizer)
+        logged = ("chosen", "rejected", "margin", "accuracy")
+        assert task.more_of_the_step() == {f"rewards/{name}": mean(values[name]) for name in logged}
+        assert task._step_loss is not None and float(task._step_loss) == mean(values["loss"])
+
+
+def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path) -> None:
+    task = task_of(model).eval()
+    (batch,), values = several_batches(task, [0, 1, 2])
+    with torch.no_grad():
+        rows = task.predict_step(batch, 0)
+    assert [row["row"] for row in rows] == [0, 1, 2] and {row["source"] for row in rows} == {"web"}
+    for name in ("loss", "chosen", "rejected"):
+        assert [row[name] for row in rows] == pytest.approx(values[name], abs=1e-4)

@@ -224,3 +224,16 @@ def test_embedded_answers_that_are_the_same_are_no_pair(tmp_path: Path, monkeypa
     path = write(tmp_path / "instruct.jsonl", {"text": "Question: A?\nAnswer: None.\n\nQuestion: B?\nAnswer: None."})
     monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", lambda cache: {"instruct": path})
     assert not list(read_preferences("src", PreferenceSource("documentation:instruct"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": " Be brief.\n", "chosen": [SYSTEM, *LONG, GOOD], "rejected": [SYSTEM, *LONG, BAD]},
+        {"system": "Be brief.", "prompt": [SYSTEM, *LONG], "chosen": [GOOD], "rejected": [BAD]},
+        {"system": "Be brief.", "prompt": LONG, "chosen": GOOD, "rejected": BAD},
+    ],
+)
+def test_a_system_column_that_repeats_the_conversations_own_is_taken_once(tmp_path: Path, row: Any) -> None:
+    (found,) = read(write(tmp_path / "a.jsonl", row))
+    assert isinstance(found, Preference) and found.prompt == [SYSTEM, *LONG]

@@ -1,13 +1,20 @@
 """The texts of the summaries of fine-tuning and preference tuning. Whole runs: test_fine_tuning.py and others."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_danube.chat.preference_summary import pair_results, results_table, with_intervals
-from lightning_danube.chat.summary import Answers, chat_result_text, source_lines
+from lightning_danube.chat.preference_summary import (
+    pair_results,
+    preference_fit_summary,
+    results_table,
+    with_intervals,
+)
+from lightning_danube.chat.summary import Answers, chat_fit_summary, chat_result_text, source_lines
+from lightning_danube.training.run_facts import RunFacts, Trained
 from tests.tiny_models import tiny_decoder, tiny_tokenizer
 
 
@@ -67,3 +74,71 @@ def test_pairs_are_reported_with_intervals() -> None:
     assert found["val_ranking_accuracy_interval"]["web"] == [round(1 / (1 + 1.959964**2 / 20), 4), 1.0]
     row = results_table([("before", {}), ("after", results)], {"web": 20}).splitlines()[-1]
     assert row.split() == ["web", "after", "20", "0.7000", "50.0", "%", "(30–70)", "-0.250", "100.0", "%", "(84–100)"]
+
+
+def test_an_answer_is_no_longer_than_the_context() -> None:
+    tokenizer, decoder = tiny_tokenizer(), tiny_decoder()
+    question = "why " * 30
+    room = 128 - len(tokenizer(f"<bos>{question}<eos>", add_special_tokens=False).input_ids)
+    assert 0 < room < 16
+    for asked, given in ((50, room), (3, 3)):
+        answers = Answers([question], asked)
+        answers.ask(decoder, tokenizer, 0)
+        # A random model does not end its answer.
+        ids = tokenizer(answers.latest[0], add_special_tokens=False).input_ids
+        assert 0 < len(ids) <= 3 * given
+    with pytest.raises(ValueError, match="more than the context holds"):
+        Answers([question + "why " * 10], 1).ask(decoder, tokenizer, 0)
+
+
+def a_run() -> tuple[Any, Any, Trained]:
+    """A task, its data and its progress, as far as a summary asks for them."""
+    task: Any = torch.nn.Linear(3, 2)
+    task.bias.requires_grad_(False)
+    task.weights, task.beta, task.config = "base", 0.25, SimpleNamespace(parameters=8)
+    counts = {5: {"web": 50}, None: {"web": 500}}
+    data = SimpleNamespace(
+        batch_tokens=64, reports=dict, fill=lambda: 0.98765, validation_conversations=5, validation_examples=5,
+        evaluation_tokens=counts.__getitem__, evaluation_pairs=counts.__getitem__,
+    )  # fmt: skip
+    return task, data, Trained(10, "32-true", 12.3456)
+
+
+def test_a_summary_of_fine_tuning_tells_before_from_after() -> None:
+    task, data, trained = a_run()
+    answers = Answers(["why?"], 3)
+    answers.before, answers.latest = ["no"], ["so"]
+    summary = chat_fit_summary(
+        task, RunFacts(training_seconds=4.0), data, trained,
+        before={"web": 3.0}, after={"web": 2.0}, validated_step=9, answers=answers,
+    )  # fmt: skip
+    assert summary == {
+        "weights": "base", "steps": 10, "parameters": 8, "trained_parameters": 6, "precision": "32-true",
+        "seconds": 12.346, "places_per_second": 160.0, "fill": 0.9877, "sources": {}, "val_loss_before": {"web": 3.0},
+        "val_loss": {"web": 2.0}, "val_step": 9, "val_tokens": {"web": 50},
+        "answers": [{"question": "why?", "before": "no", "after": "so"}],
+    }  # fmt: skip
+
+
+def test_a_summary_of_preference_tuning_tells_before_from_after() -> None:
+    task, data, trained = a_run()
+    before, after = ({"val_loss": {"web": loss}, "val_ranking_accuracy": {"web": loss / 4}} for loss in (3.0, 2.0))
+    summary = preference_fit_summary(task, RunFacts(training_seconds=4.0), data, trained, before=before, after=after)
+    assert (summary["val_loss_before"], summary["val_loss"]) == ({"web": 3.0}, {"web": 2.0})
+    assert (summary["beta"], summary["val_pairs"], summary["places_per_second"]) == (0.25, {"web": 50}, 160.0)
+    # Wilson's interval of 50 %: half of the normal one's width √(1 / (n + z²)) z.
+    half = 1.959964 / (50 + 1.959964**2) ** 0.5 / 2
+    ends = summary["val_ranking_accuracy_interval"]["web"]
+    assert ends == pytest.approx([0.5 - half, 0.5 + half], abs=1e-4)
+    low, high = summary["val_ranking_accuracy_interval_before"]["web"]
+    assert low < 0.75 < high
+
+
+def test_each_metric_has_its_own_name() -> None:
+    names = {
+        "loss/held_out_a": "val_loss", "rewards/chosen_held_out_a": "val_reward_chosen",
+        "rewards/rejected_held_out_a": "val_reward_rejected", "rewards/margin_held_out_a": "val_reward_margin",
+        "rewards/accuracy_held_out_a": "val_reward_accuracy", "ranking/accuracy_held_out_a": "val_ranking_accuracy",
+    }  # fmt: skip
+    found = pair_results({name: torch.tensor(float(number)) for number, name in enumerate(names)})
+    assert found == {metric: {"a": float(number)} for number, metric in enumerate(names.values())}

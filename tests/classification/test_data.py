@@ -1,5 +1,7 @@
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.classification.data import ClassificationData
+from lightning_danube.classification.labelled_texts import same_text
 
 WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
 
@@ -204,3 +207,109 @@ def test_the_data_know_which_texts_the_run_began_with(tmp_path: Path) -> None:
     module = data(tmp_path)
     assert json.dumps(module._order()) == json.dumps(data(tmp_path)._order())
     assert module._order() != data(tmp_path, context_length=5)._order()
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("role", "other"), [("train", "test"), ("train", "validation"), ("validation", "test")])
+def test_a_text_that_another_given_split_has_is_left_out(tmp_path: Path, role: str, other: str) -> None:
+    files = {
+        split: Path(write(tmp_path / f"{split}.csv", 9, first=first))
+        for split, first in (("train", 0), ("validation", 100), ("test", 200))
+    }
+    append(files[role], "the same  thing,wet")
+    append(files[other], "The same thing,wet")
+    given = {split: str(path) for split, path in files.items()}
+    with pytest.raises(ValueError, match=rf"{role}.csv, row 10: the same text stands in .*{other}.csv, row 10, so"):
+        data(tmp_path, **given)
+    module = data(tmp_path, **given, on_bad_row="skip")
+    assert [(row.file, row.row) for row in module.rejected] == [(str(files[role]), 10)]
+    texts = {split: [same_text(text.text) for text in texts] for split, texts in module.splits.items()}
+    assert [(split, len(texts[split])) for split in (role, other)] == [(role, 9), (other, 10)]
+    assert not set(texts[role]) & set(texts[other])
+
+
+def test_no_split_has_a_text_of_another(tmp_path: Path) -> None:
+    train = Path(write(tmp_path / "train.csv", 60))
+    lines = train.read_text().splitlines()
+    append(train, *(line.upper().replace(",WET", ",wet") for line in lines[1:] if line.endswith(",wet")))
+    module = data(tmp_path, train=str(train))
+    texts = [{same_text(text.text) for text in texts} for texts in module.splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 60
+    assert sum(map(len, module.splits.values())) == 80
+
+
+# --- order and batches ------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_known_by_all_that_decides_it(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    train = module.encoded["train"]
+    found = [module._order()["train"]]
+    for name in ("ids", "ends", "classes"):
+        values = getattr(train, name).copy()
+        values[3] += 1
+        module.encoded["train"] = dataclasses.replace(train, **{name: values})
+        found.append(module._order()["train"])
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_texts": 6}, {"context_length": 4}])
+def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str, Any]) -> None:
+    first, other = data(tmp_path), data(tmp_path, **changed)
+    state = {"order": json.loads(json.dumps(first._order())), "steps": 3}
+    for module in (first, other):
+        module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    first.load_state_dict(state)
+    assert first.steps_done == 3
+    key = "train" if "context_length" in changed else next(iter(changed))
+    with pytest.raises(ValueError, match=rf"data.{key} is .*, the run began with .*: set it back"):
+        other.load_state_dict(state)
+
+
+def test_each_pass_has_an_order_of_its_own(tmp_path: Path) -> None:
+    module = data(tmp_path, epochs=2)
+    first, second = (one.rows for one in module.passes)
+    assert first != second and sorted(row for row in first if row) == sorted(row for row in second if row)
+    # The schedule's tokens are those of both passes, rounded up to whole tokens a step.
+    tokens = 2 * int(module.encoded["train"].lengths.sum())
+    assert tokens <= module.total_tokens < tokens + module.total_steps
+
+
+def test_predictions_are_in_the_order_of_the_file_and_scores_need_no_order(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    (tmp_path / "new.csv").write_text("text\none\ntwo words and more\nthree words here\nfour\n")
+    asked = ClassificationData(str(tmp_path / "train.csv"), predict=str(tmp_path / "new.csv"), micro_batch_size=3)
+    asked.setup("predict")
+    batches = list(asked.predict_dataloader())
+    assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2], [3]]
+    assert [asked.described(row)[0]["row"] for row in range(4)] == [1, 2, 3, 4] and asked.described(0)[1] == {}
+    assert (batches[0]["classes"] == -100).all()
+    lengths = [int(module.encoded["test"].lengths[row]) for batch in module.test_dataloader() for row in batch["rows"]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert module.predicted == "test" and module.described(2)[1] == {"true_label": module.splits["test"][2].label}
+
+
+def test_replicas_have_equally_many_batches_and_each_text_once(tmp_path: Path) -> None:
+    module = data(tmp_path, test=write(tmp_path / "test.csv", 7, first=100), micro_batch_size=1)
+    dealt = []
+    for rank in range(3):
+        replicas = {"num_replicas": 3, "rank": rank}
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas)  # type: ignore[assignment]
+        dealt.append([int(row) for batch in module.test_dataloader() for row in batch["rows"]])
+    assert [len(rows) for rows in dealt] == [3, 3, 3]
+    rows = [row for rank in dealt for row in rank]
+    assert sorted(row for row in rows if row >= 0) == list(range(7)) and rows.count(-1) == 2
+
+
+def test_only_a_texts_own_places_are_seen(tmp_path: Path) -> None:
+    encoded = data(tmp_path).encoded["train"]
+    short, long = int(encoded.lengths.argmin()), int(encoded.lengths.argmax())
+    batch = encoded.batch([short, long])
+    for row, number in enumerate((short, long)):
+        length = int(encoded.lengths[number])
+        start = int(encoded.ends[number])
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (int(encoded.lengths[long]) - length)
+        assert batch["input_ids"][row, :length].tolist() == encoded.ids[start : start + length].tolist()
+        assert not batch["input_ids"][row, length:].any()

@@ -132,3 +132,29 @@ def test_copies_stay_on_one_side_and_no_class_is_lost() -> None:
 
 def test_the_most_frequent_classes() -> None:
     assert most_frequent(texts({"c": 3, "b": 5, "a": 3, "d": 1}), 2) == {"b", "a"}
+
+
+@pytest.mark.parametrize(
+    ("role", "split", "expected"),
+    [("train", None, "train"), ("test", None, "test"), ("predict", None, "test"), ("test", "train", "train")],
+)
+def test_a_role_takes_the_split_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, role: str, split: str | None, expected: str
+) -> None:
+    asked = []
+
+    def rows(name: str, source: Any, cache_dir: Path, called: str) -> Any:
+        asked.append((source.path, source.split, source.name, source.revision))
+        yield "hub", 1, {"text": "a text", "label": "a"}
+
+    monkeypatch.setattr("lightning_danube.classification.labelled_texts.read_objects", rows)
+    source = LabelledTexts("stanfordnlp/imdb", name="plain", split=split, revision="abc")
+    assert list(read_labelled_texts(role, source, "text", "label", Path())) == [LabelledText("a text", "a", "hub", 1)]
+    assert asked == [("stanfordnlp/imdb", expected, "plain", "abc")]
+
+
+def test_each_class_keeps_a_text_for_training() -> None:
+    given = texts({"a": 4, "b": 1, "c": 2})
+    rest, taken = split_off(given, 0.9, seed=0, stream="test")
+    assert {text.label for text in rest} == {"a", "b", "c"}
+    assert len(taken) == 4 and sorted(rest + taken) == sorted(given)

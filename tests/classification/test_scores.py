@@ -98,3 +98,21 @@ def test_one_text_says_nothing() -> None:
     probabilities, classes = answers(texts=1)
     found = estimates(probabilities, classes, resamples=100, seed=1)["accuracy"]
     assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_the_seed_draws_the_texts_and_more_resamples_draw_more() -> None:
+    probabilities, classes = answers(texts=150)
+    found = [
+        estimates(probabilities, classes, resamples=resamples, seed=seed)["macro_f1"]
+        for seed, resamples in ((1, 50), (2, 50), (1, 51))
+    ]
+    assert len({one.value for one in found}) == 1 and len({one.ends for one in found}) == 3
+    gains = [accuracy_gain(probabilities, 1 - probabilities, classes, resamples=50, seed=seed).ends for seed in (1, 2)]
+    assert gains[0] != gains[1]
+
+
+def test_more_of_a_calibrated_models_interval_lies_below_its_error_than_above() -> None:
+    """Resampling adds noise to each bin, so resampled errors are larger: the interval turns that around."""
+    found = estimates(*answers(sharpness=1.0), resamples=50, seed=1)["calibration_error"]
+    low, high = found.ends
+    assert found.value - low > 1.5 * (high - found.value) > 0

@@ -1,5 +1,6 @@
 """Tables of a classifier's summary. Whole runs: test_run.py."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lightning_danube.classification.summary import Compared, class_table, detail_table, list_rejected
+from lightning_danube.classification.summary import Compared, class_table, detail_table, flat, list_rejected
 from lightning_danube.classification.task import Classified
+from lightning_danube.intervals import Estimate
 
 
 def test_classes_are_sorted_and_a_long_table_shows_both_ends() -> None:
@@ -66,3 +68,37 @@ def test_all_rejected_rows_are_listed_and_the_first_are_shown(tmp_path: Path) ->
     assert first == f"5 rows left out (5 × empty), listed in {path}"
     assert shown == [f"  row {n}: empty" for n in range(3)]
     assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_the_gain_is_over_tfidf_and_not_over_the_majority() -> None:
+    one = compared(3)
+    # TF-IDF is right about two of the three classes, the majority class about one.
+    tfidf_NC = one.model.probabilities_NC.clone()
+    tfidf_NC[one.model.classes_N == 2] = torch.tensor([0.9, 0.1, 0.0], dtype=torch.float64)
+    summary = dataclasses.replace(one, tfidf_NC=tfidf_NC).scored().summary()
+    assert summary["accuracy_above_tfidf"] == pytest.approx(1 / 3)
+    accuracies = {name: scores["accuracy"] for name, scores in summary["baselines"].items()}
+    assert accuracies == {"majority": pytest.approx(1 / 3), "tfidf": pytest.approx(2 / 3)}
+
+
+def test_baselines_are_trained_on_the_training_texts_alone() -> None:
+    texts = {"train": ["river rain", "stone iron", "stone sand", "iron ore"], "test": ["rain", "iron", "rain"]}
+    classes = {"train": [1, 0, 0, 0], "test": [0, 1, 1]}
+    data: Any = SimpleNamespace(
+        labels=["hard", "wet"],
+        seed=3,
+        encoded={split: SimpleNamespace(classes=torch.tensor(numbers)) for split, numbers in classes.items()},
+        splits={split: [SimpleNamespace(text=text) for text in given] for split, given in texts.items()},
+    )
+    model = Classified(torch.tensor(classes["test"]), torch.full((3, 2), 0.5))
+    found = Compared.of(data, "base", "test", model, loss=0.5, resamples=20)
+    assert found.majority_NC.tolist() == [[0.75, 0.25]] * 3
+    # The test labels say the opposite of what the words say in training.
+    assert (found.tfidf_NC[:, 1] > found.tfidf_NC[1, 1]).tolist() == [True, False, True]
+    assert (found.seed, found.resamples, found.loss, list(found.labels)) == (3, 20, 0.5, ["hard", "wet"])
+
+
+def test_an_interval_begins_at_its_lower_end() -> None:
+    assert flat({"a": Estimate(0.5, 0.25, 0.75, 9, "bootstrap"), "b": Estimate(1.0, None, None, 1, "bootstrap")}) == {
+        "a": 0.5, "a_interval": [0.25, 0.75], "b": 1.0, "b_interval": [None, None],
+    }  # fmt: skip

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_danube.classification.task import TextClassification, last_token_states
+from lightning_danube.classification.task import ClassifiedTexts, TextClassification, last_token_states
 from lightning_danube.model import Decoder
-from lightning_danube.training.optim import LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.weights.adapters import Lora, add_adapter, base_digest, merge_adapter
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder
 
@@ -165,3 +165,82 @@ def test_a_base_is_told_by_its_weights() -> None:
     randomize(decoder)
     assert base_digest(decoder) == mine
     assert base_digest(tiny_decoder(seed=1)) != mine
+
+
+def test_predictions_are_put_into_the_order_of_the_texts() -> None:
+    collected = ClassifiedTexts()
+    collected.update(torch.tensor([4, 0, -1]), torch.tensor([2, 1, -100]), torch.tensor([[4.0], [0.0], [9.0]]))
+    collected.update(torch.tensor([2, 3, 1]), torch.tensor([0, 1, 2]), torch.tensor([[2.0], [3.0], [1.0]]))
+    classes, logs = collected.compute()
+    assert classes.tolist() == [1, 2, 0, 1, 2] and logs[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def batch_of(rows: list[int], classes: list[int]) -> Any:
+    ids, mask = padded("right")
+    return {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor(classes), "rows": torch.tensor(rows)}
+
+
+@pytest.mark.parametrize("verb", ["validation", "test"])
+def test_scores_are_of_the_last_evaluation_alone(tmp_path: Path, verb: str) -> None:
+    model = task(tmp_path).eval()
+    logged: dict[str, Any] = {}
+    model.log_dict = lambda values, logger: logged.update(values)  # type: ignore[method-assign, assignment, misc]
+    model.trainer.loggers = []
+    with torch.no_grad():
+        logits = model.class_logits(*padded("right"))
+        wanted = logits.log_softmax(1)
+        for classes in ([0, 0, 0], [2, 0, -100]):
+            getattr(model, f"on_{verb}_epoch_start")()
+            getattr(model, f"{verb}_step")(batch_of([1, 0, -1], classes), 0)
+            getattr(model, f"on_{verb}_epoch_end")()
+    assert model.latest is not None
+    classes_N, probabilities_NC = model.latest
+    assert classes_N.tolist() == [0, 2]
+    torch.testing.assert_close(probabilities_NC, wanted[[1, 0]].exp(), rtol=1e-12, atol=0)
+    assert logged[f"loss/{verb}"] == pytest.approx(-float(wanted[1, 0] + wanted[0, 2]) / 2)
+    right = (wanted[[1, 0]].argmax(1) == torch.tensor([0, 2])).double().mean()
+    assert logged[f"accuracy/{verb}"] == pytest.approx(float(right))
+
+
+def test_a_prediction_names_the_likeliest_label(tmp_path: Path) -> None:
+    model = task(tmp_path).eval()
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, -1.0], [0.0, 0.0, 9.0]], dtype=torch.float64)
+    model.class_logits = lambda *_: logits  # type: ignore[method-assign]
+    said = model.predict_step(batch_of([7, 3, -1], [0, 0, 0]), 0)
+    assert [(answer["row"], answer["label"]) for answer in said] == [(7, "b"), (3, "a")]
+    for answer, row in zip(said, logits, strict=False):
+        exponentials = row.exp()
+        assert list(answer["probabilities"]) == ["a", "b", "c"]
+        assert list(answer["probabilities"].values()) == pytest.approx((exponentials / exponentials.sum()).tolist())
+
+
+def test_the_seed_of_the_run_makes_the_head_whatever_was_drawn_before(tmp_path: Path) -> None:
+    base, heads = str(save_tiny(tmp_path / "base")), []
+    for seed, draws in ((3, 0), (3, 5), (4, 0)):
+        torch.manual_seed(seed)
+        made = TextClassification(base, LearningRate(1e-3, 0.0, 0))
+        made.trainer = SimpleNamespace(datamodule=ThreeLabels())  # type: ignore[assignment]
+        torch.rand(draws)
+        state = torch.get_rng_state()
+        made.configure_model()
+        assert torch.equal(torch.get_rng_state(), state)
+        heads.append(made.head.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_class_logits_keep_their_precision_under_autocast(tmp_path: Path) -> None:
+    model = task(tmp_path).float().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        seen = last_token_states(model.decoder, *padded("right"))
+        found = model.class_logits(*padded("right"))
+    assert found.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.head(seen.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_decays_like_the_adapter(tmp_path: Path) -> None:
+    model = task(tmp_path, optimizer=AdamW(weight_decay=0.125))
+    model.length_in_tokens = lambda: (10, 100)  # type: ignore[method-assign]
+    optimizer = model.configure_optimizers()["optimizer"]
+    assert optimizer.param_groups[-1]["params"] == [model.head.weight]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.125, 0.125]

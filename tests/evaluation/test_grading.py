@@ -95,3 +95,38 @@ def test_rows_are_means_of_the_answers_that_have_a_grade(tmp_path: Path) -> None
     assert both.more["ungraded"] == 1 and both.notes[0] == "cut"
     assert both.notes[-1] == "1 of 4 answers have no grade and count nowhere (no grade)"
     assert [len(record["judgements"]) for record in both.records] == [2, 2]
+
+
+def test_the_judge_sees_the_conversation_up_to_the_graded_answer_alone(tmp_path: Path) -> None:
+    part: Any = Part(tmp_path)
+    told = [grading.messages[-1]["content"] for grading in gradings_of(part, RECORDS)]
+    first, second = (["User\nfirst?", "Answer to grade\naaaa"], ["User\nfirst?", "Assistant\naaaa", "User\nsecond?"])
+    for text, wanted, unwanted in (
+        (told[0], first, ["second?", "bb", "cccccc"]),
+        (told[1], [*second, "Answer to grade\nbb"], ["cccccc", "the truth"]),
+        (told[3], ["Assistant\ncccccc", "User\nsecond?", "Answer to grade\n(the answer is empty)"], ["aaaa", "bb"]),
+    ):
+        places = [text.index(f"### {piece}\n") for piece in wanted]
+        assert places == sorted(places) and not any(piece in text for piece in unwanted)
+
+
+def test_each_judgement_is_in_the_file_before_the_next_is_waited_for(tmp_path: Path) -> None:
+    part: Any = Part(tmp_path)
+    lines: list[int] = []
+
+    def look(title: str, done: int, total: int) -> None:
+        lines.append(len(part.file("judgements").read_text().splitlines()))
+
+    gradings = gradings_of(part, RECORDS)
+    grader(at_once=1).grade(part, gradings, "mine", tell=str, on_progress=look)
+    assert lines == [1, 2, 3, 4]
+
+
+def test_what_is_judged_already_costs_nothing(tmp_path: Path) -> None:
+    part: Any = Part(tmp_path)
+    grade(part, grader())
+    # About 300 tokens and 512 of the reply for each: one new judgement costs 0.0008 dollars, four cost 0.0032.
+    found, said = grade(part, grader(price_in=1.0, price_out=1.0, most_dollars=0.0015))
+    assert len(found) == 4 and said[0].endswith("and up to 512 out; at most about 0.00 dollars")
+    with pytest.raises(ValueError, match="would cost about"):
+        grade(Part(tmp_path / "new"), grader(price_in=1.0, price_out=1.0, most_dollars=0.0015))

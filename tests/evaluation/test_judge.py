@@ -11,6 +11,7 @@ import pytest
 from lightning_danube.evaluation.judge import (
     ChatJudge,
     JudgeRefused,
+    _seconds,
     estimated_cost,
     grade_in,
     grading_messages,
@@ -176,3 +177,33 @@ def test_a_judgement_is_known_by_all_that_decides_it() -> None:
 def test_an_impossible_judge_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatJudge(**({"base_url": "http://x/v1", "model": "m"} | options))
+
+
+def test_another_wording_is_another_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = judgement_key(MESSAGES, "a")
+    monkeypatch.setattr("lightning_danube.evaluation.judge.PROMPTS", "danube-judge-2")
+    assert judgement_key(MESSAGES, "a") != before
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"), [(None, None), ("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("86400", 600.0), ("Mon, 1 Jan", None)]
+)
+def test_a_server_cannot_ask_for_more_than_ten_minutes(told: str | None, seconds: float | None) -> None:
+    assert _seconds(told) == seconds
+
+
+def test_the_second_turn_is_graded_after_the_first_one() -> None:
+    said = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    instructions, told = grading_messages(said, "6", "Six", ["Is it even?", "Is it short?"])
+    assert instructions["role"] == "system" and told["role"] == "user"
+    assert told["content"] == (
+        "### System\nBe kind.\n\n### User\nWhat is 2 + 2?\n\n### Assistant\n4\n\n### User\nAnd 3 + 3?\n\n"
+        "### Answer to grade\n6\n\n### A correct answer, to compare with\nSix\n\n"
+        "### Questions to ask yourself about the answer\n- Is it even?\n- Is it short?\n\n"
+        "Grade the answer to the last message of the user."
+    )

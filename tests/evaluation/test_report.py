@@ -4,8 +4,18 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
-from lightning_danube.evaluation.report import Report, averages, remarks, shown, table_of, write_results
+from lightning_danube.evaluation.report import (
+    Report,
+    averages,
+    details_of,
+    figure_of,
+    remarks,
+    shown,
+    table_of,
+    write_results,
+)
 from lightning_danube.evaluation.results import Measured, PaperScores, mean_of
 
 PAPER = PaperScores("the paper", ["Small", "Large"], {"academic": {"a": [10.0, 50.0], "b": [20.0, 70.0]}})
@@ -61,3 +71,31 @@ def test_files_tell_measured_scores_from_the_papers(tmp_path: Path) -> None:
     write_results(tmp_path / "missing.parquet", [MISSING], PAPER, "mine")
     (row,) = pq.read_table(tmp_path / "missing.parquet").to_pylist()
     assert row["value"] is None and row["not_run"] == "there is no file"
+
+
+def test_positions_are_counted_from_1() -> None:
+    by_position = [{"first": 0, "last": 63, "perplexity": 9.5}, {"first": 64, "last": 99, "perplexity": 8.25}]
+    row = Measured("perplexity", "wiki", "wiki", "", more={"bits_a_byte": 1.2341, "by_position": by_position})
+    assert details_of(row) == {"bits a byte": "1.234", "1–64": "9.50", "65–100": "8.25"}
+    needle = Measured("needle", "needle_9", "9 tokens", "", more={"by_depth": {0.0: 0.5, 0.25: 1.0}})
+    assert details_of(needle) == {"at 0 %": "50", "at 25 %": "100"}
+
+
+def test_a_bar_has_its_interval_around_its_own_value() -> None:
+    figure = figure_of([A, B, MISSING], PAPER, "mine")
+    assert figure is not None
+    (axes,) = figure.axes
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers if len(bars) == 2}
+    assert heights == {"Small": [10.0, 20.0], "Large": [50.0, 70.0], "mine (measured)": [50.0, 75.0]}
+    (measured,) = [bars for bars in axes.containers if bars.get_label() == "mine (measured)"]
+    _, _, (lines,) = measured.errorbar.lines
+    ends = [[100 * end for end in row.estimate.ends] for row in (A, B) if row.estimate is not None]
+    assert [[point[1] for point in segment] for segment in lines.get_segments()] == [
+        [pytest.approx(low), pytest.approx(high)] for low, high in ends
+    ]
+
+
+def test_an_average_leaves_out_rows_that_were_not_run_for_all_models() -> None:
+    tables = {"academic": PAPER.tables["academic"] | {"c": [90.0, 90.0]}}
+    found = averages([A, B, MISSING], "academic", PaperScores("the paper", PAPER.models, tables))
+    assert found == averages([A, B, MISSING], "academic", PAPER)

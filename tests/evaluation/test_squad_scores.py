@@ -13,6 +13,7 @@ from lightning_danube.evaluation.squad_scores import compute_exact, compute_f1
         ("the river Nile", "It is the Nile, the river."),
         ("a cat", "an cat!"),
         ("white and green", "green green"),
+        ("green green stone", "green and green"),
         ("stone", "rock"),
         ("under the bridge", ""),
         ("it's", "its"),

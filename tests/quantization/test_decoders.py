@@ -14,7 +14,7 @@ from lightning_danube.quantization.importance import importance_matrix
 from lightning_danube.quantization.levels import parse_level
 from lightning_danube.quantization.task import divergence
 from lightning_danube.weights.quantized_linear import FrozenLinear8bit
-from tests.tiny_models import CONFIG, TIED, tiny_decoder
+from tests.tiny_models import CONFIG, TIED, VARIANTS, tiny_decoder
 
 IDS = torch.arange(60).view(2, 30)
 EVEN = dataclasses.replace(CONFIG, intermediate_size=128)
@@ -185,3 +185,48 @@ def test_the_copy_of_a_decoder_can_be_thrown_away() -> None:
     decoder: Decoder = tiny_decoder(EVEN)
     quantized_decoder(decoder, parse_level("rounding:4/64+embeddings"))
     assert isinstance(decoder.model.embed_tokens, nn.Embedding)
+
+
+@pytest.mark.parametrize("method", ["hqq", "rounding"])
+def test_only_hqq_moves_the_zero_points(method: str) -> None:
+    decoder = tiny_decoder(EVEN)
+    running = quantized_decoder(decoder, parse_level(f"{method}:2/32"))
+    name = "model.layers.1.mlp.up_proj"
+    layer: Any = running.decoder.get_submodule(name)
+    found, plain = layer.weight_values(torch.float32), rounded(decoder.get_parameter(f"{name}.weight").detach(), 2, 32)
+    assert torch.allclose(found, plain, atol=1e-5) == (method == "rounding")
+
+
+@pytest.mark.parametrize("level", ["bitsandbytes:int8", "bitsandbytes:nf4", "hqq:4/16"])
+def test_biases_stay_as_they_are(level: str) -> None:
+    decoder = tiny_decoder(VARIANTS["qwen2"])
+    running = quantized_decoder(decoder, parse_level(level))
+    for child in ("q_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{child}"
+        with torch.no_grad():
+            found = running.decoder.get_submodule(name)(torch.zeros(1, decoder.config.hidden_size))
+        torch.testing.assert_close(found[0], decoder.get_parameter(f"{name}.bias").detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_types_of_4_bits_and_their_scales_differ() -> None:
+    decoder = tiny_decoder(EVEN)
+    values = {}
+    for name in ("nf4", "fp4", "nf4+double"):
+        running = quantized_decoder(decoder, parse_level(f"bitsandbytes:{name}"))
+        layer: Any = running.decoder.get_submodule("model.layers.0.self_attn.q_proj")
+        values[name] = layer.weight_values(torch.float32)
+    assert not torch.allclose(values["nf4"], values["fp4"], atol=1e-3)
+    assert 0 < (values["nf4"] - values["nf4+double"]).norm() < 0.02 * values["nf4"].norm()
+
+
+def test_a_decoder_is_measured_without_dropout() -> None:
+    decoder = tiny_decoder(EVEN).train()
+    assert not full_decoder(decoder).decoder.training
+    assert not quantized_decoder(decoder.train(), parse_level("hqq:4/64")).decoder.training
+
+
+def test_tied_matrices_count_once() -> None:
+    config = dataclasses.replace(TIED, intermediate_size=128)
+    content = full_decoder(tiny_decoder(config)).content
+    # The rotary frequencies are a tensor, too: 8 of them.
+    assert content.tensor_bytes == 4 * (config.parameters + 8) and content.weights == config.parameters

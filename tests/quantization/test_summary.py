@@ -1,10 +1,21 @@
 """Tables of a quantization evaluation. Whole runs: test_run.py."""
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import pytest
+
+from lightning_danube.intervals import Estimate
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Content, Cost, MeasuredLevel
-from lightning_danube.quantization.summary import LevelResults, failure_notes, level_line
+from lightning_danube.quantization.summary import (
+    LevelResults,
+    failure_notes,
+    frontier_figure,
+    level_line,
+    noise,
+    with_half,
+)
 
 INT4, NF4, HQQ = (Level("rounding", "4/64"), Level("bitsandbytes", "nf4"), Level("hqq", "4/64"))
 GENERATOR = np.random.default_rng(0)
@@ -61,3 +72,21 @@ def test_a_finished_level_is_a_line() -> None:
     assert f"perplexity {value * np.exp(0.1):.3f} (+10.52 % [+10.52, +10.52]), 2 s" in level_line(
         INT4, DONE, FAILED, 16
     )
+
+
+def test_cells_show_the_half_of_an_interval_and_mark_noise() -> None:
+    assert with_half(Estimate(2.0, 1.75, 2.25, 9, "student")) == "2.000 ± 0.250"
+    assert with_half(Estimate(2.0, None, None, 1, "student")) == "2.000"
+    assert [noise(Estimate(0.1, low, 0.2, 9, "student")) for low in (-0.1, 0.05)] == ["≈", " "]
+
+
+def test_points_of_the_figure_are_sizes_and_changes_with_their_intervals() -> None:
+    rows = [row for row in results(16).flat_rows() if row["tensor_bytes"]]
+    rows[1] |= {"perplexity_change": 0.1, "perplexity_change_low": 0.06, "perplexity_change_high": 0.16}
+    cached = rows[1] | {"level": "rounding:4/64+cache-q4_0", "tensor_bytes": 2**19}
+    axes: Any = frontier_figure([*rows, cached]).axes[0]
+    (points,) = [bars for bars in axes.containers if len(bars.lines[0].get_xdata())]
+    line, _, (bar,) = points.lines
+    assert line.get_xydata().tolist() == [[1.0, pytest.approx(10.0)]]
+    ((low, high),) = bar.get_segments()
+    assert (low[1], high[1]) == (pytest.approx(6.0), pytest.approx(16.0))

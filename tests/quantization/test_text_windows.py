@@ -122,3 +122,24 @@ def test_an_empty_text(model: str, tmp_path: Path) -> None:
 
 def test_the_windows_are_of_one_text(model: str, text: Path) -> None:
     assert np.unique(windows_of(model, text).windows(64)[:, 0]).size == 1
+
+
+def test_the_choices_of_a_question_differ_and_their_tokens_count(model: str, text: Path) -> None:
+    data = windows_of(model, text, max_tokens=2000, cloze_questions=40)
+    for question in data.questions:
+        assert len({tuple(choice[CLOZE_CONTEXT:]) for choice in question.tolist()}) == 4
+    batches = [batch for batch in data.batches() if "choices" in batch]
+    counted = np.concatenate([batch["input_ids"][:, batch["first"] + 1 :] for batch in batches])
+    assert np.array_equal(counted, data.questions[:, :, CLOZE_CONTEXT:].reshape(160, -1))
+
+
+def test_text_is_read_until_there_is_enough_to_measure_and_to_calibrate(model: str, tmp_path: Path) -> None:
+    lines = [f"document {number} of them all" for number in range(100)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    source = Source(str(tmp_path / "lines.txt"), separator="\n")
+    options: Any = {"context_lengths": [16], "cloze_questions": 0, "max_tokens": 300, "calibration_tokens": 200}
+    data = TextWindows(source, model, **options)
+    data.setup("test")
+    assert (len(data.ids), len(data.calibration_ids)) == (300, 200)
+    text = str(data.tokenizer.decode([*data.ids, *data.calibration_ids]))
+    assert ("<bos>" + "<eos>".join(lines)).startswith(text)

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from lightning_danube.generation.sampling import Sampling
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow
-from lightning_danube.tokens.chat_template import encode_chat
+from lightning_danube.tokens.chat_template import ChatEncoder, encode_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,8 +152,23 @@ class ChatQuestions(Part):
 
     def _key(self, model: AskedModel, question: ChatQuestion) -> str:
         """Returns a digest of everything that decides an answer."""
-        asked = [model.digest, question.id, question.turns, question.history, self.options.new_tokens]
-        return hashlib.sha256(json.dumps([*asked, self.temperature(question)]).encode()).hexdigest()[:16]
+        facts = [
+            model.digest,
+            # A prompt that does not fit the context loses its beginning.
+            model.context_length,
+            self._template,
+            question.id,
+            question.turns,
+            question.history,
+            self.options.new_tokens,
+            self.temperature(question),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _template(self) -> str:
+        """Returns a digest of the tokenizer and its chat template."""
+        return ChatEncoder(self.tokenizer).fingerprint
 
     def _record(
         self, model: AskedModel, key: str, question: ChatQuestion, answers: list[str], shortened: int

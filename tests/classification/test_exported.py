@@ -1,0 +1,53 @@
+"""A classifier as other programs take it. The programs themselves: test_run.py."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube.classification import exported
+from lightning_danube.classification.exported import Classifier, _as_in_training, hf_config, load_classifier
+from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
+
+
+def test_a_text_is_cut_at_its_end_and_begins_as_in_training() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side, tokenizer.pad_token = "left", None
+    found = _as_in_training(tokenizer, 6)
+    text = "a text of many more tokens than six"
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    assert found(text, truncation=True).input_ids == ids[:6]
+    assert found("ab").input_ids == [tokenizer.bos_token_id, *tokenizer("ab", add_special_tokens=False).input_ids]
+    assert found.pad_token == "<eos>"
+    # The tokenizer that was given stays as it was.
+    assert tokenizer.truncation_side == "left" and tokenizer.model_max_length == 128 and tokenizer.pad_token is None
+
+
+def test_labels_keep_their_numbers() -> None:
+    classifier = Classifier(tiny_decoder(), torch.zeros(3, 64), ["far", "hard", "wet"], tiny_tokenizer())
+    config = hf_config(classifier)
+    assert config["id2label"] == {"0": "far", "1": "hard", "2": "wet"}
+    assert config["label2id"] == {"far": 0, "hard": 1, "wet": 2}
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["dtype"] == "float32"
+    assert config["pad_token_id"] == classifier.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("head", ["hidden", "logits"])
+def test_a_head_on_logits_is_one_layer_on_states(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    torch.manual_seed(0)
+    decoder = tiny_decoder()
+    weight = torch.randn(3, CONFIG.hidden_size if head == "hidden" else CONFIG.vocab_size)
+    facts = {"head": head, "labels": ["a", "b", "c"], "context_length": 9}
+    checkpoint = {"classifier": facts, "state_dict": {"head.weight": weight}}
+    monkeypatch.setattr("lightning_danube.weights.huggingface.read_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr("lightning_danube.weights.loading.load_decoder", lambda weights, dtype: decoder)
+    monkeypatch.setattr(exported, "load_tokenizer", lambda weights: tiny_tokenizer())
+    located: Any = SimpleNamespace(path=Path("unused"))
+    found = load_classifier(located, dtype="float32")
+    states = torch.randn(5, CONFIG.hidden_size)
+    with torch.no_grad():
+        expected = (states if head == "hidden" else decoder.lm_head(states)) @ weight.T
+    torch.testing.assert_close(states @ found.score_CD.T, expected, rtol=1e-4, atol=1e-4)
+    assert found.labels == ["a", "b", "c"] and found.tokenizer.model_max_length == 9
