@@ -94,6 +94,14 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """Fails a test whose code warns as a user would see. pytest catches warnings: they are not in what is printed."""
+    yield
+    hidden = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # by Python itself
+    assert not [str(one.message) for one in recwarn if not issubclass(one.category, hidden)]
+
+
 WORDS = ("river", "stone", "light", "under", "seven", "green", "mountain", "walks", "slowly", "because", "the", "of")
 
 

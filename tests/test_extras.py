@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lightning_danube import extras
 from lightning_danube.extras import MODULES, install_command, missing_module, need
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,3 +205,28 @@ def test_what_is_typed_follows_the_directory(monkeypatch: pytest.MonkeyPatch, tm
     assert install_command("study").endswith(" 'lightning-danube[study]'")
     assert "constraints" not in install_command("study")
     need("study", "a study")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.11.0+cpu", "2.11.0+cu130"])
+def test_the_installed_torch_is_kept_whatever_its_build(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No package index has a version such as 2.11.0+cpu beside the plain one."""
+    monkeypatch.setattr(extras.importlib.metadata, "version", lambda name: version)
+    assert " torch==2.11.0 " in install_command("study")
+
+
+def test_a_clone_has_its_constraints_and_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "constraints.txt").touch()
+    assert install_command("study").endswith(" 'lightning-danube[study]'")
+    (tmp_path / "constraints.txt").unlink()
+    (tmp_path / "lightning_danube").mkdir()
+    assert install_command("study").endswith(" 'lightning-danube[study]'")
+    (tmp_path / "constraints.txt").touch()
+    assert install_command("study").endswith(" -e '.[study]'")
+
+
+def test_every_module_of_an_extra_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "MODULES", {"study": ("json", "csv", "no_module_of_that_name")})
+    assert missing_module("study") == "no_module_of_that_name"
+    with pytest.raises(ValueError, match="a study needs no_module_of_that_name, which is not installed; type: "):
+        need("study", "a study")

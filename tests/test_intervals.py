@@ -75,3 +75,43 @@ def test_an_estimate_in_words() -> None:
     estimate = Estimate(0.25, -0.5, 1.0, 9, "student")
     assert f"{estimate:+.2f}" == "+0.25 [-0.50, +1.00]"
     assert estimate.is_noise and not Estimate(0.25, 0.1, 0.4, 9, "student").is_noise
+
+
+def test_intervals_cover_the_truth_in_95_of_100_samples() -> None:
+    """By simulation. Bounds are about three standard errors of the simulation."""
+    draw = np.random.default_rng(0)
+    few = [student(sample).ends for sample in draw.normal(3.0, 2.0, (1500, 6))]
+    assert np.mean([low <= 3 <= high for low, high in few]) == pytest.approx(0.95, abs=0.017)
+    many = [normal(sample.tolist()).ends for sample in draw.normal(3.0, 2.0, (800, 40))]
+    assert np.mean([low <= 3 <= high for low, high in many]) == pytest.approx(0.945, abs=0.024)
+    covered = 0
+    for sample in draw.normal(3.0, 2.0, (1000, 50)):
+        means = sample[draw.integers(50, size=(200, 50))].mean(axis=1)
+        low, high = percentiles(sample.mean(), means, 50).ends
+        covered += low <= 3 <= high
+    # Percentiles of 50 values cover a little less than they should.
+    assert covered / 1000 == pytest.approx(0.94, abs=0.023)
+
+
+def test_wilsons_interval_covers_a_share_in_95_of_100_samples() -> None:
+    """Exactly, over all numbers of successes; a mean over shares, because the coverage oscillates."""
+    n = 50
+    ends = [wilson(successes / n, n).ends for successes in range(n + 1)]
+    shares = np.linspace(0.05, 0.95, 181)
+    covered = [
+        sum(stats.binom.pmf(k, n, share) for k, (low, high) in enumerate(ends) if low <= share <= high)
+        for share in shares
+    ]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.005)
+
+
+def test_an_interval_does_not_leave_the_range_of_the_statistic() -> None:
+    inside = bootstrap(VALUES, np.mean, resamples=200)
+    middle = inside.value - 0.01, inside.value + 0.01
+    assert bootstrap(VALUES, np.mean, resamples=200, limits=middle).ends == middle
+    assert bootstrap(VALUES, np.mean, resamples=200, limits=(0.0, 99.0)).ends == inside.ends
+
+
+@pytest.mark.parametrize(("low", "high", "noise"), [(0.0, 1.0, True), (-1.0, 0.0, True), (0.0, 0.0, True)])
+def test_an_interval_that_ends_at_zero_is_noise(low: float, high: float, noise: bool) -> None:
+    assert Estimate((low + high) / 2, low, high, 9, "student").is_noise is noise

@@ -12,7 +12,9 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 import lightning_danube as danube
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages
+from lightning_danube.generation.token_stream import generate
 from lightning_danube.pretraining import CurriculumData, Pretraining
+from lightning_danube.tokens.chat_template import Message, encode_chat, end_ids
 from lightning_danube.training.trainer import check_trainer
 from lightning_danube.weights.loading import load_decoder
 from tests.tiny_models import save_tiny
@@ -56,8 +58,11 @@ def test_a_conversation_keeps_its_history(model: Path) -> None:
         first = "".join(session.ask("the"))
         second = "".join(session.ask("the"))
     assert first == loaded.ask("the", max_new_tokens=8)
-    assert [question for question, _ in session.turns] == ["the", "the"][: len(session.turns)]
-    assert isinstance(second, str)
+    history: list[Message] = [{"role": "user", "content": "the"}, {"role": "assistant", "content": first}]
+    ids = encode_chat(loaded.tokenizer, [*history, {"role": "user", "content": "the"}], add_generation_prompt=True)
+    (new,) = generate(loaded.decoder, [ids], 8, eos_ids=end_ids(loaded.tokenizer))
+    assert second == loaded.tokenizer.decode(new, skip_special_tokens=True) != first
+    assert session.turns == [("the", first), ("the", second)]
 
 
 def test_an_empty_prompt_is_refused(model: Path) -> None:

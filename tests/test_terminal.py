@@ -8,10 +8,12 @@ from lightning_danube.terminal import (
     as_typed,
     closing_lines,
     markdown_code,
+    markdown_table,
     minutes_and_seconds,
     program,
     quoted,
     runnable,
+    tell,
     text_table,
 )
 
@@ -101,3 +103,33 @@ def test_the_last_lines_of_a_run_quote_its_path() -> None:
 
 def test_a_block_of_code_keeps_its_lines() -> None:
     assert markdown_code("a\n  b") == "    a\n      b"
+
+
+def test_a_bar_in_a_cell_does_not_end_it() -> None:
+    assert markdown_table(["a ", "n"], [["x|y", r"c:\d"]]) == "| a | n |\n| --- | --- |\n| x\\|y | c:\\\\d |"
+
+
+@pytest.mark.parametrize("text", ["$HOME and more", "`pwd` here", "wait!", "a\\b c", 'say "yes"'])
+def test_what_a_shell_would_replace_stands_in_single_quotes(text: str) -> None:
+    assert quoted(text) == f"'{text}'"
+
+
+def test_messages_leave_stdout_to_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("warning: x")
+    assert capsys.readouterr() == ("", "warning: x\n")
+
+
+def test_the_rule_below_a_header_is_as_long_as_the_longest_row() -> None:
+    header, rule, *rows = text_table(["a", ""], [["long", "1"], ["b", "100"]]).splitlines()
+    assert len(header) == 1 and len(rule) == max(map(len, rows)) == 9
+
+
+def test_a_program_of_the_same_name_elsewhere_is_not_called(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tensorboard").write_text("#!/bin/sh\n")
+    (other / "tensorboard").chmod(0o755)
+    monkeypatch.setenv("PATH", str(other))
+    assert program("tensorboard") == ".venv/bin/tensorboard"

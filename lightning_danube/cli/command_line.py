@@ -131,9 +131,14 @@ def merged(old: Any, new: Any) -> Any:
 
 
 def config_files(args: Sequence[str]) -> list[str]:
-    """Returns the files that a command line names by --config or -c."""
-    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
-    return files + [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    """Returns the files that a command line names by --config or -c, in the order in which they override each other."""
+    files = []
+    for arg, following in pairwise([*args, ""]):
+        if arg in ("--config", "-c") and following:
+            files.append(following)
+        elif arg.startswith("--config="):
+            files.append(arg.partition("=")[2])
+    return files
 
 
 def with_config_paths(args: Sequence[str]) -> list[str]:

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import SkipBadSteps
 from lightning_danube.pretraining.curriculum import SampleKey
+from lightning_danube.training.bad_steps import BadSteps, TrainingStopped
 from tests.probes import samples_of_steps
 
 
@@ -74,8 +77,7 @@ def test_a_bad_step_changes_nothing_and_counts(
     said = [[names[0][s["stage"]], names[1][s["source"]], s["epoch"], s["row"]] for s in record["samples"]]
     assert said == samples_of_steps(tiny / "keys-bad")[3]
     assert len(said) == 8 and SampleKey(*said[0])
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
-    assert summary.get("skipped_steps", 1) == 1
+    assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
     assert f"step 4 skipped: {cause}" in capsys.readouterr().out
 
 
@@ -123,3 +125,99 @@ def test_a_leap_of_the_loss_is_skipped_also_right_after_a_resume(tiny: Path) -> 
 def test_options_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SkipBadSteps(**arguments)
+
+
+def decided(steps: BadSteps, *losses: float) -> list[bool]:
+    """Returns for each loss whether its step is skipped."""
+    found = []
+    for step, loss in enumerate(losses, start=1):
+        found.append(bool(steps.verdict(torch.tensor(loss), torch.tensor(1.0))))
+        steps.take(step)
+    return found
+
+
+def test_only_a_rise_of_the_loss_is_a_spike() -> None:
+    steps = BadSteps(spike_deviations=2, spike_window=4)
+    assert decided(steps, 1.0, 2.0, 3.0, 4.0, -50.0, 4.0) == [False] * 6
+
+
+def test_the_window_holds_the_newest_losses_that_counted() -> None:
+    """Against numpy: a loss is a spike if it lies above the mean plus three deviations of the 5 losses before it."""
+    draw = np.random.default_rng(0)
+    losses = (3.0 - 0.01 * np.arange(200) + 0.1 * draw.standard_t(2, 200)).tolist()
+    losses[20] = losses[60] = float("nan")
+    window: list[float] = []
+    expected = []
+    for loss in losses:
+        recent = window[-5:]
+        spike = len(recent) == 5 and loss > np.mean(recent) + 3 * np.std(recent, ddof=1)
+        expected.append(bool(np.isnan(loss) or spike))
+        if not expected[-1]:
+            window.append(loss)
+    assert 5 < sum(expected) < 60
+    steps = BadSteps(spike_deviations=3, spike_window=5)
+    assert decided(steps, *losses) == expected
+    assert len(list(steps.read())) == steps.skipped == sum(expected)
+
+
+def test_losses_that_are_not_finite_do_not_fill_the_window() -> None:
+    nan = float("nan")
+    steps = BadSteps(spike_deviations=1, spike_window=3)
+    assert decided(steps, nan, nan, 1.0, nan, 1.1, 99.0, 5000.0) == [True, True, False, True, False, False, True]
+
+
+def skipping(trainer: Any, task: Any, *losses: float, **options: Any) -> SkipBadSteps:
+    """Makes steps of two micro-batches with these losses."""
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    callback = SkipBadSteps(**options)
+    callback.on_train_start(trainer, task)
+    for loss in losses:
+        for batch_idx in (0, 1):
+            if batch_idx:
+                trainer.global_step += 1
+                task.step_verdict(torch.tensor(loss), torch.tensor(1.0))
+            callback.on_train_batch_end(trainer, task, None, None, batch_idx)
+    return callback
+
+
+def test_a_bad_step_is_on_record_with_its_own_samples(trainer: Any, task: Any, tmp_path: Path) -> None:
+    """A step has 8 samples: those of step 3 are 16 to 23."""
+    nan = float("nan")
+    skipping(trainer, task, 3.0, 3.0, nan, 3.0, nan, 3.0)
+    curriculum = trainer.datamodule.curriculum
+    assert [(record["step"], record["samples"]) for record in skipped(tmp_path)] == [
+        (step, [curriculum.described(curriculum[n]) for n in range(8 * step - 8, 8 * step)]) for step in (3, 5)
+    ]
+    assert trainer.loggers[0].rows == [
+        (step, {"optimizer/skipped_steps": count}) for step, count in enumerate([0.0, 0.0, 1.0, 1.0, 2.0, 2.0], start=1)
+    ]
+    assert task.run_facts.skipped_steps() == 2
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_row_of_bad_steps_ends_the_run(stop_after: int, trainer: Any, task: Any, tmp_path: Path) -> None:
+    nan = float("nan")
+    skipping(trainer, task, *[3.0, *[nan] * (stop_after - 1)] * 2, stop_after=stop_after)
+    (tmp_path / "skipped.jsonl").unlink(missing_ok=True)
+    trainer.global_step = 0
+    with pytest.raises(TrainingStopped, match=rf"^{stop_after} optimizer steps in a row were skipped, up to step"):
+        skipping(trainer, task, 3.0, *[nan] * stop_after, stop_after=stop_after)
+    assert len(skipped(tmp_path)) == stop_after
+
+
+def test_a_resumed_run_goes_on_counting_skipped_steps(trainer: Any, task: Any) -> None:
+    nan = float("nan")
+    checkpoint: dict[str, Any] = {}
+    skipping(trainer, task, 3.0, nan, nan).on_save_checkpoint(trainer, task, checkpoint)
+    after = skipping(trainer, task)
+    after.on_load_checkpoint(trainer, task, checkpoint)
+    assert task.run_facts.skipped_steps() == 2
+    trainer.global_step = 4
+    task.step_verdict(torch.tensor(nan), torch.tensor(1.0))
+    after.on_train_batch_end(trainer, task, None, None, 1)
+    assert task.run_facts.skipped_steps() == 3
+    # An evaluation of the checkpoint is not told how often its training skipped.
+    trainer.state.fn = "validate"
+    other = SkipBadSteps()
+    other.on_load_checkpoint(trainer, task, checkpoint)
+    assert other._steps.skipped == 0

@@ -16,7 +16,7 @@ def test_the_parts_of_a_step_are_told_at_the_end_of_fit(tiny: Path, capfd: pytes
         name.strip(): float(share) for name, share in re.findall(r"(?m)^(\w[\w ]*?) +[\d.]+ +([\d.]+) %$", printed)
     }
     names = ("data", "forward", "loss", "backward", "clip", "optimizer", "callbacks", "logging", "rest", "whole step")
-    assert all(shares[name] >= 0 for name in names)
+    assert tuple(shares) == names
     # Nine numbers, each rounded to a tenth.
     assert sum(shares[name] for name in names[:-1]) == pytest.approx(100, abs=0.5)
     assert min(shares[name] for name in ("forward", "loss", "backward", "optimizer")) > 0
@@ -59,3 +59,20 @@ def test_lightnings_profiler_still_keeps_its_rank_in_a_private_attribute() -> No
     profiler = StepTimes()
     profiler.setup("fit", local_rank=3)
     assert profiler._local_rank == 3
+
+
+def test_times_are_means_over_the_steps() -> None:
+    profiler = StepTimes()
+    assert profiler.summary() == ""
+    profiler.recorded_durations |= {
+        "run_training_batch": [0.2, 0.3],
+        "decoder": [0.01, 0.03],
+        "[Strategy]SingleDeviceStrategy.training_step": [0.05, 0.05],
+        "[Strategy]SingleDeviceStrategy.backward": [0.1, 0.1],
+        "[LightningModule]Pretraining.optimizer_step": [0.2, 0.2],
+        "[_TrainingEpochLoop].train_dataloader_next": [0.25, 0.25],
+    }
+    rows = {line[:12].strip(): line[12:].split() for line in profiler.summary().splitlines()}
+    assert rows["where 2 step"] and rows["whole step"] == ["500.00", "100", "%"]
+    assert rows["data"] == ["250.00", "50.0", "%"] and rows["forward"] == ["20.00", "4.0", "%"]
+    assert rows["loss"] == ["30.00", "6.0", "%"] and rows["optimizer"] == ["50.00", "10.0", "%"]

@@ -95,6 +95,7 @@ def last_checkpoint(run_directory: Path) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 0
     assert run(words, "--ckpt_path", "last", verb="test") == 0

@@ -3,6 +3,8 @@
 import inspect
 from pathlib import Path
 
+import pytest
+
 from lightning_danube.cli.command_line import TRAINER_OPTIONS, merged, read_command_line
 from lightning_danube.cli.options import BEFORE
 
@@ -45,3 +47,27 @@ def test_a_value_is_added_to_a_list(tmp_path: Path) -> None:
         {"class_path": "A"},
         {"class_path": "B", "every": "3"},
     ]
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    tree = read_command_line(["--name=a=b", "--data.init_args.tokenizer=dir/x=1", "--runs", "c=d"]).tree
+    assert (tree["name"], tree["data"]["init_args"]["tokenizer"], tree["runs"]) == ("a=b", "dir/x=1", "c=d")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--config", "A", "--config", "B"],
+        ["--config=A", "-c", "B"],
+        ["-c", "A", "--config=B"],
+        ["--config=A", "--config=B"],
+    ],
+)
+def test_configurations_count_in_their_order_however_they_are_given(args: list[str], tmp_path: Path) -> None:
+    places = {name: str(tmp_path / f"{name.lower()}.yaml") for name in "AB"}
+    for name, file in places.items():
+        Path(file).write_text(f"name: {name}\n")
+    given = [arg.replace("A", places["A"]).replace("B", places["B"]) for arg in args]
+    stated = read_command_line(given)
+    assert stated.files == [places["A"], places["B"]] and stated.tree["name"] == "B"
+    assert stated.place_of(("name",)) == f"{places['B']}, line 1"

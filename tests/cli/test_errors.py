@@ -47,3 +47,12 @@ def test_references_to_nothing_are_named(tmp_path: Path) -> None:
     assert said == f"{config}, line 5: ${{root.dir}} refers to a key that no config states"
     config.write_text("seed: 1\ndata: {seed: '${seed}'}\n")
     assert unresolved(read_command_line(["--config", str(config)])) is None
+
+
+def test_references_to_items_of_a_list_are_followed(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("stages: [{tokens: 5}]\ndata: {first: '${stages.0.tokens}'}\n")
+    assert unresolved(read_command_line(["--config", str(config)])) is None
+    config.write_text("stages: [{tokens: 5}]\ndata: {second: '${stages.1.tokens}'}\n")
+    said = unresolved(read_command_line(["--config", str(config)]))
+    assert said == f"{config}, line 2: ${{stages.1.tokens}} refers to a key that no config states"

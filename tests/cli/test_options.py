@@ -116,3 +116,30 @@ def test_facts_of_the_data_are_not_stated_for_a_model() -> None:
         reader.value(Part, {"size": 3}, ("model", "part"))
     assert reader.value(Part, {"share": 1}, ("model", "part")) == {"share": 1.0}
     assert reader.value(Part, {"size": 3}, ("data", "part")) == {"size": 3}
+
+
+class Derived(Whole):
+    def __init__(self, extra: int = 0, **kwargs: Any) -> None:
+        super().__init__(names=["fixed"], **kwargs)
+        self.extra = extra
+
+
+def test_a_flag_overrides_the_configuration_and_both_the_options_of_the_class_before() -> None:
+    given = {"part": {"size": 3}, "names": ["a"], "on": False, "pair": [1, 2]}
+    value = {
+        "class_path": f"{HERE}.Whole",
+        "init_args": given,
+        "on": Typed("true"),
+        BEFORE: {"on": False, "pair": [8, 9]},
+    }
+    whole = read(Base, value, make=True)
+    assert whole.on is True and whole.pair == [1.0, 2.0]
+
+
+def test_options_of_a_base_class_count_but_those_that_the_class_gives_itself() -> None:
+    found = read(Base, {"class_path": f"{HERE}.Derived", "part": {"size": 3}, "on": True}, make=True)
+    assert (found.part, found.names, found.on) == (Part(3), ["fixed"], True)
+    with pytest.raises(Refusal, match="'names' is not an option of Derived"):
+        read(Base, {"class_path": f"{HERE}.Derived", "part": {"size": 3}, "names": ["mine"]})
+    with pytest.raises(Refusal, match="'part' is missing from Derived"):
+        read(Base, {"class_path": f"{HERE}.Derived", "extra": 1})

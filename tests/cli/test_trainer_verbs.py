@@ -9,17 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tokenizers import normalizers
 
 from lightning_danube.__main__ import main, user_message
 from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.cli import trainer_verbs
 from lightning_danube.cli.verbs import COMMANDS
 
 
@@ -447,3 +452,98 @@ def test_lightning_still_has_the_private_connectors_of_its_trainer() -> None:
 def test_a_strategy_still_keeps_its_checkpoint_plugin_in_a_private_attribute() -> None:
     plugin = DurableCheckpointIO()
     assert DDPStrategy(checkpoint_io=plugin)._checkpoint_io is plugin
+
+
+def test_a_resumed_run_logs_on_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard forgets the steps after the checkpoint, which are trained again, and no other."""
+
+    class Enough(Exception):
+        pass
+
+    loggers = []
+
+    def instantiate(cli: Any, **options: Any) -> None:
+        raise Enough
+
+    monkeypatch.setattr(LightningCLI, "instantiate_trainer", instantiate)
+    monkeypatch.setattr(trainer_verbs, "TensorBoardLogger", lambda directory, **given: loggers.append(given))
+    for continues, checkpoint in ((True, "step_00000012.ckpt"), (False, "step_00000012.ckpt"), (False, None)):
+        cli: Any = object.__new__(trainer_verbs.DanubeCLI)
+        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto"}
+        cli.subcommand, cli.config_init = "fit", {"fit": {"trainer": section}}
+        cli.place = SimpleNamespace(
+            continues=continues, checkpoint=checkpoint and tmp_path / checkpoint, directory=tmp_path,
+            logger_place=lambda: (tmp_path, "tiny", "version_0"),
+        )  # fmt: skip
+        with pytest.raises(Enough):
+            cli.instantiate_trainer()
+    assert [given["purge_step"] for given in loggers] == [13, None, None]
+
+
+def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
+    def left(done: int, limit: int = -1, steps: int | None = 26, changes: tuple[str, ...] = (), on: bool = True) -> Any:
+        checkpoint = tmp_path / "tiny" / "version_0" / "checkpoints" / f"step_{done:08d}.ckpt"
+        cli: Any = SimpleNamespace(
+            datamodule=SimpleNamespace(total_steps=steps), trainer=SimpleNamespace(max_steps=limit),
+            place=SimpleNamespace(continues=on, checkpoint=checkpoint), changes=dict.fromkeys(changes),
+        )  # fmt: skip
+        said = trainer_verbs.DanubeCLI._nothing_left(cli)
+        return said and said.removeprefix(f"{tmp_path}/tiny/version_0 ")
+
+    assert left(26) == "is complete: 26 of 26 steps; nothing is left to do"
+    assert left(25) is left(27) is None
+    assert left(10, limit=10) == "has 10 of 26 steps, and trainer.max_steps is 10; nothing is left to do"
+    assert left(10, limit=9) is not None and left(10, limit=11) is None
+    assert left(26, on=False) is left(26, steps=None) is None
+    for key in ("data.batch_tokens", "data.context_length"):
+        assert left(26, changes=(key,)) is None
+    assert left(26, changes=("data.stages",)) is not None
+
+
+def test_only_a_version_that_never_trained_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+    monkeypatch.setattr(trainer_verbs, "remove_if_unused", removed.append)
+    logger = TensorBoardLogger(tmp_path, name="tiny", version="version_3")
+    for step, zero in ((1, True), (0, False), (0, True)):
+        trainer: Any = SimpleNamespace(global_step=step, is_global_zero=zero, logger=logger)
+        trainer_verbs.remove_unused_version(trainer)
+        assert removed == ([tmp_path / "tiny" / "version_3"] if step == 0 and zero else [])
+
+
+def test_the_history_says_where_a_session_began(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(is_global_zero=True, logger=None, default_root_dir=str(tmp_path), world_size=2)
+    task: Any = None
+    parser: Any = None
+    changes = {"trainer.precision": ("32-true", "bf16-mixed"), "data.seed": (1, None)}
+    checkpoint = tmp_path / "checkpoints" / "stage_1_one_step_00000012.ckpt"
+    trainer_verbs.RunRecord(parser, parser).save_config(trainer, task, "fit")
+    trainer_verbs.RunRecord(parser, parser, resumed_from=checkpoint, changes=changes).save_config(trainer, task, "fit")
+    trainer_verbs.RunRecord(parser, parser).save_config(trainer, task, "test")
+    first, second = map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())
+    assert (first["step"], first["checkpoint"], first["devices"], first["differences"]) == (0, None, 2, {})
+    assert (second["step"], second["checkpoint"]) == (12, str(checkpoint))
+    assert second["differences"] == {"trainer.precision": ["32-true", "bf16-mixed"], "data.seed": [1, None]}
+
+
+def test_ranks_that_compute_differently_are_refused() -> None:
+    parser: Any = None
+    trainer: Any = SimpleNamespace(
+        precision="32-true", global_rank=1, strategy=SimpleNamespace(broadcast=lambda precision: "bf16-mixed")
+    )
+    with pytest.raises(ValueError, match="rank 1 computes in 32-true, rank 0 in bf16-mixed"):
+        trainer_verbs.RunRecord(parser, parser).setup(trainer, parser, "fit")
+    trainer.precision = "bf16-mixed"
+    trainer_verbs.RunRecord(parser, parser).setup(trainer, parser, "fit")
+
+
+def test_a_users_checkpoint_plugin_stays_alone() -> None:
+    def plugins(given: Any, strategy: Any = "auto") -> list[Any]:
+        section = {"plugins": given, "strategy": strategy}
+        cli: Any = SimpleNamespace(config_init=None, _get=lambda config, key: section)
+        return trainer_verbs.DanubeCLI._plugins(cli)
+
+    theirs, precision = AsyncCheckpointIO(), MixedPrecision("bf16-mixed", "cpu")
+    assert [type(one) for one in plugins(None)] == [DurableCheckpointIO]
+    assert [type(one) for one in plugins(precision)] == [MixedPrecision, DurableCheckpointIO]
+    assert plugins([precision, theirs]) == [precision, theirs] and plugins(theirs) == [theirs]
+    assert plugins(None, DDPStrategy(checkpoint_io=theirs)) == []

@@ -112,6 +112,7 @@ def results(place: Path, name: str = "asked") -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in summary["results"]}
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_a_report_of_text_needles_and_passages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place) == 0
     printed = capsys.readouterr()

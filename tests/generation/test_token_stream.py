@@ -193,9 +193,15 @@ def test_sampled_rows_depend_on_their_own_seed_only(decoder: Decoder) -> None:
     assert [row[:7] for row in together] == generate(decoder, prompts, 7, seeds=seeds, **options)
 
 
-def test_draws_are_above_0_and_begin_alike() -> None:
+def test_draws_begin_alike() -> None:
     assert uniforms(3, 5) == uniforms(3, 9)[:5] != uniforms(4, 5)
-    assert all(0 < number <= 1 for number in uniforms(0, 10000))
+
+
+@pytest.mark.parametrize("drawn", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+def test_draws_are_above_0_and_at_most_1(drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for the ends of what Python's generator gives, [0, 1), which no test would meet by chance."""
+    monkeypatch.setattr(random.Random, "random", lambda source: drawn)
+    assert all(0 < number <= 1 for number in uniforms(0, 3))
 
 
 def test_generation_under_autocast() -> None:

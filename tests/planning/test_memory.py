@@ -127,3 +127,55 @@ def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"precision is 'transformer-engine'; memory is known for 32-true, "):
         TrainingMemory(TINY, 1, 8, "transformer-engine")
     assert set(DTYPES) < set(BYTES)
+
+
+def test_gradients_exist_as_far_as_the_backward_pass_has_come() -> None:
+    """The head's gradient is made first, then one block's after the other, the last block's first."""
+    once, again = TrainingMemory(TINY, 2, 48), TrainingMemory(TINY, 2, 48, accumulate=True)
+    head, block = 80 * 32, 2 * 32 * (4 + 2) * 12 + 3 * 32 * 56
+    assert [once._backward(k).gradients for k in range(3)] == [4 * (head + (2 - k) * block) for k in range(3)]
+    assert {again._backward(k).gradients for k in range(3)} == {4 * TINY.parameters}
+    first, last = once._backward(0).activations, once._backward(2).activations
+    assert last - first == 2 * once.block_bytes()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_peak_is_the_highest_moment_of_a_step(precision: str) -> None:
+    """A short row has little but gradients, most of them at the end of the backward pass; a long row activations."""
+    found = set()
+    for context in (4, 4096):
+        memory = TrainingMemory(TINY, 1, context, precision)
+        blocks = [memory._backward(block).total for block in range(TINY.num_hidden_layers)]
+        assert memory.backward_phase().total == max(blocks)
+        assert memory.peak().total == max(*blocks, memory.loss_phase().total)
+        found.add((blocks.index(max(blocks)), memory.peak().moment))
+    assert found == {(0, "the loss"), (2, "the backward pass")}
+
+
+@pytest.mark.parametrize("context", [48, 3000])
+def test_the_loss_needs_the_logits_of_one_chunk(context: int) -> None:
+    """Logits, the gradients of hidden states and of the head; a chunk has 1,024 tokens."""
+    memory = TrainingMemory(TINY, 1, context).loss_phase()
+    assert memory.logits == 4 * (min(context, 1024) * 80 + context * 32 + 80 * 32)
+
+
+def test_a_gpus_block_as_computed_by_hand() -> None:
+    """Under autocast: products take 2 bytes a value, the residual stream 4."""
+    memory = TrainingMemory(TINY, 2, 48, "bf16-mixed", gpu=True)
+    inputs = 5 * 32 * 2  # copies for queries, keys, values, gate and up
+    attention = 2 * (2 * 4 * 12 + 2 * 2 * 12) + 4 * 4  # queries, outputs, keys, values; a statistic for each head
+    feed_forward = 4 * 56 * 2  # gate, activated gate, up, and their product
+    norms = 2 * (32 * 4 + 4)
+    assert memory.block_bytes() == 96 * (inputs + attention + feed_forward + norms)
+
+
+@pytest.mark.parametrize("replicas", [3, 7])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_hold_all_parameters_and_what_is_gathered_is_whole(replicas: int, tied: bool) -> None:
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    memory = TrainingMemory(config, 2, 48, layout=Layout(replicas, sharded=True))
+    assert 0 <= replicas * memory.stored_parameters - config.parameters < replicas
+    ends, block = 80 * 32 * (1 if tied else 2), 2 * 32 * (4 + 2) * 12 + 3 * 32 * 56
+    assert memory.loss_phase().communication == 4 * ends
+    # Gradients of both ends, this block and the next one, and the gradients of a block.
+    assert memory.backward_phase().communication == 4 * (2 * ends + 3 * block)

@@ -56,6 +56,7 @@ def assert_same_training_state(left: Path, right: Path) -> None:
     assert a["global_step"] == b["global_step"]
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny) == 0
     printed = capsys.readouterr()

@@ -143,3 +143,60 @@ def test_a_table_shows_what_is_missing_as_a_dash(run: RecordedRun) -> None:
     html = figures.table(frame, "shares").to_html()
     assert "3,072" in html and "90.6" in html and "–" in html
     assert figures.table(frame, "shares").to_html() == html
+
+
+def test_each_panel_shows_its_own_curve(recorded: RecordedRun) -> None:
+    for draw, tags in (
+        (figures.training_loss, ("loss/train",)),
+        (figures.optimization, ("optimizer/learning_rate", "optimizer/gradient_norm")),
+        (figures.throughput, ("throughput/tokens_per_second", "throughput/mfu")),
+    ):
+        for ax, tag in zip(draw(recorded).axes, tags, strict=True):
+            values = recorded.curve(tag)
+            assert np.array_equal(ax.lines[0].get_xydata(), np.column_stack([values.index, values])), tag
+    levels = [
+        {line.get_ydata()[0] for line in ax.lines[1:]}  # type: ignore[index]
+        for ax in figures.optimization(recorded).axes
+    ]
+    assert 0.75 not in levels[0] and 0.75 in levels[1]
+
+
+def test_the_mix_fills_the_interval_in_which_it_was_trained_on(recorded: RecordedRun) -> None:
+    (ax,) = figures.mix_over_tokens(recorded).axes
+    (area,) = ax.collections[0].get_paths()
+    for step, share in enumerate([0.9, 0.9, 0.6, 0.6, 0.2, 0.1]):
+        middle = 100 * step + 50
+        assert area.contains_point((middle, share - 1e-6)) and not area.contains_point((middle, share + 1e-6)), step
+
+
+def test_each_bar_has_its_name(recorded: RecordedRun) -> None:
+    (ax,) = figures.stage_mixes(recorded).axes
+    names = dict(zip(ax.get_yticks().tolist(), [text.get_text() for text in ax.get_yticklabels()], strict=True))
+    drawn: dict[str, list[float]] = {}
+    for bar in ax.patches:
+        if width := bar.get_width():  # type: ignore[attr-defined]
+            middle = bar.get_y() + bar.get_height() / 2  # type: ignore[attr-defined]
+            ends = drawn.setdefault(names[min(names, key=lambda y: abs(y - middle))], [])
+            assert bar.get_x() == pytest.approx(ends[-1] if ends else 0)  # type: ignore[attr-defined]
+            ends.append((ends[-1] if ends else 0) + width)
+    assert drawn == {
+        "one, planned": pytest.approx([0.75, 1.0]),
+        "one, seen": pytest.approx([0.75, 1.0]),
+        "two, planned": pytest.approx([0.2, 1.0]),
+        "two, seen": pytest.approx([0.15, 1.0]),
+    }
+    marks = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata())]  # type: ignore[arg-type,index]
+    assert marks == [0.906, 0.817]
+
+
+def test_the_ink_on_a_colour_has_the_higher_contrast() -> None:
+    """WCAG 2.1: (L1 + 0.05) / (L2 + 0.05), where L is the relative luminance."""
+    inks = set()
+    for colour in (*figures.COLOURS.values(), "#FF0000", "#0000FF", "#00FF00", "0.45", "0.5"):
+        rgb = np.array(to_rgb(colour))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        luminance = float(linear @ [0.2126, 0.7152, 0.0722])
+        contrast = {"white": 1.05 / (luminance + 0.05), "black": (luminance + 0.05) / 0.05}
+        assert figures.readable_on(colour) == max(contrast, key=contrast.__getitem__), colour
+        inks.add(figures.readable_on(colour))
+    assert inks == {"white", "black"}

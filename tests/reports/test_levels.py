@@ -76,3 +76,21 @@ def test_what_is_missing_is_said(evaluation: Path) -> None:
     (evaluation / "quantization.parquet").unlink()
     with pytest.raises(MissingResult, match="did not come to its end"):
         levels.read_levels(runs, "quantization-tiny")
+
+
+def test_numbers_of_a_level_have_their_units(evaluation: Path) -> None:
+    rows = [
+        row("full", 32, 0.0, prefill_tokens_per_second=200.0),
+        row("hqq:4/64", 4, 0.05, decode_tokens_per_second=20.0, peak_memory_bytes=5 * 2**20),
+    ]
+    pd.DataFrame(rows).to_parquet(evaluation / "quantization.parquet")
+    found = levels.read_levels(evaluation.parent.parent, "quantization-tiny")
+    assert levels.quality(found).loc["hqq:4/64"].drop("noise").to_dict() == pytest.approx(
+        {
+            "MiB": 4.0, "bits a weight": 4.0, "perplexity": 21.0, "change, %": 5.0, "low": 4.0, "high": 7.0,
+            "KL, 1e-3 nats": 5.0, "same first, %": 95.0, "cloze, %": 50.0,
+        }
+    )  # fmt: skip
+    cost = levels.cost(found)
+    assert cost["prefill, tokens/s"].tolist() == [200.0, 100.0]
+    assert cost["decode, tokens/s"].tolist() == [10.0, 20.0] and cost["peak memory, MiB"].tolist() == [3.0, 5.0]

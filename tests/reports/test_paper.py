@@ -35,3 +35,27 @@ def test_quantized_models_keep_their_names() -> None:
     sizes = paper.quantized_sizes()
     assert sizes.loc["Q4_K_M", ("danube3-4b", "GB, the paper's")] == 2.39
     assert paper.classification().loc["IMDB", "Danube3 4B, the paper's"] == 0.971
+
+
+def test_bits_a_weight_are_those_of_the_formats() -> None:
+    """A block of 32 weights takes 34 bytes in Q8_0, a weight 2 bytes in F16; a file has a little more."""
+    table = paper.quantized_perplexity()
+    for model in ("Danube3 4B, the paper's", "Danube3 500M, the paper's"):
+        assert table.loc["F16", (model, "bits")] == pytest.approx(16, rel=0.02)
+        assert table.loc["Q8_0", (model, "bits")] == pytest.approx(8 * 34 / 32, rel=0.02)
+
+
+def test_rises_are_over_the_perplexity_in_16_bits() -> None:
+    table = paper.quantized_perplexity()
+    for model in table.columns.get_level_values(0).unique():
+        perplexity = table[model, "perplexity"]
+        assert table[model, "rise, %"].tolist() == pytest.approx(
+            [100 * (value / perplexity["F16"] - 1) for value in perplexity], nan_ok=True
+        )
+    assert table.loc["Q4_K_M", ("Danube3 4B, the paper's", "rise, %")] == pytest.approx(100 * (6.37 - 6.17) / 6.17)
+
+
+def test_measured_scores_lie_within_their_intervals() -> None:
+    measured = paper.academic()["measured here: smollm2"]
+    assert (measured["low"] < measured["score"]).all() and (measured["score"] < measured["high"]).all()
+    assert ((measured["high"] - measured["low"]) < 60).all()

@@ -212,3 +212,39 @@ def test_callbacks_named_by_the_messages_exist() -> None:
     here = SimpleNamespace(**{name: getattr(callbacks, name) for name in callbacks.__all__})
     for path in runs.LOGGED_BY.values():
         assert hasattr(here, path.removeprefix("lightning_danube.callbacks."))
+
+
+def test_a_run_is_read_in_tokens(recorded: runs.RecordedRun) -> None:
+    """The run of conftest.py: 6 steps of 100 tokens."""
+    assert recorded.curve("loss/train").to_dict() == {100 * step: 5.0 - 0.5 * step for step in range(1, 7)}
+    assert runs.stage_spans(recorded).to_dict("index") == {
+        "one": {"begin": 0, "end": 400},
+        "two": {"begin": 400, "end": 600},
+    }
+    mix = runs.mix_table(recorded)
+    assert mix["web"].tolist() == pytest.approx([0.9, 0.9, 0.6, 0.6, 0.2, 0.1])
+    assert mix["wiki"].tolist() == pytest.approx([0.1, 0.1, 0.4, 0.4, 0.8, 0.9])
+
+
+def test_shares_of_web_text_stand_beside_each_other(recorded: runs.RecordedRun) -> None:
+    shares = runs.web_shares(recorded)
+    assert shares["web %, planned"].tolist() == pytest.approx([75.0, 20.0])
+    assert shares["web %, seen"].tolist() == pytest.approx([75.0, 15.0])
+    assert shares["tokens planned"].tolist() == [400, 200] == shares["tokens seen"].tolist()
+    recorded.summary["stages"][1]["tokens"] = 0
+    assert np.isnan(runs.web_shares(recorded)["web %, seen"]["two"])
+
+
+def test_a_sample_at_the_end_of_a_stage_is_of_that_stage(recorded: runs.RecordedRun) -> None:
+    assert runs.text_samples(recorded).to_dict("records") == [
+        {"prompt": "The river", "stage": "one", "tokens": 400, "text": "The river is"},
+        {"prompt": "The river", "stage": "two", "tokens": 600, "text": "The river was\n  long"},
+    ]
+
+
+def test_the_overview_tells_time_and_speed(recorded: runs.RecordedRun) -> None:
+    facts = runs.overview(recorded)[""]
+    assert (facts["minutes"], facts["optimizer steps"], facts["parameters"]) == ("1.5", "6", "2,100,000")
+    assert facts["tokens a second, in training"] == "12,346" and facts["accelerator, precision"] == "cpu, 32-true"
+    recorded.summary["tokens_per_second"] = None
+    assert runs.overview(recorded)[""]["tokens a second, in training"] == "–"

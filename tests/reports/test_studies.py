@@ -6,9 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from scipy import stats
 
+from lightning_danube.options import parse_tokens
 from lightning_danube.reports import scaling, studies
 from lightning_danube.reports.runs import MissingResult
+from lightning_danube.yaml_files import read_config
 
 ORIGIN = {"command": "python -m x", "commit": "abcdef123", "machine": "one, 2 cores"}
 RATE, RANK = "model.init_args.learning_rate.peak", "model.init_args.lora.rank"
@@ -149,3 +152,24 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
     few = made(tmp_path, rows[:4], "few")
     with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few --resume` goes on"):
         scaling.read_ladder(str(few), "few", "val_loss.web")
+
+
+def test_the_most_important_setting_comes_first() -> None:
+    found = studies.importances({"importances": {RATE: 0.25, RANK: 0.6, "x.init_args.alpha": 0.15}})
+    assert found["explains, %"].index.tolist() == ["rank", "peak", "alpha"]
+    assert found["explains, %"].tolist() == pytest.approx([60.0, 25.0, 15.0])
+
+
+def test_stages_of_a_mixture_follow_each_other() -> None:
+    variants = read_config("studies/curriculum")["variants"]
+    for ax, values in zip(studies.mixes("studies/curriculum").axes, variants.values(), strict=True):
+        stages = sorted({(bar.get_x(), bar.get_width()) for bar in ax.patches if bar.get_width()})  # type: ignore[attr-defined]
+        lengths = [parse_tokens(stage["tokens"]) for stage in values["data.init_args.stages"]]
+        assert [width for _, width in stages] == lengths
+        assert [begin for begin, _ in stages] == [sum(lengths[:place]) for place in range(len(lengths))]
+
+
+def test_ends_of_a_difference_are_students(heads: pd.DataFrame) -> None:
+    found = studies.paired_differences(heads, ["loss"], "mha").loc[("loss", "mqa")]
+    low, high = stats.ttest_1samp([0.1, 0.4, 0.9], 0.0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((low, high))

@@ -30,3 +30,17 @@ def test_a_group_has_a_panel_a_tag(tiny_run: Path) -> None:
     assert "web" in tensorboard.plan(run)
     with pytest.raises(MissingResult, match=r"logged no recall/…: name lightning_danube\.callbacks\.FactRecall"):
         tensorboard.group(run, "recall")
+
+
+def test_the_last_value_of_a_tag_is_that_of_the_last_step(recorded: runs.RecordedRun) -> None:
+    found = tensorboard.tags(recorded)
+    assert found.loc["loss/train", ["points", "last"]].tolist() == [6, "2"]
+    assert found.loc["tokens_seen/wiki", "last"] == "270" and found.loc["samples/1", "last"] == "text"
+    recorded.curves["tokens_seen/wiki"] *= 100
+    assert tensorboard.tags(recorded).loc["tokens_seen/wiki", "last"] == "27,000"
+
+
+def test_a_tag_has_the_meaning_of_its_longest_beginning() -> None:
+    assert tensorboard.meaning("mix/stage") == tensorboard.MEANINGS["mix/stage"]
+    assert tensorboard.meaning("mix/web") == tensorboard.MEANINGS["mix/"]
+    assert tensorboard.meaning("other") == "not described here"

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
+from lightning_danube.studies import comparison
 from lightning_danube.studies.comparison import _power, compare, verdict
 
 SEEDS = range(1, 6)
@@ -84,3 +85,25 @@ def test_only_common_seeds_count() -> None:
 def test_differences_that_are_all_alike() -> None:
     (same, lower) = compare({"base": {1: 2.0, 2: 3.0}, "same": {1: 2.0, 2: 3.0}, "lower": {1: 1.5, 2: 2.5}}, "base")
     assert not same.is_seen and lower.is_seen
+
+
+def test_p_values_are_adjusted_as_holm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holm (1979): the i-th smallest of m is multiplied by m - i + 1, and none is below the one before."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 100)
+    sizes = {"a": -0.02, "b": 0.011, "c": -0.0135, "d": 0.0001, "e": 0.006}
+    values = {"base": BASE, **{name: shifted(by) for name, by in sizes.items()}}
+    alone = {name: stats.ttest_rel(list(values[name].values()), list(BASE.values())).pvalue for name in sizes}
+    expected, highest = {}, 0.0
+    for place, name in enumerate(sorted(alone, key=alone.__getitem__)):
+        highest = max(highest, min(1.0, (len(alone) - place) * alone[name]))
+        expected[name] = highest
+    assert {one.variant: one.p for one in compare(values, "base")} == pytest.approx(expected)
+    second = sorted(alone.values())[1]
+    assert sorted(expected.values())[1] == pytest.approx(4 * second)  # Bonferroni's would be 5 times
+
+
+def test_a_difference_between_five_and_ten_percent_is_not_seen() -> None:
+    (one,) = compare({"base": BASE, "new": shifted(0.0092)}, "base")
+    assert one.p is not None and 0.05 < one.p < 0.1
+    assert not one.is_seen and one.difference.is_noise
+    assert verdict(one, "base", "loss", "lower").startswith("no difference seen")

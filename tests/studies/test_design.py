@@ -9,6 +9,7 @@ import yaml
 from lightning_danube.cli.configs import resolved_config
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_variants, facts_of, facts_table
+from lightning_danube.studies.scaling import SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {
@@ -115,3 +116,30 @@ def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     fine = read_design(write(tmp_path, base=base, baseline="a", variants={"a": {}, "b": {"trainer.max_steps": 2}}))
     assert check_variants(fine, resolved_config)["b"]["parameters"] == 1_115_008
+
+
+def test_a_variant_may_change_what_all_variants_set(tmp_path: Path) -> None:
+    design = read_design(write(tmp_path, set={"trainer.max_steps": 10}))
+    assert design.overrides({"trainer.max_steps": 20}, 1)["trainer.max_steps"] == 20
+
+
+def test_a_study_in_the_other_direction_is_another_one(tmp_path: Path) -> None:
+    first = read_design(write(tmp_path)).digest()
+    assert read_design(write(tmp_path, better="higher")).digest() != first
+    assert read_design(write(tmp_path, equal={"tokens": 0})).digest() != first
+
+
+def test_a_grid_has_every_combination(tmp_path: Path) -> None:
+    search = {"rate": [1, 2, 3], "rank": [4, 8]}
+    design = read_design(write(tmp_path, **(SEARCH | {"search": search, "trials": "gone"})))
+    found = [(one["rate"], one["rank"]) for one in design.grid()]
+    assert sorted(found) == [(rate, rank) for rate in (1, 2, 3) for rank in (4, 8)]
+    assert design.settings == 6
+    sampled = read_design(write(tmp_path, **(SEARCH | {"search": search, "trials": 5})))
+    assert sampled.grid() == [] and sampled.settings == 5
+
+
+def test_a_law_reads_sizes_and_tokens_of_its_runs(tmp_path: Path) -> None:
+    design = read_design(write(tmp_path, law=True, baseline="gone", also=["steps", SIZE]))
+    assert design.metrics == ("val_loss.web", "steps", "parameters_without_embedding", "tokens")
+    assert read_design(write(tmp_path)).metrics == ("val_loss.web",)

@@ -85,3 +85,87 @@ def test_points_are_complete_runs() -> None:
     assert points_of([row, {**row, "state": "failed", "val_loss.web": None}], "val_loss.web") == [
         Point("a", 10.0, 20.0, 3.0)
     ]
+
+
+def fits_of(monkeypatch: pytest.MonkeyPatch, points: list[Point], seed: int = 0) -> list[list[Point]]:
+    """Returns what each resample of a law is fitted to."""
+    fitted: list[list[Point]] = []
+
+    def fit(drawn: list[Point], start: np.ndarray) -> tuple[np.ndarray, float]:
+        fitted.append(list(drawn))
+        return np.ones(5), 1.0
+
+    monkeypatch.setattr(scaling, "_fit", fit)
+    law = fit_law(points, seed)
+    assert len(law.resampled) == scaling.RESAMPLES
+    return fitted[-scaling.RESAMPLES :]
+
+
+def test_resamples_draw_groups_and_then_runs_within_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "RESAMPLES", 400)
+    groups, runs = [], []
+    for resample in fits_of(monkeypatch, made(0.01)):
+        assert len(resample) == 60
+        by_group: dict[str, list[float]] = {}
+        for point in resample:
+            by_group.setdefault(point.group, []).append(point.loss)
+        assert all(len(losses) % 3 == 0 for losses in by_group.values())
+        groups.append(len(by_group))
+        runs += [len(set(losses)) for losses in by_group.values() if len(losses) == 3]
+    # Of n draws with replacement from n, n (1 - (1 - 1/n)^n) are distinct in the mean.
+    assert np.mean(groups) == pytest.approx(20 * (1 - 0.95**20), abs=0.3)
+    assert np.mean(runs) == pytest.approx(3 * (1 - (2 / 3) ** 3), abs=0.05)
+
+
+def test_resamples_follow_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = made(0.01)
+    first = fits_of(monkeypatch, points, 1)
+    assert first == fits_of(monkeypatch, points, 1) != fits_of(monkeypatch, points, 2)
+
+
+def test_every_resample_has_enough_for_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [p for p in made(0.01) if p.size < 2e7 and p.tokens < 2e9 and p.group != "1e+06-1e+07"]
+    for resample in fits_of(monkeypatch, points):
+        assert len({p.group for p in resample}) >= 5
+        assert len({p.size for p in resample}) == len({p.tokens for p in resample}) == 3
+
+
+def test_the_best_of_the_fits_is_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [5.0, 3.0, 1.0, 2.0, 4.0, 9.0, 8.0, 7.0, 6.0]
+    fits = iter(costs)
+    monkeypatch.setattr(scaling, "_fit", lambda points, start: (np.full(5, cost := next(fits, 10.0)), cost))
+    assert fit_law(made(0.0)).parameters.tolist() == [1.0] * 5
+
+
+def test_intervals_of_a_law_are_over_its_resamples() -> None:
+    draw = np.random.default_rng(0)
+    parameters = np.array([1.7, 400.0, 0.34, 410.0, 0.28])
+    resampled = parameters * np.exp(0.05 * draw.normal(size=(200, 5)))
+    law = scaling.Law(parameters, resampled, 0.01, 12)
+    losses = [E + A * 1e8**-alpha + B * 3e9**-beta for E, A, alpha, B, beta in resampled]
+    assert law.loss(1e8, 3e9).ends == pytest.approx(np.quantile(losses, [0.025, 0.975]))
+    for place, (name, one) in enumerate(law.coefficients().items()):
+        assert one.ends == pytest.approx(np.quantile(resampled[:, place], [0.025, 0.975])), name
+
+
+def test_one_run_that_went_wrong_does_not_move_the_law() -> None:
+    points = made(0.0)
+    worst = points[30]
+    points[30] = Point(worst.group, worst.size, worst.tokens, 2 * worst.loss)
+    found, _ = scaling._fit(points, np.array(list(TRUE.values())))
+    for point in (*points[:30], worst, *points[31:]):
+        assert scaling._loss(found, point.size, point.tokens) == pytest.approx(point.loss, rel=1e-3)
+
+
+def test_what_is_held_out_is_a_mean_over_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "_fit", lambda points, start: (np.ones(5), 1.0))
+    points = made(0.01)
+    largest = [point.loss for point in points if (point.size, point.tokens) == (1e8, 1e10)]
+    held_out = predict_largest(points)
+    assert held_out is not None and len(set(largest)) == 3
+    assert held_out.measured == pytest.approx(np.mean(largest))
+
+
+def test_runs_that_have_no_result_yet_are_no_points() -> None:
+    row = {"variant": "a", "state": "waiting", SIZE: None, TOKENS: None, "val_loss.web": None}
+    assert points_of([row, {**row, "state": "running"}], "val_loss.web") == []

@@ -1,14 +1,21 @@
 """Trials that several workers take from one file."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
-from lightning_danube.studies.trials import TrialFailed, number_of, take_turns
+from lightning_danube.studies import trials
+from lightning_danube.studies.design import Design
+from lightning_danube.studies.trials import Result, TrialFailed, Trials, number_of, open_study, take_turns
 
 WORKER = """
 import sys
@@ -79,3 +86,95 @@ SUMMARY = {
     "stages": [{"name": "start", "val_loss": {"web": 5.0}}, {"name": "finish", "val_loss": {"web": 2.0}}],
     "levels": [{"level": "full", "perplexity": 30.0}, {"level": "hqq:2/64", "perplexity": 40.0}],
 }
+
+
+DESIGN = Design("rates", "base", "loss", variants={"slow": {"rate": 1}, "fast": {"rate": 2}}, seeds=(1, 2))
+
+
+def trial(variant: str, seed: int, state: TrialState, **more: Any) -> Any:
+    return SimpleNamespace(state=state, user_attrs={"variant": variant, "seed": seed, **more})
+
+
+def results_of(*found: Any) -> list[Result]:
+    trials: Any = SimpleNamespace(design=DESIGN, study=SimpleNamespace(get_trials=lambda deepcopy: found))
+    return Trials.results(trials)
+
+
+def test_a_complete_run_is_not_hidden_by_a_later_attempt() -> None:
+    complete, failed = TrialState.COMPLETE, TrialState.FAIL
+    found = results_of(
+        trial("slow", 1, complete, metrics={"loss": 3.0}),
+        trial("slow", 2, failed, error="no disk"),
+        trial("fast", 1, failed, error="no disk"),
+        trial("fast", 2, TrialState.RUNNING),
+        SimpleNamespace(state=TrialState.PRUNED, user_attrs={}),
+        trial("slow", 1, failed, error="no disk"),
+        trial("slow", 2, complete, metrics={"loss": 2.0}),
+        trial("fast", 1, TrialState.WAITING),
+    )
+    assert [(one.variant, one.seed, one.state, one.metrics.get("loss"), one.error) for one in found] == [
+        ("slow", 1, "complete", 3.0, None),
+        ("slow", 2, "complete", 2.0, None),
+        ("fast", 1, "waiting", None, None),
+        ("fast", 2, "running", None, None),
+    ]
+
+
+def test_the_time_left_is_told() -> None:
+    """Ten runs of 30 s in the mean. The one that just ended still counts as running."""
+
+    def left(*states: str) -> str:
+        seconds = iter([20.0, 40.0])
+        results = [
+            Result("slow", n, state, {}, seconds=next(seconds) if state == "complete" else None)
+            for n, state in enumerate(states)
+        ]
+        trials: Any = SimpleNamespace(results=lambda: results)
+        return Trials._left(trials)
+
+    assert left("complete", "complete", "running", *["waiting"] * 7) == "; 3 of 10, about 3 min 30 s left"
+    assert left("complete", "complete", "running") == "" == left("running", "waiting")
+
+
+def run_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: Any, versions: dict[str, float]) -> Any:
+    """Runs a setting whose process leaves these versions; returns the command and what is read from the run."""
+    commands = []
+
+    def run_child(command: list[str], **where: Any) -> Any:
+        commands.append(command)
+        for version, loss in versions.items():
+            directory = tmp_path / "runs" / ("a" if verb == "fit" else f"a-{verb}") / version
+            directory.mkdir(parents=True)
+            (directory / "summary.json").write_text(json.dumps({"loss": loss}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(trials, "run_child", run_child)
+    runner = trials.Runner(replace(DESIGN, verb=verb), tmp_path)
+    return *runner.run("a", {"rate": 3}, 7), *commands
+
+
+def test_a_run_is_read_from_its_newest_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, metrics, command = run_of(monkeypatch, tmp_path, "fit", {"version_9": 9.0, "version_10": 10.0})
+    assert run.name == "version_10" and metrics == {"loss": 10.0}
+    assert "--ckpt_path" not in command and command[-4:] == ["--runs", str(tmp_path / "runs"), "--name", "a"]
+    assert command[command.index("--seed_everything") + 1] == "7" and command[command.index("--rate") + 1] == "3"
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_only_training_goes_on_from_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: Literal["fit", "test"]
+) -> None:
+    checkpoints = tmp_path / "runs" / "a" / "version_0" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step_00000003.ckpt").touch()
+    _, _, command = run_of(monkeypatch, tmp_path, verb, {"version_1": 1.0})
+    assert (command[-2:] == ["--ckpt_path", "last"]) == (verb == "fit")
+
+
+@pytest.mark.parametrize(("better", "direction"), [("lower", "MINIMIZE"), ("higher", "MAXIMIZE")])
+def test_a_search_goes_the_way_that_is_better(
+    better: Literal["lower", "higher"], direction: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\n")
+    study = open_study(replace(DESIGN, base=str(tmp_path / "base.yaml"), better=better), tmp_path)
+    assert study.direction.name == direction

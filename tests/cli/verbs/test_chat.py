@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_danube.__main__ import main
+from lightning_danube.cli.verbs.chat import converse
 from lightning_danube.generation.conversation import ChatSession, common_beginning
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
@@ -158,7 +159,7 @@ def test_lines_from_a_pipe_are_answered(
 
 
 def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(
-    weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights: str, decoder: Decoder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "/system Be kind.\n/nothing\n" + "why " * 200 + "\nHi\n"
     out, err = chat(capsys, monkeypatch, lines, "--weights", weights)
@@ -166,7 +167,7 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(
     assert "(the chat template refuses this conversation: there is no system role" in said[0]
     assert said[1].startswith("(there is no /nothing: /reset begins anew")
     assert said[2].startswith("(the question has 2")
-    assert len(out.splitlines()) >= 1
+    assert out == alone(decoder, [{"role": "user", "content": "Hi"}]) + "\n"
 
 
 def test_dropped_turns_are_told(
@@ -290,3 +291,34 @@ def test_a_terminal(decoder: Decoder, tmp_path: Path) -> None:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_the_options_of_a_chat_reach_it(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of tokens, an answer takes at most half the context."""
+    held: list[ChatSession] = []
+    loaded = decoder, load_hf_tokenizer("mistral")
+    monkeypatch.setattr("lightning_danube.cli.verbs.chat.load_model", lambda weights, **options: loaded)
+    monkeypatch.setattr("lightning_danube.generation.packing.pack_for_generation", lambda decoder: None)
+    monkeypatch.setattr("lightning_danube.cli.verbs.chat.converse", held.append)
+    assert main(["chat", "--weights", "x"]) == 0
+    assert main(["chat", "--weights", "x", "--seed", "7", "--max-new-tokens", "20", "--top-k", "3"]) == 0
+    first, second = held
+    assert (first.max_new_tokens, first.seed) == (CONTEXT // 2, 0)
+    assert first.sampling == Sampling(temperature=0.7, top_k=50, top_p=1.0)
+    assert (second.max_new_tokens, second.seed, second.sampling.top_k) == (20, 7, 3)
+
+
+def test_a_reset_keeps_the_system_message_until_it_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def __init__(self) -> None:
+            self.system: str | None = "Be kind."
+            self.systems: list[str | None] = []
+
+        def reset(self, system: str | None) -> None:
+            self.system = system
+            self.systems.append(system)
+
+    session: Any = Session()
+    monkeypatch.setattr(sys, "stdin", StringIO("/reset\n/system  Be quick. \n/reset\n/system\n/reset\n/exit\n/reset\n"))
+    converse(session)
+    assert session.systems == ["Be kind.", "Be quick.", "Be quick.", None, None]

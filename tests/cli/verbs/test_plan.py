@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning_danube.__main__ import main
+from lightning_danube.cli.verbs.plan import _accelerators, _engine, _unit
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.planning.accelerators import parse_accelerator
+from lightning_danube.planning.accelerators import Accelerator, parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.planning.run import CheckpointAdvice, TrainerSection, checkpoint_bytes, layout_of, seconds_of
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
@@ -210,3 +212,73 @@ def test_a_checkpoint_has_the_size_that_is_told(tiny_run: Path) -> None:
     # Names and the state of loops and callbacks come on top: some 40 kB.
     told = checkpoint_bytes(TrainingMemory(config, 8, 32))
     assert told <= checkpoint.stat().st_size < told + 100_000
+
+
+def test_checkpoints_are_advised_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Young (1974): save every sqrt(2 × write × time between failures)."""
+    printed = planned(
+        capsys,
+        *("--config", str(PAPER / "danube3-4b.yaml"), "--trainer.num_nodes", "64", "--trainer.devices", "8"),
+        *("--data.init_args.batch_tokens", str(1024 * 8192), "--accelerator", "h100", "--write-speed", "2"),
+        *("--utilisation", "0.5"),
+    )
+    size = 3 * 4 * 3_961_839_360  # weights and two averages
+    write, between = size / 2e9, 50_000 * 3600 / 512
+    assert f"checkpoint: {size / 1e9:.2f} GB" in printed and f", {write:.1f} s at 2 GB/s" in printed
+    assert f"a failure about every {between / 3600:.0f} h" in printed
+    seconds = DecoderConfig.preset("danube3-4b").flops_per_token(8192) * 1024 * 8192 / (512 * 0.5 * 989e12)
+    steps = round(math.sqrt(2 * write * between) / seconds)
+    (every,) = map(int, re.findall(r"lost with ([\d,]+)", printed.replace(",", "")))
+    lost = [100 * (write / (n * seconds) + n * seconds / (2 * between)) for n in (steps, every)]
+    found = [line.split() for line in printed.splitlines() if line.startswith("h100  ")][-1]
+    assert found[1:] == [f"{seconds:,.2f}", f"{steps:,}", f"{lost[0]:.2f}", "%", f"{lost[1]:.2f}", "%"]
+    assert every != steps
+
+
+def test_a_run_fits_if_it_leaves_a_tenth_of_the_memory() -> None:
+    memory = TrainingMemory(DecoderConfig(64, 96, 2, 4, 2, vocab_size=272), 1, 64)
+    data: Any = SimpleNamespace(context_length=64, total_tokens=10**12, batch_tokens=64 * 24, batch_samples=24)
+    peak = memory.peak().total
+    devices = [Accelerator("tight", 1e8, math.ceil(peak / 0.9)), Accelerator("less", 1e8, int(peak / 0.95))]
+    printed = _accelerators(devices, memory, data, 0.5)
+    # A replica of DDP holds more than one device alone; shards of FSDP2 hold less.
+    assert cells(printed, "tight")[3:6] == ["yes", "1", "1"]
+    fits, ddp, fsdp = cells(printed, "less")[3:6]
+    assert (fits, ddp) == ("no", "none") and int(fsdp) in (2, 3, 4)
+
+
+def test_the_layout_of_a_plan_is_named() -> None:
+    def engine(*layout: Any) -> str:
+        return _engine(TrainingMemory(DecoderConfig(64, 96, 2, 4, 2, vocab_size=272), 1, 64, layout=Layout(*layout)))
+
+    assert [engine(), engine(4), engine(4, 1, True)] == ["one device", "DDP over 4", "FSDP2 over 4"]
+    assert engine(2, 4, True) == "FSDP2 over 2, tensor parallel over 4"
+    assert engine(1, 4, True) == "tensor parallel over 4"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"),
+    [
+        ([5.0], ("minutes", 60)),
+        ([5.0, 3599.0], ("minutes", 60)),
+        ([5.0, 3600.0], ("hours", 3600)),
+        ([90_000.0, 7.0], ("days", 86400)),
+    ],
+)
+def test_times_are_told_in_the_unit_of_the_longest(seconds: list[float], unit: tuple[str, int]) -> None:
+    assert _unit(seconds) == unit
+
+
+def test_passes_are_those_at_the_end_of_each_stage(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages of 12, 8 and 6 steps of 256 tokens; a twentieth of each source is held out."""
+    config = ("--config", str(tiny / "tiny.yaml"), "--accelerator", "h100")
+    printed = planned(capsys, *config, "--source-tokens", "web=10K,wiki=20K")
+    taken = {"web": 0.0, "wiki": 0.0}
+    expected: dict[str, list[float]] = {"web": [], "wiki": []}
+    for steps, web in ((12, 0.906), (8, 0.817), (6, 0.516)):
+        for name, share, tokens in (("web", web, 10_000), ("wiki", 1 - web, 20_000)):
+            taken[name] += 256 * steps * share
+            expected[name].append(taken[name] / (0.95 * tokens))
+    for name, passes in expected.items():
+        # Whole rows of 32 tokens.
+        assert [float(cell) for cell in cells(printed, name)[-3:]] == pytest.approx(passes, abs=0.012)

@@ -1,0 +1,44 @@
+"""How many devices a run needs at least, and how large its checkpoints are."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.planning.run import checkpoint_bytes, fewest_devices
+from tests.tiny_models import CONFIG
+
+SAMPLES = 24
+STEP: Any = SimpleNamespace(batch_samples=SAMPLES)
+
+
+def layouts(memory: TrainingMemory, tensor: int, sharded: bool) -> dict[int, int]:
+    """Returns for each number of devices that divides a step the bytes of its peak."""
+    found = {}
+    for replicas in range(1, SAMPLES + 1):
+        micro_batches, rest = divmod(SAMPLES, replicas * memory.rows)
+        if micro_batches and not rest:
+            layout = Layout(replicas, tensor, sharded)
+            here = dataclasses.replace(memory, layout=layout, accumulate=micro_batches > 1)
+            found[replicas * tensor] = here.peak().total
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_fewest_devices_are_those_of_trying_all(rows: int, tensor: int, sharded: bool) -> None:
+    memory = TrainingMemory(CONFIG, rows, 64, layout=Layout(1, tensor))
+    peaks = layouts(memory, tensor, sharded)
+    for capacity in sorted({0, *peaks.values(), *(peak - 1 for peak in peaks.values())}):
+        expected = next((devices for devices, peak in peaks.items() if peak <= capacity), None)
+        assert fewest_devices(memory, STEP, capacity, sharded=sharded) == expected, capacity
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(4), Layout(4, sharded=True), Layout(2, 2, sharded=True)])
+def test_a_checkpoint_holds_all_weights_and_moments_whatever_the_layout(layout: Layout) -> None:
+    memory = TrainingMemory(CONFIG, 1, 64, layout=layout)
+    assert checkpoint_bytes(memory) == 3 * 4 * CONFIG.parameters
+    assert checkpoint_bytes(dataclasses.replace(memory, precision="bf16-true")) == 3 * 2 * CONFIG.parameters
