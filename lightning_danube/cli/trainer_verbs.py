@@ -107,6 +107,9 @@ class DanubeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         set_parsing_rules()
+        self._verb = args[0] if isinstance(args, list) and args else None
+        # LightningCLI would write the whole config into it, for modules that call save_hyperparameters: none does.
+        self.config_dump: dict[str, Any] = {}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -121,13 +124,14 @@ class DanubeCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Returns the verbs and the arguments that they do not offer.
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # LightningCLI calls it on the object, too
+        """Returns the verbs that need a parser, and the arguments that they do not offer.
 
-        `weights_only` is not offered: checkpoints are always read as plain data, so their code never runs.
+        Only the verb that runs needs one. `weights_only` is not offered: checkpoints are always read as plain data, so
+        their code never runs.
         """
-        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+        verbs = {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+        return {self._verb: verbs[self._verb]} if self._verb in verbs else verbs
 
     # --- parsing ------------------------------------------------------------------------------------------------------
 
