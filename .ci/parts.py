@@ -42,16 +42,16 @@ def mutants(*tables: str) -> list[str]:
 
 
 PARTS = {
+    "mutants-statistics": mutants("callbacks", "cli", "intervals", "planning", "reports", "studies"),
+    "mutants-tasks": mutants("chat", "classification", "evaluation", "quantization"),
+    "mutants-model": mutants("checkpoints", "files", "generation", "model", "training", "weights"),
+    "mutants-data": mutants("options", "pretraining", "text", "tokens"),
     "slow-checkpoints": slow("checkpoints"),
     "slow-ranks": slow("training", "model"),
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
     "slow-commands": slow("cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"),
     "slow-weights": slow("generation", "weights", "benchmarks"),
     "notebooks": slow("test_notebooks.py"),
-    "mutants-data": mutants("options", "pretraining", "text", "tokens"),
-    "mutants-model": mutants("checkpoints", "files", "generation", "model", "training", "weights"),
-    "mutants-tasks": mutants("chat", "classification", "evaluation", "quantization"),
-    "mutants-statistics": mutants("callbacks", "cli", "intervals", "planning", "reports", "studies"),
     "newest": [".ci/newest"],
     "lowest": ["make", "--no-print-directory", "test-lowest"],
     "installs": ["make", "--no-print-directory", "install-all"],
