@@ -265,6 +265,7 @@ def page() -> str:
     known, every = results(), mutants()
     found = [(one, known.get(one.key)) for one in every]
     killed = sum(bool(result and result.by) for _, result in found)
+    ran = sum(result is not None for _, result in found)
     lines = [
         "# Mutants",
         "",
@@ -273,7 +274,8 @@ def page() -> str:
         "says how. The bugs are chosen by hand: tools that change operators at random do not exchange the arguments",
         "of a divergence, or call Bonferroni's correction Holm's.",
         "",
-        f"**{killed} of {len(every)} mutants are killed ({killed / len(every):.1%}).**",
+        f"**{killed} of the {ran} mutants that ran on this version are killed ({killed / max(1, ran):.1%}).** "
+        f"{len(every) - ran} wait for a run: their code or tests have changed.",
     ]
     for room in sorted({one.room for one in every}):
         lines += ["", f"## {room}", "", "| mutant | in | killed by |", "|---|---|---|"]
@@ -285,7 +287,7 @@ def page() -> str:
 
 def verdict(one: Mutant, result: Result | None) -> str:
     if result is None:
-        return "changed since it ran"
+        return "waits for a run"
     return f"`{result.by}`" if result.by else f"**survives**: {one.survives or 'no reason known'}"
 
 
