@@ -164,7 +164,7 @@ def trial(name: str, seconds: float) -> dict[str, Any]:
 
 
 def avx2_only() -> bool:
-    """Whether torch is told to use AVX2 alone."""
+    """Whether the environment limits torch to AVX2."""
     return os.environ.get("ATEN_CPU_CAPABILITY") == "avx2"
 
 

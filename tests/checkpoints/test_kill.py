@@ -25,7 +25,7 @@ from tests.training.test_world_size import Sessions, assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and signals processes")
 MOMENTS = """
 from lightning.pytorch import Callback
 
