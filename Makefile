@@ -24,10 +24,11 @@ PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-ver
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart smollm2 llama-cpp test test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
+.PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
 	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
@@ -43,7 +44,10 @@ llama-cpp: $(INSTALLED_LLAMA_CPP) ## compile and install llama.cpp, for quantize
 test: $(INSTALLED_TEST) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(IN_PARALLEL) $(ARGS)
 
-test-all: test ## run the fast tests and all parts that CI takes in turn, about 2 hours (.ci/record.md says when each ran)
+test-medium: $(INSTALLED_TEST) ## run the tests of some seconds each: whole runs, kills, resumes
+	@$(BIN)/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
+
+test-all: test test-medium ## run the tests of each commit and all parts that CI takes in turn, about 2 hours (.ci/record.md says when each ran)
 	@$(BIN)/python .ci/parts.py --all
 
 install-all: $(INSTALLED_ALL) ## install every extra into .venv, each beside the others
@@ -75,9 +79,11 @@ test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and
 
 test-newest: .venv-newest/.installed ## run the fast tests with the newest version of every dependency (.venv-newest)
 	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
+	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
 
 test-lowest: .venv-lowest/.installed ## run the fast tests with the lowest versions of pyproject.toml (.venv-lowest)
 	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
+	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
 
 check: format-check lint types ## check format, lint and types
 

@@ -46,6 +46,7 @@ def test_every_config_is_instantiated(config: Path, tmp_path: Path, tiny_run: Pa
     assert cli.trainer is not None and cli.model is not None
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("all_variants", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)
 def test_every_study_runs_what_it_says(

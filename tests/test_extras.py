@@ -115,6 +115,7 @@ def without_extras(commands: list[list[str]], cwd: Path) -> subprocess.Completed
     return subprocess.run(script, cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.medium
 def test_a_plain_install_trains_writes_and_exports(tiny: Path) -> None:
     run = str(tiny / "runs" / "tiny" / "version_0")
     commands = [
@@ -128,6 +129,7 @@ def test_a_plain_install_trains_writes_and_exports(tiny: Path) -> None:
     assert (tiny / "hf" / "model.safetensors").is_file() and (tiny / "model.gguf").is_file()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("command", "said", "extra"),
     [

@@ -340,6 +340,7 @@ class Block(Callback):
 SAVES = "saving after this optimizer step, then stopping"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("moment", "answer", "code", "then"),
     [

@@ -59,6 +59,7 @@ def test_generate_reads_its_options_before_it_loads_torch() -> None:
     assert imported_by("generate", "--weights", "there") == set()  # nothing to continue
 
 
+@pytest.mark.medium
 def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
     """Weights that are missing: the loader is imported, the trainer's libraries are not."""
     found = imported_by("generate", "--weights", str(tmp_path / "nothing"), "--prompt", "x")

@@ -37,6 +37,7 @@ def test_a_row_has_medians_ratios_and_the_share_of_the_limit(benchmark: Any) -> 
     assert second.endswith(" | 1.00 | 38% | 4.00 |")
 
 
+@pytest.mark.medium
 def test_it_runs(benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def missing() -> None:
         raise ValueError("not here")

@@ -45,6 +45,7 @@ def test_intervals_that_never_come_are_refused() -> None:
         CurriculumStages(validate_every="often")
 
 
+@pytest.mark.medium
 def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     always = "lightning_danube.callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
@@ -54,6 +55,7 @@ def test_a_first_step_may_take_longer_than_a_line(tiny: Path, capsys: pytest.Cap
     assert "  0 of 512 tokens, 0 tokens/s, ? left" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_a_run_that_ends_early_says_so_from_the_start(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     always = "lightning_danube.callbacks.Progress\n      init_args: {seconds_between_lines: 0.0}\n"
@@ -70,6 +72,7 @@ def test_a_run_that_ends_early_says_so_from_the_start(tiny: Path, capsys: pytest
     assert "run: 6,656 tokens in 26 steps of 256 (" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_nothing_is_logged_where_that_is_asked_for(tiny: Path) -> None:
     config = ["--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "2", "--trainer.log_every_n_steps"]
     for every in ("0", "1"):

@@ -26,6 +26,7 @@ def world_run(tmp_path: Path, *options: str) -> int:
     return main(["fit", "--config", str(tmp_path / "world.yaml"), "--runs", str(tmp_path / "runs"), *options])
 
 
+@pytest.mark.medium
 def test_a_run_tells_what_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

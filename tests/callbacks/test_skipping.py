@@ -81,6 +81,7 @@ def test_a_bad_step_changes_nothing_and_counts(
     assert f"step 4 skipped: {cause}" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_good_steps_are_left_alone(tiny: Path) -> None:
     """With the callback on, a healthy run is bitwise the run without it."""
     assert fit(tiny, "guarded", "--trainer.max_steps", "6", skip="{spike_deviations: 50, spike_window: 2}") == 0
@@ -102,6 +103,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
     assert [record["step"] for record in skipped(run_of(tiny, "stuck"))] == [3, 5, 6, 7]
 
 
+@pytest.mark.medium
 def test_a_leap_of_the_loss_is_skipped_also_right_after_a_resume(tiny: Path) -> None:
     """The window of losses is in the checkpoint: without it the resumed run would not know a spike at its first step.
     What was done again after the checkpoint is written once."""

@@ -107,6 +107,7 @@ def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.strip() == answer["after"].strip()
 
 
+@pytest.mark.medium
 def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
     assert fit(talk) == 0
     run, exported = str(run_directory(talk)), talk / "exported"
@@ -126,6 +127,7 @@ def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
     assert answer[: len(new)] == new
 
 
+@pytest.mark.medium
 def test_tensorboard_shows_the_answers_of_each_validation_beside_the_first_ones(talk: Path) -> None:
     assert fit(talk, "--trainer.val_check_interval", "5") == 0
     events = EventAccumulator(str(run_directory(talk)), size_guidance={"tensors": 0}).Reload()
@@ -144,6 +146,7 @@ def test_tensorboard_shows_the_answers_of_each_validation_beside_the_first_ones(
     ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [(), LORA])
 def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ...]) -> None:
     assert fit(talk, *options) == 0
@@ -157,6 +160,7 @@ def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ..
         assert full[key] == stopped[key], key
 
 
+@pytest.mark.medium
 def test_an_adapter_is_all_that_trains_and_all_that_is_saved(talk: Path, mistral_run: Path) -> None:
     assert fit(talk, *LORA) == 0
     run = run_directory(talk)
@@ -169,6 +173,7 @@ def test_an_adapter_is_all_that_trains_and_all_that_is_saved(talk: Path, mistral
     assert torch.equal(base.lm_head.weight, tuned.lm_head.weight)
 
 
+@pytest.mark.medium
 def test_an_adapter_on_a_4_bit_base_goes_on_exactly_and_is_the_model_that_was_evaluated(talk: Path) -> None:
     base = save_tiny(talk / "base", dataclasses.replace(TINY_CONFIG, intermediate_size=128))
     (base / "chat_template.jinja").unlink()
@@ -236,6 +241,7 @@ def test_a_mistake_is_one_line(
     assert not (talk / "runs").exists()
 
 
+@pytest.mark.medium
 def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk, *LORA, "--trainer.max_steps", "3") == 0
     for options, message in [
@@ -247,6 +253,7 @@ def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixtu
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_evaluation_reports_the_answers(talk: Path) -> None:
     assert fit(talk) == 0
     for verb in ("validate", "test"):
@@ -256,6 +263,7 @@ def test_evaluation_reports_the_answers(talk: Path) -> None:
     assert validated["val_loss"] == trained["val_loss"] and validated["val_tokens"] == trained["val_tokens"]
 
 
+@pytest.mark.medium
 def test_importing_tasks_imports_no_adapters() -> None:
     code = (
         "import sys, lightning_danube.chat.fine_tuning; "

@@ -129,6 +129,7 @@ def test_the_first_step_has_the_loss_of_no_difference(talk: Path) -> None:
     assert values_of(run, "rewards/chosen")[0] == pytest.approx(0, abs=1e-11)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [(), LORA])
 def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ...]) -> None:
     assert fit(talk, *options) == 0
@@ -143,6 +144,7 @@ def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ..
         assert full[key] == stopped[key], key
 
 
+@pytest.mark.medium
 def test_an_adapter_trains_against_the_reference_of_its_base(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ("--trainer.max_steps", "1")
     assert fit(talk, *short) == 0
@@ -234,6 +236,7 @@ def test_task_data_and_summary_have_to_belong_together(talk: Path, capsys: pytes
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk, *LORA, "--trainer.max_steps", "3") == 0
     for options, message in [
@@ -245,6 +248,7 @@ def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixtu
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk) == 0
     for verb in ("validate", "test", "predict"):

@@ -188,6 +188,7 @@ def test_a_payload_is_refused_and_does_not_run(tmp_path: Path, weights_only: boo
     assert not ran.exists()
 
 
+@pytest.mark.medium
 def test_a_payload_does_not_run_from_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = tiny / "ran"
     torch.save({"state_dict": {}, "extra": Payload(ran)}, tiny / "step_1.ckpt")
@@ -237,6 +238,7 @@ def test_a_full_disk_ends_all_ranks(tiny: Path, small_disk: Path) -> None:
     assert damage(checkpoints / "step_00000005.ckpt") is None
 
 
+@pytest.mark.medium
 def test_a_read_only_directory_is_refused_at_the_start(
     tiny: Path, read_only: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +316,7 @@ def test_a_newer_version_without_a_checkpoint_is_told(tmp_path: Path) -> None:
     assert place.checkpoint == path and "version_1 has no checkpoint yet" in place.warnings[0]
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny) == 0
     assert fit(tiny, "--name", "hurt", "--trainer.max_steps", "15") == 0
@@ -403,6 +406,7 @@ def test_a_run_told_to_stop_saves_at_the_next_step(
     assert "saved: go on with --ckpt_path last" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_run_told_to_stop_within_an_accumulation_ends_as_if_it_was_not(tiny: Path, signalled: Any) -> None:
     accumulating = ["--data.init_args.micro_batch_size", "4"]
     assert signalled([signal.SIGTERM], *accumulating, micro_batch=2 * 7) == 75
@@ -413,6 +417,7 @@ def test_a_run_told_to_stop_within_an_accumulation_ends_as_if_it_was_not(tiny: P
     assert same_weights(tiny / "runs" / "tiny" / "version_0" / last, told / last)
 
 
+@pytest.mark.medium
 def test_told_while_the_last_step_is_validated_the_run_is_done(tiny: Path, signalled: Any) -> None:
     assert signalled([signal.SIGTERM], validation=26) == 0
     assert (tiny / "runs" / "told" / "version_0" / "summary.json").exists()
@@ -468,6 +473,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return asked
 
 
+@pytest.mark.medium
 def test_slurm_requeues_on_its_signal_and_the_job_goes_on(tiny: Path, signalled: Any, slurm: Path) -> None:
     assert signalled([signal.SIGUSR1], micro_batch=7) == 75
     assert slurm.read_text() == "requeue 4711\n"

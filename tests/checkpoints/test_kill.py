@@ -167,6 +167,7 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 
+@pytest.mark.medium
 def test_runs_killed_at_chosen_moments_end_as_if_they_were_not(watched: Path) -> None:
     full = Run(watched, "full", (*DROPOUT, *ACCUMULATION))
     plain = Run(watched, "plain", (*DROPOUT, *ACCUMULATION))

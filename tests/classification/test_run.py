@@ -148,6 +148,7 @@ def test_pictures_of_two_classes(words: Path) -> None:
     assert {"accuracy/test", "macro_f1/test", "calibration_error/test", "loss/test"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.medium
 def test_predictions_stand_beside_their_rows(words: Path) -> None:
     assert run(words) == 0
     (words / "new.csv").write_text("text\nriver rain 7\nmountain star 9 slowly\nstone iron\n")
@@ -170,6 +171,7 @@ def test_predictions_stand_beside_their_rows(words: Path) -> None:
     assert [row["row"] for row in said] == list(range(1, 31)) and said[0]["true_label"] == "far"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [(), ("--model.init_args.lora.dora", "true", "--model.init_args.head", "logits")])
 def test_going_on_equals_never_having_stopped(words: Path, options: tuple[str, ...]) -> None:
     options = (*options, "--model.init_args.head_learning_rate", "1e-3", "--data.init_args.micro_batch_size", "4")
@@ -183,6 +185,7 @@ def test_going_on_equals_never_having_stopped(words: Path, options: tuple[str, .
     assert summary_of(words)["validation"] == summary_of(words, "stopped")["validation"]
 
 
+@pytest.mark.medium
 def test_a_checkpoint_holds_what_trains(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 0
     checkpoint = last_checkpoint(directory(words))
@@ -259,6 +262,7 @@ def test_a_mistake_is_one_line(
     assert not (words / "runs").exists()
 
 
+@pytest.mark.medium
 def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = shutil.copytree(save_tiny(tmp_path / "one"), tmp_path / "base")
     begin = ("--model.init_args.weights", str(base))
@@ -283,6 +287,7 @@ def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: py
     assert "holds other weights than those its adapter was trained on" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_checkpoint_of_another_task_is_no_classifier(
     words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +316,7 @@ def predictions(words: Path) -> tuple[list[str], list[dict[str, float]]]:
     return texts, [json.loads(line)["probabilities"] for line in lines]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("head", ["hidden", "logits"])
 def test_transformers_gives_the_same_scores(words: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words, "--model.init_args.head", head) == 0
@@ -339,6 +345,7 @@ def test_transformers_gives_the_same_scores(words: Path, head: str, capsys: pyte
     assert len(classify.tokenizer(long_text, truncation=True).input_ids) == 32
 
 
+@pytest.mark.medium
 def test_an_adapter_on_4_bits_is_exported_as_what_was_trained(words: Path) -> None:
     base = save_tiny(words / "base", dataclasses.replace(TINY_CONFIG, intermediate_size=128))
     config = (
@@ -355,6 +362,7 @@ def test_an_adapter_on_4_bits_is_exported_as_what_was_trained(words: Path) -> No
         assert theirs == pytest.approx(mine, abs=1e-5)
 
 
+@pytest.mark.medium
 def test_peft_gives_the_same_scores(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save_tiny(tmp_path / "base")
     config = re.sub(r"weights: /.*", f"weights: {base}", (words / "words.yaml").read_text())

@@ -325,6 +325,7 @@ def test_bad_rows_are_named_with_file_and_row(tiny: Path, capsys: pytest.Capture
     assert f"{tiny / 'wiki.jsonl'}, row 301: not JSON" in said
 
 
+@pytest.mark.medium
 def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_danube.tokens.tokenizer import DocumentTokenizer
 

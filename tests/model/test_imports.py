@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LOAD = """
 import sys
 import torch
@@ -21,6 +23,7 @@ print(*(name for name in ("torch._dynamo", "mistral_common", "transformers", "li
 """
 
 
+@pytest.mark.medium
 def test_a_model_loads_and_generates_without_the_compiler(tmp_path: Path) -> None:
     """PyTorch's compiler takes 1.4 CPU seconds to import, mistral_common 0.4."""
     run = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "a.gguf")], capture_output=True, text=True)

@@ -56,6 +56,7 @@ def stages(old: str, new: str) -> str:
     return f"data: {{init_args: {{stages: {json.dumps(yaml.safe_load(STAGES.replace(old, new)))}}}}}"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,6 +108,7 @@ def test_what_would_be_another_run_is_refused_and_nothing_is_written(
     assert [path.name for path in (stopped / "runs" / "tiny").iterdir()] == ["version_0"]
 
 
+@pytest.mark.medium
 def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +172,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     ]
 
 
+@pytest.mark.medium
 def test_the_same_config_shows_nothing(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["--runs", str(tmp_path)]
     command = ["fit", "--config", str(stopped / "tiny.yaml"), *runs, "--trainer.log_every_n_steps", "2"]

@@ -71,6 +71,7 @@ def data(tiny: Path) -> Callable[..., CurriculumData]:
     return make
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_hold_the_rows_of_their_keys(data: Callable[..., CurriculumData], workers: int) -> None:
     module = data(workers=workers)
@@ -86,6 +87,7 @@ def test_batches_hold_the_rows_of_their_keys(data: Callable[..., CurriculumData]
         assert batch["input_ids"].is_contiguous() and batch["labels"].is_contiguous()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_id_stops_the_run_by_name(data: Callable[..., CurriculumData], workers: int) -> None:
     module = data(workers=workers)
@@ -107,6 +109,7 @@ def test_a_damaged_id_stops_the_run_by_name(data: Callable[..., CurriculumData],
     assert 0 < seen <= module.curriculum.total_samples // 2
 
 
+@pytest.mark.medium
 def test_held_out_rows_are_counted_once_each(data: Callable[..., CurriculumData]) -> None:
     module = data(validation_rows=1000)
     for loader, (name, stream) in zip(module.val_dataloader(), module._validation.items(), strict=True):
@@ -116,6 +119,7 @@ def test_held_out_rows_are_counted_once_each(data: Callable[..., CurriculumData]
         assert module.evaluation_tokens(1000)[name] == len(stream) - 1
 
 
+@pytest.mark.medium
 def test_document_ids_change_after_each_end(data: Callable[..., CurriculumData]) -> None:
     module = data(document_masks=True)
     batch = next(iter(module.train_dataloader()))
@@ -127,6 +131,7 @@ def test_document_ids_change_after_each_end(data: Callable[..., CurriculumData])
         assert documents.tolist() == expected
 
 
+@pytest.mark.medium
 def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumData]) -> None:
     module = data(validation_rows=1000)
     stream = module.shards["web"].tokens("train")

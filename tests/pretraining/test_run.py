@@ -103,6 +103,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     assert "arning" not in printed.err + printed.out
 
 
+@pytest.mark.medium
 def test_what_tensorboard_shows_is_grouped_and_at_the_right_step(tiny: Path) -> None:
     fit(tiny)
     run = run_directory(tiny)
@@ -130,6 +131,7 @@ def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
     assert list(losses.values()) == pytest.approx(golden, rel=1e-3)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
@@ -163,6 +165,7 @@ def test_going_on_equals_never_having_stopped(tiny: Path, stop: int, options: li
     assert resumed["stages"] == full["stages"]
 
 
+@pytest.mark.medium
 def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Though the timer runs out between two steps, and the next checkpoint would come later."""
     config = tiny / "tiny.yaml"
@@ -184,6 +187,7 @@ def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: p
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
 
 
+@pytest.mark.medium
 def test_accumulation_changes_memory_not_the_result(tiny: Path) -> None:
     fit(tiny)
     fit(tiny, "--name", "accumulated", "--data.init_args.micro_batch_size", "2")
@@ -211,6 +215,7 @@ def test_without_a_compiler_blocks_are_not_compiled(
     assert "needs a C++ compiler on a CPU, and there is no no-such-compiler: install" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_the_saved_config_replays_the_run(tiny: Path) -> None:
     fit(tiny)
     assert main(["fit", "--config", str(run_directory(tiny) / "config.yaml")]) == 0
@@ -219,6 +224,7 @@ def test_the_saved_config_replays_the_run(tiny: Path) -> None:
     )
 
 
+@pytest.mark.medium
 def test_a_finished_run_says_so(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tiny)
     before = (run_directory(tiny) / "checkpoints" / LAST).read_bytes()
@@ -227,6 +233,7 @@ def test_a_finished_run_says_so(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert (run_directory(tiny) / "checkpoints" / LAST).read_bytes() == before
 
 
+@pytest.mark.medium
 def test_validation_between_stage_ends_changes_nothing_else(tiny: Path) -> None:
     fit(tiny)
     config = (tiny / "tiny.yaml").read_text()
@@ -254,6 +261,7 @@ def test_validate_test_and_predict_agree_with_training(tiny: Path) -> None:
     assert tested["val_tokens"]["web"] > 8 * 32
 
 
+@pytest.mark.medium
 def test_predictions_are_the_rows_behind_the_test_loss(tiny: Path) -> None:
     config = (tiny / "tiny.yaml").read_text() + "    - class_path: lightning_danube.callbacks.Predictions\n"
     (tiny / "tiny.yaml").write_text(config)
@@ -271,6 +279,7 @@ def test_predictions_are_the_rows_behind_the_test_loss(tiny: Path) -> None:
         assert mean == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.medium
 def test_the_export_generates_in_transformers_what_generate_prints(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +326,7 @@ def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path: Path) -> None:
     assert newest is not None and newest.name == "step_00000100.ckpt"
 
 
+@pytest.mark.medium
 def test_a_run_cut_short_says_where_it_stopped(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny, "--trainer.limit_train_batches", "3") == 0
     assert "stopped after 3 of 26 steps; nothing was saved" in capsys.readouterr().out
@@ -330,6 +340,7 @@ def test_fast_dev_run_writes_nothing(tiny: Path) -> None:
     assert not (tiny / "runs").exists()
 
 
+@pytest.mark.medium
 def test_without_a_logger_the_run_has_its_place_all_the_same(tiny: Path) -> None:
     assert fit(tiny, "--trainer.logger", "false") == 0
     assert {path.name for path in (tiny / "runs" / "tiny").iterdir()} == {

@@ -129,6 +129,7 @@ def test_a_table_of_all_levels(bits: Path, capsys: pytest.CaptureFixture[str]) -
     assert [path.suffix for path in kept(bits)] == [".npz"] * 4
 
 
+@pytest.mark.medium
 def test_what_was_measured_is_not_measured_again(bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(bits) == 0
     first = by_level(bits)
@@ -172,6 +173,7 @@ def test_what_a_killed_process_has_left_is_removed(bits: Path) -> None:
     assert left_alone == {f"work-{here}-{os.getpid()}-x", f"work-elsewhere-{gone}-x"}
 
 
+@pytest.mark.medium
 def test_other_weights_are_measured_for_themselves(bits: Path) -> None:
     assert run(bits) == 0
     save_tiny(bits / "other", seed=1)

@@ -29,6 +29,7 @@ while (number := study._pop_waiting_trial_id()) is not None:
 """
 
 
+@pytest.mark.medium
 def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
     """Without `take_turns` three workers took 46 of these 40."""
     url = f"sqlite:///{tmp_path / 'race.sqlite3'}"

@@ -56,6 +56,7 @@ def test_rules_for_prose(text: str, rule: str | None) -> None:
     assert Filters().against(text) == rule
 
 
+@pytest.mark.medium
 def test_filters_are_off_by_default_and_for_sources_that_say_so(tmp_path: Path) -> None:
     texts = [" ".join(prose(n, 60 if n % 2 else 20)) for n in range(40)]
     for number, (source, quality, left) in enumerate(
@@ -73,6 +74,7 @@ def test_first_of_each_keeps_the_first() -> None:
     assert first_of_each(hashes).tolist() == [True, True, False, True, False, False]
 
 
+@pytest.mark.medium
 def test_exact_and_near_duplicates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "UNIT_BYTES", 5_000)  # copies lie in other units
     originals = [prose(n, 200) for n in range(30)]

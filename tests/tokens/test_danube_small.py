@@ -46,6 +46,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+@pytest.mark.medium
 def test_a_runs_model_has_its_pieces(road: Path) -> None:
     name, tokenizer = tokenizer_of(str(road / "runs/tiny/version_0"))
     assert name == "danube-small" and tokenizer is load_hf_tokenizer("danube-small")
@@ -84,6 +85,7 @@ def test_a_fine_tuned_model_answers_by_its_markers(road: Path, capsys: pytest.Ca
     assert asked == ours and len(ours) - len(ids_of(theirs, "river?")) == 3
 
 
+@pytest.mark.medium
 def test_it_is_known_to_prepare_plan_and_a_second_run(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", road / "tiny.yaml")
     assert "web" in said(capsys, "prepare", *config, *SMALL)

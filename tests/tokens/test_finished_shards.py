@@ -58,6 +58,7 @@ def test_they_are_fetched_once_and_read_like_any_others(
     assert [path.name for path in fetched.directory.parent.iterdir()] == [fetched.directory.name]
 
 
+@pytest.mark.medium
 def test_a_directory_of_shards_is_read_where_it_is(
     made: TokenShards, tokenizer: DocumentTokenizer, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ def prepare_small(source: Source, tokenizer: DocumentTokenizer, cache: Path, **o
     return open_or_prepare("src", source, tokenizer, cache_dir=cache, **arguments)[0].directory
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
 def test_bytes_do_not_depend_on_processes_units_or_parts(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +165,7 @@ def test_bytes_do_not_depend_on_processes_units_or_parts(
     assert content(prepare_small(source, tokenizer, tmp_path / "large", quality=quality)) == content(one)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
 def test_a_streamed_source_is_the_same_by_processes_and_parts(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     import datasets
@@ -180,6 +182,7 @@ def test_a_streamed_source_is_the_same_by_processes_and_parts(tmp_path: Path, to
     assert content(made(tmp_path / "parts")) == content(one)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
 def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     path = tmp_path / "many.jsonl"
@@ -212,6 +215,7 @@ def kill_when(process: Forked, units: Path, count: int) -> int:
     return len(list(units.glob("*.npz")))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("processes", "moments"), [(1, [30]), pytest.param(2, [1, 7, 20, 45], marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_units")
 def test_kill_9_and_start_again_gives_the_same_bytes(
@@ -279,6 +283,7 @@ def test_progress_names_rates_and_the_time_left(
     assert [match[1] for match in found if match][-1] == "100" and [match[2] for match in found if match][-1] == "300"
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
 def test_skipped_rows_are_counted_and_kept_aside(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     good = texts(300)
@@ -376,6 +381,7 @@ def test_long_texts_are_encoded_in_parts_without_a_trace(
         assert [tokenizer.bos_id, *ids, tokenizer.eos_id] == expected.tolist(), text
 
 
+@pytest.mark.medium
 def test_only_a_tokenizer_without_pieces_over_a_space_encodes_in_parts(tokenizer: DocumentTokenizer) -> None:
     whole = json.loads(tokenizer.hf.backend_tokenizer.to_str())
     assert encoding.can_encode_in_parts(json.dumps(whole))

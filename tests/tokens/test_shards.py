@@ -79,6 +79,7 @@ def test_rows_cover_the_stream_across_files(make: Make, source: Source, context_
     assert len(stream) - covered <= context_length
 
 
+@pytest.mark.medium
 def test_the_cache_notices_what_changed(tmp_path: Path, source: Source, tokenizer: DocumentTokenizer) -> None:
     def directory(held_out: float = 0.1, **quality: Any) -> Path:
         options: dict[str, Any] = {"quality": Quality(**quality), "cache_dir": tmp_path / "cache"}

@@ -68,6 +68,7 @@ def test_without_merges_every_byte_is_a_piece() -> None:
     assert len(tokenizer.encode("é walks", add_special_tokens=False)) == len("é walks".encode())
 
 
+@pytest.mark.medium
 def test_the_order_of_the_texts_and_the_threads_change_nothing(tmp_path: Path) -> None:
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
     one, other = (train_tokenizer(texts, SMALLEST + 60).backend_tokenizer.to_str() for texts in (TEXTS, shuffled))

@@ -72,6 +72,7 @@ def test_the_fastest_is_taken_told_and_kept(
     assert summary["precision"] == expected
 
 
+@pytest.mark.medium
 def test_a_saved_config_replays_the_precision(free: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_rates(monkeypatch, WITH_16_BITS)
     assert fit(free, "--trainer.max_steps", "1") == 0
@@ -83,6 +84,7 @@ def test_a_saved_config_replays_the_precision(free: Path, monkeypatch: pytest.Mo
     assert saved_precision(free, 2) == "32-true"
 
 
+@pytest.mark.medium
 def test_what_the_user_sets_is_obeyed_and_told_where_it_is_slow(
     free: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_what_the_user_sets_is_obeyed_and_told_where_it_is_slow(
     assert not lines_with(said.err, "warning: trainer.precision")
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_where_its_precision_is_slow(
     free: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

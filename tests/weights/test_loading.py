@@ -419,6 +419,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
         thread.join()
 
 
+@pytest.mark.medium
 def test_only_what_a_model_needs_is_fetched_from_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, handler = hub
     model, adapter = save_tiny(tmp_path / "model"), save_tiny_adapter(tmp_path / "adapter")

@@ -291,6 +291,7 @@ QUANTIZED_MOMENTS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("moments", [MOMENTS, pytest.param(QUANTIZED_MOMENTS, marks=pytest.mark.llama_cpp)])
 def test_a_killed_export_leaves_what_was_there(
     moments: list[tuple[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -103,6 +103,7 @@ def test_a_study_ends_in_a_table_and_a_verdict(
     assert summary["also"]["val_loss.wiki"][0]["mean"] == 0
 
 
+@pytest.mark.medium
 def test_a_result_says_where_it_came_from(study: Path, fake_runs: None) -> None:
     assert run(study) == 0
     (row, *_) = results(study)
@@ -110,6 +111,7 @@ def test_a_result_says_where_it_came_from(study: Path, fake_runs: None) -> None:
     assert row["commit"] == commit() and row["machine"] == machine()
 
 
+@pytest.mark.medium
 def test_several_numbers_are_one_by_their_mean(study: Path, fake_runs: None) -> None:
     text = (study / "study.yaml").read_text()
     (study / "study.yaml").write_text(text.replace("metric: val_loss.web", "metric: val_loss"))
@@ -117,6 +119,7 @@ def test_several_numbers_are_one_by_their_mean(study: Path, fake_runs: None) -> 
     assert results(study)[0]["val_loss"] == pytest.approx((3.98 + 4.0) / 2)
 
 
+@pytest.mark.medium
 def test_going_on_is_asked_for_and_repeats_nothing(
     study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +141,7 @@ def test_going_on_is_asked_for_and_repeats_nothing(
     assert out.count("begins") == 2 + 4 and "faster is better than slow" in out
 
 
+@pytest.mark.medium
 def test_another_study_does_not_mix_in(study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(study) == 0
     text = (study / "study.yaml").read_text()
@@ -195,6 +199,7 @@ search:
 """
 
 
+@pytest.mark.medium
 def test_a_search_finds_what_matters(
     study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

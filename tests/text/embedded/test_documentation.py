@@ -317,6 +317,7 @@ def test_a_killed_collection_leaves_nothing(
     assert all(rows_of(file) for file in collect(environment, tmp_path / "cache").values())
 
 
+@pytest.mark.medium
 def test_ctrl_c_ends_a_collection_and_its_processes_and_warns_of_nothing(tmp_path: Path) -> None:
     make_environment(tmp_path / "environment")
     script = tmp_path / "collect.py"

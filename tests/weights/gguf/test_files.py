@@ -500,6 +500,7 @@ def test_a_decoder_with_adapters_is_not_saved(decoder: Decoder, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.medium
 def test_importing_the_file_imports_neither_gguf_nor_transformers() -> None:
     code = "import sys, lightning_danube.weights.gguf.files as _\nprint({'transformers', 'gguf'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

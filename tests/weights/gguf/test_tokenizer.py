@@ -153,6 +153,7 @@ def mistral_fields() -> dict[str, Any]:
     return gguf_tokenizer_fields(load_hf_tokenizer("mistral"))
 
 
+@pytest.mark.medium
 def test_the_mistral_tokenizer_comes_back_as_the_same_one(mistral_fields: dict[str, Any], tmp_path: Path) -> None:
     original = load_hf_tokenizer("mistral")
     fields = mistral_fields | {"tokenizer.chat_template": CHAT_TEMPLATE}
