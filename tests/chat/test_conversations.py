@@ -9,14 +9,10 @@ import pytest
 
 from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
 from lightning_danube.text.reading import BadRow
+from tests.rows import write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 TALK = [USER, ASSISTANT, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye."}]
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def read(path: Path, **options: Any) -> list[Conversation | BadRow]:
@@ -48,12 +44,12 @@ def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     ],
 )
 def test_common_shapes_are_told_apart(tmp_path: Path, row: Any, messages: list[dict[str, str]]) -> None:
-    path = write(tmp_path / "a.jsonl", row, row)
+    path = write_rows(tmp_path / "a.jsonl", row, row)
     assert read(path) == [Conversation(messages, str(path), 1), Conversation(messages, str(path), 2)]
 
 
 def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"q": "Hi", "best": "Hello.", "response": "Go away."})
+    path = write_rows(tmp_path / "a.jsonl", {"q": "Hi", "best": "Hello.", "response": "Go away."})
     (found,) = read(path, columns={"prompt": "q", "response": "best"})
     assert isinstance(found, Conversation) and found.messages == TALK[:2]
 
@@ -105,7 +101,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 def test_a_row_to_learn_nothing_from_is_named(tmp_path: Path, row: Any, cause: str, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", {"messages": TALK}, row)
+    path = write_rows(tmp_path / "a.jsonl", {"messages": TALK}, row)
     _, bad = read(path)
     assert isinstance(bad, BadRow) and bad.cause == cause and bad.row == 2
     assert bad.message.startswith(f"{path}, row 2: ") and message in bad.message
@@ -134,7 +130,7 @@ def test_a_source_without_conversations_is_refused(
     tmp_path: Path, rows: list[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        read(write(tmp_path / "a.jsonl", *rows), **options)
+        read(write_rows(tmp_path / "a.jsonl", *rows), **options)
 
 
 def test_plain_text_and_documents_are_no_conversations(tmp_path: Path) -> None:
@@ -146,7 +142,7 @@ def test_plain_text_and_documents_are_no_conversations(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_large_set_is_enough(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", *[{"messages": TALK}] * 5)
+    path = write_rows(tmp_path / "a.jsonl", *[{"messages": TALK}] * 5)
     assert [one.row for one in read(path, max_conversations=3)] == [1, 2, 3]
     with pytest.raises(ValueError, match="max_conversations is 0: it must be at least 1"):
         ConversationSource("a.jsonl", max_conversations=0)

@@ -17,6 +17,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, encode_chat, end_ids
 from lightning_danube.weights.loading import load_decoder, load_model
+from tests.commands import fit
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
 from tests.training.test_world_size import run_in_ranks
@@ -67,10 +68,6 @@ def talk(tmp_path: Path, mistral_run: Path) -> Path:
             file.write(json.dumps({"messages": turns * (1 + n % 2)}) + "\n")
     (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(mistral_run)))
     return tmp_path
-
-
-def fit(talk: Path, *options: str) -> int:
-    return main(["fit", "--config", str(talk / "talk.yaml"), *options])
 
 
 def run_directory(talk: Path, name: str = "talk") -> Path:

@@ -12,6 +12,7 @@ import pytest
 from lightning_danube.__main__ import main
 from lightning_danube.intervals import wilson
 from tests.chat.test_fine_tuning import last_checkpoint, run_directory, same_weights
+from tests.commands import fit
 from tests.pretraining.test_run import scalars
 from tests.training.test_world_size import run_in_ranks
 
@@ -62,10 +63,6 @@ def talk(tmp_path: Path, tiny_run: Path) -> Path:
             file.write(json.dumps({"prompt": prompt, "chosen": right, "rejected": wrong}) + "\n")
     (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(tiny_run)))
     return tmp_path
-
-
-def fit(talk: Path, *options: str) -> int:
-    return main(["fit", "--config", str(talk / "talk.yaml"), *options])
 
 
 def summary_of(talk: Path, name: str = "talk") -> dict[str, Any]:

@@ -8,16 +8,12 @@ import pytest
 
 from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.text.reading import BadRow
+from tests.rows import write_rows
 
 ASKED = [{"role": "user", "content": "Hi"}]
 LONG = [*ASKED, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"}]
 GOOD, BAD = {"role": "assistant", "content": "Fine."}, {"role": "assistant", "content": "Go away."}
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def read(path: Path, **options: Any) -> list[Preference | BadRow]:
@@ -56,14 +52,16 @@ def sharegpt(messages: Any) -> Any:
     ],
 )
 def test_common_shapes_are_told_apart(tmp_path: Path, row: Any, prompt: list[dict[str, str]]) -> None:
-    path = write(tmp_path / "a.jsonl", row, row)
+    path = write_rows(tmp_path / "a.jsonl", row, row)
     topic = next(message["content"] for message in prompt if message["role"] == "user")
     assert read(path) == [Preference(prompt, "Fine.", "Go away.", topic, str(path), number) for number in (1, 2)]
 
 
 def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) -> None:
     row = {"q": "Hi", "best": "Fine.", "worst": "Go away.", "chosen": "best"}
-    (found,) = read(write(tmp_path / "a.jsonl", row), columns={"prompt": "q", "chosen": "best", "rejected": "worst"})
+    (found,) = read(
+        write_rows(tmp_path / "a.jsonl", row), columns={"prompt": "q", "chosen": "best", "rejected": "worst"}
+    )
     assert isinstance(found, Preference) and (found.prompt, found.chosen, found.rejected) == (
         ASKED,
         "Fine.",
@@ -72,7 +70,7 @@ def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) ->
 
 
 def test_a_row_may_leave_out_what_it_has_not(tmp_path: Path) -> None:
-    first, second = read(write(tmp_path / "a.jsonl", PAIR, {**PAIR, "system": "Be brief."}))
+    first, second = read(write_rows(tmp_path / "a.jsonl", PAIR, {**PAIR, "system": "Be brief."}))
     assert isinstance(first, Preference) and isinstance(second, Preference)
     assert first.prompt == ASKED and second.prompt == [SYSTEM, *ASKED]
 
@@ -133,7 +131,7 @@ PAIR = {"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away."}
     ],
 )
 def test_a_row_to_learn_nothing_from_is_named(tmp_path: Path, row: Any, cause: str, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", PAIR, row)
+    path = write_rows(tmp_path / "a.jsonl", PAIR, row)
     _, bad = read(path)
     assert isinstance(bad, BadRow) and bad.cause == cause and bad.row == 2
     assert bad.message.startswith(f"{path}, row 2: ") and message in bad.message
@@ -157,11 +155,11 @@ def test_a_source_without_pairs_is_refused(
     tmp_path: Path, rows: list[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        read(write(tmp_path / "a.jsonl", *rows), **options)
+        read(write_rows(tmp_path / "a.jsonl", *rows), **options)
 
 
 def test_a_part_of_a_large_set_is_enough(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", *[PAIR] * 5)
+    path = write_rows(tmp_path / "a.jsonl", *[PAIR] * 5)
     assert [one.row for one in read(path, max_pairs=3)] == [1, 2, 3]
     with pytest.raises(ValueError, match="max_pairs is 0: it must be at least 1"):
         PreferenceSource("a.jsonl", max_pairs=0)
@@ -196,7 +194,7 @@ Answer: In `textwrap`.
 
 def test_the_embedded_questions_lend_each_other_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": QUESTIONS}, {"text": QUESTIONS.partition("\n\n")[0]}, {"text": QUESTIONS.replace("json", "toml")}]
-    path = write(tmp_path / "instruct.jsonl", *rows)
+    path = write_rows(tmp_path / "instruct.jsonl", *rows)
     monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", lambda cache: {"instruct": path})
     source = PreferenceSource("documentation:instruct")
     pairs = [pair for pair in read_preferences("src", source, tmp_path) if isinstance(pair, Preference)]
@@ -221,7 +219,9 @@ def test_the_embedded_questions_lend_each_other_their_answers(tmp_path: Path, mo
 
 
 def test_embedded_answers_that_are_the_same_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "instruct.jsonl", {"text": "Question: A?\nAnswer: None.\n\nQuestion: B?\nAnswer: None."})
+    path = write_rows(
+        tmp_path / "instruct.jsonl", {"text": "Question: A?\nAnswer: None.\n\nQuestion: B?\nAnswer: None."}
+    )
     monkeypatch.setattr("lightning_danube.text.corpora.collect_documentation", lambda cache: {"instruct": path})
     assert not list(read_preferences("src", PreferenceSource("documentation:instruct"), tmp_path))
 
@@ -235,5 +235,5 @@ def test_embedded_answers_that_are_the_same_are_no_pair(tmp_path: Path, monkeypa
     ],
 )
 def test_a_system_column_that_repeats_the_conversations_own_is_taken_once(tmp_path: Path, row: Any) -> None:
-    (found,) = read(write(tmp_path / "a.jsonl", row))
+    (found,) = read(write_rows(tmp_path / "a.jsonl", row))
     assert isinstance(found, Preference) and found.prompt == [SYSTEM, *LONG]

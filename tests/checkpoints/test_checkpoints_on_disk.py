@@ -28,15 +28,12 @@ from lightning_danube.checkpoints.files import (
 from lightning_danube.checkpoints.runs import newest_checkpoint, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.signals import requeue_slurm_job
+from tests.commands import fit
 from tests.training.test_ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 IO = DurableCheckpointIO()
 CONTENT: dict[str, Any] = {"weights": torch.arange(250_000, dtype=torch.float32), "step": 3}
-
-
-def fit(tiny: Path, *options: str) -> int:
-    return main(["fit", "--config", str(tiny / "tiny.yaml"), *options])
 
 
 def flip_a_bit(path: Path) -> None:
@@ -382,8 +379,11 @@ def signalled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(signals: list[int], *options: str, **moment: int) -> int:
         arguments = json.dumps({"numbers": signals, **moment})
-        (tiny / "told.yaml").write_text(f"{config}    - class_path: sender.Sender\n      init_args: {arguments}\n")
-        return main(["fit", "--config", str(tiny / "told.yaml"), "--name", "told", *options])
+        (tiny / "told").mkdir(exist_ok=True)
+        (tiny / "told" / "told.yaml").write_text(
+            f"{config}    - class_path: sender.Sender\n      init_args: {arguments}\n"
+        )
+        return main(["fit", "--config", str(tiny / "told" / "told.yaml"), "--name", "told", *options])
 
     return run
 
@@ -438,8 +438,9 @@ def test_processes_that_belong_to_the_run_do_not_keep_it_from_saving(
     (tiny / "sender.py").write_text(SENDER)
     arguments = json.dumps({"numbers": [signal.SIGTERM], **moment})
     config = (tiny / "tiny.yaml").read_text().replace("micro_batch_size: 8", "micro_batch_size: 4")
-    (tiny / "told.yaml").write_text(f"{config}    - class_path: sender.Sender\n      init_args: {arguments}\n")
-    command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(tiny / "told.yaml"), *options]
+    (tiny / "told").mkdir()
+    (tiny / "told" / "told.yaml").write_text(f"{config}    - class_path: sender.Sender\n      init_args: {arguments}\n")
+    command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(tiny / "told" / "told.yaml"), *options]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tiny}", "OMP_NUM_THREADS": "1"}
 
     def exit_code(*more: str) -> tuple[int, str]:

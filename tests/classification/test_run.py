@@ -19,6 +19,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.weights.loading import load_decoder
 from tests.chat.test_fine_tuning import CONFIG as CHAT
 from tests.chat.test_fine_tuning import LORA
+from tests.commands import run
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
 from tests.training.test_world_size import run_in_ranks
@@ -75,10 +76,6 @@ def words(tmp_path: Path, tiny_run: Path) -> Path:
     write(tmp_path / "test.csv", 200, 30)
     (tmp_path / "words.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(tiny_run)))
     return tmp_path
-
-
-def run(words: Path, *options: str, verb: str = "fit") -> int:
-    return main([verb, "--config", str(words / "words.yaml"), *options])
 
 
 def directory(words: Path, name: str = "words") -> Path:

@@ -1,6 +1,5 @@
 """What is asked besides academic benchmarks: running text, needles, passages and chats."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,15 @@ from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needle
 from lightning_danube.evaluation.parts.passages import RetrievalOptions, passage_questions, retrieved, says
 from lightning_danube.evaluation.parts.perplexity import position_buckets, text_rows
 from lightning_danube.text.corpora import Source
+from tests.rows import write_rows
 from tests.tiny_models import tiny_tokenizer
 
 TEXT = "Rivers run over stones, and the light is green under the trees there. "
 
 
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def texts(tmp_path: Path) -> Source:
-    return Source(write(tmp_path / "texts.jsonl", *({"text": f"{n}: {TEXT * 3}"} for n in range(4))))
+    return Source(str(write_rows(tmp_path / "texts.jsonl", *({"text": f"{n}: {TEXT * 3}"} for n in range(4)))))
 
 
 def test_rows_of_text_are_the_documents_one_after_the_other(texts: Source, tmp_path: Path) -> None:
@@ -83,10 +78,12 @@ def test_the_most_similar_passages_come_first() -> None:
 
 def test_questions_get_their_own_passages_or_those_of_a_corpus(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    own = write(
-        tmp_path / "own.jsonl",
-        {"question": "Which river?", "answers": "Nile", "passages": ["It is the Nile.", "no"]},
-        {"question": "Which sea?", "answers": ["Red", "Dead"], "passages": ["unknown"]},
+    own = str(
+        write_rows(
+            tmp_path / "own.jsonl",
+            {"question": "Which river?", "answers": "Nile", "passages": ["It is the Nile.", "no"]},
+            {"question": "Which sea?", "answers": ["Red", "Dead"], "passages": ["unknown"]},
+        )
     )
     part = passage_questions(RetrievalOptions(own, passages=1), tokenizer, [1], 0, tmp_path)
     assert [question.passages for question in part.questions] == [["It is the Nile."], ["unknown"]]
@@ -94,7 +91,7 @@ def test_questions_get_their_own_passages_or_those_of_a_corpus(tmp_path: Path) -
     asked = tokenizer.decode(part.questions[0].prompt_ids)
     assert "Passage 1: It is the Nile." in asked and "Question: Which river?" in asked and "Passage 2" not in asked
     assert part.is_right(part.questions[1], "the dead one") and not part.is_right(part.questions[0], "the dead one")
-    corpus = write(tmp_path / "corpus.jsonl", {"text": "The Red Sea is a sea"}, {"text": "stones"})
+    corpus = str(write_rows(tmp_path / "corpus.jsonl", {"text": "The Red Sea is a sea"}, {"text": "stones"}))
     part = passage_questions(RetrievalOptions(own, corpus=corpus), tokenizer, [1], 0, tmp_path)
     assert part.questions[1].passages == ["The Red Sea is a sea"]
     (one,) = passage_questions(RetrievalOptions(own, limit=1), tokenizer, [1], 0, tmp_path).questions
@@ -112,7 +109,7 @@ def test_questions_get_their_own_passages_or_those_of_a_corpus(tmp_path: Path) -
     ],
 )
 def test_a_bad_question_is_named(row: Any, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "own.jsonl", row)
+    path = str(write_rows(tmp_path / "own.jsonl", row))
     with pytest.raises(ValueError, match=message):
         passage_questions(RetrievalOptions(path), tiny_tokenizer(), [1], 0, tmp_path)
 
@@ -132,8 +129,8 @@ WILD = {
 
 def test_mt_bench_has_turns_and_references(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    questions = write(tmp_path / "q.jsonl", MT, MT | {"question_id": 8, "category": "writing"})
-    references = write(tmp_path / "r.jsonl", {"question_id": 7, "choices": [{"turns": ["4", "6"]}]})
+    questions = str(write_rows(tmp_path / "q.jsonl", MT, MT | {"question_id": 8, "category": "writing"}))
+    references = str(write_rows(tmp_path / "r.jsonl", {"question_id": 7, "choices": [{"turns": ["4", "6"]}]}))
     part = chat_questions("mt_bench", ChatOptions(questions, references), tokenizer, [1], 0, tmp_path)
     first, second = part.questions
     assert (first.references, second.references) == (["4", "6"], [])
@@ -143,7 +140,7 @@ def test_mt_bench_has_turns_and_references(tmp_path: Path) -> None:
 
 
 def test_wildbench_has_a_history_and_a_checklist(tmp_path: Path) -> None:
-    path = write(tmp_path / "w.jsonl", WILD)
+    path = str(write_rows(tmp_path / "w.jsonl", WILD))
     (question,) = chat_questions("wildbench", ChatOptions(path), tiny_tokenizer(), [1], 0, tmp_path).questions
     assert (question.id, question.turns, question.checklist) == ("w1", ["Sort a list."], ["Is it sorted?"])
     assert question.messages([]) == WILD["conversation_input"]
@@ -160,7 +157,9 @@ def test_wildbench_has_a_history_and_a_checklist(tmp_path: Path) -> None:
 )
 def test_a_bad_chat_question_is_named(benchmark: Any, row: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        chat_questions(benchmark, ChatOptions(write(tmp_path / "q.jsonl", row)), tiny_tokenizer(), [1], 0, tmp_path)
+        chat_questions(
+            benchmark, ChatOptions(str(write_rows(tmp_path / "q.jsonl", row))), tiny_tokenizer(), [1], 0, tmp_path
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from lightning_danube.evaluation.academic_tasks import PAPER_TASKS, AcademicTask
 from lightning_danube.weights.huggingface import save_hf
+from tests.rows import write_rows
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 
 pytestmark = pytest.mark.evaluation
@@ -56,17 +57,12 @@ LAYOUTS: dict[str, tuple[str, dict[str, str], Callable[[int], dict[str, Any]]]] 
 }
 
 
-def write(path: Path, rows: list[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Six questions of four tasks, in the hub's layout."""
     for folder, splits, make in LAYOUTS.values():
         for first, split in enumerate(splits.values()):
-            write(tmp_path / folder / f"{split}.jsonl", [make(n) for n in range(40 * first, 40 * first + 6)])
+            write_rows(tmp_path / folder / f"{split}.jsonl", *[make(n) for n in range(40 * first, 40 * first + 6)])
     return tmp_path
 
 
@@ -177,7 +173,7 @@ def test_a_question_is_never_its_own_example(split: str, directory: Path) -> Non
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").unlink()
     questions = [arc(n) for n in range(4)]
-    write(folder / f"{split}.jsonl", questions)
+    write_rows(folder / f"{split}.jsonl", *questions)
     prepared = harness.prepare_task(with_fewer_shots("arc_challenge", 3), directory, None, seed=0)
     lm = CountingLM()
     harness.ask(lm, prepared)
@@ -201,8 +197,8 @@ def test_a_group_is_asked_with_as_many_examples_as_there_are(directory: Path) ->
             {"question": words(n, 4), "choices": list("wxyz"), "answer": n % 4}
             for n in range(7 * number, 7 * number + 7)
         ]
-        write(directory / "cais" / "mmlu" / subject / "dev.jsonl", rows[:5])
-        write(directory / "cais" / "mmlu" / subject / "test.jsonl", rows[5:])
+        write_rows(directory / "cais" / "mmlu" / subject / "dev.jsonl", *rows[:5])
+        write_rows(directory / "cais" / "mmlu" / subject / "test.jsonl", *rows[5:])
     prepared = harness.prepare_task(TASKS["mmlu"], directory, 60, seed=0)
     assert len(prepared.parts) == 57 and prepared.documents == 60 and prepared.available == 114
     lm = CountingLM()
@@ -241,9 +237,8 @@ def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
 
     with pytest.raises(harness.MissingData, match=r"there is no .*/baber/piqa/validation.jsonl"):
         harness.prepare_task(TASKS["piqa"], directory, None, seed=0)
-    write(
-        directory / "cais" / "mmlu" / "anatomy" / "test.jsonl", [{"question": "?", "choices": ["a"] * 4, "answer": 0}]
-    )
+    question = {"question": "?", "choices": ["a"] * 4, "answer": 0}
+    write_rows(directory / "cais" / "mmlu" / "anatomy" / "test.jsonl", question)
     with pytest.raises(harness.MissingData, match=r"56 of 57 parts: there is no .*/cais/mmlu/\w+/test.jsonl"):
         harness.prepare_task(with_fewer_shots("mmlu", 0), directory, None, seed=0)
     with pytest.raises(harness.MissingData, match="Rowan/hellaswag cannot be loaded from the hub"):
@@ -264,7 +259,7 @@ def test_missing_questions_are_told_with_their_file(directory: Path) -> None:
 def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory: Path) -> None:
     from lightning_danube.evaluation import harness
 
-    write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [arc(1), arc(2), row])
+    write_rows(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", arc(1), arc(2), row)
     task = with_fewer_shots("arc_challenge", 1)
     if message is None:  # an empty question is one
         assert harness.prepare_task(task, directory, None, seed=0).documents == 3
@@ -272,7 +267,7 @@ def test_a_bad_row_is_named(row: dict[str, Any], message: str | None, directory:
     with pytest.raises(ValueError, match=message):
         harness.prepare_task(task, directory, None, seed=0)
     if "cannot use" in message:  # of the first row it is told, too
-        write(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", [row, arc(1)])
+        write_rows(directory / LAYOUTS["arc_challenge"][0] / "test.jsonl", row, arc(1))
         with pytest.raises(ValueError, match=r"test.jsonl, row 1: the task arc_challenge cannot use it"):
             harness.prepare_task(task, directory, None, seed=0)
 
@@ -340,7 +335,7 @@ def test_questions_of_the_training_texts_are_counted(
     folder = directory / LAYOUTS["winogrande"][0]
     questions = [winogrande(n) for n in range(3)]
     questions += [winogrande(n) | {"sentence": f"{text} _ and"} for n, text in enumerate(seen)]
-    write(folder / "validation.jsonl", questions)
+    write_rows(folder / "validation.jsonl", *questions)
     config = Path(__file__).resolve().parents[2] / "configs" / "evaluation" / "paper.yaml"
     options = {
         "model.init_args.weights": tiny_run,

@@ -12,7 +12,8 @@ from lightning_danube.__main__ import main
 from lightning_danube.evaluation.judge import grade_in
 from lightning_danube.weights.llama_cpp import import_llama_cpp
 from lightning_danube.weights.names import smollm2_file
-from tests.evaluation.test_run import CHAT, results, write
+from tests.evaluation.test_run import CHAT, results
+from tests.rows import write_rows
 
 GRADE = 'root ::= "The grade is [[" [1-9] "]]"'
 pytestmark = [pytest.mark.slow, pytest.mark.llama_cpp]
@@ -59,13 +60,13 @@ class LlamaServer:
 
 def test_mt_bench_with_a_judge_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = ["What is the capital of France? One word.", "And of Italy?"]
-    write(
+    write_rows(
         tmp_path / "mt.jsonl",
         {"question_id": 1, "category": "humanities", "turns": turns},
         {"question_id": 2, "category": "math", "turns": ["What is 2 + 2?", "And 3 + 3?"]},
     )
     said = [{"role": "user", "content": "Name a colour."}]
-    write(
+    write_rows(
         tmp_path / "wild.jsonl", {"id": "w", "primary_tag": "", "conversation_input": said, "checklist": ["Is it one?"]}
     )
     server = LlamaServer(smollm2_file())

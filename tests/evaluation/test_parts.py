@@ -1,7 +1,6 @@
 """The parts of an evaluation, asking a model whose answers the test knows. Their questions: test_data.py."""
 
 import copy
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from lightning_danube.evaluation.parts.passages import PassageQuestion, Retrieva
 from lightning_danube.evaluation.parts.perplexity import RunningText
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.text.corpora import Source
+from tests.rows import write_rows
 from tests.tiny_models import TEMPLATE, tiny_tokenizer
 
 
@@ -86,13 +86,10 @@ def test_perplexity_and_bits_are_those_of_the_losses() -> None:
 # --- needles and passages ---------------------------------------------------------------------------------------------
 
 
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_each_trial_hides_another_needle_and_each_seed_others(tmp_path: Path) -> None:
-    hay = Source(write(tmp_path / "hay.jsonl", {"text": "Rivers run over stones, and the light is green. " * 20}))
+    hay = Source(
+        str(write_rows(tmp_path / "hay.jsonl", {"text": "Rivers run over stones, and the light is green. " * 20}))
+    )
 
     def answers(seed: int, trials: int = 6) -> list[str]:
         options = NeedleOptions([200], depths=[0.5], haystack=hay, trials=trials)
@@ -104,8 +101,14 @@ def test_each_trial_hides_another_needle_and_each_seed_others(tmp_path: Path) ->
 
 
 def test_limits_are_drawn_by_the_seed(tmp_path: Path) -> None:
-    asked = write(tmp_path / "asked.jsonl", *({"question": f"q{n}", "answers": "a", "passages": []} for n in range(30)))
-    chats = write(tmp_path / "chats.jsonl", *({"question_id": n, "category": "x", "turns": ["t"]} for n in range(30)))
+    asked = str(
+        write_rows(
+            tmp_path / "asked.jsonl", *({"question": f"q{n}", "answers": "a", "passages": []} for n in range(30))
+        )
+    )
+    chats = str(
+        write_rows(tmp_path / "chats.jsonl", *({"question_id": n, "category": "x", "turns": ["t"]} for n in range(30)))
+    )
 
     def drawn(seed: int) -> list[list[str]]:
         part = passage_questions(RetrievalOptions(asked, limit=5), tiny_tokenizer(), [1], seed, tmp_path)

@@ -22,6 +22,7 @@ from lightning_danube.evaluation.task import Evaluation
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.weights.loading import load_decoder
 from tests.evaluation.test_judge import ScriptedServer
+from tests.rows import write_rows
 from tests.tiny_models import CONFIG, save_tiny, tiny_tokenizer
 
 YAML = """
@@ -74,26 +75,24 @@ trainer:
 """
 
 
-def write(path: Path, *rows: Any) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "model", dataclasses.replace(CONFIG, max_position_embeddings=512))
-    write(tmp_path / "texts.jsonl", *({"text": f"{n}: the river and the other stones. " * 4} for n in range(6)))
-    write(
+    write_rows(tmp_path / "texts.jsonl", *({"text": f"{n}: the river and the other stones. " * 4} for n in range(6)))
+    write_rows(
         tmp_path / "questions.jsonl",
         {"question": "Which river?", "answers": "Nile", "passages": ["It is the Nile."]},
         {"question": "Which letter?", "answers": "q", "passages": ["none"]},
     )
-    write(
+    write_rows(
         tmp_path / "mt.jsonl",
         {"question_id": 1, "category": "math", "turns": ["What is 2 + 2?", "And 3 + 3?"]},
         {"question_id": 2, "category": "writing", "turns": ["Write.", "Go on."]},
     )
     said = [{"role": "user", "content": "Sort."}]
-    write(tmp_path / "wild.jsonl", {"id": "w", "primary_tag": "Coding", "conversation_input": said, "checklist": ["?"]})
+    write_rows(
+        tmp_path / "wild.jsonl", {"id": "w", "primary_tag": "Coding", "conversation_input": said, "checklist": ["?"]}
+    )
     (tmp_path / "asked.yaml").write_text(YAML.replace("TMP", str(tmp_path)))
     (tmp_path / "chat.yaml").write_text(CHAT.replace("TMP", str(tmp_path)))
     return tmp_path
@@ -190,7 +189,7 @@ def test_answers_do_not_depend_on_how_they_are_batched(place: Path) -> None:
 def test_chats_do_not_depend_on_how_they_are_batched(place: Path) -> None:
     turns = ["Write a line.", "And now one that is longer, please."]
     many = [{"question_id": n, "category": "writing", "turns": turns[: 1 + n % 2]} for n in range(5)]
-    write(place / "mt.jsonl", *many)
+    write_rows(place / "mt.jsonl", *many)
     path = place / "chat.yaml"
     before, _, after = path.read_text().partition("    - class_path: lightning_danube.callbacks.Judge\n")
     path.write_text(before + after.partition("\n")[2])

@@ -16,15 +16,12 @@ from lightning_danube.cli.configs import configured_data
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.weights.huggingface import load_checkpoint
+from tests.commands import fit
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "tiny_losses.txt"
 STEPS = 12 + 8 + 6
 LAST = "stage_3_finish_step_00000026.ckpt"
 MUON = ["--model.init_args.optimizer", "Muon", "--model.init_args.optimizer.peak", "0.03"]
-
-
-def fit(tiny: Path, *options: str) -> int:
-    return main(["fit", "--config", str(tiny / "tiny.yaml"), *options])
 
 
 def run_directory(tiny: Path, version: int = 0) -> Path:

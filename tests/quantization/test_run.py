@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.__main__ import main
 from lightning_danube.quantization import task as quantization
 from lightning_danube.weights.loading import load_decoder
+from tests import commands
 from tests.tiny_models import CONFIG as TINY
 from tests.tiny_models import save_tiny
 
@@ -49,6 +50,8 @@ trainer:
     - class_path: lightning_danube.callbacks.QuantizationSummary
 """
 
+run = partial(commands.run, verb="test")
+
 
 @pytest.fixture
 def bits(tmp_path: Path) -> Path:
@@ -57,10 +60,6 @@ def bits(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "bits.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)))
     return tmp_path
-
-
-def run(bits: Path, *options: str, verb: str = "test") -> int:
-    return main([verb, "--config", str(bits / "bits.yaml"), *options])
 
 
 def summary_of(bits: Path, version: int = 0) -> dict[str, Any]:

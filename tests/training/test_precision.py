@@ -18,6 +18,7 @@ from lightning_danube.device import ProductRate
 from lightning_danube.training.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
 from lightning_danube.training.ranks import RankLauncher
 from tests.cli.test_trainer_verbs import error_of
+from tests.commands import fit
 
 WITH_16_BITS = {torch.float32: 100e9, torch.bfloat16: 200e9, torch.float16: 10e9}
 WITHOUT = {torch.float32: 66e9, torch.bfloat16: 0.22e9, torch.float16: 4e9}
@@ -39,10 +40,6 @@ def free(tiny: Path) -> Path:
     assert "precision" not in text
     config.write_text(text)
     return tiny
-
-
-def fit(tiny: Path, *options: str) -> int:
-    return main(["fit", "--config", str(tiny / "tiny.yaml"), *options])
 
 
 def saved_precision(tiny: Path, version: int = 0) -> Any:
