@@ -4,10 +4,7 @@ Arguments: data-parallel replicas, devices of each. Forked, so that the imports 
 """
 
 import dataclasses
-import os
-import socket
 import sys
-import traceback
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss, token_losses
 from lightning_danube.model.parallel import parallelize
 from lightning_danube.training.optim import AdamW, Muon
+from tests.ranks import on_ranks
 
 CONFIG = DecoderConfig(32, 48, 2, 4, 2, vocab_size=40, head_dim=8)
 STEPS, ROWS, CONTEXT = 3, 4, 12
@@ -103,9 +101,7 @@ def compare(replicas: int, devices: int, recompute: bool, compiled: bool = False
         torch.testing.assert_close(decoder(ids), alone(ids), rtol=1e-9, atol=1e-12)
 
 
-def rank(number: int, replicas: int, devices: int, port: int) -> int:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=number, world_size=replicas * devices)
+def compare_all(replicas: int, devices: int) -> None:
     for tied in (False, True):
         for recompute in (False, True):
             compare(replicas, devices, recompute, tie_word_embeddings=tied)
@@ -116,29 +112,8 @@ def rank(number: int, replicas: int, devices: int, port: int) -> int:
         # recursion.
         torch._dynamo.reset()
         compare(replicas, devices, recompute=bool(compiled_changes), compiled=True, **compiled_changes)
-    dist.destroy_process_group()
-    return 0
-
-
-def main(replicas: int, devices: int) -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    children = []
-    for number in range(replicas * devices):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = rank(number, replicas, devices, port)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    rows, columns = map(int, sys.argv[1:])
+    on_ranks(lambda rank: compare_all(rows, columns), ranks=rows * columns)
