@@ -11,7 +11,7 @@ from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.results import Measured
 from lightning_danube.generation.packing import pack_for_generation
 from lightning_danube.training.contract import data_of
-from lightning_danube.weights.adapters import base_digest
+from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_as_exported
 
 NO_PARTS = (
@@ -45,7 +45,7 @@ class Evaluation(LightningModule):
             self.decoder,
             self.tokenizer,
             weights=weights,
-            digest=base_digest(self.decoder),
+            digest=weights_digest(self.decoder),
             places=places,
             chat_template=chat_template,
         )

@@ -272,11 +272,12 @@ def _validation_scores(checkpoint_file: Path) -> list[str]:
             ("calibration_error", "calibration error"),
         )
     ]
-    above = f"{found['accuracy_above_tfidf']:+.3f}"
+    above = found["accuracy_above_tfidf"]
+    compared = f"{abs(above):.3f} {'below' if above < 0 else 'above'}"
     return [
         f"### On {found['n']:,} validation texts",
         _table(("", "score", "95 % from", "to"), rows),
-        f"The accuracy is {above} above that of TF-IDF with logistic regression, trained on the same texts.",
+        f"The accuracy is {compared} that of TF-IDF with logistic regression, trained on the same texts.",
     ]
 
 

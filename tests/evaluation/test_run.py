@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.__main__ import main
@@ -375,3 +377,16 @@ def test_transformers_still_warns_of_long_texts_once() -> None:
     tokenizer.model_max_length = 1
     tokenizer("two words")
     assert tokenizer.deprecation_warnings[key]
+
+
+def test_answers_are_kept_for_all_weights_in_their_type(tmp_path: Path) -> None:
+    """The last value of a matrix and the type count, so that answers of one model are never taken for another's."""
+    digests = []
+    for number, dtype in ((0, None), (0, "bfloat16"), (1, None)):
+        save_tiny(tmp_path / "model")
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        weights["model.layers.0.mlp.down_proj.weight"][-1, -1] += number
+        save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        digests.append(Evaluation(str(tmp_path / "model"), dtype=dtype).asked.digest)
+        shutil.rmtree(tmp_path / "model")
+    assert len(set(digests)) == 3

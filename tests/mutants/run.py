@@ -1,6 +1,6 @@
 """Plants small bugs one at a time, and looks whether the fast tests notice.
 
-    python tests/mutants/run.py                       mutants whose code or tests changed since their last run
+    python tests/mutants/run.py                       mutants whose file or tests changed since their last run
     python tests/mutants/run.py --again               all mutants
     python tests/mutants/run.py studies chat          mutants of these tables
     python tests/mutants/run.py chat:ranking          mutants of a table whose names hold a word
@@ -35,6 +35,7 @@ import time
 import traceback
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ class Mutant:
             )
         return text.replace(self.find, self.replace)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """A hash of the mutated file and of the tests."""
+        """A hash of the mutated file and of the tests, as they are when it is first asked for."""
         parts = [self.mutated(), *self.tests]
         parts += [(ROOT / test.partition("::")[0]).read_text(encoding="utf-8") for test in self.tests]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -82,7 +83,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Result:
-    """What the tests said of a mutant. `by`: the test that failed, `time limit`, or nothing if the mutant survived."""
+    """What the tests said of a mutant when it ran last.
+
+    `by`: the test that failed, `time limit`, or nothing if the mutant survived. `key`: the mutant's key at that time.
+    """
 
     room: str
     name: str
@@ -100,10 +104,15 @@ def mutants() -> list[Mutant]:
     ]
 
 
-def results() -> dict[str, Result]:
-    """Key of a mutant → its result."""
+def results() -> dict[tuple[str, str], Result]:
+    """Room and name of a mutant → its last result."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    return {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
+    return {(result.room, result.name): result for result in (Result(**json.loads(line)) for line in lines)}
+
+
+def is_valid(one: Mutant, result: Result | None) -> bool:
+    """Whether the mutant would be the same today: neither its file nor its tests have changed."""
+    return result is not None and result.key == one.key
 
 
 def main() -> int:
@@ -114,12 +123,13 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [one for one in mutants() if not arguments.which or any(is_meant(one, word) for word in arguments.which)]
     known = {} if arguments.again else results()
-    todo = [one for one in chosen if one.key not in known]
+    todo = [one for one in chosen if not is_valid(one, known.get((one.room, one.name)))]
     print(f"{len(chosen)} mutants, {len(todo)} to run", flush=True)
     if todo:
         run(todo, arguments.jobs)
     PAGE.write_text(page(), encoding="utf-8")
-    survivors = [one for one in chosen if not results()[one.key].by and not one.survives]
+    known = results()
+    survivors = [one for one in chosen if not known[one.room, one.name].by and not one.survives]
     for one in survivors:
         print(f"survived: {one.room}: {one.name}, in {one.file}")
     return 1 if survivors else 0
@@ -255,17 +265,17 @@ def test_in(copy: Path, tests: tuple[str, ...]) -> None:
 
 def keep(one: Mutant, result: Result) -> None:
     print(f"{'killed' if result.by else 'SURVIVED':8} {result.seconds:5.1f} s  {one.room}: {one.name}", flush=True)
-    kept = [old for old in results().values() if (old.room, old.name) != (one.room, one.name)]
-    lines = sorted(json.dumps(asdict(each), ensure_ascii=False) for each in [*kept, result])
+    kept = results() | {(one.room, one.name): result}
+    lines = sorted(json.dumps(asdict(each), ensure_ascii=False) for each in kept.values())
     RESULTS.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def page() -> str:
     """The text of docs/mutants.md."""
     known, every = results(), mutants()
-    found = [(one, known.get(one.key)) for one in every]
+    found = [(one, known.get((one.room, one.name))) for one in every]
     killed = sum(bool(result and result.by) for _, result in found)
-    ran = sum(result is not None for _, result in found)
+    changed = sum(not is_valid(one, result) for one, result in found)
     lines = [
         "# Mutants",
         "",
@@ -274,8 +284,8 @@ def page() -> str:
         "says how. The bugs are chosen by hand: tools that change operators at random do not exchange the arguments",
         "of a divergence, or call Bonferroni's correction Holm's.",
         "",
-        f"**{killed} of the {ran} mutants that ran on this version are killed ({killed / max(1, ran):.1%}).** "
-        f"{len(every) - ran} wait for a run: their code or tests have changed.",
+        f"**{killed} of {len(every)} mutants were killed when they ran last ({killed / len(every):.1%}).**",
+        f"Since then the file or a test of {changed} has changed; they run again with `make mutants`.",
     ]
     for room in sorted({one.room for one in every}):
         lines += ["", f"## {room}", "", "| mutant | in | killed by |", "|---|---|---|"]
@@ -287,7 +297,7 @@ def page() -> str:
 
 def verdict(one: Mutant, result: Result | None) -> str:
     if result is None:
-        return "waits for a run"
+        return "has not run"
     return f"`{result.by}`" if result.by else f"**survives**: {one.survives or 'no reason known'}"
 
 

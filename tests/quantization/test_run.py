@@ -310,7 +310,6 @@ def test_speed_and_memory_of_each_level(bits: Path) -> None:
     assert run(bits, "--model.init_args.cost", "true") == 0
     for row in by_level(bits).values():
         assert row["prefill_tokens_per_second"] > row["decode_tokens_per_second"] > 0
-        assert row["peak_memory_bytes"] >= 0
 
 
 WIDE = dataclasses.replace(TINY, hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)

@@ -80,7 +80,7 @@ def test_a_card_has_the_scores_of_its_own_step(run: tuple[Located, Decoder]) -> 
         "| macro F1 | 0.700 | 0.600 | 0.800 |",
         "| calibration error | 0.250 | 0.000 | 1.000 |",
     ]
-    assert "The accuracy is -0.125 above that of TF-IDF" in card
+    assert "The accuracy is 0.125 below that of TF-IDF" in card
     earlier = located.path.rename(located.path.with_name("step_00000012.ckpt"))
     other = Located("talk", "checkpoint", earlier, None, "base")
     assert "validation texts" not in classifier_card("talk", decoder, other, ["yes", "no"], 32)
