@@ -6,12 +6,14 @@ has its own environment, directory, process group and signals, and nothing of th
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 IMPORTED = [
@@ -62,7 +64,8 @@ class Forked:
         return code
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -92,6 +95,8 @@ def _run(arguments: list[str], output: str, cwd: str, environment: dict[str, str
     # What an interpreter does with PYTHONPATH at its start.
     sys.path[:0] = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.argv = ["lightning_danube", *arguments]
+    # By this name a trainer starts its other ranks: `python -m lightning_danube.__main__`.
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_danube.__main__")
     if program is not None:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
         return

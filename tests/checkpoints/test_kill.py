@@ -4,6 +4,7 @@ The moments come from outside: lines that a callback prints (it does nothing els
 """
 
 import json
+import os
 import random
 import signal
 import sys
@@ -77,7 +78,7 @@ class Run:
         goes_on = ["--ckpt_path", "last"] if newest_checkpoint(self.place) else []
         output = self.directory / f"{self.name}-{len(self.processes) + 1}.txt"
         arguments = ["fit", "--config", str(self.directory / "tiny.yaml"), "--name", self.name, *self.options, *goes_on]
-        environment = {"PYTHONPATH": str(self.directory), "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": f"{self.directory}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
         self.processes.append(Forked(arguments, output, self.directory, environment))
         return self.processes[-1], output
 
