@@ -29,7 +29,7 @@ class Judge(Callback):
         at_once: requests that wait for their answers at the same time.
         attempts: requests for one judgement, until it holds a grade.
         timeout: seconds for an answer.
-        new_tokens: most tokens of a judgement.
+        new_tokens: most tokens of a judgement. A model that thinks first needs them for its thoughts, too.
         price_in, price_out: dollars a million tokens, for the estimate that is printed before anything is sent.
         most_dollars: send nothing if the estimate is above. Needs the prices.
 

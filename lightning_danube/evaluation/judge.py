@@ -25,6 +25,9 @@ PROMPTS = "danube-judge-1"
 CHARACTERS_A_TOKEN = 4
 """A rough mean for English text, used in estimates."""
 
+REPLACEABLE = {"temperature": None, "max_tokens": "max_completion_tokens"}
+"""Field of a request that some servers refuse → the field that takes its place; None: nothing does."""
+
 SYSTEM = (
     "You grade answers that an assistant gave to a user. Judge how helpful, relevant, correct, thorough and clear the "
     "answer is. Length by itself earns nothing. First explain your judgement in a few sentences. Then end with a "
@@ -84,6 +87,10 @@ class JudgeRefused(ValueError):
 class ChatJudge:
     """A judge behind an OpenAI-compatible chat API.
 
+    A server may refuse a field of the request: models that think take `max_completion_tokens` instead of `max_tokens`,
+    and no temperature. If its answer names such a field, the request is sent again without it, and so are all later
+    requests.
+
     Args:
         base_url: address of the API without /chat/completions, such as "http://localhost:8000/v1".
         model: the model's name in the API.
@@ -91,7 +98,7 @@ class ChatJudge:
         requests_per_minute: most requests that are started in a minute.
         attempts: most requests for one judgement; a reply without a grade is asked for again.
         timeout: seconds to wait for an answer.
-        new_tokens: most tokens of a judgement.
+        new_tokens: most tokens of a judgement. A model that thinks first needs them for its thoughts, too.
         wait: seconds before the second attempt after an error; the wait doubles for each further attempt.
     """
 
@@ -105,6 +112,8 @@ class ChatJudge:
     wait: float = 2.0
     sleep: Callable[[float], None] = time.sleep
     _next: float = field(default=0.0, init=False)
+    _refused: set[str] = field(default_factory=set, init=False)
+    """Fields that the server has refused."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
@@ -125,22 +134,27 @@ class ChatJudge:
         reply, problem, wait = "", None, self.wait
         for attempt in range(1, self.attempts + 1):
             try:
-                reply = self._ask(said)
+                reply, cut_off = self._ask(said)
             except _Unavailable as error:
                 problem = str(error)
                 if attempt < self.attempts:
                     self.sleep(error.wait if error.wait is not None else wait)
                     wait *= 2
                 continue
-            grade = grade_in(reply)
+            # A number in a reply that was cut off may belong to a thought, not to the verdict.
+            grade = None if cut_off else grade_in(reply)
             if grade is not None:
                 return Judgement(grade, reply, attempt)
             problem = "its reply held no grade"
+            if cut_off:
+                problem = f"its reply was cut off after new_tokens {self.new_tokens:,}: raise new_tokens"
+                if not reply.strip():  # all tokens went into thoughts, and would again
+                    return Judgement(None, reply, attempt, problem)
             said = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": ASK_FOR_GRADE}]
         return Judgement(None, reply, self.attempts, problem)
 
-    def _ask(self, messages: Sequence[dict[str, str]]) -> str:
-        """Returns the judge's reply to one request.
+    def _ask(self, messages: Sequence[dict[str, str]]) -> tuple[str, bool]:
+        """Returns the judge's reply to one request, and whether it was cut off.
 
         The request uses urllib. huggingface_hub's InferenceClient sends the user's Hugging Face token to any server
         when no key is given, and refuses local servers under HF_HUB_OFFLINE=1.
@@ -150,7 +164,7 @@ class ChatJudge:
             JudgeRefused: more attempts would not help.
         """
         self._keep_to_the_rate()
-        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.new_tokens}
+        body = self._body(messages)
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.api_key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -164,14 +178,27 @@ class ChatJudge:
             message = f"the judge at {url} answers {error.code} {error.reason} ({' '.join(said.split())[:200]})"
             if error.code in (408, 409, 425, 429) or error.code >= 500:
                 raise _Unavailable(message, _seconds(error.headers.get("Retry-After"))) from None
+            refused = {name for name in REPLACEABLE if name in body and re.search(rf"\b{name}\b", said)}
+            if error.code in (400, 422) and refused:
+                self._refused |= refused
+                return self._ask(messages)
             raise JudgeRefused(message) from None
         except (OSError, ValueError) as error:
             # A refused or broken connection, a timeout, or a body that is not JSON.
             raise _Unavailable(f"the judge at {url} does not answer ({error})", None) from None
         try:
-            return str(answer["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
+            choice = answer["choices"][0]
+            return str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise _Unavailable(f"the judge at {url} gives an answer without a message", None) from None
+
+    def _body(self, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
+        fields = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.new_tokens}
+        for name in tuple(self._refused):  # other threads may add to it
+            value = fields.pop(name)
+            if (other := REPLACEABLE[name]) is not None:
+                fields[other] = value
+        return fields
 
     def _keep_to_the_rate(self) -> None:
         if self.requests_per_minute is None:

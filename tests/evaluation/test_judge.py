@@ -21,11 +21,12 @@ from lightning_danube.evaluation.judge import (
 
 class ScriptedServer:
     """Answers chat completions with the given replies, one after the other, the last one for ever: a text, or the
-    status of an error."""
+    status of an error. `refuses`: fields of a request that it refuses by name."""
 
     def __init__(self, replies: list[str | int | bytes]) -> None:
         self.replies, self.requests = replies, list[dict[str, Any]]()
         self.headers: list[Any] = []
+        self.refuses: set[str] = set()
         scripted = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,13 +35,19 @@ class ScriptedServer:
                 reply = scripted.replies[min(len(scripted.requests), len(scripted.replies) - 1)]
                 scripted.requests.append({"path": self.path, **body})
                 scripted.headers.append(self.headers)
-                self.send_response(reply if isinstance(reply, int) else 200)
+                refused = scripted.refuses & body.keys()
+                self.send_response(400 if refused else reply if isinstance(reply, int) else 200)
                 self.send_header("Content-Type", "application/json")
                 if reply == 429:
                     self.send_header("Retry-After", "7")
                 self.end_headers()
                 said = reply if isinstance(reply, str) else "no"
-                answer = {"choices": [{"message": {"role": "assistant", "content": said}}]}
+                # A text that ends with an ellipsis was cut off.
+                ended = "length" if said.endswith("…") else "stop"
+                answer = {"choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": ended}]}
+                if refused:
+                    error = {"message": f"Unsupported parameter: '{min(refused)}' is not supported with this model."}
+                    reply = json.dumps({"error": error}).encode()
                 self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(answer).encode())
 
             def log_message(self, *_: Any) -> None:
@@ -144,6 +151,43 @@ def test_a_wrong_key_is_told_at_once(serve: Any) -> None:
     with pytest.raises(JudgeRefused, match=r"the judge at http.*/v1/chat/completions answers 401 Unauthorized"):
         judge_of(server)[0].judge(MESSAGES)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("refused", [{"temperature"}, {"max_tokens"}, {"temperature", "max_tokens"}])
+def test_a_field_that_a_judge_refuses_is_left_out_or_replaced(serve: Any, refused: set[str]) -> None:
+    """As models that think do: one more request for each field, once in all."""
+    server = serve("[[8]]")
+    server.refuses = refused
+    judge, waits = judge_of(server, new_tokens=99)
+    assert judge.judge(MESSAGES) == (8.0, "[[8]]", 1, None) and not waits
+    assert judge.judge(MESSAGES).score == 8.0
+    assert len(server.requests) == 2 + len(refused)
+    last = server.requests[-1]
+    assert ("temperature" in last) == ("temperature" not in refused)
+    limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+    assert last[limit] == 99 and not refused & last.keys()
+
+
+def test_a_judge_that_refuses_something_else_is_refused(serve: Any) -> None:
+    server = serve(400)
+    with pytest.raises(JudgeRefused, match="answers 400 Bad Request"):
+        judge_of(server)[0].judge(MESSAGES)
+    assert len(server.requests) == 1
+
+
+def test_a_reply_that_was_cut_off_is_no_grade(serve: Any) -> None:
+    thinking = "At first sight it is a [[3]], but on the other hand…"
+    found = judge_of(serve(thinking, "[[7]]"))[0].judge(MESSAGES)
+    assert found == (7.0, "[[7]]", 2, None)
+    found = judge_of(serve(thinking), attempts=2, new_tokens=9)[0].judge(MESSAGES)
+    assert found == (None, thinking, 2, "its reply was cut off after new_tokens 9: raise new_tokens")
+
+
+def test_a_judge_that_only_thinks_is_not_asked_again(serve: Any) -> None:
+    reply = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}).encode()
+    server = serve(reply)
+    found = judge_of(server)[0].judge(MESSAGES)
+    assert found.score is None and "raise new_tokens" in str(found.problem) and len(server.requests) == 1
 
 
 def test_requests_keep_to_the_rate(serve: Any) -> None:
