@@ -91,6 +91,9 @@ def read_command_line(args: Sequence[str]) -> Stated:
             tree = {key: tree}
         stated.tree = merged(stated.tree, tree)
         path = without_init_args(keys)
+        if not flag.endswith("+") and not value.lstrip().startswith("{"):
+            # The value takes the place of all that files state below it. A mapping is merged with it.
+            stated.places = {at: place for at, place in stated.places.items() if at[: len(path)] != path}
         stated.places[path] = flag
         for length in range(1, len(path)):
             stated.places.setdefault(path[:length], flag)

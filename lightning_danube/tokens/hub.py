@@ -31,12 +31,13 @@ def looks_like_path(name: str) -> bool:
     )
 
 
-def did_you_mean(name: str) -> str:
-    """Returns " (did you mean …?)" with the most similar name in the same directory, or "" if none is similar."""
+def did_you_mean(name: str, *known: str) -> str:
+    """Returns " (did you mean …?)" with the most similar of the known names and of the names beside it, or ""."""
     path = Path(name).expanduser()
-    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+    beside = {sibling.name: str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")}
+    meant = beside | {one: one for one in known}
+    close = get_close_matches(path.name, meant, n=1)
+    return f" (did you mean {meant[close[0]]}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -44,18 +45,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(" .:")
 
 
-def download(option: str, name: str, files: Sequence[str]) -> Path:
+def download(option: str, name: str, files: Sequence[str], known: Sequence[str] = ()) -> Path:
     """Downloads the named files of a hub repository and returns the directory that holds them.
 
     Args:
         option: the option whose value is the name, for messages.
         name: "owner/name" or "owner/name@revision".
         files: patterns of file names. Files in subdirectories are never fetched.
+        known: names that the option also takes, to suggest one.
 
     Raises:
         ValueError: the name is a path or no hub id, the hub has no such repository, or the hub cannot be reached.
     """
-    nothing = f"{option} {name}: there is no such file or directory{did_you_mean(name)}"
+    nothing = f"{option} {name}: there is no such file or directory{did_you_mean(name, *known)}"
     match = HUB_ID.fullmatch(name)
     if match is None or looks_like_path(name):
         raise ValueError(nothing)

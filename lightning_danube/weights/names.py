@@ -80,7 +80,7 @@ def locate(name: str) -> Located:
     if is_sharded(path) or path.is_file():
         return _in_file(path, name)
     if not path.is_dir():
-        path = download("--weights", name, (*MODEL_FILES, *TOKENIZER_FILES, ADAPTER_FILES[0]))
+        path = download("--weights", name, (*MODEL_FILES, *TOKENIZER_FILES, ADAPTER_FILES[0]), known=(SMOLLM2,))
     return _in_directory(path, name)
 
 

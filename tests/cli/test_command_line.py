@@ -30,6 +30,25 @@ def test_later_files_and_flags_count_and_each_value_knows_its_place(tmp_path: Pa
     assert stated.place_of(("data", "x")) == ""
 
 
+def test_a_flag_takes_the_place_of_all_that_files_state_below_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("data:\n  init_args:\n    stages:\n      - {name: one, tokens: 5}\n    sources: {web: {path: a}}\n")
+    args = [
+        "--config",
+        str(file),
+        "--data.init_args.stages",
+        "[{name: b}]",
+        "--data.init_args.sources",
+        "{wiki: {path: b}}",
+    ]
+    stated = read_command_line(args)
+    assert stated.place_of(("data", "stages", "0", "tokens")) == "--data.init_args.stages"
+    # A mapping is merged with that of the file.
+    assert stated.place_of(("data", "sources", "web", "path")) == f"{file}, line 5"
+    added = read_command_line(["--config", str(file), "--data.init_args.stages+", "{name: b}"])
+    assert added.place_of(("data", "stages", "0", "tokens")) == f"{file}, line 4"
+
+
 def test_merging_is_jsonargparses() -> None:
     assert merged([1, 2], [3]) == [3]
     assert merged([{"class_path": "A"}], {"x": 1}) == [{"class_path": "A", "x": 1}]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from lightning_danube.tokens.hub import download, first_line, hub_id, looks_like_path
+from lightning_danube.tokens.hub import did_you_mean, download, first_line, hub_id, looks_like_path
 from lightning_danube.tokens.tokenizer import adding_bos, load_hf_tokenizer
 
 
@@ -20,6 +20,13 @@ def test_a_hub_id_is_owner_and_name_that_lie_on_no_disk(tmp_path: Path, monkeypa
     # A misspelt name in a directory that exists is no hub id.
     assert looks_like_path("owner/nam") and not looks_like_path("other/name")
     assert looks_like_path("a/b/c") and looks_like_path("a/") and not looks_like_path("other/name@refs/pr/1")
+
+
+def test_a_similar_name_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    assert did_you_mean(str(tmp_path / "quikstart")) == f" (did you mean {tmp_path / 'quickstart'}?)"
+    assert did_you_mean("smolm2", "smollm2") == " (did you mean smollm2?)"
+    assert did_you_mean(str(tmp_path / "nothing"), "smollm2") == did_you_mean("/nowhere/at/all") == ""
 
 
 def test_a_download_asks_for_the_named_revision_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
