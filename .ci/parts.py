@@ -15,9 +15,11 @@ import argparse
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,11 +99,16 @@ def run(name: str) -> bool:
     """Runs a part and writes its row. Returns whether it passed."""
     print(f"== part {name}: {' '.join(PARTS[name])}", flush=True)
     began = time.monotonic()
+    process = subprocess.Popen(PARTS[name], cwd=ROOT, start_new_session=True)
     try:
-        code = subprocess.run(PARTS[name], cwd=ROOT, timeout=TIME_LIMIT).returncode
+        code = process.wait(TIME_LIMIT)
         ended = "passed" if code == 0 else f"failed, exit code {code}"
     except subprocess.TimeoutExpired:
         ended = f"stopped after {TIME_LIMIT // 60} minutes"
+    finally:
+        # Also what make has started.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     minutes = f"{(time.monotonic() - began) / 60:.1f}"
     rows = record() | {name: [when, git("rev-parse", "--short", "HEAD"), processor(), minutes, ended]}

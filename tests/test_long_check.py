@@ -1,6 +1,7 @@
 """The parts of the long check hold every slow test and every table of mutants, and each gets its turn."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_a_run_is_recorded_with_its_end(parts: Any, monkeypatch: pytest.MonkeyPa
     record = parts.record()
     assert record["good"][-1] == "passed" and record["bad"][-1] == "failed, exit code 3"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", record["good"][0])
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    monkeypatch.setattr(parts, "PARTS", {"long": ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]})
+    monkeypatch.setattr(parts, "TIME_LIMIT", 0.3)
+    assert not parts.run("long")
+    assert parts.record()["long"][-1].startswith("stopped after")
+    with pytest.raises(ProcessLookupError):
+        while True:  # until the system has taken it away
+            os.kill(int(pid.read_text()), 0)
 
 
 def test_the_turn_goes_round(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
