@@ -20,7 +20,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_danube.checkpoints.runs import newest_checkpoint
+from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
 from tests.forked import Forked
 from tests.training.test_world_size import Sessions, assert_same_run
 
@@ -96,6 +96,11 @@ class Run:
         if code:
             self.kills.append(moment)
         return code != 0
+
+    def saved_steps(self) -> int:
+        """The step from which the next process goes on."""
+        newest = newest_checkpoint(self.place)
+        return read_step(newest) if newest else 0
 
     def finish(self) -> None:
         process, output = self.start()
@@ -213,13 +218,17 @@ def test_killed_between_two_processes_one_and_two_nothing_changes(watched: Path)
     begin(full, "full", 8)
     full.finish()
     begin(run, "first", 2, *two)
+    # On a busy machine the kill may come some steps late.
     assert run.kill_when("within an accumulation", run.micro_batch(2 * 7 + 1))
+    second = run.saved_steps()
     begin(run, "second", 8)
     assert run.kill_when("after a stage's checkpoint", run.written("stage_2_*"))
+    third = run.saved_steps()
     begin(run, "third", 1, *two, "--data.init_args.workers", "1")
     run.finish()
     assert run.orphans() == []
-    assert_same_run(sessions, "moved", ("first", 0), ("second", 6), ("third", 20))
+    assert_same_run(sessions, "moved", ("first", 0), ("second", second), ("third", third))
+    assert 0 < second < 20 <= third
 
 
 KILLS_A_RUN = 8
