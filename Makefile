@@ -22,6 +22,11 @@ INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(IN
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
+# A machine with a GPU brings its own PyTorch. What it lacks comes from wheels/.
+GPU_PYTHON = $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON))
+GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+	--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
 MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or wheel)"
@@ -29,7 +34,7 @@ MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigat
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
+	test-s3 test-gigatoken check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -102,12 +107,16 @@ benchmark: $(INSTALLED_BENCHMARK) ## measure data loading, prepare and training 
 	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/training.py --overhead
 
-benchmark-gpu: $(INSTALLED_BENCHMARK) ## measure attention, training and generation of the paper's models beside peers on one GPU (not run yet)
-	@$(BIN)/python benchmarks/attention_kernels.py --device cuda
-	@$(BIN)/python benchmarks/attention_kernels.py --device cuda --decode
-	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 500m
-	@$(BIN)/python benchmarks/training.py --device cuda --precision bf16 --compiled --shape 4b
-	@$(BIN)/python benchmarks/generation.py --device cuda --dtypes bfloat16 --compiled --shape danube3-500m
+gpu-wheels: ## download the small packages that a GPU machine without a network may lack into wheels/ (GPU_WHEELS="…": for which Python)
+	@$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: $(GPU_WHEELS) -c constraints.txt \
+		-d wheels -r benchmarks/gpu-wheels.txt
+	@du -sh wheels
+
+gpu-check: ## show in seven minutes what this GPU does, where nothing has to be installed (ARGS=--rehearse: on this CPU; not run on a GPU yet)
+	@$(GPU_PYTHON) benchmarks/first_contact.py $(ARGS)
+
+benchmark-gpu: ## measure attention, training, generation, chats and classification beside peers on one GPU (ARGS="decoding": that part; not run yet)
+	@$(GPU_PYTHON) benchmarks/gpu_parts.py $(ARGS)
 
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 	@$(BIN)/tensorboard --logdir runs $(ARGS)

@@ -10,7 +10,7 @@ A step that fails or comes to its limit keeps what it has measured, and the next
 It needs PyTorch, Lightning and the packages around them, and no network. Small packages that the machine lacks can be
 brought as wheels: `make gpu-wheels` puts them into the folder wheels, and this script takes what is missing from there
 into a folder of its own, without a change to the environment. `--rehearse` proves that the steps run, and nothing about
-a GPU.
+a GPU or a compiler.
 """
 
 from __future__ import annotations
@@ -635,12 +635,12 @@ def about(rehearse: bool) -> dict[str, str]:
 def environment_of(site: str | None, scratch: str, rehearse: bool) -> dict[str, str]:
     """Returns the variables of each step: what is carried, no network, empty caches of compilers.
 
-    A rehearsal has one thread, and keeps the caches: compiling takes most of its time.
+    A rehearsal has one thread and compiles nothing: that would take most of its time, and tests do it.
     """
     paths = [str(ROOT), str(ROOT / "benchmarks"), *([site] if site else []), os.environ.get("PYTHONPATH", "")]
     own = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
     return {
-        **({"OMP_NUM_THREADS": "1"} if rehearse else own),
+        **({"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"} if rehearse else own),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
