@@ -235,7 +235,7 @@ def attention_name(key: str) -> str | None:
     if key.startswith("aten::_scaled_dot_product") and "backward" not in key:
         return key.removeprefix("aten::_scaled_dot_product_")
     named = re.search(r"(fmha\w*|flash_fwd\w*|cudnn\w*sdpa\w*|varlen_attn\w*|flex_attention\w*|BlockedAttention)", key)
-    return named[1][:40] if named else None
+    return named[1][:60] if named else None
 
 
 def begin_tests_of_compiled_steps() -> subprocess.Popen[str]:
