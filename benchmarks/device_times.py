@@ -72,7 +72,7 @@ def peak_of(name: str) -> float | None:
     return known[max(fitting, key=len)] if fitting else None
 
 
-def speed(seconds: Sequence[float], tokens: int, flops_per_token: float, peak: float | None) -> dict[str, Any]:
+def speed(seconds: Sequence[float], tokens: float, flops_per_token: float, peak: float | None) -> dict[str, Any]:
     """Returns the rates of steps that took so long; `mfu` counts the whole square of attention, as `fit` does."""
     median = statistics.median(seconds)
     rates = {

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,6 +152,15 @@ def planned_of(text: str) -> float | None:
     return value if unit[1] == "GiB" else value / 1024
 
 
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """Returns the tokens of a micro-batch, without padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if "position_ids" in batch:  # packed conversations, numbered from 1; 0 is padding
+        return int((batch["document_ids"] > 0).sum())
+    return int(batch["input_ids"].numel())
+
+
 class StepRecorder(Callback):
     """Measures training steps: time, memory, loss, and the kernels of the last steps. Then it ends the process.
 
@@ -167,6 +177,7 @@ class StepRecorder(Callback):
         self.report: Report = Report()
         self.began = time.monotonic()
         self.ends: list[float] = []
+        self.tokens: list[int] = []
         self.losses: list[float] = []
         self._profiler: Any = None
 
@@ -180,6 +191,7 @@ class StepRecorder(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.monotonic())
+        self.tokens.append(tokens_of(batch))
         if self.steps is None:
             self.report.row(step=trainer.global_step, loss=self.losses[-1])
             if trainer.global_step == self.stop_after:
@@ -188,7 +200,7 @@ class StepRecorder(Callback):
         if len(self.ends) == 1:
             self.report(seconds_to_first_step=self.ends[0] - self.began)
         if len(self.ends) == WARM_UP + self.steps:
-            self._report_speed(trainer, pl_module)
+            self._report_speed(trainer, pl_module, batch)
         if len(self.ends) == WARM_UP + self.steps + (PROFILED if self.profile else 0):
             if self._profiler is not None:
                 self._profiler.stop()
@@ -198,12 +210,13 @@ class StepRecorder(Callback):
     def finish(self) -> None:
         os._exit(0 if all(map(math.isfinite, self.losses)) else 1)
 
-    def _report_speed(self, trainer: Any, pl_module: Any) -> None:
-        data = trainer.datamodule
+    def _report_speed(self, trainer: Any, pl_module: Any, batch: Any) -> None:
         seconds = [after - before for before, after in zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:], strict=False)]
-        self.report(
-            **speed(seconds, data.batch_tokens, pl_module.config.flops_per_token(data.context_length), peak_flops())
-        )
+        tokens = statistics.mean(self.tokens[WARM_UP:])
+        # Only full rows without masks, trained with all weights, have the FLOPs that the formula counts.
+        counted = set(batch) == {"input_ids", "labels"}
+        flops = pl_module.config.flops_per_token(trainer.datamodule.context_length)
+        self.report(**speed(seconds, tokens, flops, peak_flops() if counted else None))
         self.report(loss_first=self.losses[0], loss_last=self.losses[-1])
         if pl_module.device.type == "cuda":
             self.report(

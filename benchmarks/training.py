@@ -126,8 +126,9 @@ def main() -> None:
         arms = ["danube", "danube, plain loop", "transformers", "transformers, plain loop"]
     elif arguments.arms is None:
         arms.remove("transformers, plain loop")
+    packages = ["torch", "lightning", "transformers", *(["litgpt"] if any("LitGPT" in name for name in arms) else [])]
     lines = [
-        described("torch", "lightning", "transformers", "litgpt"),
+        described(*packages),
         f"shape {arguments.shape} on {arguments.device}, {arguments.threads} thread(s), {arguments.rounds} rounds of "
         f"{arguments.steps} steps, medians; load at the start {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     ]
@@ -479,13 +480,12 @@ def run_transformers_plain(work: Work, precision: str, clock: Clock, arguments: 
     plain_loop(model, optimizer, lambda x, _: model(input_ids=x, labels=x).loss, work, precision, clock)
 
 
-def run_litgpt(work: Work, precision: str, clock: Clock, arguments: argparse.Namespace) -> None:
+def litgpt_model(work: Work) -> Any:
     from litgpt.config import Config
     from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
 
     c = work.config
-    model = GPT(
+    return GPT(
         Config(
             block_size=work.context,
             padded_vocab_size=c.vocab_size,
@@ -502,7 +502,13 @@ def run_litgpt(work: Work, precision: str, clock: Clock, arguments: argparse.Nam
             norm_class_name="RMSNorm",
             mlp_class_name="LLaMAMLP",
         )
-    ).to(clock.device)
+    )
+
+
+def run_litgpt(work: Work, precision: str, clock: Clock, arguments: argparse.Namespace) -> None:
+    from litgpt.utils import chunked_cross_entropy
+
+    model = litgpt_model(work).to(clock.device)
     forward = torch.compile(model) if "compiled" in arguments.contestant else model
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 

@@ -69,14 +69,15 @@ def finished(paper_run: Any, monkeypatch: pytest.MonkeyPatch, **arguments: Any) 
     recorder.report = steps.Kept()
     ended: list[int] = []
     monkeypatch.setattr(recorder, "finish", lambda: ended.append(len(recorder.ends)))
-    data = SimpleNamespace(batch_tokens=128, context_length=64)
+    data = SimpleNamespace(context_length=64)
     config = SimpleNamespace(flops_per_token=lambda context: 10 * context)
     task = SimpleNamespace(device=torch.device("cpu"), config=config)
+    batch = {"input_ids": torch.zeros(2, 64), "labels": torch.zeros(2, 64)}
     for step in range(1, 9):
         trainer = SimpleNamespace(datamodule=data, global_step=step)
-        recorder.on_train_batch_start(trainer, task, None, step - 1)
+        recorder.on_train_batch_start(trainer, task, batch, step - 1)
         torch.ones(8, 8) @ torch.ones(8, 8)
-        recorder.on_train_batch_end(trainer, task, {"loss": torch.tensor(float(step))}, None, step - 1)
+        recorder.on_train_batch_end(trainer, task, {"loss": torch.tensor(float(step))}, batch, step - 1)
         if ended:
             break
     return recorder, ended
@@ -89,6 +90,7 @@ def test_the_recorder_measures_after_two_steps_and_profiles_two_more(
     assert ended == [2 + 3 + 2]
     measured = recorder.report.measured
     assert measured["steps"] == 3 and measured["loss_first"] == 1 and measured["loss_last"] == 5
+    assert measured["tokens_per_second"] * measured["seconds_a_step"] == pytest.approx(128)
     assert measured["least"] <= measured["tokens_per_second"] <= measured["most"]
     assert any(row["kernel"] == "aten::mm" for row in measured["rows"])
     recorder, ended = finished(paper_run, monkeypatch, steps=3, profile=False)
@@ -103,3 +105,13 @@ def test_the_recorder_of_a_whole_run_tells_each_loss_and_stops_at_a_step(
     recorder, ended = finished(paper_run, monkeypatch, stop_after=2)
     assert not ended and len(killed) == 1 and killed[0][1] == paper_run.signal.SIGTERM
     assert recorder.report.measured["rows"] == [{"step": step, "loss": float(step)} for step in range(1, 9)]
+
+
+def test_padding_is_not_counted(paper_run: Any) -> None:
+    ids = torch.zeros(2, 5)
+    assert paper_run.tokens_of({"input_ids": ids, "labels": ids}) == 10
+    # Rows of a pre-training run count from 0, and have no padding.
+    assert paper_run.tokens_of({"input_ids": ids, "labels": ids, "document_ids": ids}) == 10
+    assert paper_run.tokens_of({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}) == 3
+    packed = {"input_ids": ids, "document_ids": torch.tensor([[1, 2, 2, 0, 0]]), "position_ids": ids}
+    assert paper_run.tokens_of(packed) == 3
