@@ -47,6 +47,8 @@ from steps import SLACK, Process, Report, Step, child, run_steps  # noqa: E402  
 
 SECONDS = 420.0
 WHEELS = ROOT / "wheels"
+UNKNOWN = "unknown"
+"""The commit, where the repository's history is not there."""
 FIT = ("paper_run", "lightning_danube.cli.trainer_verbs", "lightning_danube.pretraining", "lightning_danube.callbacks")
 """What the process of a step that trains imports while it waits."""
 PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "torchmetrics", "numpy", "pyarrow", "datasets",
@@ -628,7 +630,7 @@ def about(rehearse: bool) -> dict[str, str]:
         if rehearse
         else "the first minutes on a GPU",
         "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or UNKNOWN,
     }
 
 

@@ -35,7 +35,7 @@ for folder in (str(ROOT / "benchmarks"), str(ROOT)):
         sys.path.insert(0, folder)
 
 import first_contact  # noqa: E402  (after the lines above)
-from first_contact import FIT, WHEELS, about, carried_packages, device_of, environment_of, is_installed  # noqa: E402
+from first_contact import FIT, UNKNOWN, WHEELS, about, carried_packages, device_of, environment_of, is_installed  # noqa: E402
 from steps import Process, Report, Step, child, run_steps  # noqa: E402
 
 SECONDS = 570.0
@@ -531,15 +531,15 @@ def is_done(file: Path) -> bool:
     return bool(lines) and bool(lines[-1].get("ok"))
 
 
-def gather(out: Path, ending: str) -> None:
+def gather(out: Path, rehearsal: bool) -> None:
     """Writes the newest table of each part into one file."""
     pages = []
     for part in PARTS:
-        files = sorted(out.glob(f"{part.name}-{ending}.md"), key=lambda file: file.stat().st_mtime)
-        pages += [f"## {part.name}\n\n{files[-1].read_text(encoding='utf-8')}"] if files else []
-    (out / ("tables-rehearsal.md" if "rehearsal" in ending else "tables.md")).write_text(
-        "\n".join(pages), encoding="utf-8"
-    )
+        files = [file for file in out.glob(f"{part.name}-*.md") if file.stem.endswith("-rehearsal") == rehearsal]
+        if files:
+            newest = max(files, key=lambda file: file.stat().st_mtime)
+            pages.append(f"## {part.name}\n\n{newest.read_text(encoding='utf-8')}")
+    (out / ("tables-rehearsal.md" if rehearsal else "tables.md")).write_text("\n".join(pages), encoding="utf-8")
 
 
 def main() -> int:
@@ -565,7 +565,8 @@ def main() -> int:
     ending = f"{facts['commit']}{'-rehearsal' if arguments.rehearse else ''}"
     with carried_packages(WHEELS) as site:
         for part in (part for part in PARTS if not arguments.parts or part.name in arguments.parts):
-            if is_done(arguments.out / f"{part.name}-{ending}.jsonl") and not arguments.again:
+            known = facts["commit"] != UNKNOWN and is_done(arguments.out / f"{part.name}-{ending}.jsonl")
+            if known and not arguments.again:
                 print(f"{part.name}: is measured at commit {facts['commit']}; --again measures it again")
                 continue
             with tempfile.TemporaryDirectory(prefix="gpu-parts-") as scratch:
@@ -581,7 +582,7 @@ def main() -> int:
                     about=facts,
                 )
             all_good &= record["ok"]
-            gather(arguments.out, "*-rehearsal" if arguments.rehearse else "*[0-9a-f]")
+            gather(arguments.out, arguments.rehearse)
     return 0 if all_good else 1
 
 

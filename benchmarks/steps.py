@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "measured: "
 """Begins a line on standard output that holds what a step has measured, in JSON."""
+INSIDE = "LIGHTNING_DANUBE_STEP"
+"""The environment variable that the processes of steps have."""
 SLACK = 1.25
 """How much longer than planned a step may take."""
 LONGEST_CELL = 400
@@ -93,6 +95,9 @@ class Process:
 
     def __init__(self, script: Path, log: Path, environment: Mapping[str, str], libraries: Sequence[str] = ()) -> None:
         self._log = log
+        # One that a step starts stays in the step's session, and ends with it.
+        self._leads = INSIDE not in os.environ
+        self._has_ended = False
         self.measured: dict[str, Any] = {}
         self.tail = ""
         self._process = subprocess.Popen(
@@ -102,8 +107,8 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", INSIDE: "1", **environment},
+            start_new_session=self._leads,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -138,8 +143,13 @@ class Process:
 
     def end(self) -> None:
         """Ends the process and what it has started."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            if self._leads:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
         self._reader.join(2)
 
@@ -207,33 +217,41 @@ def run_steps(
     with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         _write_line(file, {"about": dict(about)})
         waiting: Process | None = Process(script, log, environment, steps[0].libraries)
-        for number, step in enumerate(steps):
-            process = waiting
-            assert process is not None
-            after = steps[number + 1 : number + 2]
-            waiting = Process(script, log, environment, after[0].libraries) if after else None
-            limit = limit_of(number, steps, seconds - (time.monotonic() - began), slack)
-            with log.open("a", encoding="utf-8") as lines:
-                lines.write(f"\n== {step.name}, at most {limit:.0f} s\n")
-            start = time.monotonic()
-            process.begin({"step": step.name, "options": dict(options)})
-            code = process.wait(limit)
-            record = {
-                "step": step.name,
-                "seconds": round(time.monotonic() - start, 1),
-                "limit": round(limit, 1),
-                "ok": code == 0 and "error" not in process.measured,
-                "ended": "done" if code == 0 else "at its limit" if code is None else f"exit code {code}",
-                "measured": process.measured,
-            }
-            if not record["ok"]:
-                record["tail"] = process.tail
-            records.append(record)
-            _write_line(file, record)
-            (out / f"{name}.md").write_text(table_of(records, steps, about), encoding="utf-8")
-            print(
-                f"{step.name}: {record['ended']} in {record['seconds']:.0f} s; {brief(record['measured'])}", flush=True
-            )
+        process: Process | None = None
+        try:
+            for number, step in enumerate(steps):
+                process = waiting
+                assert process is not None
+                after = steps[number + 1 : number + 2]
+                waiting = Process(script, log, environment, after[0].libraries) if after else None
+                limit = limit_of(number, steps, seconds - (time.monotonic() - began), slack)
+                with log.open("a", encoding="utf-8") as lines:
+                    lines.write(f"\n== {step.name}, at most {limit:.0f} s\n")
+                start = time.monotonic()
+                process.begin({"step": step.name, "options": dict(options)})
+                code = process.wait(limit)
+                record = {
+                    "step": step.name,
+                    "seconds": round(time.monotonic() - start, 1),
+                    "limit": round(limit, 1),
+                    "ok": code == 0 and "error" not in process.measured,
+                    "ended": "done" if code == 0 else "at its limit" if code is None else f"exit code {code}",
+                    "measured": process.measured,
+                }
+                if not record["ok"]:
+                    record["tail"] = process.tail
+                records.append(record)
+                _write_line(file, record)
+                (out / f"{name}.md").write_text(table_of(records, steps, about), encoding="utf-8")
+                print(
+                    f"{step.name}: {record['ended']} in {record['seconds']:.0f} s; {brief(record['measured'])}",
+                    flush=True,
+                )
+        finally:
+            # Also after Ctrl-C: the processes are in sessions of their own.
+            for one in (process, waiting):
+                if one is not None:
+                    one.end()
     return records
 
 

@@ -12,7 +12,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = f"""
 import sys, time
 sys.path.insert(0, {str(BENCHMARKS)!r})
-from steps import Step, child
+from pathlib import Path
+from steps import Process, Step, child
 
 def good(report, options):
     report(speed=options["speed"])
@@ -23,11 +24,13 @@ def bad(report, options):
     raise ValueError("no such thing")
 
 def slow(report, options):
-    report(before=2)
+    inner = Process(Path(__file__), Path(__file__).with_suffix(".log"), {{}})
+    inner.begin({{"step": "inner", "options": {{}}}})
+    report(pid=inner._process.pid)
     time.sleep(60)
 
 STEPS = [Step("good", 1, good, "works"), Step("bad", 1, bad, "fails"), Step("slow", 1, slow, "hangs"),
-         Step("last", 1, good, "works after that")]
+         Step("last", 1, good, "works after that"), Step("inner", 1, lambda report, options: time.sleep(60), "")]
 if __name__ == "__main__":
     sys.exit(child(STEPS, ["no_module_of_that_name"]))
 """
@@ -48,7 +51,7 @@ def test_each_step_keeps_what_it_measured_and_the_next_one_runs(steps: Any, tmp_
     names: dict[str, Any] = {}
     exec(SCRIPT, names)
     records = steps.run_steps(
-        names["STEPS"],
+        names["STEPS"][:4],
         tmp_path / "out",
         "some",
         script=script,
@@ -62,12 +65,20 @@ def test_each_step_keeps_what_it_measured_and_the_next_one_runs(steps: Any, tmp_
     assert [record["ended"] for record in records] == ["done", "exit code 1", "at its limit", "done"]
     assert records[0]["measured"] == {"speed": 7, "rows": [{"kernel": "a | b", "ms": 1.5}]}
     assert records[1]["measured"] == {"before": 1, "error": "ValueError: no such thing"}
-    assert "Traceback" in records[1]["tail"] and records[2]["measured"] == {"before": 2}
+    assert "Traceback" in records[1]["tail"] and not lives(records[2]["measured"]["pid"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "some.jsonl").read_text().splitlines()]
     assert lines == [{"about": {"commit": "abc"}}, *records]
     page = (tmp_path / "out" / "some.md").read_text()
     assert "| bad | fails |" in page and "**at its limit**" in page and "| a / b | 1.5 |" in page
     assert "ValueError: no such thing" in (tmp_path / "out" / "some.log").read_text()
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and is no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_limits_shrink_with_what_is_left(steps: Any) -> None:
