@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_danube.model import Decoder, DecoderConfig, GroupedQueryAttention, RotaryEmbedding, document_mask
 from lightning_danube.model import attention as attention_module
-from lightning_danube.model.attention import causal_mask, inverse_frequencies, repeat_heads, rotary_tables, rotate
+from lightning_danube.model.attention import inverse_frequencies, repeat_heads, rotary_tables, rotate
+from lightning_danube.model.masks import causal_mask
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 

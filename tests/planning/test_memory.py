@@ -68,7 +68,8 @@ def test_a_window_shorter_than_the_context_costs_a_mask(window: int | None, mask
     config = dataclasses.replace(TINY, sliding_window=window)
     assert TrainingMemory(config, rows=2, context=48).mask_bytes() == masks
     assert TrainingMemory(config, rows=2, context=48, document_masks=True).mask_bytes() == 2 * 48 * 48
-    mask = Decoder(config).model.mask(None, torch.zeros(2, 48, dtype=torch.long))
+    mask = Decoder(config).model.mask(None, torch.zeros(2, 48, config.hidden_size))
+    assert mask is None or isinstance(mask, torch.Tensor)
     assert (0 if mask is None else mask.untyped_storage().nbytes()) == masks
 
 
