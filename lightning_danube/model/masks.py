@@ -209,8 +209,5 @@ def mask_of(
         if document_ids_BT is None:
             document_ids_BT = torch.zeros(B, T, dtype=torch.int32, device=device)
         return blocks_of(document_ids_BT, window)
-    if document_ids_BT is None:
-        mask_B1TT = causal_mask(T, 0, device, window).expand(B, -1, -1, -1)
-    else:
-        mask_B1TT = document_mask(document_ids_BT, window)
-    return as_bias(mask_B1TT, dtype) if device.type == "cuda" else mask_B1TT
+    mask = causal_mask(T, 0, device, window) if document_ids_BT is None else document_mask(document_ids_BT, window)
+    return (as_bias(mask, dtype) if device.type == "cuda" else mask).expand(B, -1, -1, -1)
