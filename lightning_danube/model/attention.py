@@ -8,7 +8,8 @@ tables have the shape (B or 1, T, 1, K).
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -257,6 +258,37 @@ def repeat_heads(x_BGSK: Tensor, groups: int) -> Tensor:
     """Returns (B, H, S, K) from (B, G, S, K): each head `groups` times in a row."""
     B, G, S, K = x_BGSK.shape
     return x_BGSK[:, :, None].expand(B, G, groups, S, K).reshape(B, G * groups, S, K)
+
+
+# --- lengths that change, on CUDA -------------------------------------------------------------------------------------
+
+STEADY = 128
+"""Lengths that this number divides are expected to return. Others change from batch to batch."""
+
+
+def kernels_for(device: torch.device, tokens: int, *, cached: bool) -> Callable[[], AbstractContextManager[None]]:
+    """Returns the context in which attention of this shape picks its kernel.
+
+    From version 2.11 on, PyTorch asks cuDNN first on Hopper and Blackwell. cuDNN makes a plan for each new shape, which
+    takes the host 23 to 37 ms. That pays where a shape returns, as in pre-training and in packed rows. With a cache
+    the shape changes with every token, and in unpadded batches from one to the next: there flash attention is faster,
+    although its kernel is slower. A context of 1,000 tokens counts as changing; one of 1,024 does not.
+
+    The choice depends on the shape alone, so a resumed run computes what an uninterrupted one does.
+    """
+    steady = tokens % STEADY == 0 and not cached
+    return nullcontext if device.type != "cuda" or steady or torch.compiler.is_compiling() else without_plans
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """Makes attention not ask cuDNN."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # --- what CUDA has for masks ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import GroupedQueryAttention, Past, RotaryEmbedding
+from .attention import GroupedQueryAttention, Past, RotaryEmbedding, kernels_for
 from .config import DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
 from .masks import Mask, Runs, form_of, mask_of
@@ -130,13 +130,17 @@ class Backbone(nn.Module):
                 position_ids_BT = torch.arange(T, device=input_ids_BT.device)[None]
 
         cos, sin = self.rotary_emb(position_ids_BT, hidden_BTD.dtype)
-        for index, block in enumerate(self.layers):
-            if cache is not None:
-                hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
-            elif recompute:
-                hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False)
-            else:
-                hidden_BTD = block(hidden_BTD, cos, sin, mask)
+        kernels = kernels_for(hidden_BTD.device, T, cached=cache is not None)
+        with kernels():
+            for index, block in enumerate(self.layers):
+                if cache is not None:
+                    hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
+                elif recompute:
+                    # The computation in the backward pass picks among the kernels of the first one.
+                    contexts = lambda: (nullcontext(), kernels())  # noqa: E731
+                    hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False, context_fn=contexts)
+                else:
+                    hidden_BTD = block(hidden_BTD, cos, sin, mask)
         if cache is not None:
             cache.advance(T)
         return self.norm(hidden_BTD)
