@@ -131,6 +131,10 @@ class LabelledData(TokenizedData, Protocol):
     labels: list[str]
     """The names of the classes, in the order of their numbers; empty if the checkpoint has them."""
 
+    @property
+    def evaluation_places(self) -> int:
+        """Returns the most places, padding included, of a batch that is evaluated or classified."""
+
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the fields that `predict` writes about a text: its location, and its `true_label` if known."""
 
