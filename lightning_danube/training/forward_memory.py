@@ -17,8 +17,8 @@ def forward_memory(decoder: Decoder, places: int, *, head_rows: int, cached: boo
         cached: whether keys and values of all tokens are kept, as for generation.
     """
     value = decoder.activation_dtype.itemsize
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers())}
-    parts = {"weights": sum(tensors.values())}
+    # A tied head is one of the parameters once.
+    parts = {"weights": sum(tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers()))}
     if cached:
         parts["keys and values"] = decoder.config.cache_bytes(places, value)
     parts["a pass"] = decoder.config.forward_bytes(places, min(head_rows, places), value)

@@ -24,7 +24,8 @@ def test_the_line_has_the_sum_of_its_parts_in_the_models_type() -> None:
 
 
 def test_tied_weights_count_once_and_the_cache_to_the_byte() -> None:
-    decoder = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    decoder = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=True, vocab_size=100_000))
+    assert "weights 0.03," in forward_memory(decoder, 8, head_rows=8, cached=True)
     assert decoder.config.cache_bytes(40, 4) == KVCache.for_decoder(decoder, 4, 10).nbytes
 
 
