@@ -23,6 +23,7 @@ from lightning_danube.chat.conversations import Conversation, ConversationSource
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
 from lightning_danube.files import default_cache_dir, new_folder
+from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
@@ -528,8 +529,8 @@ def joined(parts: Sequence[EncodedChats]) -> EncodedChats:
 class ChatRows(Dataset[Any]):
     """Makes a micro-batch from the numbers of the conversations in its rows.
 
-    A micro-batch has input_ids, labels and, if packed, document_ids and position_ids, (rows, places) int64, and
-    `step_labels`, the number of tokens that the loss counts in the whole optimizer step.
+    A micro-batch has input_ids, labels and, if packed, document_ids, document_runs and position_ids, (rows, places)
+    int64, and `step_labels`, the number of tokens that the loss counts in the whole optimizer step.
     """
 
     def __init__(self, chats: EncodedChats, context_length: int, packed: bool) -> None:
@@ -572,5 +573,6 @@ def batch_of(chats: EncodedChats, rows: Sequence[Sequence[int]], context_length:
     }
     if packed:
         batch["document_ids"] = torch.stack([row["document_ids"] for row in tensors])
+        batch["document_runs"] = runs_of(batch["document_ids"])
         batch["position_ids"] = torch.stack([row["position_ids"] for row in tensors])
     return batch

@@ -96,7 +96,8 @@ class ClassificationData(LightningDataModule):
         context_length: most tokens of a text; the end of a longer text is cut.
         batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; the texts of a step
             have similar lengths.
-        micro_batch_size: texts a device holds at once.
+        micro_batch_size: texts a device holds at once in training. Validation, test and `predict` hold as many tokens
+            as these texts may have, so more of the texts that are shorter.
         tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used.
         epochs: passes over the training texts.
         validation_share, test_share: share of each class of the training texts that is split off for a split that is
@@ -414,16 +415,41 @@ class ClassificationData(LightningDataModule):
         return self._evaluation_loader(self.predicted, longest_first=False)
 
     def _evaluation_loader(self, split: str, longest_first: bool = True) -> DataLoader[Any]:
-        """Returns the loader of a split. All replicas have equally many batches; the last may have empty rows."""
+        """Returns the loader of a split. Its batches are filled by places, because short texts leave a GPU idle. All
+        replicas have equally many batches; the last may have empty rows."""
         replicas, replica = replicas_of(self.trainer)
         texts = self.encoded[split]
         order: list[int] = list(range(len(texts)))
         if longest_first:
             order = np.argsort(-texts.lengths, kind="stable").tolist()
-        mine: list[int | None] = [*order[replica::replicas]]
-        mine += [None] * (-(-len(order) // replicas) - len(mine))
-        size = self.micro_batch_size
-        return DataLoader(TextBatches(texts, [mine[i : i + size] for i in range(0, len(mine), size)]), batch_size=None)
+        batches = filled_batches(order, texts.lengths, self.evaluation_places, replicas)
+        return DataLoader(TextBatches(texts, [batch[replica::replicas] for batch in batches]), batch_size=None)
+
+    @property
+    def evaluation_places(self) -> int:
+        """Returns the most places, padding included, of a batch that is evaluated: as many as training may hold."""
+        return self.micro_batch_size * self.context_length
+
+
+def filled_batches(
+    order: Sequence[int], lengths: NDArray[np.int64], places: int, replicas: int
+) -> list[list[int | None]]:
+    """Returns batches of the texts in their order, as full as `places` of each replica allow.
+
+    A batch has equally many rows for each replica, which takes every `replicas`-th; None stands for an empty row.
+    """
+    batches: list[list[int | None]] = []
+    width = 0
+    for first in range(0, len(order), replicas):
+        together: list[int | None] = [*order[first : first + replicas]]
+        together += [None] * (replicas - len(together))
+        width = max(width, *(int(lengths[number]) for number in together if number is not None))
+        if batches and (len(batches[-1]) // replicas + 1) * width <= places:
+            batches[-1] += together
+        else:
+            batches.append(together)
+            width = max(int(lengths[number]) for number in together if number is not None)
+    return batches
 
 
 class TextRows(Dataset[Any]):

@@ -14,7 +14,9 @@ from torchmetrics import Metric
 
 from lightning_danube.classification.scores import scores
 from lightning_danube.model import Decoder
+from lightning_danube.terminal import tell
 from lightning_danube.training.contract import IGNORE_INDEX, LabelledData, TextBatch, data_of
+from lightning_danube.training.forward_memory import forward_memory
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.adapters import Lora, base_digest
@@ -204,6 +206,11 @@ class TextClassification(TuningTask):
         # The values go straight to the loggers, because Lightning restarts its count of logged steps after a resume.
         for logger in self.trainer.loggers:
             logger.log_metrics(named, step=self.trainer.global_step)
+
+    def on_predict_start(self) -> None:
+        if self.device.type == "cuda" and self.trainer.is_global_zero:
+            # Only the last token of each text gets logits.
+            tell(forward_memory(self.decoder, self._data.evaluation_places, head_rows=0, cached=False))
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns for each text its place, the likeliest label, the true label if known, and the probability of each

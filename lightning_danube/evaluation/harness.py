@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_danube.evaluation import squad_scores
 from lightning_danube.evaluation.academic_tasks import AcademicTask, read_split, split_files
 from lightning_danube.extras import need
-from lightning_danube.generation.token_stream import TokenStream, evaluation_mode
+from lightning_danube.generation.token_stream import TokenStream, evaluation_mode, tokens_on_host
 from lightning_danube.model import Decoder, KVCache
 
 try:
@@ -285,8 +285,8 @@ class DecoderLM(TemplateLM):
         stream = TokenStream(self.decoder, prompts, new_tokens, eos_ids=ends)
         new: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        for ids_B in stream:
-            for row, token in enumerate(ids_B.tolist()):
+        for ids in tokens_on_host(stream):
+            for row, token in enumerate(ids):
                 if row not in open_rows:
                     continue
                 new[row].append(token)
@@ -294,6 +294,8 @@ class DecoderLM(TemplateLM):
                 if token in ends or any(stop in tail for stop in until if stop):
                     stream.finish(row)
                     open_rows.remove(row)
+            if not open_rows:
+                break
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
         return [postprocess_generated_text(text, list(until), None) for text in texts]
 

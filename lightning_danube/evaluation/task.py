@@ -6,11 +6,13 @@ import time
 
 from lightning.pytorch import LightningModule
 
-from lightning_danube.evaluation.asking import AskedModel
+from lightning_danube.evaluation.asking import HEAD_ROWS, AskedModel
 from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.results import Measured
 from lightning_danube.generation.packing import pack_for_generation
+from lightning_danube.terminal import tell
 from lightning_danube.training.contract import data_of
+from lightning_danube.training.forward_memory import forward_memory
 from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_as_exported
 
@@ -81,6 +83,8 @@ class Evaluation(LightningModule):
         # own dtype, so mixed precision keeps the weights unpacked.
         if not str(self.trainer.precision).endswith("mixed"):
             pack_for_generation(self.decoder, rows=self.places)
+        if self.device.type == "cuda":
+            tell(forward_memory(self.decoder, self.places, head_rows=HEAD_ROWS, cached=True))
 
     def test_step(self, batch: int, batch_idx: int) -> None:
         began = time.monotonic()

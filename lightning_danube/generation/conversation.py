@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+import torch
+
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.text import Continuation, TextGeneration
 from lightning_danube.model import KVCache
@@ -126,7 +128,8 @@ class Answer:
             conversation.answers += 1
             if self.continuation.text:
                 conversation.turns = [*conversation.turns, (self.question, self.continuation.text)]
-            read = [*ids, *(int(step) for step in generation.tokens.steps)]
+            steps = generation.tokens.steps
+            read = [*ids, *(torch.cat(steps).tolist() if steps else [])]
             conversation.cached_ids = read[: conversation.cache.length]
 
 

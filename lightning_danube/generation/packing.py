@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from lightning_danube.device import fastest_type, fbgemm_packs, onednn_multiplies, onednn_packs
 from lightning_danube.model.attention import GroupedQueryAttention, Past, attend_once, rotate
 from lightning_danube.model.decoder import Block, Decoder, RMSNorm, SwiGLU
+from lightning_danube.model.masks import Mask
 
 OPERATORS = torch.ops.mkldnn
 LAYOUT_ROWS = 16
@@ -335,7 +336,7 @@ class PackedBlock(Block):
         self.attend, self.feed_forward = self.self_attn.forward, self.mlp.forward
 
     def forward(
-        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: Past | None = None
+        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None, past: Past | None = None
     ) -> Tensor:
         first_norm, second_norm = self.norms
         hidden_BTD = self.attend(first_norm(hidden_BTD), cos, sin, mask, past).add_(hidden_BTD)
@@ -360,14 +361,15 @@ class PackedAttention(GroupedQueryAttention):
         hidden_BTD: Tensor,
         cos_BT1K: Tensor,
         sin_BT1K: Tensor,
-        mask_B1TS: Tensor | None = None,
+        mask: Mask | None = None,
         past: Past | None = None,
     ) -> Tensor:
         if past is None or hidden_BTD.shape[1] > 1:
-            return super().forward(hidden_BTD, cos_BT1K, sin_BT1K, mask_B1TS, past)
+            return super().forward(hidden_BTD, cos_BT1K, sin_BT1K, mask, past)
+        assert mask is None or isinstance(mask, Tensor)
         q_B1HK, k_B1GK, v_B1GK = self.project(hidden_BTD, cos_BT1K, sin_BT1K)
         k_BGSK, v_BGSK = past.extend(k_B1GK.transpose(1, 2), v_B1GK.transpose(1, 2))
-        mixed_BGJK = attend_once(q_B1HK.transpose(1, 2), k_BGSK, v_BGSK, mask_B1TS)
+        mixed_BGJK = attend_once(q_B1HK.transpose(1, 2), k_BGSK, v_BGSK, mask)
         return self.project_out(mixed_BGJK.reshape(len(mixed_BGJK), 1, -1))
 
     def project(self, hidden_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.generation.token_stream import TokenStream
+from lightning_danube.generation.token_stream import TokenStream, tokens_on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,14 +52,16 @@ class TextGeneration:
         self.rows = [Continuation(tokenizer, prompt, eos_ids, stop) for prompt in prompts]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        for ids_B in self.tokens:
-            for row, (token, continuation) in enumerate(zip(ids_B.tolist(), self.rows, strict=True)):
+        for ids in tokens_on_host(self.tokens):
+            for row, (token, continuation) in enumerate(zip(ids, self.rows, strict=True)):
                 if continuation.finish_reason is None:
                     piece = continuation.add(token)
                     if continuation.finish_reason is not None:
                         self.tokens.finish(row)
                     if piece:
                         yield row, piece
+            if all(continuation.finish_reason is not None for continuation in self.rows):
+                break
         for row, continuation in enumerate(self.rows):
             if continuation.finish_reason is None and (piece := continuation.end("length")):
                 yield row, piece

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.generation.compiled_steps import CompiledStep, StepsOfCache, next_logits
+from lightning_danube.generation.readback import Readback
 from lightning_danube.generation.sampling import GREEDY, Sampling, penalize, sample, uniforms
 from lightning_danube.model.cache import KVCache
 
@@ -22,7 +23,8 @@ class TokenStream(Iterator[Tensor]):
     """The new tokens of a batch of prompts, (B,) at each step, until every row has ended or has `max_new_tokens`.
 
     A row gets the tokens that it would get alone: no row sees padding, and each row has its own random numbers. The
-    caller ignores the tokens after a row's end.
+    caller ignores the tokens after a row's end. On a GPU there may be one step more than needed, because the host
+    learns the end of the last row when it has already started the next step.
 
     Args:
         decoder: in evaluation mode.
@@ -77,6 +79,7 @@ class TokenStream(Iterator[Tensor]):
         self.eos_ids_E = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(self.prompts), dtype=torch.bool, device=device)
         self.can_finish = bool(eos_ids)
+        self._all_finished: Readback | None = None
         if sampling.repetition_penalty != 1:
             shape = (len(self.prompts), decoder.config.vocab_size)
             self.seen_BV = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -96,8 +99,7 @@ class TokenStream(Iterator[Tensor]):
     @torch.no_grad()
     def __next__(self) -> Tensor:
         step = len(self.steps)
-        # The one place in a step that waits for the device.
-        if step == self.max_new_tokens or (step and self.can_finish and bool(self.finished_B.all())):
+        if step == self.max_new_tokens or self._has_ended():
             raise StopIteration
         logits_BV = self._logits()
         if logits_BV.dtype != torch.float64:
@@ -117,6 +119,17 @@ class TokenStream(Iterator[Tensor]):
         self.steps.append(ids_B)
         self.lengths = [length + 1 for length in self.lengths]
         return ids_B
+
+    def _has_ended(self) -> bool:
+        """Returns whether all rows had ended: on a GPU before the last step, so that the last step need not be over.
+
+        This is the one place in a step that waits for the device.
+        """
+        if not self.steps or not self.can_finish:
+            return False
+        before, self._all_finished = self._all_finished, Readback(self.finished_B.all())
+        told = before if self._all_finished.is_late else self._all_finished
+        return told is not None and bool(told.values())
 
     def finish(self, row: int) -> None:
         """Ends a row for a reason other than its tokens."""
@@ -181,6 +194,21 @@ class TokenStream(Iterator[Tensor]):
         """The tokens of a row that the model reads, (T,)."""
         new = [torch.stack(self.steps)[:, row]] if self.steps else []
         return torch.cat([self.prompts[row], *new])[self.starts[row] :]
+
+
+def tokens_on_host(stream: TokenStream) -> Iterator[list[int]]:
+    """Yields the tokens of each step as a list; on a GPU while the next step runs there."""
+    waiting: Readback | None = None
+    for ids_B in stream:
+        new = Readback(ids_B)
+        if waiting is not None:
+            yield waiting.values()
+        if new.is_late:
+            waiting = new
+        else:
+            yield new.values()
+    if waiting is not None:
+        yield waiting.values()
 
 
 def generate(

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from lightning_danube import lazy_attributes
 
 if TYPE_CHECKING:
-    from .attention import GroupedQueryAttention, RotaryEmbedding, document_mask
+    from .attention import GroupedQueryAttention, RotaryEmbedding
     from .cache import KVCache
     from .config import PRESETS, DecoderConfig, DecoderShape, RopeScaling
     from .decoder import Backbone, Block, Decoder, RMSNorm, SwiGLU
     from .loss import next_token_loss, token_losses
+    from .masks import document_mask
 
 __all__ = [
     "PRESETS",
@@ -32,11 +33,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "attention": ("GroupedQueryAttention", "RotaryEmbedding", "document_mask"),
+    "attention": ("GroupedQueryAttention", "RotaryEmbedding"),
     "cache": ("KVCache",),
     "config": ("PRESETS", "DecoderConfig", "DecoderShape", "RopeScaling"),
     "decoder": ("Backbone", "Block", "Decoder", "RMSNorm", "SwiGLU"),
     "loss": ("next_token_loss", "token_losses"),
+    "masks": ("document_mask",),
 }
 
 # A decoder's shape and its arithmetic need no PyTorch.

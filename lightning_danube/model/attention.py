@@ -1,18 +1,25 @@
 """Rotary positions and causal attention with grouped queries.
 
 Shapes: B batch, T tokens of this call, S tokens attended to (T plus the tokens already in the cache), D hidden size,
-H query heads, G key-value heads (G divides H), K channels of a head. Rotary tables have the shape (B or 1, T, 1, K).
+H query heads, G key-value heads (G divides H), K channels of a head, P = B * T tokens of the flattened batch. Rotary
+tables have the shape (B or 1, T, 1, K).
 """
 
+import functools
+import inspect
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import constant_in_compiled_code
 from .blocked_attention import blocked_attention, is_faster
 from .elementwise import Turn, gains
+from .masks import Blocks, Mask, Runs
 
 if TYPE_CHECKING:
     from .config import RopeScaling
@@ -109,26 +116,6 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
 
-def causal_mask(tokens: int, past: int, device: torch.device, window: int | None = None) -> Tensor:
-    """Returns a mask (1, 1, T, S), true where token past + i may see token j: j is not later and within the window.
-
-    It is needed for texts longer than a window, and to extend a filled cache by several tokens: the kernel's own causal
-    mask aligns the queries with the first keys, not with the last.
-    """
-    seen_TS = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
-    return (seen_TS if window is None else seen_TS.triu(past - window + 1))[None, None]
-
-
-def document_mask(document_ids_BT: Tensor, window: int | None = None) -> Tensor:
-    """Returns a mask (B, 1, T, T), true where a token may see another token.
-
-    A token sees tokens that are not later, in the same document and within the last `window`. Every token sees itself,
-    so no row is empty, whatever ids the padding has. An id that returns later in a row means the same document.
-    """
-    seen_BTT = (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]).tril()
-    return (seen_BTT if window is None else seen_BTT.triu(1 - window))[:, None]
-
-
 class GroupedQueryAttention(nn.Module):
     """Causal attention in which H / G query heads share a key-value head: H = G is multi-head, G = 1 multi-query.
 
@@ -165,12 +152,13 @@ class GroupedQueryAttention(nn.Module):
         hidden_BTD: Tensor,
         cos_BT1K: Tensor,
         sin_BT1K: Tensor,
-        mask_B1TS: Tensor | None = None,
+        mask: Mask | None = None,
         past: Past | None = None,
     ) -> Tensor:
         """Returns (B, T, D). Without a mask the attention is causal and makes no T x S tensor.
 
-        A given mask replaces the causal mask.
+        A given mask replaces the causal mask. A tensor has the shape (B or 1, 1, T, S): true where a token is seen, or
+        what is added to the scores. Runs and blocks are for tokens that follow no filled cache.
         """
         B, T, _ = hidden_BTD.shape
         q_BTHK, k_BTGK, v_BTGK = self.project(hidden_BTD, cos_BT1K, sin_BT1K)
@@ -178,7 +166,14 @@ class GroupedQueryAttention(nn.Module):
         if past is not None:
             k_BGSK, v_BGSK = past.extend(k_BGSK, v_BGSK)
             if T == 1:
-                return self.o_proj(attend_once(q_BHTK, k_BGSK, v_BGSK, mask_B1TS).reshape(B, 1, -1))
+                assert mask is None or isinstance(mask, Tensor)
+                return self.o_proj(attend_once(q_BHTK, k_BGSK, v_BGSK, mask).reshape(B, 1, -1))
+        if isinstance(mask, Runs):
+            return self.o_proj(attend_in_runs(q_BTHK, k_BTGK, v_BTGK, mask).reshape(B, T, -1))
+        if isinstance(mask, Blocks):
+            mixed_BHTK = attend_in_blocks(q_BHTK, k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2), mask)
+            return self.o_proj(mixed_BHTK.transpose(1, 2).reshape(B, T, -1))
+        mask_B1TS = mask
         assert mask_B1TS is not None or k_BGSK.shape[2] == T, "several tokens after a filled cache need a mask"
 
         if past is None and not (self.dropout and self.training) and is_faster(q_BHTK):
@@ -248,9 +243,13 @@ def takes_grouped_heads(q_BHTK: Tensor, mask_B1TS: Tensor | None) -> bool:
     """Returns whether a fused kernel accepts fewer key-value heads than query heads.
 
     CPU: always. It is not slower than repeated heads in training (one core, forward and backward, 4 x 512 tokens, 8
-    query heads, 4 key-value heads: 45.8 against 49.8 ms in float32, 44.6 against 48.2 ms in bfloat16). CUDA: only flash
-    attention does, which needs 16 bits and no mask. Otherwise PyTorch silently falls back to a kernel that stores all
-    scores (B, H, T, S), while repeated heads still get a fused kernel. Decoding steps use `attend_once`.
+    query heads, 4 key-value heads: 45.8 against 49.8 ms in float32, 44.6 against 48.2 ms in bfloat16).
+
+    CUDA, PyTorch 2.11 to 2.13: flash attention and cuDNN do, both in 16 bits. Flash attention takes no mask. cuDNN
+    takes one, but is not asked before the kernel that stores all scores (B, H, T, S), except on Hopper and Blackwell,
+    and not where lengths change (`without_plans`). The memory-efficient kernel, which takes float32 and masks, learns
+    grouped heads only in a later PyTorch. Hence with a mask or in float32, heads are repeated, which every kernel
+    takes. Decoding steps use `attend_once`.
     """
     return not q_BHTK.is_cuda or (mask_B1TS is None and q_BHTK.dtype in (torch.bfloat16, torch.float16))
 
@@ -259,3 +258,76 @@ def repeat_heads(x_BGSK: Tensor, groups: int) -> Tensor:
     """Returns (B, H, S, K) from (B, G, S, K): each head `groups` times in a row."""
     B, G, S, K = x_BGSK.shape
     return x_BGSK[:, :, None].expand(B, G, groups, S, K).reshape(B, G * groups, S, K)
+
+
+# --- lengths that change, on CUDA -------------------------------------------------------------------------------------
+
+STEADY = 128
+"""Lengths that this number divides are expected to return. Others change from batch to batch."""
+
+
+def kernels_for(device: torch.device, tokens: int, *, cached: bool) -> Callable[[], AbstractContextManager[None]]:
+    """Returns the context in which attention of this shape picks its kernel.
+
+    From version 2.11 on, PyTorch asks cuDNN first on Hopper and Blackwell. cuDNN makes a plan for each new shape, which
+    takes the host 23 to 37 ms. That pays where a shape returns, as in pre-training and in packed rows. With a cache
+    the shape changes with every token, and in unpadded batches from one to the next: there flash attention is faster,
+    although its kernel is slower. A context of 1,000 tokens counts as changing; one of 1,024 does not.
+
+    The choice depends on the shape alone, so a resumed run computes what an uninterrupted one does.
+    """
+    steady = tokens % STEADY == 0 and not cached
+    return nullcontext if device.type != "cuda" or steady or torch.compiler.is_compiling() else without_plans
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """Makes attention not ask cuDNN."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+# --- what CUDA has for masks ------------------------------------------------------------------------------------------
+
+
+def attend_in_runs(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, runs: Runs) -> Tensor:
+    """Returns causal attention within each run, by flash attention, (P, H, K)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"enable_gqa": True} if varlen_asks_for_groups() else {}
+    # Tokens to the left besides the token itself; none to the right.
+    options["window_size"] = (-1 if runs.window is None else runs.window - 1, 0)
+    q_PHK, k_PGK, v_PGK = q_BTHK.flatten(0, 1), k_BTGK.flatten(0, 1), v_BTGK.flatten(0, 1)
+    starts_N1, longest = runs.starts_N1, runs.longest
+    mixed_PHK: Any = varlen_attn(q_PHK, k_PGK, v_PGK, starts_N1, starts_N1, longest, longest, **options)
+    return cast(Tensor, mixed_PHK)
+
+
+@constant_in_compiled_code
+def varlen_asks_for_groups() -> bool:
+    """Returns whether grouped heads must be announced. PyTorch 2.11 has no argument for it: the kernel sees them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def attend_in_blocks(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, blocks: Blocks) -> Tensor:
+    """Returns attention by FlexAttention, (B, H, T, K)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled, it stores all scores. Within a compiled block it is compiled with the block.
+    eagerly = q_BHTK.is_cuda and not torch.compiler.is_compiling()
+    attend: Any = compiled_flex() if eagerly else flex_attention
+    mixed_BHTK: Tensor = attend(q_BHTK, k_BGTK, v_BGTK, block_mask=blocks.mask, enable_gqa=True)
+    return mixed_BHTK
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_danube.model.attention import Past, causal_mask
+from lightning_danube.model.attention import Past
+from lightning_danube.model.masks import causal_mask
 
 if TYPE_CHECKING:
     from lightning_danube.model.decoder import Decoder

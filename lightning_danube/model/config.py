@@ -218,6 +218,17 @@ class DecoderConfig(DecoderShape):
         values = 2 * self.num_hidden_layers * self.num_key_value_heads * self._head_dim
         return values * tokens * bytes_per_value
 
+    def forward_bytes(self, tokens: int, head_rows: int, bytes_per_value: int = 2) -> int:
+        """Returns an estimate of the memory that a forward pass of `tokens` tokens takes beside weights and cache.
+
+        Args:
+            head_rows: tokens whose logits are in memory at once, in the type of the products and twice in float32.
+        """
+        heads = (self.num_attention_heads + 2 * self.num_key_value_heads) * self._head_dim
+        # One block: residual stream and normed copy, heads before and after rotation, gate, up and their product.
+        values = 3 * self.hidden_size + max(2 * heads, 3 * self.intermediate_size)
+        return tokens * values * bytes_per_value + head_rows * self.vocab_size * (bytes_per_value + 2 * 4)
+
     def facts(self) -> dict[str, Any]:
         """Returns the fields as plain data for checkpoints: `DecoderConfig(**facts)` restores the config.
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import GroupedQueryAttention, Past, RotaryEmbedding, causal_mask, document_mask
+from .attention import GroupedQueryAttention, Past, RotaryEmbedding, kernels_for
 from .config import DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
+from .masks import Mask, Runs, form_of, mask_of
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -74,7 +75,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: Past | None = None
+        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None, past: Past | None = None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), cos, sin, mask, past)
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
@@ -85,6 +86,7 @@ class Backbone(nn.Module):
 
     Args:
         window: tokens that a token sees, including itself; None: all earlier tokens.
+        attention_dropout: the dropout of the layers' attention.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class Backbone(nn.Module):
         norm: RMSNorm,
         rotary_emb: RotaryEmbedding,
         window: int | None = None,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.attention_dropout = window, attention_dropout
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -109,40 +112,52 @@ class Backbone(nn.Module):
         document_ids_BT: Tensor | None,
         cache: "KVCache | None",
         recompute: bool,
+        document_runs: Runs | None = None,
     ) -> Tensor:
         T = input_ids_BT.shape[1]
-        mask = None
+        hidden_BTD = self.embed_tokens(input_ids_BT)
+        mask: Mask | None = None
         if cache is not None:
             assert document_ids_BT is None, "packed documents are for training; a cache holds one text a row"
             cache.reserve(T)
-            mask = cache.mask(T)
+            is_empty = cache.lengths_B is None and not cache.length
+            mask = self.mask(None, hidden_BTD) if is_empty else cache.mask(T)
             if position_ids_BT is None:
                 position_ids_BT = cache.positions(T)
         else:
-            mask = self.mask(document_ids_BT, input_ids_BT)
+            mask = self.mask(document_ids_BT, hidden_BTD, document_runs)
             if position_ids_BT is None:
                 position_ids_BT = torch.arange(T, device=input_ids_BT.device)[None]
 
-        hidden_BTD = self.embed_tokens(input_ids_BT)
         cos, sin = self.rotary_emb(position_ids_BT, hidden_BTD.dtype)
-        for index, block in enumerate(self.layers):
-            if cache is not None:
-                hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
-            elif recompute:
-                hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False)
-            else:
-                hidden_BTD = block(hidden_BTD, cos, sin, mask)
+        kernels = kernels_for(hidden_BTD.device, T, cached=cache is not None)
+        with kernels():
+            for index, block in enumerate(self.layers):
+                if cache is not None:
+                    hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
+                elif recompute:
+                    # The computation in the backward pass picks among the kernels of the first one.
+                    contexts = lambda: (nullcontext(), kernels())  # noqa: E731
+                    hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False, context_fn=contexts)
+                else:
+                    hidden_BTD = block(hidden_BTD, cos, sin, mask)
         if cache is not None:
             cache.advance(T)
         return self.norm(hidden_BTD)
 
-    def mask(self, document_ids_BT: Tensor | None, input_ids_BT: Tensor) -> Tensor | None:
-        """Returns the mask of attention without a cache, (B, 1, T, T); None if plain causal attention is right."""
-        B, T = input_ids_BT.shape
-        window = self.window if self.window is not None and self.window < T else None
-        if document_ids_BT is not None:
-            return document_mask(document_ids_BT, window)
-        return None if window is None else causal_mask(T, 0, input_ids_BT.device, window).expand(B, -1, -1, -1)
+    def mask(self, document_ids_BT: Tensor | None, hidden_BTD: Tensor, runs: Runs | None = None) -> Mask | None:
+        """Returns the mask of attention without a cache; None if plain causal attention is right. See `form_of`."""
+        device, dtype = hidden_BTD.device, hidden_BTD.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        B, T, _ = hidden_BTD.shape
+        window = None if self.window is None or self.window >= T else self.window
+        if document_ids_BT is None and window is None:
+            return None
+        known = document_ids_BT is None or runs is not None
+        dropout = self.attention_dropout if self.training else 0.0
+        form = form_of(device, dtype, self.rotary_emb.head_dim, dropout, runs=known)
+        return mask_of(form, document_ids_BT, runs, (B, T), window, dtype, device)
 
 
 def new_embedding(rows: int, size: int) -> nn.Embedding:
@@ -192,6 +207,7 @@ class Decoder(nn.Module):
             norm=RMSNorm(c.hidden_size, c.rms_norm_eps),
             rotary_emb=RotaryEmbedding(head_dim, c.rope_theta, c.rope_scaling),
             window=c.sliding_window,
+            attention_dropout=c.attention_dropout,
         )
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.tie_weights()
@@ -245,17 +261,19 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: "KVCache | None" = None,
+        document_runs: Runs | None = None,
     ) -> Tensor:
         """Returns the states after the last norm, (B, T, D): the input of the head and of the chunked loss.
 
-        Default positions start after the tokens of the cache. `document_ids_BT` separates packed texts (each id is one
-        text of its row) and needs a mask of B x T x T bools. A window shorter than the text needs a mask of T x T
-        bools. Adds keys and values of these tokens to a given cache.
+        Default positions start after the tokens of the cache. `document_ids_BT` separates packed texts: each id is one
+        text of its row. `document_runs` are the same texts as `runs_of` the ids returns them, which flash attention
+        needs. Where it cannot be used (`form_of`), texts may need a mask of B x T x T bools, and a window shorter than
+        the text a mask of T x T bools. Adds keys and values of these tokens to a given cache.
         """
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         as_written = self.has_compiled_blocks and cache is not None
         with torch.compiler.set_stance("force_eager") if as_written else nullcontext():
-            return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute)
+            return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute, document_runs)
 
     def forward(
         self,

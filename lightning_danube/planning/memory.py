@@ -88,7 +88,7 @@ class TrainingMemory:
         accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
         layout: how training is spread over devices.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
-            kept; flash attention needs 16 bits.
+            kept; flash attention needs 16 bits, and reads no dense mask.
         document_masks: whether packed documents are masked from each other.
         muon: whether the optimizer keeps one average of the blocks' matrices, instead of AdamW's two moments.
     """
@@ -199,8 +199,8 @@ class TrainingMemory:
         # Autocast copies the input for each matrix that multiplies it.
         queries_and_feed_forward = (3 + 2) if a < self.weight_bytes else (1 + 1)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        if self.gpu and a != 2:
-            kv_heads = heads  # repeated, because no fused kernel takes grouped heads
+        if self._repeats_heads:
+            kv_heads = heads
         # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
         # statistics, in float32.
         of_a_row = a if not self.gpu and a == 2 and _cpu_multiplies_bfloat16() else self._wide
@@ -217,12 +217,32 @@ class TrainingMemory:
         rotary = 2 * self.context * head_dim(c) * self._wide
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
-    def mask_bytes(self) -> int:
-        """Returns the bytes of attention masks: one per row for documents, one for all rows for a window alone."""
+    @property
+    def _form(self) -> Literal["none", "runs", "blocks", "dense"]:
+        """Returns the form of attention's mask, as `form_of` in model/masks.py chooses it for the usual head sizes."""
         window = self.config.sliding_window
-        if self.document_masks:
-            return self.rows * self.context**2
-        return self.context**2 if window is not None and window < self.context else 0
+        if not self.document_masks and (window is None or window >= self.context):
+            return "none"
+        if not self.gpu or self.config.attention_dropout or self._product == 8:
+            return "dense"
+        return "runs" if self._product == 2 else "blocks"
+
+    @property
+    def _repeats_heads(self) -> bool:
+        """Returns whether key-value heads are repeated, because the kernel takes no grouped heads."""
+        return self.gpu and (self._form == "dense" or (self._form == "none" and self._product != 2))
+
+    def mask_bytes(self) -> int:
+        """Returns the bytes of the attention mask, which all layers share."""
+        if self._form == "dense":
+            rows = self.rows if self.document_masks else 1
+            return rows * self.context**2 * (self._product if self.gpu else 1)
+        if self._form == "blocks":
+            # Whole and partial blocks of 128, their numbers and how many there are, by queries and by keys.
+            blocks = -(-self.context // 128)
+            return self.rows * 2 * 2 * 4 * (blocks**2 + blocks)
+        # Runs are four bytes a document.
+        return 0
 
     def cast_bytes(self, blocks: int) -> int:
         """Returns the bytes of the 16-bit copies of some blocks' weights."""

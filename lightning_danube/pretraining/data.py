@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.device import usable_cores
+from lightning_danube.model.masks import runs_of
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
@@ -371,7 +372,7 @@ def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bo
     """Returns input_ids and labels, (rows, context) each, from (rows, context + 1) ids.
 
     Args:
-        document_end: id that ends a document, to add document_ids; None: no document_ids.
+        document_end: id that ends a document, to add document_ids and document_runs; None: neither of them.
         pinned: use pinned memory, for tensors that a device will copy.
     """
     both = torch.empty((2, len(ids), ids.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
@@ -382,4 +383,5 @@ def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bo
         ends = batch["input_ids"] == document_end
         # The end token belongs to its document; the next document begins after it.
         batch["document_ids"] = ends.cumsum(1) - ends.long()
+        batch["document_runs"] = runs_of(batch["document_ids"])
     return batch

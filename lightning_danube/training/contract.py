@@ -14,6 +14,8 @@ from typing import Any, NotRequired, Protocol, TypedDict, TypeVar, runtime_check
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_danube.model.masks import Runs
+
 IGNORE_INDEX = -100
 """The label of a token, or the class of a text, that the loss ignores."""
 
@@ -26,6 +28,7 @@ class TokenBatch(TypedDict):
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     document_ids: NotRequired[Tensor]  # (B, T): tokens see only tokens of their own document
+    document_runs: NotRequired[Runs | None]  # the same as runs of tokens; None if an id returns later in its row
     position_ids: NotRequired[Tensor]  # (B, T): the position in the document
 
 
@@ -127,6 +130,10 @@ class LabelledData(TokenizedData, Protocol):
 
     labels: list[str]
     """The names of the classes, in the order of their numbers; empty if the checkpoint has them."""
+
+    @property
+    def evaluation_places(self) -> int:
+        """Returns the most places, padding included, of a batch that is evaluated or classified."""
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the fields that `predict` writes about a text: its location, and its `true_label` if known."""

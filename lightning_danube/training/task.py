@@ -93,6 +93,7 @@ class DecoderTask(LightningModule):
                 batch["input_ids"],
                 position_ids_BT=batch.get("position_ids"),
                 document_ids_BT=batch.get("document_ids"),
+                document_runs=batch.get("document_runs"),
             )
 
     def sum_of_losses(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
-from lightning_danube.classification.data import ClassificationData
+from lightning_danube.classification.data import ClassificationData, filled_batches
 from lightning_danube.classification.labelled_texts import same_text
 
 WORDS = {"wet": "river rain", "hard": "stone iron", "far": "mountain star"}
@@ -280,15 +281,35 @@ def test_each_pass_has_an_order_of_its_own(tmp_path: Path) -> None:
 def test_predictions_are_in_the_order_of_the_file_and_scores_need_no_order(tmp_path: Path) -> None:
     module = data(tmp_path)
     (tmp_path / "new.csv").write_text("text\none\ntwo words and more\nthree words here\nfour\n")
-    asked = ClassificationData(str(tmp_path / "train.csv"), predict=str(tmp_path / "new.csv"), micro_batch_size=3)
+    asked = ClassificationData(str(tmp_path / "train.csv"), predict=str(tmp_path / "new.csv"), context_length=8)
     asked.setup("predict")
+    asked.micro_batch_size = 3
     batches = list(asked.predict_dataloader())
-    assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2], [3]]
+    assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2, 3]]
     assert [asked.described(row)[0]["row"] for row in range(4)] == [1, 2, 3, 4] and asked.described(0)[1] == {}
     assert (batches[0]["classes"] == -100).all()
     lengths = [int(module.encoded["test"].lengths[row]) for batch in module.test_dataloader() for row in batch["rows"]]
     assert lengths == sorted(lengths, reverse=True)
     assert module.predicted == "test" and module.described(2)[1] == {"true_label": module.splits["test"][2].label}
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("places", [1, 40, 10**6])
+def test_batches_are_as_full_as_their_places_allow(places: int, replicas: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 30, 50)
+    for order in (list(range(50)), np.argsort(-lengths).tolist()):
+        batches = filled_batches(order, lengths, places, replicas)
+        assert [number for batch in batches for number in batch if number is not None] == order
+
+        def needed(batch: list[int | None]) -> int:
+            """Places of one replica."""
+            return len(batch) // replicas * max(int(lengths[number]) for number in batch if number is not None)
+
+        for batch, after in itertools.pairwise([*batches, []]):
+            assert len(batch) % replicas == 0
+            assert needed(batch) <= places or len(batch) == replicas
+            if after:
+                assert needed(batch + after[:replicas]) > places
 
 
 def test_replicas_have_equally_many_batches_and_each_text_once(tmp_path: Path) -> None:

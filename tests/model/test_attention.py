@@ -1,13 +1,26 @@
 import dataclasses
+from contextlib import nullcontext
 from inspect import signature
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig, GroupedQueryAttention, RotaryEmbedding, document_mask
 from lightning_danube.model import attention as attention_module
-from lightning_danube.model.attention import causal_mask, inverse_frequencies, repeat_heads, rotary_tables, rotate
+from lightning_danube.model import decoder as decoder_module
+from lightning_danube.model.attention import (
+    inverse_frequencies,
+    kernels_for,
+    repeat_heads,
+    rotary_tables,
+    rotate,
+    without_plans,
+)
+from lightning_danube.model.masks import causal_mask
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 
@@ -165,3 +178,77 @@ def test_the_form_for_the_compiler_is_the_kernel(masked: bool) -> None:
     found = attention_module.sums_of_products(q.view(2, 3, 2, 16), k, v, mask)
     # Sums of 16 and of 7 terms of order one, in another order.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+# --- lengths that change, on CUDA -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "cached", "asked"),
+    [
+        ("cuda", 8192, False, True),
+        ("cuda", 128, False, True),
+        ("cuda", 1000, False, False),
+        ("cuda", 8192, True, False),
+        ("cuda", 1, True, False),
+        ("cpu", 1000, False, True),
+        ("cpu", 1, True, True),
+    ],
+)
+def test_cudnn_is_asked_only_for_lengths_that_return(device: str, tokens: int, cached: bool, asked: bool) -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels_for(torch.device(device), tokens, cached=cached)():
+        assert torch.backends.cuda.cudnn_sdp_enabled() == asked
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_user_who_turned_cudnn_off_finds_it_off_afterwards() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with without_plans():
+            pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_attention_of_a_call_and_of_its_recomputation_picks_among_the_same_kernels(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where no kernel changes with this: the result must not, either."""
+    decoder = exact_decoder().train()
+    decoder.activation_checkpointing = recompute
+    ids, asked, results = torch.randint(0, 101, (2, 9)), [], []
+    attend = F.scaled_dot_product_attention
+
+    def observed(*args: Any, **named: Any) -> Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", observed)
+    for context in (nullcontext, without_plans):
+        monkeypatch.setattr(decoder_module, "kernels_for", lambda *args, context=context, **named: context)
+        decoder.zero_grad()
+        decoder(ids).square().sum().backward()
+        results.append([parameter.grad for parameter in decoder.parameters()])
+    calls = CONFIG.num_hidden_layers * (2 if recompute else 1)
+    assert asked == [True] * calls + [False] * calls
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_steps_with_a_cache_ask_for_changing_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def chosen(device: torch.device, tokens: int, *, cached: bool) -> Any:
+        asked.append((tokens, cached))
+        return nullcontext
+
+    monkeypatch.setattr(decoder_module, "kernels_for", chosen)
+    decoder = exact_decoder()
+    with torch.no_grad():
+        generate(decoder, [[1, 2, 3]], 2)
+        decoder(torch.zeros(1, 5, dtype=torch.long))
+    assert set(asked) == {(3, True), (1, True), (5, False)}

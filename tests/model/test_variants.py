@@ -14,7 +14,8 @@ from lightning_danube.generation.packing import JoinedLinear, pack, pack_for_gen
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig, KVCache, next_token_loss
 from lightning_danube.model.architecture import family_of
-from lightning_danube.model.attention import causal_mask, document_mask, inverse_frequencies
+from lightning_danube.model.attention import inverse_frequencies
+from lightning_danube.model.masks import causal_mask, document_mask
 from tests.tiny_models import CONFIG, VARIANTS, tiny_decoder
 
 TOKENS = 33
@@ -161,7 +162,7 @@ def test_a_window_that_is_not_shorter_than_the_text_is_none(window: int) -> None
     windowed, plain, ids = exact(dataclasses.replace(CONFIG, sliding_window=window)), exact(CONFIG), some_ids()
     with torch.no_grad():
         assert torch.equal(windowed(ids), plain(ids))
-        assert windowed.model.mask(None, ids) is None
+        assert windowed.model.mask(None, torch.zeros(2, TOKENS, CONFIG.hidden_size)) is None
         cache = KVCache.for_decoder(windowed, 2, TOKENS)
         windowed(ids[:, :-1], cache=cache)
         assert cache.mask(1) is None

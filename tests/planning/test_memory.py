@@ -8,8 +8,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.model import decoder as decoder_module
+from lightning_danube.model.masks import Runs, as_bias, blocks_of, document_mask, runs_of
 from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
 from lightning_danube.training.optim import Muon
+from tests.model.flash_on_cpu import flash_on_cpu
 
 TINY = DecoderConfig(
     hidden_size=32,
@@ -23,7 +26,9 @@ TINY = DecoderConfig(
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-def kept_for_backward(config: DecoderConfig, precision: str, recompute: bool, rows: int, context: int) -> int:
+def kept_for_backward(
+    config: DecoderConfig, precision: str, recompute: bool, rows: int, context: int, documents: bool = False
+) -> int:
     """Bytes that autograd holds after the forward pass, weights and token ids left out."""
     decoder = Decoder(config).to(DTYPES[precision])
     decoder.activation_checkpointing = recompute
@@ -35,11 +40,15 @@ def kept_for_backward(config: DecoderConfig, precision: str, recompute: bool, ro
             held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    ids = torch.randint(0, config.vocab_size, (rows, context))
+    parts = torch.arange(context).expand(rows, -1) // 20 if documents else None
     with (
         saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16-mixed"),
     ):
-        decoder.hidden_states(torch.randint(0, config.vocab_size, (rows, context)))
+        decoder.hidden_states(
+            ids, document_ids_BT=parts, document_runs=None if parts is None else runs_of(parts.contiguous())
+        )
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
@@ -68,8 +77,79 @@ def test_a_window_shorter_than_the_context_costs_a_mask(window: int | None, mask
     config = dataclasses.replace(TINY, sliding_window=window)
     assert TrainingMemory(config, rows=2, context=48).mask_bytes() == masks
     assert TrainingMemory(config, rows=2, context=48, document_masks=True).mask_bytes() == 2 * 48 * 48
-    mask = Decoder(config).model.mask(None, torch.zeros(2, 48, dtype=torch.long))
+    mask = Decoder(config).model.mask(None, torch.zeros(2, 48, config.hidden_size))
+    assert mask is None or isinstance(mask, torch.Tensor)
     assert (0 if mask is None else mask.untyped_storage().nbytes()) == masks
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 9}])
+def test_runs_keep_what_plain_attention_keeps(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys, values, the result and a sum for each row: no tensor grows with the square of the context."""
+    config = dataclasses.replace(TINY, **changes)
+    memory = TrainingMemory(config, 2, 48, "bf16-mixed", gpu=True, document_masks=True)
+    assert memory.mask_bytes() == 0
+    plain = kept_for_backward(TINY, "32-true", False, 2, 48)
+    monkeypatch.setattr(decoder_module, "form_of", lambda *args, **known: "runs")
+    with flash_on_cpu() as calls:
+        assert kept_for_backward(config, "32-true", False, 2, 48, documents=True) == plain
+    assert len(calls) == TINY.num_hidden_layers
+
+
+def test_a_dense_mask_on_a_gpu_is_kept_once_a_batch_in_the_type_of_the_products() -> None:
+    config = dataclasses.replace(TINY, attention_dropout=0.1)
+    for precision, bytes_ in (("bf16-mixed", 2), ("32-true", 4)):
+        memory = TrainingMemory(config, 2, 48, precision, gpu=True, document_masks=True)
+        assert memory.mask_bytes() == bytes_ * 2 * 48 * 48
+        assert as_bias(document_mask(torch.zeros(2, 48)), DTYPES["32-true"]).nbytes == 4 * 2 * 48 * 48
+        # Four query heads and two key-value heads: these are repeated, because the kernel that takes a mask knows no
+        # groups.
+        less = TrainingMemory(TINY, 2, 48, precision, gpu=True, document_masks=True)
+        assert memory.block_bytes() - less.block_bytes() == bytes_ * 2 * (4 - 2) * 12 * 2 * 48
+
+
+def test_blocks_are_counted_to_the_byte() -> None:
+    mask = blocks_of(torch.zeros(3, 300, dtype=torch.long)).mask
+    kept = sum(value.nbytes for value in mask.as_tuple() if isinstance(value, torch.Tensor))
+    assert TrainingMemory(TINY, 3, 300, "32-true", gpu=True, document_masks=True).mask_bytes() == kept
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="no GPU in this build of PyTorch")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_documents_at_full_size_are_counted_within_a_twentieth(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without memory. This needs a build of PyTorch with CUDA, but no GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(decoder_module, "form_of", lambda *args, **known: "runs")
+    config = dataclasses.replace(DecoderConfig.preset("danube3-500m"), num_hidden_layers=3)
+    rows, context = 6, 8192
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    held: dict[int, int] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder.to_empty(device="cuda").train()
+        decoder.activation_checkpointing = recompute
+        weights = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                held[storage._cdata] = storage.nbytes()
+                kept.append(tensor)
+            return tensor
+
+        kept: list[torch.Tensor] = []
+        ids = torch.zeros(rows, context, dtype=torch.long, device="cuda")
+        runs = Runs(torch.zeros(rows + 1, dtype=torch.int32, device="cuda"), context)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            decoder.hidden_states(ids, document_ids_BT=ids, document_runs=runs)
+    memory = TrainingMemory(config, rows, context, "bf16-true", recompute, gpu=True, document_masks=True)
+    assert abs(memory.kept_bytes() / sum(held.values()) - 1) < 0.05
 
 
 @pytest.mark.parametrize("tied", [False, True])
