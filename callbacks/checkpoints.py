@@ -19,7 +19,7 @@ from lightning_danube.checkpoints.schedule import (
     step_checkpoint,
     validation_follows,
 )
-from lightning_danube.checkpoints.strategy import wait_for_checkpoint
+from lightning_danube.checkpoints.strategy import raise_failed_checkpoint, wait_for_checkpoint
 from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.signals import SIGNALS
 from lightning_danube.training.position import is_done
@@ -67,6 +67,7 @@ class Checkpoints(Checkpoint):
         SIGNALS.release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise_failed_checkpoint(trainer.strategy)
         # The run stops here and not where it was saved: now the last step has ended for all callbacks.
         if self._signals.stop_run:
             wait_for_checkpoint(trainer.strategy)
@@ -107,4 +108,6 @@ class Checkpoints(Checkpoint):
         self._signals.ask(at_once=at_once or due)
         if self._signals.stop_run or due:
             trainer.save_checkpoint(step_checkpoint(directory, step))
+            if self._signals.stop_run or ends_here:
+                wait_for_checkpoint(trainer.strategy)
             remove_older(trainer.strategy, directory, step, self.schedule.keep)

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_danube.checkpoints.runs import read_step
+from lightning_danube.checkpoints.strategy import checkpoint_in_progress
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
 
 
@@ -58,20 +59,22 @@ def stage_checkpoint(directory: Path, stage: int, name: str, step: int) -> Path:
     return directory / f"stage_{stage + 1}_{name}_step_{step:08d}.ckpt"
 
 
-def older_checkpoints(directory: Path, step: int, keep: int) -> list[Path]:
+def older_checkpoints(directory: Path, step: int, keep: int, writing: Path | None = None) -> list[Path]:
     """Returns the step checkpoints to remove so that the newest `keep` stay.
 
-    A checkpoint that is still being written has no final name yet and does not count. Checkpoints of later steps than
+    A checkpoint that is still being written has no final name yet. It counts only as `writing`, if the others are
+    removed after it is complete. Checkpoints of later steps than
     `step` exist if the run restarted from before a damaged checkpoint. They do not count, because they would push out
     the undamaged checkpoints.
     """
-    done = sorted((path for path in directory.glob("step_*.ckpt") if read_step(path) <= step), key=read_step)
+    paths = {*directory.glob("step_*.ckpt"), *([writing] if writing is not None else [])}
+    done = sorted((path for path in paths if path.match("step_*") and read_step(path) <= step), key=read_step)
     return done[: max(0, len(done) - keep)]
 
 
 def remove_older(strategy: Strategy, directory: Path, step: int, keep: int) -> None:
     """Removes the step checkpoints that are older than the newest `keep`."""
-    for old in older_checkpoints(directory, step, keep):
+    for old in older_checkpoints(directory, step, keep, checkpoint_in_progress(strategy)):
         strategy.remove_checkpoint(old)
 
 

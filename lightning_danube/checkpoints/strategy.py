@@ -24,6 +24,7 @@ from lightning_danube.checkpoints import sharded as sharded_checkpoints
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import Saver, numbered
 from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, tensor_shapes
+from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.model.parallel import gradients_kept_apart
 
 
@@ -132,7 +133,10 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path)
+                io = self.checkpoint_io
+                # The tensors are copies already, in the host's memory.
+                save = io.save_own if isinstance(io, DurableCheckpointIO) else io.save_checkpoint
+                save(checkpoint, path)
             return
         tensors = {WEIGHT + name: tensor for name, tensor in checkpoint.pop("state_dict").items()}
         groups = []
@@ -149,6 +153,8 @@ class ShardedStrategy(ModelParallelStrategy):
             OSError: it could not be written.
         """
         self._saver.wait()
+        if isinstance(self.checkpoint_io, DurableCheckpointIO):
+            self.checkpoint_io.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         self._interrupted = True  # other ranks may have ended, so do not wait for the checkpoint
@@ -216,7 +222,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.is_global_zero:
-                whole[name] = full.detach().cpu()
+                whole[name] = full.detach().to("cpu", copy=True)
         return whole
 
 
@@ -249,6 +255,24 @@ def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
 
 
 def wait_for_checkpoint(strategy: Strategy) -> None:
-    """Returns when the last checkpoint is on disk. A sharded checkpoint is written while training continues."""
+    """Returns when the last checkpoint is on disk, if it is written while training continues.
+
+    Raises:
+        OSError: it could not be written.
+    """
     if isinstance(strategy, ShardedStrategy):
         strategy.wait_for_checkpoint()
+    elif isinstance(strategy.checkpoint_io, DurableCheckpointIO):
+        strategy.checkpoint_io.wait()
+
+
+def raise_failed_checkpoint(strategy: Strategy) -> None:
+    """Raises the error of a checkpoint of one file that could not be written. Waits for nothing."""
+    if isinstance(strategy.checkpoint_io, DurableCheckpointIO):
+        strategy.checkpoint_io.raise_failure()
+
+
+def checkpoint_in_progress(strategy: Strategy) -> Path | None:
+    """Returns the checkpoint of one file that is being written, on the rank that writes."""
+    io = strategy.checkpoint_io
+    return io.writing if isinstance(io, DurableCheckpointIO) else None

@@ -311,7 +311,9 @@ class DanubeCLI(LightningCLI):
         plugins = trainer["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
-        return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
+        if any(isinstance(one, CheckpointIO) for one in theirs):
+            return plugins
+        return [*plugins, DurableCheckpointIO(background=kind_of_device(trainer["accelerator"]) != "cpu")]
 
     def _check_verb(self, verb: str) -> None:
         """Checks that the task supports the verb.

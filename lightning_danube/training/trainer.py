@@ -78,7 +78,7 @@ def make_trainer(
         **TRAINER_DEFAULTS,
         "logger": logger,
         "default_root_dir": logger.log_dir,
-        "plugins": [DurableCheckpointIO()],
+        "plugins": [DurableCheckpointIO(background=kind != "cpu")],
         "precision": options.get("precision") or choose(kind).precision,
         # Without a callback that writes checkpoints, Lightning would add its own.
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),

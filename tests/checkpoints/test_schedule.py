@@ -43,6 +43,15 @@ def test_later_checkpoints_and_stages_do_not_count(tmp_path: Path) -> None:
     assert older_checkpoints(tmp_path, 3, keep=1) == [step_checkpoint(tmp_path, 2)]
 
 
+def test_a_checkpoint_that_is_being_written_counts_if_it_is_named(tmp_path: Path) -> None:
+    for step in (1, 2):
+        step_checkpoint(tmp_path, step).touch()
+    assert older_checkpoints(tmp_path, 3, keep=2) == []
+    writing = step_checkpoint(tmp_path, 3)
+    assert older_checkpoints(tmp_path, 3, keep=2, writing=writing) == [step_checkpoint(tmp_path, 1)]
+    assert older_checkpoints(tmp_path, 3, keep=2, writing=stage_checkpoint(tmp_path, 0, "a", 3)) == []
+
+
 def test_a_stage_is_named_by_what_a_file_may_be_called(tmp_path: Path) -> None:
     path = stage_checkpoint(tmp_path, 1, "web / high quality", 12)
     assert path == tmp_path / "stage_2_web-high-quality_step_00000012.ckpt"

@@ -73,7 +73,7 @@ def test_from_groups_that_each_have_a_copy_to_one_process_nothing_changes(sessio
         (1, sessions.command("second", "moved", 8, *LAST_FLAGS, "--trainer.max_steps", "16")),
         (4, sessions.command("third", "moved", 1, *LAST_FLAGS, *groups, "--trainer.strategy.reduce_once", "false")),
     )
-    assert_same_run(sessions, "moved", ("first", 0), ("second", 8), ("third", 16))
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 8), ("third", 16), devices=(4, 1, 4))
 
 
 def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(

@@ -470,7 +470,7 @@ def test_a_resumed_run_logs_on_after_its_checkpoint(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer_verbs, "TensorBoardLogger", lambda directory, **given: loggers.append(given))
     for continues, checkpoint in ((True, "step_00000012.ckpt"), (False, "step_00000012.ckpt"), (False, None)):
         cli: Any = object.__new__(trainer_verbs.DanubeCLI)
-        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto"}
+        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto", "accelerator": "cpu"}
         cli.subcommand, cli.config_init = "fit", {"fit": {"trainer": section}}
         cli.place = SimpleNamespace(
             continues=continues, checkpoint=checkpoint and tmp_path / checkpoint, directory=tmp_path,
@@ -538,8 +538,8 @@ def test_ranks_that_compute_differently_are_refused() -> None:
 
 
 def test_a_users_checkpoint_plugin_stays_alone() -> None:
-    def plugins(given: Any, strategy: Any = "auto") -> list[Any]:
-        section = {"plugins": given, "strategy": strategy}
+    def plugins(given: Any, strategy: Any = "auto", accelerator: str = "cpu") -> list[Any]:
+        section = {"plugins": given, "strategy": strategy, "accelerator": accelerator}
         cli: Any = SimpleNamespace(config_init=None, _get=lambda config, key: section)
         return trainer_verbs.DanubeCLI._plugins(cli)
 
@@ -548,3 +548,5 @@ def test_a_users_checkpoint_plugin_stays_alone() -> None:
     assert [type(one) for one in plugins(precision)] == [MixedPrecision, DurableCheckpointIO]
     assert plugins([precision, theirs]) == [precision, theirs] and plugins(theirs) == [theirs]
     assert plugins(None, DDPStrategy(checkpoint_io=theirs)) == []
+    # On a CPU the copy would take memory and cores from training.
+    assert [plugins(None, accelerator=kind)[0].background for kind in ("cpu", "cuda")] == [False, True]
