@@ -122,7 +122,8 @@ def rank(number: int, port: int) -> None:
             "peak in |"
         )
         write_result(
-            "plan-memory-ranks", "\n".join([described("torch"), "", header, "|---|---|---|---|---|---|---|---|---|", *rows])
+            "plan-memory-ranks",
+            "\n".join([described("torch"), "", header, "|---|---|---|---|---|---|---|---|---|", *rows]),
         )
     dist.destroy_process_group()
 

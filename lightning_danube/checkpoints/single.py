@@ -146,7 +146,14 @@ def copy_of(state: Any, copies: dict[Any, Tensor]) -> Any:
     """
     if isinstance(state, Tensor):
         storage = state.untyped_storage()
-        place = (str(state.device), storage.data_ptr(), state.storage_offset(), state.shape, state.stride(), state.dtype)
+        place = (
+            str(state.device),
+            storage.data_ptr(),
+            state.storage_offset(),
+            state.shape,
+            state.stride(),
+            state.dtype,
+        )
         if place not in copies or not storage.nbytes():
             copies[place] = state.detach().to("cpu", copy=True)
         return copies[place]

@@ -102,9 +102,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if shared < replicas:
             # FSDP2 and tensor parallelism need dimensions of one mesh.
             names = ("groups", "shards", "tensor_parallel")
-            grid = init_device_mesh(
-                self.root_device.type, (replicas // shared, shared, devices), mesh_dim_names=names
-            )
+            grid = init_device_mesh(self.root_device.type, (replicas // shared, shared, devices), mesh_dim_names=names)
             self._meshes = grid["groups", "shards"], grid["tensor_parallel"]
 
     @contextmanager

@@ -91,9 +91,7 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
         return Layout(world, sharded=True), notes
     if name in ("DDPStrategy", "SingleDeviceStrategy", "auto") or name.startswith("ddp"):
         return Layout(world), notes
-    raise ValueError(
-        f"trainer.strategy is {name}: its memory is not known here; plan knows ddp and ShardedStrategy"
-    )
+    raise ValueError(f"trainer.strategy is {name}: its memory is not known here; plan knows ddp and ShardedStrategy")
 
 
 def _is_on(option: Any) -> bool:

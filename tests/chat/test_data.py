@@ -329,7 +329,8 @@ def test_replicas_have_equally_many_batches_and_each_row_once(tmp_path: Path) ->
     dealt = []
     for rank in range(3):
         replicas = {"num_replicas": 3, "rank": rank}
-        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas)  # type: ignore[assignment]
+        cpu = SimpleNamespace(root_device=torch.device("cpu"))
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas, strategy=cpu)  # type: ignore[assignment]
         (loader,) = module.val_dataloader()
         dealt.append([row for batch in loader for row in batch["rows"]])
     assert [len(rows) for rows in dealt] == [3, 3, 3]

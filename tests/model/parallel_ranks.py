@@ -104,7 +104,7 @@ def compare(replicas: int, devices: int, recompute: bool, compiled: bool = False
         torch.testing.assert_close(decoder(ids), alone(ids), rtol=1e-9, atol=1e-12)
 
 
-# --- FSDP2 with bfloat16 products, hybrid layouts, and several micro-batches a step ------------------------------------
+# --- FSDP2 with bfloat16 products, hybrid layouts, and several micro-batches a step -----------------------------------
 
 
 def train_in_parts(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lightning_danube.__main__ import main
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.cli.verbs.plan import _accelerators, _engine, _unit
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.planning.accelerators import Accelerator, parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.planning.run import CheckpointAdvice, TrainerSection, checkpoint_bytes, layout_of, seconds_of
