@@ -142,11 +142,16 @@ class DecoderTask(LightningModule):
             optimizer.found_inf = self.step_verdict(together[0], together[1]).float()  # type: ignore[attr-defined]
 
     def _mean_over_ranks(self, values: Tensor) -> Tensor:
-        if self.trainer.world_size > 1:
-            reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
-            assert isinstance(reduced, Tensor)
-            return reduced
-        return values
+        """Returns the mean over all ranks, as a tensor on the device. The host does not wait for it.
+
+        The trainer's own `strategy.reduce` begins with a barrier, at which each host waits for its device.
+        """
+        ranks = self.trainer.world_size
+        if ranks == 1:
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total / ranks
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._log_step()

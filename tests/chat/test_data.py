@@ -329,8 +329,7 @@ def test_replicas_have_equally_many_batches_and_each_row_once(tmp_path: Path) ->
     dealt = []
     for rank in range(3):
         replicas = {"num_replicas": 3, "rank": rank}
-        cpu = SimpleNamespace(root_device=torch.device("cpu"))
-        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas, strategy=cpu)  # type: ignore[assignment]
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs=replicas)  # type: ignore[assignment]
         (loader,) = module.val_dataloader()
         dealt.append([row for batch in loader for row in batch["rows"]])
     assert [len(rows) for rows in dealt] == [3, 3, 3]
