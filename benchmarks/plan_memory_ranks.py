@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,20 +26,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
-from lightning_danube.model.parallel import parallelize
+from lightning_danube.model.parallel import Sharding, gradients_kept_apart, parallelize
 from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.training.optim import AdamW
 
 CASES = [
-    # name, layout, precision, activation checkpointing
-    ("DDP", Layout(2), "32-true", False),
-    ("FSDP2", Layout(2, sharded=True), "32-true", False),
-    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", False),
-    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", True),
-    ("tensor parallel", Layout(1, 2, sharded=True), "32-true", False),
-    ("tensor parallel", Layout(1, 2, sharded=True), "bf16-mixed", True),
+    # name, layout, precision, activation checkpointing, vocabulary, micro-batches of a step
+    ("DDP", Layout(2), "32-true", False, 8192, 1),
+    ("DDP", Layout(2), "bf16-mixed", True, 512, 1),
+    ("FSDP2", Layout(2, sharded=True), "32-true", False, 8192, 1),
+    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", False, 8192, 1),
+    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", True, 8192, 1),
+    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", True, 512, 1),
+    ("FSDP2, gathered once", Layout(2, sharded=True, gather_again=False), "bf16-mixed", True, 512, 1),
+    ("FSDP2", Layout(2, sharded=True), "bf16-mixed", True, 8192, 2),
+    ("FSDP2, summed each time", Layout(2, sharded=True, reduce_once=False), "bf16-mixed", True, 8192, 2),
+    ("tensor parallel", Layout(1, 2, sharded=True), "32-true", False, 8192, 1),
+    ("tensor parallel", Layout(1, 2, sharded=True), "bf16-mixed", True, 8192, 1),
 ]
-VOCABULARY, CONTEXT, ROWS = 8192, 512, 2
+CONTEXT, ROWS = 512, 2
 
 
 class Loss(nn.Module):
@@ -54,25 +60,31 @@ class Loss(nn.Module):
         return total / count
 
 
-def train(config: DecoderConfig, layout: Layout, precision: str, recompute: bool) -> None:
+def train(config: DecoderConfig, layout: Layout, precision: str, recompute: bool, micro_batches: int) -> None:
     torch.manual_seed(0)
     decoder = Decoder(config)
     decoder.activation_checkpointing = recompute
     loss_of: nn.Module = Loss(decoder)
     if layout.sharded:
         mesh = init_device_mesh("cpu", (layout.replicas, layout.tensor_parallel), mesh_dim_names=("data", "tensor"))
-        parallelize(decoder, mesh["data"], mesh["tensor"])
+        products = torch.bfloat16 if precision == "bf16-mixed" else None
+        parallelize(decoder, mesh["data"], mesh["tensor"], Sharding(products, layout.gather_again))
     else:
-        loss_of = DistributedDataParallel(loss_of)
+        loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
     optimizer = AdamW().build(decoder, lr=1e-3)
     ids = torch.randint(0, config.vocab_size, (ROWS, CONTEXT + 1))
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = loss_of(ids)
-        optimizer.zero_grad()  # after the forward pass, as the Trainer does it
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
+    for micro_batch in range(2 * micro_batches):
+        last = (micro_batch + 1) % micro_batches == 0
+        delayed = nullcontext() if last else gradients_kept_apart(decoder, in_full=layout.reduce_once)
+        with delayed:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = loss_of(ids)
+            if micro_batch % micro_batches == 0:
+                optimizer.zero_grad()  # after the forward pass, as the Trainer does it
+            loss.backward()
+        if last:
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
 
 
 def peak(config: DecoderConfig, *case: Any) -> int:
@@ -91,20 +103,27 @@ def rank(number: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=number, world_size=2)
     torch.set_num_threads(1)
-    config = shape_of(("deep",)).with_data(VOCABULARY, CONTEXT)
     rows = []
-    for name, layout, precision, recompute in CASES:
-        measured = peak(config, layout, precision, recompute) / MiB
-        memory = TrainingMemory(config, ROWS, CONTEXT, precision, recompute=recompute, layout=layout).peak()
+    for name, layout, precision, recompute, vocabulary, micro_batches in CASES:
+        config = shape_of(("deep",)).with_data(vocabulary, CONTEXT)
+        measured = peak(config, layout, precision, recompute, micro_batches) / MiB
+        memory = TrainingMemory(
+            config, ROWS, CONTEXT, precision, recompute=recompute, accumulate=micro_batches > 1, layout=layout
+        ).peak()
         rows.append(
-            f"| {name} on 2 | {precision} | {'yes' if recompute else 'no'} | {memory.total / MiB:,.1f} | "
+            f"| {name} on 2 | {vocabulary:,} | {micro_batches} | {precision} | {'yes' if recompute else 'no'} | "
+            f"{memory.total / MiB:,.1f} | "
             f"{measured:,.1f} | {100 * (memory.total / MiB / measured - 1):+.1f} % | {memory.moment} |"
         )
         dist.barrier()
     if number == 0:
-        header = "| layout | precision | recompute | planned MiB | tensors | plan to tensors | peak in |"
+        header = (
+            "| layout | vocabulary | micro-batches | precision | recompute | planned MiB | tensors | plan to tensors | "
+            "peak in |"
+        )
         write_result(
-            "plan-memory-ranks", "\n".join([described("torch"), "", header, "|---|---|---|---|---|---|---|", *rows])
+            "plan-memory-ranks",
+            "\n".join([described("torch"), "", header, "|---|---|---|---|---|---|---|---|---|", *rows]),
         )
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from lightning_danube.checkpoints.schedule import (
     step_checkpoint,
     validation_follows,
 )
-from lightning_danube.checkpoints.strategy import wait_for_checkpoint
+from lightning_danube.checkpoints.strategy import raise_failed_checkpoint, wait_for_checkpoint
 from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.signals import SIGNALS
 from lightning_danube.training.position import is_done
@@ -29,8 +29,9 @@ class Checkpoints(Checkpoint):
     """Saves `checkpoints/step_<n>.ckpt`, and at the end of a stage `checkpoints/stage_<k>_<name>_step_<n>.ckpt`.
 
     A run is saved only at optimizer steps, so a checkpoint holds no half-accumulated gradient. On SIGTERM, SIGUSR1 and
-    Ctrl-C the run saves at the next optimizer step and ends with exit code 75. Under SLURM, SIGUSR1 requeues the job as
-    well. If `trainer.max_steps`, `trainer.max_time` or a callback ends the run, the run is saved, too.
+    Ctrl-C the run saves at the next optimizer step, with several ranks at the one after it, and ends with exit code 75.
+    Under SLURM, SIGUSR1 requeues the job as well. If `trainer.max_steps`, `trainer.max_time` or a callback ends the
+    run, the run is saved, too.
 
     Args:
         every_n_steps: optimizer steps between two step checkpoints.
@@ -54,7 +55,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._directory is not None:
-            self._signals.hold(trainer._accelerator_connector.cluster_environment)
+            self._signals.hold(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         SIGNALS.all_done()
@@ -66,6 +67,7 @@ class Checkpoints(Checkpoint):
         SIGNALS.release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise_failed_checkpoint(trainer.strategy)
         # The run stops here and not where it was saved: now the last step has ended for all callbacks.
         if self._signals.stop_run:
             wait_for_checkpoint(trainer.strategy)
@@ -88,7 +90,7 @@ class Checkpoints(Checkpoint):
             return
         stage = finished_stage(trainer)
         if stage is None:
-            self._save_if_due(trainer, self._directory)
+            self._save_if_due(trainer, self._directory, at_once=True)
             return
         name = curriculum_of(trainer)[1].stages[stage].name
         trainer.save_checkpoint(stage_checkpoint(self._directory, stage, name, trainer.global_step))
@@ -96,12 +98,16 @@ class Checkpoints(Checkpoint):
             wait_for_checkpoint(trainer.strategy)
             remove_older(trainer.strategy, self._directory, trainer.global_step, keep=0)
         else:
-            self._signals.ask(trainer)
+            self._signals.ask(at_once=True)
 
-    def _save_if_due(self, trainer: Trainer, directory: Path) -> None:
+    def _save_if_due(self, trainer: Trainer, directory: Path, *, at_once: bool = False) -> None:
         step = trainer.global_step
-        self._signals.ask(trainer)
         ends_here = trainer.should_stop or 0 <= trainer.max_steps <= step or is_done(trainer)
-        if self._signals.stop_run or ends_here or self.schedule.is_due(step):
+        due = ends_here or self.schedule.is_due(step)
+        # A validation and a save have waited, or will wait, for the device in any case.
+        self._signals.ask(at_once=at_once or due)
+        if self._signals.stop_run or due:
             trainer.save_checkpoint(step_checkpoint(directory, step))
+            if self._signals.stop_run or ends_here:
+                wait_for_checkpoint(trainer.strategy)
             remove_older(trainer.strategy, directory, step, self.schedule.keep)

@@ -30,6 +30,9 @@ __all__ = ["Decoder", "DecoderConfig", "LanguageModel", "Run", "__version__", "f
 # still there, but costs a quarter on a quiet machine (docs/speed.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    # CUDA's allocator lets its segments grow. Otherwise rows of new lengths leave holes that no later tensor fits into.
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 if sys.platform == "darwin":
     # What MPS cannot compute goes to the CPU, with a warning.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

@@ -31,7 +31,14 @@ from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
 from lightning_danube.tokens.shards import files_identity, held_out_below
 from lightning_danube.tokens.tokenizer import MISTRAL, fingerprint_of
 from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepBatch, TokenBatch
-from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, accumulation, steps_of
+from lightning_danube.training.loaders import (
+    ResumableLoader,
+    StepRows,
+    StepSampler,
+    accumulation,
+    steps_of,
+    trains_on_gpu,
+)
 from lightning_danube.training.passes import LAYOUTS, Pass
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
@@ -382,7 +389,7 @@ class ConversationData(LightningDataModule):
             replica=replica,
             start=self.steps_done,
         )
-        return ResumableLoader(self.training_rows(), sampler, self.workers, pin_memory=torch.cuda.is_available())
+        return ResumableLoader(self.training_rows(), sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_examples)

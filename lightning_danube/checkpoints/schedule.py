@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from lightning_danube.checkpoints.runs import read_step
+from lightning_danube.checkpoints.strategy import checkpoint_in_progress
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
 
 
@@ -54,20 +59,22 @@ def stage_checkpoint(directory: Path, stage: int, name: str, step: int) -> Path:
     return directory / f"stage_{stage + 1}_{name}_step_{step:08d}.ckpt"
 
 
-def older_checkpoints(directory: Path, step: int, keep: int) -> list[Path]:
+def older_checkpoints(directory: Path, step: int, keep: int, writing: Path | None = None) -> list[Path]:
     """Returns the step checkpoints to remove so that the newest `keep` stay.
 
-    A checkpoint that is still being written has no final name yet and does not count. Checkpoints of later steps than
+    A checkpoint that is still being written has no final name yet. It counts only as `writing`, if the others are
+    removed after it is complete. Checkpoints of later steps than
     `step` exist if the run restarted from before a damaged checkpoint. They do not count, because they would push out
     the undamaged checkpoints.
     """
-    done = sorted((path for path in directory.glob("step_*.ckpt") if read_step(path) <= step), key=read_step)
+    paths = {*directory.glob("step_*.ckpt"), *([writing] if writing is not None else [])}
+    done = sorted((path for path in paths if path.match("step_*") and read_step(path) <= step), key=read_step)
     return done[: max(0, len(done) - keep)]
 
 
 def remove_older(strategy: Strategy, directory: Path, step: int, keep: int) -> None:
     """Removes the step checkpoints that are older than the newest `keep`."""
-    for old in older_checkpoints(directory, step, keep):
+    for old in older_checkpoints(directory, step, keep, checkpoint_in_progress(strategy)):
         strategy.remove_checkpoint(old)
 
 
@@ -92,31 +99,79 @@ class StopAtStep:
             trainer.should_stop, self._waits = True, False
 
 
+class Votes:
+    """Agrees over all ranks whether one of them was told to stop. The ranks do not wait for each other's steps.
+
+    A vote is an asynchronous sum over the ranks' hosts. It does not pass through the devices, so no host waits for its
+    device, which may be a step behind.
+
+    Args:
+        timeout: how long a rank waits for a vote of another rank.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._open: tuple[Tensor, dist.Work] | None = None
+
+    def cast(self, told: bool, *, at_once: bool) -> bool:
+        """Casts this rank's vote, and returns the result of the vote before it. Collective: every rank must call it.
+
+        No vote is cast if the result is that the run stops.
+
+        Args:
+            at_once: wait for the result of this vote, too.
+        """
+        if self._result():
+            return True
+        counts = torch.tensor([int(told)])
+        work = dist.all_reduce(counts, group=self._group, async_op=True)
+        assert work is not None
+        self._open = counts, work
+        return at_once and self._result()
+
+    def _result(self) -> bool:
+        if self._open is None:
+            return False
+        (counts, work), self._open = self._open, None
+        work.wait()
+        return bool(counts)
+
+
 class RunSignals:
-    """The signals that end a run at its next optimizer step: SIGTERM, SIGUSR1, Ctrl-C and SLURM's requeue signal."""
+    """The signals that end a run after an optimizer step: SIGTERM, SIGUSR1, Ctrl-C and SLURM's requeue signal.
+
+    With several ranks, the run ends one step later than with one: see `Votes`.
+    """
 
     def __init__(self) -> None:
         self.stop_run = False
         """Whether the run ends before its next step, as of the last call of `ask`."""
         self._requeue: int | None = None
+        self._votes: Votes | None = None
 
-    def hold(self, environment: ClusterEnvironment) -> None:
-        """Records the signals from now on, instead of ending the process.
+    def hold(self, trainer: Trainer) -> None:
+        """Records the signals from now on, instead of ending the process. Collective: every rank must call it.
 
         This replaces Lightning's handlers if a user's program has a trainer of its own. Lightning's SIGTERM handler
         ends the run within an accumulation and saves nothing. Its SLURM handler saves in the middle of a step.
         """
         self.stop_run, self._requeue = False, None
+        self._votes = Votes(getattr(trainer.strategy, "_timeout", None)) if trainer.world_size > 1 else None
+        environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal
         # Windows has no SIGUSR1.
         numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None), self._requeue}
         SIGNALS.hold(number for number in numbers if number is not None)
 
-    def ask(self, trainer: Trainer) -> None:
-        """Sets `stop_run` to whether any rank has received a signal. Collective: every rank must call it."""
+    def ask(self, *, at_once: bool = False) -> None:
+        """Sets `stop_run` to whether any rank has received a signal. Collective: every rank must call it.
+
+        Args:
+            at_once: with several ranks, also count signals since the last call. Waits for the other ranks.
+        """
         told = SIGNALS.received is not None
-        self.stop_run = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        self.stop_run = told if self._votes is None else self._votes.cast(told, at_once=at_once)
 
     def stopped(self, trainer: Trainer) -> Stopped:
         """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""

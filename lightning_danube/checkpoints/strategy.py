@@ -1,15 +1,22 @@
-"""Lightning's ModelParallelStrategy with checkpoints that are complete or absent, and that any sharding can read."""
+"""Lightning's ModelParallelStrategy with checkpoints that are complete or absent, and that any sharding can read.
+
+It also has FSDP2's hybrid layout, and sums gradients over the replicas once in an optimizer step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -17,19 +24,51 @@ from lightning_danube.checkpoints import sharded as sharded_checkpoints
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import Saver, numbered
 from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, tensor_shapes
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.model.parallel import gradients_kept_apart
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Replaces ModelParallelStrategy when a configuration names that class.
+    """FSDP2 over the data-parallel replicas, tensor parallelism inside each of them.
+
+    Replaces ModelParallelStrategy when a configuration names that class.
 
     With `save_distributed_checkpoint` (the default), each rank writes its part while training continues. Without it,
     all ranks wait while rank zero gathers the tensors in host memory, one after the other, and writes the same file as
     an unsharded run. Lightning's class numbers an optimizer's state in module order. The optimizers here group their
     parameters, so Lightning's numbers would assign moments to the wrong weights.
+
+    Args:
+        data_parallel_size: number of replicas; "auto": one for each node.
+        tensor_parallel_size: number of devices of a replica; "auto": all devices of a node.
+        shard_size: number of replicas that share one copy of weights, gradients and optimizer state; "auto": all
+            replicas. With fewer, each group of so many replicas has a copy (HSDP), and gathers inside the group only.
+        gather_again: free the weights of a block after its forward pass, and gather them again for the backward pass.
+            False: less communication, and the weights of all blocks in memory.
+        reduce_once: with several micro-batches in an optimizer step, sum the gradients over the replicas after the last
+            of them only. Each device then holds the gradients of all weights. False: sum after each micro-batch, and
+            hold a share.
+        save_distributed_checkpoint: whether a checkpoint is a directory that all ranks write.
+        process_group_backend: back end of torch.distributed.
+        timeout: how long a rank waits for another rank.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = "auto",
+        shard_size: Literal["auto"] | int = "auto",
+        gather_again: bool = True,
+        reduce_once: bool = True,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+        )
+        self.shard_size, self.gather_again, self.reduce_once = shard_size, gather_again, reduce_once
+        self._meshes: tuple[DeviceMesh, DeviceMesh] | None = None
         self._saver = Saver(self._timeout)
         self._interrupted = False
 
@@ -38,10 +77,40 @@ class ShardedStrategy(ModelParallelStrategy):
         return cls(
             strategy._data_parallel_size,
             strategy._tensor_parallel_size,
-            strategy._save_distributed_checkpoint,
-            strategy._process_group_backend,
-            strategy._timeout,
+            save_distributed_checkpoint=strategy._save_distributed_checkpoint,
+            process_group_backend=strategy._process_group_backend,
+            timeout=strategy._timeout,
         )
+
+    @property
+    def meshes(self) -> tuple[DeviceMesh, DeviceMesh]:
+        """The replicas, with two dimensions in a hybrid layout, and the devices of this replica."""
+        assert self._meshes is not None, "the processes have no group yet"
+        return self._meshes
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        mesh = self.device_mesh
+        self._meshes = mesh["data_parallel"], mesh["tensor_parallel"]
+        replicas, devices = (one.size() for one in self._meshes)
+        shared = replicas if self.shard_size == "auto" else self.shard_size
+        if not 1 <= shared <= replicas or replicas % shared:
+            fits = ", ".join(str(n) for n in range(1, replicas + 1) if replicas % n == 0)
+            raise ValueError(
+                f"trainer.strategy.shard_size {shared} does not divide data_parallel_size {replicas}: {fits} would work"
+            )
+        if shared < replicas:
+            # FSDP2 and tensor parallelism need dimensions of one mesh.
+            names = ("groups", "shards", "tensor_parallel")
+            grid = init_device_mesh(self.root_device.type, (replicas // shared, shared, devices), mesh_dim_names=names)
+            self._meshes = grid["groups", "shards"], grid["tensor_parallel"]
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning runs every micro-batch of an optimizer step but the last inside this context."""
+        assert self.lightning_module is not None
+        with gradients_kept_apart(self.lightning_module, in_full=self.reduce_once):
+            yield
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -62,7 +131,10 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path)
+                io = self.checkpoint_io
+                # The tensors are copies already, in the host's memory.
+                save = io.save_own if isinstance(io, DurableCheckpointIO) else io.save_checkpoint
+                save(checkpoint, path)
             return
         tensors = {WEIGHT + name: tensor for name, tensor in checkpoint.pop("state_dict").items()}
         groups = []
@@ -79,6 +151,8 @@ class ShardedStrategy(ModelParallelStrategy):
             OSError: it could not be written.
         """
         self._saver.wait()
+        if isinstance(self.checkpoint_io, DurableCheckpointIO):
+            self.checkpoint_io.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         self._interrupted = True  # other ranks may have ended, so do not wait for the checkpoint
@@ -146,7 +220,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.is_global_zero:
-                whole[name] = full.detach().cpu()
+                whole[name] = full.detach().to("cpu", copy=True)
         return whole
 
 
@@ -179,6 +253,24 @@ def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
 
 
 def wait_for_checkpoint(strategy: Strategy) -> None:
-    """Returns when the last checkpoint is on disk. A sharded checkpoint is written while training continues."""
+    """Returns when the last checkpoint is on disk, if it is written while training continues.
+
+    Raises:
+        OSError: it could not be written.
+    """
     if isinstance(strategy, ShardedStrategy):
         strategy.wait_for_checkpoint()
+    elif isinstance(strategy.checkpoint_io, DurableCheckpointIO):
+        strategy.checkpoint_io.wait()
+
+
+def raise_failed_checkpoint(strategy: Strategy) -> None:
+    """Raises the error of a checkpoint of one file that could not be written. Waits for nothing."""
+    if isinstance(strategy.checkpoint_io, DurableCheckpointIO):
+        strategy.checkpoint_io.raise_failure()
+
+
+def checkpoint_in_progress(strategy: Strategy) -> Path | None:
+    """Returns the checkpoint of one file that is being written, on the rank that writes."""
+    io = strategy.checkpoint_io
+    return io.writing if isinstance(io, DurableCheckpointIO) else None

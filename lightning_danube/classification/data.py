@@ -35,7 +35,13 @@ from lightning_danube.text.corpora import local_files
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL, begin_token, fingerprint_of
 from lightning_danube.training.contract import IGNORE_INDEX
-from lightning_danube.training.loaders import ResumableLoader, StepRows, StepSampler, accumulation
+from lightning_danube.training.loaders import (
+    ResumableLoader,
+    StepRows,
+    StepSampler,
+    accumulation,
+    trains_on_gpu,
+)
 from lightning_danube.training.passes import Pass, bucketed_pass
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
@@ -392,7 +398,7 @@ class ClassificationData(LightningDataModule):
             replica=replica,
             start=self.steps_done,
         )
-        return ResumableLoader(TextRows(texts), sampler, self.workers, pin_memory=torch.cuda.is_available())
+        return ResumableLoader(TextRows(texts), sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader("validation")

@@ -17,13 +17,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
-from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
 from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
 from lightning_danube.cli.errors import parse, raised_by_a_class
@@ -42,7 +40,7 @@ from lightning_danube.training.precision import (
 )
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
-from lightning_danube.training.trainer import TRAINER_DEFAULTS
+from lightning_danube.training.trainer import TRAINER_DEFAULTS, own_strategy, share_buckets
 
 MOST_PROCESSES = 8
 """Processes that a CPU run may start on any machine. With fewer cores they are slow, but they show that a run works."""
@@ -283,9 +281,7 @@ class DanubeCLI(LightningCLI):
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.place.directory)
         kwargs["plugins"] = self._plugins()
-        strategy = self._get(self.config_init, "trainer")["strategy"]
-        if type(strategy) is ModelParallelStrategy:
-            kwargs["strategy"] = ShardedStrategy.like(strategy)
+        kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, MisconfigurationException) as error:
@@ -304,6 +300,7 @@ class DanubeCLI(LightningCLI):
                 "run needs one"
             )
         RankLauncher.install(trainer)
+        share_buckets(trainer.strategy)
         # Lightning installs a handler of SIGTERM at its start, which does nothing in a validation or a test.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
@@ -314,7 +311,9 @@ class DanubeCLI(LightningCLI):
         plugins = trainer["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         theirs = [*plugins, getattr(trainer["strategy"], "_checkpoint_io", None)]
-        return plugins if any(isinstance(one, CheckpointIO) for one in theirs) else [*plugins, DurableCheckpointIO()]
+        if any(isinstance(one, CheckpointIO) for one in theirs):
+            return plugins
+        return [*plugins, DurableCheckpointIO(background=kind_of_device(trainer["accelerator"]) != "cpu")]
 
     def _check_verb(self, verb: str) -> None:
         """Checks that the task supports the verb.

@@ -3,13 +3,18 @@
 Tensor parallelism divides the vocabulary of embedding and head, the attention heads and the width of the feed-forward.
 Every device of a replica computes the residual stream and the norms. A block sums over the devices twice in each
 direction. The loss reduces three numbers per token (loss.py), so no device has the logits of the whole vocabulary.
-FSDP2 then shards the weights of each device over the replicas, block by block.
+FSDP2 then shards the weights of each device over the replicas, block by block. In a hybrid layout (HSDP) only the
+replicas of a group share one copy of the weights, and gradients are also summed over the groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .architecture import BLOCK_LAYERS
@@ -18,6 +23,24 @@ from .decoder import Decoder, RMSNorm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 handles the weights.
+
+    Args:
+        products: type in which weights are gathered and multiplied, such as bfloat16 under autocast. The gradients are
+            then summed over the replicas in float32. None: weights and gradients are sent in the type of the weights.
+        gather_again: free the weights of a block after its forward pass and gather them again for the backward pass.
+            Otherwise they stay from the forward pass to the backward pass: less communication, more memory.
+    """
+
+    products: torch.dtype | None = None
+    gather_again: bool = True
+
+
+WHOLE = Sharding()
 
 
 def check_tensor_parallel(config: DecoderConfig, devices: int) -> None:
@@ -38,11 +61,12 @@ def check_tensor_parallel(config: DecoderConfig, devices: int) -> None:
             raise ValueError(f"tensor_parallel_size {devices} does not divide {name} {size}: {hint}")
 
 
-def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh) -> None:
+def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh, sharding: Sharding = WHOLE) -> None:
     """Makes the decoder's weights distributed tensors, in place. Every process must call it with the same weights.
 
     Args:
-        replicas: one-dimensional mesh of the data-parallel replicas.
+        replicas: mesh of the data-parallel replicas. With two dimensions, (groups, replicas of a group), each group has
+            its own copy of the weights.
         devices: one-dimensional mesh of the devices of one replica.
 
     Raises:
@@ -51,7 +75,7 @@ def parallelize(decoder: Decoder, replicas: DeviceMesh, devices: DeviceMesh) -> 
     if devices.size() > 1:
         divide_matrices(decoder, devices)
     if replicas.size() > 1:
-        deal_over_replicas(decoder, replicas)
+        deal_over_replicas(decoder, replicas, sharding)
 
 
 def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
@@ -102,15 +126,48 @@ def hold_on_all(norm: nn.Module, devices: DeviceMesh, *, with_some_heads: bool =
             gain.register_hook(lambda gradient: gradient.redistribute(placements=(Replicate(),)))
 
 
-def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh) -> None:
+def deal_over_replicas(decoder: Decoder, replicas: DeviceMesh, sharding: Sharding = WHOLE) -> None:
     """Applies FSDP2: gathers the weights of a block while the block runs.
 
     Embedding, last norm and head stay gathered from the forward pass to the end of the backward pass, because the loss
     multiplies by the head outside of any module.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    policy = MixedPrecisionPolicy()
+    if sharding.products is not None:
+        # Inputs keep their type: the residual stream stays float32, as under autocast on one device.
+        policy = MixedPrecisionPolicy(sharding.products, torch.float32, cast_forward_inputs=False)
+        residual = decoder.model.embed_tokens.weight.dtype
+        decoder.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.to(residual))
     for layer in decoder.model.layers:
-        fully_shard(layer, mesh=replicas)
-    fully_shard(decoder, mesh=replicas, reshard_after_forward=False)
+        fully_shard(layer, mesh=replicas, mp_policy=policy, reshard_after_forward=sharding.gather_again)
+    fully_shard(decoder, mesh=replicas, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(decoder, "hidden_states")
+
+
+@contextmanager
+def gradients_kept_apart(module: nn.Module, *, in_full: bool) -> Iterator[None]:
+    """Delays the sum of gradients over the replicas, for all micro-batches of an optimizer step but the last.
+
+    Args:
+        in_full: each device keeps the gradients of all weights until the last micro-batch. Otherwise each micro-batch's
+            gradients are summed over the replicas that share a copy of the weights, and only the sum over the groups of
+            a hybrid layout is delayed.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [one for one in module.modules() if isinstance(one, FSDPModule)]
+
+    def delay(delayed: bool) -> None:
+        for one in sharded:
+            if in_full:
+                one.set_requires_gradient_sync(not delayed, recurse=False)
+            else:
+                one.set_requires_all_reduce(not delayed, recurse=False)
+
+    delay(True)
+    try:
+        yield
+    finally:
+        delay(False)

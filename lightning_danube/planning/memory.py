@@ -8,7 +8,6 @@ the measured peaks of processes in benchmarks/plan_memory.py.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig
 
@@ -22,7 +21,8 @@ BYTES: dict[str, tuple[int, int]] = {
 }
 """The trainer's name of a precision → bytes of a weight, and of the inputs and outputs of matrix products."""
 
-Engine = Literal["single", "ddp", "fsdp"]
+DDP_BUCKET = 25 * 2**20
+"""Bytes of one of DDP's buckets, its default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,26 @@ class Layout:
         tensor_parallel: number of devices that share the matrices of one replica.
         sharded: weights, gradients and optimizer state are sharded over the replicas (FSDP2), instead of copied to
             each of them (DDP).
+        shard_size: number of replicas that share one copy (HSDP); None: all replicas.
+        gather_again, reduce_once: options of the strategy, see checkpoints/strategy.py.
     """
 
     replicas: int = 1
     tensor_parallel: int = 1
     sharded: bool = False
+    shard_size: int | None = None
+    gather_again: bool = True
+    reduce_once: bool = True
+
+    @property
+    def shares(self) -> int:
+        """Returns into how many parts the weights of a device are sharded."""
+        return (self.shard_size or self.replicas) if self.sharded else 1
+
+    @property
+    def by_fsdp(self) -> bool:
+        """Returns whether FSDP2 gathers weights and sums gradients. Without replicas there is nothing to do for it."""
+        return self.sharded and self.replicas > 1
 
     @property
     def devices(self) -> int:
@@ -53,10 +68,10 @@ class DeviceMemory:
         weights: parameters, as stored.
         gradients: gradients of all parameters.
         optimizer: the averages that the optimizer keeps.
-        casts: 16-bit copies of weights that autocast makes.
+        casts: 16-bit copies of weights that autocast makes. FSDP2 gathers weights in 16 bits instead.
         activations: tensors kept for the backward pass, and the temporary tensors of one block.
         logits: logits of one chunk of tokens, and the gradients that the loss computes with them.
-        communication: gathered weights (FSDP2) or gradient buckets (DDP).
+        communication: weights that FSDP2 gathers and gradients that it sends; a bucket of DDP while it is sent.
         moment: the phase of a step in which the peak is reached.
     """
 
@@ -168,7 +183,7 @@ class TrainingMemory:
     @property
     def stored_parameters(self) -> int:
         """Returns how many of the parameters stay on the device between steps."""
-        return -(-self.parameters // self.layout.replicas) if self.layout.sharded else self.parameters
+        return -(-self.parameters // self.layout.shares)
 
     # --- activations --------------------------------------------------------------------------------------------------
 
@@ -246,6 +261,8 @@ class TrainingMemory:
 
     def cast_bytes(self, blocks: int) -> int:
         """Returns the bytes of the 16-bit copies of some blocks' weights."""
+        if self.layout.by_fsdp:
+            return 0
         matrices = self.block_matrices // self.layout.tensor_parallel
         return self._product * blocks * matrices if self._product < self.weight_bytes else 0
 
@@ -262,7 +279,7 @@ class TrainingMemory:
         # Measured: copies of recomputed blocks' weights are freed at once, but not copies of distributed weights.
         kept = not self.recompute or (self.layout.sharded and self.layout.devices > 1)
         casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
-        casts += a * head if a < w else 0
+        casts += a * head if a < w and not self.layout.by_fsdp else 0
         chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
         logits = chunk * (wide if a == wide else a + wide)
         logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
@@ -305,8 +322,10 @@ class TrainingMemory:
 
     def _device(self, moment: str, *, casts: int, activations: int, logits: int, gradients: int) -> DeviceMemory:
         w = self.weight_bytes
-        if self.layout.sharded:
-            gradients = -(-gradients // self.layout.replicas)
+        if self.layout.replicas > 1 and not self.layout.sharded:
+            gradients = self.parameters  # DDP's buckets, which stay
+        if not (self.layout.by_fsdp and self.accumulate and self.layout.reduce_once):
+            gradients = -(-gradients // self.layout.shares)
         return DeviceMemory(
             weights=w * self.stored_parameters,
             gradients=w * gradients,
@@ -314,23 +333,30 @@ class TrainingMemory:
             casts=casts,
             activations=activations,
             logits=logits,
-            communication=w * self.communicated_parameters(backward=not logits),
+            communication=self.communication_bytes(backward=not logits),
             moment=moment,
         )
 
-    def communicated_parameters(self, *, backward: bool) -> int:
-        """Returns the parameters whose full values or gradients a device holds for communication.
+    def communication_bytes(self, *, backward: bool) -> int:
+        """Returns the bytes that a device holds for communication.
 
-        DDP: its buckets, beside the gradients. FSDP2: the embedding and the head, gathered from the forward pass to the
-        end of the backward pass. In the backward pass also their full gradients, the current block, the next block
-        (gathered ahead), and one block's full gradients.
+        DDP: one more bucket in the backward pass, while the buckets are sent. FSDP2: whole weights and gradients.
+
+        The embedding and the head are gathered from the forward pass to the end of the backward pass. In the backward
+        pass there are also their whole gradients, the current block, the next block (gathered ahead), one block's whole
+        gradients, and with 16-bit products these gradients in float32, as they are sent.
         """
-        if self.layout.replicas == 1:
-            return 0
-        if not self.layout.sharded:
-            return self.parameters
+        if not self.layout.by_fsdp:
+            buckets = self.weight_bytes * self.parameters if self.layout.replicas > 1 else 0
+            return min(buckets, DDP_BUCKET) if backward else 0
+        a, wide = self._product, self._wide
         ends = self.head_parameters * (1 if self.config.tie_word_embeddings else 2)
-        return 2 * ends + 3 * self.block_parameters if backward else ends
+        blocks = 0 if self.layout.gather_again else self.config.num_hidden_layers * self.block_parameters
+        if not backward:
+            return a * (ends + blocks)
+        sent = wide if a < self.weight_bytes else 0
+        ahead = 2 * self.block_parameters if self.layout.gather_again else 0
+        return a * (2 * ends + (blocks or ahead)) + (a + sent) * self.block_parameters
 
     def peak(self) -> DeviceMemory:
         return max(self.loss_phase(), self.backward_phase(), key=lambda memory: memory.total)

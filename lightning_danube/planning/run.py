@@ -66,7 +66,7 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
         notes.append("trainer.devices is auto: counted as 1; say how many with --trainer.devices N")
         devices = 1
     name, world = _class_name(trainer.strategy), nodes * devices
-    if name == "ModelParallelStrategy":
+    if name in ("ModelParallelStrategy", "ShardedStrategy"):
         # The strategy's set-up resolves "auto" from the number of devices.
         sizes = _arguments(trainer.strategy)
         data, tensor = (sizes.get(f"{kind}_parallel_size", "auto") for kind in ("data", "tensor"))
@@ -76,14 +76,27 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
                 f"trainer.strategy: data_parallel_size {data} × tensor_parallel_size {tensor} is not {world}, the "
                 f"devices of {nodes} node(s) × {devices}"
             )
-        return Layout(data, tensor, sharded=True), notes
+        shared = sizes.get("shard_size", "auto")
+        if shared != "auto" and (int(shared) < 1 or data % int(shared)):
+            raise ValueError(f"trainer.strategy.shard_size {shared} does not divide data_parallel_size {data}")
+        return Layout(
+            data,
+            tensor,
+            sharded=True,
+            shard_size=None if shared == "auto" else int(shared),
+            gather_again=_is_on(sizes.get("gather_again", True)),
+            reduce_once=_is_on(sizes.get("reduce_once", True)),
+        ), notes
     if name in ("FSDPStrategy", "fsdp"):
         return Layout(world, sharded=True), notes
     if name in ("DDPStrategy", "SingleDeviceStrategy", "auto") or name.startswith("ddp"):
         return Layout(world), notes
-    raise ValueError(
-        f"trainer.strategy is {name}: its memory is not known here; plan knows ddp and ModelParallelStrategy"
-    )
+    raise ValueError(f"trainer.strategy is {name}: its memory is not known here; plan knows ddp and ShardedStrategy")
+
+
+def _is_on(option: Any) -> bool:
+    """Returns the value of an option that a file states as a bool and a command line as a word."""
+    return str(option).lower() == "true"
 
 
 def _devices(devices: Any) -> int | None:
@@ -106,7 +119,7 @@ def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: f
         if data.batch_samples % (replicas * memory.rows):
             continue
         accumulate = data.batch_samples > replicas * memory.rows
-        layout = Layout(replicas, tensor, sharded)
+        layout = dataclasses.replace(memory.layout, replicas=replicas, sharded=sharded, shard_size=None)
         if dataclasses.replace(memory, layout=layout, accumulate=accumulate).peak().total <= capacity:
             return replicas * tensor
         if not sharded and replicas > 1 and not accumulate:

@@ -23,7 +23,7 @@ from lightning_danube.pretraining.settings import CurriculumSettings
 from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepare
 from lightning_danube.tokens.shards import TokenSequence, TokenShards
 from lightning_danube.training.contract import IGNORE_INDEX
-from lightning_danube.training.loaders import ResumableLoader
+from lightning_danube.training.loaders import ResumableLoader, trains_on_gpu
 from lightning_danube.training.passes import IntArray
 from lightning_danube.training.position import replicas_of
 
@@ -186,7 +186,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         rows = TrainingRows(
             [self.train_streams[name] for name in self.curriculum.sources], self.context_length, self._document_end()
         )
-        return CurriculumLoader(rows, sampler, self.workers)
+        return CurriculumLoader(rows, sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_rows)
@@ -288,7 +288,6 @@ class TrainingRows(Dataset[Any]):
 
     def __init__(self, streams: Sequence[TokenSequence], context_length: int, document_end: int | None) -> None:
         self.streams, self.context_length, self.document_end = streams, context_length, document_end
-        self._pinned = torch.cuda.is_available()
 
     def __getitems__(self, keys: IntArray) -> tuple[NDArray[Any], IntArray] | ValueError:
         """Returns the rows of the keys, (rows, context + 1), and the keys; or the error that `batch` must raise.
@@ -320,7 +319,7 @@ class TrainingRows(Dataset[Any]):
         if isinstance(rows, ValueError):
             raise rows
         ids, keys = rows
-        batch = inputs_and_labels(ids, self.document_end, pinned=self._pinned)
+        batch = inputs_and_labels(ids, self.document_end)
         return batch | {"keys": list(map(SampleKey._make, keys.tolist()))}
 
 
@@ -330,8 +329,8 @@ class CurriculumLoader(ResumableLoader):
     dataset: TrainingRows
     batch_sampler: CurriculumSampler
 
-    def __iter__(self) -> Any:
-        rows: Any = super().__iter__() if self.num_workers else map(self.dataset.__getitems__, self.batch_sampler)
+    def batches(self) -> Iterator[Any]:
+        rows: Any = super().batches() if self.num_workers else map(self.dataset.__getitems__, self.batch_sampler)
         return map(self.dataset.batch, rows)
 
 
@@ -368,14 +367,13 @@ class EvaluationBatches(Dataset[Any]):
         return batch | {"source": self.source, "rows": rows}
 
 
-def inputs_and_labels(ids: NDArray[Any], document_end: int | None, *, pinned: bool = False) -> dict[str, Any]:
+def inputs_and_labels(ids: NDArray[Any], document_end: int | None) -> dict[str, Any]:
     """Returns input_ids and labels, (rows, context) each, from (rows, context + 1) ids.
 
     Args:
         document_end: id that ends a document, to add document_ids and document_runs; None: neither of them.
-        pinned: use pinned memory, for tensors that a device will copy.
     """
-    both = torch.empty((2, len(ids), ids.shape[1] - 1), dtype=torch.int64, pin_memory=pinned)
+    both = torch.empty((2, len(ids), ids.shape[1] - 1), dtype=torch.int64)
     into = both.numpy()
     into[0], into[1] = ids[:, :-1], ids[:, 1:]
     batch: dict[str, Any] = dict(zip(("input_ids", "labels"), both.unbind(), strict=True))

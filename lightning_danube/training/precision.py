@@ -34,6 +34,9 @@ PRODUCTS_IN = {
 }
 """Precision → type of its matrix products."""
 
+TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+"""PyTorch's environment variable that lets NVIDIA's GPUs multiply float32 matrices in TF32."""
+
 DEVICES = {"cpu": "this processor", "cuda": "this GPU", "mps": "this GPU"}
 
 
@@ -142,9 +145,11 @@ def warning_of(precision: str, device: torch.device) -> str | None:
     factor = _slowdown(precision, best, str(device))
     if factor < MUCH_SLOWER:
         return None
+    # TF32 rounds the factors to 11 bits, so products in it are not what 32-true promises. bfloat16 is faster still.
+    tf32 = f", or allow TF32 with {TF32}=1" if device.type == "cuda" and dtype == torch.float32 else ""
     return (
         f"warning: trainer.precision {precision} multiplies matrices {factor:,.0f} times slower than {best} on "
-        f"{DEVICES.get(device.type, device.type)}: leave trainer.precision out (or set it to null)"
+        f"{DEVICES.get(device.type, device.type)}: leave trainer.precision out (or set it to null){tf32}"
     )
 
 

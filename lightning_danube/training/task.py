@@ -16,9 +16,10 @@ from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
-from lightning_danube.model.parallel import parallelize
+from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
 from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
@@ -62,8 +63,11 @@ class DecoderTask(LightningModule):
 
     def configure_model(self) -> None:
         """Distributes the decoder as the trainer's strategy says. Each verb in one process calls this again."""
-        if self.device_mesh is not None and not self._is_parallel:
-            parallelize(self.decoder, self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"])
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not self._is_parallel:
+            # Autocast multiplies in bfloat16: gather the weights in that type, which is half of the bytes.
+            products = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            parallelize(self.decoder, *strategy.meshes, Sharding(products, strategy.gather_again))
             self._is_parallel = True
 
     def setup(self, stage: str) -> None:
@@ -139,11 +143,16 @@ class DecoderTask(LightningModule):
             optimizer.found_inf = self.step_verdict(together[0], together[1]).float()  # type: ignore[attr-defined]
 
     def _mean_over_ranks(self, values: Tensor) -> Tensor:
-        if self.trainer.world_size > 1:
-            reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
-            assert isinstance(reduced, Tensor)
-            return reduced
-        return values
+        """Returns the mean over all ranks, as a tensor on the device. The host does not wait for it.
+
+        The trainer's own `strategy.reduce` begins with a barrier, at which each host waits for its device.
+        """
+        ranks = self.trainer.world_size
+        if ranks == 1:
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total / ranks
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._log_step()

@@ -11,8 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.device import exact_products_by_onednn
 from lightning_danube.training.precision import choose, kind_of_device
 
@@ -25,6 +27,20 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,
 }
+
+
+def own_strategy(strategy: Any) -> Any:
+    """Returns our strategy in place of Lightning's ModelParallelStrategy, and any other strategy as it is."""
+    return ShardedStrategy.like(strategy) if type(strategy) is ModelParallelStrategy else strategy
+
+
+def share_buckets(strategy: Strategy) -> None:
+    """Makes DDP keep the gradients inside its communication buckets, instead of in a second copy.
+
+    `static_graph` stays off: every weight has a gradient in every step, so it would change nothing.
+    """
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
 
 class FastProducts(Callback):
@@ -62,23 +78,28 @@ def make_trainer(
         **TRAINER_DEFAULTS,
         "logger": logger,
         "default_root_dir": logger.log_dir,
-        "plugins": [DurableCheckpointIO()],
+        "plugins": [DurableCheckpointIO(background=kind != "cpu")],
         "precision": options.get("precision") or choose(kind).precision,
         # Without a callback that writes checkpoints, Lightning would add its own.
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         **options,
     }
-    return Trainer(callbacks=[*callbacks, FastProducts()], **given)
+    given["strategy"] = own_strategy(given.get("strategy", "auto"))
+    trainer = Trainer(callbacks=[*callbacks, FastProducts()], **given)
+    share_buckets(trainer.strategy)
+    return trainer
 
 
 def check_trainer(trainer: Trainer) -> None:
     """Refuses a trainer that would silently differ from the recipe.
 
     Raises:
-        ValueError: gradients would not be clipped, checkpoints would not be durable, or samples would be distributed
-            twice.
+        ValueError: gradients would not be clipped, weights would not be sharded, checkpoints would not be durable, or
+            samples would be distributed twice.
     """
     way_out = "make the trainer with lightning_danube.make_trainer(…)"
+    if type(trainer.strategy) is ModelParallelStrategy:
+        raise ValueError(f"ModelParallelStrategy shards no weights here: {way_out}, or give it a ShardedStrategy")
     if trainer.gradient_clip_val is None:
         raise ValueError(f"the trainer clips no gradient: {way_out}, or set gradient_clip_val (0 for none)")
     if trainer.checkpoint_callbacks and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

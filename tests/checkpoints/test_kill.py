@@ -177,7 +177,11 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
 def test_runs_killed_at_chosen_moments_end_as_if_they_were_not(watched: Path) -> None:
     full = Run(watched, "full", (*DROPOUT, *ACCUMULATION))
     plain = Run(watched, "plain", (*DROPOUT, *ACCUMULATION))
-    with_workers = Run(watched, "workers", (*DROPOUT, *ACCUMULATION, "--data.init_args.workers", "2"))
+    # This one writes its checkpoints while it trains.
+    background = ("--trainer.plugins", "lightning_danube.checkpoints.single.DurableCheckpointIO")
+    background += ("--trainer.plugins.background", "true")
+    options = (*DROPOUT, *ACCUMULATION, *background, "--data.init_args.workers", "2")
+    with_workers = Run(watched, "workers", options)
     # The shards are written once; two runs that began together would both do it.
     full.finish()
 

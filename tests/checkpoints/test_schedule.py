@@ -1,13 +1,16 @@
 """Names of checkpoints, and which of them stay. Whole runs: test_checkpoints_on_disk.py."""
 
 import signal
+import time
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_danube.checkpoints import schedule
 from lightning_danube.checkpoints.schedule import (
@@ -19,6 +22,7 @@ from lightning_danube.checkpoints.schedule import (
     step_checkpoint,
 )
 from lightning_danube.signals import SIGNALS
+from tests.ranks import on_ranks
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 4, 9])
@@ -37,6 +41,15 @@ def test_later_checkpoints_and_stages_do_not_count(tmp_path: Path) -> None:
     for path in (*(step_checkpoint(tmp_path, step) for step in (2, 3, 9)), stage_checkpoint(tmp_path, 0, "a", 1)):
         path.touch()
     assert older_checkpoints(tmp_path, 3, keep=1) == [step_checkpoint(tmp_path, 2)]
+
+
+def test_a_checkpoint_that_is_being_written_counts_if_it_is_named(tmp_path: Path) -> None:
+    for step in (1, 2):
+        step_checkpoint(tmp_path, step).touch()
+    assert older_checkpoints(tmp_path, 3, keep=2) == []
+    writing = step_checkpoint(tmp_path, 3)
+    assert older_checkpoints(tmp_path, 3, keep=2, writing=writing) == [step_checkpoint(tmp_path, 1)]
+    assert older_checkpoints(tmp_path, 3, keep=2, writing=stage_checkpoint(tmp_path, 0, "a", 3)) == []
 
 
 def test_a_stage_is_named_by_what_a_file_may_be_called(tmp_path: Path) -> None:
@@ -74,20 +87,64 @@ def test_a_stop_waits_for_the_end_of_the_step() -> None:
     assert not trainer.should_stop, "a stop that was applied does not come back"
 
 
-@pytest.mark.parametrize(("mine", "other"), [(None, True), (signal.SIGTERM, False), (None, False)])
-def test_a_signal_to_one_rank_stops_all(
-    mine: signal.Signals | None, other: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def reduced(decision: bool, all: bool) -> bool:
-        return min(decision, other) if all else max(decision, other)
+class Steps(NamedTuple):
+    """Steps of a run of two ranks: rank one gets a signal before it asks at step 3."""
 
-    monkeypatch.setattr(SIGNALS, "received", mine)
-    signals, strategy = RunSignals(), SimpleNamespace(reduce_boolean_decision=reduced)
-    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
-    signals.ask(trainer)
-    assert signals.stop_run == (mine is not None or other)
-    signals.ask(SimpleNamespace(world_size=1))  # type: ignore[arg-type]
-    assert signals.stop_run == (mine is not None)
+    at_once: tuple[int, ...]
+    stops_after: int
+
+
+@pytest.mark.parametrize("steps", [Steps((), 4), Steps((3,), 3), Steps((1, 2), 4)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_nobody_waits_before(steps: Steps) -> None:
+    def work(rank: int) -> None:
+        signals = signals_of(2)
+        for step in range(1, 9):
+            SIGNALS.received = signal.SIGTERM if rank and step >= 3 else None
+            if rank and step == 4:
+                time.sleep(0.2)  # the other rank reads the vote of step 3, not that of this step
+            signals.ask(at_once=step in steps.at_once)
+            if signals.stop_run:
+                break
+        assert step == steps.stops_after
+        signals.ask()  # after the end nobody waits for a vote
+
+    on_ranks(work)
+
+
+def test_a_vote_does_not_wait_for_a_rank_that_is_behind(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        signals, asked = signals_of(2), tmp_path / "asked"
+        if rank:
+            while not asked.exists():  # for ever, if rank zero waited for this rank's vote
+                time.sleep(0.01)
+        signals.ask()
+        asked.touch()
+        signals.ask(at_once=True)
+        assert not signals.stop_run
+
+    on_ranks(work)
+
+
+@pytest.mark.parametrize("received", [None, signal.SIGTERM])
+def test_one_rank_stops_at_once(received: signal.Signals | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SIGNALS, "received", received)
+    signals = RunSignals()
+    signals.ask()
+    assert signals.stop_run == (received is not None)
+
+
+def signals_of(world_size: int) -> RunSignals:
+    signals = RunSignals()
+    connector = SimpleNamespace(cluster_environment=None)
+    strategy = SimpleNamespace(_timeout=timedelta(minutes=1))
+    trainer: Any = SimpleNamespace(world_size=world_size, strategy=strategy, _accelerator_connector=connector)
+    signals.hold(trainer)
+    return signals
+
+
+def test_the_strategies_of_several_ranks_still_keep_their_timeout_in_a_private_attribute() -> None:
+    for strategy in (DDPStrategy, ModelParallelStrategy):
+        assert strategy(timeout=timedelta(seconds=7))._timeout == timedelta(seconds=7)
 
 
 def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:

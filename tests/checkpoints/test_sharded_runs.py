@@ -63,6 +63,19 @@ def test_four_processes_in_a_grid_and_on_two(sessions: Sessions) -> None:
     assert_same_run(sessions, "moved", ("first", 0), ("second", 8), devices=(4, 2))
 
 
+def test_from_groups_that_each_have_a_copy_to_one_process_nothing_changes(sessions: Sessions) -> None:
+    """4 replicas in groups of 2, with two micro-batches a step; the third session reads what one process wrote."""
+    groups = ["--trainer.strategy", "lightning_danube.checkpoints.strategy.ShardedStrategy", *sharded(4, 1)[2:]]
+    groups += ["--trainer.strategy.shard_size", "2"]
+    run_in_ranks(
+        (1, sessions.command("full", "full", 8)),
+        (4, sessions.command("first", "moved", 1, "--trainer.max_steps", "8", *groups)),
+        (1, sessions.command("second", "moved", 8, *LAST_FLAGS, "--trainer.max_steps", "16")),
+        (4, sessions.command("third", "moved", 1, *LAST_FLAGS, *groups, "--trainer.strategy.reduce_once", "false")),
+    )
+    assert_same_run(sessions, "moved", ("first", 0), ("second", 8), ("third", 16), devices=(4, 1, 4))
+
+
 def test_a_sharded_checkpoint_is_whole_and_plain_and_can_be_exported(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_danube.checkpoints import strategy as strategy_module
 from lightning_danube.checkpoints.strategy import ShardedStrategy, restore_groups, take_part
 
 
@@ -26,6 +27,7 @@ def test_our_strategy_is_made_with_every_argument_of_lightnings() -> None:
     assert arguments.keys() == signature(ModelParallelStrategy).parameters.keys(), "ShardedStrategy.like hands these on"
     ours = ShardedStrategy.like(ModelParallelStrategy(**arguments))
     assert {name: getattr(ours, f"_{name}") for name in arguments} == arguments
+    assert arguments.keys() < signature(ShardedStrategy).parameters.keys()
 
 
 def test_lightnings_optimizer_still_has_the_private_one_inside() -> None:
@@ -60,6 +62,53 @@ def test_groups_keep_their_parameters() -> None:
     restore_groups(optimizer, [{"lr": 0.5, "params": ["a"]}, {"lr": 0.25, "params": ["b"]}])
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
     assert all(group["params"][0] is one for group, one in zip(optimizer.param_groups, parameters, strict=True))
+
+
+class Mesh(NamedTuple):
+    """A dimension of a mesh."""
+
+    devices: int
+
+    def size(self) -> int:
+        return self.devices
+
+
+@pytest.fixture
+def four_by_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Lightning's environment has 4 replicas of 2 devices; the arguments of a mesh that we make are recorded."""
+    made: list[Any] = []
+
+    def make(kind: str, shape: tuple[int, ...], *, mesh_dim_names: tuple[str, ...]) -> Any:
+        made.append((kind, shape, mesh_dim_names))
+        return {("groups", "shards"): "grid", "tensor_parallel": "devices"}
+
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
+    mesh = {"data_parallel": Mesh(4), "tensor_parallel": Mesh(2)}
+    monkeypatch.setattr(ModelParallelStrategy, "device_mesh", property(lambda self: mesh))
+    monkeypatch.setattr(ModelParallelStrategy, "root_device", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(strategy_module, "init_device_mesh", make)
+    return made
+
+
+@pytest.mark.parametrize("shared", ["auto", 4])
+def test_all_replicas_share_one_copy_unless_told_otherwise(four_by_two: list[Any], shared: Any) -> None:
+    strategy = ShardedStrategy(shard_size=shared)
+    strategy.setup_environment()
+    assert strategy.meshes == (Mesh(4), Mesh(2)) and four_by_two == []
+
+
+def test_groups_of_replicas_and_their_devices_are_one_mesh(four_by_two: list[Any]) -> None:
+    strategy = ShardedStrategy(shard_size=2)
+    strategy.setup_environment()
+    assert strategy.meshes == ("grid", "devices")
+    assert four_by_two == [("cpu", (2, 2, 2), ("groups", "shards", "tensor_parallel"))]
+
+
+@pytest.mark.parametrize("shared", [0, 3, 8, -2])
+def test_groups_that_do_not_divide_the_replicas_are_refused(four_by_two: list[Any], shared: int) -> None:
+    message = f"shard_size {shared} does not divide data_parallel_size 4: 1, 2, 4 would work"
+    with pytest.raises(ValueError, match=message):
+        ShardedStrategy(shard_size=shared).setup_environment()
 
 
 def test_a_run_waits_for_its_checkpoint_unless_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:

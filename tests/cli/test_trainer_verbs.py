@@ -1,6 +1,7 @@
 """What a person reads when a command line or a config is wrong: one line, exit code 2, no traceback."""
 
 import copy
+import importlib.util
 import inspect
 import json
 import os
@@ -344,22 +345,39 @@ def test_checkpoints_of_another_model_or_tokenizer_are_refused(tiny: Path, capsy
     assert "the checkpoint was trained with the tokenizer 'danube-small'" in said
 
 
-def test_threads_do_not_wait_long_for_work_unless_told_to() -> None:
-    """torch reads the variable when it is loaded, so the package sets it when it is imported."""
-    code = (
-        "import os, sys, lightning_danube; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    }
-    for given, expected in (
-        ({}, "3000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, "None"),
-    ):
-        asked = {**environment, **given}
-        done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "3000", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"OMP_WAIT_POLICY": "active", "PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, {}),
+        ({"OMP_WAIT_POLICY": "active", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, {}),
+    ],
+)
+def test_what_torch_reads_when_it_is_loaded_is_set_unless_the_user_has_set_it(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.find_spec("lightning_danube")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert found == {**given, **expected}
+
+
+def test_the_package_does_not_load_torch() -> None:
+    """torch would then have read its variables before they are set."""
+    code = "import sys, lightning_danube; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,7 +488,7 @@ def test_a_resumed_run_logs_on_after_its_checkpoint(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer_verbs, "TensorBoardLogger", lambda directory, **given: loggers.append(given))
     for continues, checkpoint in ((True, "step_00000012.ckpt"), (False, "step_00000012.ckpt"), (False, None)):
         cli: Any = object.__new__(trainer_verbs.DanubeCLI)
-        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto"}
+        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto", "accelerator": "cpu"}
         cli.subcommand, cli.config_init = "fit", {"fit": {"trainer": section}}
         cli.place = SimpleNamespace(
             continues=continues, checkpoint=checkpoint and tmp_path / checkpoint, directory=tmp_path,
@@ -538,8 +556,8 @@ def test_ranks_that_compute_differently_are_refused() -> None:
 
 
 def test_a_users_checkpoint_plugin_stays_alone() -> None:
-    def plugins(given: Any, strategy: Any = "auto") -> list[Any]:
-        section = {"plugins": given, "strategy": strategy}
+    def plugins(given: Any, strategy: Any = "auto", accelerator: str = "cpu") -> list[Any]:
+        section = {"plugins": given, "strategy": strategy, "accelerator": accelerator}
         cli: Any = SimpleNamespace(config_init=None, _get=lambda config, key: section)
         return trainer_verbs.DanubeCLI._plugins(cli)
 
@@ -548,3 +566,5 @@ def test_a_users_checkpoint_plugin_stays_alone() -> None:
     assert [type(one) for one in plugins(precision)] == [MixedPrecision, DurableCheckpointIO]
     assert plugins([precision, theirs]) == [precision, theirs] and plugins(theirs) == [theirs]
     assert plugins(None, DDPStrategy(checkpoint_io=theirs)) == []
+    # On a CPU the copy would take memory and cores from training.
+    assert [plugins(None, accelerator=kind)[0].background for kind in ("cpu", "cuda")] == [False, True]

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_danube.model import DecoderConfig
 from lightning_danube.model.parallel import check_tensor_parallel
-from tests.model.parallel_ranks import compare
+from tests.model.parallel_ranks import compare, compare_in_parts, compare_partial_sums
 from tests.ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,3 +59,20 @@ def test_two_devices_compute_what_one_does() -> None:
 
 def test_two_replicas_compute_what_one_does() -> None:
     on_ranks(lambda rank: compare(2, 1, recompute=True, qkv_bias=True))
+
+
+def test_weights_are_gathered_in_bfloat16_and_gradients_summed_once_a_step_in_float32() -> None:
+    on_ranks(lambda rank: compare_in_parts(1, 2, torch.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "shards"), [(1, 2), (2, 2), (4, 1)])
+def test_groups_of_replicas_train_what_one_process_does(groups: int, shards: int, products: torch.dtype | None) -> None:
+    def work(rank: int) -> None:
+        compare_in_parts(groups, shards, products)
+        compare_in_parts(groups, shards, products, gather_again=False)
+        if groups > 1 and shards > 1:
+            compare_partial_sums(products)
+
+    on_ranks(work, groups * shards)

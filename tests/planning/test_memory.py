@@ -186,11 +186,13 @@ def test_the_papers_4b_as_computed_by_hand() -> None:
     assert memory.cast_bytes(1) == 2 * 154_828_800
 
 
-def test_sharding_divides_what_is_stored_and_ddp_doubles_gradients() -> None:
+def test_sharding_divides_what_is_stored_and_ddp_keeps_gradients_in_its_buckets() -> None:
     alone = TrainingMemory(TINY, 2, 48).loss_phase()
     ddp = TrainingMemory(TINY, 2, 48, layout=Layout(4)).loss_phase()
     sharded = TrainingMemory(TINY, 2, 48, layout=Layout(4, sharded=True)).loss_phase()
-    assert ddp.weights == alone.weights and ddp.communication == ddp.gradients == alone.gradients
+    assert (ddp.weights, ddp.gradients, ddp.communication) == (alone.weights, 4 * TINY.parameters, 0)
+    whole = TrainingMemory(TINY, 2, 48, layout=Layout(4))._backward(2)
+    assert whole.gradients == whole.communication == 4 * TINY.parameters, "the buckets stay; this one is below 25 MiB"
     assert (sharded.weights, sharded.optimizer) == (-(-TINY.parameters // 4) * 4, -(-TINY.parameters // 4) * 8)
     assert sharded.activations == alone.activations
 
@@ -259,3 +261,20 @@ def test_shards_hold_all_parameters_and_what_is_gathered_is_whole(replicas: int,
     assert memory.loss_phase().communication == 4 * ends
     # Gradients of both ends, this block and the next one, and the gradients of a block.
     assert memory.backward_phase().communication == 4 * (2 * ends + 3 * block)
+    # With 16-bit products two bytes a value, and a block's gradients in float32 as they are sent.
+    mixed = dataclasses.replace(memory, precision="bf16-mixed")
+    assert mixed.loss_phase().communication == 2 * ends and mixed.peak().casts == 0
+    assert mixed.backward_phase().communication == 2 * (2 * ends + 3 * block) + 4 * block
+    kept = dataclasses.replace(mixed, layout=Layout(replicas, sharded=True, gather_again=False))
+    assert kept.loss_phase().communication == 2 * (ends + 3 * block)
+    assert kept.backward_phase().communication == 2 * (2 * ends + 3 * block + block) + 4 * block
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
+    once, each = (Layout(6, sharded=True, shard_size=2, reduce_once=once) for once in (True, False))
+    waiting, dealt = (TrainingMemory(TINY, 2, 48, accumulate=True, layout=layout) for layout in (once, each))
+    assert waiting.loss_phase().gradients == waiting.backward_phase().gradients == 4 * TINY.parameters
+    assert dealt.loss_phase().gradients == 4 * TINY.parameters // 2
+    assert waiting.stored_parameters == TINY.parameters // 2, "2 of the 6 replicas share a copy"
+    alone = dataclasses.replace(waiting, accumulate=False)
+    assert alone.loss_phase().gradients == dealt.loss_phase().gradients

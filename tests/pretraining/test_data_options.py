@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_danube.device import usable_cores
 from lightning_danube.pretraining import data as data_module
@@ -82,7 +83,7 @@ def test_an_id_of_the_vocabularys_size_is_refused_and_the_one_below_is_read() ->
 def trainer_at(step: int, verb: str = "fit") -> Any:
     return SimpleNamespace(
         global_step=step, state=SimpleNamespace(fn=verb), distributed_sampler_kwargs=None, max_epochs=1,
-        accumulate_grad_batches=1, val_check_interval=1.0,
+        accumulate_grad_batches=1, val_check_interval=1.0, strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning_danube.__main__ import main
 from lightning_danube.cli.trainer_verbs import RunRecord
 from lightning_danube.device import ProductRate
+from lightning_danube.training import precision
 from lightning_danube.training.precision import RANK_ZEROS, check_precision, choose, kind_of_device, warning_of
 from lightning_danube.training.ranks import RankLauncher
 from tests.cli.test_trainer_verbs import error_of
@@ -156,6 +157,20 @@ def test_float64_is_never_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_rates(monkeypatch, WITH_16_BITS)
     assert warning_of("64-true", torch.device("cpu")) is None
     assert "20 times slower than bf16-mixed" in str(warning_of("16-true", torch.device("cpu")))
+
+
+def test_on_a_gpu_the_warning_of_float32_names_the_way_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "choose", lambda kind: precision.Choice("bf16-mixed", ""))
+    monkeypatch.setattr(precision, "_slowdown", lambda *args: 12.0)
+    said = {
+        (name, kind): str(warning_of(name, torch.device(kind)))
+        for name in ("32-true", "16-true")
+        for kind in ("cuda", "cpu")
+    }
+    assert said["32-true", "cuda"].endswith(
+        "(or set it to null), or allow TF32 with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1"
+    )
+    assert [key for key, text in said.items() if "TF32" in text] == [("32-true", "cuda")]
 
 
 @pytest.mark.parametrize(

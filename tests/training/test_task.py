@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.task import DecoderTask
+from tests.ranks import on_ranks
 from tests.tiny_models import CONFIG, VARIANTS
 from tests.training.test_position import trainer
 
@@ -136,24 +137,26 @@ def test_a_step_has_the_mean_loss_of_its_micro_batches() -> None:
 
 
 def test_ranks_decide_together_which_step_is_bad() -> None:
-    """The loss of this rank is fine, that of another is not."""
-    asked: list[list[float]] = []
+    """The loss of one rank is fine, that of the other is not. No rank waits at a barrier."""
 
-    def verdict(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        asked.append([float(loss), float(norm)])
-        return loss > 8
+    def work(rank: int) -> None:
+        asked: list[list[float]] = []
 
-    def reduce(values: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        assert reduce_op == "mean"
-        return (values + torch.tensor([17.0, 0.0])) / 2
+        def verdict(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+            asked.append([float(loss), float(norm)])
+            return loss > 8
 
-    task = task_under(world_size=2, strategy=SimpleNamespace(reduce=reduce))
-    optimizer: Any = task.optimizer_settings.build(task, lr=0.1)
-    task.decoder.lm_head.weight.grad = torch.zeros_like(task.decoder.lm_head.weight)
-    task.step_verdict, task._losses = verdict, [torch.tensor(3.0)]
-    task.configure_gradient_clipping(optimizer, 1.0)
-    assert asked == [[10.0, 0.0]] and float(optimizer.found_inf) == 1
-    assert task._step_loss is not None and float(task._step_loss) == 10.0
+        task = task_under(world_size=2)
+        optimizer: Any = task.optimizer_settings.build(task, lr=0.1)
+        task.decoder.lm_head.weight.grad = torch.zeros_like(task.decoder.lm_head.weight)
+        loss = torch.tensor(17.0 if rank else 3.0)
+        task.step_verdict, task._losses = verdict, [loss]
+        task.configure_gradient_clipping(optimizer, 1.0)
+        assert asked == [[10.0, 0.0]] and float(optimizer.found_inf) == 1
+        assert task._step_loss is not None and float(task._step_loss) == 10.0
+        assert float(loss) == (17.0 if rank else 3.0), "the loss of a micro-batch stays"
+
+    on_ranks(work)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_danube import device
 from lightning_danube.checkpoints.single import DurableCheckpointIO
-from lightning_danube.training.trainer import FastProducts, check_trainer, make_trainer
+from lightning_danube.checkpoints.strategy import ShardedStrategy
+from lightning_danube.training.trainer import FastProducts, check_trainer, make_trainer, share_buckets
+from tests.ranks import on_ranks
 
 
 def test_a_made_trainer_has_the_settings_of_fit(tmp_path: Path) -> None:
@@ -27,13 +33,59 @@ def test_a_made_trainer_has_the_settings_of_fit(tmp_path: Path) -> None:
 def test_a_trainer_that_deals_the_samples_again_is_refused(world_size: int, deals: bool, refused: bool) -> None:
     connector = SimpleNamespace(use_distributed_sampler=deals)
     trainer: Any = SimpleNamespace(
-        gradient_clip_val=1.0, checkpoint_callbacks=[], world_size=world_size, _accelerator_connector=connector
+        gradient_clip_val=1.0,
+        strategy=None,
+        checkpoint_callbacks=[],
+        world_size=world_size,
+        _accelerator_connector=connector,
     )
     if refused:
         with pytest.raises(ValueError, match="the trainer would deal the samples a second time: make the trainer with"):
             check_trainer(trainer)
     else:
         check_trainer(trainer)
+
+
+def test_lightnings_sharded_strategy_is_replaced_or_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "precision": "32-true"}
+    made = make_trainer(runs=tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=2), **options)
+    assert type(made.strategy) is ShardedStrategy and made.strategy._tensor_parallel_size == 2
+    theirs = Trainer(strategy=ModelParallelStrategy(), logger=False, gradient_clip_val=1.0, **options)
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy shards no weights here: make the trainer with"):
+        check_trainer(theirs)
+
+
+def test_gradients_lie_in_the_buckets_of_ddp(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "precision": "32-true"}
+    made = make_trainer(runs=tmp_path, strategy="ddp", **options)
+    assert made.strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
+    strategy = DDPStrategy(gradient_as_bucket_view=False)
+    share_buckets(strategy)
+    assert strategy._ddp_kwargs == {"gradient_as_bucket_view": False}, "what the user has set stays"
+
+
+def test_gradients_in_buckets_train_the_same() -> None:
+    """Three steps of two micro-batches each, of which the first sends nothing, as the trainer runs them."""
+
+    def weights(rank: int, **options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).double(), **options)
+        optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+        rows = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+        for first, last in rows[:, :, rank].unbind(0):
+            with module.no_sync():
+                module(first).square().mean().backward()
+            module(last).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [parameter.detach() for parameter in module.parameters()]
+
+    def work(rank: int) -> None:
+        pairs = zip(weights(rank), weights(rank, gradient_as_bucket_view=True), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    on_ranks(work)
 
 
 def test_products_are_taken_back_after_a_run_and_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,8 @@ def _engine(memory: TrainingMemory) -> str:
     if layout.devices == 1:
         return "one device"
     parts = [f"{'FSDP2' if layout.sharded else 'DDP'} over {layout.replicas}"] if layout.replicas > 1 else []
+    if layout.shard_size not in (None, layout.replicas):
+        parts = [f"HSDP over {layout.replicas // layout.shares} × {layout.shares}"]
     if layout.tensor_parallel > 1:
         parts.append(f"tensor parallel over {layout.tensor_parallel}")
     return ", ".join(parts)

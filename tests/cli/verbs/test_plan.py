@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_danube.__main__ import main
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.cli.verbs.plan import _accelerators, _engine, _unit
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.planning.accelerators import Accelerator, parse_accelerator
@@ -162,6 +163,21 @@ def test_the_trainer_section_says_how_a_run_is_spread() -> None:
         layout_of(TrainerSection(devices=8, strategy=both))
 
 
+def test_the_options_of_the_sharded_strategy_are_part_of_a_plan() -> None:
+    def layout(**options: object) -> Layout:
+        options = {"data_parallel_size": 8, "tensor_parallel_size": 1, **options}
+        # Beside class_path, as on a command line, where everything is text.
+        strategy = {"class_path": "lightning_danube.checkpoints.strategy.ShardedStrategy", **options}
+        return layout_of(TrainerSection(devices=8, strategy=strategy))[0]
+
+    assert layout() == Layout(8, sharded=True)
+    assert layout(shard_size="4", gather_again="false", reduce_once="False") == Layout(8, 1, True, 4, False, False)
+    assert inspect.signature(ShardedStrategy).parameters["reduce_once"].default is Layout().reduce_once
+    assert inspect.signature(ShardedStrategy).parameters["gather_again"].default is Layout().gather_again
+    with pytest.raises(ValueError, match="shard_size 3 does not divide data_parallel_size 8"):
+        layout(shard_size=3)
+
+
 def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for() -> None:
     from lightning.pytorch import Trainer
 
@@ -254,6 +270,7 @@ def test_the_layout_of_a_plan_is_named() -> None:
     assert [engine(), engine(4), engine(4, 1, True)] == ["one device", "DDP over 4", "FSDP2 over 4"]
     assert engine(2, 4, True) == "FSDP2 over 2, tensor parallel over 4"
     assert engine(1, 4, True) == "tensor parallel over 4"
+    assert engine(8, 1, True, 4) == "HSDP over 2 × 4" and engine(8, 1, True, 8) == "FSDP2 over 8"
 
 
 @pytest.mark.parametrize(
