@@ -8,6 +8,7 @@ the measured peaks of processes in benchmarks/plan_memory.py.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig
 
