@@ -13,6 +13,7 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
+INSTALLED_TRITON := .venv/.installed-triton
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(INSTALLED_EVALUATION) $(INSTALLED_S3) $(INSTALLED_GIGATOKEN) \
@@ -29,7 +30,7 @@ MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigat
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
+	test-s3 test-gigatoken test-triton check format-check lint types benchmark benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -70,6 +71,9 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+test-triton: $(INSTALLED_TRITON) ## run the kernels for GPUs in Triton's interpreter, and compile them (no GPU needed)
+	@$(BIN)/python -m pytest -q -m triton $(ARGS)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -178,6 +182,12 @@ $(INSTALLED_S3): $(INSTALLED_TEST)
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	@echo "installing gigatoken into .venv (once, some seconds)"
 	@$(PIP_INSTALL) -e '.[gigatoken]'
+	@touch $@
+
+# Without a pin in constraints.txt: each CUDA build of torch asks for a version of its own, and brings it.
+$(INSTALLED_TRITON): $(INSTALLED_TEST)
+	@echo "installing Triton into .venv (once, 190 MB)"
+	@$(PIP_INSTALL) 'triton>=3.6'
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.

@@ -305,8 +305,11 @@ def test_this_machine_is_within_reach() -> None:
 
 
 def test_no_function_takes_more_than_seven_positional_arguments() -> None:
-    """Long lists of options are given by name. Lightning and torch fix the arguments of the hooks and of `forward`."""
-    fixed = {"forward", "write_on_batch_end"}
+    """Long lists of options are given by name. Lightning and torch fix the arguments of the hooks and of `forward`.
+
+    A kernel of Triton has positional arguments only.
+    """
+    fixed = {"forward", "write_on_batch_end", "statistics_kernel", "derivative_kernel"}
     found = []
     for file in [*(ROOT / "lightning_danube").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):

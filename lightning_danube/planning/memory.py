@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig
+from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig, gpu_chunk_tokens
 
 BYTES: dict[str, tuple[int, int]] = {
     "32-true": (4, 4),
@@ -88,7 +88,7 @@ class TrainingMemory:
         accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
         layout: how training is spread over devices.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
-            kept; flash attention needs 16 bits.
+            kept; flash attention needs 16 bits; the loss takes larger chunks, and no wider copy of their logits.
         document_masks: whether packed documents are masked from each other.
         muon: whether the optimizer keeps one average of the blocks' matrices, instead of AdamW's two moments.
     """
@@ -243,8 +243,10 @@ class TrainingMemory:
         kept = not self.recompute or (self.layout.sharded and self.layout.devices > 1)
         casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
         casts += a * head if a < w else 0
-        chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
-        logits = chunk * (wide if a == wide else a + wide)
+        vocabulary = c.vocab_size // self.layout.tensor_parallel
+        chunk = min(gpu_chunk_tokens(vocabulary, a) if self.gpu else CHUNK_TOKENS, N) * vocabulary
+        # The fused kernels of a GPU need no wider copy.
+        logits = chunk * (a if self.gpu or a == wide else a + wide)
         logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
         if a < wide:  # one chunk's gradient of the head, which the CPU widens before the addition
             logits += head * (a if self.gpu else a + wide)
