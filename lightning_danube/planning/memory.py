@@ -196,8 +196,8 @@ class TrainingMemory:
     def block_bytes(self) -> int:
         """Returns the bytes that one block keeps, without the copies of its weights."""
         c, a, tp = self.config, self._product, self.layout.tensor_parallel
-        # Autocast copies the input for each matrix that multiplies it.
-        queries_and_feed_forward = (3 + 2) if a < self.weight_bytes else (1 + 1)
+        # On a CPU autocast copies the input for each matrix that multiplies it. On a GPU the norm writes one copy.
+        queries_and_feed_forward = (3 + 2) if a < self.weight_bytes and not self.gpu else (1 + 1)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self.gpu and a != 2:
             kv_heads = heads  # repeated, because no fused kernel takes grouped heads
@@ -250,7 +250,7 @@ class TrainingMemory:
         logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
         if a < wide:  # one chunk's gradient of the head, which the CPU widens before the addition
             logits += head * (a if self.gpu else a + wide)
-        hidden = N * c.hidden_size * (w if a == w else w + a)
+        hidden = N * c.hidden_size * (a if self.gpu or a == w else w + a)
         return self._device(
             "the loss", casts=casts, activations=self.kept_bytes() + hidden, logits=logits, gradients=self.parameters
         )

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig, RMSNorm
+from lightning_danube.model.decoder import type_of_products
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -202,3 +204,44 @@ def test_autocast_gives_bfloat16_logits_near_the_exact_ones() -> None:
     exact = decoder.double()(ids)
     # bfloat16 has 8 bits, 0.4 %; about ten roundings in a row through two layers of large weights.
     assert (logits.double() - exact).norm() < 0.04 * exact.norm()
+
+
+def test_norms_on_a_gpu_write_the_type_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of a layer's matrices are then cast once. Autocast would round to the same values, once per matrix."""
+    torch.manual_seed(0)
+    decoder, ids = Decoder(CONFIG).train(), torch.randint(0, 101, (2, 16))
+
+    def computed(decoder: Decoder, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = decoder(ids)
+        gradients = torch.autograd.grad(logits.double().square().sum(), list(decoder.parameters()))
+        return logits, torch.cat([gradient.double().flatten() for gradient in gradients])
+
+    _, exact = computed(copy.deepcopy(decoder).double(), autocast=False)
+    logits, gradients = computed(decoder, autocast=True)
+    monkeypatch.setattr("lightning_danube.model.decoder.type_of_products", lambda hidden: torch.bfloat16)
+    other_logits, other_gradients = computed(decoder, autocast=True)
+    assert torch.equal(other_logits, logits)
+    # The gradients of a norm's result are added in bfloat16 instead of float32: a small part of the roundings.
+    assert not torch.equal(other_gradients, gradients)
+    assert (other_gradients - exact).norm() < 1.1 * (gradients - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_type_of_products_is_autocasts_on_a_gpu_only() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    states = {
+        (device.type, dtype): SimpleNamespace(device=device, dtype=dtype)
+        for device in (gpu, cpu)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    }
+    assert all(type_of_products(cast(torch.Tensor, state)) == state.dtype for state in states.values())
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    try:
+        types = {key: type_of_products(cast(torch.Tensor, state)) for key, state in states.items()}
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+    assert types.pop(("cuda", torch.float32)) == torch.float16
+    assert types == {key: key[1] for key in types}
