@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
 
@@ -29,6 +29,10 @@ POSITIVE_FIELDS = frozenset(
     }
 )
 
+
+ActivationCheckpointing = bool | Literal["selective"]
+"""What training computes again in the backward pass instead of keeping it: nothing, whole blocks, or blocks without the
+attention kernel."""
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits the loss computes at a time.

@@ -6,16 +6,17 @@ and converters made for those models therefore fit without renaming.
 Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py defines the shapes inside the heads.
 """
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .attention import GroupedQueryAttention, Past, RotaryEmbedding, causal_mask, document_mask
-from .config import DecoderConfig
+from .config import ActivationCheckpointing, DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
 
 if TYPE_CHECKING:
@@ -76,6 +77,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(gated)
 
 
+def keep_attention(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    """Tells activation checkpointing to keep the results of attention kernels, and to compute all else again."""
+    name = str(operation)
+    is_kernel = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if is_kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each on a normed copy of the residual stream."""
 
@@ -87,6 +95,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
 
     def forward(
+        self,
+        hidden_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: Past | None = None,
+        selective: bool = False,
+    ) -> Tensor:
+        """Returns the next block's input. `selective`: keeps only its own input and the attention kernel's result."""
+        if selective:
+            # In here, so that compiled code sees the kernel as an operation of its own.
+            contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+            result: Tensor = checkpoint(
+                self.computed, hidden_BTD, cos, sin, mask, use_reentrant=False, context_fn=contexts
+            )
+            return result
+        return self.computed(hidden_BTD, cos, sin, mask, past)
+
+    def computed(
         self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: Past | None = None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), cos, sin, mask, past)
@@ -121,7 +148,7 @@ class Backbone(nn.Module):
         position_ids_BT: Tensor | None,
         document_ids_BT: Tensor | None,
         cache: "KVCache | None",
-        recompute: bool,
+        recompute: ActivationCheckpointing,
     ) -> Tensor:
         T = input_ids_BT.shape[1]
         mask = None
@@ -141,6 +168,8 @@ class Backbone(nn.Module):
         for index, block in enumerate(self.layers):
             if cache is not None:
                 hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
+            elif recompute == "selective":
+                hidden_BTD = block(hidden_BTD, cos, sin, mask, selective=True)
             elif recompute:
                 hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False)
             else:
@@ -172,13 +201,15 @@ class Decoder(nn.Module):
     On the meta device they stay empty: call `to_empty` and `init_weights`, or `load_state_dict(..., assign=True)`.
 
     `activation_checkpointing`: training keeps only each block's input, and computes the block again in the backward
-    pass. This costs about a third more compute, and no activations inside a block stay in memory.
+    pass. This costs about a third more compute, and no activations inside a block stay in memory. "selective" also
+    keeps the results of PyTorch's attention kernels and does not compute them again.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = self.has_compiled_blocks = False
+        self.activation_checkpointing: ActivationCheckpointing = False
+        self.has_compiled_blocks = False
         c, head_dim = config, config.head_dim
         assert head_dim is not None  # resolved by the config
         self.model = Backbone(
@@ -265,7 +296,7 @@ class Decoder(nn.Module):
         text of its row) and needs a mask of B x T x T bools. A window shorter than the text needs a mask of T x T
         bools. Adds keys and values of these tokens to a given cache.
         """
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing if self.training and torch.is_grad_enabled() else False
         as_written = self.has_compiled_blocks and cache is not None
         with torch.compiler.set_stance("force_eager") if as_written else nullcontext():
             return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute)

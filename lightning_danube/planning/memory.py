@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig, gpu_chunk_tokens
+from lightning_danube.model.config import CHUNK_TOKENS, ActivationCheckpointing, DecoderConfig, gpu_chunk_tokens
 
 BYTES: dict[str, tuple[int, int]] = {
     "32-true": (4, 4),
@@ -84,7 +84,7 @@ class TrainingMemory:
         config: the decoder.
         rows, context: shape of one micro-batch.
         precision: the trainer's name of the precision, one of BYTES.
-        recompute: whether activation checkpointing is on.
+        recompute: the kind of activation checkpointing.
         accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
         layout: how training is spread over devices.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
@@ -97,7 +97,7 @@ class TrainingMemory:
     rows: int
     context: int
     precision: str = "32-true"
-    recompute: bool = False
+    recompute: ActivationCheckpointing = False
     accumulate: bool = False
     layout: Layout = Layout()
     gpu: bool = False
@@ -201,19 +201,40 @@ class TrainingMemory:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self.gpu and a != 2:
             kv_heads = heads  # repeated, because no fused kernel takes grouped heads
-        # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
-        # statistics, in float32.
-        of_a_row = a if not self.gpu and a == 2 and _cpu_multiplies_bfloat16() else self._wide
-        attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
+        attention = a * (heads + 2 * kv_heads) * head_dim(c) + self._attention_bytes_of_a_token()
         # Gate, up and their product; on a GPU also the activated gate.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
+    def _attention_bytes_of_a_token(self) -> int:
+        """Returns the bytes that attention keeps of its own results for one token, before tensor parallelism."""
+        heads = self.config.num_attention_heads
+        # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
+        # statistics, in float32.
+        of_a_row = self._product if self._attention_by_blocks else self._wide
+        return heads * (self._product * head_dim(self.config) + of_a_row)
+
+    @property
+    def _attention_by_blocks(self) -> bool:
+        return not self.gpu and self._product == 2 and _cpu_multiplies_bfloat16()
+
+    def kept_bytes_of_block(self) -> int:
+        """Returns the bytes that one block keeps until its backward pass."""
+        if not self.recompute:
+            return self.block_bytes()
+        return self.tokens * self.config.hidden_size * self.weight_bytes + self._kept_attention_bytes()
+
+    def _kept_attention_bytes(self) -> int:
+        """Returns the bytes of one block's attention that "selective" activation checkpointing keeps."""
+        if self.recompute != "selective" or self._attention_by_blocks:  # no kernel of PyTorch
+            return 0
+        return self.tokens * self._attention_bytes_of_a_token() // self.layout.tensor_parallel
+
     def kept_bytes(self) -> int:
         """Returns the bytes that the network keeps for its backward pass, without the copies of its weights."""
         c = self.config
-        block = self.tokens * c.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
+        block = self.kept_bytes_of_block()
         rotary = 2 * self.context * head_dim(c) * self._wide
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
@@ -270,7 +291,7 @@ class TrainingMemory:
         done = layers - 1 - block
         kept = self.kept_bytes() - self.norm_bytes() - done * (self.kept_bytes_of_block())
         if self.recompute:
-            kept += self.block_bytes()
+            kept += self.block_bytes() - self._kept_attention_bytes()
         # Gradients of the residual stream, of the feed-forward's product, gate and up, and of one matrix.
         D, width = c.hidden_size, c.intermediate_size // self.layout.tensor_parallel
         meanwhile = 2 * N * D * w + 3 * N * width * a
@@ -281,9 +302,6 @@ class TrainingMemory:
         return self._device(
             "the backward pass", casts=casts, activations=kept + meanwhile, logits=0, gradients=gradients
         )
-
-    def kept_bytes_of_block(self) -> int:
-        return self.tokens * self.config.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
 
     def _device(self, moment: str, *, casts: int, activations: int, logits: int, gradients: int) -> DeviceMemory:
         w = self.weight_bytes

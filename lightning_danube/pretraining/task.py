@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.settings import PretrainingSettings
 from lightning_danube.training.contract import TokenBatch
@@ -21,7 +22,8 @@ class Pretraining(DecoderTask):
             from the data.
         learning_rate: schedule in tokens.
         optimizer: settings of AdamW, or of Muon by its class path.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations;
+            "selective" keeps the results of the attention kernels and recomputes the rest.
         compile_blocks: compile each block with PyTorch for training and held-out losses. On a CPU this takes about 20 s
             at the start of a run, and needs a C++ compiler.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
@@ -37,7 +39,7 @@ class Pretraining(DecoderTask):
         batch_tokens: int,
         total_tokens: int,
         optimizer: AdamW = PretrainingSettings.optimizer,
-        activation_checkpointing: bool = PretrainingSettings.activation_checkpointing,
+        activation_checkpointing: ActivationCheckpointing = PretrainingSettings.activation_checkpointing,
         compile_blocks: bool = PretrainingSettings.compile_blocks,
     ) -> None:
         settings = PretrainingSettings(

@@ -132,6 +132,44 @@ def test_activation_checkpointing_changes_no_gradient(documents: torch.Tensor | 
     assert calls == 4, "only training computes twice"
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the calls of PyTorch's attention kernels in the forward and the backward pass, and the products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_kernel, name = "attention" in str(func), str(func)
+        self.forward += is_kernel and "backward" not in name
+        self.backward += is_kernel and "backward" in name
+        self.products += "mm" in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1]])])
+def test_selective_checkpointing_computes_all_but_attention_again(
+    documents: torch.Tensor | None, dropout: float
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(dataclasses.replace(CONFIG, attention_dropout=dropout)).double().train()
+    ids = torch.randint(0, 101, (1, 7))
+    gradients, kernels = [], []
+    for decoder.activation_checkpointing in (False, True, "selective"):
+        torch.manual_seed(1)
+        with Kernels() as counted:
+            loss = decoder(ids, document_ids_BT=documents).square().sum()
+            gradients.append(torch.autograd.grad(loss, list(decoder.parameters())))
+        kernels.append(counted)
+    for some in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(some, gradients[0], strict=True))
+    if not dropout:  # PyTorch's CPU kernel has no dropout
+        assert [one.forward for one in kernels] == [2, 4, 2] and {one.backward for one in kernels} == {2}
+    # Recomputing stops before the last product of a block, whose result nobody needs.
+    assert kernels[2].products == kernels[1].products > kernels[0].products or dropout
+
+
 def test_it_compiles_into_one_graph() -> None:
     torch.manual_seed(0)
     decoder = Decoder(CONFIG).double()

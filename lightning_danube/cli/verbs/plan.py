@@ -237,11 +237,14 @@ def _parts(memory: TrainingMemory) -> str:
     rows.append(["in all", *(f"{peak.total / size:.2f}" for _, peak in columns)])
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
     lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
-    what = "" if memory.recompute else "out"
-    lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
+    what = {False: "without", True: "with", "selective": "with selective"}[memory.recompute]
+    lines.append(f"{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
     if not memory.recompute:
-        less = dataclasses.replace(memory, recompute=True).peak().total
-        lines.append(f"model.init_args.activation_checkpointing: true would take {less / size:.2f} {unit} in all")
+        less = [
+            f"{option} would take {dataclasses.replace(memory, recompute=kind).peak().total / size:.2f} {unit} in all"
+            for option, kind in (("selective", "selective"), ("true", True))
+        ]
+        lines.append(f"model.init_args.activation_checkpointing: {', '.join(less)}")
     return "\n".join(lines)
 
 
