@@ -87,6 +87,8 @@ class TrainingMemory:
         recompute: the kind of activation checkpointing.
         accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
         layout: how training is spread over devices.
+        compiled: the blocks are compiled for a GPU. The compiler keeps the result of attention's last product in place
+            of the second norm's input, and computes the activated gate again.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
             kept; flash attention needs 16 bits; the loss takes larger chunks, and no wider copy of their logits.
         document_masks: whether packed documents are masked from each other.
@@ -101,6 +103,7 @@ class TrainingMemory:
     accumulate: bool = False
     layout: Layout = Layout()
     gpu: bool = False
+    compiled: bool = False
     document_masks: bool = False
     muon: bool = False
 
@@ -205,6 +208,8 @@ class TrainingMemory:
         # Gate, up and their product; on a GPU also the activated gate.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
+        if self.gpu and self.compiled:
+            per_token -= c.hidden_size * (self.weight_bytes - a) + a * c.intermediate_size // tp
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
     def _attention_bytes_of_a_token(self) -> int:

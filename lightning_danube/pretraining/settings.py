@@ -34,7 +34,7 @@ class PretrainingSettings:
     total_tokens: int
     optimizer: AdamW = AdamW()  # noqa: RUF009  (frozen)
     activation_checkpointing: ActivationCheckpointing = False
-    compile_blocks: bool = False
+    compile_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         rate = options(LearningRate, self.learning_rate, "model.learning_rate")

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
-from lightning_danube.model import Decoder, DecoderConfig, RMSNorm
+from lightning_danube.model import Decoder, DecoderConfig, RMSNorm, next_token_loss
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.model.decoder import type_of_products
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
@@ -180,9 +181,27 @@ def test_it_compiles_into_one_graph() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:Detected that context_fn")
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1]])])
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_a_step_is_one_graph_without_a_break(
+    recompute: ActivationCheckpointing, documents: torch.Tensor | None
+) -> None:
+    decoder, ids = Decoder(CONFIG).train(), torch.randint(0, 101, (1, 7))
+    decoder.activation_checkpointing = recompute
+
+    def step() -> torch.Tensor:
+        states = decoder.hidden_states(ids, document_ids_BT=documents)
+        return next_token_loss(states, decoder.lm_head.weight, ids)[0]
+
+    explained = torch._dynamo.explain(step)()
+    torch.compiler.reset()
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_blocks_compute_the_same_under_the_same_names(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_compiled_blocks_compute_the_same_under_the_same_names(recompute: ActivationCheckpointing) -> None:
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
     plain = Decoder(CONFIG).double().train()

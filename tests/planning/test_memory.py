@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.model.config import ActivationCheckpointing
+from lightning_danube.model.elementwise import gains
 from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
 from lightning_danube.training.optim import Muon
 
@@ -48,13 +50,22 @@ class AttentionResults(TorchDispatchMode):
 
 
 def kept_for_backward(
-    config: DecoderConfig, precision: str, recompute: ActivationCheckpointing, rows: int, context: int
+    config: DecoderConfig,
+    precision: str,
+    recompute: ActivationCheckpointing,
+    rows: int,
+    context: int,
+    *,
+    compiled: bool = False,
 ) -> int:
     """Bytes that autograd holds after the forward pass, weights and token ids left out."""
     decoder = Decoder(config).to(DTYPES[precision])
     decoder.activation_checkpointing = recompute
+    for block in decoder.model.layers if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition")  # chooses what is kept as the default backend does
     weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
     held: dict[int, torch.Tensor] = {}
+    results = AttentionResults()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in weights:
@@ -64,7 +75,7 @@ def kept_for_backward(
     with (
         saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16-mixed"),
-        AttentionResults() as results,
+        nullcontext(results) if compiled else results,  # under a mode nothing is compiled
     ):
         states = decoder.hidden_states(torch.randint(0, config.vocab_size, (rows, context)))
     assert states.requires_grad
@@ -91,7 +102,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel for GPUs does. (Autograd takes no fake CUDA tensors where PyTorch was built for CPUs alone.)
     """
     monkeypatch.setattr("lightning_danube.model.decoder.type_of_products", lambda hidden: torch.bfloat16)
-    monkeypatch.setattr("lightning_danube.model.decoder.gains", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr("lightning_danube.model.decoder.gains", lambda x: gains(x) and x.dtype == torch.float32)
     monkeypatch.setattr("lightning_danube.model.attention.gains", lambda x: False)
     monkeypatch.setattr("lightning_danube.model.attention.is_faster", lambda q: False)
 
@@ -102,6 +113,18 @@ def test_what_a_gpu_keeps_under_autocast_is_counted_to_the_byte(recompute: Activ
     memory = TrainingMemory(TINY, rows=2, context=48, precision="bf16-mixed", recompute=recompute, gpu=True)
     copies = 0 if recompute else memory.cast_bytes(TINY.num_hidden_layers)
     kept = kept_for_backward(TINY, "bf16-mixed", recompute, 2, 48)
+    assert memory.kept_bytes() + copies == kept
+
+
+@pytest.mark.filterwarnings("ignore:Detected that context_fn")
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_what_compiled_blocks_keep_is_counted_to_the_byte(recompute: ActivationCheckpointing) -> None:
+    memory = TrainingMemory(TINY, 2, 48, "bf16-mixed", recompute=recompute, gpu=True, compiled=True)
+    copies = 0 if recompute else memory.cast_bytes(TINY.num_hidden_layers)
+    torch.compiler.reset()
+    kept = kept_for_backward(TINY, "bf16-mixed", recompute, 2, 48, compiled=True)
+    torch.compiler.reset()
     assert memory.kept_bytes() + copies == kept
 
 

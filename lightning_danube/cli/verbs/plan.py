@@ -110,6 +110,8 @@ def _memory(
     from lightning_danube.planning.run import layout_of
 
     layout, notes = layout_of(trainer)
+    gpu = trainer.accelerator != "cpu"
+    compiled = gpu and model.compile_blocks is not False
     memory = TrainingMemory(
         model.config,
         rows=data.micro_batch_size,
@@ -118,7 +120,8 @@ def _memory(
         recompute=model.activation_checkpointing,
         accumulate=data.accumulation(layout.replicas) > 1,
         layout=layout,
-        gpu=trainer.accelerator != "cpu",
+        gpu=gpu,
+        compiled=compiled,
         document_masks=data.document_masks,
         muon=type(model.optimizer).__name__ == "Muon",
     )
@@ -238,13 +241,17 @@ def _parts(memory: TrainingMemory) -> str:
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
     lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
     what = {False: "without", True: "with", "selective": "with selective"}[memory.recompute]
-    lines.append(f"{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
+    compiled = ", with compiled blocks" if memory.compiled else ""
+    lines.append(f"{what} activation checkpointing{compiled}, {memory.rows} rows of {memory.context:,} tokens at once")
     if not memory.recompute:
-        less = [
-            f"{option} would take {dataclasses.replace(memory, recompute=kind).peak().total / size:.2f} {unit} in all"
-            for option, kind in (("selective", "selective"), ("true", True))
-        ]
-        lines.append(f"model.init_args.activation_checkpointing: {', '.join(less)}")
+        selective, whole = (
+            dataclasses.replace(memory, recompute="selective").peak().total,
+            dataclasses.replace(memory, recompute=True).peak().total,
+        )
+        lines.append(
+            f"model.init_args.activation_checkpointing: true would take {whole / size:.2f} {unit} in all, selective "
+            f"{selective / size:.2f}"
+        )
     return "\n".join(lines)
 
 
