@@ -53,7 +53,7 @@ PARTS = {
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
     "slow-commands": slow("cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"),
     "slow-weights": slow("generation", "weights", "benchmarks"),
-    "triton": ["make", "--no-print-directory", "test-triton"],
+    "kernels": ["make", "--no-print-directory", "test-kernels"],
     "notebooks": slow("test_notebooks.py"),
     "newest": [".ci/newest"],
     "lowest": ["make", "--no-print-directory", "test-lowest"],

@@ -56,6 +56,7 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "rensa": "lightning_danube/text/quality.py",
     "sqlalchemy": "lightning_danube/studies/",
     "statsmodels": "lightning_danube/studies/",
+    "torchao": "lightning_danube/pretraining/float8.py",
     "triton": "lightning_danube/model/fused_softmax.py",
 }
 TYPE_VARIABLES = ("TypeVar", "ParamSpec", "typing.TypeVar", "typing.ParamSpec")

@@ -89,6 +89,7 @@ class TrainingMemory:
         layout: how training is spread over devices.
         compiled: the blocks are compiled for a GPU. The compiler keeps the result of attention's last product in place
             of the second norm's input, and computes the activated gate again.
+        float8: the blocks' matrices are multiplied in FP8, so no 16-bit copies of them are kept.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
             kept; flash attention needs 16 bits; the loss takes larger chunks, and no wider copy of their logits.
         document_masks: whether packed documents are masked from each other.
@@ -104,6 +105,7 @@ class TrainingMemory:
     layout: Layout = Layout()
     gpu: bool = False
     compiled: bool = False
+    float8: bool = False
     document_masks: bool = False
     muon: bool = False
 
@@ -252,6 +254,8 @@ class TrainingMemory:
 
     def cast_bytes(self, blocks: int) -> int:
         """Returns the bytes of the 16-bit copies of some blocks' weights."""
+        if self.float8:
+            return 0
         matrices = self.block_matrices // self.layout.tensor_parallel
         return self._product * blocks * matrices if self._product < self.weight_bytes else 0
 

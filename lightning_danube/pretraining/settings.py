@@ -35,6 +35,7 @@ class PretrainingSettings:
     optimizer: AdamW = AdamW()  # noqa: RUF009  (frozen)
     activation_checkpointing: ActivationCheckpointing = False
     compile_blocks: bool | None = None
+    float8: bool = False
 
     def __post_init__(self) -> None:
         rate = options(LearningRate, self.learning_rate, "model.learning_rate")

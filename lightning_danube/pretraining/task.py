@@ -8,6 +8,7 @@ from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler, missing_for_gpu_code
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import parse_tokens
+from lightning_danube.pretraining.float8 import check_float8, multiply_in_float8
 from lightning_danube.pretraining.settings import PretrainingSettings
 from lightning_danube.terminal import tell
 from lightning_danube.training.contract import TokenBatch
@@ -28,6 +29,8 @@ class Pretraining(DecoderTask):
         compile_blocks: compile each block with PyTorch for training and held-out losses. On a CPU this takes about 20 s
             at the start of a run, and needs a C++ compiler. None: `fit` compiles on a GPU if Triton and a C compiler
             are there, and does not compile on a CPU.
+        float8: multiply the matrices of the blocks in FP8, with weights and all else as before. Needs a GPU that has
+            FP8, and torchao (extra `float8`); without compiled blocks the casts cost more than the products gain.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
     """
 
@@ -43,6 +46,7 @@ class Pretraining(DecoderTask):
         optimizer: AdamW = PretrainingSettings.optimizer,
         activation_checkpointing: ActivationCheckpointing = PretrainingSettings.activation_checkpointing,
         compile_blocks: bool | None = PretrainingSettings.compile_blocks,
+        float8: bool = PretrainingSettings.float8,
     ) -> None:
         settings = PretrainingSettings(
             decoder,
@@ -55,14 +59,20 @@ class Pretraining(DecoderTask):
         super().__init__(Decoder(settings.config), settings.learning_rate, optimizer)
         self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
         self.decoder.activation_checkpointing = activation_checkpointing
-        self.compile_blocks = compile_blocks
+        self.compile_blocks, self.float8 = compile_blocks, float8
+        self._is_float8 = False
 
     def configure_model(self) -> None:
-        """Chooses whether the blocks are compiled, then distributes the decoder.
+        """Chooses how the blocks multiply and whether they are compiled, then distributes the decoder.
 
         Raises:
-            ValueError: the blocks are to be compiled on a CPU, and there is no C++ compiler.
+            ValueError: the blocks are to be compiled on a CPU, and there is no C++ compiler; or see `check_float8`.
         """
+        if self.float8 and not self._is_float8:
+            tensor_parallel = 1 if self.device_mesh is None else self.device_mesh["tensor_parallel"].size()
+            check_float8(self.config, self.trainer.precision, self.trainer.strategy.root_device, tensor_parallel)
+            multiply_in_float8(self.decoder)
+            self._is_float8 = True
         if not self.decoder.has_compiled_blocks and self._compiles_blocks():
             self.decoder.compile_blocks()
         super().configure_model()

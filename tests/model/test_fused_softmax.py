@@ -1,6 +1,6 @@
 """The loss as on a GPU: with the fused kernels, run by Triton's interpreter on CPU tensors, or with a twin of them.
 
-The kernels' own tests need Triton (`make test-triton`). The twin tests everything around the kernels without it.
+The kernels' own tests need Triton (`make test-kernels`). The twin tests everything around the kernels without it.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from lightning_danube.model.config import CHUNK_TOKENS, gpu_chunk_tokens
 from lightning_danube.model.loss import LogitsBuffer, VocabularyPart
 
 TOKENS, D = 23, 8
-KERNELS = [pytest.param("twin", id="twin"), pytest.param("triton", id="triton", marks=pytest.mark.triton)]
+KERNELS = [pytest.param("twin", id="twin"), pytest.param("triton", id="triton", marks=pytest.mark.kernels)]
 # The interpreter cuts float32 off where a GPU rounds to bfloat16: one unit in the last place instead of a half.
 EPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-21}
 
@@ -202,7 +202,7 @@ def test_a_chunk_on_a_gpu_takes_half_a_gibibyte_at_most(vocabulary: int, value_b
     assert tokens == 1024 or tokens * vocabulary * value_bytes <= 2**29
 
 
-@pytest.mark.triton
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_triton_compiles_the_kernels_for_an_h100(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes code that the compiler refuses. Compiling for a GPU needs no GPU."""

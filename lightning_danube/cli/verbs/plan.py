@@ -122,6 +122,7 @@ def _memory(
         layout=layout,
         gpu=gpu,
         compiled=compiled,
+        float8=model.float8,
         document_masks=data.document_masks,
         muon=type(model.optimizer).__name__ == "Muon",
     )
