@@ -68,20 +68,21 @@ def train(arm: str, seed: int, steps: int) -> tuple[float, float]:
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.1)
     rows_NT, held_out_NT = text()
     order = torch.randint(len(rows_NT), (steps, ROWS), generator=torch.Generator().manual_seed(seed))
-    losses = []
-    with nullcontext() if arm == "float32" else autocast():
-        for step in range(steps):
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = PEAK * min((step + 1) / WARMUP, 0.1 + 0.9 * decay)
+    losses, precision = [], nullcontext if arm == "float32" else autocast
+    for step in range(steps):
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK * min((step + 1) / WARMUP, 0.1 + 0.9 * decay)
+        # Entered in each step: autocast keeps its copies of the weights until it is left.
+        with precision():
             loss = loss_of(decoder, rows_NT[order[step]])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss))
-        with torch.no_grad():
-            held_out = statistics.fmean(float(loss_of(decoder, some)) for some in held_out_NT.split(ROWS))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    with torch.no_grad(), precision():
+        held_out = statistics.fmean(float(loss_of(decoder, some)) for some in held_out_NT.split(ROWS))
     return statistics.fmean(losses[-max(1, steps // 10) :]), held_out
 
 
@@ -104,9 +105,9 @@ def main() -> None:
     header = ["products of the blocks", "training loss, last tenth", "held-out loss", "held-out less bfloat16's"]
     where = described("torch", "torchao")
     what = (
-        f"{arguments.steps} steps of {ROWS} × {CONTEXT} tokens, {arguments.seeds} seeds, {SHAPE.parameters:,} parameters "
-        f"({SHAPE.num_hidden_layers} layers × {SHAPE.hidden_size}), nats per token; 95 % intervals over the seeds' "
-        "differences; FP8 by emulation"
+        f"{arguments.steps} steps of {ROWS} × {CONTEXT} tokens, {arguments.seeds} seeds, {SHAPE.parameters:,} "
+        f"parameters ({SHAPE.num_hidden_layers} layers × {SHAPE.hidden_size}), nats per token; 95 % intervals "
+        "over the seeds' differences; FP8 by emulation"
     )
     write_result("float8", f"# FP8 products in a short run\n\n{where}\n\n{what}\n\n{markdown_table(header, rows)}")
 
