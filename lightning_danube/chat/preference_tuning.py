@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lightning_danube.model import token_losses
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
@@ -52,7 +53,7 @@ class PreferenceTuning(TuningTask):
         beta: float = 0.1,
         lora: Lora | None = None,
         optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
     ) -> None:
         if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta is {beta}: give a number above 0, such as 0.1")

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from lightning_danube.classification.scores import scores
 from lightning_danube.model import Decoder
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.terminal import tell
 from lightning_danube.training.contract import IGNORE_INDEX, LabelledData, TextBatch, data_of
 from lightning_danube.training.forward_memory import forward_memory
@@ -102,7 +103,7 @@ class TextClassification(TuningTask):
         lora: options of the adapter.
         optimizer: AdamW's other settings.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations: for
-            long documents.
+            long documents; "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
         ValueError: the weights cannot be read.
@@ -119,7 +120,7 @@ class TextClassification(TuningTask):
         head_learning_rate: float | None = None,
         lora: Lora = Lora(),  # noqa: B008  (frozen)
         optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
     ) -> None:
         if head_learning_rate is not None and not head_learning_rate > 0:
             raise ValueError(f"model.head_learning_rate is {head_learning_rate}: it must be above 0")

@@ -336,8 +336,15 @@ class PackedBlock(Block):
         self.attend, self.feed_forward = self.self_attn.forward, self.mlp.forward
 
     def forward(
-        self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None, past: Past | None = None
+        self,
+        hidden_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask | None = None,
+        past: Past | None = None,
+        selective: bool = False,
     ) -> Tensor:
+        assert not selective, "packed blocks are not for training"
         first_norm, second_norm = self.norms
         hidden_BTD = self.attend(first_norm(hidden_BTD), cos, sin, mask, past).add_(hidden_BTD)
         return self.feed_forward(second_norm(hidden_BTD)).add_(hidden_BTD)

@@ -1,5 +1,6 @@
 """What PyTorch's compiler needs on this machine."""
 
+import importlib.util
 import os
 import shutil
 
@@ -20,3 +21,12 @@ def check_compiler(asked_by: str, instead: str) -> None:
             f"{asked_by} needs a C++ compiler on a CPU, and there is no {' or '.join(compilers)}: install one, name it "
             f"in CXX, or {instead}"
         )
+
+
+def missing_for_gpu_code() -> str | None:
+    """Returns what PyTorch's compiler lacks to make code for a GPU; None if nothing is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    # Triton compiles a small C module at its first start.
+    return None if any(map(shutil.which, compilers)) else f"C compiler ({' or '.join(compilers)})"

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
 
@@ -30,6 +30,10 @@ POSITIVE_FIELDS = frozenset(
 )
 
 
+ActivationCheckpointing = bool | Literal["selective"]
+"""What training computes again in the backward pass instead of keeping it: nothing, whole blocks, or blocks without the
+attention kernel."""
+
 CHUNK_TOKENS = 1024
 """Tokens whose logits the loss computes at a time.
 
@@ -37,6 +41,20 @@ One core, 4096 tokens, D = 256, V = 32000, forward and backward: 2.03 s in float
 Chunks of 256 and 512 tokens are within 6 % of this time, and 4096 tokens take 9 % and 34 % longer. F.cross_entropy
 takes 3.02 and 2.56 s. 1024 is the largest of the equally fast sizes: each chunk adds V x D values to the weight's
 gradient, which costs more time as D grows."""
+
+GPU_CHUNK_BYTES = 2**29
+"""Bytes of the logits of one chunk on a GPU. Each chunk adds V x D values to the head's gradient in float32, and small
+products do not fill a GPU, so chunks are as large as half a GiB allows."""
+
+
+def gpu_chunk_tokens(vocabulary: int, value_bytes: int) -> int:
+    """Returns the tokens whose logits the loss computes at a time on a GPU: 8,192 for 32,000 words in 16 bits.
+
+    Args:
+        vocabulary: rows of the head on one device.
+        value_bytes: bytes of a logit.
+    """
+    return max(1, GPU_CHUNK_BYTES // (vocabulary * value_bytes * CHUNK_TOKENS)) * CHUNK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,17 @@ and converters made for those models therefore fit without renaming.
 Shapes: B batch, T tokens, D hidden size, V vocabulary; attention.py defines the shapes inside the heads.
 """
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .attention import GroupedQueryAttention, Past, RotaryEmbedding, kernels_for
-from .config import DecoderConfig
+from .config import ActivationCheckpointing, DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
 from .masks import Mask, Runs, form_of, mask_of
 
@@ -29,7 +30,8 @@ class RMSNorm(nn.Module):
     `F.rms_norm` computes 16-bit inputs in float32 and rounds once at the end. Hugging Face's formula also rounds before
     the gain, and has a larger error (at most 0.051 against 0.031 on standard normal bfloat16 rows). Forward and
     backward of 8192 x 512 values take 14.1 ms on one core, Hugging Face's formula 16.1 ms. On CUDA it is one kernel.
-    float64 stays float64.
+    float64 stays float64. Under autocast on a GPU the result has autocast's type: otherwise autocast would cast it for
+    each matrix that multiplies it, and keep every copy for the backward pass.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -38,6 +40,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.normed(hidden_BTD).to(type_of_products(hidden_BTD))
+
+    def normed(self, hidden_BTD: Tensor) -> Tensor:
+        """Returns the normed states in their own type."""
         weight = self.weight
         if weight.dtype == hidden_BTD.dtype:
             if gains(hidden_BTD) and weight.dtype in (torch.float32, torch.float64) and type(weight) is nn.Parameter:
@@ -47,6 +53,14 @@ class RMSNorm(nn.Module):
         # 16-bit activations with float32 gains (for example of a quantized base) would leave the fused path and warn.
         dtype = torch.promote_types(hidden_BTD.dtype, weight.dtype)
         return F.rms_norm(hidden_BTD.to(dtype), weight.shape, weight.to(dtype), self.eps).to(hidden_BTD.dtype)
+
+
+def type_of_products(hidden_BTD: Tensor) -> torch.dtype:
+    """Returns the type in which a GPU multiplies these states. On a CPU it is their own type: autocast casts there."""
+    device, dtype = hidden_BTD.device.type, hidden_BTD.dtype
+    if device == "cuda" and dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
 
 
 class SwiGLU(nn.Module):
@@ -64,6 +78,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(gated)
 
 
+def keep_attention(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    """Tells activation checkpointing to keep the results of attention kernels, and to compute all else again."""
+    name = str(operation)
+    is_kernel = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if is_kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each on a normed copy of the residual stream."""
 
@@ -75,6 +96,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
 
     def forward(
+        self,
+        hidden_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask | None = None,
+        past: Past | None = None,
+        selective: bool = False,
+    ) -> Tensor:
+        """Returns the next block's input. `selective`: keeps only its own input and the attention kernel's result."""
+        if selective:
+            # In here, so that compiled code sees the kernel as an operation of its own.
+            contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+            result: Tensor = checkpoint(
+                self.computed, hidden_BTD, cos, sin, mask, use_reentrant=False, context_fn=contexts
+            )
+            return result
+        return self.computed(hidden_BTD, cos, sin, mask, past)
+
+    def computed(
         self, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None, past: Past | None = None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), cos, sin, mask, past)
@@ -111,7 +151,7 @@ class Backbone(nn.Module):
         position_ids_BT: Tensor | None,
         document_ids_BT: Tensor | None,
         cache: "KVCache | None",
-        recompute: bool,
+        recompute: ActivationCheckpointing,
         document_runs: Runs | None = None,
     ) -> Tensor:
         T = input_ids_BT.shape[1]
@@ -135,6 +175,8 @@ class Backbone(nn.Module):
             for index, block in enumerate(self.layers):
                 if cache is not None:
                     hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
+                elif recompute == "selective":
+                    hidden_BTD = block(hidden_BTD, cos, sin, mask, selective=True)
                 elif recompute:
                     # The computation in the backward pass picks among the kernels of the first one.
                     contexts = lambda: (nullcontext(), kernels())  # noqa: E731
@@ -174,13 +216,15 @@ class Decoder(nn.Module):
     On the meta device they stay empty: call `to_empty` and `init_weights`, or `load_state_dict(..., assign=True)`.
 
     `activation_checkpointing`: training keeps only each block's input, and computes the block again in the backward
-    pass. This costs about a third more compute, and no activations inside a block stay in memory.
+    pass. This costs about a third more compute, and no activations inside a block stay in memory. "selective" also
+    keeps the results of PyTorch's attention kernels and does not compute them again.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = self.has_compiled_blocks = False
+        self.activation_checkpointing: ActivationCheckpointing = False
+        self.has_compiled_blocks = False
         c, head_dim = config, config.head_dim
         assert head_dim is not None  # resolved by the config
         self.model = Backbone(
@@ -270,7 +314,7 @@ class Decoder(nn.Module):
         needs. Where it cannot be used (`form_of`), texts may need a mask of B x T x T bools, and a window shorter than
         the text a mask of T x T bools. Adds keys and values of these tokens to a given cache.
         """
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing if self.training and torch.is_grad_enabled() else False
         as_written = self.has_compiled_blocks and cache is not None
         with torch.compiler.set_stance("force_eager") if as_written else nullcontext():
             return self.model(input_ids_BT, position_ids_BT, document_ids_BT, cache, recompute, document_runs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lightning_danube.model.config import CHUNK_TOKENS, DecoderConfig
+from lightning_danube.model.config import CHUNK_TOKENS, ActivationCheckpointing, DecoderConfig, gpu_chunk_tokens
 
 BYTES: dict[str, tuple[int, int]] = {
     "32-true": (4, 4),
@@ -100,11 +100,15 @@ class TrainingMemory:
         config: the decoder.
         rows, context: shape of one micro-batch.
         precision: the trainer's name of the precision, one of BYTES.
-        recompute: whether activation checkpointing is on.
+        recompute: the kind of activation checkpointing.
         accumulate: whether a step has several micro-batches; gradients then stay in memory in all but the first.
         layout: how training is spread over devices.
+        compiled: the blocks are compiled for a GPU. The compiler keeps the result of attention's last product in place
+            of the second norm's input, and computes the activated gate again.
+        float8: the blocks' matrices are multiplied in FP8, so no 16-bit copies of them are kept.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
-            kept; flash attention needs 16 bits, and reads no dense mask.
+            kept; flash attention needs 16 bits, and reads no dense mask; the loss takes larger chunks, and no wider
+            copy of their logits.
         document_masks: whether packed documents are masked from each other.
         muon: whether the optimizer keeps one average of the blocks' matrices, instead of AdamW's two moments.
     """
@@ -113,10 +117,12 @@ class TrainingMemory:
     rows: int
     context: int
     precision: str = "32-true"
-    recompute: bool = False
+    recompute: ActivationCheckpointing = False
     accumulate: bool = False
     layout: Layout = Layout()
     gpu: bool = False
+    compiled: bool = False
+    float8: bool = False
     document_masks: bool = False
     muon: bool = False
 
@@ -212,24 +218,47 @@ class TrainingMemory:
     def block_bytes(self) -> int:
         """Returns the bytes that one block keeps, without the copies of its weights."""
         c, a, tp = self.config, self._product, self.layout.tensor_parallel
-        # Autocast copies the input for each matrix that multiplies it.
-        queries_and_feed_forward = (3 + 2) if a < self.weight_bytes else (1 + 1)
+        # On a CPU autocast copies the input for each matrix that multiplies it. On a GPU the norm writes one copy.
+        queries_and_feed_forward = (3 + 2) if a < self.weight_bytes and not self.gpu else (1 + 1)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if self._repeats_heads:
             kv_heads = heads
-        # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
-        # statistics, in float32.
-        of_a_row = a if not self.gpu and a == 2 and _cpu_multiplies_bfloat16() else self._wide
-        attention = a * 2 * (heads + kv_heads) * head_dim(c) + of_a_row * heads
+        attention = a * (heads + 2 * kv_heads) * head_dim(c) + self._attention_bytes_of_a_token()
         # Gate, up and their product; on a GPU also the activated gate.
         feed_forward = a * (4 if self.gpu else 3) * c.intermediate_size
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
+        if self.gpu and self.compiled:
+            per_token -= c.hidden_size * (self.weight_bytes - a) + a * c.intermediate_size // tp
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
+
+    def _attention_bytes_of_a_token(self) -> int:
+        """Returns the bytes that attention keeps of its own results for one token, before tensor parallelism."""
+        heads = self.config.num_attention_heads
+        # If scores are computed in blocks, the largest of each row, in their type. Otherwise the kernel's own
+        # statistics, in float32.
+        of_a_row = self._product if self._attention_by_blocks else self._wide
+        return heads * (self._product * head_dim(self.config) + of_a_row)
+
+    @property
+    def _attention_by_blocks(self) -> bool:
+        return not self.gpu and self._product == 2 and _cpu_multiplies_bfloat16()
+
+    def kept_bytes_of_block(self) -> int:
+        """Returns the bytes that one block keeps until its backward pass."""
+        if not self.recompute:
+            return self.block_bytes()
+        return self.tokens * self.config.hidden_size * self.weight_bytes + self._kept_attention_bytes()
+
+    def _kept_attention_bytes(self) -> int:
+        """Returns the bytes of one block's attention that "selective" activation checkpointing keeps."""
+        if self.recompute != "selective" or self._attention_by_blocks:  # no kernel of PyTorch
+            return 0
+        return self.tokens * self._attention_bytes_of_a_token() // self.layout.tensor_parallel
 
     def kept_bytes(self) -> int:
         """Returns the bytes that the network keeps for its backward pass, without the copies of its weights."""
         c = self.config
-        block = self.tokens * c.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
+        block = self.kept_bytes_of_block()
         rotary = 2 * self.context * head_dim(c) * self._wide
         return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
 
@@ -262,7 +291,7 @@ class TrainingMemory:
 
     def cast_bytes(self, blocks: int) -> int:
         """Returns the bytes of the 16-bit copies of some blocks' weights."""
-        if self.layout.by_fsdp:
+        if self.float8 or self.layout.by_fsdp:
             return 0
         matrices = self.block_matrices // self.layout.tensor_parallel
         return self._product * blocks * matrices if self._product < self.weight_bytes else 0
@@ -281,12 +310,14 @@ class TrainingMemory:
         kept = not self.recompute or (self.layout.sharded and self.layout.devices > 1)
         casts = self.cast_bytes(c.num_hidden_layers) if kept else 0
         casts += a * head if a < w and not self.layout.by_fsdp else 0
-        chunk = min(CHUNK_TOKENS, N) * c.vocab_size // self.layout.tensor_parallel
-        logits = chunk * (wide if a == wide else a + wide)
+        vocabulary = c.vocab_size // self.layout.tensor_parallel
+        chunk = min(gpu_chunk_tokens(vocabulary, a) if self.gpu else CHUNK_TOKENS, N) * vocabulary
+        # The fused kernels of a GPU need no wider copy.
+        logits = chunk * (a if self.gpu or a == wide else a + wide)
         logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
         if a < wide:  # one chunk's gradient of the head, which the CPU widens before the addition
             logits += head * (a if self.gpu else a + wide)
-        hidden = N * c.hidden_size * (w if a == w else w + a)
+        hidden = N * c.hidden_size * (a if self.gpu or a == w else w + a)
         return self._device(
             "the loss", casts=casts, activations=self.kept_bytes() + hidden, logits=logits, gradients=self.parameters
         )
@@ -306,7 +337,7 @@ class TrainingMemory:
         done = layers - 1 - block
         kept = self.kept_bytes() - self.norm_bytes() - done * (self.kept_bytes_of_block())
         if self.recompute:
-            kept += self.block_bytes()
+            kept += self.block_bytes() - self._kept_attention_bytes()
         # Gradients of the residual stream, of the feed-forward's product, gate and up, and of one matrix.
         D, width = c.hidden_size, c.intermediate_size // self.layout.tensor_parallel
         meanwhile = 2 * N * D * w + 3 * N * width * a
@@ -317,9 +348,6 @@ class TrainingMemory:
         return self._device(
             "the backward pass", casts=casts, activations=kept + meanwhile, logits=0, gradients=gradients
         )
-
-    def kept_bytes_of_block(self) -> int:
-        return self.tokens * self.config.hidden_size * self.weight_bytes if self.recompute else self.block_bytes()
 
     def _device(self, moment: str, *, casts: int, activations: int, logits: int, gradients: int) -> DeviceMemory:
         w = self.weight_bytes

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from lightning_danube.files import default_cache_dir
-from lightning_danube.model.config import DecoderConfig, DecoderShape
+from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig, DecoderShape
 from lightning_danube.options import options, parse_tokens
 from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples
 from lightning_danube.text.corpora import Source
@@ -33,8 +33,9 @@ class PretrainingSettings:
     batch_tokens: int
     total_tokens: int
     optimizer: AdamW = AdamW()  # noqa: RUF009  (frozen)
-    activation_checkpointing: bool = False
-    compile_blocks: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
+    compile_blocks: bool | None = None
+    float8: bool = False
 
     def __post_init__(self) -> None:
         rate = options(LearningRate, self.learning_rate, "model.learning_rate")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_danube.model import Decoder, DecoderShape
-from lightning_danube.model.compilation import check_compiler
+from lightning_danube.model.compilation import check_compiler, missing_for_gpu_code
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import parse_tokens
+from lightning_danube.pretraining.float8 import check_float8, multiply_in_float8
 from lightning_danube.pretraining.settings import PretrainingSettings
+from lightning_danube.terminal import tell
 from lightning_danube.training.contract import TokenBatch
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.task import DecoderTask
@@ -21,9 +24,13 @@ class Pretraining(DecoderTask):
             from the data.
         learning_rate: schedule in tokens.
         optimizer: settings of AdamW, or of Muon by its class path.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations;
+            "selective" keeps the results of the attention kernels and recomputes the rest.
         compile_blocks: compile each block with PyTorch for training and held-out losses. On a CPU this takes about 20 s
-            at the start of a run, and needs a C++ compiler.
+            at the start of a run, and needs a C++ compiler. None: `fit` compiles on a GPU if Triton and a C compiler
+            are there, and does not compile on a CPU.
+        float8: multiply the matrices of the blocks in FP8, with weights and all else as before. Needs a GPU that has
+            FP8, and torchao (extra `float8`); without compiled blocks the casts cost more than the products gain.
         vocab_size, context_length, batch_tokens, total_tokens: linked from the data module.
     """
 
@@ -37,8 +44,9 @@ class Pretraining(DecoderTask):
         batch_tokens: int,
         total_tokens: int,
         optimizer: AdamW = PretrainingSettings.optimizer,
-        activation_checkpointing: bool = PretrainingSettings.activation_checkpointing,
-        compile_blocks: bool = PretrainingSettings.compile_blocks,
+        activation_checkpointing: ActivationCheckpointing = PretrainingSettings.activation_checkpointing,
+        compile_blocks: bool | None = PretrainingSettings.compile_blocks,
+        float8: bool = PretrainingSettings.float8,
     ) -> None:
         settings = PretrainingSettings(
             decoder,
@@ -51,18 +59,34 @@ class Pretraining(DecoderTask):
         super().__init__(Decoder(settings.config), settings.learning_rate, optimizer)
         self.batch_tokens, self.total_tokens = parse_tokens(batch_tokens), parse_tokens(total_tokens)
         self.decoder.activation_checkpointing = activation_checkpointing
-        if compile_blocks:
-            self.decoder.compile_blocks()
+        self.compile_blocks, self.float8 = compile_blocks, float8
+        self._is_float8 = False
 
     def configure_model(self) -> None:
-        """Checks that compiled blocks on a CPU have a C++ compiler, then distributes the decoder.
+        """Chooses how the blocks multiply and whether they are compiled, then distributes the decoder.
 
         Raises:
-            ValueError: there is no C++ compiler.
+            ValueError: the blocks are to be compiled on a CPU, and there is no C++ compiler; or see `check_float8`.
         """
-        if self.decoder.has_compiled_blocks and self.trainer.strategy.root_device.type == "cpu":
-            check_compiler("model.compile_blocks", "set model.compile_blocks to false")
+        if self.float8 and not self._is_float8:
+            tensor_parallel = 1 if self.device_mesh is None else self.device_mesh["tensor_parallel"].size()
+            check_float8(self.config, self.trainer.precision, self.trainer.strategy.root_device, tensor_parallel)
+            multiply_in_float8(self.decoder)
+            self._is_float8 = True
+        if not self.decoder.has_compiled_blocks and self._compiles_blocks():
+            self.decoder.compile_blocks()
         super().configure_model()
+
+    def _compiles_blocks(self) -> bool:
+        device = self.trainer.strategy.root_device.type
+        if self.compile_blocks and device == "cpu":
+            check_compiler("model.compile_blocks", "set model.compile_blocks to false")
+        if self.compile_blocks is not None or device != "cuda" or self.trainer.state.fn != "fit":
+            return bool(self.compile_blocks)
+        missing = missing_for_gpu_code()
+        if missing and self.trainer.is_global_zero:
+            tell(f"blocks are not compiled, because there is no {missing}: training is slower")
+        return not missing
 
     def length_in_tokens(self) -> tuple[int, int]:
         return self.batch_tokens, self.total_tokens

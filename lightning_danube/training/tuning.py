@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import options
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
@@ -29,7 +30,8 @@ class TuningTask(DecoderTask):
         learning_rate: schedule in tokens.
         lora: train an adapter on frozen weights instead of all weights.
         optimizer: AdamW's other settings.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations;
+            "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
         ValueError: the weights cannot be read, or the optimizer is only for training from random weights.
@@ -41,7 +43,7 @@ class TuningTask(DecoderTask):
         learning_rate: LearningRate,
         lora: Lora | None,
         optimizer: AdamW,
-        activation_checkpointing: bool,
+        activation_checkpointing: ActivationCheckpointing,
     ) -> None:
         optimizer = options(AdamW, optimizer, "model.optimizer")
         if type(optimizer) is not AdamW:

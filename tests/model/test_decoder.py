@@ -1,6 +1,7 @@
 import copy
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
-from lightning_danube.model import Decoder, DecoderConfig, RMSNorm
+from lightning_danube.model import Decoder, DecoderConfig, RMSNorm, next_token_loss
+from lightning_danube.model.config import ActivationCheckpointing
+from lightning_danube.model.decoder import type_of_products
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -130,6 +133,44 @@ def test_activation_checkpointing_changes_no_gradient(documents: torch.Tensor | 
     assert calls == 4, "only training computes twice"
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the calls of PyTorch's attention kernels in the forward and the backward pass, and the products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_kernel, name = "attention" in str(func), str(func)
+        self.forward += is_kernel and "backward" not in name
+        self.backward += is_kernel and "backward" in name
+        self.products += "mm" in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1]])])
+def test_selective_checkpointing_computes_all_but_attention_again(
+    documents: torch.Tensor | None, dropout: float
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(dataclasses.replace(CONFIG, attention_dropout=dropout)).double().train()
+    ids = torch.randint(0, 101, (1, 7))
+    gradients, kernels = [], []
+    for decoder.activation_checkpointing in (False, True, "selective"):
+        torch.manual_seed(1)
+        with Kernels() as counted:
+            loss = decoder(ids, document_ids_BT=documents).square().sum()
+            gradients.append(torch.autograd.grad(loss, list(decoder.parameters())))
+        kernels.append(counted)
+    for some in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(some, gradients[0], strict=True))
+    if not dropout:  # PyTorch's CPU kernel has no dropout
+        assert [one.forward for one in kernels] == [2, 4, 2] and {one.backward for one in kernels} == {2}
+    # Recomputing stops before the last product of a block, whose result nobody needs.
+    assert kernels[2].products == kernels[1].products > kernels[0].products or dropout
+
+
 def test_it_compiles_into_one_graph() -> None:
     torch.manual_seed(0)
     decoder = Decoder(CONFIG).double()
@@ -140,9 +181,27 @@ def test_it_compiles_into_one_graph() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:Detected that context_fn")
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1]])])
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_a_step_is_one_graph_without_a_break(
+    recompute: ActivationCheckpointing, documents: torch.Tensor | None
+) -> None:
+    decoder, ids = Decoder(CONFIG).train(), torch.randint(0, 101, (1, 7))
+    decoder.activation_checkpointing = recompute
+
+    def step() -> torch.Tensor:
+        states = decoder.hidden_states(ids, document_ids_BT=documents)
+        return next_token_loss(states, decoder.lm_head.weight, ids)[0]
+
+    explained = torch._dynamo.explain(step)()
+    torch.compiler.reset()
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_blocks_compute_the_same_under_the_same_names(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_compiled_blocks_compute_the_same_under_the_same_names(recompute: ActivationCheckpointing) -> None:
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
     plain = Decoder(CONFIG).double().train()
@@ -202,3 +261,44 @@ def test_autocast_gives_bfloat16_logits_near_the_exact_ones() -> None:
     exact = decoder.double()(ids)
     # bfloat16 has 8 bits, 0.4 %; about ten roundings in a row through two layers of large weights.
     assert (logits.double() - exact).norm() < 0.04 * exact.norm()
+
+
+def test_norms_on_a_gpu_write_the_type_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of a layer's matrices are then cast once. Autocast would round to the same values, once per matrix."""
+    torch.manual_seed(0)
+    decoder, ids = Decoder(CONFIG).train(), torch.randint(0, 101, (2, 16))
+
+    def computed(decoder: Decoder, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = decoder(ids)
+        gradients = torch.autograd.grad(logits.double().square().sum(), list(decoder.parameters()))
+        return logits, torch.cat([gradient.double().flatten() for gradient in gradients])
+
+    _, exact = computed(copy.deepcopy(decoder).double(), autocast=False)
+    logits, gradients = computed(decoder, autocast=True)
+    monkeypatch.setattr("lightning_danube.model.decoder.type_of_products", lambda hidden: torch.bfloat16)
+    other_logits, other_gradients = computed(decoder, autocast=True)
+    assert torch.equal(other_logits, logits)
+    # The gradients of a norm's result are added in bfloat16 instead of float32: a small part of the roundings.
+    assert not torch.equal(other_gradients, gradients)
+    assert (other_gradients - exact).norm() < 1.1 * (gradients - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_type_of_products_is_autocasts_on_a_gpu_only() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    states = {
+        (device.type, dtype): SimpleNamespace(device=device, dtype=dtype)
+        for device in (gpu, cpu)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    }
+    assert all(type_of_products(cast(torch.Tensor, state)) == state.dtype for state in states.values())
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    try:
+        types = {key: type_of_products(cast(torch.Tensor, state)) for key, state in states.items()}
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+    assert types.pop(("cuda", torch.float32)) == torch.float16
+    assert types == {key: key[1] for key in types}

@@ -110,6 +110,8 @@ def _memory(
     from lightning_danube.planning.run import layout_of
 
     layout, notes = layout_of(trainer)
+    gpu = trainer.accelerator != "cpu"
+    compiled = gpu and model.compile_blocks is not False
     memory = TrainingMemory(
         model.config,
         rows=data.micro_batch_size,
@@ -118,7 +120,9 @@ def _memory(
         recompute=model.activation_checkpointing,
         accumulate=data.accumulation(layout.replicas) > 1,
         layout=layout,
-        gpu=trainer.accelerator != "cpu",
+        gpu=gpu,
+        compiled=compiled,
+        float8=model.float8,
         document_masks=data.document_masks,
         muon=type(model.optimizer).__name__ == "Muon",
     )
@@ -239,11 +243,18 @@ def _parts(memory: TrainingMemory) -> str:
     rows.append(["in all", *(f"{peak.total / size:.2f}" for _, peak in columns)])
     rows.append(["greatest in", *(peak.moment for _, peak in columns)])
     lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
-    what = "" if memory.recompute else "out"
-    lines.append(f"with{what} activation checkpointing, {memory.rows} rows of {memory.context:,} tokens at once")
+    what = {False: "without", True: "with", "selective": "with selective"}[memory.recompute]
+    compiled = ", with compiled blocks" if memory.compiled else ""
+    lines.append(f"{what} activation checkpointing{compiled}, {memory.rows} rows of {memory.context:,} tokens at once")
     if not memory.recompute:
-        less = dataclasses.replace(memory, recompute=True).peak().total
-        lines.append(f"model.init_args.activation_checkpointing: true would take {less / size:.2f} {unit} in all")
+        selective, whole = (
+            dataclasses.replace(memory, recompute="selective").peak().total,
+            dataclasses.replace(memory, recompute=True).peak().total,
+        )
+        lines.append(
+            f"model.init_args.activation_checkpointing: true would take {whole / size:.2f} {unit} in all, selective "
+            f"{selective / size:.2f}"
+        )
     return "\n".join(lines)
 
 
