@@ -361,7 +361,9 @@ def best_ranked(prompt: Any) -> list[Mapping[str, Any]]:
     message = prompt
     while message is not None:
         if not isinstance(message, Mapping) or not isinstance(message.get("replies") or [], list):
-            raise NoConversation("no turns", f"message {len(path) + 1} of the tree is no object with 'text' and 'replies'")
+            raise NoConversation(
+                "no turns", f"message {len(path) + 1} of the tree is no object with 'text' and 'replies'"
+            )
         path.append(message)
         replies = [one for one in message.get("replies") or [] if not (isinstance(one, Mapping) and one.get("deleted"))]
         message = min(replies, key=_rank, default=None)
@@ -411,7 +413,9 @@ def unlearned_of(turns: Any) -> list[int]:
             if weight not in (0, 1):
                 raise NoConversation("weights", f"turn {number + 1} has {key}: {weight!r}: give 0 or 1, false or true")
             if weight and not is_answer:
-                raise NoConversation("weights", f"turn {number + 1} has {key}: {weight!r}, and only answers are learned")
+                raise NoConversation(
+                    "weights", f"turn {number + 1} has {key}: {weight!r}, and only answers are learned"
+                )
         if is_answer and not all(weights.values()):
             found.append(number)
     return found

@@ -192,7 +192,9 @@ def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
         if not _repeats(parts.get("prompt"), prompt):
             raise NoConversation("different prompts", "the prompt is not among the turns before the two answers")
         if history:
-            raise NoConversation("different prompts", "there is a history beside whole conversations: remove one of them")
+            raise NoConversation(
+                "different prompts", "there is a history beside whole conversations: remove one of them"
+            )
     else:
         prompt = _prompt(parts.get("prompt"))
         if prompt:

@@ -59,7 +59,9 @@ def fit_chat(
     if learned == "last":
         answers = [answer and number == len(kept) - 1 for number, answer in enumerate(answers)]
     if not any(answers):
-        raise NoConversation("nothing to learn", "the weight of the last answer is 0, and learned: last counts no other")
+        raise NoConversation(
+            "nothing to learn", "the weight of the last answer is 0, and learned: last counts no other"
+        )
     encoded = encoder.encode(kept, answers=answers)
     if len(encoded.ids) > most and policy == "skip":
         raise DoesNotFit(f"has {len(encoded.ids)} tokens, {most} fit")

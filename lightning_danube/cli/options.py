@@ -394,6 +394,6 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Typed):
         return value
     try:
-        return yaml.safe_load(value)
+        return load_yaml(value)
     except yaml.YAMLError:
         return str(value)
