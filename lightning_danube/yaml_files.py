@@ -1,7 +1,7 @@
 """YAML configurations, found by path or by the name of a configuration in this package (`sft/quickstart`).
 
-The only reader of YAML. The keys of mappings are text as they are written, as in JSON: `no`, `on` and `2024` are names, for
-which YAML 1.1 has other types. A key that stands twice is refused, because the first value would be lost.
+The only reader of YAML. The keys of mappings are text as they are written, as in JSON: `no`, `on` and `2024` are names,
+which YAML 1.1 gives other types. A key that stands twice is refused, because its first value would be lost.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def _make_keys_text(root: yaml.Node) -> bool:
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise DuplicateKey(
-                    f"line {line}: the key {key.value!r} stands twice, first in line {lines[key.value]}: remove or rename "
-                    "one of them"
+                    f"line {line}: the key {key.value!r} stands twice, first in line {lines[key.value]}: remove or "
+                    "rename one of them"
                 )
             lines[key.value] = line
             changed = changed or key.tag != "tag:yaml.org,2002:str"

@@ -53,8 +53,8 @@ OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "instruction": {"input": ("input", "context"), "system": SYSTEM, "history": HISTORY},
     "pairs": {"system": SYSTEM, "history": HISTORY},
 }
-"""Shape → its optional parts → the columns that may hold each part. Each row is asked, as many files leave out the empty
-columns of a row."""
+"""Shape → its optional parts → the columns that may hold each part. Each row is asked, as many files leave out a row's
+empty columns."""
 
 NOT_READ = ("tools", "functions")
 """Columns that change what an answer means. A row that fills one is refused."""
@@ -72,10 +72,10 @@ class ConversationSource:
         path: "documentation:instruct" (the embedded questions and answers), a file, a directory or a glob of files
             (jsonl, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub
             id such as "HuggingFaceH4/no_robots".
-        shape: "messages" (a list of {role, content}), "sharegpt" (a list of {from, value}), "tree" (a prompt with ranked
-            replies, as OpenAssistant has published them; the best-ranked reply to each message is taken), "instruction"
-            (instruction, input, output) or "pairs" (prompt, response); if not given, detected from the columns of the
-            first row.
+        shape: "messages" (a list of {role, content}), "sharegpt" (a list of {from, value}), "tree" (a prompt with its
+            replies, as OpenAssistant publishes them; of the replies to a message the best-ranked one is taken),
+            "instruction" (instruction, input, output) or "pairs" (prompt, response); if not given, detected from the
+            columns of the first row.
         columns: part → column, for columns with other names: {prompt: question, response: best_answer}.
         name, split, revision: configuration, split and commit of a hub data set.
         max_conversations: read at most this many conversations, if the data set is larger than the run needs.
@@ -135,8 +135,8 @@ def read_conversations(name: str, source: ConversationSource, cache_dir: Path) -
     """Yields all rows of a source, in a fixed order.
 
     Raises:
-        ValueError: the source cannot be opened, has no row, or has none of the known shapes, or no row has a column that
-            the source names.
+        ValueError: the source cannot be opened, has no row, or has none of the known shapes, or no row has a column
+            that the source names.
     """
     found: ConversationFormat | None = None
     taken = 0
@@ -478,7 +478,8 @@ def conversation_format(row: Mapping[str, Any], source: ConversationSource, wher
     if source.shape:
         wanted = " and ".join("/".join(names) for names in COLUMNS[source.shape].values())
         raise ValueError(
-            f"{where}: the shape {source.shape!r} needs {wanted}, the row has {listed(row)}: name its columns with columns"
+            f"{where}: the shape {source.shape!r} needs {wanted}, the row has {listed(row)}: name its columns with "
+            "columns"
         )
     raise ValueError(
         f"{where}: no known shape of conversation in the columns {listed(row)}: say shape ({', '.join(COLUMNS)}) and "

@@ -246,7 +246,7 @@ def _prompt(value: Any) -> list[ChatMessage]:
 
 
 def _repeats(given: Any, prompt: list[ChatMessage]) -> bool:
-    """Returns whether the prompt's column says nothing else than the turns. A text may hold more, such as a template."""
+    """Returns whether the prompt's column says what the turns say. A text may hold more, such as a template."""
     if not given:
         return True
     asked = [_words(message["content"]) for message in prompt if message["role"] == "user"]

@@ -42,7 +42,7 @@ def fit_chat(
 ) -> FittedChat:
     """Returns a conversation as at most `context_length + 1` tokens.
 
-    The loss counts the tokens of all answers or of the last one, but none of the messages `unlearned`, by number from 0.
+    The loss counts the tokens of all answers or of the last one, without the messages `unlearned` (numbers from 0).
 
     "drop_turns" leaves out the oldest question and answer until the rest fits (a system message stays), and cuts the
     end of a single answer that is still too long. "cut" cuts the end. "skip" refuses conversations that do not fit.

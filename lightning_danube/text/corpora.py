@@ -1,9 +1,9 @@
 """Sources of text: how a user names a source in YAML, and where its documents come from.
 
 Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error must name the
-file and the row. In a directory, links are followed, and hidden files and data set cards are left out, as in `datasets`.
-Hub ids and directories of `save_to_disk` are read row by row through `datasets`. So a run that needs a part of a huge
-data set never stores all of it on disk.
+file and the row. In a directory, links are followed, and hidden files and data set cards are left out, as `datasets`
+does. Hub ids and directories of `save_to_disk` are read row by row through `datasets`. So a run that needs a part of a
+huge data set never stores all of it on disk.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def saved_directory(name: str, source: Source) -> Path:
     splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
     if source.split not in splits:
         raise ValueError(
-            f"source {name!r}: {source.path} has no split {source.split!r}, only {', '.join(splits)}: name one with split"
+            f"source {name!r}: {source.path} has no split {source.split!r}, only {', '.join(splits)}: name one with "
+            "split"
         )
     return path / source.split
 

@@ -47,7 +47,7 @@ READ_AS = {"text": 2, "csv": 2, "tsv": 2}
 made again."""
 _COMPRESSIONS = (".gz", ".zst")
 _COMPRESSED_BLOCK = 1 << 12
-"""Bytes of a .zst file that are decompressed at once. A block of zstd can be 30,000 times as large when decompressed."""
+"""Bytes of a .zst file that are decompressed at once. Four of them can stand for 128 KiB."""
 _PATTERN = re.compile(r"\{([^{}]+)\}")
 """Matches a column's name inside a pattern such as "{question} {answer}"."""
 

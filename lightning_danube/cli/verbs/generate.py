@@ -180,7 +180,7 @@ def _of_row(values: Any, file: str, row: int) -> Prompt:
 
 
 def _checked(text: str, file: str, row: int) -> Prompt:
-    """Returns a row as a prompt. A blank row is no row to leave out: all later results would belong to other prompts."""
+    """Returns a row as a prompt. A blank row is refused: without it, later results would stand beside other prompts."""
     place = f"{file}, row {row}"
     if not text.strip():
         raise ValueError(f"{place}: the prompt is empty")
