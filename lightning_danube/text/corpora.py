@@ -123,31 +123,28 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
     return files
 
 
-def _data_files(name: str, directory: str) -> Iterator[Path]:
+def _data_files(name: str, directory: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yields the files of a known format below a directory, without hidden files and `NOT_DATA`. Follows links.
+
+    Args:
+        above: the directories in which this one was found; a link back to one of them is not followed.
 
     Raises:
         ValueError: a link leads nowhere.
     """
-    for folder, inner, files in os.walk(directory, followlinks=True):
-        here = _ending_in_slash(folder)
-        # A link to a directory above would be followed without end.
-        inner[:] = [
-            one
-            for one in inner
-            if not one.startswith(".") and not here.startswith(_ending_in_slash(os.path.join(folder, one)))
-        ]
-        for file in files:
-            if file.startswith(".") or file.lower() in NOT_DATA or not format_of(file):
-                continue
-            path = Path(folder, file)
-            if not path.exists():
+    above = (*above, os.path.realpath(directory))
+    for one in sorted(os.listdir(directory)):
+        path = os.path.join(directory, one)
+        if one.startswith("."):
+            continue
+        if os.path.isdir(path):
+            if os.path.realpath(path) not in above:
+                yield from _data_files(name, path, above)
+        elif format_of(one) and one.lower() not in NOT_DATA:
+            if os.path.isfile(path):
+                yield Path(path)
+            elif os.path.islink(path):
                 raise ValueError(f"source {name!r}: {path} is a link to a file that is not there: remove or mend it")
-            yield path
-
-
-def _ending_in_slash(directory: str) -> str:
-    return os.path.join(os.path.realpath(directory), "")
 
 
 def _pattern(path: str) -> str:

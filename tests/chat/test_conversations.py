@@ -152,7 +152,7 @@ def test_a_part_of_a_large_set_is_enough(tmp_path: Path) -> None:
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ValueError, match="the part 'promt': the parts of the shape 'pairs' are prompt, response, syst"):
         ConversationSource("a.jsonl", shape="pairs", columns={"promt": "q"})
-    with pytest.raises(ValueError, match="the part 'promt': the parts are conversations, input"):
+    with pytest.raises(ValueError, match="the part 'promt': the parts are conversations, history, input"):
         ConversationSource("a.jsonl", columns={"promt": "q"})
 
 
