@@ -595,6 +595,7 @@ def _csv_header(file: str, modified: int) -> tuple[list[str], int]:
 def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
     file = span.file
     header, first_line = _csv_header(file, os.stat(file).st_mtime_ns)
+    is_tsv = format_of(file) == "tsv"
     with open_bytes(file, span.start) as content:
         lines = _Lines(content)
         # Messages have line numbers in the first span only: later spans would need another pass over the file.
@@ -618,7 +619,6 @@ def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
             if not fields:
                 continue
             row += 1
-            is_tsv = format_of(file) == "tsv"
             if len(fields) > len(header) or (is_tsv and len(fields) < len(header)):
                 what = "more" if len(fields) > len(header) else "fewer"
                 hint = " (in .tsv, each line is a row, and quotation marks are text)" if is_tsv else ""
