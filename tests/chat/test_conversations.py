@@ -264,7 +264,7 @@ def test_a_weight_says_which_answers_are_learned(tmp_path: Path, turns: Any, unl
     ("row", "cause", "message"),
     [
         ({"messages": weighted(None, 0.5, None, 1)}, "weights", "turn 2 has weight: 0.5: give 0 or 1, false or true"),
-        ({"messages": weighted(1, 1, None, 1)}, "weights", "turn 1 has weight: 1; only answers are learned"),
+        ({"messages": weighted(1, 1, None, 1)}, "weights", "turn 1 has weight: 1, and only answers are learned"),
         ({"messages": weighted(None, 0, None, 0)}, "nothing to learn", "the weights of the turns exclude every answer"),
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": [{"type": "function"}]}]},

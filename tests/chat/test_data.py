@@ -259,7 +259,7 @@ def test_weights_and_early_answers_are_counted(tmp_path: Path) -> None:
     last = report(learned="last")
     assert last["conversations"] == 2 and last["left_out"] == {"nothing to learn": 1}
     assert last["first_left_out"] == [
-        f"{path}, row 3: the last answer has the weight 0, and learned: last counts no other"
+        f"{path}, row 3: the weight of the last answer is 0, and learned: last counts no other"
     ]
 
 

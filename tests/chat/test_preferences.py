@@ -163,7 +163,7 @@ PAIR = {"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away."}
         (
             {"history": [["One?", "1"]], "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
             "different prompts",
-            "there is a history beside whole conversations: remove it",
+            "there is a history beside whole conversations: remove one of them",
         ),
         (
             {"chosen": f"{DIALOGUE} Fine.\n\nHuman: Ho\n\nAssistant: No.", "rejected": f"{DIALOGUE} Go away."},

@@ -69,7 +69,7 @@ def test_answers_without_weight_are_read_and_not_learned() -> None:
 
 
 def test_a_last_answer_without_weight_leaves_nothing_to_learn() -> None:
-    with pytest.raises(NoConversation, match="the last answer has the weight 0, and learned: last counts no other"):
+    with pytest.raises(NoConversation, match="the weight of the last answer is 0, and learned: last counts no other"):
         fit_chat(ENCODER, TURNS, 500, "cut", "last", {5})
     assert fit_chat(ENCODER, TURNS, 500, "cut", "last", {1}).learned.any()
 
