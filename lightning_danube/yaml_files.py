@@ -125,7 +125,7 @@ def with_text_keys(text: str) -> str:
 
 
 def _make_keys_text(root: yaml.Node) -> bool:
-    """Marks all keys below a node as text. Returns whether one was not.
+    """Marks all keys below a node as text, in quotes where that is needed. Returns whether a key was not.
 
     Raises:
         DuplicateKey: a key stands twice.
@@ -151,8 +151,9 @@ def _make_keys_text(root: yaml.Node) -> bool:
                     "rename one of them"
                 )
             lines[key.value] = line
-            changed = changed or key.tag != "tag:yaml.org,2002:str"
-            key.tag = "tag:yaml.org,2002:str"
+            # A plain key that begins as a number does is one for other readers, such as 1e3.
+            if key.tag != "tag:yaml.org,2002:str" or (key.style is None and key.value[0] in "-+.0123456789"):
+                changed, key.style, key.tag = True, "'", "tag:yaml.org,2002:str"
     return changed
 
 

@@ -472,8 +472,8 @@ def conversation_format(row: Mapping[str, Any], source: ConversationSource, wher
     shapes: list[Shape] = [source.shape] if source.shape else ["sharegpt", "messages", "tree", "instruction", "pairs"]
     for shape in shapes:
         found = ConversationFormat(shape, source.columns)
-        columns = {part: found.column(part, row) for part in COLUMNS[shape]}
-        if None not in columns.values() and (source.shape or _holds(shape, [row[name] for name in columns.values()])):
+        there = [name for part in COLUMNS[shape] if (name := found.column(part, row)) is not None]
+        if len(there) == len(COLUMNS[shape]) and (source.shape or _holds(shape, [row[name] for name in there])):
             return found
     if source.shape:
         wanted = " and ".join("/".join(names) for names in COLUMNS[source.shape].values())
