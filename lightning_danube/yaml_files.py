@@ -152,7 +152,7 @@ def _make_keys_text(root: yaml.Node) -> bool:
                 )
             lines[key.value] = line
             # A plain key that begins as a number does is one for other readers, such as 1e3.
-            if key.tag != "tag:yaml.org,2002:str" or (key.style is None and key.value[0] in "-+.0123456789"):
+            if key.tag != "tag:yaml.org,2002:str" or (key.style is None and key.value[:1] in "-+.0123456789"):
                 changed, key.style, key.tag = True, "'", "tag:yaml.org,2002:str"
     return changed
 
