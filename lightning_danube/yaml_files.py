@@ -1,4 +1,8 @@
-"""YAML configurations, found by path or by the name of a configuration in this package (`sft/quickstart`)."""
+"""YAML configurations, found by path or by the name of a configuration in this package (`sft/quickstart`).
+
+The only reader of YAML. The keys of mappings are text as they are written, as in JSON: `no`, `on` and `2024` are names,
+which YAML 1.1 gives other types. A key that stands twice is refused, because its first value would be lost.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +66,11 @@ def read_config(file: str) -> dict[str, Any]:
 
     file = config_file(file)
     try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        config = load_yaml(Path(file).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text") from error
+    except DuplicateKey as error:
+        raise ValueError(f"{file}, {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -73,6 +79,82 @@ def read_config(file: str) -> dict[str, Any]:
         found = "is empty" if config is None else f"holds a {type(config).__name__}"
         raise ValueError(f"{file} {found}: a configuration is a mapping of keys such as data, model, trainer")
     return config
+
+
+class DuplicateKey(ValueError):
+    """A key stands twice in a mapping of YAML."""
+
+
+def load_yaml(text: str) -> Any:
+    """Returns the value of a YAML text, with keys that are text.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+        DuplicateKey: a key stands twice; the message begins with the line.
+    """
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _make_keys_text(root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def with_text_keys(text: str) -> str:
+    """Returns a YAML text with quotes around the keys that another reader would take for no text.
+
+    Other texts, and texts that are not YAML, are returned unchanged.
+
+    Raises:
+        DuplicateKey: a key stands twice; the message begins with the line.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return text
+    if root is None or not _make_keys_text(root):
+        return text
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper))
+
+
+def _make_keys_text(root: yaml.Node) -> bool:
+    """Marks all keys below a node as text, in quotes where that is needed. Returns whether a key was not.
+
+    Raises:
+        DuplicateKey: a key stands twice.
+    """
+    changed, nodes, done = False, [root], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in done or node.id == "scalar":
+            continue
+        done.add(id(node))
+        if node.id == "sequence":
+            nodes += reversed(node.value)
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            nodes.append(value)
+            if key.id != "scalar" or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise DuplicateKey(
+                    f"line {line}: the key {key.value!r} stands twice, first in line {lines[key.value]}: remove or "
+                    "rename one of them"
+                )
+            lines[key.value] = line
+            # A plain key that begins as a number does is one for other readers, such as 1e3.
+            if key.tag != "tag:yaml.org,2002:str" or (key.style is None and key.value[:1] in "-+.0123456789"):
+                changed, key.style, key.tag = True, "'", "tag:yaml.org,2002:str"
+    return changed
 
 
 def lines_of_keys(file: str) -> dict[tuple[str, ...], int]:

@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_danube import __main__
 from lightning_danube.__main__ import check_links, main
 from lightning_danube.cli.command_line import with_config_paths
-from lightning_danube.yaml_files import FOLDER, config_file, config_names, description, lines_of_keys, read_config
+from lightning_danube.yaml_files import (
+    FOLDER,
+    config_file,
+    config_names,
+    description,
+    lines_of_keys,
+    load_yaml,
+    read_config,
+    with_text_keys,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,6 +175,11 @@ def test_a_value_error_of_a_callback_is_a_users_mistake_in_both_layouts(layout: 
         (b"\xff\xfe", "mine.yaml is not UTF-8 text"),
         (b"a: 1\nb: [\n", "mine.yaml, line 3: not YAML ("),
         (b"a: 1\nb: 2: 3\n", "mine.yaml, line 2: not YAML ("),
+        (b"a: 1\nb: 2\na: 3\n", "mine.yaml, line 3: the key 'a' stands twice, first in line 1: remove or rename one"),
+        (
+            b"- &x {a: 1}\n- [{b: {<<: *x, no: 2,\n no: 1}}]",
+            "mine.yaml, line 3: the key 'no' stands twice, first in line 2",
+        ),
     ],
 )
 def test_what_is_no_configuration_is_named_with_its_line(elsewhere: Path, content: bytes, message: str) -> None:
@@ -180,6 +195,31 @@ def test_each_key_is_known_by_its_line(elsewhere: Path) -> None:
         ("a",): 2, ("b",): 3, ("b", "c"): 4, ("b", "c", "d"): 4, ("b", "c", "e"): 5, ("b", "list"): 6,
         ("b", "list", "0"): 7, ("b", "list", "0", "x"): 7, ("b", "list", "0", "y"): 8, ("b", "list", "1"): 9,
     }  # fmt: skip
+
+
+WRITTEN = (
+    "no: a\non: b\n2024: [{1e3: c, ~: d, 2024-01-01: e}]\n'yes': no\ntrue: &x {1: 2, a: 3}\nmore: {<<: *x, a: 4}\n"
+)
+
+
+def test_keys_are_text_as_they_are_written(elsewhere: Path) -> None:
+    expected = {
+        "no": "a", "on": "b", "2024": [{"1e3": "c", "~": "d", "2024-01-01": "e"}], "yes": False,
+        "true": {"1": 2, "a": 3}, "more": {"1": 2, "a": 4},
+    }  # fmt: skip
+    (elsewhere / "mine.yaml").write_text(WRITTEN)
+    assert read_config("mine.yaml") == load_yaml(WRITTEN) == yaml.safe_load(with_text_keys(WRITTEN)) == expected
+
+
+@pytest.mark.parametrize("text", ["a: 1  # as it is\n", "no", "", "{a: 1e-4}", "a: [", "[1, 2]", "x y z"])
+def test_texts_without_such_keys_are_left_as_they_are(text: str) -> None:
+    assert with_text_keys(text) == text
+
+
+def test_a_key_of_a_merge_may_be_given_anew() -> None:
+    """Also where the mapping above is read before the one below."""
+    text = "a: {x: &x {<<: &b {k: 1}, k: 2}}\ny: {<<: *x, k: 3}\nz: {<<: [*x, *b]}\n"
+    assert load_yaml(text) == yaml.safe_load(text) == {"a": {"x": {"k": 2}}, "y": {"k": 3}, "z": {"k": 2}}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_danube.chat.conversations import Conversation, ConversationSource, read_conversations
+from lightning_danube.chat.conversations import Conversation, ConversationSource, NoConversation, read_conversations
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
 from lightning_danube.files import default_cache_dir, new_folder
@@ -43,7 +43,8 @@ from lightning_danube.training.passes import LAYOUTS, Pass
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
-FORMAT = 1
+FORMAT = 2
+"""Version of how rows become encoded conversations. Those of another version are made again."""
 SPLITS = ("train", "validation")
 SHOWN_BAD_ROWS = 3
 TOO_LONG = "too long"
@@ -249,6 +250,9 @@ class ConversationData(LightningDataModule):
             report[f"{self.example}s_held_out"] += split == "validation"
             report[f"shortened_{self.example}s"] += any(chat.dropped_turns or chat.cut_tokens for chat in fitted)
             report["dropped_turns"] += fitted[0].dropped_turns
+            if isinstance(found, Conversation):
+                report["dropped_leading_answers"] += found.dropped
+                report["answers_not_learned"] += len(found.unlearned)
             for chat in fitted:
                 report["tokens"] += len(chat.ids)
                 report["answer_tokens"] += int(chat.learned.sum())
@@ -263,6 +267,8 @@ class ConversationData(LightningDataModule):
             return self.fit_example(found)
         except DoesNotFit as error:
             return BadRow(found.file, found.row, TOO_LONG, f"{where}: {error}")
+        except NoConversation as error:
+            return BadRow(found.file, found.row, error.cause, f"{where}: {error}")
         except ValueError as error:
             return BadRow(found.file, found.row, "refused by the template", f"{where}: {error}")
 
@@ -479,7 +485,8 @@ class ChatData(ConversationData):
         return read_conversations(name, source, self.cache_dir)
 
     def fit_example(self, found: Conversation) -> list[FittedChat]:
-        return [fit_chat(self.encoder, found.messages, self.context_length, self.too_long, self.learned)]
+        options = (self.context_length, self.too_long, self.learned, found.unlearned)
+        return [fit_chat(self.encoder, found.messages, *options)]
 
     def encoded_by(self) -> list[Any]:
         return [self.learned, self.too_long]

@@ -1,7 +1,7 @@
 """Reads preference pairs from files and data sets: a prompt, the chosen answer and the rejected answer.
 
 A prompt is a list of messages that ends with a user's message. A row without such a pair is returned as a `BadRow`,
-which the caller may refuse or skip.
+which the caller may refuse or skip. So is a row with fields that change what is learned and that are not read.
 """
 
 from __future__ import annotations
@@ -12,25 +12,36 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_danube.chat.conversations import (
+    HISTORY,
+    NOT_READ,
+    SYSTEM,
     ChatMessage,
     NoConversation,
+    check_columns,
     check_messages,
     checked_text,
+    column_of,
+    dialogue_of,
     first_question,
+    history_of,
     messages_of,
     questions_of_documentation,
+    turn_keys,
+    unlearned_of,
+    with_input,
 )
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.embedded.made_text import turns_of
 from lightning_danube.text.objects import read_objects
-from lightning_danube.text.reading import BadRow
+from lightning_danube.text.reading import BadRow, listed
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "conversations", "question", "instruction"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
-    "system": ("system",),
+    "system": SYSTEM,
     "input": ("input",),
+    "history": HISTORY,
 }
 """Part of a pair → the columns that may hold it."""
 
@@ -44,7 +55,8 @@ class PreferenceSource:
             of files (jsonl, json, csv, tsv, parquet; plain, .gz or .zst), a directory written by `datasets`
             `save_to_disk`, or a hub id such as "HuggingFaceH4/ultrafeedback_binarized".
         columns: part → column, for columns with other names: {prompt: question, chosen: best}. The parts are prompt,
-            chosen, rejected, system, and input, which is added to an instruction.
+            chosen, rejected, system, input, which is added to an instruction, and history, earlier turns as a list of
+            [question, answer].
         name, split, revision: configuration, split and commit of a hub data set.
         max_pairs: read at most this many pairs, if the data set is larger than the run needs.
         on_bad_row: "error" refuses the source at the first row that has no pair to learn from; "skip" leaves such rows
@@ -132,12 +144,14 @@ def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, 
 
     Raises:
         NoColumns: a named column, or the column of an answer, is missing.
+        NoConversation: the row fills a column that is not read and changes what is learned.
     """
-    shown = ", ".join(map(str, row)) or "nothing"
+    shown = listed(row)
+    check_columns(row, NOT_READ, source.columns)
     for part, named in source.columns.items():
         if named not in row:
             raise NoColumns("other columns", f"there is no column {named!r} for {part!r}, only {shown}")
-    found = {part: next((name for name in names if name in row), None) for part, names in COLUMNS.items()}
+    found = {part: column_of(names, row) for part, names in COLUMNS.items()}
     columns = {part: column for part, column in found.items() if column is not None} | source.columns
     # "input" is a part only beside "instruction". In other data sets a column of this name repeats the prompt.
     if "input" not in source.columns and columns.get("prompt") != "instruction":
@@ -153,8 +167,8 @@ def pair_columns(row: Mapping[str, Any], source: PreferenceSource) -> dict[str, 
 def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
     """Returns (prompt, chosen answer, rejected answer) from the values of a row.
 
-    The answers are texts, single turns or lists of turns. If the lists hold whole conversations, their common beginning
-    is the prompt, and the row's own prompt is ignored because it repeats that beginning.
+    The answers are texts, single turns or lists of turns. If they hold whole conversations (lists of turns, or texts
+    "Human: … Assistant: …"), their common beginning is the prompt, and the row's own prompt has to repeat a part of it.
 
     Raises:
         NoConversation: the values are not a pair to learn from.
@@ -162,7 +176,8 @@ def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
     for side in ("chosen", "rejected"):
         if not parts[side]:
             raise NoConversation("empty answer", f"the {side} answer is empty")
-    chosen, rejected = (_turns(parts[side], "assistant", f"the {side} answer") for side in ("chosen", "rejected"))
+    chosen, rejected = (_answer(parts, side) for side in ("chosen", "rejected"))
+    history = history_of(parts.get("history"))
     if chosen == rejected:
         raise NoConversation("equal answers", "the chosen and the rejected answer are the same")
     begins = {turns[0]["role"] != "assistant" for turns in (chosen, rejected) if turns}
@@ -174,10 +189,17 @@ def pair_of(parts: Mapping[str, Any]) -> tuple[list[ChatMessage], str, str]:
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
         if any(turns and turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
             raise NoConversation("different prompts", "the chosen and the rejected answer are to different prompts")
+        if not _repeats(parts.get("prompt"), prompt):
+            raise NoConversation("different prompts", "the prompt is not among the turns before the two answers")
+        if history:
+            raise NoConversation(
+                "different prompts", "there is a history beside whole conversations: remove one of them"
+            )
     else:
-        prompt = _turns(parts.get("prompt"), "user", "the prompt")
-        if prompt and (given := parts.get("input")) is not None and checked_text(given, "the input").strip():
-            prompt[-1]["content"] += f"\n\n{given.strip()}"
+        prompt = _prompt(parts.get("prompt"))
+        if prompt:
+            prompt[-1]["content"] = with_input(prompt[-1]["content"], parts.get("input"))
+            prompt = [*history, *prompt]
     system = parts.get("system")
     if system is not None and checked_text(system, "the system message").strip() and prompt[:1] != [_system(system)]:
         prompt = [_system(system), *prompt]
@@ -203,6 +225,42 @@ def _system(text: str) -> ChatMessage:
     return {"role": "system", "content": text.strip()}
 
 
+def _answer(parts: Mapping[str, Any], side: str) -> list[ChatMessage]:
+    value = parts[side]
+    dialogues = [dialogue_of(parts[one]) if isinstance(parts[one], str) else None for one in ("chosen", "rejected")]
+    if all(dialogues):
+        return dialogues[side == "rejected"] or []
+    turns = _turns(value, "assistant", f"the {side} answer")
+    listed_turns = value if isinstance(value, list) else [value]
+    if len(turns) - 1 in unlearned_of(listed_turns):
+        raise NoConversation("weights", f"the {side} answer has the weight 0, so the pair has nothing to learn")
+    return turns
+
+
+def _prompt(value: Any) -> list[ChatMessage]:
+    """Returns the turns of a prompt. A text may be a dialogue that ends where the assistant's answer is to begin."""
+    dialogue = dialogue_of(value) if isinstance(value, str) else None
+    if dialogue and dialogue[-1] == {"role": "assistant", "content": ""}:
+        return dialogue[:-1]
+    return _turns(value, "user", "the prompt")
+
+
+def _repeats(given: Any, prompt: list[ChatMessage]) -> bool:
+    """Returns whether the prompt's column says what the turns say. A text may hold more, such as a template."""
+    if not given:
+        return True
+    asked = [_words(message["content"]) for message in prompt if message["role"] == "user"]
+    if isinstance(given, str):
+        text = _words(checked_text(given, "the prompt"))
+        return any(text in one or one in text for one in asked)
+    said = [_words(turn["content"]) for turn in _turns(given, "user", "the prompt") if turn["role"] == "user"]
+    return all(one in asked for one in said)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _turns(value: Any, role: str, what: str) -> list[ChatMessage]:
     """Returns a text, a turn or a list of turns as messages. A text gets the given role."""
     if value is None:
@@ -212,9 +270,8 @@ def _turns(value: Any, role: str, what: str) -> list[ChatMessage]:
     turns = value if isinstance(value, list) else [value]
     if not all(isinstance(turn, Mapping) for turn in turns):
         raise NoConversation("no turns", f"{what} is {type(value).__name__}, neither text nor turns")
-    keys = ("from", "value") if turns and "from" in turns[0] else ("role", "content")
     try:
-        return messages_of(turns, *keys)
+        return messages_of(turns, *turn_keys(turns))
     except NoConversation as error:
         raise NoConversation(error.cause, f"{what}: {error}") from error
 

@@ -6,12 +6,13 @@ number of finished steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.chat.conversations import NoConversation
 from lightning_danube.tokens.chat_template import ChatEncoder, Message
 
 Policy = Literal["drop_turns", "cut", "skip"]
@@ -32,27 +33,42 @@ class DoesNotFit(ValueError):
 
 
 def fit_chat(
-    encoder: ChatEncoder, messages: Sequence[Message], context_length: int, policy: Policy, learned: Learned
+    encoder: ChatEncoder,
+    messages: Sequence[Message],
+    context_length: int,
+    policy: Policy,
+    learned: Learned,
+    unlearned: Collection[int] = (),
 ) -> FittedChat:
     """Returns a conversation as at most `context_length + 1` tokens.
+
+    The loss counts the tokens of all answers or of the last one, without the messages `unlearned` (numbers from 0).
 
     "drop_turns" leaves out the oldest question and answer until the rest fits (a system message stays), and cuts the
     end of a single answer that is still too long. "cut" cuts the end. "skip" refuses conversations that do not fit.
 
     Raises:
         DoesNotFit: the policy leaves the conversation out, or no answer is left.
+        NoConversation: the last answer alone counts, and it is not learned.
         ValueError: the template refuses the conversation.
     """
     most = context_length + 1
     system = 1 if messages[0]["role"] == "system" else 0
     kept, dropped = list(messages), 0
-    encoded = encoder.encode(kept, answers=learned)
+    answers = [message["role"] == "assistant" and number not in unlearned for number, message in enumerate(kept)]
+    if learned == "last":
+        answers = [answer and number == len(kept) - 1 for number, answer in enumerate(answers)]
+    if not any(answers):
+        raise NoConversation(
+            "nothing to learn", "the weight of the last answer is 0, and learned: last counts no other"
+        )
+    encoded = encoder.encode(kept, answers=answers)
     if len(encoded.ids) > most and policy == "skip":
         raise DoesNotFit(f"has {len(encoded.ids)} tokens, {most} fit")
     while len(encoded.ids) > most and policy == "drop_turns" and len(kept) > system + 2:
-        del kept[system : system + 2]
+        del kept[system : system + 2], answers[system : system + 2]
         dropped += 2
-        encoded = encoder.encode(kept, answers=learned)
+        encoded = encoder.encode(kept, answers=answers)
     ids, counts = encoded.ids[:most], encoded.learned[:most]
     if not any(counts[1:]):
         raise DoesNotFit(f"has {len(encoded.ids)} tokens, and no answer within the first {most}")

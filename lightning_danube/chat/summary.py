@@ -88,6 +88,13 @@ def model_line(task: LightningModule) -> str:
     return f"model: {config.parameters:,} parameters, of which {trained_parameters(task):,} train"
 
 
+NOTES = {
+    "dropped_leading_answers": "answers before the first question left out of their conversations",
+    "answers_not_learned": "answers not learned, as their weight says",
+}
+"""Key of a report → what it counts. A count of 0 is not shown."""
+
+
 def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> list[str]:
     """Returns a table of the sources, and what was left out of each and why.
 
@@ -104,6 +111,8 @@ def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> lis
     for name, report in reports.items():
         lines += [f"{name}: {count:,} left out: {cause}" for cause, count in report["left_out"].items()]
         lines += [f"  {message}" for message in report["first_left_out"]]
+        for key, what in NOTES.items():
+            lines += [f"{name}: {report[key]:,} {what}"] if report.get(key) else []
     return lines
 
 

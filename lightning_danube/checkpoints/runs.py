@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
+from lightning_danube.yaml_files import load_yaml
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def read_saved_config(path: Path) -> dict[str, Any] | None:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None

@@ -17,7 +17,7 @@ from lightning_danube.options import options
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.quality import text_hash
-from lightning_danube.text.reading import BadRow, read_rows, text_of
+from lightning_danube.text.reading import BadRow, listed, read_rows, text_of
 
 PACKAGES = f"{DOCUMENTATION}packages"
 """The embedded data set: documentation of installed packages. The label is the package."""
@@ -30,8 +30,8 @@ class LabelledTexts:
 
     Args:
         path: "documentation:packages" (the embedded set), a file, a directory or a glob of files (jsonl, csv, tsv,
-            parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, or a hub id such as
-            "stanfordnlp/imdb".
+            parquet; plain, .gz or .zst), a directory written by `datasets` `save_to_disk`, of one split or of several,
+            or a hub id such as "stanfordnlp/imdb".
         name, split, revision: configuration, split and commit of a hub data set. The default split has the name of the
             role.
     """
@@ -78,7 +78,8 @@ def read_labelled_texts(
     Args:
         role: train, validation, test or predict; used in messages and as the split of a hub data set.
         text_column: the column that holds the text, or a pattern of several columns, such as "{title} {abstract}".
-        label_column: the column that holds the label; None if labels are not needed.
+        label_column: the column that holds the label; None if labels are not needed. Where the data set declares names
+            for the numbers of its classes (`ClassLabel` of `datasets`), the label is the name.
 
     Raises:
         ValueError: the source cannot be opened, has no row, or its first row does not have the columns.
@@ -111,7 +112,7 @@ def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[s
             raise ValueError(f"data.{role}: {source.path} has no labels: the embedded set with labels is {PACKAGES}")
         yield from _documentation_of_packages(role, cache_dir)
         return
-    yield from read_objects(role, texts, cache_dir, called=f"data.{role}")
+    yield from read_objects(role, texts, cache_dir, called=f"data.{role}", class_names=True)
 
 
 def _documentation_of_packages(role: str, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:
@@ -129,18 +130,30 @@ def _check_columns(values: Mapping[str, Any], text_column: str, label_column: st
     for option, names in (("text_column", wanted), ("label_column", [label_column] if label_column else [])):
         for name in names:
             if name not in values:
-                there = ", ".join(map(str, values)) or "none"
+                there = listed(values)
                 raise ValueError(f"{where}: there is no column {name!r}, only {there}: name it with data.{option}")
 
 
+_WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
+_TRUTH = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
+
+
 def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
+    """Returns a label as a word. A number or truth value is the same word as a text (csv) and as a value (jsonl)."""
     where = f"{file}, row {row}"
     if value is None or (isinstance(value, str) and not value.strip()):
         return BadRow(file, row, "no label", f"{where}: column {column!r} is empty")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return value.strip()
+        word = value.strip()
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            message = f"{where}: column {column!r} holds half a surrogate pair, which is no word"
+            return BadRow(file, row, "no label", message)
+        number = _WHOLE_NUMBER.fullmatch(word)
+        return number[1] if number else _TRUTH.get(word, word)
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     kind = type(value).__name__
@@ -149,10 +162,11 @@ def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
 
 def ordered(labels: Sequence[str]) -> list[str]:
     """Returns the labels in the order of the class numbers: by value if all are whole numbers, else alphabetically."""
-    unique = set(labels)
-    if all(re.fullmatch(r"-?\d+", label) for label in unique):
-        return sorted(unique, key=int)
-    return sorted(unique)
+    unique = sorted(set(labels))
+    # Longer numbers are names; Python reads no number of more than some thousand digits.
+    if all(re.fullmatch(r"-?\d{1,100}", label) for label in unique):
+        return sorted(unique, key=int)  # "01" and "1" stay in alphabetical order
+    return unique
 
 
 def same_text(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_danube.cli.options import BEFORE, Path, Typed, no_option
 from lightning_danube.options import PRECISIONS
-from lightning_danube.yaml_files import config_file, lines_of_keys, read_config
+from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
 """Keys of a configuration."""
@@ -79,13 +79,17 @@ def read_command_line(args: Sequence[str]) -> Stated:
         args: arguments of a verb that takes a configuration, without the verb.
 
     Raises:
-        ValueError: a configuration is missing or no YAML mapping.
+        ValueError: a configuration is missing or no YAML mapping, or a key stands twice in a mapping.
     """
     stated = Stated(config_files(args))
     for file in stated.files:
         stated.tree = merged(stated.tree, read_config(file))
         stated.places |= {without_init_args(path): f"{file}, line {n}" for path, n in lines_of_keys(file).items()}
     for flag, keys, value in flags(args):
+        try:
+            with_text_keys(value)
+        except DuplicateKey as error:
+            raise ValueError(f"{flag}, {error}") from error
         tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)
         for key in reversed(keys):
             tree = {key: tree}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lightning_danube.cli.command_line import FACTS_OF_DATA, LINKED, Stated, read_command_line, with_config_paths
 from lightning_danube.cli.options import Reader, Refusal, Typed
+from lightning_danube.yaml_files import DuplicateKey, load_yaml, with_text_keys
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -86,6 +88,27 @@ def set_parsing_rules() -> None:
 
     # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
+    _set_loader()
+
+
+@cache
+def _set_loader() -> None:
+    """Makes jsonargparse read keys as `yaml_files` does."""
+    from jsonargparse import ArgumentParser, get_loader, set_loader
+
+    mode = PARSER_OPTIONS["parser_mode"]
+    first = ArgumentParser(parser_mode=mode)
+    first.add_argument("--key")
+    first.parse_string("key: value")  # jsonargparse makes its loader when it reads the first text
+    load = get_loader(mode)
+
+    def load_with_text_keys(text: str) -> Any:
+        try:
+            return load(with_text_keys(text))
+        except DuplicateKey as error:
+            raise yaml.YAMLError(str(error)) from error
+
+    set_loader(mode, load_with_text_keys, (yaml.YAMLError,))
 
 
 def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
@@ -198,5 +221,5 @@ def resolved_config(args: Sequence[str]) -> dict[str, Any]:
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     add_run_options(parser)
-    config: dict[str, Any] = yaml.safe_load(parser.dump(parse(parser, list(args), stated)))
+    config: dict[str, Any] = load_yaml(parser.dump(parse(parser, list(args), stated)))
     return config

@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from lightning_danube.yaml_files import load_yaml
+
 Path = tuple[str, ...]
 """Keys from the top of a configuration to a value, without `init_args`. Items of a list are numbered."""
 
@@ -394,6 +396,6 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Typed):
         return value
     try:
-        return yaml.safe_load(value)
+        return load_yaml(value)
     except yaml.YAMLError:
         return str(value)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -41,6 +40,7 @@ from lightning_danube.training.precision import (
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
 from lightning_danube.training.trainer import TRAINER_DEFAULTS, own_strategy, share_buckets
+from lightning_danube.yaml_files import load_yaml
 
 MOST_PROCESSES = 8
 """Processes that a CPU run may start on any machine. With fewer cores they are slow, but they show that a run works."""
@@ -239,7 +239,7 @@ class DanubeCLI(LightningCLI):
         checkpoint = self.place.checkpoint
         changes: dict[str, tuple[Any, Any]] = {}
         if self.subcommand == "fit" and checkpoint is not None:
-            new = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+            new = load_yaml(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
             if saved is not None:
                 changes = differences(saved, new)
             self.save_config_kwargs |= {"resumed_from": checkpoint, "changes": changes}

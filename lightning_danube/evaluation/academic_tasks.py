@@ -79,11 +79,14 @@ def split_files(directory: Path, dataset: str, name: str | None, split: str) -> 
     """Returns the files of a split, plain or compressed; an empty list if there are none.
 
     They are `<directory>/<dataset>/<name>/<split>.jsonl` or `…/<split>-00000-of-00001.parquet`, as in a copy of the
-    hub's repository.
+    hub's repository. There, the files of a data set without a name are in `data`.
     """
-    folder = directory / dataset / (name or "")
-    found = [file for pattern in (f"{split}.*", f"{split}-*") for file in sorted(folder.glob(pattern))]
-    return [file for file in found if format_of(file.name) in ("jsonl", "parquet", "csv")]
+    places = [directory / dataset / name] if name else [directory / dataset, directory / dataset / "data"]
+    for folder in places:
+        found = [file for pattern in (f"{split}.*", f"{split}-*") for file in sorted(folder.glob(pattern))]
+        if files := [file for file in found if format_of(file.name) in ("jsonl", "parquet", "csv")]:
+            return files
+    return []
 
 
 def read_split(files: Sequence[Path]) -> list[dict[str, Any]]:

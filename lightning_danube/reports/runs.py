@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import as_typed
+from lightning_danube.yaml_files import read_config
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
@@ -159,7 +159,7 @@ def read_run(directory: Path) -> RecordedRun:
     Raises:
         ValueError: the run is not a pre-training run.
     """
-    config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    config = read_config(str(directory / "config.yaml"))
     if "stages" not in config["data"]["init_args"]:
         raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
     summary_path = directory / "summary.json"

@@ -1,13 +1,15 @@
 """Sources of text: how a user names a source in YAML, and where its documents come from.
 
 Local files (jsonl, csv, tsv, parquet, text; plain, .gz or .zst) are read by `reading`, because an error must name the
-file and the row. Hub ids and directories of `save_to_disk` are read row by row through `datasets`. So a run that needs
-a part of a huge data set never stores all of it on disk.
+file and the row. In a directory, links are followed, and hidden files and data set cards are left out, as `datasets`
+does. Hub ids and directories of `save_to_disk` are read row by row through `datasets`. So a run that needs a part of a
+huge data set never stores all of it on disk.
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,8 @@ from lightning_danube.text.embedded.world import WORLD, write_world
 from lightning_danube.text.reading import FORMATS, BadRow, DamagedFile, Document, documents_of, format_of, read_file
 
 DOCUMENTATION = "documentation:"
+NOT_DATA = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Names of files that describe a data set. They are no documents of a directory; a path or a glob may name them."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,15 @@ class Source:
     Args:
         path: "documentation:web" (or wiki, academic, synthetic, instruct: the embedded texts), "world:clean" or
             "world:noisy" (a made-up world with countable facts), a file, a directory or a glob of files, a directory
-            written by `save_to_disk` of `datasets`, or a hub id such as "HuggingFaceFW/fineweb-edu".
+            written by `save_to_disk` of `datasets` (of one split or of several), or a hub id such as
+            "HuggingFaceFW/fineweb-edu".
         text: the column that holds the text, or a pattern of several columns, such as "{question} {answer}"; ignored
             for plain text files.
         name: configuration of a hub data set, for example "sample-10BT".
-        split: split of a hub data set.
+        split: split of a hub data set, or of a directory written by `save_to_disk` that has several splits.
         revision: commit or tag of a hub data set; give it so that the source can be made again later.
         separator: the text that ends a document inside a plain text file, for example "\\n" for one document per line.
-            Without a separator, a file is one document.
+            Without a separator, a file is one document. "\\n" also stands for the line ends of Windows.
         max_tokens: approximate number of tokens, such as "10B", after which reading stops; duplicates count. Use it for
             hub data sets that are larger than the run needs.
         on_bad_row: "error" refuses a source with an unreadable row, and names file and row; "skip" continues and
@@ -99,14 +104,14 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
         return [str(write_world(cache_dir)[role])]
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
-        files = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file() and format_of(file.name)]
+        files = [str(file) for file in sorted(_data_files(name, path))]
         if not files:
             raise ValueError(
                 f"source {name!r}: the directory {source.path} holds no file of a known format "
                 f"({', '.join(sorted(FORMATS))}, plain or with .gz or .zst)"
             )
         return files
-    files = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    files = [path] if os.path.exists(path) else sorted(glob.glob(_pattern(path), recursive=True))
     files = [file for file in files if os.path.isfile(file)]
     if not files:
         raise ValueError(f"source {name!r}: there is no file {source.path}")
@@ -118,9 +123,61 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
     return files
 
 
+def _data_files(name: str, directory: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields the files of a known format below a directory, without hidden files and `NOT_DATA`. Follows links.
+
+    Args:
+        above: the directories in which this one was found; a link back to one of them is not followed.
+
+    Raises:
+        ValueError: a link leads nowhere.
+    """
+    above = (*above, os.path.realpath(directory))
+    for one in sorted(os.listdir(directory)):
+        path = os.path.join(directory, one)
+        if one.startswith("."):
+            continue
+        if os.path.isdir(path):
+            if os.path.realpath(path) not in above:
+                yield from _data_files(name, path, above)
+        elif format_of(one) and one.lower() not in NOT_DATA:
+            if os.path.isfile(path):
+                yield Path(path)
+            elif os.path.islink(path):
+                raise ValueError(f"source {name!r}: {path} is a link to a file that is not there: remove or mend it")
+
+
+def _pattern(path: str) -> str:
+    """Returns a glob in which the directories that exist are names, even if they hold "[", "*" or "?"."""
+    parts = path.split("/")
+    known = 0
+    while known < len(parts) - 1 and os.path.isdir("/".join(parts[: known + 1]) or "/"):
+        known += 1
+    return "/".join([glob.escape(part) for part in parts[:known]] + parts[known:])
+
+
 def is_saved_dataset(source: Source) -> bool:
-    """Returns whether the path is a directory that `save_to_disk` of `datasets` wrote."""
-    return os.path.isfile(os.path.join(os.path.expanduser(source.path), "state.json"))
+    """Returns whether the path is a directory that `save_to_disk` of `datasets` wrote, of one split or of several."""
+    path = Path(source.path).expanduser()
+    return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def saved_directory(name: str, source: Source) -> Path:
+    """Returns the directory of the source's split within a directory that `save_to_disk` wrote.
+
+    Raises:
+        ValueError: several splits were saved, and none has this name.
+    """
+    path = Path(source.path).expanduser()
+    if not (path / "dataset_dict.json").is_file():
+        return path
+    splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+    if source.split not in splits:
+        raise ValueError(
+            f"source {name!r}: {source.path} has no split {source.split!r}, only {', '.join(splits)}: name one with "
+            "split"
+        )
+    return path / source.split
 
 
 def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Document]:
@@ -163,16 +220,17 @@ def stream_name(source: Source) -> str:
 
 
 def open_stream(name: str, source: Source) -> Iterable[Any]:
-    """Returns the rows of a source that `datasets` reads, as mappings.
+    """Returns the rows of a source that `datasets` reads, as mappings: a data set of `datasets`.
 
     Raises:
         ValueError: the source cannot be loaded.
     """
     import datasets
 
+    saved = saved_directory(name, source) if is_saved_dataset(source) else None
     try:
-        if is_saved_dataset(source):
-            return datasets.load_from_disk(os.path.expanduser(source.path))
+        if saved is not None:
+            return datasets.load_from_disk(saved)
         return datasets.load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=True
         )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.extras import need
-from lightning_danube.text.reading import DamagedFile, format_of, open_bytes
+from lightning_danube.text.reading import BadRow, DamagedFile, format_of, read_rows
 
 Deduplicate = Literal["none", "exact", "near"]
 WORDS = re.compile(r"\w+")
@@ -292,27 +292,15 @@ def _no_grams() -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64
 
 
 def _benchmark_rows(path: str) -> Iterator[Any]:
-    kind = format_of(path)
-    if kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            yield from pq.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"data.decontaminate: {path} is not a whole parquet file ({error})") from error
-        return
-    if kind != "jsonl":
+    if format_of(path) not in ("jsonl", "parquet"):
         raise ValueError(f"data.decontaminate: {path} is neither jsonl nor parquet, plain or with .gz or .zst")
-    with open_bytes(path) as content:
-        row = 0
-        while line := content.readline(1 << 26):
-            row += 1
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise DamagedFile(f"data.decontaminate: {path}, row {row}: not JSON ({error})") from error
+    try:
+        for _, values in read_rows(path):
+            if isinstance(values, BadRow):
+                raise DamagedFile(values.message)
+            yield values
+    except DamagedFile as error:
+        raise DamagedFile(f"data.decontaminate: {error}") from error
 
 
 def _texts(values: Any) -> Iterable[str]:

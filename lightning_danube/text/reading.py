@@ -14,8 +14,9 @@ import io
 import json
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
@@ -41,7 +42,12 @@ FORMATS = {
     ".md": "text",
     ".raw": "text",
 }
+READ_AS = {"text": 2, "csv": 2, "tsv": 2}
+"""Format → version of the rules by which its bytes become texts, 1 for other formats. Shards of an older version are
+made again."""
 _COMPRESSIONS = (".gz", ".zst")
+_COMPRESSED_BLOCK = 1 << 12
+"""Bytes of a .zst file that are decompressed at once. Four of them can stand for 128 KiB."""
 _PATTERN = re.compile(r"\{([^{}]+)\}")
 """Matches a column's name inside a pattern such as "{question} {answer}"."""
 
@@ -85,6 +91,11 @@ def format_of(path: str) -> str:
     return FORMATS.get(suffix.lower(), "")
 
 
+def listed(names: Iterable[Any]) -> str:
+    """Returns the names of columns for a message, "none" without names. Half a surrogate pair is written as \\ud800."""
+    return ", ".join(map(str, names)).encode("utf-8", "backslashreplace").decode() or "none"
+
+
 def read_file(file: str, column: str, separator: str | None) -> Iterator[Document | BadRow]:
     """Yields the documents and bad rows of a whole file."""
     for span in spans(file, separator, 1 << 62):
@@ -119,6 +130,18 @@ def read_rows(file: str) -> Iterator[tuple[int, Any]]:
         yield from _rows_of_span(span, None)
 
 
+def read_lines(file: str) -> Iterator[str]:
+    """Yields every line of a plain text file without its line end. Blank lines count.
+
+    Raises:
+        DamagedFile: the file cannot be read to its end.
+        ValueError: a line is not UTF-8, or too long.
+    """
+    with open_bytes(file) as content:
+        for line in _Lines(content):
+            yield line.removesuffix("\n")
+
+
 def _rows_of_span(span: Span, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
     """Returns the rows of a span with at least the named columns, or with all columns if `columns` is None."""
     kind = format_of(span.file)
@@ -148,7 +171,7 @@ def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | 
         bad = next((part for part in parts.values() if isinstance(part, BadRow)), None)
         return bad or _PATTERN.sub(lambda match: str(parts[match[1]]), column)
     if column not in values:
-        message = f"{where}: there is no column {column!r}, only {', '.join(map(str, values)) or 'none'}"
+        message = f"{where}: there is no column {column!r}, only {listed(values)}"
         return BadRow(file, row, "no such column", message)
     text = values[column]
     if text is None:
@@ -244,12 +267,51 @@ class Bytes:
 
 
 def _decompressed(file: str) -> Any:
-    if file.endswith(".gz"):
-        return gzip.open(file)
-    import pyarrow as pa
+    if not os.path.getsize(file):
+        # gzip would read such a file as an empty text.
+        raise EOFError("it has 0 bytes")
+    return gzip.open(file) if file.endswith(".gz") else io.BufferedReader(_Zstd(file), _BLOCK)
 
-    # `zstandard` does not notice that a file ends inside a frame; Arrow's reader raises an error.
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"), _BLOCK)
+
+class _Zstd(io.RawIOBase):
+    """The content of a .zst file with windows of up to 2 GiB, as `zstd --long=31` writes them.
+
+    Unlike the stream reader of `zstandard`, this class notices that a file ends inside a frame.
+    """
+
+    def __init__(self, file: str) -> None:
+        import zstandard
+
+        self._file = open(file, "rb")  # noqa: SIM115
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._damage = zstandard.ZstdError
+        self._frame: Any = None
+        self._compressed, self._content = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            data = self._compressed or self._file.read(_COMPRESSED_BLOCK)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._content = memoryview(self._frame.decompress(data))
+            except self._damage as error:
+                raise EOFError(str(error)) from error
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @contextmanager
@@ -324,16 +386,11 @@ def _text_begins(file: str, separator: str | None, size: int) -> list[tuple[int,
 
 
 def _csv_begins(file: str, separator: str | None, size: int) -> list[tuple[int, int]]:
-    begins: list[tuple[int, int]] = []
+    _csv_header(file, os.stat(file).st_mtime_ns)  # raises an error for a header that cannot be read
     with open_bytes(file) as content:
-        lines = _Lines(content)
-        reader = _csv_reader(file, lines)
-        try:
-            next(reader, None)
-            begins.append((content.position, 1))
-        except (csv.Error, BadLine):
-            return [(0, 1), (os.stat(file).st_size, 1)]
-        row = 1
+        reader = _csv_reader(file, _Lines(content))
+        _first_fields(reader)
+        begins, row = [(content.position, 1)], 1
         while True:
             start = content.position
             try:
@@ -390,13 +447,24 @@ def _jsonl_rows(span: Span) -> Iterator[tuple[int, Any]]:
             if text is None:
                 yield row, BadRow(file, row, "not UTF-8", _not_utf8(line, where))
                 continue
-            try:
-                values = json.loads(text.removeprefix("\ufeff"))
-            except json.JSONDecodeError as error:
-                values = BadRow(file, row, "not JSON", f"{where}: not JSON ({error.msg} at character {error.pos + 1})")
-            except RecursionError:
-                values = BadRow(file, row, "not JSON", f"{where}: not JSON (nested too deep)")
-            yield row, values
+            yield row, json_of(text.removeprefix("\ufeff"), file, row, where)
+
+
+def json_of(text: str, file: str, row: int, where: str) -> Any:
+    """Returns the value of a row of JSON, or a `BadRow`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        return BadRow(file, row, "not JSON", f"{where}: not JSON ({_why_not_json(error)}{place})")
+
+
+def _why_not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 def _is_json_array(file: str) -> bool:
@@ -416,12 +484,54 @@ def _json_array_rows(span: Span) -> Iterator[tuple[int, Any]]:
     text = _decode(data, span.file)
     if text is None:
         raise DamagedFile(_not_utf8(data, f"{span.file}, row 1"))
-    try:
-        rows = json.loads(text.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        # One syntax error makes the whole array unreadable.
-        raise DamagedFile(f"{span.file}, row {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    yield from enumerate(rows, start=1)
+    at, row, decode = text.index("[") + 1, 0, json.JSONDecoder().raw_decode
+    while (at := _behind_space(text, at)) < len(text) and (row or text[at] != "]"):
+        row += 1
+        values: Any
+        try:
+            values, at = decode(text, at)
+        except json.JSONDecodeError as error:
+            # Where the next row begins is not known behind a syntax error.
+            raise _damaged_array(span.file, row, text, error.pos, error.msg) from error
+        except (ValueError, RecursionError) as error:
+            message = f"{span.file}, row {row}: not JSON ({_why_not_json(error)})"
+            values, at = BadRow(span.file, row, "not JSON", message), _end_of_element(text, at)
+        yield row, values
+        at = _behind_space(text, at)
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    if text[at : at + 1] != "]":
+        raise _damaged_array(span.file, row, text, at, "Expecting ',' or ']'")
+    if (behind := _behind_space(text, at + 1)) < len(text):
+        raise _damaged_array(span.file, row, text, behind, "Extra data behind the array")
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_JSON_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+"""Matches a text of JSON, or a mark outside texts."""
+
+
+def _behind_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _end_of_element(text: str, at: int) -> int:
+    """Returns the end of the array's element that begins at `at`, without reading its values."""
+    depth = 0
+    for mark in _JSON_MARK.finditer(text, at):
+        depth += (mark[0] in "[{") - (mark[0] in "]}")
+        if depth < 0 or (depth == 0 and mark[0] == ","):
+            return mark.start()
+    return len(text)
+
+
+def _damaged_array(file: str, row: int, text: str, at: int, reason: str) -> DamagedFile:
+    line = text.count("\n", 0, at) + 1
+    column = at - text.rfind("\n", 0, at)
+    return DamagedFile(f"{file}, row {row}: not JSON ({reason} at line {line}, column {column})")
 
 
 class _Lines:
@@ -445,28 +555,47 @@ class _Lines:
         text = _decode(line, where)
         if text is None:
             raise BadLine(_not_utf8(line, where))
+        text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
         return text.removeprefix("\ufeff") if self.number == 1 else text
 
 
-def _csv_reader(file: str, lines: _Lines) -> Any:
+def _csv_reader(file: str, lines: _Lines) -> Iterator[list[str]]:
+    if format_of(file) == "tsv":
+        return map(_fields_of_tsv, lines)
     csv.field_size_limit(LONGEST_ROW)
-    return csv.reader(lines, delimiter="\t" if format_of(file) == "tsv" else ",", strict=True)
+    return csv.reader(lines, strict=True)
+
+
+def _fields_of_tsv(line: str) -> list[str]:
+    """Returns the fields of a line. Quotation marks are text, as IANA's definition of the format has it."""
+    line = line.removesuffix("\n")
+    return line.split("\t") if line else []
+
+
+def _first_fields(reader: Iterator[list[str]]) -> list[str]:
+    return next(filter(None, reader), [])
 
 
 @lru_cache(64)
 def _csv_header(file: str, modified: int) -> tuple[list[str], int]:
-    """Returns the column names and the number of lines that the header takes."""
+    """Returns the column names and the number of the header's last line."""
     with open_bytes(file) as content:
         lines = _Lines(content)
         try:
-            return next(_csv_reader(file, lines), []), lines.number
+            header = _first_fields(_csv_reader(file, lines))
         except (csv.Error, BadLine) as error:
             raise DamagedFile(f"{file}, line 1: the header is not CSV ({error})") from error
+    if not header:
+        raise DamagedFile(f"{file} is empty: its first line has to name the columns")
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise DamagedFile(f"{file}, line {lines.number}: two columns are called {twice[0]!r}: rename one of them")
+    return header, lines.number
 
 
 def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
     file = span.file
     header, first_line = _csv_header(file, os.stat(file).st_mtime_ns)
+    is_tsv = format_of(file) == "tsv"
     with open_bytes(file, span.start) as content:
         lines = _Lines(content)
         # Messages have line numbers in the first span only: later spans would need another pass over the file.
@@ -490,9 +619,11 @@ def _csv_rows(span: Span) -> Iterator[tuple[int, Any]]:
             if not fields:
                 continue
             row += 1
-            if len(fields) > len(header):
-                message = f"{file}, row {row}: more fields than the header's {len(header)}"
-                yield row, BadRow(file, row, "not CSV", message)
+            if len(fields) > len(header) or (is_tsv and len(fields) < len(header)):
+                what = "more" if len(fields) > len(header) else "fewer"
+                hint = " (in .tsv, each line is a row, and quotation marks are text)" if is_tsv else ""
+                message = f"{file}, row {row}: {what} fields than the header's {len(header)}{hint}"
+                yield row, BadRow(file, row, "not TSV" if is_tsv else "not CSV", message)
             else:
                 yield row, dict.fromkeys(header) | dict(zip(header, fields, strict=False))
 
@@ -506,6 +637,8 @@ def _parquet_rows(span: Span, columns: list[str] | None) -> Iterator[tuple[int, 
         with pq.ParquetFile(span.file, buffer_size=_BLOCK, pre_buffer=False) as parquet:
             known = parquet.schema_arrow.names
             wanted = known if columns is None else columns
+            if twice := [name for name in wanted if known.count(name) > 1]:
+                raise DamagedFile(f"{span.file}: two columns are called {twice[0]!r}: rename one of them")
             missing = [name for name in wanted if name not in known]
             if missing:
                 raise DamagedFile(
@@ -522,6 +655,21 @@ def _parquet_rows(span: Span, columns: list[str] | None) -> Iterator[tuple[int, 
         ) from error
 
 
+def class_names_of(file: str) -> dict[str, list[str]]:
+    """Returns column → names of its classes, which `datasets` writes into the schema of a parquet file."""
+    if format_of(file) != "parquet":
+        return {}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        described = (pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(described)["info"]["features"]
+        return {column: list(one["names"]) for column, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # reading the rows tells what is wrong with the file
+
+
 def _read_text(span: Span, separator: str | None) -> Iterator[Document | BadRow]:
     """Yields the documents of a text file. `row` is the document's number."""
     with open_bytes(span.file, span.start) as content:
@@ -536,6 +684,7 @@ def _read_text(span: Span, separator: str | None) -> Iterator[Document | BadRow]
                 continue
             if position == 0:
                 text = text.removeprefix("\ufeff")
+            text = text.replace("\r\n", "\n")
             if text.strip():
                 yield Document(text, span.file, number)
 
@@ -546,28 +695,53 @@ def _pieces(
     """Yields (position, number of the document, content, position of the next piece) of each piece of a text file.
 
     A piece ends at a separator or at `LONGEST_DOCUMENT` bytes. Its end depends only on its start, so reading can start
-    at any piece.
+    at any piece. A line end of the separator is "\\n" or "\\r\\n" in the file.
     """
-    mark = separator.encode() if separator else b""
+    mark = _Separator(separator)
     position, buffer, at, ended = content.position, b"", 0, False
     while True:
-        if not ended and len(buffer) - at <= LONGEST_DOCUMENT + len(mark):
+        if not ended and len(buffer) - at <= LONGEST_DOCUMENT + mark.longest:
             block = content.read(min(_BLOCK, stop - content.position))
             ended = not block
             buffer, at = buffer[at:] + block, 0
+            mark.has_windows_lines = b"\r\n" in buffer
             continue
         if at >= len(buffer):
             return
-        end = buffer.find(mark, at, at + LONGEST_DOCUMENT + len(mark)) if mark else -1
-        following, after = number, end
+        end, after = mark.find(buffer, at, LONGEST_DOCUMENT)
+        following = number
         if end >= 0:
-            following, after = number + 1, end + len(mark)
+            following = number + 1
         elif len(buffer) - at <= LONGEST_DOCUMENT:
             after = end = len(buffer)
         else:
             after = end = _place_to_cut(buffer, at, LONGEST_DOCUMENT)
         yield position, number, buffer[at:end], position + after - at
         position, number, at = position + after - at, following, after
+
+
+class _Separator:
+    """Finds the text that ends a document. A separator with "\\r" is found as it is, any other with both line ends."""
+
+    def __init__(self, separator: str | None) -> None:
+        self._plain = (separator or "").encode()
+        lines = b"" if b"\r" in self._plain else self._plain
+        self._any_lines = re.compile(re.escape(lines).replace(b"\\\n", b"\\r?\\n"))
+        self.longest = len(self._plain) + lines.count(b"\n")
+        """Most bytes that the separator takes."""
+        self.has_windows_lines = False
+        """Whether the bytes that are searched have a "\\r\\n". Without one, the plain search is exact and fast."""
+
+    def find(self, data: bytes, at: int, longest: int) -> tuple[int, int]:
+        """Returns (start, stop) of the first separator that starts within `longest` bytes behind `at`, or (-1, -1)."""
+        if not self._plain:
+            return -1, -1
+        if self.has_windows_lines and self.longest > len(self._plain):
+            match = self._any_lines.search(data, at, at + longest + self.longest)
+            start, stop = match.span() if match else (-1, -1)
+            return (start, stop) if start - at <= longest else (-1, -1)
+        start = data.find(self._plain, at, at + longest + len(self._plain))
+        return start, start + len(self._plain)
 
 
 def _decode(data: bytes, where: str) -> str | None:

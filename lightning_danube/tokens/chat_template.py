@@ -130,12 +130,13 @@ class ChatEncoder:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
-        answers: Literal["all", "last"] = "all",
+        answers: Literal["all", "last"] | Sequence[bool] = "all",
     ) -> EncodedChat:
         """Returns the ids of a conversation, and which tokens are learned.
 
-        Learned are the tokens of all answers, or of the last answer, and the special tokens that end them. A token that
-        begins before its answer (a marker and a first letter can form one token) is not learned.
+        Learned are the tokens of all answers, of the last answer, or of the messages that are marked, and the special
+        tokens that end them. A token that begins before its answer (a marker and a first letter can form one token) is
+        not learned.
 
         Raises:
             ValueError: the template refuses these messages.
@@ -149,7 +150,9 @@ class ChatEncoder:
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return EncodedChat(ids, [False] * len(ids))
         learned = [message["role"] == "assistant" for message in messages]
-        if answers == "last":
+        if not isinstance(answers, str):
+            learned = list(answers)
+        elif answers == "last":
             learned = [is_answer and not any(learned[n + 1 :]) for n, is_answer in enumerate(learned)]
         return self._encode_parts(around, contents, learned)
 

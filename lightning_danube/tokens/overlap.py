@@ -13,6 +13,7 @@ import yaml
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, is_streamed, read_documents
 from lightning_danube.text.quality import Benchmarks
+from lightning_danube.yaml_files import load_yaml
 
 
 class TrainingTexts(NamedTuple):
@@ -25,7 +26,7 @@ class TrainingTexts(NamedTuple):
 def training_texts(run: Path) -> TrainingTexts | None:
     """Reads the texts of a pre-training run from its directory. None for other runs, or if its files do not say."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
         data = config["data"]["init_args"]
         if not str(config["data"]["class_path"]).endswith("CurriculumData"):
             return None

@@ -24,8 +24,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.text.corpora import Source, is_saved_dataset, local_files
+from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
+from lightning_danube.text.reading import READ_AS, format_of
 from lightning_danube.tokens.finished_shards import finished_directory, is_finished
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
@@ -51,13 +52,17 @@ def source_fingerprint(
 
 
 def files_identity(name: str, source: Source, cache: Path) -> bytes:
-    """Returns bytes that change with the files of a source. Empty for a hub data set, which its revision identifies."""
+    """Returns bytes that change with the files of a source, and with the rules by which they are read. Empty for a hub
+    data set, which its revision identifies."""
     if is_saved_dataset(source):
-        return (Path(source.path).expanduser() / "state.json").read_bytes()
+        return (saved_directory(name, source) / "state.json").read_bytes()
     if source.is_hub:
         return b""
-    states = ((os.path.abspath(file), os.stat(file)) for file in local_files(name, source, cache))
-    return "".join(f"{path}/{state.st_size}/{state.st_mtime_ns}" for path, state in states).encode()
+    identity = ""
+    for file in local_files(name, source, cache):
+        state, read_as = os.stat(file), READ_AS.get(format_of(file))
+        identity += f"{os.path.abspath(file)}/{state.st_size}/{state.st_mtime_ns}" + (f"/{read_as}" if read_as else "")
+    return identity.encode()
 
 
 def held_out_below(share: float) -> int:

@@ -14,6 +14,7 @@ from lightning_danube.chat.rows import FittedChat
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, ChatEncoder
 from lightning_danube.training.loaders import StepSampler
+from tests.rows import write_rows
 
 
 def write(path: Path, count: int) -> Path:
@@ -191,6 +192,7 @@ def unread(path: Path, *, source: dict[str, Any] | None = None, **options: Any) 
         {"too_long": "cut"},
         {"held_out": 0.3},
         {"source": {"max_conversations": 5}},
+        {"source": {"drop_leading_answers": True}},
         {"source": {"columns": {"messages": "messages"}}},
         {"source": {"on_bad_row": "skip"}},
         {"tokenizer": "danube-small"},
@@ -232,6 +234,33 @@ def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str,
     with pytest.raises(ValueError, match=rf"data.{key} is .*, the run began with .*: set it back"):
         other.load_state_dict(state)
     assert other.steps_done == 0
+
+
+def test_weights_and_early_answers_are_counted(tmp_path: Path) -> None:
+    def turn(role: str, text: str, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": text, **more}
+
+    plain = [turn("user", "why"), turn("assistant", "so"), turn("user", "and"), turn("assistant", "no more")]
+    rows = [
+        [plain[0], {**plain[1], "weight": 0}, *plain[2:]],
+        [turn("assistant", "early"), *plain],
+        [*plain[:3], {**plain[3], "weight": 0}],
+    ]
+    path = write_rows(tmp_path / "talk.jsonl", *({"messages": row} for row in rows))
+
+    def report(**options: Any) -> dict[str, Any]:
+        source = {"drop_leading_answers": True, "on_bad_row": "skip"}
+        module = unread(path, source=source, held_out=0.5, **options)
+        module.prepare_data()
+        return module.reports()["talk"]
+
+    found = report()
+    assert (found["conversations"], found["answers_not_learned"], found["dropped_leading_answers"]) == (3, 2, 1)
+    last = report(learned="last")
+    assert last["conversations"] == 2 and last["left_out"] == {"nothing to learn": 1}
+    assert last["first_left_out"] == [
+        f"{path}, row 3: the weight of the last answer is 0, and learned: last counts no other"
+    ]
 
 
 def test_conversations_with_one_first_question_stand_on_one_side(tmp_path: Path) -> None:

@@ -14,6 +14,13 @@ ASKED = [{"role": "user", "content": "Hi"}]
 LONG = [*ASKED, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And?"}]
 GOOD, BAD = {"role": "assistant", "content": "Fine."}, {"role": "assistant", "content": "Go away."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]
+DIALOGUE = "\n\nHuman: One?\n\nAssistant: 1\n\nHuman: Hi\n\nAssistant:"
+
+
+def good(found: list[Preference | BadRow]) -> list[Preference]:
+    assert all(isinstance(pair, Preference) for pair in found), found
+    return [pair for pair in found if isinstance(pair, Preference)]
 
 
 def read(path: Path, **options: Any) -> list[Preference | BadRow]:
@@ -49,12 +56,29 @@ def sharegpt(messages: Any) -> Any:
             [SYSTEM, *ASKED],
         ),
         ({"chosen": sharegpt([*LONG, GOOD]), "rejected": sharegpt([*LONG, BAD])}, LONG),
+        ({"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away.", "system_prompt": "Be brief."}, [SYSTEM, *ASKED]),
+        ({"prompt": "Hi", "history": [["One?", "1"]], "chosen": "Fine.", "rejected": "Go away."}, [*EARLIER, *ASKED]),
+        (
+            {"instruction": "Run.", "input": "\n  code\n", "chosen": "Fine.", "rejected": "Go away."},
+            [{"role": "user", "content": "Run.\n\n  code"}],
+        ),
+        # As Anthropic publishes HH-RLHF: whole dialogues, each as one text.
+        ({"chosen": f"{DIALOGUE} Fine.", "rejected": f"{DIALOGUE} Go away."}, [*EARLIER, *ASKED]),
+        ({"prompt": DIALOGUE, "chosen": " Fine.", "rejected": " Go away."}, [*EARLIER, *ASKED]),
+        # A prompt that repeats a part of the turns, in a template or not.
+        ({"prompt": "Question: Hi\nAnswer:", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, ASKED),
+        ({"prompt": ASKED, "chosen": [SYSTEM, *ASKED, GOOD], "rejected": [SYSTEM, *ASKED, BAD]}, [SYSTEM, *ASKED]),
+        (
+            {"prompt": "One?", "chosen": [*EARLIER, *ASKED, GOOD], "rejected": [*EARLIER, *ASKED, BAD]},
+            [*EARLIER, *ASKED],
+        ),
     ],
 )
 def test_common_shapes_are_told_apart(tmp_path: Path, row: Any, prompt: list[dict[str, str]]) -> None:
     path = write_rows(tmp_path / "a.jsonl", row, row)
     topic = next(message["content"] for message in prompt if message["role"] == "user")
-    assert read(path) == [Preference(prompt, "Fine.", "Go away.", topic, str(path), number) for number in (1, 2)]
+    found = [pair._replace(chosen=pair.chosen.strip(), rejected=pair.rejected.strip()) for pair in good(read(path))]
+    assert found == [Preference(prompt, "Fine.", "Go away.", topic, str(path), number) for number in (1, 2)]
 
 
 def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) -> None:
@@ -126,6 +150,38 @@ PAIR = {"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away."}
         ({**PAIR, "chosen": [{"content": "x"}]}, "no turns", "the chosen answer: turn 1 is no object with 'role' and"),
         ({**PAIR, "chosen": {"from": "tool", "value": "x"}}, "unknown role", "the chosen answer: turn 1 has the role"),
         ({**PAIR, "prompt": [*ASKED, *ASKED]}, "roles out of order", "messages 1 and 2 are both the user's"),
+        (
+            {"prompt": "Ho", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
+            "different prompts",
+            "the prompt is not among the turns before the two answers",
+        ),
+        (
+            {"prompt": [{**ASKED[0], "content": "H"}], "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
+            "different prompts",
+            "the prompt is not among the turns before the two answers",
+        ),
+        (
+            {"history": [["One?", "1"]], "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
+            "different prompts",
+            "there is a history beside whole conversations: remove one of them",
+        ),
+        (
+            {"chosen": f"{DIALOGUE} Fine.\n\nHuman: Ho\n\nAssistant: No.", "rejected": f"{DIALOGUE} Go away."},
+            "not one answer",
+            "the chosen answer is 3 turns, not one of the assistant after the prompt",
+        ),
+        ({"chosen": f"{DIALOGUE} Fine.", "rejected": DIALOGUE}, "empty answer", "message 4 (assistant) is empty"),
+        ({**PAIR, "tools": ["one"]}, "a column that is not read", "column 'tools' would change what is learned"),
+        (
+            {**PAIR, "chosen": {**GOOD, "tool_calls": [1]}},
+            "a part of a turn that is not read",
+            "turn 1 has 'tool_calls'",
+        ),
+        (
+            {**PAIR, "rejected": [{**BAD, "weight": 0}]},
+            "weights",
+            "the rejected answer has the weight 0, so the pair has",
+        ),
         ({"prompt": "Hi"}, "other columns", "a pair needs chosen and rejected, the row has prompt: name its columns"),
         ([1, 2], "not an object", "row 2: expected an object, found list"),
     ],

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lightning_danube.chat.conversations import NoConversation
 from lightning_danube.chat.rows import DoesNotFit, fit_chat
 from lightning_danube.tokens.chat_template import ChatEncoder, Message, encode_chat
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
@@ -52,6 +53,25 @@ def test_only_the_last_answer_counts_when_asked_for() -> None:
     begin = len(encode_chat(MISTRAL, TURNS[:5], True))
     assert last.learned[begin:].all() and not last.learned[:begin].any()
     assert every.learned[:begin].any() and every.learned[begin:].all()
+
+
+def test_answers_without_weight_are_read_and_not_learned() -> None:
+    every, some = (fit_chat(ENCODER, TURNS, 500, "cut", "all", left_out) for left_out in ((), {1, 5}))
+    assert some.ids.tolist() == every.ids.tolist()
+    begin, end = (len(encode_chat(MISTRAL, TURNS[:n], n == 3)) for n in (3, 4))
+    assert not some.learned[:begin].any() and not some.learned[end:].any()
+    assert some.learned[begin:end].tolist() == every.learned[begin:end].tolist() and some.learned[begin:end].any()
+    # With its turns, a dropped answer loses its weight.
+    shorter = fit_chat(ENCODER, TURNS, len(WHOLE) - 2, "drop_turns", "all", {1, 5})
+    assert shorter.dropped_turns == 2 and shorter.learned.any()
+    middle = len(encode_chat(MISTRAL, TURNS[2:4], False))
+    assert not shorter.learned[middle:].any()
+
+
+def test_a_last_answer_without_weight_leaves_nothing_to_learn() -> None:
+    with pytest.raises(NoConversation, match="the weight of the last answer is 0, and learned: last counts no other"):
+        fit_chat(ENCODER, TURNS, 500, "cut", "last", {5})
+    assert fit_chat(ENCODER, TURNS, 500, "cut", "last", {1}).learned.any()
 
 
 def lengths(count: int) -> np.ndarray:

@@ -47,6 +47,10 @@ def test_what_was_left_out_is_told_with_its_cause() -> None:
     ]  # fmt: skip
     assert table.splitlines()[-1].split() == ["mine", "1,200", "30", "4,000", "900", "2", "4"]
     assert rest == ["mine: 3 left out: too long", "mine: 1 left out: empty", "  a.jsonl, line 7: empty"]
+    report |= {"dropped_leading_answers": 1200, "answers_not_learned": 0}
+    assert source_lines({"mine": report}, "pairs")[4:] == [
+        "mine: 1,200 answers before the first question left out of their conversations"
+    ]
 
 
 def test_a_source_that_was_not_measured_has_no_loss(tmp_path: Path) -> None:

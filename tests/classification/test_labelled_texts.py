@@ -51,6 +51,11 @@ def test_the_same_rows_out_of_each_format(tmp_path: Path) -> None:
         ({"text": "x", "label": " "}, "no label", r"row 2: column 'label' is empty"),
         ({"text": "x"}, "no label", r"row 2: column 'label' is empty"),
         ({"text": "x", "label": 1.5}, "no label", r"row 2: column 'label' holds float, no word and no whole number"),
+        (
+            {"text": "x", "label": "\ud800"},
+            "no label",
+            r"row 2: column 'label' holds half a surrogate pair, which is no",
+        ),
         ([1], "not an object", r"row 2: expected an object with the column 'text', found list"),
     ],
 )
@@ -89,6 +94,50 @@ def test_labels_as_words_whole_numbers_and_truth_values(tmp_path: Path) -> None:
     assert [text.label for text in read(tmp_path / "a.jsonl")] == ["spam", "7", "2", "true"]
     assert ordered(["10", "9", "-1", "9"]) == ["-1", "9", "10"]
     assert ordered(["10", "9", "b"]) == ["10", "9", "b"]
+
+
+def test_classes_of_equal_value_have_one_order() -> None:
+    labels = ["2", "1", "001", "10", "01"]
+    for _ in range(5):
+        labels = [*labels[1:], labels[0]]
+        assert ordered(labels) == ["001", "01", "1", "2", "10"]
+    # More digits than Python reads as a number.
+    assert ordered(["7" * 5000, "10", "9"]) == ["10", "7" * 5000, "9"]
+
+
+def test_a_label_is_the_same_word_in_every_format(tmp_path: Path) -> None:
+    values = [2.0, 3, True, False, -1.0, "1.5", "v1.0", "true story"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x", "label": value}) for value in values))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{value}\n" for value in values))
+    pq.write_table(pa.Table.from_pylist([{"text": "x", "label": 2.0}]), tmp_path / "a.parquet")
+    labels = {name: [text.label for text in read(tmp_path / f"a.{name}")] for name in ("jsonl", "csv", "parquet")}
+    assert labels["csv"] == labels["jsonl"] == ["2", "3", "true", "false", "-1", "1.5", "v1.0", "true story"]
+    assert labels["parquet"] == ["2"]
+
+
+def test_a_number_of_a_class_is_its_name_where_the_data_set_has_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = {"text": ["one", "two", "three"], "label": [1, 0, -1]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "a.parquet")
+    for name in ("saved", "a.parquet"):
+        one, two, untold = read(tmp_path / name)
+        assert (one.label, two.label) == ("pos", "neg")
+        assert isinstance(untold, BadRow) and untold.cause == "no label"
+
+
+def test_a_role_takes_its_split_of_a_saved_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([{"text": name, "label": "a"}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert [text.text for text in read(tmp_path / "saved")] == ["train"]
+    source = LabelledTexts(str(tmp_path / "saved"))
+    found = list(read_labelled_texts("test", source, "text", "label", tmp_path))
+    assert [row.text for row in found if isinstance(row, LabelledText)] == ["test"]
 
 
 def test_the_name_of_a_package_is_hidden_in_its_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +192,7 @@ def test_a_role_takes_the_split_of_its_name(
 ) -> None:
     asked = []
 
-    def rows(name: str, source: Any, cache_dir: Path, called: str) -> Any:
+    def rows(name: str, source: Any, cache_dir: Path, called: str, class_names: bool) -> Any:
         asked.append((source.path, source.split, source.name, source.revision))
         yield "hub", 1, {"text": "a text", "label": "a"}
 

@@ -59,6 +59,16 @@ def test_files_stand_where_a_copy_of_the_hub_has_them(tmp_path: Path) -> None:
     assert split_files(tmp_path, "baber/piqa", None, "test") == []
 
 
+def test_files_of_a_data_set_without_a_name_stand_in_data(tmp_path: Path) -> None:
+    file = tmp_path / "Rowan" / "hellaswag" / "data" / "validation-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert split_files(tmp_path, "Rowan/hellaswag", None, "validation") == [file]
+    assert split_files(tmp_path, "Rowan/hellaswag", "other", "validation") == []
+    (above := tmp_path / "Rowan" / "hellaswag" / "validation.jsonl").touch()
+    assert split_files(tmp_path, "Rowan/hellaswag", None, "validation") == [above]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

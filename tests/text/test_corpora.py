@@ -19,6 +19,11 @@ def read(path: Path | str, **options: object) -> list[Document]:
     return list(read_documents("src", Source(str(path), **options), Path("unused")))  # type: ignore[arg-type]
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def write_jsonl(path: Path) -> None:
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n")
 
@@ -29,7 +34,7 @@ def write_json_array(path: Path) -> None:
 
 def write_csv(path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "id"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer = csv.DictWriter(file, ["text", "id"])
         writer.writeheader()
         writer.writerows(ROWS)
 
@@ -43,7 +48,7 @@ def write_parquet(path: Path) -> None:
     [
         *itertools.product(["a.jsonl"], [write_jsonl], ["", ".gz", ".zst"]),
         *itertools.product(["a.json"], [write_json_array], ["", ".gz", ".zst"]),
-        *itertools.product(["a.csv", "a.tsv"], [write_csv], ["", ".gz", ".zst"]),
+        *itertools.product(["a.csv"], [write_csv], ["", ".gz", ".zst"]),
         ("a.parquet", write_parquet, ""),
     ],
 )
@@ -84,11 +89,51 @@ def test_directories_and_globs_are_read_in_order(tmp_path: Path) -> None:
     assert [d.text for d in read(tmp_path / "*.txt")] == ["a.txt", "b.txt"]
 
 
+def test_a_directory_is_read_with_its_links_and_without_hidden_files_and_cards(tmp_path: Path) -> None:
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    for name in ("part0/a.txt", "part0/.ipynb_checkpoints/a.txt", "._b.txt", "README.md", "part0/config.json"):
+        write(data / name, name)
+    write(disk / "b.txt", "linked")
+    (data / "part1").symlink_to(disk)
+    (data / "part0" / "c.txt").symlink_to(disk / "b.txt")
+    (disk / "above").symlink_to(data)  # would be followed without end
+    assert [document.text for document in read(data)] == ["part0/a.txt", "linked", "linked"]
+    assert [document.text for document in read(data / "README.md")] == ["README.md"]
+    (data / "gone.txt").symlink_to(disk / "nothing.txt")
+    with pytest.raises(ValueError, match=r"source 'src': .*gone\.txt is a link to a file that is not there: remove or"):
+        read(data)
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "news [old]"
+    write(folder / "a [1].txt", "brackets")
+    write(folder / "a1.txt", "no brackets")
+    assert [document.text for document in read(folder / "a [1].txt")] == ["brackets"]
+    assert [document.text for document in read(folder / "a?.txt")] == ["no brackets"]
+    assert [document.text for document in read(folder / "*.txt")] == ["brackets", "no brackets"]
+
+
 def test_what_datasets_saved_is_read_by_datasets(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert [d.text for d in read(tmp_path / "saved")] == [row["text"] for row in ROWS]
+
+
+def test_of_several_saved_splits_the_source_names_one(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([{"text": f"a {name} text"}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert [d.text for d in read(tmp_path / "saved")] == ["a train text"]
+    assert [d.text for d in read(tmp_path / "saved", split="test")] == ["a test text"]
+    with pytest.raises(
+        ValueError, match=r"source 'src': .*saved has no split 'dev', only train, test: name one with split"
+    ):
+        read(tmp_path / "saved", split="dev")
+    (tmp_path / "saved" / "dataset_dict.json").unlink()
+    with pytest.raises(ValueError, match="no file of a known format"):
+        read(tmp_path / "saved")
 
 
 def test_columns_are_joined_by_a_pattern(tmp_path: Path) -> None:
@@ -113,8 +158,15 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, row 1: column 'text' holds int, not text"),
         ("a.jsonl", b'"text"\n', r"a\.jsonl, row 1: expected an object with the column 'text', found str"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, row 2: byte 11 of the row \(0xff\) is not UTF-8"),
-        ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json, row 2: not JSON"),
+        ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json, row 2: not JSON \(.* at line 2, column 9\)"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}', r"a\.json, row 2: not JSON \(Expecting ',' or '\]' at line 1"),
+        ("a.json", b'[{"text": "a"},]', r"a\.json, row 2: not JSON \(Expecting value"),
+        ("a.json", b'[{"text": "a"}]\n[]', r"a\.json, row 1: not JSON \(Extra data behind the array at line 2"),
         ("a.csv", b"text,id\na,1\nb,2,3\n", r"a\.csv, row 2: more fields than the header's 2"),
+        ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv, line 1: two columns are called 'text': rename one of them"),
+        ("a.csv", b"", r"a\.csv is empty: its first line has to name the columns"),
+        ("a.tsv", b"\n\n", r"a\.tsv is empty: its first line has to name the columns"),
+        ("a.tsv", b"text\tid\na\t1\nb\n", r"a\.tsv, row 2: fewer fields than the header's 2 \(in \.tsv, each line is"),
         ("a.csv", b'text,id\n"a,1\n', r"a\.csv, line \d: not CSV \(unexpected end of data\)"),
         ("a.csv", b"text\na\nb\xff\n", r"a\.csv, line 3: byte 2 of the row \(0xff\) is not UTF-8"),
         ("a.csv", b"body,id\na,1\n", r"a\.csv, row 1: there is no column 'text', only body, id"),
@@ -128,6 +180,9 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
         ),
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz is not a whole compressed file"),
         ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst is not a whole compressed file"),
+        ("a.jsonl.gz", b"", r"a\.jsonl\.gz is not a whole compressed file \(it has 0 bytes\): fetch it again"),
+        ("a.txt.zst", b"", r"a\.txt\.zst is not a whole compressed file \(it has 0 bytes\)"),
+        ("a.csv.gz", gzip.compress(b""), r"a\.csv\.gz is empty: its first line has to name the columns"),
     ],
 )
 def test_damage_is_named_with_file_and_row(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -29,9 +29,13 @@ def content_of(name: str) -> tuple[bytes, list[Row]]:
         numbered = list(enumerate(lines, start=1))
         rows = [(json.loads(line)["text"], row) for row, line in numbered if line.strip()]
         return ("\n".join(lines) + "\n").encode(), kept(rows)
-    if name in ("csv", "tsv"):
+    if name == "tsv":
+        lines = ["n\ttext", *(f"{row}\t{text}" for text, row in rows)]
+        lines[4:4] = [""]
+        return ("\r\n".join(lines) + "\r\n").encode(), kept(rows)
+    if name == "csv":
         file = io.StringIO(newline="")
-        writer = csv.writer(file, delimiter="\t" if name == "tsv" else ",", quoting=csv.QUOTE_ALL)
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
         writer.writerow(["n", "text"])
         rows = [(text.replace(" ", "\n") if text.strip() else text, row) for text, row in rows]
         for text, row in rows:
@@ -79,6 +83,22 @@ def test_spans_of_any_size_hold_each_row_once(name: str, tmp_path: Path, monkeyp
         numbers.add(len(parts))
     # A span begins at the first row behind its size, so the smallest spans have one row each.
     assert max(numbers) >= (4 if path.suffix == ".parquet" else len(TEXTS)) and min(numbers) == 1
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", "~\n"])
+def test_spans_end_at_separators_with_line_ends_of_both_kinds(
+    separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_BLOCK", 16)
+    windows = separator.replace("\n", "\r\n")
+    texts = [text for text in TEXTS if text.strip()]
+    content = "".join(text + (windows if row % 3 else separator) for row, text in enumerate(texts))
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    for size in (1, 7, 16, 33, 5000):
+        parts = spans(str(tmp_path / "a.txt"), separator, size)
+        found = [row.text for part in parts for row in read_span(part, "text", separator) if isinstance(row, Document)]
+        assert found == texts, size
+        assert parts[-1].stop == len(content.encode())
 
 
 def test_a_byte_order_mark_belongs_to_no_text_and_no_column(tmp_path: Path) -> None:

@@ -95,6 +95,29 @@ def test_a_saved_data_set_is_told_by_its_state(tmp_path: Path) -> None:
     assert files_identity("src", source, tmp_path) != before
 
 
+def test_texts_and_tables_are_told_by_the_rules_of_reading(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {suffix: text.with_name(f"one.{suffix}.gz") for suffix in ("txt", "csv", "tsv", "jsonl")}
+    for path in paths.values():
+        path.write_bytes(b"one")
+
+    def identities() -> dict[str, bytes]:
+        return {suffix: files_identity("src", Source(str(path)), path.parent) for suffix, path in paths.items()}
+
+    before = identities()
+    monkeypatch.setattr(shards, "READ_AS", {kind: version + 1 for kind, version in shards.READ_AS.items()})
+    changed = {suffix for suffix, identity in identities().items() if identity != before[suffix]}
+    assert changed == {"txt", "csv", "tsv"}
+
+
+def test_saved_splits_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "state.json").write_text(f'{{"_fingerprint": "{split}"}}')
+    train, test = (files_identity("src", Source(str(tmp_path), split=split), tmp_path) for split in ("train", "test"))
+    assert train != test and b"train" in train
+
+
 def small_copy() -> Any:
     return copy.deepcopy(load_hf_tokenizer("danube-small"))
 

@@ -315,6 +315,23 @@ def test_skipping_goes_on_behind_bad_csv(tmp_path: Path, tokenizer: DocumentToke
     assert report(directory)["rejected"] == {"not CSV": 2, "not UTF-8": 1}
 
 
+def test_rows_that_python_cannot_read_or_print_are_set_aside(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+    path = tmp_path / "a.jsonl"
+    number, deep = "7" * 5000, "[" * 5000 + "]" * 5000
+    path.write_text(
+        f'{{"text": "good one"}}\n{{"text": "x", "n": {number}}}\n{{"text": "x", "n": {deep}}}\n'
+        '{"te\\udc00t": "x"}\n{"text": "good two"}\n'
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: not JSON \(a whole number of more than 4,300 digits\)"):
+        prepare_small(Source(str(path)), tokenizer, tmp_path / "none", held_out=0.5)
+    directory = prepare_small(Source(str(path), on_bad_row="skip"), tokenizer, tmp_path / "one", held_out=0.5)
+    assert sorted(documents(directory, tokenizer)) == ["good one", "good two"]
+    assert report(directory)["rejected"] == {"no such column": 1, "not JSON": 2}
+    rejected = (directory / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row"] for line in rejected] == [2, 3, 4]
+    assert "only te\\udc00t" in json.loads(rejected[2])["message"]
+
+
 def test_a_long_document_is_cut_at_white_space(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
 from lightning_danube.terminal import tell
@@ -144,42 +144,47 @@ def _prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
 
 
 def _read_file(file: str) -> Iterator[Prompt]:
-    from lightning_danube.text.reading import FORMATS, BadRow, format_of, read_file
+    from lightning_danube.text.reading import FORMATS, format_of, read_lines, read_rows
 
     if not Path(file).is_file():
         raise ValueError(f"--prompts {file}: there is no such file")
     if not format_of(file):
         raise ValueError(f"--prompts {file}: the format is not known by its name: use one of {', '.join(FORMATS)}")
-    expected = 1
-    for row in read_file(file, "prompt", "\n"):
-        if isinstance(row, BadRow):
-            raise ValueError(row.message)
-        # The reader skips blank rows, which would shift all later results against their prompts.
-        if row.row != expected:
-            raise ValueError(f"{file}, row {expected}: the prompt is empty")
-        expected += 1
-        yield Prompt(row.text.removesuffix("\r"), f"{file}, row {row.row}")
+    if format_of(file) == "text":
+        lines = enumerate(read_lines(file), start=1)
+        return (_checked(line, file, row) for row, line in lines)
+    return (_of_row(values, file, row) for row, values in read_rows(file))
 
 
 def _read_standard_input() -> Iterator[Prompt]:
-    from lightning_danube.text.reading import BadRow, text_of
+    from lightning_danube.text.reading import json_of
 
+    name = "standard input"
     lines = sys.stdin.read().split("\n")
     if lines[-1] == "":
         lines.pop()
     for row, line in enumerate(lines, start=1):
-        place = f"standard input, row {row}"
-        text: str | BadRow = line.removesuffix("\r")
         if lines[0].startswith("{"):
-            try:
-                text = text_of(json.loads(line), "prompt", "standard input", row, place)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error.msg} at character {error.pos + 1})") from error
-        if isinstance(text, BadRow):
-            raise ValueError(text.message)
-        if not text.strip():
-            raise ValueError(f"{place}: the prompt is empty")
-        yield Prompt(text, place)
+            yield _of_row(json_of(line, name, row, f"{name}, row {row}"), name, row)
+        else:
+            yield _checked(line.removesuffix("\r"), name, row)
+
+
+def _of_row(values: Any, file: str, row: int) -> Prompt:
+    from lightning_danube.text.reading import BadRow, text_of
+
+    text = values if isinstance(values, BadRow) else text_of(values, "prompt", file, row, f"{file}, row {row}")
+    if isinstance(text, BadRow):
+        raise ValueError(text.message)
+    return _checked(text, file, row)
+
+
+def _checked(text: str, file: str, row: int) -> Prompt:
+    """Returns a row as a prompt. A blank row is refused: without it, later results would stand beside other prompts."""
+    place = f"{file}, row {row}"
+    if not text.strip():
+        raise ValueError(f"{place}: the prompt is empty")
+    return Prompt(text, place)
 
 
 def _encoded(

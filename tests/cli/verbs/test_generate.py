@@ -193,6 +193,8 @@ def test_a_terminal_sees_the_text_as_it_comes(
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: there is no such file"),
         (["--prompts", "FILE.xyz"], "FILE.xyz: the format is not known by its name: use one of .jsonl"),
         (["--prompts", "FILE.txt"], "FILE.txt, row 2: the prompt is empty"),
+        (["--prompts", "LAST.txt"], "LAST.txt, row 2: the prompt is empty"),
+        (["--prompts", "LAST.jsonl"], "LAST.jsonl, row 2: the prompt is empty"),
         (["--prompts", "FILE.jsonl"], "FILE.jsonl, row 2: there is no column 'prompt', only text"),
         (["--prompts", "BAD.jsonl"], "BAD.jsonl, row 1: not JSON"),
         (["--prompts", "-"], "standard input, row 2: not JSON (Expecting value at character 1)"),
@@ -222,6 +224,8 @@ def test_wrong_requests_are_answered_in_one_line(
 ) -> None:
     (tmp_path / "FILE.xyz").write_text("x")
     (tmp_path / "FILE.txt").write_text("one\n\nthree\n")
+    (tmp_path / "LAST.txt").write_text("one\n \n")
+    (tmp_path / "LAST.jsonl").write_text('{"prompt": "one"}\n{"prompt": ""}\n')
     (tmp_path / "LONG.txt").write_text("one\n" + "two " * 70)
     (tmp_path / "FILE.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
     (tmp_path / "BAD.jsonl").write_text('{"prompt": "one\n')

@@ -1,0 +1,47 @@
+"""What jsonargparse reads is what `yaml_files` reads: keys are text, and none stands twice."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_danube.cli.configs import PARSER_OPTIONS, set_parsing_rules
+from lightning_danube.yaml_files import load_yaml
+
+
+@pytest.fixture
+def parser() -> ArgumentParser:
+    set_parsing_rules()
+    set_parsing_rules()  # more than once in a process, as commands from Python do it
+    made = ArgumentParser(**PARSER_OPTIONS)
+    made.add_argument("--config", action="config")
+    made.add_argument("--mix", type=dict[str, float])
+    made.add_argument("--sources", type=dict)
+    made.add_argument("--rate", type=float)
+    return made
+
+
+def test_names_that_yaml_takes_for_other_types_are_names(parser: ArgumentParser, tmp_path: Path) -> None:
+    text = "rate: 1e-4\nsources: {no: {path: a}, 2024: {path: '${rate}'}}\nmix: {no: 50, on: 50}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    found: Any = parser.parse_args(["--config", str(tmp_path / "a.yaml")])
+    assert found.rate == 1e-4 and dict(found.mix) == {"no": 50.0, "on": 50.0}
+    assert {name: dict(source) for name, source in found.sources.items()} == {
+        "no": {"path": "a"},
+        "2024": {"path": 1e-4},
+    }
+    mix = parser.parse_args(["--mix", "{no: 1, 2024: 2, 1e3: 3}"]).mix
+    assert dict(mix) == {"no": 1.0, "2024": 2.0, "1e3": 3.0}
+    saved = load_yaml(parser.dump(found))
+    assert set(saved["sources"]) == {"no", "2024"} and set(saved["mix"]) == {"no", "on"}
+
+
+def test_a_key_that_stands_twice_is_refused_in_every_text(parser: ArgumentParser, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("mix:\n  web: 1\n  web: 2\n")
+    with pytest.raises(argparse.ArgumentError, match="line 3: the key 'web' stands twice, first in line 2"):
+        parser.parse_args(["--config", str(tmp_path / "a.yaml")])
+    # read_command_line has named the key before.
+    with pytest.raises(argparse.ArgumentError, match=r"Got value: \{web: 1, web: 2\}"):
+        parser.parse_args(["--mix", "{web: 1, web: 2}"])
