@@ -14,7 +14,7 @@ from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
     RunSignals,
     StopAtStep,
-    remove_older,
+    save,
     stage_checkpoint,
     step_checkpoint,
     validation_follows,
@@ -29,14 +29,12 @@ class Checkpoints(Checkpoint):
     """Saves `checkpoints/step_<n>.ckpt`, and at the end of a stage `checkpoints/stage_<k>_<name>_step_<n>.ckpt`.
 
     A run is saved only at optimizer steps, so a checkpoint holds no half-accumulated gradient. On SIGTERM, SIGUSR1 and
-    Ctrl-C the run saves at the next optimizer step, with several ranks at the one after it, and ends with exit code 75.
-    Under SLURM, SIGUSR1 requeues the job as well. If `trainer.max_steps`, `trainer.max_time` or a callback ends the
-    run, the run is saved, too.
+    Ctrl-C the run saves at the next step, several ranks at the one after it, and ends with exit code 75. Under SLURM,
+    SIGUSR1 requeues the job. A run that `trainer.max_steps`, `trainer.max_time` or a callback ends is saved, too.
 
     Args:
         every_n_steps: optimizer steps between two step checkpoints.
-        keep: how many step checkpoints stay; all stage checkpoints stay. With `keep: 1` there is no older checkpoint if
-            the only one is damaged.
+        keep: how many step checkpoints stay, beside those of stages. With 1, none is left if the only one is damaged.
     """
 
     def __init__(self, every_n_steps: int = EVERY_N_STEPS, keep: int = 2) -> None:
@@ -92,12 +90,10 @@ class Checkpoints(Checkpoint):
         if stage is None:
             self._save_if_due(trainer, self._directory, at_once=True)
             return
-        name = curriculum_of(trainer)[1].stages[stage].name
-        trainer.save_checkpoint(stage_checkpoint(self._directory, stage, name, trainer.global_step))
-        if is_done(trainer):
-            wait_for_checkpoint(trainer.strategy)
-            remove_older(trainer.strategy, self._directory, trainer.global_step, keep=0)
-        else:
+        name, done = curriculum_of(trainer)[1].stages[stage].name, is_done(trainer)
+        path = stage_checkpoint(self._directory, stage, name, trainer.global_step)
+        save(trainer, path, keep=0 if done else None, wait=done)
+        if not done:
             self._signals.ask(at_once=True)
 
     def _save_if_due(self, trainer: Trainer, directory: Path, *, at_once: bool = False) -> None:
@@ -107,7 +103,5 @@ class Checkpoints(Checkpoint):
         # A validation and a save have waited, or will wait, for the device in any case.
         self._signals.ask(at_once=at_once or due)
         if self._signals.stop_run or due:
-            trainer.save_checkpoint(step_checkpoint(directory, step))
-            if self._signals.stop_run or ends_here:
-                wait_for_checkpoint(trainer.strategy)
-            remove_older(trainer.strategy, directory, step, self.schedule.keep)
+            stops = ends_here or self._signals.stop_run
+            save(trainer, step_checkpoint(directory, step), self.schedule.keep, wait=stops)

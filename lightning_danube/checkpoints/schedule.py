@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_danube.checkpoints.runs import read_step
-from lightning_danube.checkpoints.strategy import checkpoint_in_progress
+from lightning_danube.checkpoints.strategy import checkpoint_in_progress, wait_for_checkpoint
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
 
 
@@ -76,6 +76,20 @@ def remove_older(strategy: Strategy, directory: Path, step: int, keep: int) -> N
     """Removes the step checkpoints that are older than the newest `keep`."""
     for old in older_checkpoints(directory, step, keep, checkpoint_in_progress(strategy)):
         strategy.remove_checkpoint(old)
+
+
+def save(trainer: Trainer, path: Path, keep: int | None, *, wait: bool) -> None:
+    """Saves a run, and removes the step checkpoints that are older than the newest `keep`.
+
+    Args:
+        keep: None: remove nothing.
+        wait: return when the checkpoint is on disk, even if it is written while training continues.
+    """
+    trainer.save_checkpoint(path)
+    if wait:
+        wait_for_checkpoint(trainer.strategy)
+    if keep is not None:
+        remove_older(trainer.strategy, path.parent, trainer.global_step, keep)
 
 
 class StopAtStep:

@@ -57,6 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = "auto",
+        *,
         shard_size: Literal["auto"] | int = "auto",
         gather_again: bool = True,
         reduce_once: bool = True,

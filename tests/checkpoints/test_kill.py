@@ -178,9 +178,9 @@ def test_runs_killed_at_chosen_moments_end_as_if_they_were_not(watched: Path) ->
     full = Run(watched, "full", (*DROPOUT, *ACCUMULATION))
     plain = Run(watched, "plain", (*DROPOUT, *ACCUMULATION))
     # This one writes its checkpoints while it trains.
-    background = ("--trainer.plugins", "lightning_danube.checkpoints.single.DurableCheckpointIO")
-    background += ("--trainer.plugins.background", "true")
-    options = (*DROPOUT, *ACCUMULATION, *background, "--data.init_args.workers", "2")
+    plugin = ("--trainer.plugins", "lightning_danube.checkpoints.single.DurableCheckpointIO")
+    background = ("--trainer.plugins.background", "true")
+    options = (*DROPOUT, *ACCUMULATION, *plugin, *background, "--data.init_args.workers", "2")
     with_workers = Run(watched, "workers", options)
     # The shards are written once; two runs that began together would both do it.
     full.finish()

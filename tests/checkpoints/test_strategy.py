@@ -94,13 +94,15 @@ def four_by_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_all_replicas_share_one_copy_unless_told_otherwise(four_by_two: list[Any], shared: Any) -> None:
     strategy = ShardedStrategy(shard_size=shared)
     strategy.setup_environment()
-    assert strategy.meshes == (Mesh(4), Mesh(2)) and four_by_two == []
+    meshes: Any = strategy.meshes
+    assert meshes == (Mesh(4), Mesh(2)) and four_by_two == []
 
 
 def test_groups_of_replicas_and_their_devices_are_one_mesh(four_by_two: list[Any]) -> None:
     strategy = ShardedStrategy(shard_size=2)
     strategy.setup_environment()
-    assert strategy.meshes == ("grid", "devices")
+    meshes: Any = strategy.meshes
+    assert meshes == ("grid", "devices")
     assert four_by_two == [("cpu", (2, 2, 2), ("groups", "shards", "tensor_parallel"))]
 
 

@@ -58,6 +58,7 @@ def test_lightnings_sharded_strategy_is_replaced_or_refused(tmp_path: Path) -> N
 def test_gradients_lie_in_the_buckets_of_ddp(tmp_path: Path) -> None:
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "precision": "32-true"}
     made = make_trainer(runs=tmp_path, strategy="ddp", **options)
+    assert isinstance(made.strategy, DDPStrategy)
     assert made.strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
     strategy = DDPStrategy(gradient_as_bucket_view=False)
     share_buckets(strategy)
