@@ -177,6 +177,8 @@ class Backbone(nn.Module):
                     hidden_BTD = block(hidden_BTD, cos, sin, mask, cache.layer(index))
                 elif recompute == "selective":
                     hidden_BTD = block(hidden_BTD, cos, sin, mask, selective=True)
+                elif recompute and kernels is nullcontext:
+                    hidden_BTD = checkpoint(block, hidden_BTD, cos, sin, mask, use_reentrant=False)
                 elif recompute:
                     # The computation in the backward pass picks among the kernels of the first one.
                     contexts = lambda: (nullcontext(), kernels())  # noqa: E731

@@ -45,7 +45,7 @@ def test_plan_reads_the_run_and_tells_its_memory(paper_run: Any, tmp_path: Path)
     config = paper_run.configuration("danube3-500m", tmp_path, steps=3, device="cuda")
     file = paper_run.write_configuration(config, tmp_path / "config.yaml")
     planned = paper_run.planned_gib(file)
-    alone = TrainingMemory(PRESETS["danube3-500m"], 6, 8192, "bf16-mixed", gpu=True).peak().total / 2**30
+    alone = TrainingMemory(PRESETS["danube3-500m"], 6, 8192, "bf16-mixed", gpu=True, compiled=True).peak().total / 2**30
     assert planned == pytest.approx(alone, abs=0.01)
 
 
