@@ -91,8 +91,8 @@ def test_only_the_blocks_change_and_parameters_stay_the_same_objects() -> None:
     after = dict(decoder.named_parameters())
     assert list(after) == list(parameters) and all(after[name] is parameters[name] for name in after)
     changed = {name for name, module in decoder.named_modules() if type(module) is not classes[name]}
-    products = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    products = (*products, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    products = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+    products += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert changed == {f"model.layers.{n}.{product}" for n in range(2) for product in products}
     # A run goes on without FP8, and is exported as before.
     Decoder(CONFIG).load_state_dict(decoder.state_dict())
