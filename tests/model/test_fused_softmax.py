@@ -4,6 +4,7 @@ The kernels' own tests need Triton (`make test-kernels`). The twin tests everyth
 """
 
 import importlib.util
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -45,8 +46,13 @@ def twin_derivative(
 
 
 def kernels_module(monkeypatch: pytest.MonkeyPatch, *, interpreted: bool) -> Any:
-    """Returns an instance of the kernels' module of its own. Triton reads the variable when the module is loaded."""
+    """Returns an instance of the kernels' module of its own, with one of Triton, which reads the variable when it is
+    imported."""
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "triton" and not name.startswith("triton._C")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
     spec = importlib.util.find_spec("lightning_danube.model.fused_softmax")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
