@@ -46,6 +46,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=128
     )
     tokenizer.chat_template = TEMPLATE
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter is not next to its getter
     return tokenizer
 
 

@@ -257,6 +257,7 @@ class ConversationData(LightningDataModule):
                 report["tokens"] += len(chat.ids)
                 report["answer_tokens"] += int(chat.learned.sum())
                 report["cut_tokens"] += chat.cut_tokens
+                report["changed_answers"] += chat.changed_answers
         if not report[f"{self.example}s"]:
             raise ValueError(f"source {name!r} holds no {self.example} to learn from: {'; '.join(examples)}")
         self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": examples})
@@ -427,8 +428,8 @@ class ChatData(ConversationData):
         context_length: places of a row.
         batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
         micro_batch_size: rows a device holds at once.
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used. If the
-            tokenizer has no chat template, Danube's is used.
+        tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
+            the tokenizer has no chat template, Danube's is used.
         epochs: passes over the conversations.
         layout: "packed" puts several conversations into a row, where they do not see each other; "bucketed" puts one
             conversation into a row, and conversations of similar length into a step.

@@ -54,8 +54,8 @@ class PreferenceData(ConversationData):
         batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; the pairs of a step
             have similar lengths.
         micro_batch_size: pairs a device holds at once.
-        tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used. If the
-            tokenizer has no chat template, Danube's is used.
+        tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
+            the tokenizer has no chat template, Danube's is used.
         epochs: passes over the pairs.
         too_long: "drop_turns" leaves out the oldest question and answer of a prompt until the prompt fits with both
             answers, and cuts the end of an answer that still does not fit; "cut" cuts the end; "skip" leaves the

@@ -7,13 +7,14 @@ number of finished steps.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.chat.conversations import NoConversation
-from lightning_danube.tokens.chat_template import ChatEncoder, Message
+from lightning_danube.tokens.chat_template import ChatEncoder, Message, NotLearnable
 
 Policy = Literal["drop_turns", "cut", "skip"]
 Learned = Literal["all", "last"]
@@ -26,6 +27,8 @@ class FittedChat(NamedTuple):
     learned: NDArray[np.bool_]
     dropped_turns: int
     cut_tokens: int
+    changed_answers: int = 0
+    """Answers that are not learned, because the template changes them."""
 
 
 class DoesNotFit(ValueError):
@@ -50,7 +53,7 @@ def fit_chat(
     Raises:
         DoesNotFit: the policy leaves the conversation out, or no answer is left.
         NoConversation: the last answer alone counts, and it is not learned.
-        ValueError: the template refuses the conversation.
+        ValueError: the template refuses the conversation, or changes all answers that count.
     """
     most = context_length + 1
     system = 1 if messages[0]["role"] == "system" else 0
@@ -69,11 +72,15 @@ def fit_chat(
         del kept[system : system + 2], answers[system : system + 2]
         dropped += 2
         encoded = encoder.encode(kept, answers=answers)
+    if any(answers) and not any(encoded.learned):
+        raise NotLearnable(encoder.unlearned(kept))
     ids, counts = encoded.ids[:most], encoded.learned[:most]
     if not any(counts[1:]):
         raise DoesNotFit(f"has {len(encoded.ids)} tokens, and no answer within the first {most}")
     cut = len(encoded.ids) - len(ids)
-    return FittedChat(np.array(ids, np.int32), np.array(counts, bool), dropped, cut)
+    # Other tokens stand between two answers, so each learned answer is a stretch of its own.
+    stretches = sum(here and not before for before, here in pairwise([False, *encoded.learned]))
+    return FittedChat(np.array(ids, np.int32), np.array(counts, bool), dropped, cut, sum(answers) - stretches)
 
 
 def fit_pair(

@@ -109,6 +109,8 @@ def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> lis
     ]
     lines = [text_table(["source", examples, "held out", "tokens", "of answers", "shortened", "left out"], rows)]
     for name, report in reports.items():
+        if changed := report.get("changed_answers"):
+            lines.append(f"{name}: {changed:,} answers are not learned, because the chat template changes them")
         lines += [f"{name}: {count:,} left out: {cause}" for cause, count in report["left_out"].items()]
         lines += [f"  {message}" for message in report["first_left_out"]]
         for key, what in NOTES.items():

@@ -48,6 +48,7 @@ from lightning_danube.weights.tokenizers import tokenizer_of
 
 SPLITS = ("train", "validation", "test")
 NO_CLASS = -1
+Keep = Literal["start", "end"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class EncodedTexts:
     ends: NDArray[np.int64]
     classes: NDArray[np.int64]
     cut: int
-    """Number of texts whose end was cut to fit the context."""
+    """Number of texts that were cut to fit the context."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -99,7 +100,9 @@ class ClassificationData(LightningDataModule):
         predict: texts to classify with `predict`, with or without labels; if not given, the texts of the test split.
         text_column: the column that holds the text, or a pattern of several columns, such as "{title} {abstract}".
         label_column: the column that holds the label, a word or a whole number.
-        context_length: most tokens of a text; the end of a longer text is cut.
+        context_length: most tokens of a text.
+        keep: the part of a longer text that is kept: its "start" or its "end".
+        begin: put the tokenizer's bos token before each text, as pre-training did; H2O LLM Studio does not.
         batch_texts: texts of one optimizer step over all devices and accumulated micro-batches; the texts of a step
             have similar lengths.
         micro_batch_size: texts a device holds at once in training. Validation, test and `predict` hold as many tokens
@@ -131,6 +134,8 @@ class ClassificationData(LightningDataModule):
         text_column: str = "text",
         label_column: str = "label",
         context_length: int = 512,
+        keep: Keep = "start",
+        begin: bool = True,
         batch_texts: int = 8,
         micro_batch_size: int = 8,
         tokenizer: str = MISTRAL,
@@ -165,6 +170,8 @@ class ClassificationData(LightningDataModule):
         self.sources = {role: LabelledTexts.named(role, source) for role, source in given.items() if source is not None}
         self.text_column, self.label_column = text_column, label_column
         self.context_length, self.batch_texts, self.micro_batch_size = context_length, batch_texts, micro_batch_size
+        self.keep: Keep = keep
+        self.begin = begin
         self.epochs, self.shares = epochs, {"test": test_share, "validation": validation_share}
         self.most_frequent_classes, self.max_texts = most_frequent_classes, max_texts or {}
         self.on_bad_row, self.seed, self.workers = on_bad_row, seed, workers
@@ -317,10 +324,11 @@ class ClassificationData(LightningDataModule):
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _encode(self, texts: Sequence[LabelledText]) -> EncodedTexts:
-        """Encodes texts that begin as documents begin in training. Text that spells a special token stays text."""
+        """Encodes texts and cuts them to the context. Text that spells a special token stays text."""
         bos, backend = begin_token(self.tokenizer), self.tokenizer.backend_tokenizer
-        head = [] if bos is None else [bos]
+        head = [] if bos is None or not self.begin else [bos]
         room, cut = self.context_length - len(head), 0
+        kept = slice(room) if self.keep == "start" else slice(-room, None)
         parts: list[NDArray[np.int32]] = []
         remaining = iter(texts)
         backend.encode_special_tokens = True
@@ -329,7 +337,7 @@ class ClassificationData(LightningDataModule):
             while part := list(islice(remaining, 1000)):
                 for encoding in backend.encode_batch_fast([text.text for text in part], add_special_tokens=False):
                     cut += len(encoding.ids) > room
-                    parts.append(np.array([*head, *encoding.ids[:room]], np.int32))
+                    parts.append(np.array([*head, *encoding.ids[kept]], np.int32))
         finally:
             backend.encode_special_tokens = False
         ends = np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64)

@@ -65,7 +65,10 @@ def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype 
 
     checkpoint = read_checkpoint(weights.path)
     facts = checkpoint["classifier"]
-    tokenizer = _as_in_training(load_tokenizer(weights), facts["context_length"])
+    # Runs of earlier versions kept the start of a text and began it.
+    tokenizer = _as_in_training(
+        load_tokenizer(weights), facts["context_length"], facts.get("keep", "start"), begin=facts.get("begin", True)
+    )
     decoder = (load_decoder if merge else load_adapted_decoder)(weights, dtype=torch.float32)
     score_CD = checkpoint["state_dict"]["head.weight"].clone()
     if facts["head"] == "logits":
@@ -76,23 +79,29 @@ def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype 
     return Classifier(decoder, score_CD.to(kind), list(facts["labels"]), tokenizer)
 
 
-def _as_in_training(tokenizer: PreTrainedTokenizerFast, context_length: int) -> PreTrainedTokenizerFast:
+def _as_in_training(
+    tokenizer: PreTrainedTokenizerFast, context_length: int, keep: str, *, begin: bool
+) -> PreTrainedTokenizerFast:
     """Returns a copy of the tokenizer that prepares a text as training did.
 
-    The copy adds the bos token if there is one, and `truncation=True` cuts a text at the context length of training. It
-    has a padding token that no text ends with, because the last token that is not padding is scored.
+    The copy adds the bos token if training did, and `truncation=True` cuts a text at the context length of training.
+    A special token that a text spells stays text. The copy has a padding token that no text ends with, because the last
+    token that is not padding is scored.
 
     Raises:
         ValueError: the copy still adds other tokens to a text than training did.
     """
-    from lightning_danube.tokens.tokenizer import begin_token
+    from lightning_danube.tokens.tokenizer import BEGINS_TEXTS, begin_token
 
+    bos = begin_token(tokenizer) if begin else None
     tokenizer = copy.deepcopy(tokenizer)
-    bos = begin_token(tokenizer)
-    if bos is not None:
-        tokenizer.add_bos_token = True  # type: ignore[misc]  # its setter is not next to its getter
+    if list(tokenizer("").input_ids) != ([] if bos is None else [bos]):
+        tokenizer.add_bos_token = bos is not None  # type: ignore[misc]  # its setter is not next to its getter
+    tokenizer.init_kwargs.pop(BEGINS_TEXTS, None)
     tokenizer.model_max_length = context_length
-    tokenizer.truncation_side = "right"
+    # Named in `init_kwargs`, an option is saved with the tokenizer.
+    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "right" if keep == "start" else "left"
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     expected = [*([] if bos is None else [bos]), *tokenizer(PROBE, add_special_tokens=False).input_ids]

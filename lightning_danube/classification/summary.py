@@ -51,7 +51,8 @@ def plan_text(task: TextClassification, data: ClassificationData, steps: str, ru
     for split in SPLITS:
         if cut := data.encoded[split].cut:
             count = len(data.encoded[split])
-            lines.append(f"{split}: {cut:,} of {count:,} texts lost their end, at {data.context_length:,} tokens")
+            lost = "end" if data.keep == "start" else "start"
+            lines.append(f"{split}: {cut:,} of {count:,} texts lost their {lost}, at {data.context_length:,} tokens")
     lines.append(
         f"run: {steps} steps of {data.batch_texts} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
         f"into {run}"

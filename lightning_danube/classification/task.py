@@ -237,6 +237,8 @@ class TextClassification(TuningTask):
             "labels": self.labels,
             "head": self.head_sees,
             "context_length": self._data.context_length,
+            "keep": self._data.keep,
+            "begin": self._data.begin,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from lightning_danube.evaluation.academic_tasks import AcademicTask, read_split,
 from lightning_danube.extras import need
 from lightning_danube.generation.token_stream import TokenStream, evaluation_mode, tokens_on_host
 from lightning_danube.model import Decoder, KVCache
+from lightning_danube.tokens.chat_template import end_ids
 
 try:
     import lm_eval.api.task
@@ -279,7 +280,7 @@ class DecoderLM(TemplateLM):
             yield batch
 
     def _continue(self, prompts: Sequence[Sequence[int]], new_tokens: int, until: Sequence[str]) -> list[str]:
-        ends = [self.eot_token_id]
+        ends = end_ids(self.tokenizer)
         # Number of last tokens that can hold a stop string, plus two for other spellings, as in the harness.
         reach = 2 + max((len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in until), default=0)
         stream = TokenStream(self.decoder, prompts, new_tokens, eos_ids=ends)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.generation.token_stream import TokenStream, tokens_on_host
+from lightning_danube.tokens.tokenizer import begin_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,12 +17,28 @@ if TYPE_CHECKING:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The token ids of a text to continue.
 
-    They begin as documents do in training: with the begin token, unless the tokenizer has none or uses its end token
-    for both. Text that spells a special token becomes that token.
+    They begin as documents do in training: with the token that the tokenizer puts before texts, if there is one. Text
+    that spells a special token becomes that token.
     """
-    bos = tokenizer.bos_token_id
-    head = [] if bos is None or bos == tokenizer.eos_token_id else [int(bos)]
+    begin = begin_token(tokenizer)
+    head = [] if begin is None else [begin]
     return [*head, *tokenizer(text, add_special_tokens=False).input_ids]
+
+
+def special_stops(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[int]:
+    """The ids of those stop strings that are special tokens.
+
+    Raises:
+        ValueError: a stop string holds a special token beside other text, which no text of an answer holds.
+    """
+    special = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for string in stop:
+        if string not in special and (inside := [token for token in special if token in string]):
+            raise ValueError(
+                f"the stop text {string!r} holds the special token {inside[0]!r}, and a special token is no text: give "
+                "the token alone"
+            )
+    return [special[string] for string in stop if string in special]
 
 
 class TextGeneration:
@@ -33,7 +50,8 @@ class TextGeneration:
     Args:
         prompts: token ids of each row.
         eos_ids: tokens that end a row.
-        stop: strings that end a row; they do not become part of its text.
+        stop: strings that end a row; they do not become part of its text. A string may be a special token, which is not
+            in the text.
         options: those of `TokenStream`.
     """
 
@@ -48,8 +66,9 @@ class TextGeneration:
         stop: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        self.tokens = TokenStream(decoder, prompts, max_new_tokens, eos_ids=eos_ids, **options)
-        self.rows = [Continuation(tokenizer, prompt, eos_ids, stop) for prompt in prompts]
+        stop_ids = special_stops(tokenizer, stop)
+        self.tokens = TokenStream(decoder, prompts, max_new_tokens, eos_ids=[*eos_ids, *stop_ids], **options)
+        self.rows = [Continuation(tokenizer, prompt, eos_ids, stop, stop_ids) for prompt in prompts]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for ids in tokens_on_host(self.tokens):
@@ -74,15 +93,21 @@ class Continuation:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], eos_ids: Sequence[int], stop: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        eos_ids: Sequence[int],
+        stop: Sequence[str],
+        stop_ids: Sequence[int] = (),
     ) -> None:
         assert all(stop), "an empty string stops nothing"
-        self.eos_ids, self.stop = frozenset(eos_ids), stop
+        self.eos_ids, self.stop, self.stop_ids = frozenset(eos_ids), stop, frozenset(stop_ids)
         self.text = ""
         self.tokens = 0
         """The number of tokens, including the one that ended the text."""
         self.finish_reason: str | None = None
-        """`eos`: a token that ends texts; `stop`: a stop string; `length`: the most tokens were reached."""
+        """`eos`: a token that ends texts; `stop`: a stop string, or a special token named as one; `length`: the most
+        tokens were reached."""
         self._decode = tokenizer.backend_tokenizer.decode
         # The tokens of the last certain piece, then the tokens after it. The earlier ones are kept because the text of
         # a token depends on the token before it. The prompt counts as the first certain piece.
@@ -94,6 +119,8 @@ class Continuation:
         self.tokens += 1
         if token in self.eos_ids:
             return self.end("eos")
+        if token in self.stop_ids:
+            return self.end("stop")
         self._ids.append(token)
         return self._show(self._decoded(whole=False))
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lightning_danube.tokens.hub import first_line
+from lightning_danube.tokens.tokenizer import model_ends
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 """`role` ("system", "user", "assistant") and `content`."""
+
+ENCODING = "2"
+"""The version of the encoding. Version 1 encoded an answer together with the text that opens it."""
 
 MARKERS = ("<|prompt|>", "<|answer|>")
 """The markers that open a question and an answer in `DANUBE_TEMPLATE`. In Danube's own tokenizer, a marker is ordinary
@@ -43,21 +54,25 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     """Returns the text of a conversation. `add_generation_prompt` opens the assistant's next turn.
 
     Raises:
-        ValueError: the template refuses these messages.
+        ValueError: the template refuses these messages, or fails on them.
     """
     from jinja2.exceptions import TemplateError
 
+    template = chat_template_of(tokenizer)
     try:
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=chat_template_of(tokenizer),
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         )
     except TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    except Exception as error:  # a template is a program of somebody else, so any error can come out of it
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"the chat template fails on this conversation ({reason}): mend the template") from error
 
 
 def encode_chat(
@@ -81,50 +96,120 @@ class NotLearnable(ValueError):
     """Says why a model cannot learn from conversations in a chat template."""
 
 
+class MessageText(NamedTuple):
+    """What a template has made of a message: its text, and whether that is the message without outer white space."""
+
+    text: str
+    unchanged: bool
+
+
+class _Part(NamedTuple):
+    """A text of the template (`is_literal`) or a content. An answer begins with the part that `begins` it."""
+
+    text: str
+    is_literal: bool = False
+    begins: bool = False
+    learned: bool = False
+
+
+@dataclass
+class _Run:
+    """The text between two special tokens: where answers begin in it, and which stretches are learned."""
+
+    begins_text: bool = False
+    text: str = ""
+    cuts: list[int] = field(default_factory=list)
+    learned: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, text: str, learned: bool) -> None:
+        start, self.text = len(self.text), self.text + text
+        if not learned or not text:
+            return
+        if self.learned and self.learned[-1][1] == start:
+            start = self.learned.pop()[0]
+        self.learned.append((start, len(self.text)))
+
+
 class ChatEncoder:
     """Encodes conversations and finds the tokens of the answers, from the tokenizer's template alone.
 
     A template is a program. Rendering it with placeholders as contents shows the text that it writes around the
     contents. So no template needs its own description, and the template's markers are distinct from markers that a
     user has typed.
+
+    An answer is encoded apart from the text that opens it, because generation encodes only that text. Otherwise the end
+    of a marker and the first character of an answer could form one token, which a model never has to say.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self._special = {str(token): int(i) for i, token in self._backend.get_added_tokens_decoder().items()}
-        longest_first = sorted(self._special, key=len, reverse=True)
+        self._added = {str(token): (int(i), token) for i, token in self._backend.get_added_tokens_decoder().items()}
+        longest_first = sorted(self._added, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._around: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+        self._openings: dict[tuple[str, bool], list[int]] = {}
 
     @property
     def fingerprint(self) -> str:
         """Returns a hash of everything that determines the ids of a conversation."""
         parts = (self._backend.to_str(), chat_template_of(self.tokenizer), str(self.tokenizer.special_tokens_map))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join((ENCODING, *parts)).encode()).hexdigest()[:16]
 
     def check_learnable(self) -> None:
-        """Checks with a small conversation that answers can be located and that they end with a special token.
+        """Checks with small conversations that answers can be located and that they end with a special token.
 
         Raises:
-            NotLearnable: an answer cannot be located, or ends without a special token.
+            NotLearnable: an answer cannot be located, ends without a special token, or does not continue its prompt.
         """
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        if not self._special_pattern.search(self._rendered_around(turns, False)[-1]):
+        turns = _asked("question", "answer")
+        around = self._rendered_around(turns, False)
+        if not self._special_pattern.search(around[-1]):
             raise NotLearnable(
                 "the chat template ends an answer with no special token of the tokenizer, so a model could not learn "
                 "to stop: give a tokenizer whose template does"
             )
-        text = render_chat(self.tokenizer, turns, False)
-        opened = render_chat(self.tokenizer, turns[:1], True)
-        if not text.startswith(opened + "answer"):
+        if self._opening(("user", "assistant"), 1, around) is None:
+            opened, text = render_chat(self.tokenizer, turns[:1], True), render_chat(self.tokenizer, turns, False)
             raise NotLearnable(
                 f"the chat template opens an answer to come by other text than one that is there ({opened!r}, "
                 f"{text!r}): what is learned would not be what is asked for"
             )
-        ids = self.encode(turns, False).ids
-        if ids != list(self.tokenizer(text, add_special_tokens=False).input_ids):
-            raise NotLearnable("special tokens of the tokenizer take in the space around them, which is not supported")
+        if not any(self.encode(turns).learned):
+            raise NotLearnable(self.unlearned(turns))
+        for mark in self._special_pattern.findall("".join(around)):
+            token = self._added[mark][1]
+            if token.lstrip or token.rstrip or token.single_word:
+                raise NotLearnable(
+                    f"the special token {mark!r} of the chat template takes in the space around it, which is not "
+                    "supported"
+                )
+        self._check_probes()
+
+    def _check_probes(self) -> None:
+        """Checks that answers of many kinds continue their prompt, and that encoding in parts changes no text."""
+        plain_are_equal = False
+        for answer in PROBES:
+            turns = _asked("question", answer)
+            ids, asked = self.encode(turns).ids, self.encode(turns[:1], True).ids
+            whole = list(self.tokenizer(render_chat(self.tokenizer, turns, False), add_special_tokens=False).input_ids)
+            plain_are_equal = plain_are_equal or ids == whole
+            if ids[: len(asked)] != asked or self.tokenizer.decode(ids) != self.tokenizer.decode(whole):
+                raise NotLearnable(
+                    f"the tokenizer encodes the answer {answer!r} in a conversation otherwise than in parts, which is "
+                    "not supported"
+                )
+        if not plain_are_equal:
+            raise NotLearnable("the tokenizer encodes conversations otherwise than in parts, which is not supported")
+
+    def turn_end(self) -> int | None:
+        """Returns the special token that ends an answer in the template; None if the template has none."""
+        try:
+            closing = self._rendered_around(_asked("a question", "an answer"), False)[-1]
+        except ValueError:  # the template refuses such a conversation
+            return None
+        mark = self._special_pattern.search(closing)
+        return None if mark is None else self._added[mark[0]][0]
 
     def encode(
         self,
@@ -135,65 +220,169 @@ class ChatEncoder:
         """Returns the ids of a conversation, and which tokens are learned.
 
         Learned are the tokens of all answers, of the last answer, or of the messages that are marked, and the special
-        tokens that end them. A token that begins before its answer (a marker and a first letter can form one token) is
-        not learned.
+        tokens that end them. An answer that the template rewrites is not learned; `unlearned` says why.
 
         Raises:
             ValueError: the template refuses these messages.
         """
         text = render_chat(self.tokenizer, messages, add_generation_prompt)
         try:
-            around = self._rendered_around(messages, add_generation_prompt)
-            contents = contents_within(text, around, messages)
+            parts = self._parts(messages, text, add_generation_prompt, answers)
         except NotLearnable:
-            # A template that rewrites messages, such as one that drops earlier reasoning, can still give a prompt.
+            # A template that leaves out messages can still give a prompt.
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return EncodedChat(ids, [False] * len(ids))
-        learned = [message["role"] == "assistant" for message in messages]
+        return self._encode_parts(parts)
+
+    def unlearned(self, messages: Sequence[Message]) -> str:
+        """Returns why an answer of these messages is not learned: the last of the reasons."""
+        try:
+            around, contents = self._located(messages, render_chat(self.tokenizer, messages, False), False)
+        except NotLearnable as error:
+            return str(error)
+        roles = tuple(message["role"] for message in messages)
+        reasons = [self._unlearned(number, roles, around, contents) for number in range(len(roles))]
+        return [reason for role, reason in zip(roles, reasons, strict=True) if role == "assistant" and reason][-1]
+
+    def _unlearned(
+        self, number: int, roles: tuple[str, ...], around: Sequence[str], contents: Sequence[MessageText]
+    ) -> str | None:
+        """Returns why an answer cannot be learned; None if it can."""
+        if not contents[number].unchanged:
+            return f"the chat template changes what message {number + 1} says"
+        if self._opening(roles, number, around) is None:
+            return f"the chat template opens the answer in message {number + 1} by other text than an answer to come"
+        if not self._special_pattern.search(around[number + 1]):
+            return f"the chat template ends message {number + 1} with no special token"
+        return None
+
+    def _located(
+        self, messages: Sequence[Message], text: str, add_generation_prompt: bool
+    ) -> tuple[list[str], list[MessageText]]:
+        """Returns the template's texts and the contents between them.
+
+        Raises:
+            NotLearnable: the contents cannot be located.
+        """
+        around = self._rendered_around(messages, add_generation_prompt)
+        contents = contents_within(text, around, messages)
+        for number, content in enumerate(contents, start=1):
+            # Such a text may have been written by the template or typed by a user.
+            if not content.unchanged and self._special_pattern.search(content.text):
+                raise NotLearnable(f"the chat template changes message {number}, which spells a special token")
+        return around, contents
+
+    def _parts(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        add_generation_prompt: bool,
+        answers: Literal["all", "last"] | Sequence[bool],
+    ) -> list[_Part]:
+        """Returns a rendered conversation in parts.
+
+        Raises:
+            NotLearnable: the contents cannot be located.
+        """
+        around, contents = self._located(messages, text, add_generation_prompt)
+        roles = tuple(message["role"] for message in messages)
+        wanted = [number for number, role in enumerate(roles) if role == "assistant"]
         if not isinstance(answers, str):
-            learned = list(answers)
+            wanted = [number for number in wanted if answers[number]]
         elif answers == "last":
-            learned = [is_answer and not any(learned[n + 1 :]) for n, is_answer in enumerate(learned)]
-        return self._encode_parts(around, contents, learned)
+            wanted = wanted[-1:]
+        parts = []
+        for number, (literal, content) in enumerate(zip(around, contents, strict=False)):
+            if roles[number] != "assistant":
+                parts += [_Part(literal, is_literal=True), _Part(content.text)]
+                continue
+            learned = number in wanted and self._unlearned(number, roles, around, contents) is None
+            opening = self._opening(roles, number, around)
+            at = len(literal) if opening is None else opening
+            # The template's text between the prompt and the content is for the model to say.
+            parts += [
+                _Part(literal[:at], is_literal=True),
+                _Part(literal[at:], is_literal=True, begins=True, learned=learned),
+                _Part(content.text, learned=learned),
+            ]
+        return [*parts, _Part(around[-1], is_literal=True)]
 
-    def _encode_parts(self, around: Sequence[str], contents: Sequence[str], answers: Sequence[bool]) -> EncodedChat:
-        encoded = EncodedChat([], [])
-        run, answer_start = "", None
-        learned: list[tuple[int, int]] = []
+    def _opening(self, roles: Sequence[str], number: int, around: Sequence[str]) -> int | None:
+        """Returns how much of the text before an answer stands in the prompt for it, in characters.
 
-        def flush() -> None:
-            nonlocal run, learned
-            if run:
-                self._encode_run(run, learned, encoded)
-            run, learned = "", []
+        None if the template opens an answer to come by other text than an answer that is there.
+        """
+        try:
+            prompt = self._rendered_around([{"role": role, "content": ""} for role in roles[:number]], True)[-1]
+        except ValueError:  # the template refuses a conversation that ends here
+            return None
+        return len(prompt) if around[number].startswith(prompt) else None
 
-        for number, literal in enumerate(around):
+    def _encode_parts(self, parts: Sequence[_Part]) -> EncodedChat:
+        encoded, run = EncodedChat([], []), _Run(begins_text=True)
+        learning = False
+        for part in parts:
+            if part.begins and run.text:
+                run.cuts.append(len(run.text))
+            if part.begins or not part.is_literal:
+                learning = part.learned
             place = 0
-            for mark in self._special_pattern.finditer(literal):
-                run += literal[place : mark.start()]
-                if answer_start is not None:
-                    learned.append((answer_start, len(run)))
-                flush()
-                encoded.ids.append(self._special[mark[0]])
-                encoded.learned.append(answer_start is not None)
-                answer_start, place = None, mark.end()
-            run += literal[place:]
-            if number < len(contents):
-                answer_start = len(run) if answers[number] else None
-                run += contents[number]
-        flush()
+            for mark in self._special_pattern.finditer(part.text) if part.is_literal else ():
+                run.add(part.text[place : mark.start()], learning)
+                self._encode_run(run, encoded)
+                encoded.ids.append(self._added[mark[0]][0])
+                encoded.learned.append(learning)
+                # The first special token behind an answer ends it.
+                learning = learning and part.begins
+                run, place = _Run(), mark.end()
+            run.add(part.text[place:], learning)
+        self._encode_run(run, encoded)
         return encoded
 
-    def _encode_run(self, run: str, learned: list[tuple[int, int]], encoded: EncodedChat) -> None:
+    def _encode_run(self, run: _Run, encoded: EncodedChat) -> None:
         """Appends the ids of the text between two special tokens. Nothing in this text becomes a special token."""
-        self._backend.encode_special_tokens = True
+        if not run.text:
+            return
+        prefix = run.begins_text or not self._prefix_at_first_only
+        pieces = [(0, self._encoded(run.text, prefix))]
+        whole = pieces[0][1].ids
+        openings = (self._ids_of_opening(run.text[:cut], prefix) for cut in run.cuts)
+        if any(whole[: len(opening)] != opening for opening in openings):
+            pieces = [
+                (start, self._encoded(run.text[start:end], prefix and start == 0))
+                for start, end in itertools.pairwise([0, *run.cuts, len(run.text)])
+            ]
+        for shift, encoding in pieces:
+            encoded.ids.extend(encoding.ids)
+            encoded.learned.extend(
+                any(begin <= start + shift and end + shift <= stop for begin, stop in run.learned)
+                for start, end in encoding.offsets
+            )
+
+    def _ids_of_opening(self, text: str, prefix: bool) -> list[int]:
+        """Returns the ids of the text before an answer. Templates open all answers by a few texts."""
+        key = (text, prefix)
+        if key not in self._openings:
+            if len(self._openings) == _OPENINGS_KEPT:
+                self._openings.clear()
+            self._openings[key] = list(self._encoded(text, prefix).ids)
+        return self._openings[key]
+
+    def _encoded(self, text: str, prefix: bool) -> Encoding:
+        """Encodes a text without special tokens. Without `prefix`, no space is put before it."""
+        backend = self._backend if prefix else without_prefix(self._backend.to_str())
+        backend.encode_special_tokens = True
         try:
-            encoding = self._backend.encode(run, add_special_tokens=False)
+            return backend.encode(text, add_special_tokens=False)
         finally:
-            self._backend.encode_special_tokens = False
-        encoded.ids.extend(encoding.ids)
-        encoded.learned.extend(
-            any(begin <= start and end <= stop for begin, stop in learned) for start, end in encoding.offsets
+            backend.encode_special_tokens = False
+
+    @cached_property
+    def _prefix_at_first_only(self) -> bool:
+        """Whether the tokenizer puts a space before a text, but not before what follows a special token."""
+        splitting = self._backend.pre_tokenizer
+        return splitting is not None and any(
+            step.get("prepend_scheme") == "first" for step in _steps(json.loads(splitting.__getstate__()))
         )
 
     def _rendered_around(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
@@ -213,36 +402,95 @@ _MARK = "\ue000"
 """A placeholder from Unicode's private use area, which no template and no tokenizer uses."""
 
 
-def contents_within(text: str, around: Sequence[str], messages: Sequence[Message]) -> list[str]:
-    """Returns the contents as a template has written them: unchanged, or without surrounding white space.
+PROBES = (
+    "answer",
+    "The",
+    "42",
+    '"Yes," he said.',
+    "(a) b",
+    "'s",
+    ">= 1",
+    "</b>",
+    "| x |",
+    "  indented",
+    "\n\n- item",
+    "é 你好",
+)
+"""Answers whose first characters can form a token with the end of a marker, and plain ones."""
+_OPENINGS_KEPT = 64
+
+
+def _asked(question: str, *answer: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": question}]
+    return messages + [{"role": "assistant", "content": text} for text in answer]
+
+
+@lru_cache(maxsize=2)
+def without_prefix(tokenizer_json: str) -> Tokenizer:
+    """Returns a tokenizer that puts no space before a text, for a text that continues another one.
+
+    Args:
+        tokenizer_json: content of the tokenizer's tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    description = json.loads(tokenizer_json)
+    for step in _steps(description["normalizer"]):
+        if step["type"] == "Prepend":
+            step["prepend"] = ""
+    for step in _steps(description["pre_tokenizer"]):
+        if "prepend_scheme" in step:
+            step["prepend_scheme"] = "never"
+        if "add_prefix_space" in step:
+            step["add_prefix_space"] = False
+    return Tokenizer.from_str(json.dumps(description))
+
+
+def _steps(description: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the steps of a normalizer or a pre-tokenizer, those of a sequence one by one."""
+    if description is None:
+        return []
+    inner = description.get("normalizers") or description.get("pretokenizers") or ()
+    return [description, *(step for one in inner for step in _steps(one))]
+
+
+def contents_within(text: str, around: Sequence[str], messages: Sequence[Message]) -> list[MessageText]:
+    """Returns the contents as a template has written them.
 
     Raises:
-        NotLearnable: the template has changed a content in another way.
+        NotLearnable: the texts around the contents are not those of the template.
     """
+    if not text.startswith(around[0]):
+        raise NotLearnable("the chat template writes other text for these contents than for others")
     contents = []
     place = len(around[0])
-    for number, message in enumerate(messages):
-        forms = (message["content"], message["content"].strip())
-        content = next((form for form in forms if text.startswith(form + around[number + 1], place)), None)
-        if content is None or not text.startswith(around[0]):
-            raise NotLearnable(f"the chat template changes what message {number + 1} says")
-        contents.append(content)
-        place += len(content) + len(around[number + 1])
+    for number, (message, after) in enumerate(zip(messages, around[1:], strict=True), start=1):
+        said = message["content"]
+        forms = (said, said.strip(), said.lstrip(), said.rstrip())
+        content = next((form for form in forms if text.startswith(form + after, place)), None)
+        unchanged = content is not None
+        if content is None:
+            end = len(text) - len(after) if number == len(messages) else text.find(after, place)
+            if end < place or not after or not text.startswith(after, end):
+                raise NotLearnable(
+                    f"the chat template changes what message {number} says, and what it writes around it"
+                )
+            content = text[place:end]
+        contents.append(MessageText(content, unchanged))
+        place += len(content) + len(after)
     if place != len(text):
         raise NotLearnable("the chat template writes other text for these contents than for others")
     return contents
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's eos token, and the special token that closes a turn.
+    """Returns the tokens that end an answer: eos, the special token that closes a turn, and those that a model names.
 
-    The two differ if a chat template was added to a base model's tokenizer.
+    They differ if a chat template was added to a base model's tokenizer. A model names tokens in the files beside its
+    weights.
     """
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ends = [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        answer = "an answer"
-        turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-        _, _, closing = render_chat(tokenizer, turn, False).rpartition(answer)
-        first = tokenizer(closing, add_special_tokens=False).input_ids[:1]
-        ends += [token for token in first if token in tokenizer.all_special_ids and token not in ends]
-    return ends
+        ends.append(ChatEncoder(tokenizer).turn_end())
+    ends += model_ends(tokenizer)
+    return [int(end) for end in dict.fromkeys(ends) if end is not None]

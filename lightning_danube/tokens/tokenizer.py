@@ -1,7 +1,8 @@
-"""Loads tokenizers by name. Three need no hub; any Hugging Face tokenizer can be named, too.
+"""Loads tokenizers by name. Four need no hub; any Hugging Face tokenizer can be named, too.
 
-The three are Danube3's tokenizer, a small tokenizer that comes with this package, and a tokenizer of the made-up
-world's words. Danube3's tokenizer has the 32,000 SentencePiece pieces of Mistral v1.
+The four are Danube3's tokenizer, that of its chat models, a small tokenizer that comes with this package, and a
+tokenizer of the made-up world's words. Danube3's tokenizer has the 32,000 SentencePiece pieces of Mistral v1. That of
+its chat models has the same pieces and puts no space before a text.
 
 Danube3's vocabulary file comes with the package `mistral-common`. It is rebuilt here as a fast Hugging Face tokenizer,
 because one object then serves training, the export and every tool that reads the export. The rebuilding follows Llama's
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,17 +33,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MISTRAL = "mistral"
+DANUBE_CHAT = "danube3-chat"
 DANUBE_SMALL = "danube-small"
 SMALL_DIRECTORY = Path(__file__).with_name(DANUBE_SMALL)
 """Files of the small tokenizer that comes with this package; docs/tokenizer.md says how they were made."""
-KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}"
+KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}, {DANUBE_CHAT!r}"
+BEGINS_TEXTS = "bos_begins_texts"
+"""The key of tokenizer_config.json of a tokenizer whose bos token this project puts before texts.
+
+Other tokenizers have a bos token before a text only if they add it themselves."""
+_MODEL_ENDS = "end_token_ids_of_model"
 
 
 class DocumentTokenizer:
     """Encodes documents for pre-training, and has an identity that shards and checkpoints can check.
 
     Args:
-        name: "danube-small", "mistral", "world", a directory with tokenizer files, or a hub id.
+        name: "danube-small", "mistral", "danube3-chat", "world", a directory with tokenizer files, or a hub id.
         hf: the tokenizer with this name, if it is loaded already.
 
     Raises:
@@ -117,10 +125,29 @@ def _id_of(token: str, backend: Tokenizer) -> int:
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Returns the token that begins a document, or None.
 
+    A bos token that is only named begins nothing: the tokenizer has to add it to a text. This project's own tokenizers
+    have a mark instead (`BEGINS_TEXTS`), because this project adds their token.
+
     GPT-type tokenizers use one token as bos and eos. Then the end token of one document also begins the next document.
     """
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and bos != tokenizer.eos_token_id else None
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if tokenizer.init_kwargs.get(BEGINS_TEXTS) or _is_of_an_earlier_version(tokenizer):
+        return int(bos) if bos is not None and bos != eos else None
+    added = list(tokenizer("").input_ids)
+    return int(added[0]) if added and added[0] != eos else None
+
+
+def _is_of_an_earlier_version(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the verb `tokenizer` made a tokenizer before its directories had the mark."""
+    first = tokenizer.convert_ids_to_tokens(list(range(min(5, len(tokenizer)))))
+    return first == ["<unk>", "<s>", "</s>", "<|prompt|>", "<|answer|>"]
+
+
+def beginning_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Returns a copy of a tokenizer whose bos token begins texts, although the tokenizer does not add it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs[BEGINS_TEXTS] = True
+    return tokenizer
 
 
 def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -128,11 +155,25 @@ def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
     In this package, the code that makes a prompt adds the token. Users of an export only call the tokenizer.
     """
-    if begin_token(tokenizer) is None:
+    begin = begin_token(tokenizer)
+    if begin is None or list(tokenizer("").input_ids)[:1] == [begin]:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_bos_token = True  # type: ignore[misc]  # the setter is not defined directly after the property
     return tokenizer
+
+
+def model_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokens that end a text by the files of the tokenizer's model, beside its eos token."""
+    ends: list[int] = getattr(tokenizer, _MODEL_ENDS, [])
+    return ends
+
+
+def set_model_ends(tokenizer: PreTrainedTokenizerBase, ends: object) -> None:
+    """Notes the tokens that end a text by the files of a model: an id or a list of ids. Unknown ids are left out."""
+    listed = ends if isinstance(ends, list) else [ends]
+    known = [end for end in listed if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokenizer)]
+    setattr(tokenizer, _MODEL_ENDS, known)
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -164,30 +205,28 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Returns the Hugging Face tokenizer with a name.
 
     Args:
-        name: "danube-small", "mistral", "world", a directory, or a hub id with or without "@revision".
+        name: "danube-small", "mistral", "danube3-chat", "world", a directory, or a hub id with or without "@revision".
 
     Raises:
         ValueError: no tokenizer with this name can be loaded.
     """
-    if name == MISTRAL:
-        return _mistral_v1()
+    if name in (MISTRAL, DANUBE_CHAT):
+        return with_danube_tokens(_mistral_backend(add_space_prefix=name == MISTRAL), model_max_length=8192)
     if name == DANUBE_SMALL:
         return _danube_small()
     if name == WORLD:
-        return world_tokenizer()
+        return beginning_texts(world_tokenizer())
     directory = Path(name).expanduser()
     if not directory.is_dir() and looks_like_path(name):
         raise ValueError(
             f"there is no tokenizer directory {name!r}{did_you_mean(name)}: give {KNOWN_NAMES}, a directory or a hub id"
         )
-    from transformers import AutoTokenizer
-
     repository, _, revision = name.partition("@")
     try:
         if directory.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = _from_files(directory)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision or "main", trust_remote_code=False)
+            tokenizer = _from_files(repository, revision=revision or "main")
     except Exception as error:
         where = "has no readable tokenizer files" if directory.is_dir() else "was found neither on disk nor on the hub"
         raise ValueError(
@@ -195,7 +234,57 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
-    return tokenizer  # type: ignore[return-value]
+    if directory.is_dir():
+        set_model_ends(tokenizer, _ends_in_files(directory))
+    return tokenizer
+
+
+def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer in a directory or in a repository of the hub, with the ids of its tokenizer.json.
+
+    transformers 5 makes some tokenizers anew from the name of their class, and takes only the pieces from the file.
+    Class names are often wrong, and the ids then differ from those that the model was trained on.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    named: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    file: Any = Path(place) / "tokenizer.json"
+    if isinstance(place, str):
+        file = try_to_load_from_cache(place, "tokenizer.json", **options)  # transformers has just downloaded it
+    if type(named) is PreTrainedTokenizerFast or not named.is_fast or not (file and Path(str(file)).is_file()):
+        return named
+    backend = Tokenizer.from_file(str(file))
+    if _encodes_alike(backend, named.backend_tokenizer):
+        return named
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(place, **options)
+    for role, token in named.special_tokens_map.items():
+        # The class has special tokens of its own, which the files may lack.
+        if isinstance(token, str) and getattr(tokenizer, role, None) is None and backend.token_to_id(token) is not None:
+            setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _encodes_alike(file: Tokenizer, made: Tokenizer) -> bool:
+    """Whether a tokenizer that was made from a file has all of the file's parts that decide ids."""
+    theirs, ours = json.loads(file.to_str()), json.loads(made.to_str())
+    tokens = [[tuple(token.items()) for token in description["added_tokens"]] for description in (theirs, ours)]
+    return set(tokens[0]) <= set(tokens[1]) and all(
+        theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer", "model")
+    )
+
+
+def _ends_in_files(directory: Path) -> object:
+    """Returns the tokens that end a text by a Hugging Face directory; transformers ends at them, too."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            content = json.loads((directory / name).read_text("utf-8"))
+        except (OSError, ValueError):  # a file that the model needs is refused where the model is read
+            continue
+        if isinstance(content, dict) and content.get("eos_token_id") is not None:
+            return content["eos_token_id"]
+    return []
 
 
 def _danube_small() -> PreTrainedTokenizerFast:
@@ -203,7 +292,7 @@ def _danube_small() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(SMALL_DIRECTORY)
-    return tokenizer
+    return beginning_texts(tokenizer)
 
 
 def mistral_model_file() -> Path:
@@ -214,14 +303,10 @@ def mistral_model_file() -> Path:
     raise ValueError("the package mistral-common has no tokenizer.model.v1: reinstall it, or name another tokenizer")
 
 
-def _mistral_v1() -> PreTrainedTokenizerFast:
-    return with_danube_tokens(_mistral_backend(), model_max_length=8192)
-
-
 def own_backend(name: str) -> Tokenizer | None:
     """Returns Danube's own tokenizers as objects of the library `tokenizers`, and None for every other name."""
-    if name == MISTRAL:
-        return _mistral_backend()
+    if name in (MISTRAL, DANUBE_CHAT):
+        return _mistral_backend(add_space_prefix=name == MISTRAL)
     if name == DANUBE_SMALL:
         from tokenizers import Tokenizer
 
@@ -229,8 +314,8 @@ def own_backend(name: str) -> Tokenizer | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def _mistral_backend() -> Tokenizer:
+@lru_cache(maxsize=2)
+def _mistral_backend(*, add_space_prefix: bool) -> Tokenizer:
     import sentencepiece
     from tokenizers import AddedToken
 
@@ -238,6 +323,7 @@ def _mistral_backend() -> Tokenizer:
     backend = sentencepiece_backend(
         {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())},
         [pieces.get_score(i) for i in range(pieces.vocab_size())],
+        add_space_prefix=add_space_prefix,
     )
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
     return backend
@@ -260,6 +346,7 @@ def with_danube_tokens(backend: Tokenizer, **options: Any) -> PreTrainedTokenize
         # Danube3 pads with id 0, as its config.json says.
         pad_token="<unk>",
         clean_up_tokenization_spaces=False,
+        **{BEGINS_TEXTS: True},
         **options,
     )
 

@@ -9,7 +9,7 @@ Shapes: B rows of a micro-batch, T positions of a row, P pairs, C choices of a q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -130,6 +130,10 @@ class LabelledData(TokenizedData, Protocol):
 
     labels: list[str]
     """The names of the classes, in the order of their numbers; empty if the checkpoint has them."""
+    keep: Literal["start", "end"]
+    """The part that is kept of a text that exceeds the context."""
+    begin: bool
+    """Whether the tokenizer's bos token stands before a text."""
 
     @property
     def evaluation_places(self) -> int:

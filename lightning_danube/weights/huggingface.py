@@ -267,7 +267,13 @@ def read_hf_config(directory: Path) -> DecoderConfig:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Returns the safetensors files that make up the model."""
+    """Returns the safetensors files that make up the model.
+
+    A directory that was written twice may hold both a single file and an index. transformers then reads the single
+    file, and so does this function.
+    """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -277,8 +283,6 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{directory}: {len(missing)} files of its index are missing: {some(missing)}")
         return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
     if pickles := sorted(file.name for file in directory.glob("*.bin")):
         raise ValueError(
             f"{directory}: only pickled weights ({some(pickles)}), which can run anything when read; "

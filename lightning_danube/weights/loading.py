@@ -57,9 +57,8 @@ def load_as_exported(
     """
     from lightning_danube.tokens.tokenizer import adding_bos
 
-    located = locate(weights)
-    decoder, tokenizer = load_model(located, dtype=dtype)
-    return decoder, tokenizer if located.kind == "hf" else adding_bos(tokenizer)
+    decoder, tokenizer = load_model(weights, dtype=dtype)
+    return decoder, adding_bos(tokenizer)
 
 
 def load_decoder(

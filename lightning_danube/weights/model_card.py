@@ -16,7 +16,9 @@ import yaml
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
 from lightning_danube.model.architecture import family_of
+from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.tokens.hub import hub_id
+from lightning_danube.tokens.tokenizer import begin_token
 from lightning_danube.weights.names import Located
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ GGUF_FACTS = {
 }
 KNOWN_TOKENIZERS = {
     "mistral": "Mistral v1, the SentencePiece pieces of Danube3",
+    "danube3-chat": "danube3-chat, the SentencePiece pieces of Danube3 as its chat models use them",
     "danube-small": "danube-small, the byte-level pieces that come with lightning-danube",
 }
 
@@ -389,13 +392,14 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Located) -> str:
     if weights.kind == "checkpoint" and weights.tokenizer is not None:
         name = weights.tokenizer.name
         facts.insert(0, ("name", KNOWN_TOKENIZERS.get(name, f"`{name}`")))
-    for title, token, token_id in (
-        ("begins a text", tokenizer.bos_token, tokenizer.bos_token_id),
-        ("ends a text", tokenizer.eos_token, tokenizer.eos_token_id),
-        ("pads", tokenizer.pad_token, tokenizer.pad_token_id),
+    for title, token_ids in (
+        ("begins a text", [begin_token(tokenizer)]),
+        ("ends a text", end_ids(tokenizer)),
+        ("pads", [tokenizer.pad_token_id]),
     ):
-        if token is not None:
-            facts.append((title, f"`{token}`, {token_id}"))
+        known = [f"`{tokenizer.convert_ids_to_tokens(i)}`, {i}" for i in token_ids if i is not None]
+        if known:
+            facts.append((title, "; ".join(known)))
     facts.append(("chat template", "yes" if tokenizer.chat_template else "none"))
     return _table(("", ""), facts)
 

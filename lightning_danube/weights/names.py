@@ -37,7 +37,7 @@ class TokenizerSource:
     """Where the tokenizer of a model comes from.
 
     Args:
-        name: "mistral", "danube-small", a directory, a hub id, a GGUF file or "smollm2".
+        name: "mistral", "danube3-chat", "danube-small", a directory, a hub id, a GGUF file or "smollm2".
         fingerprint: of the tokenizer that a run was trained with; None if the tokenizer lies beside the weights.
         chat_template: the template that a run was tuned with; None if the run was not tuned for chat.
     """

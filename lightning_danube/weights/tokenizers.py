@@ -20,8 +20,8 @@ def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
     """The name and the tokenizer that `data.tokenizer` stands for.
 
     Args:
-        name: "mistral", "danube-small", a directory, a hub id, or a model: a run, a checkpoint, a GGUF file or
-            "smollm2". For a run, the returned name is that of the tokenizer it was trained with.
+        name: "mistral", "danube3-chat", "danube-small", a directory, a hub id, or a model: a run, a checkpoint, a GGUF
+            file or "smollm2". For a run, the returned name is that of the tokenizer it was trained with.
 
     Raises:
         ValueError: no tokenizer has this name.
@@ -76,7 +76,7 @@ def load_tokenizer(model: Located) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: the checkpoint names no tokenizer, or the tokenizer of that name is another one now.
     """
-    from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
+    from lightning_danube.tokens.tokenizer import beginning_texts, fingerprint_of, load_hf_tokenizer
     from lightning_danube.weights.gguf.tokenizer import load_gguf_tokenizer
 
     source = model.tokenizer
@@ -84,7 +84,11 @@ def load_tokenizer(model: Located) -> PreTrainedTokenizerFast:
         raise ValueError(f"{model.path}: it does not say with which tokenizer it was trained")
     file = smollm2_file() if source.name == SMOLLM2 else Path(source.name).expanduser()
     tokenizer = load_gguf_tokenizer(file) if file.is_file() else load_hf_tokenizer(source.name)
-    if source.fingerprint is not None and source.fingerprint != fingerprint_of(tokenizer):
+    if source.fingerprint not in (None, fingerprint_of(tokenizer)):
+        # A run of an earlier version put every bos token that a tokenizer names before texts. Its fingerprint says so.
+        beginning = beginning_texts(tokenizer)
+        tokenizer = beginning if source.fingerprint == fingerprint_of(beginning) else tokenizer
+    if source.fingerprint not in (None, fingerprint_of(tokenizer)):
         raise ValueError(
             f"{model.path}: the tokenizer {source.name!r} is not the one it was trained with (fingerprint "
             f"{fingerprint_of(tokenizer)}, not {source.fingerprint}): bring that one back under its name"

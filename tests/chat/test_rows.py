@@ -1,3 +1,4 @@
+import copy
 from collections import Counter
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from lightning_danube.chat.conversations import NoConversation
 from lightning_danube.chat.rows import DoesNotFit, fit_chat
-from lightning_danube.tokens.chat_template import ChatEncoder, Message, encode_chat
+from lightning_danube.tokens.chat_template import ChatEncoder, Message, NotLearnable, encode_chat
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.training.passes import LAYOUTS
 
@@ -72,6 +73,22 @@ def test_a_last_answer_without_weight_leaves_nothing_to_learn() -> None:
     with pytest.raises(NoConversation, match="the weight of the last answer is 0, and learned: last counts no other"):
         fit_chat(ENCODER, TURNS, 500, "cut", "last", {5})
     assert fit_chat(ENCODER, TURNS, 500, "cut", "last", {1}).learned.any()
+
+
+def test_answers_that_the_template_changes_are_told_and_none_is_no_matter_of_length() -> None:
+    tokenizer = copy.deepcopy(MISTRAL)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] if not loop.last else m.content }}</s>{% endfor %}"
+    )
+    encoder = ChatEncoder(tokenizer)
+    thinking = [dict(turn, content="hm</think>" + turn["content"]) for turn in TURNS]
+    chat = fit_chat(encoder, thinking, 500, "cut", "all")
+    assert chat.changed_answers == 2 and sum(chat.learned) > 0
+    assert fit_chat(encoder, thinking, 500, "cut", "last").changed_answers == 0
+    assert fit_chat(ENCODER, TURNS, 500, "cut", "all").changed_answers == 0
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}"
+    with pytest.raises(NotLearnable, match="the chat template changes what message 6 says"):
+        fit_chat(ChatEncoder(tokenizer), TURNS, 500, "cut", "all")
 
 
 def lengths(count: int) -> np.ndarray:

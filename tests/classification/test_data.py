@@ -76,6 +76,19 @@ def test_a_batch_is_padded_behind_its_texts_and_begins_as_in_training(tmp_path: 
     )
 
 
+def test_the_end_of_a_long_text_is_kept_if_asked_for(tmp_path: Path) -> None:
+    plain = data(tmp_path)
+    cases: list[tuple[dict[str, Any], list[int]]] = [({}, [plain.tokenizer.bos_token_id]), ({"begin": False}, [])]
+    for options, head in cases:
+        module = data(tmp_path, context_length=7, keep="end", **options)
+        encoded = module.encoded["train"]
+        for number, text in enumerate(module.splits["train"]):
+            ids = module.tokenizer(text.text, add_special_tokens=False).input_ids
+            found = encoded.ids[encoded.ends[number] : encoded.ends[number + 1]].tolist()
+            assert found == [*head, *ids[-(7 - len(head)) :]]
+        assert encoded.cut > 0
+
+
 def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
     module = data(tmp_path)
     append(tmp_path / "train.csv", "the end </s> of it,wet")

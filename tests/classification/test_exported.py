@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.classification import exported
+from lightning_danube.classification import ClassificationData, exported
 from lightning_danube.classification.exported import Classifier, _as_in_training, hf_config, load_classifier
+from lightning_danube.classification.labelled_texts import LabelledText
+from lightning_danube.tokens.tokenizer import begin_token, load_hf_tokenizer
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 
 
 def test_a_text_is_cut_at_its_end_and_begins_as_in_training() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.truncation_side, tokenizer.pad_token = "left", None
-    found = _as_in_training(tokenizer, 6)
+    found = _as_in_training(tokenizer, 6, "start", begin=True)
     text = "a text of many more tokens than six"
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
     assert found(text, truncation=True).input_ids == ids[:6]
@@ -23,6 +25,30 @@ def test_a_text_is_cut_at_its_end_and_begins_as_in_training() -> None:
     assert found.pad_token == "<eos>"
     # The tokenizer that was given stays as it was.
     assert tokenizer.truncation_side == "left" and tokenizer.model_max_length == 128 and tokenizer.pad_token is None
+
+
+def test_a_text_keeps_its_end_without_the_bos_token_as_in_training(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "a text of many more tokens than six"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    for begin, head in ((False, []), (True, [tokenizer.bos_token_id])):
+        _as_in_training(tokenizer, 6, "end", begin=begin).save_pretrained(tmp_path / str(begin))
+        saved = load_hf_tokenizer(str(tmp_path / str(begin)))
+        assert saved(text, truncation=True).input_ids == [*head, *ids[len(head) - 6 :]]
+        assert begin_token(saved) == (tokenizer.bos_token_id if begin else None)
+
+
+def test_an_exported_classifier_reads_special_tokens_in_a_text_as_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "a<eos>b"
+    assert tokenizer.eos_token_id in tokenizer(text).input_ids
+    data: Any = ClassificationData.__new__(ClassificationData)
+    data.tokenizer, data.context_length, data.keep, data.begin, data.labels = tokenizer, 64, "start", True, []
+    trained = data._encode([LabelledText(text, None, "file", 1)]).ids.tolist()
+    _as_in_training(tokenizer, 64, "start", begin=True).save_pretrained(tmp_path)
+    saved = load_hf_tokenizer(str(tmp_path))
+    assert saved(text).input_ids == saved([text], truncation=True).input_ids[0] == trained
+    assert tokenizer.eos_token_id not in trained
 
 
 def test_labels_keep_their_numbers() -> None:

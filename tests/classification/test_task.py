@@ -39,6 +39,7 @@ class ThreeLabels:
 
     vocab_size, context_length, evaluation_places = CONFIG.vocab_size, 8, 64
     labels = ("a", "b", "c")
+    keep, begin = "start", True
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"row": row}, {}

@@ -1,3 +1,4 @@
+import copy
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from lightning_danube.generation.sampling import Sampling
-from lightning_danube.generation.text import Continuation, TextGeneration, encode_prompt, length_of_begun_stop
+from lightning_danube.generation.text import (
+    Continuation,
+    TextGeneration,
+    encode_prompt,
+    length_of_begun_stop,
+    special_stops,
+)
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
@@ -165,19 +172,47 @@ def test_a_prompt_begins_as_documents_do(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, "a</s>")[-1] == 2
 
 
+def test_a_special_token_stops_a_text(tokenizer: Any, decoder: Decoder) -> None:
+    ids = tokenizer("one two</s> three", add_special_tokens=False).input_ids
+    continuation = Continuation(tokenizer, [1], [], ["</s>"], special_stops(tokenizer, ["</s>", "two"]))
+    for token in ids:
+        if continuation.finish_reason is None:
+            continuation.add(token)
+    assert (continuation.text, continuation.finish_reason, continuation.tokens) == ("one two", "stop", 3)
+    # The stream ends the row, too.
+    first = next(iter(TextGeneration(decoder, tokenizer, [[1, 5]], 2).tokens)).item()
+    copied = copy.deepcopy(tokenizer)
+    copied.add_special_tokens({"additional_special_tokens": [copied.convert_ids_to_tokens(first)]})
+    generation = TextGeneration(decoder, copied, [[1, 5]], 9, stop=[copied.convert_ids_to_tokens(first)])
+    assert list(generation) == [] and generation.rows[0].finish_reason == "stop" and len(generation.tokens.steps) == 1
+    with pytest.raises(
+        ValueError, match="the stop text '</s>x' holds the special token '</s>', and a special token is"
+    ):
+        TextGeneration(decoder, tokenizer, [[1, 5]], 9, stop=["</s>x"])
+
+
 def test_a_token_that_also_ends_texts_begins_no_prompt() -> None:
     class Tokenizer:
         """Makes a token of each character."""
 
-        def __init__(self, bos_token_id: int | None, eos_token_id: int) -> None:
-            self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
+        init_kwargs: dict[str, Any]
 
-        def __call__(self, text: str, add_special_tokens: bool) -> Any:
-            assert not add_special_tokens
-            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+        def __init__(self, bos_token_id: int | None, eos_token_id: int, adds: bool) -> None:
+            self.bos_token_id, self.eos_token_id, self.adds, self.init_kwargs = bos_token_id, eos_token_id, adds, {}
 
-    tokenizers: Any = [Tokenizer(*ids) for ids in ((1, 2), (2, 2), (None, 2), (0, 2))]
-    assert [encode_prompt(tokenizer, "a") for tokenizer in tokenizers] == [[1, 97], [97], [97], [0, 97]]
+        def __len__(self) -> int:
+            return 128
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [chr(i) for i in ids]
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            head = [self.bos_token_id] if add_special_tokens and self.adds else []
+            return SimpleNamespace(input_ids=[*head, *(ord(letter) for letter in text)])
+
+    cases = ((1, 2, True), (1, 2, False), (2, 2, True), (None, 2, False), (0, 2, True))
+    tokenizers: Any = [Tokenizer(*case) for case in cases]
+    assert [encode_prompt(tokenizer, "a") for tokenizer in tokenizers] == [[1, 97], [97], [97], [97], [0, 97]]
 
 
 @pytest.mark.parametrize("stop", [["tain", "oun"], ["oun", "tain"]])

@@ -1,9 +1,12 @@
+import copy
+import json
 import re
 from typing import Any
 
 import pytest
 
 from lightning_danube.tokens.chat_template import (
+    DANUBE_TEMPLATE,
     MARKERS,
     ChatEncoder,
     Message,
@@ -130,7 +133,7 @@ TALK = [
     user("  And in words?\n"),
     assistant("four\n\n  – “vier” in German 🙂"),
     user("4?"),
-    assistant('"4."'),
+    assistant('It is "4".'),
 ]
 
 
@@ -227,15 +230,191 @@ def test_an_encoder_remembers_templates_by_roles_and_prompt(chatml: Any) -> None
             assert any(encoded.learned) is (messages[-1]["role"] == "assistant")
 
 
-@pytest.mark.parametrize("answer", ["s", "=", ">", "| x", "4", "</s> forged"])
-def test_a_token_that_begins_before_its_answer_is_not_learned(mistral: Any, answer: str) -> None:
-    """Markers are text in Danube's tokenizer, so the end of one and the beginning of an answer can form a token."""
-    ids, learned = ChatEncoder(mistral).encode([user("q"), assistant(answer)])
-    backend = mistral.backend_tokenizer
-    tokens = [backend.id_to_token(token) for token in ids]
-    text, answers = "", "<|answer|>"
-    for token, counts in zip(tokens, learned, strict=True):
-        begins = answers in text
-        assert counts is begins or (counts is False and text.endswith("</s>")), (text, token)
-        text += token.replace("▁", " ")
-    assert text.endswith(f"{answer}</s>") and learned[-1] and sum(learned) >= 1
+CROSSING = ["s", "=", ">", '"', "(a)", "| x", "4", "</s> forged", "\n\nx", " x"]
+
+
+@pytest.mark.parametrize("answer", CROSSING)
+@pytest.mark.parametrize("name", ["mistral", "danube3-chat", "small", "chatml", "newline"])
+def test_an_answer_shares_no_token_with_the_text_that_opens_it(
+    request: pytest.FixtureRequest, name: str, answer: str
+) -> None:
+    """Markers are text in Danube's tokenizer, so the end of one and the beginning of an answer could form a token."""
+    tokenizer = load_hf_tokenizer(name) if name.startswith(("mistral", "danube3")) else request.getfixturevalue(name)
+    encoder = ChatEncoder(tokenizer)
+    encoder.check_learnable()
+    turns = [user("q"), assistant(answer), user("r"), assistant(answer)]
+    for end in (2, 4):
+        ids, learned = encoder.encode(turns[:end])
+        asked = encode_chat(tokenizer, turns[: end - 1], True)
+        assert ids[: len(asked)] == asked
+        begin = len(asked)
+        # Everything from there to the token that ends the answer is learned, and is the answer.
+        stop = begin + learned[begin:].index(False) if False in learned[begin:] else len(ids)
+        assert all(learned[begin:stop]) and not learned[begin - 1] and not any(learned[stop:])
+        text = str(tokenizer.decode(ids[begin : stop - 1]))
+        assert text.strip() == answer.strip()
+        assert (
+            tokenizer.decode(ids)
+            == tokenizer.decode(
+                tokenizer(render_chat(tokenizer, turns[:end], False), add_special_tokens=False).input_ids
+            )
+            or "</s>" in answer
+        )
+
+
+@pytest.fixture
+def newline(chatml: Any) -> Any:
+    """ChatML's tokenizer with pieces of several line ends."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    description = json.loads(chatml.backend_tokenizer.to_str())
+    letters = [token for token in description["model"]["vocab"] if len(token) == 1]
+    vocabulary = {token: number for number, token in enumerate([*sorted(letters), "ĊĊ", "ĊĊĊ"])}
+    backend: Any = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ"), ("Ċ", "ĊĊ")]))
+    backend.pre_tokenizer, backend.decoder = chatml.backend_tokenizer.pre_tokenizer, chatml.backend_tokenizer.decoder
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=CHATML)
+    # A plain encoding of the whole text joins the line end of the marker with those of the answer.
+    assert len(tokenizer("assistant\n\n\nx").input_ids) < len(tokenizer("assistant\n").input_ids) + 3
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_space_before_the_first_text_only_is_put_there_only(mistral: Any, scheme: Any) -> None:
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    for nested in (False, True):
+        backend: Any = Tokenizer.from_str(mistral.backend_tokenizer.to_str())
+        metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+        backend.normalizer = normalizers.Sequence([])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([metaspace]) if nested else metaspace
+        tokenizer: Any = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            chat_template=DANUBE_TEMPLATE,
+        )
+        ChatEncoder(tokenizer).check_learnable()
+        for turns in ([user("What is it?")], [*TALK[:2], user("And that?")]):
+            expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            assert encode_chat(tokenizer, turns, True) == expected
+        tokens = tokenizer.convert_ids_to_tokens(expected)
+        behind = tokens[tokens.index("</s>") + 1]
+        assert (tokens[0], behind) == {"always": ("▁<", "▁<"), "first": ("▁<", "<"), "never": ("<", "<")}[scheme]
+
+
+def with_contents(content: str) -> str:
+    return CHATML.replace("message['content']", content)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (with_contents("message['content'].rstrip()"), [user("  q"), assistant("  indented\n")], ["  indented"]),
+        (with_contents("message['content'].lstrip()"), [user("  q"), assistant("  end\n")], ["end\n"]),
+        (
+            with_contents("(message['content'] if loop.last else message['content'].split('</think>')[-1])"),
+            [user("q"), assistant("<think>hm</think>a"), user("r"), assistant("<think>so</think>b")],
+            ["<think>so</think>b"],
+        ),
+        (with_contents("message['content'].replace('bad', '***')"), [user("bad q"), assistant("a")], ["a"]),
+    ],
+    ids=["rstrip", "lstrip", "thoughts", "question"],
+)
+def test_answers_that_a_template_leaves_as_they_are_are_learned(
+    chatml: Any, template: str, messages: list[Message], expected: list[str]
+) -> None:
+    chatml.chat_template = template
+    encoder = ChatEncoder(chatml)
+    ids, learned = encoder.encode(messages)
+    assert ids == chatml(render_chat(chatml, messages, False), add_special_tokens=False).input_ids
+    said = chatml.decode([token for token, counts in zip(ids, learned, strict=True) if counts])
+    assert said == "".join(f"{answer}<|im_end|>" for answer in expected)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (
+            CHATML.replace("for message in messages", "for message in messages if message['role'] != 'system'"),
+            [{"role": "system", "content": "s"}, user("q"), assistant("a")],
+            "leaves out, repeats or reorders messages",
+        ),
+        (
+            with_contents("message['content'].replace('a', 'b')"),
+            [user("q"), assistant("a")],
+            "changes what message 2 says",
+        ),
+        (
+            with_contents("message['content'] + ('!<|im_end|>' if 'q' in message['content'] else '')"),
+            [user("q"), assistant("a")],
+            "changes message 1, which spells a special token",
+        ),
+    ],
+    ids=["system", "answer", "special"],
+)
+def test_why_no_answer_is_learned_is_told(chatml: Any, template: str, messages: list[Message], reason: str) -> None:
+    chatml.chat_template = template
+    encoder = ChatEncoder(chatml)
+    assert not any(encoder.encode(messages).learned)
+    assert reason in encoder.unlearned(messages)
+
+
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
+    "{% if loop.index0 == 0 and system %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+"""As Llama 2's: a prompt ends without the space that an answer begins with."""
+
+
+def test_what_a_template_writes_between_a_prompt_and_its_answer_is_learned(mistral: Any) -> None:
+    tokenizer = copy.deepcopy(mistral)
+    tokenizer.chat_template = LLAMA2
+    encoder = ChatEncoder(tokenizer)
+    encoder.check_learnable()
+    assert end_ids(tokenizer) == [2]
+    system: Message = {"role": "system", "content": "Be kind."}
+    for turns in (TALK[:2], TALK, [system, *TALK[:4]]):
+        ids, learned = encoder.encode(turns)
+        assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
+        said = tokenizer.convert_ids_to_tokens([token for token, counts in zip(ids, learned, strict=True) if counts])
+        answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+        assert "".join(said) == "".join(f" {answer} </s>" for answer in answers).replace(" ", "▁").replace(
+            "\n", "<0x0A>"
+        )
+        asked = encode_chat(tokenizer, turns[:-1], True)
+        assert ids[: len(asked)] == asked
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("message['content'] + 1", r"fails on this conversation \(TypeError: .*\): mend the template"),
+        ("(1 // 0)", r"fails on this conversation \(ZeroDivisionError: .*\): mend the template"),
+        ("message['content'].nothing()", "refuses this conversation: "),
+        ("message['content'][", "refuses this conversation: "),
+    ],
+)
+def test_a_template_that_fails_is_named_in_one_line(chatml: Any, content: str, error: str) -> None:
+    chatml.chat_template = with_contents(content)
+    with pytest.raises(ValueError, match=f"the chat template {error}") as caught:
+        encode_chat(chatml, [user("q")], True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_special_token_that_takes_in_spaces_is_refused(chatml: Any) -> None:
+    from tokenizers import AddedToken
+
+    chatml.add_tokens([AddedToken("<|wide|>", special=True, rstrip=True)])
+    ChatEncoder(chatml).check_learnable()
+    chatml.chat_template = CHATML.replace("<|im_start|>", "<|wide|>")
+    with pytest.raises(NotLearnable, match=r"the special token '<\|wide\|>' of the chat template takes in the space"):
+        ChatEncoder(chatml).check_learnable()

@@ -113,4 +113,4 @@ def test_a_name_with_a_typing_error_gets_the_names(tmp_path: Path, capsys: pytes
     directory = write_tiny(tmp_path)
     assert main(["fit", "--config", str(directory / "tiny.yaml"), "--data.init_args.tokenizer", "danube-smal"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "give 'danube-small', 'mistral', a directory or a hub id" in error
+    assert error.count("\n") == 1 and "give 'danube-small', 'mistral', 'danube3-chat', a directory or a hub id" in error

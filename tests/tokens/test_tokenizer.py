@@ -1,11 +1,23 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
 import transformers
 
-from lightning_danube.tokens.tokenizer import DocumentTokenizer, fingerprint_of, load_hf_tokenizer, mistral_model_file
+from lightning_danube.generation.text import encode_prompt
+from lightning_danube.tokens.chat_template import encode_chat, end_ids
+from lightning_danube.tokens.tokenizer import (
+    DocumentTokenizer,
+    adding_bos,
+    begin_token,
+    beginning_texts,
+    fingerprint_of,
+    load_hf_tokenizer,
+    mistral_model_file,
+)
 from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
 from lightning_danube.tokens.word_splits import WORD_SPLITS
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
@@ -91,7 +103,7 @@ def test_documents_cannot_spell_special_tokens_but_prompts_can(name: str) -> Non
     assert 2 in tokenizer.hf("a</s>b", add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+@pytest.mark.parametrize("name", ["mistral", "danube3-chat", "danube-small", "world"])
 def test_an_exported_tokenizer_is_the_same_one(name: str, tmp_path: Path) -> None:
     tokenizer = DocumentTokenizer(name)
     tokenizer.hf.save_pretrained(tmp_path)
@@ -148,7 +160,8 @@ def test_a_misspelt_directory_is_not_asked_for_at_the_hub(
         load_hf_tokenizer(name)
     question = f" (did you mean {similar}?)" if similar else ""
     assert str(caught.value) == (
-        f"there is no tokenizer directory {name!r}{question}: give 'danube-small', 'mistral', a directory or a hub id"
+        f"there is no tokenizer directory {name!r}{question}: give 'danube-small', 'mistral', 'danube3-chat', a "
+        "directory or a hub id"
     )
 
 
@@ -163,7 +176,7 @@ def test_a_directory_without_tokenizer_files_is_named(tmp_path: Path) -> None:
         load_hf_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["mistral", "danube-small"])
+@pytest.mark.parametrize("name", ["mistral", "danube3-chat", "danube-small"])
 def test_what_is_known_without_transformers_is_what_transformers_says(name: str) -> None:
     tokenizer = DocumentTokenizer(name)
     known = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint
@@ -176,3 +189,135 @@ def test_documents_leave_the_tokenizer_as_it_was(small: DocumentTokenizer) -> No
     before = backend.encode("a</s>", add_special_tokens=False).ids
     small.encode_documents(["a</s>"])
     assert backend.encode("a</s>", add_special_tokens=False).ids == before and before[-1] == 2
+
+
+def save(backend: Any, directory: Path, **config: Any) -> str:
+    """A Hugging Face directory with a tokenizer's two files and the config.json of a Llama."""
+    directory.mkdir(parents=True)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return str(directory)
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("legacy", [{}, {"legacy": False}, {"legacy": True}], ids=str)
+def test_ids_are_those_of_the_file_whatever_the_class_is_called(
+    name: str, legacy: dict[str, bool], mistral: DocumentTokenizer, tmp_path: Path
+) -> None:
+    file = mistral.hf.backend_tokenizer
+    loaded = load_hf_tokenizer(save(file, tmp_path / "llama", tokenizer_class=name, **LLAMA, **legacy))
+    for text in [*HARD, "   three", "a </s> b"]:
+        assert loaded(text, add_special_tokens=False).input_ids == file.encode(text, add_special_tokens=False).ids
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (1, 2, 0)
+    # What is written again has no class that would be made anew.
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again("  two", add_special_tokens=False).input_ids == loaded("  two", add_special_tokens=False).input_ids
+
+
+def test_a_class_names_the_tokens_that_the_files_leave_out(mistral: DocumentTokenizer, tmp_path: Path) -> None:
+    file = mistral.hf.backend_tokenizer
+    loaded = load_hf_tokenizer(save(file, tmp_path / "llama", tokenizer_class="LlamaTokenizer"))
+    assert (loaded.bos_token, loaded.eos_token, len(loaded)) == ("<s>", "</s>", 32_000)
+
+
+def chatml_pieces() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend: Any = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the river walks"], trainer)
+    return backend
+
+
+SMOLLM2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+def test_a_bos_token_that_is_only_named_begins_nothing(tmp_path: Path) -> None:
+    named = load_hf_tokenizer(save(chatml_pieces(), tmp_path / "named", **SMOLLM2))
+    plain = named("the river", add_special_tokens=False).input_ids
+    assert named("the river").input_ids == encode_prompt(named, "the river") == plain
+    assert begin_token(named) is None and adding_bos(named) is named
+    assert gguf_tokenizer_fields(named)["tokenizer.ggml.add_bos_token"] is False
+    assert DocumentTokenizer(str(tmp_path / "named")).encode_documents(["the river"])[0].tolist() == [*plain, 2]
+    # One that the tokenizer adds begins texts, whether it is named or not.
+    from tokenizers.processors import TemplateProcessing
+
+    adds = chatml_pieces()
+    adds.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    cases: list[dict[str, Any]] = [SMOLLM2, {**SMOLLM2, "bos_token": None}]
+    for number, options in enumerate(cases):
+        adding = load_hf_tokenizer(save(adds, tmp_path / str(number), **options))
+        assert begin_token(adding) == 1 and adding_bos(adding) is adding
+        assert encode_prompt(adding, "the river") == adding("the river").input_ids == [1, *plain]
+
+
+def test_tokenizers_of_earlier_versions_begin_texts_as_before(tmp_path: Path) -> None:
+    # The directory of the small tokenizer has no mark, as no directory of the verb `tokenizer` had.
+    small = load_hf_tokenizer("danube-small")
+    directory = save(small.backend_tokenizer, tmp_path / "mine", tokenizer_class="TokenizersBackend", **LLAMA)
+    assert begin_token(load_hf_tokenizer(directory)) == 1
+    assert fingerprint_of(load_hf_tokenizer(directory)) == fingerprint_of(small)
+    named = load_hf_tokenizer(save(chatml_pieces(), tmp_path / "named", **SMOLLM2))
+    assert begin_token(beginning_texts(named)) == 1 and begin_token(named) is None
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"pad_token": "<|im_end|>"}, {"additional_special_tokens": ["<|im_end|>"]}], ids=str
+)
+def test_the_end_of_a_turn_ends_an_answer_whether_it_is_named_or_not(named: dict[str, Any], tmp_path: Path) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": CHATML}
+    loaded = load_hf_tokenizer(save(chatml_pieces(), tmp_path / "chat", **config, **named))
+    ids = encode_chat(loaded, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], False)
+    assert 2 in ids and end_ids(loaded) == [0, 2]
+    assert gguf_tokenizer_fields(loaded)["tokenizer.ggml.eot_token_id"] == 2
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_the_ends_that_a_model_names_are_read(file: str, tmp_path: Path) -> None:
+    directory = save(chatml_pieces(), tmp_path / "chat", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
+    assert end_ids(load_hf_tokenizer(directory)) == [0]
+    for number, (ends, expected) in enumerate([(2, [0, 2]), ([0, 1, 2], [0, 1, 2]), ([10**6, 1], [0, 1])]):
+        directory = save(chatml_pieces(), tmp_path / str(number), tokenizer_class="GPT2Tokenizer")
+        path = Path(directory) / file
+        path.write_text(json.dumps({"model_type": "llama", "eos_token_id": ends}))
+        assert end_ids(load_hf_tokenizer(directory)) == expected
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_danubes_chat_tokenizer_puts_no_space_before_a_text(text: str, mistral: DocumentTokenizer) -> None:
+    chat = DocumentTokenizer("danube3-chat")
+    assert chat.hf.get_vocab() == mistral.hf.get_vocab() and (chat.bos_id, chat.eos_id) == (1, 2)
+    ids = chat.encode_documents([text])[0][1:-1].tolist()
+    # The ids behind a token that merges with nothing are those of a text that continues another one.
+    newline = mistral.encode_documents(["\n" + text])[0][1:-1].tolist()
+    assert newline == [*mistral.encode_documents(["\n"])[0][1:-1].tolist(), *ids]
+    assert chat.hf.decode(ids) == text.replace("▁", " ")
+
+
+def test_danubes_markers_begin_without_a_space_in_its_chat_tokenizer() -> None:
+    chat = load_hf_tokenizer("danube3-chat")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    ids = encode_chat(chat, turns, True)
+    marker = {name: chat.tokenize(f"<|{name}|>") for name in ("prompt", "answer")}
+    assert marker["prompt"][0] == marker["answer"][0] == "<"
+    expected = [*marker["prompt"], "Hi", "</s>", *marker["answer"], "Hello", "</s>", *marker["answer"]]
+    assert chat.convert_ids_to_tokens(ids) == expected
+    assert load_hf_tokenizer("mistral").tokenize("<|prompt|>")[0] == "▁<"

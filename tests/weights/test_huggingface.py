@@ -293,6 +293,17 @@ def test_broken_config_files_are_refused(exported: Path) -> None:
             load_hf(exported)
 
 
+def test_a_stale_index_does_not_count(decoder: Decoder, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    save_hf(Decoder(decoder.config), tmp_path / "export", max_shard_bytes=20_000)
+    index = (tmp_path / "export/model.safetensors.index.json").read_text()
+    save_hf(decoder, tmp_path / "export", overwrite=True)
+    (tmp_path / "export/model.safetensors.index.json").write_text(index)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    for name, tensor in load_hf(tmp_path / "export").state_dict().items():
+        assert torch.equal(tensor, expected[name]) and torch.equal(tensor, decoder.state_dict()[name])
+
+
 def test_broken_indexes_are_refused(decoder: Decoder, tmp_path: Path) -> None:
     save_hf(decoder, tmp_path / "export", max_shard_bytes=SHARD)
     next((tmp_path / "export").glob("model-00002-*")).unlink()

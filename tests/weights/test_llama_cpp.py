@@ -33,6 +33,8 @@ from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
 from tests.tiny_models import VARIANTS
+from tests.weights.gguf.test_files import rewrite
+from tests.weights.gguf.test_tokenizer import danube_with_merges_of_spaces
 
 CONFIGS = {
     "multi-head": DecoderConfig(64, 96, 2, 4, 4, vocab_size=128, max_position_embeddings=512),
@@ -283,6 +285,46 @@ def test_mistral_ids_are_equal_here_in_sentencepiece_and_in_llama_cpp(mistral_fi
     assert_same_ids(tokenizer, mistral_file, texts)
     for text in texts:
         assert ids_of(tokenizer, text, special=False) == reference.encode(text), text
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("order", ["sentencepiece", "long parts first"])
+def test_danubes_chat_ids_are_equal_in_llama_cpp(order: str, tmp_path: Path) -> None:
+    tokenizer, file = load_hf_tokenizer("danube3-chat"), tmp_path / "model.gguf"
+    if order != "sentencepiece":
+        tokenizer = danube_with_merges_of_spaces(lambda pair: (len(pair[0]), len(pair[1])))
+    fields = gguf_tokenizer_fields(tokenizer)
+    save_gguf(random_decoder(DecoderConfig(32, 32, 1, 2, 1)), file, dtype=torch.float32, tokenizer_fields=fields)
+    spaces = ["a" + " " * count + "b" for count in range(100)]
+    assert_same_ids(tokenizer, file, [*HARD, *spaces, *random_texts(1000)])
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize(
+    ("fields", "scaled"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, True),
+        ({"llama.rope.scale_linear": 4.0}, True),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.attn_factor": 0.5}, True),
+        ({"llama.rope.scaling.factor": 1.0}, False),
+        ({"llama.rope.scaling.factor": 0.0, "llama.rope.scale_linear": 4.0}, False),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, False),
+    ],
+    ids=str,
+)
+def test_positions_are_refused_where_llama_cpp_scales_them(
+    fields: dict[str, Any], scaled: bool, tmp_path: Path
+) -> None:
+    config = CONFIGS["grouped"]
+    save_gguf(random_decoder(config), tmp_path / "plain.gguf", dtype=torch.float32)
+    file = rewrite(tmp_path / "plain.gguf", tmp_path / "model.gguf", fields)
+    decoder, ids = load_gguf(tmp_path / "plain.gguf").eval(), some_ids(config)
+    with opened(file) as llama:
+        apart = relative_error(its_logits(llama, ids), our_logits(decoder, ids))
+    # Equal logits are at most 3.5e-6 apart, see above.
+    assert apart > 0.01 if scaled else apart < 1e-5
+    with pytest.raises(ValueError, match=r"rope\.scal") if scaled else contextlib.nullcontext():
+        load_gguf(file)
 
 
 @pytest.mark.llama_cpp

@@ -24,7 +24,7 @@ from lightning_danube.pretraining.curriculum import Stage
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.text.corpora import Source
 from lightning_danube.tokens.hub import hub_id
-from lightning_danube.tokens.tokenizer import fingerprint_of, load_hf_tokenizer
+from lightning_danube.tokens.tokenizer import begin_token, beginning_texts, fingerprint_of, load_hf_tokenizer
 from lightning_danube.weights import loading, names
 from lightning_danube.weights.adapters import (
     Lora,
@@ -67,7 +67,7 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     assert found(directory) == ("hf", directory)
     decoder, tokenizer = load_model(str(directory))
     assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
-    assert tokenizer("the", add_special_tokens=False).input_ids == tiny_tokenizer()("the").input_ids
+    assert tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
     assert decoder.model.embed_tokens.weight.dtype == torch.float32
 
 
@@ -78,7 +78,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert found(renamed) == ("gguf", renamed)
     decoder, tokenizer = load_model(str(renamed))
     assert torch.equal(decoder(IDS), tiny_decoder()(IDS))
-    assert tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
+    assert tokenizer("the").input_ids == tiny_tokenizer()("the", add_special_tokens=False).input_ids
 
 
 def test_a_run_and_its_checkpoints(tiny_run: Path) -> None:
@@ -129,6 +129,18 @@ def test_a_tokenizer_that_changed_since_training_is_refused(
         load_model(str(tmp_path / "changed.ckpt"))
 
 
+def test_a_run_that_began_texts_with_a_token_that_is_only_named_still_does(tmp_path: Path) -> None:
+    named = tiny_tokenizer()
+    named.add_bos_token = False  # type: ignore[misc]  # its setter is not next to its getter
+    named.save_pretrained(tmp_path)
+    assert begin_token(load_hf_tokenizer(str(tmp_path))) is None
+    for begins, trained in ((True, beginning_texts(named)), (False, named)):
+        source = TokenizerSource(str(tmp_path), fingerprint_of(trained))
+        loaded = load_tokenizer(Located("run", "checkpoint", tmp_path / "a.ckpt", source))
+        assert fingerprint_of(loaded) == source.fingerprint
+        assert begin_token(loaded) == (named.bos_token_id if begins else None)
+
+
 def test_a_directory_called_like_a_tokenizer_of_the_package_has_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +179,8 @@ def test_a_tokenizer_by_the_name_of_a_model(tiny_run: Path, tmp_path: Path) -> N
         assert tokenizer_of(str(name)) == ("danube-small", small)
     for path in (gguf, hf):
         name, tokenizer = tokenizer_of(str(path))
-        assert name == str(path) and tokenizer("the").input_ids == tiny_tokenizer()("the").input_ids
+        plain = tokenizer("the", add_special_tokens=False).input_ids
+        assert name == str(path) and plain == tiny_tokenizer()("the", add_special_tokens=False).input_ids
     data = CurriculumData(
         sources={"web": Source("documentation:web")},
         stages=[Stage("only", 64, {"web": 1.0})],
@@ -458,7 +471,7 @@ for resolve, name in (
     assert result.returncode == 0, result.stderr
     fetched, ids, *errors = result.stdout.splitlines()
     assert fetched == str(sorted(wanted))
-    assert ids == str(tiny_tokenizer()("the").input_ids)
+    assert ids == str(tiny_tokenizer()("the", add_special_tokens=False).input_ids)
     assert not any(path.endswith((".bin", ".py", ".onnx", "consolidated.safetensors")) for path in handler.asked)
     assert errors == [
         "--weights owner/adapter is an adapter: give the model it was made for with --weights, and this one with "

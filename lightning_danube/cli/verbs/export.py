@@ -63,6 +63,7 @@ def _check(arguments: Namespace) -> None:
 
 def _export_hf(arguments: Namespace) -> None:
     from lightning_danube.classification.exported import is_classifier
+    from lightning_danube.tokens.chat_template import end_ids
     from lightning_danube.tokens.tokenizer import adding_bos
     from lightning_danube.weights.huggingface import EXPORTED_FILES, check_target, read_json, save_hf
     from lightning_danube.weights.model_card import model_card
@@ -77,14 +78,19 @@ def _export_hf(arguments: Namespace) -> None:
     tokenizer = load_tokenizer(weights)
     decoder = load_decoder(weights, adapter=arguments.adapter, dtype=arguments.dtype)
     generation = weights.path / "generation_config.json"
+    settings = read_json(generation) if weights.kind == "hf" and generation.is_file() else {}
+    ends = end_ids(tokenizer)
+    if len(ends) > 1:
+        # transformers ends a text at each of these tokens. The token that ends a turn need not be eos.
+        settings["eos_token_id"] = ends
     save_hf(
         decoder,
         out,
-        tokenizer=tokenizer if weights.kind == "hf" else adding_bos(tokenizer),
+        tokenizer=adding_bos(tokenizer),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        generation=read_json(generation) if weights.kind == "hf" and generation.is_file() else None,
+        generation=settings,
         card=model_card(out.resolve().name, decoder, tokenizer, weights, arguments.adapter),
         overwrite=arguments.overwrite,
     )

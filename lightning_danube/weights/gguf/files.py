@@ -444,9 +444,7 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
     Raises:
         ValueError: a field requires something that this decoder does not compute.
     """
-    scaling = fields.values.get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"{fields.named('rope.scaling.type')} is {scaling!r}; only {ROPE_FACTORS} can scale positions")
+    refuse_scaled_positions(fields)
     window, context = fields.values.get("attention.sliding_window") or 0, fields.whole("context_length")
     if window and window < context:
         raise ValueError(
@@ -454,9 +452,31 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
             f"does not compute a window for {fields.architecture!r}, so what the file means is not certain"
         )
     for key, value in fields.values.items():
-        # Settings that are off have no effect, and neither have the other settings of a scaling that is off.
-        if key not in KNOWN_KEYS and not key.startswith("rope.scaling.") and value not in (0, "", "none", "default"):
+        # Settings that are off have no effect.
+        if key not in KNOWN_KEYS and not key.startswith("rope.scal") and value not in (0, "", "none", "default"):
             raise ValueError(f"{fields.named(key)} is {value!r}, which is not supported")
+
+
+def refuse_scaled_positions(fields: ModelFields) -> None:
+    """Checks that the file's rotary positions are not scaled by a field.
+
+    Raises:
+        ValueError: llama.cpp would scale the positions, or the values that they turn.
+    """
+    # llama.cpp's defaults: a factor without a type scales linearly, and 0 stands for 1.
+    kind = fields.values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{fields.named('rope.scaling.type')} is {kind!r}; only {ROPE_FACTORS} can scale positions")
+    # The second key is an older name of the first. llama.cpp reads it only where the first is missing.
+    factor = next((key for key in ("rope.scaling.factor", "rope.scale_linear") if key in fields.values), None)
+    if factor is not None and kind == "linear" and fields.real(factor) not in (0, 1):
+        raise ValueError(
+            f"{fields.named(factor)} is {fields.values[factor]}, which scales positions linearly unless "
+            f"{fields.named('rope.scaling.type')} is 'none'; only {ROPE_FACTORS} can scale positions"
+        )
+    # llama.cpp multiplies by this factor whatever the type is.
+    if fields.real("rope.scaling.attn_factor", 1.0) != 1:
+        raise ValueError(f"{fields.named('rope.scaling.attn_factor')} is not 1, which is not supported")
 
 
 def model_fields(config: DecoderConfig) -> dict[str, Any]:

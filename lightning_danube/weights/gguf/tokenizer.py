@@ -4,9 +4,8 @@ llama.cpp implements two kinds of tokenizers. "llama" is SentencePiece's BPE, dr
 byte-level BPE, driven by a list of merges, after a split of the text into words. The file holds only the name of the
 split; its definition is only in llama.cpp's source.
 
-One convention differs. In this project a tokenizer with a bos token (other than eos) puts it before every document and
-prompt. A file states this separately, in `add_bos_token`. So a file with `add_bos_token` false gives a tokenizer
-without a bos token.
+A file states in `add_bos_token` whether texts begin with the bos token. Where that is false, the token is only named,
+and a chat template may still write it.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.tokens.tokenizer import sentencepiece_backend
+from lightning_danube.tokens.chat_template import ChatEncoder
+from lightning_danube.tokens.tokenizer import BEGINS_TEXTS, begin_token, sentencepiece_backend, set_model_ends
 from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
 from lightning_danube.weights.gguf.header import read_gguf_header
 
@@ -39,6 +40,10 @@ SPECIAL_IDS = {
     "sep_token": "seperator_token_id",  # the format's own spelling
     "mask_token": "mask_token_id",
 }
+# llama.cpp also ends a text at the end of a turn and at a call of a tool.
+END_IDS = ("eot_token_id", "eom_token_id")
+# Runs of up to this many equal characters are compared when merges stand in another order than SentencePiece's.
+LONGEST_COMPARED_RUN = 100
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -81,14 +86,14 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         # Some files have ids beyond the vocabulary. llama.cpp ignores them, too.
         if isinstance(index, int) and 0 <= index < len(tokens):
             special[name] = tokens[index]
-    if not _adds_bos(fields, kind):
-        special["bos_token"] = None
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         model_max_length=fields.get(f"{fields.get('general.architecture')}.context_length"),
+        **{BEGINS_TEXTS: _adds_bos(fields, kind)},
         **special,
     )
+    set_model_ends(tokenizer, [fields.get(KEY + key) for key in END_IDS])
     template = fields.get(CHAT_TEMPLATE)
     if isinstance(template, str):
         tokenizer.chat_template = template
@@ -137,9 +142,11 @@ def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         index = getattr(tokenizer, f"{name}_id")
         if index is not None:
             fields[KEY + key] = int(index)
-    bos = tokenizer.bos_token_id
+    turn_end = None if tokenizer.chat_template is None else ChatEncoder(tokenizer).turn_end()
+    if turn_end not in (None, tokenizer.eos_token_id):
+        fields[f"{KEY}eot_token_id"] = turn_end
     fields[f"{KEY}add_space_prefix"] = add_space_prefix
-    fields[f"{KEY}add_bos_token"] = bos is not None and bos != tokenizer.eos_token_id
+    fields[f"{KEY}add_bos_token"] = begin_token(tokenizer) is not None
     # Documents end with eos in training, but a prompt must not.
     fields[f"{KEY}add_eos_token"] = False
     template = tokenizer.chat_template
@@ -255,15 +262,16 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     """
     pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     pairs, ranks = set(merges), dict[str, int]()
+    mixed = set[str]()
     previous = None
     for left, right in merges:
         piece = left + right
         if piece != previous and piece in ranks:
-            raise ValueError(
-                f"the tokenizer's merges into {piece!r} are not all of one rank: llama.cpp would merge otherwise"
-            )
+            mixed.add(piece)
         ranks.setdefault(piece, len(ranks))
         previous = piece
+    if mixed:
+        _check_mixed_merges(mixed, merges, ranks)
     for piece in pieces:
         for cut in range(1, len(piece)):
             pair = piece[:cut], piece[cut:]
@@ -278,6 +286,45 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
         0.0 if kind != NORMAL else float(-(ranks[token] if token in ranks else next(rest)))
         for token, kind in zip(tokens, types, strict=True)
     ]
+
+
+def _check_mixed_merges(mixed: set[str], merges: Sequence[tuple[str, ...]], ranks: Mapping[str, int]) -> None:
+    """Checks that pieces whose merges are not consecutive in the list are still merged as llama.cpp merges them.
+
+    SentencePiece gives one score to all pieces of several spaces, and converters put merges of equal scores in
+    different orders. If such pieces repeat one character and merge after all others, a text's ids depend on the order
+    only within a run of this character, and all runs can be tried.
+
+    Raises:
+        ValueError: llama.cpp would give other ids.
+    """
+    named = min(mixed)
+    letter = named[0]
+    first = min(place for place, pair in enumerate(merges) if "".join(pair) in mixed)
+    last = merges[first:]
+    repeated = all(set(left + right) == {letter} for left, right in last)
+    joined = {part for pair in merges[:first] for part in pair} & {left + right for left, right in last}
+    if repeated and not joined:
+        by_rank = {pair: rank for rank, pair in enumerate(last)}
+        runs = range(2, LONGEST_COMPARED_RUN + 1)
+        if all(
+            _merged(letter, count, by_rank.get) == _merged(letter, count, lambda pair: ranks.get("".join(pair)))
+            for count in runs
+        ):
+            return
+    raise ValueError(f"the tokenizer's merges into {named!r} are not all of one rank: llama.cpp would merge otherwise")
+
+
+def _merged(letter: str, count: int, rank: Callable[[tuple[str, ...]], int | None]) -> list[str]:
+    """Returns the pieces of a run of one character, if the pair of the lowest rank merges first, the leftmost of equal
+    pairs before the others."""
+    pieces = [letter] * count
+    while True:
+        ranked = [(found, at) for at, pair in enumerate(pairwise(pieces)) if (found := rank(pair)) is not None]
+        if not ranked:
+            return pieces
+        at = min(ranked)[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
 
 
 def _word_split(backend: Tokenizer, model: Mapping[str, Any]) -> WordSplit:

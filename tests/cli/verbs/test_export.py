@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_danube.__main__ import main
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
+from lightning_danube.weights.gguf.header import read_gguf_header
 from lightning_danube.weights.huggingface import EXPORTED_FILES, export_folder, load_hf
 from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
 from lightning_danube.weights.loading import load_decoder, load_model
@@ -165,6 +166,24 @@ def test_an_exported_model_is_exported_again_in_another_type(tmp_path: Path) -> 
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: cc-by-4.0\n---\n")
     assert "Licence: cc-by-4.0." in card and card.endswith("# What first is\n\nA poem.\n")
     assert "chat template | yes" in card
+
+
+def test_every_token_that_ends_an_answer_goes_along(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("eos_token", "pad_token")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = json.loads((tmp_path / "model/generation_config.json").read_text())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [3], "top_k": 5}))
+    export("--weights", tmp_path / "model", "--out", tmp_path / "again")
+    expected = [tokenizer.eos_token_id, tokenizer.pad_token_id, 3]
+    written = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert written["eos_token_id"] == expected and written["top_k"] == 5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").generation_config.eos_token_id == expected
+    export("--weights", tmp_path / "model", "--format", "gguf", "--type", "F32", "--out", tmp_path / "model.gguf")
+    fields = read_gguf_header(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"] == tokenizer.pad_token_id
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
 
 
 def test_an_adapter_is_merged_into_the_export(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def test_keys_that_may_be_left_out_have_the_formats_defaults(written: Path, tmp_
 def test_settings_that_are_off_are_no_obstacle(written: Path, tmp_path: Path, decoder: Decoder) -> None:
     fields = {
         "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 512,
         "llama.attention.sliding_window": 512,
         "llama.expert_count": 0,
@@ -239,6 +240,45 @@ def test_settings_that_are_off_are_no_obstacle(written: Path, tmp_path: Path, de
         "general.alignment": 64,
     }
     assert load_gguf(rewrite(written, tmp_path / "other.gguf", fields)).config == decoder.config
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.factor": 0.0, "llama.rope.scale_linear": 4.0},
+        {"llama.rope.scaling.type": "linear"},
+        {"llama.rope.scaling.attn_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_a_scaling_by_one_is_none(fields: dict[str, Any], written: Path, tmp_path: Path, decoder: Decoder) -> None:
+    assert load_gguf(rewrite(written, tmp_path / "other.gguf", fields)).config == decoder.config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"llama.rope.scaling.factor": 4.0},
+            "rope.scaling.factor is 4.0, which scales positions linearly unless llama.rope.scaling.type is 'none'",
+        ),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+            "scaling.factor is 2.0, which scales",
+        ),
+        ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear is 2.0, which scales positions linearly unless"),
+        (
+            {"llama.rope.scaling.type": "none", "llama.rope.scaling.attn_factor": 0.5},
+            "llama.rope.scaling.attn_factor is not 1, which is not supported",
+        ),
+    ],
+)
+def test_positions_that_llama_cpp_would_scale_are_refused(
+    fields: dict[str, Any], message: str, written: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_gguf(rewrite(written, tmp_path / "other.gguf", fields))
 
 
 @pytest.mark.parametrize(

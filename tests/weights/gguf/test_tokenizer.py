@@ -12,7 +12,14 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_danube.tokens.tokenizer import load_hf_tokenizer, mistral_model_file, sentencepiece_backend
+from lightning_danube.tokens.chat_template import end_ids
+from lightning_danube.tokens.tokenizer import (
+    begin_token,
+    load_hf_tokenizer,
+    mistral_model_file,
+    sentencepiece_backend,
+    with_danube_tokens,
+)
 from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
 from lightning_danube.weights.gguf.tokenizer import PROBE, gguf_tokenizer_fields, load_gguf_tokenizer
 
@@ -222,16 +229,26 @@ def test_the_probe_tells_the_splits_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bos", "eos", "expected"),
-    [("<|begin|>", "<|end|>", True), ("<|end|>", "<|end|>", False), (None, "<|end|>", False)],
+    ("bos", "eos", "adds", "expected"),
+    [
+        ("<|begin|>", "<|end|>", True, True),
+        ("<|begin|>", "<|end|>", False, False),
+        ("<|end|>", "<|end|>", True, False),
+        (None, "<|end|>", False, False),
+    ],
 )
-def test_a_bos_token_of_its_own_starts_every_text(bos: str | None, eos: str, expected: bool, tmp_path: Path) -> None:
-    tokenizer = byte_level(WORD_SPLITS[0])
+def test_a_bos_token_of_its_own_that_is_added_starts_every_text(
+    bos: str | None, eos: str, adds: bool, expected: bool, tmp_path: Path
+) -> None:
+    tokenizer: Any = byte_level(WORD_SPLITS[0])
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.add_bos_token = adds
     fields = gguf_tokenizer_fields(tokenizer)
     assert fields["tokenizer.ggml.add_bos_token"] is expected
     loaded = load_gguf_tokenizer(write(tmp_path / "tokenizer.gguf", fields))
-    assert (loaded.bos_token, loaded.eos_token) == (bos if expected else None, eos)
+    # A chat template may write a token that begins no text.
+    assert (loaded.bos_token, loaded.eos_token) == (bos, eos)
+    assert begin_token(loaded) == begin_token(tokenizer) == (tokenizer.bos_token_id if expected else None)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("gpt-2", None), ("smollm", None), ("llama-bpe", "<|begin|>")])
@@ -240,7 +257,8 @@ def test_what_a_file_leaves_open_is_taken_as_llama_cpp_takes_it(
 ) -> None:
     fields = gguf_tokenizer_fields(byte_level(WORD_SPLITS[0])) | {"tokenizer.ggml.pre": name}
     del fields["tokenizer.ggml.add_bos_token"]
-    assert load_gguf_tokenizer(write(tmp_path / "tokenizer.gguf", fields)).bos_token == expected
+    loaded = load_gguf_tokenizer(write(tmp_path / "tokenizer.gguf", fields))
+    assert begin_token(loaded) == (expected and loaded.bos_token_id)
 
 
 def test_ids_that_no_token_has_are_passed_over(tmp_path: Path) -> None:
@@ -378,3 +396,47 @@ def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], message: str,
 
 def test_a_prompt_does_not_end_with_the_token_that_ends_texts() -> None:
     assert gguf_tokenizer_fields(byte_level(WORD_SPLITS[0]))["tokenizer.ggml.add_eos_token"] is False
+
+
+def test_the_end_of_a_turn_is_written_and_read(tmp_path: Path) -> None:
+    tokenizer: Any = byte_level(WORD_SPLITS[0])
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|user|>")
+    fields = gguf_tokenizer_fields(tokenizer)
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert fields["tokenizer.ggml.eot_token_id"] == user
+    # A template that ends turns with eos needs no field.
+    tokenizer.chat_template = CHAT_TEMPLATE
+    plain = gguf_tokenizer_fields(tokenizer)
+    assert "tokenizer.ggml.eot_token_id" not in plain
+    # The field counts where the template says nothing, and so does the end of a call.
+    del plain["tokenizer.chat_template"]
+    for key in ("eot_token_id", "eom_token_id"):
+        loaded = load_gguf_tokenizer(write(tmp_path / "x.gguf", plain | {f"tokenizer.ggml.{key}": 5}))
+        assert end_ids(loaded) == [tokenizer.eos_token_id, 5]
+    loaded = load_gguf_tokenizer(write(tmp_path / "x.gguf", plain | {"tokenizer.ggml.eot_token_id": 10**6}))
+    assert end_ids(loaded) == [tokenizer.eos_token_id]
+
+
+def danube_with_merges_of_spaces(order: Callable[[tuple[str, str]], Any] | None) -> PreTrainedTokenizerFast:
+    """Danube's chat tokenizer, whose merges of spaces stand in another order. They have one score in SentencePiece."""
+    description = json.loads(load_hf_tokenizer("danube3-chat").backend_tokenizer.to_str())
+    merges = [tuple(pair) for pair in description["model"]["merges"]]
+    spaces = [pair for pair in merges if set("".join(pair)) == {"▁"}]
+    assert merges[-len(spaces) :] == spaces and len(spaces) == 104
+    description["model"]["merges"] = merges[: -len(spaces)] + sorted(spaces, key=order, reverse=True)
+    return with_danube_tokens(Tokenizer.from_str(json.dumps(description)))
+
+
+def test_merges_of_equal_rank_may_stand_in_another_order() -> None:
+    plain = load_hf_tokenizer("danube3-chat")
+    texts = ["a" + " " * count + "b" for count in range(60)]
+    other = danube_with_merges_of_spaces(lambda pair: (len(pair[0]), len(pair[1])))
+    assert other(texts, add_special_tokens=False).input_ids == plain(texts, add_special_tokens=False).input_ids
+    fields, expected = gguf_tokenizer_fields(other), gguf_tokenizer_fields(plain)
+    for key in fields.keys() - {"tokenizer.ggml.scores"}:
+        assert fields[key] == expected[key]
+    # An order that gives other ids stays refused.
+    wrong = danube_with_merges_of_spaces(lambda pair: (-len(pair[0]), -len(pair[1])))
+    assert wrong(texts, add_special_tokens=False).input_ids != plain(texts, add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match=r"merges into '▁+' are not all of one rank: llama.cpp would merge otherwise"):
+        gguf_tokenizer_fields(wrong)
