@@ -28,7 +28,7 @@ from lightning_danube.tokens.tokenizer import DANUBE_SMALL
 from lightning_danube.weights.tokenizers import document_tokenizer
 
 ARMS = ("float32", "bfloat16", "float8")
-ROWS, CONTEXT, PEAK, WARMUP = 8, 128, 3e-3, 20
+ROWS, CONTEXT, PEAK, WARMUP = 8, 128, 1e-3, 20
 SHAPE = DecoderConfig(128, 384, 4, 4, 2, vocab_size=4096, max_position_embeddings=CONTEXT)
 
 
