@@ -1,0 +1,161 @@
+"""Every "Adding …" section of CONTRIBUTING.md is shown by an example: a patch beside this file, of the section's name.
+
+A patch touches the files that its section names, and no others. Each slow test applies a patch to a copy of the
+repository, and shows in processes of their own that the addition works for a user.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_danube.checkpoints.runs import read_step
+from tests.rows import write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCHES = Path(__file__).parent
+OPTIONAL = "Nothing to write if"
+"""A numbered file of a section may be left out if its text has these words."""
+
+
+def sections() -> dict[str, str]:
+    """Returns name → text of the sections. "**A part of an evaluation.**" is called "part-of-an-evaluation"."""
+    chapter = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## Adding …\n")[2].partition("\n## ")[0]
+    _, *parts = re.split(r"^\*\*An? ([\w ]+)\.\*\*", chapter, flags=re.MULTILINE)
+    return {name.replace(" ", "-"): text for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def paths_in(text: str) -> list[str]:
+    """Returns the paths in backticks, such as `configs/<room>/quickstart.yaml`."""
+    return re.findall(r"`([\w<>./-]+\.(?:py|yaml|ipynb|md))`", text)
+
+
+def matches(path: str, named: str) -> dict[str, str] | None:
+    """Returns placeholder → its value if a path is the one that a section names, in full or within the package."""
+    parts = re.split(r"<(\w+)>", named)
+    pattern = ""
+    for place, part in enumerate(parts):
+        known = f"(?P<{part}>" in pattern
+        pattern += re.escape(part) if place % 2 == 0 else f"(?P={part})" if known else f"(?P<{part}>[^/]+)"
+    found = re.fullmatch(f"(?:lightning_danube/)?{pattern}", path)
+    return None if found is None else found.groupdict()
+
+
+def touched(patch: Path) -> set[str]:
+    """Returns the paths of the files that a patch changes or makes."""
+    return set(re.findall(r"^diff --git a/\S+ b/(\S+)$", patch.read_text("utf-8"), flags=re.MULTILINE))
+
+
+def what_is_wrong(files: set[str], section: str) -> list[str]:
+    """Returns how the files of a patch differ from those of a section."""
+    wrong, values = [], {}
+    for path in sorted(files):
+        found = [placeholders for named in paths_in(section) if (placeholders := matches(path, named)) is not None]
+        if not found:
+            wrong.append(f"{path} is not named")
+        # A file that is named in full is no value of a placeholder.
+        for name, value in min(found, key=len).items() if found else ():
+            if values.setdefault(name, value) != value:
+                wrong.append(f"<{name}> is {values[name]} and {value}")
+    for item in re.findall(r"^\d+\. (.*?)(?=^\d+\. |^\S|\Z)", section, flags=re.MULTILINE | re.DOTALL):
+        named = paths_in(item)
+        if OPTIONAL not in item and not any(matches(path, one) is not None for path in files for one in named):
+            wrong.append(f"{named[0]} is left out")
+    return wrong
+
+
+# --- the patches ------------------------------------------------------------------------------------------------------
+
+
+def git_apply(patch: Path, directory: Path, *options: str) -> None:
+    # The copy is no repository, and may lie in one.
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(directory.parent)}
+    command = ["git", "apply", *options, str(patch)]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (
+        f"tests/adding/{patch.name} no longer fits the code: apply it with `git apply --3way`, mend the conflicts, and "
+        f"write it anew with `git diff HEAD > {patch.name}`\n{done.stderr}"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(patch.stem for patch in PATCHES.glob("*.patch")))
+def test_a_patch_touches_what_its_section_names(name: str) -> None:
+    patch = PATCHES / f"{name}.patch"
+    assert what_is_wrong(touched(patch), sections()[name]) == []
+    git_apply(patch, ROOT, "--check")
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        ({"lightning_danube/cli/a.py", "configs/a.yaml"}, []),
+        ({"lightning_danube/cli/a.py", "configs/b.yaml"}, ["<name> is b and a"]),
+        ({"lightning_danube/cli/a.py"}, ["configs/<name>.yaml is left out"]),
+        ({"lightning_danube/cli/a.py", "configs/a.yaml", "docs/a.md"}, ["docs/a.md is not named"]),
+    ],
+)
+def test_a_patch_that_differs_from_its_section_is_found(files: set[str], wrong: list[str]) -> None:
+    section = f"\n1. `cli/<name>.py`: this\n   and that.\n2. `configs/<name>.yaml`.\n3. `x.py`: {OPTIONAL} so.\n\nEnd.\n"
+    assert what_is_wrong(files, section) == wrong
+
+
+# --- what a patch adds ------------------------------------------------------------------------------------------------
+
+
+class Added:
+    """A copy of the repository with a patch."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.root, self.work = directory / "repository", directory / "work"
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for file in filter(None, names.split("\0")):
+            target = self.root / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # The package reaches callbacks/ and configs/ by symbolic links, which are copied as they are.
+            if (ROOT / file).exists():
+                shutil.copy2(ROOT / file, target, follow_symlinks=False)
+        git_apply(PATCHES / f"{name}.patch", self.root)
+        self.work.mkdir()
+
+    def python(self, *arguments: object, cwd: Path | None = None, code: int = 0) -> str:
+        """Runs Python with the copy's package, and returns both of its outputs."""
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd or self.work,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def command(self, *arguments: object, code: int = 0) -> str:
+        return self.python("-m", "lightning_danube", *arguments, code=code)
+
+    def tests(self, *arguments: object) -> None:
+        """Runs tests of the copy. They fail if there are none."""
+        self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, cwd=self.root)
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    (file,) = (file for file in run.glob("checkpoints/*.ckpt") if read_step(file) == step)
+    found: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["state_dict"]
+    return found
+
+
+@pytest.mark.slow
+def test_a_configuration_is_listed_and_instantiated(tmp_path: Path) -> None:
+    added = Added("configuration", tmp_path)
+    assert "\npretrain/qwen3-shape " in added.command("configs")
+    assert "qwen3-shape: 3 layers" in added.command("plan", "--config", "pretrain/qwen3-shape")
+    added.tests("tests/test_configs.py", "-k", "qwen3-shape")
