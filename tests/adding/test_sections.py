@@ -159,3 +159,15 @@ def test_a_configuration_is_listed_and_instantiated(tmp_path: Path) -> None:
     assert "\npretrain/qwen3-shape " in added.command("configs")
     assert "qwen3-shape: 3 layers" in added.command("plan", "--config", "pretrain/qwen3-shape")
     added.tests("tests/test_configs.py", "-k", "qwen3-shape")
+
+
+@pytest.mark.slow
+def test_a_study_is_found_and_its_variants_are_real(tmp_path: Path) -> None:
+    added = Added("study", tmp_path)
+    assert "\nstudies/tied " in added.command("configs")
+    said = added.python(
+        "-c",
+        "from lightning_danube.studies.design import read_design; d = read_design('studies/tied'); print(*d.variants)",
+    )
+    assert said.split() == ["tied", "untied"]
+    added.tests("tests/test_configs.py", "-m", "", "-k", "tied")
