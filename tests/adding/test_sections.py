@@ -171,3 +171,17 @@ def test_a_study_is_found_and_its_variants_are_real(tmp_path: Path) -> None:
     )
     assert said.split() == ["tied", "untied"]
     added.tests("tests/test_configs.py", "-m", "", "-k", "tied")
+
+
+@pytest.mark.slow
+def test_a_verb_is_listed_and_runs(tmp_path: Path) -> None:
+    added = Added("verb", tmp_path)
+    assert "\n  count " in added.command("--help")
+    texts = write_rows(tmp_path / "work" / "texts.jsonl", {"text": "The river walks."}, {"text": "Seven stones."})
+    from lightning_danube.tokens.tokenizer import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer("danube-small")
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in ("The river walks.", "Seven stones.")]
+    *_, row = added.command("count", "texts.jsonl").splitlines()
+    assert row.split() == [texts.name, "2", str(sum(map(len, ids)))]
+    added.tests("tests/test_start.py", "tests/test_signals.py", "-m", "", "-k", "count")
