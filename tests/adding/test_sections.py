@@ -185,3 +185,24 @@ def test_a_verb_is_listed_and_runs(tmp_path: Path) -> None:
     *_, row = added.command("count", "texts.jsonl").splitlines()
     assert row.split() == [texts.name, "2", str(sum(map(len, ids)))]
     added.tests("tests/test_start.py", "tests/test_signals.py", "-m", "", "-k", "count")
+
+
+@pytest.mark.slow
+def test_a_callback_logs_and_is_explained(tiny: Path, tmp_path: Path) -> None:
+    added = Added("callback", tmp_path)
+    config = tiny / "tiny.yaml"
+    first = "    - class_path: lightning_danube.callbacks.Progress\n"
+    config.write_text(config.read_text().replace(first, f"{first}{first.replace('Progress', 'WeightNorms')}"))
+    added.command("fit", "--config", config, "--trainer.max_steps", 3)
+    run = tiny / "runs" / "tiny" / "version_0"
+    code = (
+        "import pathlib, sys\nfrom lightning_danube.reports import runs, tensorboard\n"
+        "run = runs.read_run(pathlib.Path(sys.argv[1]))\n"
+        "print(run.curves['weights/norm'].iloc[-1])\nprint(*tensorboard.tags(run).loc['weights/norm'])"
+    )
+    *_, norm, told = added.python("-c", code, run).splitlines()
+    # TensorBoard keeps float32. The head is not tied, so each weight stands once in the checkpoint.
+    squares = sum(float(weight.double().square().sum()) for weight in weights_of(run, 3).values())
+    assert float(norm) == pytest.approx(squares**0.5, rel=1e-5)
+    assert told.startswith("3 ") and told.endswith("lightning_danube.callbacks.WeightNorms")
+    added.tests("tests/callbacks/test_hooks.py", "tests/reports/test_tags.py", "tests/test_layering.py")
