@@ -206,3 +206,44 @@ def test_a_callback_logs_and_is_explained(tiny: Path, tmp_path: Path) -> None:
     assert float(norm) == pytest.approx(squares**0.5, rel=1e-5)
     assert told.startswith("3 ") and told.endswith("lightning_danube.callbacks.WeightNorms")
     added.tests("tests/callbacks/test_hooks.py", "tests/reports/test_tags.py", "tests/test_layering.py")
+
+
+KEPT_BY_LION = """
+import torch
+from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.planning.memory import TrainingMemory
+from lightning_danube.training.optim import Lion
+
+config = DecoderConfig(32, 64, 2, 4, 2, vocab_size=64, max_position_embeddings=16)
+decoder = Decoder(config)
+optimizer = Lion().build(decoder, lr=0.1)
+before = [weight.detach().clone() for weight in decoder.parameters()]
+for weight in decoder.parameters():
+    weight.grad = torch.ones_like(weight)
+optimizer.found_inf = torch.tensor(1.0)
+optimizer.step()
+assert all(map(torch.equal, before, decoder.parameters()))
+optimizer.found_inf = torch.tensor(0.0)
+optimizer.step()
+assert not any(map(torch.equal, before, decoder.parameters()))
+kept = sum(value.numel() for state in optimizer.state.values() for value in state.values())
+assert TrainingMemory(config, 1, 16, averages=Lion.averages).peak().optimizer == 4 * kept
+"""
+
+
+@pytest.mark.slow
+def test_an_optimizer_trains_and_goes_on_bit_by_bit(tiny: Path, tmp_path: Path) -> None:
+    added = Added("optimizer", tmp_path)
+    added.python("-c", KEPT_BY_LION)
+    lion = tmp_path / "lion.yaml"
+    lion.write_text("model: {init_args: {optimizer: {class_path: Lion}, learning_rate: {peak: 1.0e-3}}}")
+    fit = ("fit", "--config", tiny / "tiny.yaml", "--config", lion)
+    added.command(*fit, "--trainer.max_steps", 5)
+    said = added.command(*fit[:3], "--ckpt_path", "last", code=2)
+    assert "the run was trained with Lion, model.optimizer is AdamW" in said
+    added.command(*fit, "--trainer.max_steps", 10, "--ckpt_path", "last")
+    added.command(*fit, "--trainer.max_steps", 10, "--name", "whole")
+    runs = tiny / "runs"
+    resumed, whole = (weights_of(runs / name / "version_0", 10) for name in ("tiny", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not all(torch.equal(whole[name], weights_of(runs / "whole" / "version_0", 5)[name]) for name in whole)
