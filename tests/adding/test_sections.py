@@ -247,3 +247,23 @@ def test_an_optimizer_trains_and_goes_on_bit_by_bit(tiny: Path, tmp_path: Path) 
     resumed, whole = (weights_of(runs / name / "version_0", 10) for name in ("tiny", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert not all(torch.equal(whole[name], weights_of(runs / "whole" / "version_0", 5)[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_part_of_an_evaluation_has_its_rows_in_the_report(tiny_run: Path, tmp_path: Path) -> None:
+    added = Added("part-of-an-evaluation", tmp_path)
+    options = {
+        "name": "copying",
+        "data.class_path": "lightning_danube.evaluation.EvaluationData",
+        "data.init_args.tokenizer": tiny_run,
+        "data.init_args.copying": "{length: 8, trials: 5}",
+        "model.class_path": "lightning_danube.evaluation.Evaluation",
+        "model.init_args.weights": tiny_run,
+        "trainer.accelerator": "cpu",
+        "trainer.callbacks": "[{class_path: lightning_danube.callbacks.EvaluationReport}]",
+    }
+    added.command("test", *(f"--{key}={value}" for key, value in options.items()))
+    run = added.work / "runs" / "copying-test" / "version_0"
+    assert "## Random tokens, repeated\n" in (run / "report.md").read_text()
+    (row,) = json.loads((run / "summary.json").read_text())["results"]
+    assert (row["table"], row["n"]) == ("copying", 5) and 0 <= row["value"] <= 1
