@@ -267,3 +267,13 @@ def test_a_part_of_an_evaluation_has_its_rows_in_the_report(tiny_run: Path, tmp_
     assert "## Random tokens, repeated\n" in (run / "report.md").read_text()
     (row,) = json.loads((run / "summary.json").read_text())["results"]
     assert (row["table"], row["n"]) == ("copying", 5) and 0 <= row["value"] <= 1
+
+
+@pytest.mark.slow
+def test_a_notebook_is_executed_and_found(tiny_run: Path, tmp_path: Path) -> None:
+    """The patch has no outputs: they come with the command that the section names."""
+    added = Added("notebook", tmp_path)
+    shutil.copytree(tiny_run, added.root / "runs" / "quickstart" / "version_0")
+    said = added.python("notebooks/execute.py", "notebooks/optimizer.ipynb", cwd=added.root)
+    assert "optimizer.ipynb: executed" in said
+    added.tests("tests/test_notebooks.py", "-m", "", "-k", "optimizer")
