@@ -277,3 +277,23 @@ def test_a_notebook_is_executed_and_found(tiny_run: Path, tmp_path: Path) -> Non
     said = added.python("notebooks/execute.py", "notebooks/optimizer.ipynb", cwd=added.root)
     assert "optimizer.ipynb: executed" in said
     added.tests("tests/test_notebooks.py", "-m", "", "-k", "optimizer")
+
+
+@pytest.mark.slow
+def test_a_model_variant_trains_is_planned_and_is_in_every_format(tiny: Path, tmp_path: Path) -> None:
+    added = Added("model-variant", tmp_path)
+    biases = tmp_path / "biases.yaml"
+    biases.write_text("model: {init_args: {decoder: {mlp_bias: true}}}")
+    configs = ("--config", tiny / "tiny.yaml", "--config", biases)
+    added.command("fit", *configs, "--trainer.max_steps", 2)
+    run = tiny / "runs" / "tiny" / "version_0"
+    trained = weights_of(run, 2)
+    assert trained["decoder.model.layers.1.mlp.down_proj.bias"].abs().sum() > 0
+    assert f"{sum(weight.numel() for weight in trained.values()):,} parameters" in added.command("plan", *configs)
+    for kind, out in (("hf", "exported"), ("gguf", "model.gguf")):
+        added.command("export", "--weights", run, "--format", kind, "--out", out)
+    asked = ("--prompt", "The river", "--max-new-tokens", 4, "--temperature", 0)
+    first, *others = (added.command("generate", "--weights", name, *asked) for name in (run, "exported", "model.gguf"))
+    assert first.startswith("The river") and others == [first, first]
+    files = ("test_architecture.py", "test_variants.py", "../generation/test_compiled_steps.py")
+    added.tests(*(f"tests/model/{file}" for file in files), "tests/weights/test_families.py", "-k", "biases")
