@@ -297,3 +297,35 @@ def test_a_model_variant_trains_is_planned_and_is_in_every_format(tiny: Path, tm
     assert first.startswith("The river") and others == [first, first]
     files = ("test_architecture.py", "test_variants.py", "../generation/test_compiled_steps.py")
     added.tests(*(f"tests/model/{file}" for file in files), "tests/weights/test_families.py", "-k", "biases")
+
+
+@pytest.mark.slow
+def test_a_task_in_a_room_of_its_own_trains(tiny_run: Path, tmp_path: Path) -> None:
+    added = Added("task", tmp_path)
+    chats = write_rows(
+        added.work / "chats.jsonl",
+        *(
+            {"messages": [{"role": "user", "content": f"river {n}?"}, {"role": "assistant", "content": "stone"}]}
+            for n in range(40)
+        ),
+    )
+    options: dict[str, Any] = {
+        "model.init_args.weights": tiny_run,
+        "data.init_args.sources": json.dumps({"chats": {"path": str(chats)}}),
+        "data.init_args.context_length": 32,
+        "data.init_args.held_out": 0.1,
+        "data.init_args.batch_rows": 2,
+        "data.init_args.micro_batch_size": 2,
+        "data.init_args.cache_dir": added.work / "cache",
+        "model.init_args.learning_rate.warmup": 0,
+        "trainer.max_steps": 2,
+    }
+    fit = ("fit", "--config", "anchoring/quickstart", *(f"--{key}={value}" for key, value in options.items()))
+    for pull in (0, 100):
+        added.command(*fit, "--model.init_args.pull", pull)
+    begun = weights_of(tiny_run, 26)
+    plain, pulled = (weights_of(added.work / "runs" / "anchoring-quickstart" / f"version_{n}", 2) for n in (0, 1))
+    assert plain.keys() == begun.keys(), "the initial model is no part of a checkpoint"
+    assert not torch.equal(plain["decoder.lm_head.weight"], pulled["decoder.lm_head.weight"])
+    files = ("tests/test_layering.py", "tests/test_project.py", "tests/test_configs.py")
+    added.tests(*files, "-k", "layering or project or anchoring")
