@@ -85,7 +85,12 @@ def git_apply(patch: Path, directory: Path, *options: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", sorted(patch.stem for patch in PATCHES.glob("*.patch")))
+def test_every_section_has_a_patch_and_every_patch_a_section() -> None:
+    assert len(sections()) > 5
+    assert {patch.stem for patch in PATCHES.glob("*.patch")} == set(sections())
+
+
+@pytest.mark.parametrize("name", sections())
 def test_a_patch_touches_what_its_section_names(name: str) -> None:
     patch = PATCHES / f"{name}.patch"
     assert what_is_wrong(touched(patch), sections()[name]) == []
@@ -102,7 +107,9 @@ def test_a_patch_touches_what_its_section_names(name: str) -> None:
     ],
 )
 def test_a_patch_that_differs_from_its_section_is_found(files: set[str], wrong: list[str]) -> None:
-    section = f"\n1. `cli/<name>.py`: this\n   and that.\n2. `configs/<name>.yaml`.\n3. `x.py`: {OPTIONAL} so.\n\nEnd.\n"
+    section = (
+        f"\n1. `cli/<name>.py`: this\n   and that.\n2. `configs/<name>.yaml`.\n3. `x.py`: {OPTIONAL} so.\n\nEnd.\n"
+    )
     assert what_is_wrong(files, section) == wrong
 
 
