@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
+
+from lightning_danube.terminal import nearest_name
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
@@ -36,8 +37,8 @@ def did_you_mean(name: str, *known: str) -> str:
     path = Path(name).expanduser()
     beside = {sibling.name: str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")}
     meant = beside | {one: one for one in known}
-    close = get_close_matches(path.name, meant, n=1)
-    return f" (did you mean {meant[close[0]]}?)" if close else ""
+    near = nearest_name(path.name, meant)
+    return f" (did you mean {meant[near]}?)" if near else ""
 
 
 def first_line(error: BaseException) -> str:
