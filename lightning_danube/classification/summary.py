@@ -53,7 +53,7 @@ def plan_text(task: TextClassification, data: ClassificationData, steps: str, ru
             count = len(data.encoded[split])
             lines.append(f"{split}: {cut:,} of {count:,} texts lost their end, at {data.context_length:,} tokens")
     lines.append(
-        f"run: {steps} steps of {data.batch_texts} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
+        f"run: {steps} steps of {data.batch_rows} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
         f"into {run}"
     )
     return "\n".join(lines)
@@ -241,7 +241,7 @@ def classification_fit_summary(
         "trained_parameters": trained_parameters(task),
         "precision": trained.precision,
         "seconds": round(trained.seconds, 3),
-        "texts_per_second": rate(trained.steps * data.batch_texts, facts.training_seconds, digits=2),
+        "texts_per_second": rate(trained.steps * data.batch_rows, facts.training_seconds, digits=2),
         "classes": data.class_counts(),
         "left_out": data.causes(),
     }

@@ -55,7 +55,8 @@ def touched(patch: Path) -> set[str]:
 
 def what_is_wrong(files: set[str], section: str) -> list[str]:
     """Returns how the files of a patch differ from those of a section."""
-    wrong, values = [], {}
+    wrong: list[str] = []
+    values: dict[str, str] = {}
     for path in sorted(files):
         found = [placeholders for named in paths_in(section) if (placeholders := matches(path, named)) is not None]
         if not found:
