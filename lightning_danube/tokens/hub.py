@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_danube.files import looks_like_path
 from lightning_danube.terminal import nearest_name
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -15,21 +16,6 @@ def hub_id(name: str) -> str | None:
     """Returns the hub repository of a name, without its revision. None for a file or directory of this machine."""
     match = HUB_ID.fullmatch(name)
     return match["repository"] if match and not Path(name).expanduser().exists() else None
-
-
-def looks_like_path(name: str) -> bool:
-    """Returns whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
-
-    A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
-    """
-    without_revision = name.partition("@")[0]
-    parent = without_revision.rpartition("/")[0]
-    return (
-        name.startswith((".", "/", "~"))
-        or name.endswith("/")
-        or without_revision.count("/") > 1
-        or (parent != "" and Path(parent).is_dir())
-    )
 
 
 def did_you_mean(name: str, *known: str) -> str:
