@@ -84,6 +84,17 @@ def list_rejected(data: ClassificationData, path: Path) -> str:
     return "\n".join([*lines, *(f"  {row.message}" for row in data.rejected[:SHOWN_BAD_ROWS])])
 
 
+def check_resamples(resamples: int) -> int:
+    """Returns the number of resampled sets of texts for the intervals.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if resamples < 20:
+        raise ValueError(f"resamples is {resamples}: the ends of an interval need at least 20")
+    return resamples
+
+
 # --- the scores of a split --------------------------------------------------------------------------------------------
 
 
@@ -245,6 +256,11 @@ def classification_fit_summary(
         "classes": data.class_counts(),
         "left_out": data.causes(),
     }
+
+
+def complete_text(step: int, run: Path) -> str:
+    """Returns that a run was complete before it went on. Its summary of the earlier session stays."""
+    return f"{run} is complete: {step:,} steps; nothing is left to do"
 
 
 def classification_result_text(summary: Mapping[str, Any], run: Path) -> str:
