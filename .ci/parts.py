@@ -51,7 +51,9 @@ PARTS = {
     "slow-checkpoints": slow("checkpoints"),
     "slow-ranks": slow("training", "model"),
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
-    "slow-commands": slow("cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"),
+    "slow-commands": slow(
+        "adding", "cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"
+    ),
     "slow-weights": slow("generation", "weights"),
     "slow-benchmarks": slow("benchmarks"),
     "kernels": ["make", "--no-print-directory", "test-kernels"],

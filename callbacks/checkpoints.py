@@ -9,20 +9,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_danube.checkpoints import EVERY_N_STEPS
-from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
     RunSignals,
     StopAtStep,
-    save,
-    stage_checkpoint,
-    step_checkpoint,
+    checkpoint_directory,
+    save_if_due,
+    save_stage,
     validation_follows,
 )
-from lightning_danube.checkpoints.strategy import raise_failed_checkpoint, wait_for_checkpoint
+from lightning_danube.checkpoints.strategy import raise_failed_checkpoint
 from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.signals import SIGNALS
-from lightning_danube.training.position import is_done
+from lightning_danube.training.position import ends_after_this_step, is_done
 
 
 class Checkpoints(Checkpoint):
@@ -44,12 +43,8 @@ class Checkpoints(Checkpoint):
         self._stop_at_step = StopAtStep()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            assert trainer.log_dir is not None
-            self._directory = Path(trainer.log_dir) / "checkpoints"
-            if trainer.is_global_zero:
-                # Refuses a directory that cannot be written now, and not after the first hours.
-                prepare_directory(self._directory)
+        if stage == "fit":
+            self._directory = checkpoint_directory(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._directory is not None:
@@ -67,18 +62,15 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise_failed_checkpoint(trainer.strategy)
         # The run stops here and not where it was saved: now the last step has ended for all callbacks.
-        if self._signals.stop_run:
-            wait_for_checkpoint(trainer.strategy)
-            raise self._signals.stopped(trainer)
+        self._signals.stop(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._directory is None:
             return
-        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # All callbacks that may stop the run are called before this one.
-        self._stop_at_step.move(trainer, at_step)
+        at_step = self._stop_at_step.move(trainer, batch_idx)
         # If a validation follows, the run is saved after it, so that a resumed run never leaves a validation out.
         if at_step and not validation_follows(trainer):
             self._save_if_due(trainer, self._directory)
@@ -86,22 +78,14 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None:
             return
-        stage = finished_stage(trainer)
-        if stage is None:
+        if (stage := finished_stage(trainer)) is None:
             self._save_if_due(trainer, self._directory, at_once=True)
-            return
-        name, done = curriculum_of(trainer)[1].stages[stage].name, is_done(trainer)
-        path = stage_checkpoint(self._directory, stage, name, trainer.global_step)
-        save(trainer, path, keep=0 if done else None, wait=done)
-        if not done:
-            self._signals.ask(at_once=True)
+        else:
+            name, is_last = curriculum_of(trainer)[1].stages[stage].name, is_done(trainer)
+            save_stage(trainer, self._directory, stage, name, is_last=is_last)
+            if not is_last:
+                self._signals.ask(at_once=True)
 
     def _save_if_due(self, trainer: Trainer, directory: Path, *, at_once: bool = False) -> None:
-        step = trainer.global_step
-        ends_here = trainer.should_stop or 0 <= trainer.max_steps <= step or is_done(trainer)
-        due = ends_here or self.schedule.is_due(step)
-        # A validation and a save have waited, or will wait, for the device in any case.
-        self._signals.ask(at_once=at_once or due)
-        if self._signals.stop_run or due:
-            stops = ends_here or self._signals.stop_run
-            save(trainer, step_checkpoint(directory, step), self.schedule.keep, wait=stops)
+        ends = ends_after_this_step(trainer)
+        save_if_due(trainer, directory, self.schedule, self._signals, ends_here=ends, at_once=at_once)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.callbacks.progress import can_draw, say
 from lightning_danube.callbacks.run_summary import RunSummary, reports_fit, write_summary
@@ -13,15 +12,17 @@ from lightning_danube.classification.data import ClassificationData
 from lightning_danube.classification.summary import (
     Compared,
     Scored,
+    check_resamples,
     classification_fit_summary,
     classification_result_text,
+    complete_text,
     confusion_figure,
     list_rejected,
     plan_text,
 )
 from lightning_danube.classification.task import TextClassification
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import is_done, run_directory, steps_ahead
+from lightning_danube.training.position import is_done, run_directory, steps_ahead, tensorboards
 
 
 class ClassificationSummary(RunSummary):
@@ -37,17 +38,14 @@ class ClassificationSummary(RunSummary):
 
     def __init__(self, resamples: int = 1000) -> None:
         super().__init__()
-        if resamples < 20:
-            raise ValueError(f"resamples is {resamples}: the ends of an interval need at least 20")
-        self.resamples = resamples
-        self._first_step = 0
+        self.resamples, self._first_step = check_resamples(resamples), 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         data, task = classification_of(trainer)
         # `log_dir` is a broadcast, so every rank asks.
         say(trainer, plan_text(task, data, steps_ahead(trainer, data.total_steps), str(trainer.log_dir)))
-        self._report_rejected(trainer)
+        report_rejected(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
@@ -58,8 +56,7 @@ class ClassificationSummary(RunSummary):
             return
         if trainer.global_step == self._first_step:
             # The summary of the earlier session stays: without a validation a new summary would have no scores.
-            done = f"{trainer.global_step:,} steps; nothing is left to do"
-            say(trainer, f"{run_directory(trainer)} is complete: {done}")
+            say(trainer, complete_text(trainer.global_step, run_directory(trainer)))
             return
         summary = classification_fit_summary(task, task.run_facts, data, self._trained(trainer))
         if task.latest is not None and is_done(trainer):
@@ -74,11 +71,11 @@ class ClassificationSummary(RunSummary):
         self._report_evaluation(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_rejected(trainer)
+        report_rejected(trainer)
 
     def _report_evaluation(self, trainer: Trainer, split: str) -> None:
         if trainer.is_global_zero:
-            self._report_rejected(trainer)
+            report_rejected(trainer)
             facts = {"weights": str(trainer.ckpt_path), "precision": trainer.precision}
             left_out = classification_of(trainer)[0].causes()
             summary = {**facts, "left_out": left_out, split: self._report(trainer, split)}
@@ -94,23 +91,23 @@ class ClassificationSummary(RunSummary):
         draw(trainer, scored)
         return scored.summary()
 
-    def _report_rejected(self, trainer: Trainer) -> None:
-        data, _ = classification_of(trainer)
-        if data.rejected and trainer.is_global_zero:
-            say(trainer, list_rejected(data, run_directory(trainer) / "rejected.jsonl"))
+
+def report_rejected(trainer: Trainer) -> None:
+    """Lists the rows that were left out in a file, and says so."""
+    data, _ = classification_of(trainer)
+    if data.rejected and trainer.is_global_zero:
+        say(trainer, list_rejected(data, run_directory(trainer) / "rejected.jsonl"))
 
 
 def draw(trainer: Trainer, scored: Scored) -> None:
     """Draws the confusion matrix and, for two classes, the precision-recall curve in TensorBoard."""
     split, labels, model = scored.compared.split, scored.compared.labels, scored.compared.model
-    for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
-            continue
+    for tensorboard in tensorboards(trainer):
         step = trainer.global_step
         if can_draw(trainer):
-            logger.experiment.add_figure(f"confusion/{split}", confusion_figure(scored.confusion_CC, labels), step)
+            tensorboard.add_figure(f"confusion/{split}", confusion_figure(scored.confusion_CC, labels), step)
         if len(labels) == 2:
-            logger.experiment.add_pr_curve(
+            tensorboard.add_pr_curve(
                 f"precision_recall/{split}/{labels[1]}", model.classes_N, model.probabilities_NC[:, 1], step
             )
 

@@ -52,15 +52,8 @@ class Judge(Callback):
         price_out: float | None = None,
         most_dollars: float | None = None,
     ) -> None:
-        judge = ChatJudge(
-            base_url,
-            model,
-            api_key_variable,
-            requests_per_minute=requests_per_minute,
-            attempts=attempts,
-            timeout=timeout,
-            new_tokens=new_tokens,
-        )
+        limits: dict[str, Any] = {"attempts": attempts, "timeout": timeout, "new_tokens": new_tokens}
+        judge = ChatJudge(base_url, model, api_key_variable, requests_per_minute=requests_per_minute, **limits)
         self.grader = Grader(judge, at_once, price_in, price_out, most_dollars)
 
     def on_test_batch_end(

@@ -58,12 +58,9 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        text = " ".join(map(str, args))
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(text, flush=True)
+        write: Any = print if self._bar is None else self._bar.write
+        write(" ".join(map(str, args)), file=sys.stdout)
+        sys.stdout.flush()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -85,12 +82,7 @@ class Progress(ProgressBar):
         loss = trainer.callback_metrics.get("loss/train")
         nats = None if loss is None else float(loss)
         if self._bar is not None:
-            if (stage := stage_name(trainer)) is not None:
-                self._bar.set_description(f"stage {stage}", refresh=False)
-            if nats is not None:
-                self._bar.set_postfix_str(f"loss {nats:.3f}", refresh=False)
-            self._bar.n = tokens_done(trainer)
-            self._bar.refresh()
+            move_bar(self._bar, tokens_done(trainer), stage_name(trainer), nats)
         else:
             # The loss changes only at logged steps. Printed again, it would look as if it did not change any more.
             new, self._last_loss = (nats if nats != self._last_loss else None), nats
@@ -98,8 +90,7 @@ class Progress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
-            self._bar.n = tokens_done(trainer)
-            self._bar.refresh()
+            move_bar(self._bar, tokens_done(trainer))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -122,6 +113,16 @@ def token_bar(total: int, done: int) -> tqdm[Any]:
         smoothing=0.1,
         bar_format=BAR,
     )
+
+
+def move_bar(bar: tqdm[Any], done: int, stage: str | None = None, loss: float | None = None) -> None:
+    """Shows how many tokens are done on a bar, and the stage and the loss if they are given."""
+    if stage is not None:
+        bar.set_description(f"stage {stage}", refresh=False)
+    if loss is not None:
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    bar.n = done
+    bar.refresh()
 
 
 def plain_line(done: int, total: int, loss: float | None, start: tuple[float, int], now: float) -> str:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.text import encode_prompt
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import markdown_code
+from lightning_danube.training.position import holds_whole_model, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
 
 
@@ -34,18 +33,14 @@ class TextSamples(Callback):
         self.temperature, self.top_k = temperature, top_k
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        # Rank zero alone can run only a model that it holds whole. A sharded model would wait for the other ranks.
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not holds_whole_model(trainer):
             return
         samples = run_facts_of(pl_module).samples
         for prompt in self.prompts:
             samples[prompt] = self._continue(trainer, pl_module, prompt)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for number, prompt in enumerate(self.prompts, start=1):
-                    logger.experiment.add_text(f"samples/{number}", markdown_code(samples[prompt]), trainer.global_step)
+        for tensorboard in tensorboards(trainer):
+            for number, prompt in enumerate(self.prompts, start=1):
+                tensorboard.add_text(f"samples/{number}", markdown_code(samples[prompt]), trainer.global_step)
 
     def _continue(self, trainer: Trainer, task: LightningModule, prompt: str) -> str:
         """Returns a prompt and its continuation.

@@ -7,9 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.pretraining.position import curriculum_of
+from lightning_danube.pretraining.position import samples_of_step
 from lightning_danube.training.bad_steps import (
-    BadStep,
     BadSteps,
     append_record,
     drop_later_records,
@@ -26,9 +25,6 @@ class SkipBadSteps(Callback):
     A skipped step leaves weights and optimizer state bitwise as they were. It still counts as a step, so the place in
     the data stays steps × batch: the samples of a skipped step are passed over.
 
-    The device makes the decision and obeys it. On a GPU the host reads the decision one step late, so that the host
-    never waits for the step that it has just started.
-
     Args:
         stop_after: stop the run after this many skipped steps in a row.
         spike_deviations: also skip a step whose loss is this many standard deviations above the mean of the last
@@ -39,9 +35,7 @@ class SkipBadSteps(Callback):
     """
 
     def __init__(self, stop_after: int = 5, spike_deviations: float | None = None, spike_window: int = 128) -> None:
-        if stop_after < 1:
-            raise ValueError(f"stop_after is {stop_after}: give the number of skipped steps in a row, at least 1")
-        self.stop_after, self._steps = stop_after, BadSteps(spike_deviations, spike_window)
+        self._steps = BadSteps(spike_deviations, spike_window, stop_after)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.move_to(trainer.strategy.root_device)
@@ -54,8 +48,7 @@ class SkipBadSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        late = self._steps.take(trainer.global_step)
-        if late is not None:
+        if (late := self._steps.take(trainer.global_step)) is not None:
             self._read(trainer, late)
         if at_logged_step(trainer, batch_idx):
             for logger in trainer.loggers:
@@ -75,27 +68,19 @@ class SkipBadSteps(Callback):
             TrainingStopped: too many steps in a row were skipped.
         """
         for bad in self._steps.read(all_but):
-            self._record(trainer, bad)
-            if self._steps.in_a_row >= self.stop_after:
+            say(trainer, str(bad))
+            run = run_directory(trainer) if trainer.is_global_zero else None
+            if run is not None:
+                append_record(run / "skipped.jsonl", bad, samples_of_step(trainer, bad.step))
+            if self._steps.in_a_row >= self._steps.stop_after:
                 self._steps.forget_unread()
-                run = run_directory(trainer) if trainer.is_global_zero else None
                 raise too_many_bad_steps(self._steps.in_a_row, bad.step, run)
         return self._steps.skipped
-
-    def _record(self, trainer: Trainer, bad: BadStep) -> None:
-        say(trainer, str(bad))
-        if trainer.is_global_zero:
-            data, curriculum = curriculum_of(trainer)
-            # The samples at a position are computed, so no rank has to tell another rank what its batch held.
-            keys = curriculum.samples((bad.step - 1) * data.batch_samples, bad.step * data.batch_samples)
-            samples = [curriculum.described(key) for key in keys]
-            append_record(run_directory(trainer) / "skipped.jsonl", bad, samples)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._read(trainer)
         checkpoint["skipped_steps"] = self._steps.state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("skipped_steps")
-        if saved is not None and trainer.state.fn == "fit":
-            self._steps.restore(saved)
+        if trainer.state.fn == "fit" and "skipped_steps" in checkpoint:
+            self._steps.restore(checkpoint["skipped_steps"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_danube.callbacks.progress import say
 from lightning_danube.callbacks.run_summary import RunSummary, report_evaluation, reports_fit, write_summary
@@ -19,15 +18,13 @@ from lightning_danube.pretraining.summary import (
     evaluation_summary,
     evaluation_table,
     fit_summary,
-    length_line,
-    model_lines,
+    pretraining_plan_text,
     result_text,
-    source_table,
     with_stage_losses,
 )
 from lightning_danube.terminal import markdown_code
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
+from lightning_danube.training.position import tensorboards
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
 
@@ -45,22 +42,13 @@ class PretrainingSummary(RunSummary):
         self._held_out = HeldOutText({}, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, curriculum = curriculum_of(trainer)
-        decoder: Any = pl_module.decoder
+        data, _ = curriculum_of(trainer)
         self._unigram, self._held_out = data.unigram_losses(), HeldOutText.of(data, data.validation_rows)
-        length = length_line(
-            data,
-            end=end_of_run(trainer),
-            steps=steps_ahead(trainer, curriculum.total_steps),
-            replicas=replicas_of(trainer)[0],
-            accumulation=trainer.accumulate_grad_batches,
-            run=str(trainer.log_dir),
-        )
-        plan = "\n".join([*model_lines(decoder), source_table(data), length])
+        decoder: Any = pl_module.decoder
+        plan = pretraining_plan_text(trainer, decoder)
         say(trainer, plan)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("run/plan", markdown_code(plan), trainer.global_step)
+        for tensorboard in tensorboards(trainer):
+            tensorboard.add_text("run/plan", markdown_code(plan), trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -88,15 +76,9 @@ class PretrainingSummary(RunSummary):
         self._report_evaluation(trainer, None)
 
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
-        return fit_summary(
-            task,
-            run_facts_of(task),
-            curriculum_of(trainer)[1],
-            self._stage_losses,
-            self._held_out,
-            self._unigram,
-            self._trained(trainer),
-        )
+        facts, (_, curriculum) = run_facts_of(task), curriculum_of(trainer)
+        measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
+        return fit_summary(task, facts, curriculum, *measured)
 
     def _report_evaluation(self, trainer: Trainer, rows: int | None) -> None:
         losses = metrics_of_sources(trainer.callback_metrics)

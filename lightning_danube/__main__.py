@@ -11,13 +11,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.signals import SIGNALS, Stopped
-from lightning_danube.terminal import as_typed, tell
+from lightning_danube.terminal import as_typed, name_meant, nearest_name, tell
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -120,9 +119,7 @@ def _dispatch(args: list[str]) -> int:
             parser.refuse(rest)
         command.run(arguments)
         return 0
-    close = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join([*TRAINER_VERBS, *COMMANDS])}"
-    raise ValueError(f"unknown command {verb!r}: {hint}")
+    raise ValueError(f"unknown command {verb!r}: {name_meant(verb, [*TRAINER_VERBS, *COMMANDS])}")
 
 
 def _check_at_once(args: list[str]) -> None:
@@ -140,8 +137,8 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, arguments: Sequence[str]) -> NoReturn:
         """Reports the unknown arguments, and the option that was probably meant by the first."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
-        close = get_close_matches(arguments[0].partition("=")[0], known, n=1)
-        self.error(f"unrecognized arguments: {' '.join(arguments)}" + (f": did you mean {close[0]}?" if close else ""))
+        near = nearest_name(arguments[0].partition("=")[0], known)
+        self.error(f"unrecognized arguments: {' '.join(arguments)}" + (f": did you mean {near}?" if near else ""))
 
 
 def _overview() -> str:

@@ -1,4 +1,4 @@
-"""The only writer of whole files and folders. The cache directory.
+"""The only writer of whole files and folders. The cache directory, and what is meant as a path.
 
 Everything written here has one guarantee:
 
@@ -298,3 +298,18 @@ def _about_target(error: Exception, partial: Path, target: Path) -> Exception:
     reason = getattr(error, "strerror", None) or str(error)
     number = getattr(error, "errno", None) or errno.EIO
     return OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(target))
+
+
+def looks_like_path(name: str) -> bool:
+    """Returns whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
+
+    A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
+    """
+    without_revision = name.partition("@")[0]
+    parent = without_revision.rpartition("/")[0]
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or without_revision.count("/") > 1
+        or (parent != "" and Path(parent).is_dir())
+    )

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
+
+from lightning_danube.terminal import name_meant
 
 
 class DataclassInstance(Protocol):
@@ -60,8 +61,7 @@ def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: 
     if not isinstance(given, Mapping):
         raise ValueError(f"{key} is {given!r}: give a mapping with the options {', '.join(known)}")
     if unknown := [str(name) for name in given if name not in known]:
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+        hint = name_meant(unknown[0], known, "the options are")
         raise ValueError(f"{key} has the option {unknown[0]!r}: {hint}")
     needed = [
         field.name

@@ -1,4 +1,4 @@
-"""Lines for a terminal: tables, and commands as the user types them."""
+"""Lines for a terminal: tables, commands as the user types them, and the name that was meant by a mistyped one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 SCRIPT = "lightning-danube"
@@ -75,6 +76,22 @@ def markdown_code(text: str) -> str:
 def tell(text: str) -> None:
     """Prints a line to stderr, so that stdout has only the output of the run."""
     print(text, file=sys.stderr, flush=True)
+
+
+def nearest_name(name: object, known: Iterable[str], least: float = 0.6) -> str | None:
+    """Returns the known name that is most similar to a mistyped one; None if none is similar.
+
+    Args:
+        least: similarity from which on a name counts, between 0 and 1 as in `difflib`.
+    """
+    return next(iter(get_close_matches(str(name), list(known), n=1, cutoff=least)), None)
+
+
+def name_meant(name: object, known: Iterable[str], otherwise: str = "there are", least: float = 0.6) -> str:
+    """Returns "did you mean 'x'?" for the nearest known name. If none is near: `otherwise`, then all known names."""
+    known = list(known)
+    near = nearest_name(name, known, least)
+    return f"{otherwise} {', '.join(known)}" if near is None else f"did you mean {near!r}?"
 
 
 def minutes_and_seconds(seconds: float) -> str:

@@ -7,9 +7,10 @@ which YAML 1.1 gives other types. A key that stands twice is refused, because it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_danube.terminal import nearest_name
 
 if TYPE_CHECKING:
     import yaml
@@ -44,10 +45,8 @@ def _what_was_meant(config: str, names: list[str]) -> str:
     wanted = config.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     # "imdb-papr" is near classification/imdb-paper, too, so the last part of each name is compared as well.
     by_last_part = {name.rpartition("/")[2]: name for name in reversed(names)}
-    close = get_close_matches(wanted, names, n=1) or [
-        by_last_part[last] for last in get_close_matches(wanted.rpartition("/")[2], by_last_part, n=1)
-    ]
-    return f"did you mean {close[0]}?" if close else "the command `configs` lists those that need no file"
+    near = nearest_name(wanted, names) or by_last_part.get(nearest_name(wanted.rpartition("/")[2], by_last_part) or "")
+    return f"did you mean {near}?" if near else "the command `configs` lists those that need no file"
 
 
 def description(config: str) -> str:

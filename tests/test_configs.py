@@ -15,6 +15,7 @@ from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.task import Pretraining
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_equal, facts_of
+from lightning_danube.training.trainer import FastProducts
 from lightning_danube.yaml_files import config_file, config_names, description
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def test_every_config_is_instantiated(config: Path, tmp_path: Path, tiny_run: Pa
     begins = ["--model.init_args.weights", str(tiny_run)] if "    weights: " in config.read_text() else []
     cli = instantiate(config, "--runs", str(tmp_path), *begins)
     assert cli.trainer is not None and cli.model is not None
+    assert any(isinstance(one, FastProducts) for one in cli.trainer.callbacks)  # type: ignore[attr-defined]
 
 
 @pytest.mark.medium

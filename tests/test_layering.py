@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lightning_danube"
-GENERAL = ("yaml_files", "terminal", "files", "intervals", "device", "options", "extras", "signals")
+GENERAL = ("terminal", "yaml_files", "files", "intervals", "device", "options", "extras", "signals")
 TASKS = ("pretraining", "chat", "classification", "quantization", "evaluation")
 # Each room imports only itself and rooms that stand before it.
 ORDER = (

@@ -10,6 +10,8 @@ from lightning_danube.terminal import (
     markdown_code,
     markdown_table,
     minutes_and_seconds,
+    name_meant,
+    nearest_name,
     program,
     quoted,
     runnable,
@@ -133,3 +135,11 @@ def test_a_program_of_the_same_name_elsewhere_is_not_called(
     (other / "tensorboard").chmod(0o755)
     monkeypatch.setenv("PATH", str(other))
     assert program("tensorboard") == ".venv/bin/tensorboard"
+
+
+def test_the_nearest_known_name_is_meant() -> None:
+    known = ["river", "stone", "stones"]
+    assert nearest_name("rivr", known) == "river" and nearest_name("stons", iter(known)) == "stones"
+    assert nearest_name("light", known) is None and nearest_name("ston", known, least=0.95) is None
+    assert name_meant("rivr", known) == "did you mean 'river'?"
+    assert name_meant("light", dict.fromkeys(known), "it has") == "it has river, stone, stones"

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -29,17 +28,11 @@ from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
 from lightning_danube.tokens.shards import files_identity, held_out_below
-from lightning_danube.tokens.tokenizer import MISTRAL, fingerprint_of
+from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepBatch, TokenBatch
-from lightning_danube.training.loaders import (
-    ResumableLoader,
-    StepRows,
-    StepSampler,
-    accumulation,
-    steps_of,
-    trains_on_gpu,
-)
+from lightning_danube.training.loaders import StepRows, steps_of
 from lightning_danube.training.passes import LAYOUTS, Pass
+from lightning_danube.training.planned_data import PlannedData
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
@@ -94,9 +87,9 @@ class EncodedChats:
         return row
 
 
-class ConversationData(LightningDataModule):
-    """The base class of the data modules of conversations. It encodes the sources once, divides each step over the
-    devices, and has the number of steps as its state. A subclass defines an example: a conversation or a pair.
+class ConversationData(PlannedData):
+    """The base class of the data modules of conversations. It encodes the sources once. A subclass defines an
+    example: a conversation or a pair.
 
     Raises:
         ValueError: an argument is wrong; the message names the key.
@@ -106,7 +99,8 @@ class ConversationData(LightningDataModule):
     example: ClassVar[str] = "conversation"
     chats_each: ClassVar[int] = 1
     """Number of encoded conversations in an example; they are stored consecutively."""
-    batch_key: ClassVar[str] = "batch_rows"
+    batch_key = "batch_rows"
+    stands_for = "sources stand for their files and all that encodes them"
 
     def __init__(
         self,
@@ -124,7 +118,6 @@ class ConversationData(LightningDataModule):
         workers: int,
         cache_dir: str | None,
     ) -> None:
-        super().__init__()
         numbers = {
             "context_length": context_length,
             self.batch_key: batch_rows,
@@ -139,17 +132,17 @@ class ConversationData(LightningDataModule):
             raise ValueError("data.sources is empty: name at least one")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.02")
+        super().__init__(
+            *tokenizer_of(tokenizer), batch_rows=batch_rows, micro_batch_size=micro_batch_size, workers=workers
+        )
         self.sources = {name: options(self.source, given, f"data.sources.{name}") for name, given in sources.items()}
         self.context_length = context_length
-        self.batch_rows, self.micro_batch_size, self.epochs = batch_rows, micro_batch_size, epochs
         self.too_long, self.held_out, self.validation_examples = too_long, held_out, validation_examples
-        self.seed, self.workers = seed, workers
+        self.epochs, self.seed = epochs, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
         self.encoder = ChatEncoder(self.tokenizer)
         self.encoder.check_learnable()
         self.vocab_size = len(self.tokenizer)
-        self.steps_done = 0
         self._fingerprints: dict[str, str] = {}
 
     # --- what an example is -------------------------------------------------------------------------------------------
@@ -311,15 +304,7 @@ class ConversationData(LightningDataModule):
         self.train_chats = joined([splits["train"] for splits in opened.values()])
         if not len(self.train_chats):
             raise ValueError(f"all {self.example}s are held out: lower data.held_out, or add {self.example}s")
-        self.passes: list[Pass] = [self.plan(number) for number in range(self.epochs)]
-
-    def accumulation(self, replicas: int) -> int:
-        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
-
-        Raises:
-            ValueError: the step does not divide evenly.
-        """
-        return accumulation(self.batch_key, self.batch_rows, self.micro_batch_size, replicas)
+        self.passes = [self.plan(number) for number in range(self.epochs)]
 
     def _open(self, name: str, split: str) -> EncodedChats:
         directory = self._directory(name)
@@ -336,67 +321,27 @@ class ConversationData(LightningDataModule):
         return EncodedChats(ids, learned, np.asarray(ends))
 
     @property
-    def total_steps(self) -> int:
-        return sum(one.steps for one in self.passes)
-
-    @property
     def batch_tokens(self) -> int:
         """Returns the places of one optimizer step."""
         return self.batch_rows * self.chats_each * self.context_length
 
-    @property
-    def total_tokens(self) -> int:
-        """Returns the places of the run, padding included."""
-        return self.total_steps * self.batch_tokens
+    # --- state --------------------------------------------------------------------------------------------------------
 
-    # --- devices and state --------------------------------------------------------------------------------------------
+    def tokenizer_facts(self) -> dict[str, Any]:
+        # The template that this run trains with, even if the tokenizer came without a template.
+        return {**super().tokenizer_facts(), "chat_template": chat_template_of(self.tokenizer)}
 
-    def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return {
-            "steps": self.trainer.global_step,
-            "tokenizer": {
-                "name": self.tokenizer_name,
-                "fingerprint": fingerprint_of(self.tokenizer),
-                # The template that this run trains with, even if the tokenizer came without a template.
-                "chat_template": chat_template_of(self.tokenizer),
-            },
-            "order": self._order(),
-        }
-
-    def _order(self) -> dict[str, Any]:
-        """Returns everything that decides which examples are in which step."""
+    def order(self) -> dict[str, Any]:
         return {
             "sources": {name: self.fingerprint(name) for name in self.sources},
             "seed": self.seed,
             self.batch_key: self.batch_rows,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        saved, now = state_dict["order"], self._order()
-        for key in now:
-            if saved[key] != now[key]:
-                raise ValueError(
-                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back (sources stand for their "
-                    "files and all that encodes them), or begin a new run without --ckpt_path"
-                )
-        self.steps_done = int(state_dict["steps"])
-
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        replicas, replica = replicas_of(self.trainer)
-        sampler = StepSampler(
-            self.passes,
-            self.counted(self.train_chats),
-            micro_batch_size=self.micro_batch_size,
-            replicas=replicas,
-            replica=replica,
-            start=self.steps_done,
-        )
-        return ResumableLoader(self.training_rows(), sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
+        return self.training_loader(self.training_rows(), self.counted(self.train_chats))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._evaluation_loaders(self.validation_examples)
@@ -508,8 +453,8 @@ class ChatData(ConversationData):
     def held_out_rows(self, name: str, chats: EncodedChats, batches: list[list[list[int]]]) -> HeldOutChats:
         return HeldOutChats(name, chats, batches, self.context_length)
 
-    def _order(self) -> dict[str, Any]:
-        return super()._order() | {"layout": self.layout}
+    def order(self) -> dict[str, Any]:
+        return super().order() | {"layout": self.layout}
 
     def fill(self) -> float:
         """Returns the share of the places of all rows that hold a token; the rest is padding."""

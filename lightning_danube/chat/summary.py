@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained
 
 AnswerLosses = Mapping[str, float]
 """Source → held-out loss in nats per token."""
+
+
+@dataclass
+class ChatLosses:
+    """Held-out losses before training, and the latest ones with the optimizer steps done before them."""
+
+    before: AnswerLosses = field(default_factory=dict)
+    after: AnswerLosses = field(default_factory=dict)
+    step: int = 0
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -64,6 +74,11 @@ class Answers:
                 columns = {"question": question, "before": self.before[number], **columns}
             cards.append(_markdown_row(columns))
         return cards
+
+    def show(self, tensorboard: Any) -> None:
+        """Writes the cards to TensorBoard."""
+        for number, card in enumerate(self.cards(), start=1):
+            tensorboard.add_text(f"answers/{number}", card, self.step)
 
     def compared(self) -> list[dict[str, str]]:
         """Returns each question with its first and its latest answer."""
@@ -151,25 +166,18 @@ def chat_fit_summary(
     facts: RunFacts,
     data: ChatData,
     trained: Trained,
-    *,
-    before: AnswerLosses,
-    after: AnswerLosses,
-    validated_step: int,
+    losses: ChatLosses,
     answers: Answers,
 ) -> dict[str, Any]:
-    """Returns the content of `summary.json` of `fit`.
-
-    Args:
-        before, after: held-out losses before training, and after `validated_step`.
-    """
+    """Returns the content of `summary.json` of `fit`."""
     return {
         "weights": getattr(task, "weights", None),
         **training_summary(task, facts, data.batch_tokens, trained),
         "fill": round(data.fill(), 4),
         "sources": data.reports(),
-        "val_loss_before": before,
-        "val_loss": after,
-        "val_step": validated_step,
+        "val_loss_before": losses.before,
+        "val_loss": losses.after,
+        "val_step": losses.step,
         "val_tokens": data.evaluation_tokens(data.validation_conversations),
         "answers": answers.compared(),
     }

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.runs import read_step
 from lightning_danube.checkpoints.strategy import checkpoint_in_progress, wait_for_checkpoint
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
@@ -92,6 +93,30 @@ def save(trainer: Trainer, path: Path, keep: int | None, *, wait: bool) -> None:
         remove_older(trainer.strategy, path.parent, trainer.global_step, keep)
 
 
+def checkpoint_directory(trainer: Trainer) -> Path | None:
+    """Returns where a run saves its checkpoints; None in a fast_dev_run, which saves nothing.
+
+    Rank zero makes the directory. So one that cannot be written is refused now, and not after the first hours.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    assert trainer.log_dir is not None
+    directory = Path(trainer.log_dir) / "checkpoints"
+    if trainer.is_global_zero:
+        prepare_directory(directory)
+    return directory
+
+
+def save_stage(trainer: Trainer, directory: Path, stage: int, name: str, *, is_last: bool) -> None:
+    """Saves a run at the end of a stage. No step checkpoint stays beside the checkpoint of the last stage.
+
+    Args:
+        stage: the stage's number, from 0.
+    """
+    path = stage_checkpoint(directory, stage, name, trainer.global_step)
+    save(trainer, path, keep=0 if is_last else None, wait=is_last)
+
+
 class StopAtStep:
     """Delays a stop inside a gradient accumulation to the end of the optimizer step.
 
@@ -101,16 +126,14 @@ class StopAtStep:
     def __init__(self) -> None:
         self._waits = False
 
-    def move(self, trainer: Trainer, at_step: bool) -> None:
-        """Delays or applies a requested stop.
-
-        Args:
-            at_step: whether this micro-batch ended an optimizer step.
-        """
+    def move(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Delays or applies a requested stop. Returns whether this micro-batch ended an optimizer step."""
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if trainer.should_stop and not at_step:
             trainer.should_stop, self._waits = False, True
         elif self._waits and at_step:
             trainer.should_stop, self._waits = True, False
+        return at_step
 
 
 class Votes:
@@ -187,13 +210,45 @@ class RunSignals:
         told = SIGNALS.received is not None
         self.stop_run = told if self._votes is None else self._votes.cast(told, at_once=at_once)
 
-    def stopped(self, trainer: Trainer) -> Stopped:
+    def stop(self, trainer: Trainer) -> None:
+        """Ends the run, if `ask` has heard of a signal, when its last checkpoint is on disk.
+
+        Raises:
+            Stopped: a signal was received.
+        """
+        if self.stop_run:
+            wait_for_checkpoint(trainer.strategy)
+            raise self._stopped(trainer)
+
+    def _stopped(self, trainer: Trainer) -> Stopped:
         """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""
         lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
         if SIGNALS.received == self._requeue and trainer.is_global_zero:
             lines.append(requeue_slurm_job())
         # A rank that rank zero started counts as failed if its exit code is not 0.
         return Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
+
+
+def save_if_due(
+    trainer: Trainer,
+    directory: Path,
+    schedule: CheckpointSchedule,
+    signals: RunSignals,
+    *,
+    ends_here: bool,
+    at_once: bool = False,
+) -> None:
+    """Saves a run after this step if the schedule says so, if the run ends here, or if a signal ends it.
+
+    Args:
+        at_once: see `RunSignals.ask`.
+    """
+    step = trainer.global_step
+    due = ends_here or schedule.is_due(step)
+    # A validation and a save have waited, or will wait, for the device in any case.
+    signals.ask(at_once=at_once or due)
+    if signals.stop_run or due:
+        save(trainer, step_checkpoint(directory, step), schedule.keep, wait=ends_here or signals.stop_run)
 
 
 def validation_follows(trainer: Trainer) -> bool:

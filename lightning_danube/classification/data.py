@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,16 +32,11 @@ from lightning_danube.classification.labelled_texts import (
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import local_files
 from lightning_danube.text.reading import BadRow
-from lightning_danube.tokens.tokenizer import MISTRAL, begin_token, fingerprint_of
+from lightning_danube.tokens.tokenizer import MISTRAL, begin_token
 from lightning_danube.training.contract import IGNORE_INDEX
-from lightning_danube.training.loaders import (
-    ResumableLoader,
-    StepRows,
-    StepSampler,
-    accumulation,
-    trains_on_gpu,
-)
-from lightning_danube.training.passes import Pass, bucketed_pass
+from lightning_danube.training.loaders import StepRows
+from lightning_danube.training.passes import bucketed_pass
+from lightning_danube.training.planned_data import PlannedData
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
@@ -91,7 +85,7 @@ class EncodedTexts:
         return {"input_ids": ids, "attention_mask": mask, "classes": classes, "rows": rows}
 
 
-class ClassificationData(LightningDataModule):
+class ClassificationData(PlannedData):
     """Labelled texts, for `TextClassification`.
 
     Args:
@@ -124,6 +118,9 @@ class ClassificationData(LightningDataModule):
         ValueError: an argument is wrong; the message names the key.
     """
 
+    batch_key = "batch_texts"
+    stands_for = "train stands for the training texts and all that encodes them"
+
     def __init__(
         self,
         train: str | dict[str, str],
@@ -149,7 +146,6 @@ class ClassificationData(LightningDataModule):
         workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
         numbers = {
             "context_length": context_length,
             "batch_texts": batch_texts,
@@ -166,17 +162,19 @@ class ClassificationData(LightningDataModule):
             raise ValueError(f"data.most_frequent_classes is {most_frequent_classes}: it takes two classes to tell")
         if unknown := sorted(set(max_texts or {}) - set(SPLITS)):
             raise ValueError(f"data.max_texts names {', '.join(unknown)}: the splits are {', '.join(SPLITS)}")
+        super().__init__(
+            *tokenizer_of(tokenizer), batch_rows=batch_texts, micro_batch_size=micro_batch_size, workers=workers
+        )
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {role: LabelledTexts.named(role, source) for role, source in given.items() if source is not None}
         self.text_column, self.label_column = text_column, label_column
-        self.context_length, self.batch_texts, self.micro_batch_size = context_length, batch_texts, micro_batch_size
+        self.context_length, self.epochs = context_length, epochs
         self.keep: Keep = keep
         self.begin = begin
-        self.epochs, self.shares = epochs, {"test": test_share, "validation": validation_share}
+        self.shares = {"test": test_share, "validation": validation_share}
         self.most_frequent_classes, self.max_texts = most_frequent_classes, max_texts or {}
-        self.on_bad_row, self.seed, self.workers = on_bad_row, seed, workers
+        self.on_bad_row, self.seed = on_bad_row, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
         self.vocab_size = len(self.tokenizer)
         self.labels: list[str] = []
         """The classes, by number."""
@@ -185,7 +183,6 @@ class ClassificationData(LightningDataModule):
         self.other_classes = 0
         """Number of texts left out because of `most_frequent_classes`."""
         self.encoded: dict[str, EncodedTexts] = {}
-        self.steps_done = 0
 
     # --- splits -------------------------------------------------------------------------------------------------------
 
@@ -212,18 +209,10 @@ class ClassificationData(LightningDataModule):
         if stage != "fit":
             return
         train = self.encoded["train"]
-        self.passes: list[Pass] = [
-            bucketed_pass(train.lengths, self.context_length, self.batch_texts, self.seed, number)
+        self.passes = [
+            bucketed_pass(train.lengths, self.context_length, self.batch_rows, self.seed, number)
             for number in range(self.epochs)
         ]
-
-    def accumulation(self, replicas: int) -> int:
-        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
-
-        Raises:
-            ValueError: `batch_texts` does not divide evenly.
-        """
-        return accumulation("batch_texts", self.batch_texts, self.micro_batch_size, replicas)
 
     def _make_splits(self) -> None:
         splits = {role: self._read(role) for role in SPLITS if role in self.sources}
@@ -348,10 +337,6 @@ class ClassificationData(LightningDataModule):
     # --- length -------------------------------------------------------------------------------------------------------
 
     @property
-    def total_steps(self) -> int:
-        return sum(one.steps for one in self.passes)
-
-    @property
     def batch_tokens(self) -> int:
         """Returns the mean number of tokens of an optimizer step, without padding, since steps differ in length."""
         # `total_steps` comes first: before setup it raises an AttributeError, which tells the parser that the length is
@@ -359,54 +344,20 @@ class ClassificationData(LightningDataModule):
         steps = self.total_steps
         return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
 
-    @property
-    def total_tokens(self) -> int:
-        return self.total_steps * self.batch_tokens
+    # --- state --------------------------------------------------------------------------------------------------------
 
-    # --- devices and state --------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return {
-            "steps": self.trainer.global_step,
-            "tokenizer": {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)},
-            "order": self._order(),
-        }
-
-    def _order(self) -> dict[str, Any]:
-        """Returns everything that decides which texts are in which step."""
+    def order(self) -> dict[str, Any]:
         train = self.encoded["train"]
         digest = hashlib.sha256()
         for array in (train.ids, train.ends, train.classes):
             digest.update(array.tobytes())
-        return {"train": digest.hexdigest()[:16], "seed": self.seed, "batch_texts": self.batch_texts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        saved, now = state_dict["order"], self._order()
-        for key in ("seed", "batch_texts", "train"):
-            if saved[key] != now[key]:
-                raise ValueError(
-                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back (train stands for the "
-                    "training texts and all that encodes them), or begin a new run without --ckpt_path"
-                )
-        self.steps_done = int(state_dict["steps"])
+        return {"seed": self.seed, self.batch_key: self.batch_rows, "train": digest.hexdigest()[:16]}
 
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        replicas, replica = replicas_of(self.trainer)
         texts = self.encoded["train"]
-        sampler = StepSampler(
-            self.passes,
-            np.ones(len(texts), np.int64),
-            micro_batch_size=self.micro_batch_size,
-            replicas=replicas,
-            replica=replica,
-            start=self.steps_done,
-        )
-        return ResumableLoader(TextRows(texts), sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
+        return self.training_loader(TextRows(texts), np.ones(len(texts), np.int64))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader("validation")

@@ -41,12 +41,14 @@ class Classifier:
 
 
 def is_classifier(weights: Located) -> bool:
-    """Returns whether the weights come from a run of TextClassification."""
+    """Returns whether the weights come from a run of TextClassification. Reads no tensors."""
     if weights.kind != "checkpoint":
         return False
-    from lightning_danube.weights.huggingface import read_checkpoint
+    from lightning_danube.checkpoints.files import read_plain
+    from lightning_danube.checkpoints.sharded import read_rest
 
-    return "classifier" in read_checkpoint(weights.path)
+    path = weights.path
+    return "classifier" in (read_rest(path) if path.is_dir() else read_plain(path, mmap=True))
 
 
 def load_classifier(weights: Located, *, merge: bool = True, dtype: torch.dtype | str | None = None) -> Classifier:

@@ -54,7 +54,7 @@ def plan_text(task: TextClassification, data: ClassificationData, steps: str, ru
             lost = "end" if data.keep == "start" else "start"
             lines.append(f"{split}: {cut:,} of {count:,} texts lost their {lost}, at {data.context_length:,} tokens")
     lines.append(
-        f"run: {steps} steps of {data.batch_texts} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
+        f"run: {steps} steps of {data.batch_rows} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
         f"into {run}"
     )
     return "\n".join(lines)
@@ -83,6 +83,17 @@ def list_rejected(data: ClassificationData, path: Path) -> str:
     causes = ", ".join(f"{count:,} × {cause}" for cause, count in data.causes().items())
     lines = [f"{len(data.rejected):,} rows left out ({causes}), listed in {path}"]
     return "\n".join([*lines, *(f"  {row.message}" for row in data.rejected[:SHOWN_BAD_ROWS])])
+
+
+def check_resamples(resamples: int) -> int:
+    """Returns the number of resampled sets of texts for the intervals.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if resamples < 20:
+        raise ValueError(f"resamples is {resamples}: the ends of an interval need at least 20")
+    return resamples
 
 
 # --- the scores of a split --------------------------------------------------------------------------------------------
@@ -242,10 +253,15 @@ def classification_fit_summary(
         "trained_parameters": trained_parameters(task),
         "precision": trained.precision,
         "seconds": round(trained.seconds, 3),
-        "texts_per_second": rate(trained.steps * data.batch_texts, facts.training_seconds, digits=2),
+        "texts_per_second": rate(trained.steps * data.batch_rows, facts.training_seconds, digits=2),
         "classes": data.class_counts(),
         "left_out": data.causes(),
     }
+
+
+def complete_text(step: int, run: Path) -> str:
+    """Returns that a run was complete before it went on. Its summary of the earlier session stays."""
+    return f"{run} is complete: {step:,} steps; nothing is left to do"
 
 
 def classification_result_text(summary: Mapping[str, Any], run: Path) -> str:

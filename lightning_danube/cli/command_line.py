@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from lightning_danube.cli.options import BEFORE, Path, Typed, no_option
 from lightning_danube.options import PRECISIONS
+from lightning_danube.terminal import nearest_name
 from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
@@ -195,8 +195,8 @@ def _check_flags(args: Sequence[str]) -> None:
     for arg in args:
         match = re.match(r"--([A-Za-z]\w*)", arg)
         if match and match[1] not in (*TOP_LEVEL, *_OTHER_FLAGS):
-            close = get_close_matches(match[1], TOP_LEVEL, n=1)
-            hint = f": did you mean --{close[0]}?" if close else ", see --help"
+            near = nearest_name(match[1], TOP_LEVEL)
+            hint = f": did you mean --{near}?" if near else ", see --help"
             raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
 
 

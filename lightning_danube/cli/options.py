@@ -19,12 +19,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 import yaml
 
+from lightning_danube.terminal import name_meant, nearest_name
 from lightning_danube.yaml_files import load_yaml
 
 Path = tuple[str, ...]
@@ -276,8 +276,8 @@ class Reader:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
                 names = [one.__name__ for one in _descendants(base)]
-                close = get_close_matches(str(named), names, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]}?" if close else "give the whole class path"
+                near = nearest_name(named, names, least=0.5)
+                hint = f"did you mean {near}?" if near else "give the whole class path"
                 reason = f"there is no {base.__name__} called {named!r}: {hint}"
                 raise Refusal((*path, "class_path"), reason, shown=path)
             raise Refusal(
@@ -330,8 +330,8 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
     owner: Any = getattr(module, name, None)
     if owner is None:
         names = list(getattr(module, "__all__", ()))
-        close = get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {module_name}.{close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+        near = nearest_name(name, names, least=0.5)
+        hint = f"did you mean {module_name}.{near}?" if near else f"there are {', '.join(names) or 'none'}"
         raise Refusal(path, f"there is no class {name!r} in {module_name}: {hint}", shown=shown)
     return owner
 
@@ -346,9 +346,7 @@ def _descendants(base: type) -> Iterator[type]:
 
 def no_option(option: str, known: Collection[str], owner: str) -> str:
     """Returns the message that an option is unknown, with the option that was probably meant."""
-    close = get_close_matches(option, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-    return f"{option!r} is not an option of {owner}: {hint}"
+    return f"{option!r} is not an option of {owner}: {name_meant(option, known, least=0.5)}"
 
 
 def _expected(expected: tuple[str, ...], value: Any, path: Path) -> Refusal:

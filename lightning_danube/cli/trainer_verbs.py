@@ -6,12 +6,11 @@ import logging
 import os
 import pkgutil
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -24,7 +23,7 @@ from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
 from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
 from lightning_danube.cli.errors import parse, raised_by_a_class
-from lightning_danube.device import exact_products_by_onednn, keep_freed_memory, usable_cores
+from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
@@ -39,7 +38,7 @@ from lightning_danube.training.precision import (
 )
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
-from lightning_danube.training.trainer import TRAINER_DEFAULTS, own_strategy, share_buckets
+from lightning_danube.training.trainer import TRAINER_DEFAULTS, FastProducts, own_strategy, share_buckets
 from lightning_danube.yaml_files import load_yaml
 
 MOST_PROCESSES = 8
@@ -281,6 +280,7 @@ class DanubeCLI(LightningCLI):
         if self._get(self.config_init, "trainer")["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.place.directory)
         kwargs["plugins"] = self._plugins()
+        kwargs["callbacks"] = [*self._callbacks(), FastProducts()]
         kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -304,6 +304,11 @@ class DanubeCLI(LightningCLI):
         # Lightning installs a handler of SIGTERM at its start, which does nothing in a validation or a test.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
+
+    def _callbacks(self) -> list[Callback]:
+        """Returns the user's callbacks: a list, one alone, or none."""
+        callbacks = self._get(self.config_init, "trainer")["callbacks"] or []
+        return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
 
     def _plugins(self) -> list[Any]:
         """Returns the user's plugins, and this project's checkpoint plugin unless they or their strategy bring one."""
@@ -350,8 +355,7 @@ class DanubeCLI(LightningCLI):
         self._show_changes()
         self._tell_precision()
         try:
-            with exact_products_by_onednn() if self._on_cpu() else nullcontext():
-                super()._run_subcommand(subcommand)
+            super()._run_subcommand(subcommand)
         except BaseException:
             if not self.place.continues:
                 remove_unused_version(self.trainer)

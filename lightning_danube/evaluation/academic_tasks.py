@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lightning_danube.terminal import nearest_name
 from lightning_danube.text.reading import BadRow, format_of, read_rows
 
 
@@ -67,7 +67,7 @@ def academic_tasks(names: Sequence[str]) -> list[AcademicTask]:
     for name in names:
         if name not in known:
             by_title = {task.title.lower(): task.name for task in PAPER_TASKS}
-            close = by_title.get(name.lower()) or next(iter(get_close_matches(name.lower(), known, n=1)), None)
+            close = by_title.get(name.lower()) or nearest_name(name.lower(), known)
             hint = f"did you mean {close}? " if close else ""
             raise ValueError(f"data.tasks names {name!r}: {hint}there are {', '.join(known)}")
     if twice := [name for name in names if list(names).count(name) > 1]:

@@ -9,17 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_danube.evaluation.results import Measured, PaperScores
+from lightning_danube.evaluation.results import TABLES, Measured, PaperScores
 from lightning_danube.files import write_json, write_parquet, write_text
 from lightning_danube.terminal import markdown_table, text_table
-
-TITLES = {
-    "academic": "Academic benchmarks",
-    "chat": "Chat, by a judge",
-    "retrieval": "Answers from retrieved passages",
-    "perplexity": "Perplexity",
-    "needle": "Needle in a haystack",
-}
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Report:
     def text(self) -> str:
         """Returns the tables and the remarks for a terminal."""
         tables = []
-        for table in TITLES:
+        for table in TABLES:
             rows = [row for row in self.rows if row.table == table]
             if rows:
                 tables.append("\n" + text_table(*table_of(rows, self.paper, self.weights)))
@@ -42,7 +34,7 @@ class Report:
     def markdown(self) -> str:
         """Returns the tables and the remarks as a page."""
         parts = [f"# Evaluation of {self.weights}"]
-        for table, title in TITLES.items():
+        for table, title in TABLES.items():
             mine = [row for row in self.rows if row.table == table]
             if not mine:
                 continue
@@ -60,7 +52,7 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "report.md", self.markdown())
         write_results(directory / "results.parquet", self.rows, self.paper, self.weights)
-        found = {table: average for table in TITLES if (average := averages(self.rows, table, self.paper))}
+        found = {table: average for table in TABLES if (average := averages(self.rows, table, self.paper))}
         summary = {
             "weights": self.weights,
             "parameters": parameters,

@@ -6,11 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_danube.intervals import Estimate, normal, wilson
 
-TableName = Literal["academic", "chat", "retrieval", "perplexity", "needle"]
+TABLES = {
+    "academic": "Academic benchmarks",
+    "chat": "Chat, by a judge",
+    "retrieval": "Answers from retrieved passages",
+    "perplexity": "Perplexity",
+    "needle": "Needle in a haystack",
+}
+"""Key of a table of the report → its title, in the order of the report."""
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
@@ -34,6 +41,7 @@ class Measured:
     """One row of a table: a score, or the reason why there is no score.
 
     Args:
+        table: the row's table, a key of TABLES.
         name: the row's key; equal to the key among the paper's scores if the paper has this score.
         setting: how the questions were asked, such as "25-shot acc_norm".
         percent: whether the score is a share, which tables show in percent.
@@ -43,7 +51,7 @@ class Measured:
         records: a record of each document, for jsonl.
     """
 
-    table: TableName
+    table: str
     name: str
     title: str
     setting: str
@@ -54,6 +62,9 @@ class Measured:
     seconds: float = 0.0
     more: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.table in TABLES, f"the report has no table {self.table!r}"
 
     def as_row(self) -> dict[str, Any]:
         """Returns the row as flat values, for files."""

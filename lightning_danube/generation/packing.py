@@ -116,9 +116,9 @@ def pack(decoder: Decoder, linear: Join) -> None:
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if are_plain(attention.o_proj) and (are_plain(*inputs) or have_biases(*inputs)):
+        if are_plain(attention.o_proj) and are_plain(*inputs):
             block.self_attn = PackedAttention(attention, linear)
-        if are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        if are_plain(mlp.gate_proj, mlp.up_proj) and are_plain(mlp.down_proj):
             block.mlp = PackedSwiGLU(mlp, linear)
         if block.self_attn is not attention and block.mlp is not mlp:
             layers[index] = PackedBlock(block)
@@ -127,17 +127,20 @@ def pack(decoder: Decoder, linear: Join) -> None:
 
 def pack_head(decoder: Decoder, linear: Join) -> None:
     if are_plain(decoder.lm_head):
-        decoder.register_module("lm_head", linear([decoder.lm_head]))
+        decoder.register_module("lm_head", joined_linear([decoder.lm_head], linear))
 
 
 def are_plain(*layers: nn.Module) -> bool:
-    """Returns whether all layers are nn.Linear without a bias. Subclasses do not count: they compute something else."""
-    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+    """Returns whether all layers are nn.Linear, and all or none of them have a bias.
+
+    Subclasses do not count: they compute something else.
+    """
+    return all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
 
 
-def have_biases(*layers: nn.Module) -> bool:
-    """Returns whether all layers are nn.Linear with a bias."""
-    return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
+def joined_linear(layers: Sequence[nn.Linear], linear: Join) -> nn.Module:
+    """Joins plain layers that share an input, with their biases if they have any."""
+    return linear(layers) if layers[0].bias is None else WithBias(layers, linear)
 
 
 def has_only_plain_matrices(decoder: Decoder) -> bool:
@@ -358,9 +361,8 @@ class PackedAttention(GroupedQueryAttention):
         self.q_norm, self.k_norm = (
             None if norm is None else packed_norm(norm) for norm in (plain.q_norm, plain.k_norm)
         )
-        inputs = [plain.q_proj, plain.k_proj, plain.v_proj]
-        self.qkv_proj = linear(inputs) if plain.q_proj.bias is None else WithBias(inputs, linear)
-        self.register_module("o_proj", linear([plain.o_proj]))
+        self.qkv_proj = joined_linear([plain.q_proj, plain.k_proj, plain.v_proj], linear)
+        self.register_module("o_proj", joined_linear([plain.o_proj], linear))
         self.project_in, self.project_out = self.qkv_proj.forward, self.o_proj.forward
 
     def forward(
@@ -396,8 +398,8 @@ class PackedAttention(GroupedQueryAttention):
 class PackedSwiGLU(SwiGLU):
     def __init__(self, plain: SwiGLU, linear: Join) -> None:
         nn.Module.__init__(self)
-        self.gate_up_proj = linear([plain.gate_proj, plain.up_proj])
-        self.register_module("down_proj", linear([plain.down_proj]))
+        self.gate_up_proj = joined_linear([plain.gate_proj, plain.up_proj], linear)
+        self.register_module("down_proj", joined_linear([plain.down_proj], linear))
         self.widen, self.narrow = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:

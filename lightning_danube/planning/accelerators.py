@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from difflib import get_close_matches
+
+from lightning_danube.terminal import name_meant
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def parse_accelerator(text: str) -> Accelerator:
     stated = (_positive(own[1]), _positive(own[2])) if own else (None, None)
     if stated[0] is not None and stated[1] is not None:
         return Accelerator(name, stated[0], round(stated[1] * _GIB), hourly)
-    close = get_close_matches(name, ACCELERATORS, n=1)
-    hint = f"did you mean {close[0]!r}" if close else f"there are {', '.join(ACCELERATORS)}"
+    hint = name_meant(name, ACCELERATORS).removesuffix("?")
     raise ValueError(f"--accelerator is {name!r}: {hint}, or state peak and memory, such as 400e12/64GiB")
 
 

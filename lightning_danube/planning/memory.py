@@ -110,7 +110,7 @@ class TrainingMemory:
             kept; flash attention needs 16 bits, and reads no dense mask; the loss takes larger chunks, and no wider
             copy of their logits.
         document_masks: whether packed documents are masked from each other.
-        muon: whether the optimizer keeps one average of the blocks' matrices, instead of AdamW's two moments.
+        averages: values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters.
     """
 
     config: DecoderConfig
@@ -124,7 +124,7 @@ class TrainingMemory:
     compiled: bool = False
     float8: bool = False
     document_masks: bool = False
-    muon: bool = False
+    averages: tuple[int, int] = (2, 2)
 
     def __post_init__(self) -> None:
         if self.precision not in BYTES:
@@ -135,9 +135,10 @@ class TrainingMemory:
     @property
     def optimizer_values(self) -> int:
         """Returns how many numbers the optimizer keeps on a device."""
-        matrices = self.block_matrices // self.layout.tensor_parallel
-        saved = self.config.num_hidden_layers * matrices if self.muon else 0
-        return 2 * self.stored_parameters - saved
+        of_matrices, of_others = self.averages
+        matrices = self.config.num_hidden_layers * self.block_matrices // self.layout.tensor_parallel
+        matrices = -(-matrices // self.layout.replicas) if self.layout.sharded else matrices
+        return of_matrices * matrices + of_others * (self.stored_parameters - matrices)
 
     @property
     def tokens(self) -> int:

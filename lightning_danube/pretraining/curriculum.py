@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 
 from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.mixture import Mixture
+from lightning_danube.terminal import name_meant
 from lightning_danube.training.passes import IntArray, permute
 
 
@@ -210,6 +210,5 @@ def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
     for stage in stages:
         for name in stage.mix:
             if name not in sources:
-                close = get_close_matches(name, sources, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"data.sources has {', '.join(sources)}"
+                hint = name_meant(name, sources, "data.sources has")
                 raise ValueError(f"stage {stage.name!r} mixes the unknown source {name!r}: {hint}")

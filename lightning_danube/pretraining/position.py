@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 
 from lightning_danube.pretraining.curriculum import Curriculum
@@ -29,6 +31,16 @@ def samples_done(trainer: Trainer) -> int:
     """Returns the samples of finished optimizer steps."""
     data, _ = curriculum_of(trainer)
     return trainer.global_step * data.batch_samples
+
+
+def samples_of_step(trainer: Trainer, step: int) -> list[dict[str, Any]]:
+    """Returns what an optimizer step, counted from 1, was made of.
+
+    The samples at a position are computed, so no rank has to tell another rank what its batch held.
+    """
+    data, curriculum = curriculum_of(trainer)
+    keys = curriculum.samples((step - 1) * data.batch_samples, step * data.batch_samples)
+    return [curriculum.described(key) for key in keys]
 
 
 def finished_stage(trainer: Trainer) -> int | None:

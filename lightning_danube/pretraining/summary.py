@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
+from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, program, quoted, text_table
+from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
 from lightning_danube.training.run_facts import RunFacts, Trained, rate
 
 Losses = Mapping[str, float]
@@ -45,6 +47,20 @@ class HeldOutText:
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def pretraining_plan_text(trainer: Trainer, decoder: Decoder) -> str:
+    """Returns what a run is going to do. `trainer.log_dir` is a broadcast, so every rank must call it."""
+    data, curriculum = curriculum_of(trainer)
+    length = length_line(
+        data,
+        end=end_of_run(trainer),
+        steps=steps_ahead(trainer, curriculum.total_steps),
+        replicas=replicas_of(trainer)[0],
+        accumulation=trainer.accumulate_grad_batches,
+        run=str(trainer.log_dir),
+    )
+    return "\n".join([*model_lines(decoder), source_table(data), length])
 
 
 def model_lines(decoder: Decoder) -> list[str]:

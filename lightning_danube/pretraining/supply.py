@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from lightning_danube.options import parse_tokens
+from lightning_danube.terminal import name_meant
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.shards import TokenShards
@@ -40,8 +40,7 @@ def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict
         if not equals:
             raise ValueError(f"--source-tokens has {item!r}: write source=tokens, such as web=10T,wiki=6B")
         if name not in sources:
-            close = get_close_matches(name, list(sources), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"data.sources has {', '.join(sources)}"
+            hint = name_meant(name, sources, "data.sources has")
             raise ValueError(f"--source-tokens names the unknown source {name!r}: {hint}")
         stated[name] = parse_tokens(tokens, f"--source-tokens of {name!r}")
     return stated

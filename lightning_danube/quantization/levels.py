@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 from lightning_danube.extras import need
+from lightning_danube.terminal import nearest_name
 from lightning_danube.weights.llama_cpp import check_file_type, import_llama_cpp
 
 Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
@@ -69,8 +69,8 @@ def parse_level(text: str) -> Level:
     head, *options = text.strip().split("+")
     method, colon, kind = head.partition(":")
     if not colon or method not in METHODS:
-        close = get_close_matches(method, METHODS, n=1)
-        hint = f"did you mean {close[0]}:…? " if close and colon else ""
+        near = nearest_name(method, METHODS)
+        hint = f"did you mean {near}:…? " if near and colon else ""
         raise ValueError(f"level {text!r}: {hint}a level is <method>:<type>, such as {EXAMPLES}")
     level = _parse_options(text, method, _parse_type(text, method, kind), options)
     if level.cache and level.method != "gguf":

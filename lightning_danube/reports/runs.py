@@ -17,23 +17,12 @@ import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.options import parse_tokens
+from lightning_danube.reports.tags import TAGS, tag_called
 from lightning_danube.terminal import as_typed
 from lightning_danube.yaml_files import read_config
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
-
-LOGGED_BY = {
-    "mix": "lightning_danube.callbacks.TokenLedger",
-    "mix/stage": "lightning_danube.callbacks.CurriculumStages",
-    "optimizer/skipped_steps": "lightning_danube.callbacks.SkipBadSteps",
-    "samples": "lightning_danube.callbacks.TextSamples",
-    "recall": "lightning_danube.callbacks.FactRecall",
-    "run": "lightning_danube.callbacks.PretrainingSummary",
-    "throughput": "lightning_danube.callbacks.Throughput",
-    "tokens_seen": "lightning_danube.callbacks.TokenLedger",
-}
-"""TensorBoard tag, or its group → the callback to name in `trainer.callbacks`. The task logs the other groups."""
 
 
 class MissingResult(ValueError):
@@ -109,7 +98,8 @@ class RecordedRun:
 
 
 def way_to_log(tag: str) -> str:
-    callback = LOGGED_BY.get(tag, LOGGED_BY.get(tag.split("/")[0]))
+    """Returns how to get a tag, or a group of tags such as "mix/", that a run did not log."""
+    callback = tag_called(tag).class_path
     if callback is None:
         return "it stopped before the first step that is logged (trainer.log_every_n_steps)"
     return f"name {callback} in trainer.callbacks and train again"
@@ -287,7 +277,7 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
     spans = stage_spans(run)
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
     rows = []
-    for number, prompt in enumerate(callbacks[LOGGED_BY["samples"]]["prompts"], start=1):
+    for number, prompt in enumerate(callbacks[TAGS["samples/"].class_path]["prompts"], start=1):
         for step, text in run.texts.get(f"samples/{number}", {}).items():
             tokens = step * run.batch_tokens
             stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])

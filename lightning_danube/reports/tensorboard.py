@@ -1,4 +1,4 @@
-"""The TensorBoard tags of a pre-training run: what each tag means, and what logs it."""
+"""Shows what a pre-training run logged in TensorBoard: a table of its tags, and a figure of each group."""
 
 from __future__ import annotations
 
@@ -9,29 +9,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lightning_danube.reports import runs
 from lightning_danube.reports.figures import COLOURS, INK, count, line, new_figure, source_colours
 from lightning_danube.reports.runs import MissingResult, RecordedRun
-
-MEANINGS = {
-    "loss/train": "mean loss of one batch, nats a token",
-    "loss/held_out_": "mean loss of the source's held-out rows, nats a token, at each stage's end",
-    "mix/": "share of the source in the tokens since the point before",
-    "mix/stage": "number of the stage of the next sample, from 1 on",
-    "tokens_seen/": "tokens of the source since the run began",
-    "optimizer/learning_rate": "of the step just made",
-    "optimizer/gradient_norm": "of all parameters together, before clipping",
-    "optimizer/skipped_steps": "steps left out so far because their gradient was not finite or too large",
-    "throughput/tokens_per_second": "since the point before, validation and checkpoints left out",
-    "throughput/mfu": "share of the device's peak FLOPs (peak_flops) that the model's own operations make up",
-    "recall/": "share of a made-up world's facts that are answered right, by which texts tell them",
-    "samples/": "the prompt and how the model goes on, at each validation",
-    "run/plan": "what the run was going to do, as it was printed at the start",
-}
-"""Tag, or the beginning of a tag → its meaning."""
-
-
-def meaning(tag: str) -> str:
-    """Returns the meaning of a tag, from the longest matching beginning."""
-    known = [beginning for beginning in MEANINGS if tag.startswith(beginning)]
-    return MEANINGS[max(known, key=len)] if known else "not described here"
+from lightning_danube.reports.tags import tag_called
 
 
 def tags(run: RecordedRun) -> pd.DataFrame:
@@ -43,8 +21,8 @@ def tags(run: RecordedRun) -> pd.DataFrame:
         rows[tag] = {
             "points": len(values),
             "last": _shown(values.iloc[-1]),
-            "says": meaning(tag),
-            "logged by": runs.LOGGED_BY.get(tag, runs.LOGGED_BY.get(tag.split("/")[0], task)),
+            "says": tag_called(tag).meaning,
+            "logged by": tag_called(tag).class_path or task,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("tag")
 
@@ -63,7 +41,7 @@ def group(run: RecordedRun, name: str) -> Figure:
     """
     found = [tag for tag in run.curves if tag.split("/")[0] == name]
     if not found:
-        raise MissingResult(f"{run.title} logged no {name}/…: {runs.way_to_log(name)}")
+        raise MissingResult(f"{run.title} logged no {name}/…: {runs.way_to_log(name + '/')}")
     colours = source_colours(run.sources)
     columns = min(3, len(found))
     rows = -(-len(found) // columns)

@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from lightning_danube.studies.scaling import SIZE, TOKENS
+from lightning_danube.terminal import name_meant
 from lightning_danube.yaml_files import config_file, read_config
 
 Overrides = Mapping[str, Any]
@@ -103,9 +103,7 @@ def read_design(file: str) -> Design:
     known = [one.name for one in fields(Design)]
     for key in raw:
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-            raise ValueError(f"{file}: {key!r} is no key of a study: {hint}")
+            raise ValueError(f"{file}: {key!r} is no key of a study: {name_meant(key, known)}")
     kind = ("search",) if raw.get("search") else ("variants",) if raw.get("law") else ("variants", "baseline")
     needed = ("name", "base", "metric", *kind)
     missing = [key for key in needed if raw.get(key) in (None, "", {}, 0)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_danube.files import looks_like_path
 from lightning_danube.options import parse_tokens
 from lightning_danube.text.embedded.documentation import ROLES, collect_documentation
 from lightning_danube.text.embedded.world import ROLES as WORLD_ROLES
@@ -73,11 +74,11 @@ class Source:
 
     @property
     def is_hub(self) -> bool:
-        """Whether the path is a hub id like owner/name. A path that exists or looks like a path or file is local."""
+        """Whether the path is a hub id like owner/name. A path that exists, or is meant as a path or file, is local."""
         if self.is_documentation or os.path.exists(self.path):
             return False
-        looks_local = self.path.startswith((".", "/", "~")) or format_of(self.path) or glob.has_magic(self.path)
-        return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) is not None
+        is_local = looks_like_path(self.path) or format_of(self.path) or glob.has_magic(self.path)
+        return not is_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) is not None
 
 
 def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
+
+from lightning_danube.files import looks_like_path
+from lightning_danube.terminal import nearest_name
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
@@ -16,28 +18,13 @@ def hub_id(name: str) -> str | None:
     return match["repository"] if match and not Path(name).expanduser().exists() else None
 
 
-def looks_like_path(name: str) -> bool:
-    """Returns whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
-
-    A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
-    """
-    without_revision = name.partition("@")[0]
-    parent = without_revision.rpartition("/")[0]
-    return (
-        name.startswith((".", "/", "~"))
-        or name.endswith("/")
-        or without_revision.count("/") > 1
-        or (parent != "" and Path(parent).is_dir())
-    )
-
-
 def did_you_mean(name: str, *known: str) -> str:
     """Returns " (did you mean …?)" with the most similar of the known names and of the names beside it, or ""."""
     path = Path(name).expanduser()
     beside = {sibling.name: str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")}
     meant = beside | {one: one for one in known}
-    close = get_close_matches(path.name, meant, n=1)
-    return f" (did you mean {meant[close[0]]}?)" if close else ""
+    near = nearest_name(path.name, meant)
+    return f" (did you mean {meant[near]}?)" if near else ""
 
 
 def first_line(error: BaseException) -> str:

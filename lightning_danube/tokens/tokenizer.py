@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.files import looks_like_path
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
-from lightning_danube.tokens.hub import did_you_mean, first_line, looks_like_path
+from lightning_danube.tokens.hub import did_you_mean, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

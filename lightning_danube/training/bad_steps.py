@@ -46,17 +46,20 @@ class BadSteps:
         spike_deviations: a loss is a spike if it is this many standard deviations above the mean of the last
             `spike_window` losses, without skipped steps; None: no loss is a spike.
         spike_window: number of losses in that mean and deviation. No loss is a spike before the window is full.
+        stop_after: number of skipped steps in a row after which the run stops.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, spike_deviations: float | None = None, spike_window: int = 128) -> None:
+    def __init__(self, spike_deviations: float | None = None, spike_window: int = 128, stop_after: int = 5) -> None:
+        if stop_after < 1:
+            raise ValueError(f"stop_after is {stop_after}: give the number of skipped steps in a row, at least 1")
         if spike_deviations is not None and not spike_deviations > 0:
             raise ValueError(f"spike_deviations is {spike_deviations}: give a positive number such as 6, or null")
         if spike_window < 2:
             raise ValueError(f"spike_window is {spike_window}: a deviation needs at least 2 losses")
-        self.spike_deviations, self.spike_window = spike_deviations, spike_window
+        self.spike_deviations, self.spike_window, self.stop_after = spike_deviations, spike_window, stop_after
         self.skipped = 0
         """Skipped steps of the whole run whose decisions were read."""
         self.in_a_row = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_danube.training.contract import TrainingData, data_of
 
@@ -48,6 +50,21 @@ def steps_ahead(trainer: Trainer, total: int) -> str:
 def is_done(trainer: Trainer) -> bool:
     """Returns whether the last step of the run is finished."""
     return tokens_done(trainer) >= training_data_of(trainer).total_tokens
+
+
+def ends_after_this_step(trainer: Trainer) -> bool:
+    """Returns whether the run ends here: it is done, or `trainer.max_steps`, a timer or a callback stops it."""
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or is_done(trainer)
+
+
+def holds_whole_model(trainer: Trainer) -> bool:
+    """Returns whether this is rank zero and can run the model alone. For a sharded model, other ranks would have to."""
+    return trainer.is_global_zero and isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+
+
+def tensorboards(trainer: Trainer) -> list[Any]:
+    """Returns the run's writers of TensorBoard events. On ranks other than zero they write nothing."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def speaks_for_replica(trainer: Trainer) -> bool:

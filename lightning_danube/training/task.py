@@ -22,7 +22,7 @@ from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
 from lightning_danube.training.contract import TokenBatch, TrainingData
-from lightning_danube.training.optim import AdamW, LearningRate, optimizer_of
+from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
 from lightning_danube.training.trainer import check_trainer
@@ -275,6 +275,7 @@ class DecoderTask(LightningModule):
             logger.save()
         checkpoint["decoder_config"] = self.config.facts()
         checkpoint["seed"] = self._seed
+        checkpoint["optimizer"] = type(self.optimizer_settings).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a different decoder, naming the fields that differ, before torch lists every tensor.
@@ -310,20 +311,14 @@ class DecoderTask(LightningModule):
                 f"seed_everything is {self._seed}, the run began with {checkpoint['seed']}: set it back, or begin a "
                 "new run without --ckpt_path"
             )
-        saved_by, mine_is = _optimizer_of(checkpoint), type(self.optimizer_settings).__name__
-        if saved_by is not None and saved_by != mine_is:
+        mine_is = type(self.optimizer_settings).__name__
+        saved_by = checkpoint.get("optimizer", mine_is)
+        if saved_by != mine_is:
             raise ValueError(
                 f"the run was trained with {saved_by}, model.optimizer is {mine_is}: set it back, or begin a new run "
                 "without --ckpt_path"
             )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
-
-
-def _optimizer_of(checkpoint: dict[str, Any]) -> str | None:
-    """Returns the name of a checkpoint's optimizer; None if the checkpoint has no optimizer."""
-    groups = [group for state in checkpoint.get("optimizer_states", ()) for group in state["param_groups"]]
-    groups += [group for groups in checkpoint.get("optimizer_groups", ()) for group in groups]
-    return optimizer_of(groups) if groups else None
 
 
 _OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_size": "vocabulary of data.tokenizer"}

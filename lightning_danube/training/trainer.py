@@ -44,7 +44,7 @@ def share_buckets(strategy: Strategy) -> None:
 
 
 class FastProducts(Callback):
-    """Lets oneDNN multiply matrices on a CPU while a trainer runs, as the command line does. See `device.py`."""
+    """Lets oneDNN multiply matrices on a CPU while a trainer runs. See `device.py`."""
 
     def __init__(self) -> None:
         self._open = ExitStack()

@@ -116,8 +116,9 @@ class TuningTask(DecoderTask):
                 "without --ckpt_path"
             )
         super().on_load_checkpoint(checkpoint)
-        if self.lora is not None and checkpoint["state_dict"].keys() != self._trained():
+        if self.lora is not None and checkpoint["state_dict"].keys() != set(self._trained()):
             raise ValueError("the checkpoint holds another adapter than the config describes: begin a new run")
 
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _trained(self) -> list[str]:
+        """Returns the names of the parameters that train, in the order of the modules, so that files are equal."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from lightning_danube.extras import install_command
 from lightning_danube.files import new_file
+from lightning_danube.terminal import nearest_name
 from lightning_danube.weights.gguf.header import read_gguf_header
 
 # Short names that llama.cpp's own program accepts for its medium mixtures.
@@ -82,8 +82,8 @@ def check_file_type(name: str) -> str:
     types = file_types()
     if name.upper() in types:
         return name.upper()
-    close = get_close_matches(name.upper(), types, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    near = nearest_name(name.upper(), types)
+    hint = f"did you mean {near}? " if near else ""
     raise ValueError(f"--type {name}: {hint}there are {', '.join(types)}")
 
 

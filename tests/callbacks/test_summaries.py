@@ -207,7 +207,7 @@ def test_losses_and_answers_before_training_are_kept(
         summary.on_validation_end(trainer, task)
     resumed = ChatSummary(["why?"])
     resumed.load_state_dict(summary.state_dict())
-    assert resumed._before == {"web": 4.0} and resumed._answers.before == ["as of step 0"]
+    assert resumed._losses.before == {"web": 4.0} and resumed._answers.before == ["as of step 0"]
     summary.on_train_end(trainer, task)
     found = summary_of(tmp_path)
     assert found["val_loss_before"] == {"web": 4.0} and found["val_loss"] == {"web": 2.0}

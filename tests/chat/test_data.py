@@ -225,7 +225,7 @@ def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str,
     path = write(tmp_path / "talk.jsonl", 6)
     options: dict[str, Any] = {"micro_batch_size": 2, "seed": 0, "batch_rows": 4, "layout": "packed"}
     first, other = unread(path, **options), unread(path, **options | changed)
-    state = {"order": json.loads(json.dumps(first._order())), "steps": 3}
+    state = {"order": json.loads(json.dumps(first.order())), "steps": 3}
     for module in (first, other):
         module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
     first.load_state_dict(state)

@@ -13,7 +13,7 @@ from lightning_danube.chat.preference_summary import (
     results_table,
     with_intervals,
 )
-from lightning_danube.chat.summary import Answers, chat_fit_summary, chat_result_text, source_lines
+from lightning_danube.chat.summary import Answers, ChatLosses, chat_fit_summary, chat_result_text, source_lines
 from lightning_danube.training.run_facts import RunFacts, Trained
 from tests.tiny_models import tiny_decoder, tiny_tokenizer
 
@@ -114,7 +114,7 @@ def test_a_summary_of_fine_tuning_tells_before_from_after() -> None:
     answers.before, answers.latest = ["no"], ["so"]
     summary = chat_fit_summary(
         task, RunFacts(training_seconds=4.0), data, trained,
-        before={"web": 3.0}, after={"web": 2.0}, validated_step=9, answers=answers,
+        ChatLosses(before={"web": 3.0}, after={"web": 2.0}, step=9), answers,
     )  # fmt: skip
     assert summary == {
         "weights": "base", "steps": 10, "parameters": 8, "trained_parameters": 6, "precision": "32-true",

@@ -73,17 +73,14 @@ def test_lightning_still_says_in_private_whether_it_validates_next() -> None:
 
 
 def test_a_stop_waits_for_the_end_of_the_step() -> None:
-    trainer: Any = SimpleNamespace(should_stop=True)
+    trainer: Any = SimpleNamespace(should_stop=True, accumulate_grad_batches=3)
     stop = StopAtStep()
-    stopped = []
-    for at_step in (False, False, True):
-        stop.move(trainer, at_step)
-        stopped.append(trainer.should_stop)
-    assert stopped == [False, False, True]
-    stop.move(trainer, True)
+    found = [(stop.move(trainer, batch), trainer.should_stop) for batch in (3, 4, 5)]
+    assert found == [(False, False), (False, False), (True, True)]
+    stop.move(trainer, 8)
     assert trainer.should_stop, "a stop at the end of a step is left alone"
     trainer.should_stop = False
-    stop.move(trainer, True)
+    stop.move(trainer, 11)
     assert not trainer.should_stop, "a stop that was applied does not come back"
 
 
@@ -161,7 +158,7 @@ def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: p
     ends = []
     for global_rank, local_rank in ((0, 0), (1, 1), (2, 0)):
         trainer: Any = SimpleNamespace(global_step=7, is_global_zero=global_rank == 0, local_rank=local_rank)
-        stopped = signals.stopped(trainer)
+        stopped = signals._stopped(trainer)
         ends.append((stopped.code, stopped.message))
     saved = "stopped after step 7, saved: go on with --ckpt_path last"
     assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == ["requeue"]

@@ -219,8 +219,8 @@ def test_tfidf_learns_words_and_keeps_the_numbers_of_classes() -> None:
 
 def test_the_data_know_which_texts_the_run_began_with(tmp_path: Path) -> None:
     module = data(tmp_path)
-    assert json.dumps(module._order()) == json.dumps(data(tmp_path)._order())
-    assert module._order() != data(tmp_path, context_length=5)._order()
+    assert json.dumps(module.order()) == json.dumps(data(tmp_path).order())
+    assert module.order() != data(tmp_path, context_length=5).order()
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -260,19 +260,19 @@ def test_no_split_has_a_text_of_another(tmp_path: Path) -> None:
 def test_the_order_is_known_by_all_that_decides_it(tmp_path: Path) -> None:
     module = data(tmp_path)
     train = module.encoded["train"]
-    found = [module._order()["train"]]
+    found = [module.order()["train"]]
     for name in ("ids", "ends", "classes"):
         values = getattr(train, name).copy()
         values[3] += 1
         module.encoded["train"] = dataclasses.replace(train, **{name: values})
-        found.append(module._order()["train"])
+        found.append(module.order()["train"])
     assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_texts": 6}, {"context_length": 4}])
 def test_a_run_goes_on_only_in_the_same_order(tmp_path: Path, changed: dict[str, Any]) -> None:
     first, other = data(tmp_path), data(tmp_path, **changed)
-    state = {"order": json.loads(json.dumps(first._order())), "steps": 3}
+    state = {"order": json.loads(json.dumps(first.order())), "steps": 3}
     for module in (first, other):
         module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
     first.load_state_dict(state)

@@ -7,10 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_danube.checkpoints.sharded_files import REST
 from lightning_danube.classification import ClassificationData, exported
-from lightning_danube.classification.exported import Classifier, _as_in_training, hf_config, load_classifier
+from lightning_danube.classification.exported import (
+    Classifier,
+    _as_in_training,
+    hf_config,
+    is_classifier,
+    load_classifier,
+)
 from lightning_danube.classification.labelled_texts import LabelledText
 from lightning_danube.tokens.tokenizer import begin_token, load_hf_tokenizer
+from lightning_danube.weights.names import Located
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 
 
@@ -77,3 +85,11 @@ def test_a_head_on_logits_is_one_layer_on_states(monkeypatch: pytest.MonkeyPatch
         expected = (states if head == "hidden" else decoder.lm_head(states)) @ weight.T
     torch.testing.assert_close(states @ found.score_CD.T, expected, rtol=1e-4, atol=1e-4)
     assert found.labels == ["a", "b", "c"] and found.tokenizer.model_max_length == 9
+
+
+def test_whether_many_ranks_wrote_a_classifier_is_asked_without_its_tensors(tmp_path: Path) -> None:
+    for name, extra in (("classifier", {"classifier": {"labels": ["a", "b"]}}), ("other", {})):
+        (tmp_path / name).mkdir()
+        torch.save({"decoder_config": {}, **extra}, tmp_path / name / REST)
+        assert is_classifier(Located(name, "checkpoint", tmp_path / name, None)) == bool(extra)
+    assert not is_classifier(Located("x", "gguf", tmp_path, None))

@@ -122,7 +122,7 @@ def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: st
     assert int(count) == 2
     total.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached == model._trained()
+    assert reached == set(model._trained())
     assert {name for name in reached if "lora_" not in name} == {"head.weight"}
     # Seven layers in each of two blocks, two matrices each.
     assert len(reached) == 2 * 7 * 2 + 1

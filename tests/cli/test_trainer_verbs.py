@@ -488,7 +488,14 @@ def test_a_resumed_run_logs_on_after_its_checkpoint(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer_verbs, "TensorBoardLogger", lambda directory, **given: loggers.append(given))
     for continues, checkpoint in ((True, "step_00000012.ckpt"), (False, "step_00000012.ckpt"), (False, None)):
         cli: Any = object.__new__(trainer_verbs.DanubeCLI)
-        section = {"logger": None, "default_root_dir": None, "plugins": None, "strategy": "auto", "accelerator": "cpu"}
+        section = {
+            "logger": None,
+            "default_root_dir": None,
+            "plugins": None,
+            "callbacks": None,
+            "strategy": "auto",
+            "accelerator": "cpu",
+        }
         cli.subcommand, cli.config_init = "fit", {"fit": {"trainer": section}}
         cli.place = SimpleNamespace(
             continues=continues, checkpoint=checkpoint and tmp_path / checkpoint, directory=tmp_path,

@@ -16,6 +16,7 @@ from lightning_danube.generation.packing import (
     linear_of_16_bits,
     pack,
     pack_for_generation,
+    pack_head,
 )
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig, KVCache
@@ -194,6 +195,23 @@ def test_the_norm_is_that_of_pytorch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(PackedNorm(plain)(x), exact.to(dtype))
 
 
+@pytest.mark.parametrize("linear", [PackedLinear, SplitLinear, JoinedLinear])
+def test_biases_of_every_matrix_are_kept(linear: Any) -> None:
+    """No family has more than those of queries, keys and values: a new variant may."""
+    with torch.inference_mode():
+        exact, packed = pair(CONFIG, torch.float32)
+        matrices = [name for name, layer in exact.named_modules() if type(layer) is torch.nn.Linear]
+        for name in matrices:
+            bias = torch.randn(exact.get_submodule(name).out_features)
+            for decoder, dtype in ((exact, torch.float64), (packed, torch.float32)):
+                decoder.get_submodule(name).bias = torch.nn.Parameter(bias.to(dtype))
+        pack(packed, linear)
+        pack_head(packed, linear)
+        assert linear_layers(packed) == {linear}
+        # As above, after more additions.
+        assert differences(exact, packed) < 2e-6
+
+
 def test_what_cannot_be_packed_stays() -> None:
     class Special(torch.nn.Linear):
         pass
@@ -211,9 +229,10 @@ def test_what_cannot_be_packed_stays() -> None:
     first.mlp.up_proj = Special(64, 96, bias=False)
     first.mlp.up_proj.load_state_dict(same[0].mlp.up_proj.state_dict())
     mlp, attention = first.mlp, second.self_attn
-    attention.o_proj = torch.nn.Linear(64, 64)
-    attention.o_proj.weight = torch.nn.Parameter(same[1].self_attn.o_proj.weight.float())
-    torch.nn.init.zeros_(attention.o_proj.bias)
+    # One of three joined layers has a bias.
+    attention.q_proj = torch.nn.Linear(64, 64)
+    attention.q_proj.weight = torch.nn.Parameter(same[1].self_attn.q_proj.weight.float())
+    torch.nn.init.zeros_(attention.q_proj.bias)
     with torch.inference_mode():
         assert pack_for_generation(rounded)
         assert first.mlp is mlp and second.self_attn is attention and type(second.mlp) is not type(mlp)

@@ -117,7 +117,7 @@ def test_an_unknown_preset_is_refused() -> None:
     [
         ({"model_type": "gemma"}, r"model_type is 'gemma'; these can be loaded: llama, mistral"),
         ({"attention_bias": True}, r"attention_bias is True; of a llama model only False is supported"),
-        ({"mlp_bias": True}, r"mlp_bias is True; of a llama model only False is supported"),
+        ({"model_type": "smollm3", "mlp_bias": True}, r"mlp_bias is True; of a smollm3 model only False is supported"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; only 'silu' is supported"),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2; of a llama model only 1 is supported"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config is set; load the unquantized weights"),

@@ -13,7 +13,7 @@ from lightning_danube.generation.compiled_steps import next_logits
 from lightning_danube.generation.packing import JoinedLinear, pack, pack_for_generation
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder, DecoderConfig, KVCache, next_token_loss
-from lightning_danube.model.architecture import family_of
+from lightning_danube.model.architecture import OPTIONS, family_of
 from lightning_danube.model.attention import inverse_frequencies
 from lightning_danube.model.masks import causal_mask, document_mask
 from tests.tiny_models import CONFIG, VARIANTS, tiny_decoder
@@ -68,9 +68,8 @@ def test_logits_and_gradients_are_those_of_transformers(variant: str, monkeypatc
     expected = theirs(inputs).logits
     assert_close(ours(inputs), expected)
     # The variant changes something here: otherwise this test would say nothing about it.
-    plain = dataclasses.replace(
-        ours.config, sliding_window=None, qkv_bias=False, qk_norm=False, rope_scaling=None, nope_interval=None
-    )
+    off = {field.name: field.default for field in dataclasses.fields(DecoderConfig) if field.name in OPTIONS}
+    plain = dataclasses.replace(ours.config, **off)
     without = Decoder(plain).double()
     without.load_state_dict(ours.state_dict(), strict=False)
     assert (without(inputs) - expected).abs().max() > 1e-3 * expected.abs().max()

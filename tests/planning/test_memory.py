@@ -244,7 +244,7 @@ def test_muon_keeps_what_is_counted(changes: dict[str, Any]) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     kept = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
-    assert TrainingMemory(config, 2, 48, muon=True).loss_phase().optimizer == 4 * kept
+    assert TrainingMemory(config, 2, 48, averages=(1, 2)).loss_phase().optimizer == 4 * kept
 
 
 def test_the_papers_4b_as_computed_by_hand() -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -204,14 +203,6 @@ def test_a_run_without_a_source_named_web_has_nothing_beside_the_papers(copied_r
     assert json.loads((copied_run / "summary.json").read_text())["val_loss"].keys() == {"net", "wiki"}
     with pytest.raises(runs.MissingResult, match="no source named web"):
         runs.web_shares(runs.read_run(copied_run))
-
-
-def test_callbacks_named_by_the_messages_exist() -> None:
-    from lightning_danube import callbacks
-
-    here = SimpleNamespace(**{name: getattr(callbacks, name) for name in callbacks.__all__})
-    for path in runs.LOGGED_BY.values():
-        assert hasattr(here, path.removeprefix("lightning_danube.callbacks."))
 
 
 def test_a_run_is_read_in_tokens(recorded: runs.RecordedRun) -> None:

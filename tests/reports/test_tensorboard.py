@@ -18,7 +18,6 @@ def test_every_tag_is_explained_and_has_its_logger(tiny_run: Path) -> None:
     assert found.loc["mix/web", "logged by"] == "lightning_danube.callbacks.TokenLedger"
     assert found.loc["run/plan", ["points", "last"]].tolist() == [1, "text"]
     assert found.loc["loss/train", "points"] == 26
-    assert tensorboard.meaning("mix/stage") != tensorboard.meaning("mix/web")
 
 
 def test_a_group_has_a_panel_a_tag(tiny_run: Path) -> None:
@@ -38,9 +37,3 @@ def test_the_last_value_of_a_tag_is_that_of_the_last_step(recorded: runs.Recorde
     assert found.loc["tokens_seen/wiki", "last"] == "270" and found.loc["samples/1", "last"] == "text"
     recorded.curves["tokens_seen/wiki"] *= 100
     assert tensorboard.tags(recorded).loc["tokens_seen/wiki", "last"] == "27,000"
-
-
-def test_a_tag_has_the_meaning_of_its_longest_beginning() -> None:
-    assert tensorboard.meaning("mix/stage") == tensorboard.MEANINGS["mix/stage"]
-    assert tensorboard.meaning("mix/web") == tensorboard.MEANINGS["mix/"]
-    assert tensorboard.meaning("other") == "not described here"

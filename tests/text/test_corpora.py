@@ -255,7 +255,8 @@ def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "owner/name/a.txt").write_text("here")
     assert not Source("owner/name").is_hub
     assert [document.text for document in read("owner/name")] == ["here"]
-    for path in ("./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):
+    # A misspelt name in a directory that exists is no hub id, as for weights and tokenizers.
+    for path in ("owner/nam", "./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):
         assert not Source(path).is_hub, path
 
 

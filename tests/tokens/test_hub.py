@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
-from lightning_danube.tokens.hub import did_you_mean, download, first_line, hub_id, looks_like_path
+from lightning_danube.files import looks_like_path
+from lightning_danube.tokens.hub import did_you_mean, download, first_line, hub_id
 from lightning_danube.tokens.tokenizer import adding_bos, load_hf_tokenizer
 
 

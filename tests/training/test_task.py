@@ -242,9 +242,11 @@ def test_a_checkpoint_of_another_seed_or_optimizer_is_refused() -> None:
     task = task_of(CONFIG)
     with pytest.raises(ValueError, match=rf"seed_everything is {task._seed}, the run began with {task._seed + 1}"):
         resumed(task, seed=task._seed + 1)
-    muon = [{"param_groups": [{"momentum": 0.9, "params": [0]}, {"params": [1]}], "state": {}}]
+    saved: dict[str, Any] = {}
+    task.optimizer_settings, task._trainer = Muon(), trainer(loggers=[])
+    task.on_save_checkpoint(saved)
+    resumed(task, optimizer=saved["optimizer"])
+    task.optimizer_settings = AdamW()
     with pytest.raises(ValueError, match=r"trained with Muon, model\.optimizer is AdamW"):
-        resumed(task, optimizer_states=muon)
-    resumed(task, optimizer_states=[{"param_groups": [{"params": [0]}], "state": {}}])
-    task.optimizer_settings = Muon()
-    resumed(task, optimizer_states=muon)
+        resumed(task, optimizer=saved["optimizer"])
+    resumed(task, optimizer="AdamW")

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lightning_danube.__main__ import main
 from lightning_danube.model import Decoder, DecoderConfig, RopeScaling
 from lightning_danube.model.architecture import family_of
 from lightning_danube.quantization.decoders import quantized_decoder
@@ -19,6 +20,7 @@ from lightning_danube.weights.adapters import Lora, add_adapter, load_adapter, m
 from lightning_danube.weights.gguf.files import load_gguf, read_gguf_config, save_gguf
 from lightning_danube.weights.gguf.header import read_gguf_header
 from lightning_danube.weights.huggingface import load_hf, save_hf
+from lightning_danube.weights.loading import load_decoder
 from lightning_danube.weights.quantized_linear import FrozenLinear4bit, quantize_linear_layers
 from tests.tiny_models import CONFIG, VARIANTS, tiny_decoder
 from tests.weights.gguf.test_files import rewrite
@@ -265,3 +267,33 @@ def test_levels_compute_with_the_biases_and_norms(name: str, level: str) -> None
         assert (found - wanted).norm() < (0.1 if level.endswith("int8") else 1e-5) * wanted.norm()
     small = sum(parameter.numel() for parameter in decoder.parameters() if parameter.ndim == 1)
     assert running.content.tensor_bytes > 4 * small
+
+
+# --- from training to other programs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_decoder_that_was_trained_with_the_options_of_qwen3_answers_alike_in_transformers(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny)
+    # transformers reads no head dimension from the GGUF file of a Qwen3, and takes 128.
+    Path("qwen3.yaml").write_text(
+        "model: {init_args: {decoder: {qk_norm: true, tie_word_embeddings: true, head_dim: 128, rms_norm_eps: 1.0e-6}}}"
+    )
+    assert main(["fit", "--config", "tiny.yaml", "--config", "qwen3.yaml", "--trainer.max_steps", "12"]) == 0
+    run = "runs/tiny/version_0"
+    for kind, *options in (("hf", "--dtype", "float32", "--out", "hf"), ("gguf", "--type", "F32", "--out", "x.gguf")):
+        assert main(["export", "--weights", run, "--format", kind, *options]) == 0
+    ours = load_decoder(run, dtype=torch.float32).eval()
+    # Training has moved the gains of the heads: a program that ignored them would answer otherwise.
+    assert (ours.get_parameter("model.layers.1.self_attn.q_norm.weight") - 1).abs().max() > 1e-3
+    readers = {"hf": {}, ".": {"gguf_file": "x.gguf"}}
+    for directory, options in readers.items():
+        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+        assert type(theirs).__name__ == "Qwen3ForCausalLM"
+        assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+        with torch.no_grad():
+            reference = theirs(IDS).logits
+            # float32, see test_parity.py.
+            assert (ours(IDS) - reference).abs().max() <= 1e-5 * reference.abs().max()

@@ -124,7 +124,7 @@ def _memory(
         compiled=compiled,
         float8=model.float8,
         document_masks=data.document_masks,
-        muon=type(model.optimizer).__name__ == "Muon",
+        averages=model.optimizer.averages,
     )
     return memory, notes
 

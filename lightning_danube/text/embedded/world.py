@@ -258,7 +258,10 @@ def write_world(cache_dir: Path) -> dict[str, Path]:
 
 
 def _identity() -> str:
-    """Returns a hash of this source file, so it changes whenever the world changes."""
+    """Returns a hash of this source file: nothing else determines the texts, so no cache holds those of another world.
+
+    A changed comment makes them anew, which takes some seconds.
+    """
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 

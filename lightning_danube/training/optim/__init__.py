@@ -9,10 +9,10 @@ from lightning_danube import lazy_attributes
 if TYPE_CHECKING:
     from lightning_danube.training.optim.adamw import AdamW
     from lightning_danube.training.optim.groups import parameter_groups
-    from lightning_danube.training.optim.muon import Muon, optimizer_of
+    from lightning_danube.training.optim.muon import Muon
     from lightning_danube.training.optim.schedule import LearningRate
 
-__all__ = ["AdamW", "LearningRate", "Muon", "optimizer_of", "parameter_groups"]
+__all__ = ["AdamW", "LearningRate", "Muon", "parameter_groups"]
 
 # The settings of AdamW and of the learning rate need no PyTorch.
 __getattr__ = lazy_attributes(
@@ -21,7 +21,6 @@ __getattr__ = lazy_attributes(
         "AdamW": "adamw",
         "LearningRate": "schedule",
         "Muon": "muon",
-        "optimizer_of": "muon",
         "parameter_groups": "groups",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,9 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    averages: ClassVar[tuple[int, int]] = (2, 2)
+    """Values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters. For
+    `plan`, not an option."""
 
     def build(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer of all trainable parameters, with the fused kernel."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Muon(AdamW):
 
     peak: float = 0.02
     momentum: float = 0.95
+    averages: ClassVar[tuple[int, int]] = (1, 2)
 
     def __post_init__(self) -> None:
         if not 0 < self.peak < float("inf"):
@@ -85,11 +86,6 @@ def matrices_of_blocks(module: nn.Module) -> list[nn.Parameter]:
             "optimizer: Muon needs whole matrices, and trainer.strategy shards them: use AdamW or another strategy"
         )
     return matrices
-
-
-def optimizer_of(groups: Sequence[dict[str, Any]]) -> str:
-    """Returns the name of the settings class that made these parameter groups; they may come from a checkpoint."""
-    return "Muon" if any("momentum" in group for group in groups) else "AdamW"
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

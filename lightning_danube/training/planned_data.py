@@ -1,0 +1,124 @@
+"""The base class of data whose passes are planned before the first step. Its state is the number of steps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch import LightningDataModule
+
+from lightning_danube.tokens.tokenizer import fingerprint_of
+from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, trains_on_gpu
+from lightning_danube.training.position import replicas_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.utils.data import DataLoader, Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_danube.training.passes import Pass
+
+
+class PlannedData(LightningDataModule):
+    """Data whose passes are known after `setup`. A resumed run begins with the step after those that are done.
+
+    A subclass sets `passes` in `setup("fit")`, and defines `batch_tokens` and `order`.
+
+    Args:
+        tokenizer_name, tokenizer: as from `tokenizer_of`.
+        batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
+        micro_batch_size: rows that a device holds at once.
+        workers: loader processes.
+    """
+
+    batch_key: ClassVar[str]
+    """The name of `batch_rows` among the options."""
+    stands_for: ClassVar[str]
+    """What the digests in `order` cover, for the message that refuses other data."""
+    passes: list[Pass]
+
+    def __init__(
+        self,
+        tokenizer_name: str,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        batch_rows: int,
+        micro_batch_size: int,
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_name, self.tokenizer = tokenizer_name, tokenizer
+        self.batch_rows, self.micro_batch_size, self.workers = batch_rows, micro_batch_size, workers
+        self.steps_done = 0
+
+    # --- length -------------------------------------------------------------------------------------------------------
+
+    def accumulation(self, replicas: int) -> int:
+        """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.
+
+        Raises:
+            ValueError: the step does not divide evenly.
+        """
+        return accumulation(self.batch_key, self.batch_rows, self.micro_batch_size, replicas)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(one.steps for one in self.passes)
+
+    @property
+    @abstractmethod
+    def batch_tokens(self) -> int:
+        """Returns the tokens of one optimizer step."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.batch_tokens
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def order(self) -> dict[str, Any]:
+        """Returns everything that decides which rows are in which step: option → its value, or a digest."""
+
+    def tokenizer_facts(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the tokenizer."""
+        return {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)}
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"steps": self.trainer.global_step, "tokenizer": self.tokenizer_facts(), "order": self.order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after the last step of a checkpoint.
+
+        Raises:
+            ValueError: the run began with other data or in another order.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved, now = state_dict["order"], self.order()
+        for key in now:
+            if saved[key] != now[key]:
+                raise ValueError(
+                    f"data.{key} is {now[key]}, the run began with {saved[key]}: set it back ({self.stands_for}), or "
+                    "begin a new run without --ckpt_path"
+                )
+        self.steps_done = int(state_dict["steps"])
+
+    def training_loader(self, rows: Dataset[Any], labels: NDArray[np.int64]) -> DataLoader[Any]:
+        """Returns the loader of this replica's micro-batches, from the next step on.
+
+        Args:
+            labels: number of labels of each example.
+        """
+        replicas, replica = replicas_of(self.trainer)
+        sampler = StepSampler(
+            self.passes,
+            labels,
+            micro_batch_size=self.micro_batch_size,
+            replicas=replicas,
+            replica=replica,
+            start=self.steps_done,
+        )
+        return ResumableLoader(rows, sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
