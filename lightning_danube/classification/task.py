@@ -15,9 +15,9 @@ from torchmetrics import Metric
 from lightning_danube.classification.scores import scores
 from lightning_danube.model import Decoder
 from lightning_danube.model.config import ActivationCheckpointing
+from lightning_danube.model.forward_memory import forward_memory
 from lightning_danube.terminal import tell
 from lightning_danube.training.contract import IGNORE_INDEX, LabelledData, TextBatch, data_of
-from lightning_danube.training.forward_memory import forward_memory
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.adapters import Lora, base_digest

@@ -10,9 +10,9 @@ from lightning_danube.evaluation.asking import HEAD_ROWS, AskedModel
 from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.results import Measured
 from lightning_danube.generation.packing import pack_for_generation
+from lightning_danube.model.forward_memory import forward_memory
 from lightning_danube.terminal import tell
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.forward_memory import forward_memory
 from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_as_exported
 

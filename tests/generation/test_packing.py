@@ -202,7 +202,7 @@ def test_biases_of_every_matrix_are_kept(linear: Any) -> None:
         exact, packed = pair(CONFIG, torch.float32)
         matrices = [name for name, layer in exact.named_modules() if type(layer) is torch.nn.Linear]
         for name in matrices:
-            bias = torch.randn(exact.get_submodule(name).out_features)
+            bias = torch.randn(int(exact.get_submodule(name).out_features))  # type: ignore[arg-type]
             for decoder, dtype in ((exact, torch.float64), (packed, torch.float32)):
                 decoder.get_submodule(name).bias = torch.nn.Parameter(bias.to(dtype))
         pack(packed, linear)

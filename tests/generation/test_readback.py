@@ -79,6 +79,7 @@ class Letters:
 
     def __init__(self) -> None:
         self.backend_tokenizer = self
+        self.added_tokens_decoder: dict[int, Any] = {}
 
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(chr(200 + token) for token in ids)

@@ -68,7 +68,9 @@ def test_logits_and_gradients_are_those_of_transformers(variant: str, monkeypatc
     expected = theirs(inputs).logits
     assert_close(ours(inputs), expected)
     # The variant changes something here: otherwise this test would say nothing about it.
-    off = {field.name: field.default for field in dataclasses.fields(DecoderConfig) if field.name in OPTIONS}
+    off: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(DecoderConfig) if field.name in OPTIONS
+    }
     plain = dataclasses.replace(ours.config, **off)
     without = Decoder(plain).double()
     without.load_state_dict(ours.state_dict(), strict=False)

@@ -289,8 +289,8 @@ def test_a_decoder_that_was_trained_with_the_options_of_qwen3_answers_alike_in_t
     # Training has moved the gains of the heads: a program that ignored them would answer otherwise.
     assert (ours.get_parameter("model.layers.1.self_attn.q_norm.weight") - 1).abs().max() > 1e-3
     readers = {"hf": {}, ".": {"gguf_file": "x.gguf"}}
-    for directory, options in readers.items():
-        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    for directory, reading in readers.items():
+        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **reading).eval()
         assert type(theirs).__name__ == "Qwen3ForCausalLM"
         assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
         with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_danube.model import Decoder, DecoderConfig, KVCache
-from lightning_danube.training.forward_memory import forward_memory
+from lightning_danube.model.forward_memory import forward_memory
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_danube.model import Decoder
+    from .decoder import Decoder
 
 
 def forward_memory(decoder: Decoder, places: int, *, head_rows: int, cached: bool) -> str:
