@@ -114,6 +114,8 @@ def with_text_keys(text: str) -> str:
     """
     import yaml
 
+    if not any(mark in text for mark in ":?{"):  # no mapping is written without one of them
+        return text
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
