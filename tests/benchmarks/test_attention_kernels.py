@@ -1,7 +1,6 @@
 """The benchmark of attention: its kernels compute the same, and a row of its table."""
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def benchmark(benchmarks_on_path: None) -> Any:
     import attention_kernels
 
     return attention_kernels

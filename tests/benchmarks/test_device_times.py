@@ -1,6 +1,5 @@
 """Rates of steps, peaks of GPUs, and the table of kernels."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 
 
 @pytest.fixture
-def device_times(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def device_times(benchmarks_on_path: None) -> Any:
     import device_times
 
     return device_times

@@ -15,18 +15,10 @@ REHEARSAL = {"rehearse": True}
 
 
 @pytest.fixture
-def contact(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def contact(benchmarks_on_path: None) -> Any:
     import first_contact
 
     return first_contact
-
-
-@pytest.fixture
-def report(contact: Any) -> Any:
-    import steps
-
-    return steps.Kept()
 
 
 def test_correctness_holds_on_this_device(contact: Any, report: Any) -> None:

@@ -1,7 +1,6 @@
 """The benchmark of generation: what a step reads, and its table."""
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ TINY = DecoderConfig(64, 96, 2, 4, 2, vocab_size=30000)
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def benchmark(benchmarks_on_path: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     import generation
 
     monkeypatch.setitem(generation.SHAPES, "smollm2", TINY)

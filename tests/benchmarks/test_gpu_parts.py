@@ -14,18 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def parts(benchmarks_on_path: None) -> Any:
     import gpu_parts
 
     return gpu_parts
-
-
-@pytest.fixture
-def report(parts: Any) -> Any:
-    import steps
-
-    return steps.Kept()
 
 
 def test_as_many_rows_as_fit(parts: Any) -> None:

@@ -10,8 +10,7 @@ import torch
 
 
 @pytest.fixture
-def paper_run(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def paper_run(benchmarks_on_path: None) -> Any:
     import paper_run
 
     return paper_run

@@ -11,8 +11,7 @@ from lightning_danube.options import parse_tokens
 
 
 @pytest.fixture
-def trials(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def trials(benchmarks_on_path: None) -> Any:
     import quickstart_trials
 
     return quickstart_trials

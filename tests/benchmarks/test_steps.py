@@ -37,8 +37,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def steps(benchmarks_on_path: None) -> Any:
     import steps
 
     return steps
