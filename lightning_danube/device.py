@@ -98,6 +98,13 @@ def fastest_type(device: str = "cpu", *, training: bool = False) -> torch.dtype:
     return best if speed(best) > WORTH_16_BITS * speed(torch.float32) else torch.float32
 
 
+def type_under_autocast(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """Returns the type of products of `dtype` on a kind of device: autocast's if it is on there. float64 stays."""
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
 def onednn_stays_exact() -> bool:
     """Returns whether float32 products in "medium" precision keep float32's error on this processor. Measures it."""
     before = torch.get_float32_matmul_precision()

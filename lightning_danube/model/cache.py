@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_danube.device import type_under_autocast
 from lightning_danube.model.attention import Past
 from lightning_danube.model.masks import causal_mask
 
@@ -45,9 +46,7 @@ class KVCache:
         """Returns a cache for `length` tokens, in the type of the decoder's attention (autocast's type if it is on)."""
         c, device = decoder.config, decoder.model.embed_tokens.weight.device
         assert c.head_dim is not None  # resolved by the config
-        dtype = decoder.activation_dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = type_under_autocast(decoder.activation_dtype, device.type)
         shape = (batch, c.num_key_value_heads, length, c.head_dim)
 
         def empty() -> list[Tensor]:

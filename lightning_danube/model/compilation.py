@@ -23,9 +23,14 @@ def check_compiler(asked_by: str, instead: str) -> None:
         )
 
 
+def has_triton() -> bool:
+    """Returns whether Triton is installed, which PyTorch for CUDA brings on Linux."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def missing_for_gpu_code() -> str | None:
     """Returns what PyTorch's compiler lacks to make code for a GPU; None if nothing is missing."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "Triton"
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     # Triton compiles a small C module at its first start.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..device import type_under_autocast
 from .attention import GroupedQueryAttention, Past, RotaryEmbedding, kernels_for
 from .config import ActivationCheckpointing, DecoderConfig
 from .elementwise import Gate, RootMeanSquareNorm, gains
@@ -191,9 +192,8 @@ class Backbone(nn.Module):
 
     def mask(self, document_ids_BT: Tensor | None, hidden_BTD: Tensor, runs: Runs | None = None) -> Mask | None:
         """Returns the mask of attention without a cache; None if plain causal attention is right. See `form_of`."""
-        device, dtype = hidden_BTD.device, hidden_BTD.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device = hidden_BTD.device
+        dtype = type_under_autocast(hidden_BTD.dtype, device.type)
         B, T, _ = hidden_BTD.shape
         window = None if self.window is None or self.window >= T else self.window
         if document_ids_BT is None and window is None:

@@ -14,13 +14,14 @@ Shapes: B batch, T tokens, N = B * T, C tokens of one chunk, D hidden size, V vo
 """
 
 import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import type_under_autocast
+from .compilation import has_triton
 from .config import CHUNK_TOKENS, gpu_chunk_tokens
 
 SOFTMAX_TOKENS = 32
@@ -311,8 +312,8 @@ class LogitsBuffer:
 
 @functools.cache
 def softmax_kernels() -> Any:
-    """Returns the module of the fused kernels; None without Triton, which PyTorch for CUDA brings on Linux."""
-    if importlib.util.find_spec("triton") is None:
+    """Returns the module of the fused kernels; None without Triton."""
+    if not has_triton():
         return None
     from . import fused_softmax
 
@@ -343,10 +344,8 @@ def add_product(total_VD: Tensor, derivative_CV: Tensor, hidden_CD: Tensor) -> N
 
 def product_dtype(hidden_BTD: Tensor, head_weight_VD: Tensor) -> torch.dtype:
     """Returns the type of the matrix products: autocast's type if it is on, except that float64 stays float64."""
-    dtype, device = torch.promote_types(hidden_BTD.dtype, head_weight_VD.dtype), hidden_BTD.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    dtype = torch.promote_types(hidden_BTD.dtype, head_weight_VD.dtype)
+    return type_under_autocast(dtype, hidden_BTD.device.type)
 
 
 def check_arguments(hidden_BTD: Tensor, head_weight_VD: Tensor, labels_BT: Tensor, chunk_tokens: int | None) -> None:

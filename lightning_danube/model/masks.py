@@ -6,12 +6,13 @@ O(T) memory and compute only what is seen: runs of tokens, and blocks of 128 x 1
 Shapes: B batch, T tokens of this call, S tokens attended to, N runs of a batch, Q blocks of tokens in a row.
 """
 
-import importlib.util
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .compilation import has_triton
 
 BLOCK = 128
 """Queries and keys of a block of scores. It is FlexAttention's default, and the step of flash attention."""
@@ -169,11 +170,7 @@ def form_of(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: fl
         return "dense"
     if runs and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256 and _flash(device):
         return "runs"
-    if (
-        dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and head_dim >= 16
-        and importlib.util.find_spec("triton")
-    ):
+    if dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim >= 16 and has_triton():
         return "blocks"
     return "dense"
 

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H query heads, G key-value heads, K channels.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danube.chat.data import EncodedChats, batch_of
-from lightning_danube.model import Decoder, DecoderConfig, KVCache, masks
+from lightning_danube.model import Decoder, DecoderConfig, KVCache
 from lightning_danube.model import attention as attention_module
 from lightning_danube.model import decoder as decoder_module
 from lightning_danube.model.attention import attend_in_blocks, attend_in_runs, repeat_heads
@@ -220,7 +221,7 @@ def test_batches_come_with_their_runs() -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(masks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_the_form_follows_from_device_type_and_dropout(
 def test_old_gpus_and_machines_without_triton_fall_back(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert form_of(CUDA, torch.float16, 64, 0.0, runs=True) == "blocks"
-    monkeypatch.setattr(masks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert form_of(CUDA, torch.float16, 64, 0.0, runs=True) == "dense"
 
 
