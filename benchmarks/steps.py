@@ -127,7 +127,7 @@ class Process:
     def begin(self, work: Mapping[str, Any]) -> None:
         """Tells the process what to do: {"step": …} or {"command": arguments of `lightning_danube`}."""
         assert self._process.stdin is not None
-        # A process that has ended already is told so by its exit code.
+        # If the process has ended already, its exit code says so.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(work) + "\n")
             self._process.stdin.flush()
@@ -157,7 +157,7 @@ class Process:
 def child(steps: Sequence[Step], libraries: Sequence[str]) -> int:
     """The other side of `Process`: imports, waits, and does the work. Returns the exit code."""
     for library in libraries:
-        # What is missing is the business of the step that needs it.
+        # The step that needs what is missing reports it.
         with contextlib.suppress(Exception):
             __import__(library)
     line = sys.stdin.readline()

@@ -52,7 +52,7 @@ def source_fingerprint(
 
 
 def files_identity(name: str, source: Source, cache: Path) -> bytes:
-    """Returns bytes that change with the files of a source, and with the rules by which they are read. Empty for a hub
+    """Returns bytes that change with a source's files, and with the version of their reader. They are empty for a hub
     data set, which its revision identifies."""
     if is_saved_dataset(source):
         return (saved_directory(name, source) / "state.json").read_bytes()

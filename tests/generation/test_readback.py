@@ -100,7 +100,7 @@ def test_texts_end_at_stop_strings_read_late(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_host_never_reads_a_gpus_tensor_directly(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a step, that is; the first one checks its logits."""
+    """The first step is left out, because it checks its logits."""
     stream = TokenStream(decoder(), PROMPTS, 6, eos_ids=[7])
     read = tokens_on_host(stream)
     next(read)

@@ -213,7 +213,7 @@ def test_ids_are_those_of_the_file_whatever_the_class_is_called(
     for text in [*HARD, "   three", "a </s> b"]:
         assert loaded(text, add_special_tokens=False).input_ids == file.encode(text, add_special_tokens=False).ids
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (1, 2, 0)
-    # What is written again has no class that would be made anew.
+    # The saved directory names no class that transformers would rebuild.
     loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again("  two", add_special_tokens=False).input_ids == loaded("  two", add_special_tokens=False).input_ids
