@@ -92,6 +92,7 @@ class StopSignals:
         self._phase = ENDING
         self._answered: object | None = None
         self._first: float | None = None  # when the first signal was seen
+        self._at_prompt = 0.0  # when the main thread took the last Ctrl-C at a prompt
         self._answering = threading.Lock()
         self._listening = self._threaded = self._forks_known = False
         self._held: dict[int, Any] = {}
@@ -181,6 +182,10 @@ class StopSignals:
         if self._waiting is not None:
             self._waiting.append(number)
             return
+        if number == signal.SIGINT and self._phase is PROMPTING:
+            # This stops nothing, so it is not remembered: the next one is the first again.
+            self._at_prompt = time.monotonic()
+            raise KeyboardInterrupt
         again = not self._threaded and self._is_second_interrupt(number)
         self._answer(number)
         if again:
@@ -246,6 +251,8 @@ class StopSignals:
                     if signal.getsignal(number) == self._handle:
                         if self._is_second_interrupt(number):
                             self._end_now(128 + signal.SIGINT)
+                        if number == signal.SIGINT and self._phase is PROMPTING:
+                            self._interrupt_prompt_again()
                         self._answer(number)
             os.close(reading)
 
@@ -255,6 +262,20 @@ class StopSignals:
 
         threading.Thread(target=read, name="signals", daemon=True).start()
         return close
+
+    def _interrupt_prompt_again(self) -> None:
+        """Repeats a Ctrl-C at a prompt if the main thread has not taken it.
+
+        Python's input() shows the prompt and then waits for a key. It does not see a signal that arrives in between.
+        """
+        came = time.monotonic()
+
+        def repeat_if_not_taken() -> None:
+            if self._phase is PROMPTING and self._at_prompt < came - SECONDS_OF_ONE_STOP:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
+        if hasattr(signal, "pthread_kill"):  # not on Windows
+            _later(SECONDS_OF_PATIENCE, repeat_if_not_taken)
 
     def _end_now(self, code: int) -> NoReturn:
         """Ends this process and the processes that it started. This damages no file, because files appear complete."""

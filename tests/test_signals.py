@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lightning_danube import signals
 from lightning_danube.__main__ import TRAINER_VERBS, main
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS, Stopped, run_child
@@ -298,13 +299,27 @@ def test_a_chat_goes_on_after_an_interrupt(capfd: pytest.CaptureFixture[str]) ->
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt), SIGNALS.during(ANSWERING):
                 os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)  # at the prompt
-            SIGNALS.received = None
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)  # at the prompt
         with pytest.raises(Stopped) as stopped, SIGNALS.during(ANSWERING):
             os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.code == 143
     assert capfd.readouterr().err == "SIGTERM: stopping\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Windows cannot signal a thread")
+def test_an_interrupt_that_a_prompt_has_not_seen_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """input() does not see a signal between the prompt and its wait for a key."""
+    monkeypatch.setattr(signals, "SECONDS_OF_PATIENCE", 0.01)
+    taken = SIGNALS._at_prompt
+    with SIGNALS.listening(own_process=False), SIGNALS.during(PROMPTING):
+        with pytest.raises(KeyboardInterrupt):
+            SIGNALS._interrupt_prompt_again()
+            time.sleep(60)
+        assert SIGNALS._at_prompt > taken
+        SIGNALS._interrupt_prompt_again()  # it has just been taken
+        time.sleep(0.1)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

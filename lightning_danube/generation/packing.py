@@ -245,13 +245,36 @@ class PackedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.packed: Tensor
         # Not in the state_dict, because the layout is opaque. A buffer, so that the compiler may treat the weight as a
         # constant: otherwise these operators cannot be compiled.
         self.register_buffer("packed", OPERATORS._reorder_linear_weight(weight, LAYOUT_ROWS), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = OPERATORS._linear_pointwise(x, self.packed, None, "none", [], "")
-        return y
+        if torch.compiler.is_compiling():
+            y: Tensor = packed_linear(x, self.packed)
+            return y
+        return product_with_packed(x, self.packed)
+
+
+def product_with_packed(x: Tensor, packed: Tensor) -> Tensor:
+    """Multiplies x (…, K) by a weight (N, K) in oneDNN's layout. Returns (…, N)."""
+    y: Tensor = OPERATORS._linear_pointwise(x, packed, None, "none", [], "")
+    return y
+
+
+# One operator for the compiler. It would take oneDNN's operator for its own, and look for the plain weight.
+packed_linear = torch.library.custom_op(
+    "lightning_danube::packed_linear",
+    product_with_packed,
+    mutates_args=(),
+    schema="(Tensor x, Tensor packed) -> Tensor",
+)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def linear_of_16_bits(layers: Sequence[nn.Linear]) -> nn.Module:
