@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from lightning_danube.cli.options import BEFORE, Path, Typed, no_option
+from lightning_danube.cli.options import BEFORE, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
 from lightning_danube.terminal import nearest_name
 from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, read_config, with_text_keys
@@ -171,7 +171,7 @@ def check_command_line(args: Sequence[str]) -> None:
 
     Raises:
         ValueError: a configuration is missing or no YAML mapping, a section, an option of the trainer or a precision is
-            unknown, or a fact of the data is stated for the model.
+            unknown, a fact of the data is stated for the model, or a class of this package does not take an option.
     """
     if args and not args[0].startswith("-"):
         raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
@@ -184,6 +184,7 @@ def check_command_line(args: Sequence[str]) -> None:
     trainer = stated.tree.get("trainer")
     if isinstance(trainer, Mapping):
         _check_trainer(stated, trainer)
+    _check_classes(stated)
 
 
 def _place(stated: Stated, *path: str) -> str:
@@ -220,3 +221,23 @@ def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
         place = stated.place_of(("trainer", "precision"))
         where = place if place.startswith("--") else f"{place}: trainer.precision"
         raise ValueError(f"{where} is {precision}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")
+
+
+def _check_classes(stated: Stated) -> None:
+    """Checks the options of this package's classes, as far as their source tells them."""
+    from lightning_danube.cli.errors import in_one_line
+    from lightning_danube.cli.source import SourceReader, class_as_written
+
+    reader = SourceReader(taken=FACTS_OF_DATA)
+    trainer = stated.tree.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    sections: list[tuple[Path, Any]] = [((name,), stated.tree.get(name)) for name in ("data", "model")]
+    sections += [(("trainer", "callbacks", str(n)), one) for n, one in enumerate(callbacks or ())]
+    for path, section in sections:
+        named = section.get("class_path") if isinstance(section, Mapping) else None
+        written = class_as_written(named) if isinstance(named, str) else None
+        if written is not None:
+            try:
+                reader.class_options(written, section, path)
+            except Refusal as refusal:
+                raise ValueError(in_one_line(refusal, stated)) from refusal

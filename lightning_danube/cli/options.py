@@ -297,7 +297,10 @@ class Reader:
         known, _ = options_of(owner)
         before = {key: one for key, one in (value.get(BEFORE) or {}).items() if key in known}
         outer = {key: one for key, one in value.items() if key not in (*CLASS_KEYS, BEFORE)}
-        return self.options(owner, {**before, **(value.get("init_args") or {}), **outer}, path, name)
+        given = _plain(value.get("init_args")) or {}
+        if not isinstance(given, Mapping):
+            raise Refusal(path, f"expected a mapping of the options of {owner.__name__}, not {given}")
+        return self.options(owner, {**before, **given, **outer}, path, name)
 
     def _named_class(self, named: Any, base: type, path: Path) -> Any:
         """Returns the class of a class path; None if there is no such class."""

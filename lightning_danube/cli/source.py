@@ -1,0 +1,213 @@
+"""Reads the options of this package's classes from their source, without importing it.
+
+Importing PyTorch and Lightning takes seconds. A misspelled option of a class, or a text where it takes a number, can be
+found before. Whatever is not plain here is accepted: `cli.options` reads all values again with the imported classes.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections.abc
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import lightning_danube
+from lightning_danube.cli.options import Path, Reader
+
+ROOT = FilePath(lightning_danube.__file__).parent
+_BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A class of this package, as it is written.
+
+    Args:
+        module: path of the file.
+    """
+
+    module: FilePath
+    node: ast.ClassDef
+
+    @property
+    def is_dataclass(self) -> bool:
+        return any(ast.unparse(one).partition("(")[0].endswith("dataclass") for one in self.node.decorator_list)
+
+
+class SourceReader(Reader):
+    """Checks values against classes as `class_as_written` gives them. Objects that are named by a path are accepted."""
+
+    def _object(self, base: type, value: Any, path: Path) -> Any:
+        if isinstance(value, str) or (isinstance(value, Mapping) and "class_path" in value):
+            return value
+        return super()._object(base, value, path)
+
+
+def class_as_written(class_path: str) -> type | None:
+    """Returns a class with the name and the constructor's options of a class of this package.
+
+    Options have their types if the types are plain: numbers, texts, lists and mappings of them, dataclasses of this
+    package. Other options have the type `Any`.
+
+    Returns:
+        None for a class that is not in this package, or whose options are not all in it.
+    """
+    module, _, name = class_path.rpartition(".")
+    found = _defined(_file(module), name)
+    return None if not isinstance(found, Source) else _made(found)
+
+
+@functools.cache
+def _made(source: Source) -> type | None:
+    options = _options(source)
+    if options is None:
+        return None
+    known, open_ended = options
+    if open_ended:
+        return None
+    fields = [
+        (name, hint, dataclasses.field(default=None) if has_default else dataclasses.field())
+        for name, (hint, has_default) in known.items()
+    ]
+    made = dataclasses.make_dataclass(source.node.name, fields, kw_only=True)
+    # dataclasses names a module of Python itself, and the reader takes classes from there as they are.
+    made.__module__ = __name__
+    return made
+
+
+Options = tuple[dict[str, tuple[Any, bool]], bool]
+"""Name of an option → its type, and whether it has a default. Then whether others are taken, too."""
+
+
+def _options(source: Source) -> Options | None:
+    """Returns the options of a class, None if they are those of a class outside this package."""
+    if source.is_dataclass:
+        inherited = _options_of_bases(source)
+        fields = {
+            one.target.id: (_type(one.annotation, source.module), one.value is not None)
+            for one in source.node.body
+            if isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and "ClassVar" not in ast.unparse(one.annotation)
+        }
+        return None if inherited is None else (inherited[0] | fields, inherited[1])
+    constructor = next(
+        (one for one in source.node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None
+    )
+    if constructor is None:
+        return _options_of_bases(source)
+    listed = constructor.args
+    places = [*listed.posonlyargs, *listed.args][1:]
+    optional = {one.arg for one in places[len(places) - len(listed.defaults) :]}
+    optional |= {one.arg for one, default in zip(listed.kwonlyargs, listed.kw_defaults, strict=True) if default}
+    own = {
+        one.arg: (_type(one.annotation, source.module), one.arg in optional) for one in [*places, *listed.kwonlyargs]
+    }
+    if listed.kwarg is None:
+        return own, False
+    for call in ast.walk(constructor):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            given = [one.arg for one in call.keywords]
+            inherited = _options_of_bases(source)
+            if None in given and inherited is not None:
+                rest = {name: one for name, one in inherited[0].items() if name not in own and name not in given}
+                return own | rest, inherited[1]
+    return own, True
+
+
+def _options_of_bases(source: Source) -> Options | None:
+    if not source.node.bases:
+        return {}, False
+    if source.is_dataclass and len(source.node.bases) > 1:
+        return None
+    base = source.node.bases[0]
+    found = _defined(source.module, base.id) if isinstance(base, ast.Name) else None
+    return _options(found) if isinstance(found, Source) else None
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _file(module: str) -> FilePath | None:
+    package, _, inner = module.partition(".")
+    if package != ROOT.name:
+        return None
+    return _beside(ROOT / "__init__.py", inner) if inner else ROOT / "__init__.py"
+
+
+def _beside(module: FilePath, name: str) -> FilePath | None:
+    path = module.parent.joinpath(*name.split("."))
+    return next((one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()), None)
+
+
+@functools.cache
+def _statements(module: FilePath) -> list[ast.stmt]:
+    """Returns the statements of a module, and those that only a type checker runs."""
+    body = ast.parse(module.read_text(encoding="utf-8")).body
+    checked = [one for one in body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"]
+    return [*body, *(inner for one in checked for inner in one.body)]
+
+
+def _defined(module: FilePath | None, name: str) -> Source | tuple[FilePath, ast.expr] | str | None:
+    """Finds what a name stands for in a module.
+
+    Returns:
+        A class of this package; the file and expression of another name; the dotted name of something outside this
+        package; None if the name is not found.
+    """
+    if module is None:
+        return None
+    for one in _statements(module):
+        if isinstance(one, ast.ClassDef) and one.name == name:
+            return Source(module, one)
+        if isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == name:
+            return module, one.value
+        if isinstance(one, ast.ImportFrom) and one.module:
+            imported = [alias.name for alias in one.names if (alias.asname or alias.name) == name]
+            if imported:
+                inner = _beside(module, one.module) if one.level == 1 else _file(one.module)
+                return f"{one.module}.{imported[0]}" if inner is None else _defined(inner, imported[0])
+    return name if name in _BUILTINS else None
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def _type(node: ast.expr | None, module: FilePath) -> Any:
+    """Returns the type that an annotation stands for, `Any` if it is not plain."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return type(None)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _type(ast.parse(node.value, mode="eval").body, module)
+    if isinstance(node, ast.Name):
+        return _type_named(node.id, module)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left, right = _type(node.left, module), _type(node.right, module)
+        return Any if Any in (left, right) else left | right
+    if isinstance(node, ast.Subscript):
+        outer = _type(node.value, module)
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if outer is typing.Literal:
+            choices = [one.value for one in inner if isinstance(one, ast.Constant)]
+            return typing.Literal[tuple(choices)] if len(choices) == len(inner) else Any
+        if outer in (list, dict, collections.abc.Sequence, collections.abc.Mapping):
+            return outer[tuple(_type(one, module) for one in inner)]
+    return Any
+
+
+def _type_named(name: str, module: FilePath) -> Any:
+    found = _defined(module, name)
+    if isinstance(found, Source):
+        return (_made(found) if found.is_dataclass else None) or Any
+    if isinstance(found, tuple):
+        return _type(found[1], found[0])
+    if found in _BUILTINS:
+        return getattr(builtins, found)
+    outside = {"typing.Literal": typing.Literal}
+    outside |= {f"collections.abc.{one}": getattr(collections.abc, one) for one in ("Sequence", "Mapping")}
+    return outside.get(found or "", Any)

@@ -1,0 +1,106 @@
+"""Options that are read from the source are those of the imported classes, and refuse nothing that those take."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line
+from lightning_danube.cli.options import Reader, Refusal, options_of
+from lightning_danube.cli.source import SourceReader, class_as_written
+
+CONFIGS = sorted((Path(__file__).parents[2] / "lightning_danube" / "configs").rglob("*.yaml"))
+CLASSES = sorted({path for one in CONFIGS for path in re.findall(r"class_path: ([\w.]+)", one.read_text("utf-8"))})
+WRONG: list[Any] = ["5x", 0.5, -1, None, True, [1], {"nothing": 1}, "lightning_danube.training.optim.Muon"]
+
+
+def imported(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
+
+
+@pytest.mark.parametrize("class_path", CLASSES)
+def test_the_options_are_those_of_the_imported_class(class_path: str) -> None:
+    written, real = class_as_written(class_path), options_of(imported(class_path))
+    if written is None:
+        assert real[1] or class_path == "lightning_danube.callbacks.TrainingOverlap"  # its constructor is Lightning's
+        return
+    shown = {one.name: one.default is dataclasses.MISSING for one in dataclasses.fields(written)}
+    assert shown == {name: option.required for name, option in real[0].items()} and not real[1]
+
+
+def sections(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    for name in ("data", "model"):
+        if name in config:
+            yield (name,), config[name]
+    for number, one in enumerate(config.get("trainer", {}).get("callbacks", ())):
+        yield ("trainer", "callbacks", str(number)), one
+
+
+def refused(reader: Reader, owner: type, section: dict[str, Any], path: tuple[str, ...]) -> str:
+    try:
+        reader.class_options(owner, section, path)
+    except Refusal as refusal:
+        return f"{'.'.join(refusal.path)}: {refusal}"
+    return ""
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
+    """Each option of each shipped configuration gets wrong values, at both levels."""
+    early, late = SourceReader(taken=FACTS_OF_DATA), Reader(taken=FACTS_OF_DATA)
+    for path, section in sections(yaml.safe_load(file.read_text("utf-8"))):
+        section = {"class_path": section} if isinstance(section, str) else section
+        written, real = class_as_written(section["class_path"]), imported(section["class_path"])
+        if written is None:
+            continue
+        given = section.get("init_args") or {}
+        assert refused(early, written, section, path) == ""
+        for key, value in given.items():
+            others = (
+                [*WRONG, *({**value, inner: wrong} for inner in value for wrong in WRONG)]
+                if isinstance(value, dict)
+                else WRONG
+            )
+            for other in others:
+                changed = {**section, "init_args": {**given, key: other}}
+                said = refused(early, written, changed, path)
+                assert said in ("", refused(late, real, changed, path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data.init_args.context_lenght 5", "is not an option of CurriculumData: did you mean 'context_length'?"),
+        ("--data.init_args.context_length 5x", "context_length: expected a whole number, not 5x"),
+        ("--model.init_args.decoder.hiden_size 5", "is not an option of DecoderShape: did you mean 'hidden_size'?"),
+        ("--data.init_args.sources.web.typ 3", "'typ' is not an option of Source"),
+    ],
+)
+def test_a_command_line_is_checked(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_command_line(["--config", "quickstart", *flags.split()])
+
+
+def test_a_class_of_another_package_is_left_to_the_reader() -> None:
+    assert class_as_written("lightning.pytorch.callbacks.RichProgressBar") is None
+    assert class_as_written("lightning_danube.callbacks.Nothing") is None
+    assert class_as_written("lightning_danube.nowhere.Nothing") is None
+
+
+def test_nothing_large_is_imported() -> None:
+    """A subprocess: this one has imported everything."""
+    code = (
+        "import sys; from lightning_danube.cli.command_line import check_command_line as check;"
+        "check(['--config', 'quickstart']); print(*({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
