@@ -232,9 +232,28 @@ def open_stream(name: str, source: Source) -> Iterable[Any]:
     try:
         if saved is not None:
             return datasets.load_from_disk(saved)
+        ask_hub(source)
         return datasets.load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=True
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
         raise ValueError(f"source {name!r}: {stream_name(source)} cannot be loaded ({reason})") from error
+
+
+def ask_hub(source: Source) -> None:
+    """Asks the hub once for a data set. If the hub is out of reach, `datasets` would try again for half a minute.
+
+    Raises:
+        ConnectionError: the hub is out of reach.
+        HfHubHTTPError: the hub has no such data set or revision, or does not show it to this user.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(source.path, revision=source.revision, timeout=30)
+    except HfHubHTTPError:
+        raise
+    except Exception as error:
+        raise ConnectionError(f"the hub is out of reach: {error}") from error

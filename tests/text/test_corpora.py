@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from lightning_danube.text import corpora
 from lightning_danube.text.corpora import Document, Source, read_documents
 
 ROWS = [{"text": "First, with a comma and ü.", "id": 1}, {"text": 'Second "quoted"\nover two lines.', "id": 2}]
@@ -236,16 +237,36 @@ def test_options_that_make_no_sense_are_refused() -> None:
 def test_a_hub_data_set_is_asked_for_as_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    asked: list[object] = []
 
     def load(*args: object, **options: object) -> list[dict[str, str]]:
         asked.append((args, options))
         return [{"words": "one"}, {"words": ""}, {"words": "three"}]
 
+    monkeypatch.setattr(corpora, "ask_hub", lambda source: asked.append(source.path))
     monkeypatch.setattr(datasets, "load_dataset", load)
     documents = read("owner/name", text="words", name="sample", split="test", revision="abc")
     assert documents == [Document("one", "owner/name (sample)", 1), Document("three", "owner/name (sample)", 3)]
-    assert asked == [(("owner/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})]
+    asked_datasets = (("owner/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})
+    assert asked == ["owner/name", asked_datasets]
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def refuse(self: HfApi, path: str, **options: object) -> None:
+        asked.append((path, options["revision"]))
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    message = r"source .src.: owner/name cannot be loaded \(the hub is out of reach: Name or service not known\)"
+    with pytest.raises(ValueError, match=message):
+        read("owner/name", revision="abc")
+    assert asked == [("owner/name", "abc")]
 
 
 def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
