@@ -147,6 +147,9 @@ def training(model: str, report: Report, options: Options) -> None:
     variants = [f"danube, {name}" for name in paper_run.known_variants()]
     default = "compiled" if paper_run.compiles_as_configured() else "eager"
     variants.remove(f"danube, {default}")  # is what is configured
+    if not is_installed("torchao"):
+        variants.remove("danube, compiled, float8")
+        report(float8="left out: torchao is not installed")
     peers = ["transformers", "transformers, compiled"]
     if recompute:
         report(litgpt="left out: its model does not recompute activations")
