@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_danube.checkpoints import EVERY_N_STEPS
+from lightning_danube.checkpoints import SaveInterval
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
     RunSignals,
@@ -19,9 +19,10 @@ from lightning_danube.checkpoints.schedule import (
     validation_follows,
 )
 from lightning_danube.checkpoints.strategy import raise_failed_checkpoint
+from lightning_danube.options import Length
 from lightning_danube.pretraining.position import curriculum_of, finished_stage
 from lightning_danube.signals import SIGNALS
-from lightning_danube.training.position import ends_after_this_step, is_done
+from lightning_danube.training.position import ends_after_this_step, is_done, training_data_of
 
 
 class Checkpoints(Checkpoint):
@@ -32,12 +33,13 @@ class Checkpoints(Checkpoint):
     SIGUSR1 requeues the job. A run that `trainer.max_steps`, `trainer.max_time` or a callback ends is saved, too.
 
     Args:
-        every_n_steps: optimizer steps between two step checkpoints.
+        every_n_steps: optimizer steps between two step checkpoints; 1,000 by default.
+        save_every: the tokens ("100M") or the share of the run ("5 %") between them, in place of `every_n_steps`.
         keep: how many step checkpoints stay, beside those of stages. With 1, none is left if the only one is damaged.
     """
 
-    def __init__(self, every_n_steps: int = EVERY_N_STEPS, keep: int = 2) -> None:
-        self.every_n_steps, self.schedule = every_n_steps, CheckpointSchedule(every_n_steps, keep)
+    def __init__(self, every_n_steps: int | None = None, keep: int = 2, save_every: Length | None = None) -> None:
+        self.schedule = CheckpointSchedule(SaveInterval(every_n_steps, save_every), keep)
         self._directory: Path | None = None  # None: nothing is saved, as in a fast_dev_run
         self._signals = RunSignals()
         self._stop_at_step = StopAtStep()
@@ -48,6 +50,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._directory is not None:
+            self.schedule = self.schedule.of_run(training_data_of(trainer))
             self._signals.hold(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,12 +70,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._directory is None:
-            return
         # All callbacks that may stop the run are called before this one.
         at_step = self._stop_at_step.move(trainer, batch_idx)
         # If a validation follows, the run is saved after it, so that a resumed run never leaves a validation out.
-        if at_step and not validation_follows(trainer):
+        if self._directory is not None and at_step and not validation_follows(trainer):
             self._save_if_due(trainer, self._directory)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.options import parse_tokens
+from lightning_danube.options import Length, TokensOrShare
 from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
 from lightning_danube.training.position import at_logged_step
 
@@ -20,11 +20,12 @@ class CurriculumStages(Callback):
     """Announces stages and plans validation for the end of each.
 
     Args:
-        validate_every: also validate each time after this many tokens ("100M"), rounded up to optimizer steps.
+        validate_every: also validate each time after this many tokens ("100M"), or this share of the run ("5 %"),
+            rounded up to optimizer steps.
     """
 
-    def __init__(self, validate_every: int | str | None = None) -> None:
-        self.validate_every = None if validate_every is None else parse_tokens(validate_every, "validate_every")
+    def __init__(self, validate_every: Length | None = None) -> None:
+        self.validate_every = None if validate_every is None else TokensOrShare.parse(validate_every, "validate_every")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan_validation(trainer)
@@ -55,7 +56,7 @@ class CurriculumStages(Callback):
         done = samples_done(trainer)
         ends = [span.stop for span in curriculum.spans]
         if self.validate_every:
-            interval = -(-self.validate_every // data.batch_tokens) * data.batch_samples
+            interval = self.validate_every.steps(data.total_tokens, data.batch_tokens) * data.batch_samples
             ends.append((done // interval + 1) * interval)
         ahead = [end for end in ends if end > done]
         if ahead:

@@ -1,11 +1,12 @@
-"""Reads options as users write them: numbers of tokens, names of precisions, mappings in place of dataclasses."""
+"""Reads options as users write them: tokens, shares of a run, names of precisions, mappings in place of dataclasses."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from lightning_danube.terminal import name_meant
@@ -27,6 +28,9 @@ PRECISIONS = (
 FULL_NAMES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Short name → full name."""
 
+Length = int | float | str
+"""A part of a run as users write it: 1048576, "2.8T" tokens, or "5 %" of the run. See `TokensOrShare`."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -41,6 +45,72 @@ def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
     if not match or not tokens >= 1 or not math.isfinite(tokens):
         raise ValueError(f"{what} is {value!r}: give a positive number of tokens such as 1048576, 700K, 1.15T")
     return round(tokens)
+
+
+@dataclass(frozen=True)
+class TokensOrShare:
+    """A part of a run: a number of tokens, or a share of the tokens of the whole run.
+
+    Args:
+        amount: tokens, or the share from 0 to 1.
+        is_share: whether `amount` is a share.
+    """
+
+    amount: Fraction
+    is_share: bool
+
+    @classmethod
+    def parse(cls, value: Length, what: str, *, zero: bool = False) -> TokensOrShare:
+        """Reads 1048576, "700K" or "2.8T" as tokens, "5 %" or "5%" as a share.
+
+        Args:
+            what: name of the option in messages.
+            zero: whether 0 is allowed.
+
+        Raises:
+            ValueError: it is neither, a share is above 100 %, or it is 0 and must not be.
+        """
+        written = str(value).replace("_", "").strip()
+        share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", written)
+        if share:
+            part = cls(Fraction(share[1]) / 100, is_share=True)
+            if part.amount > 1:
+                raise ValueError(f"{what} is {value!r}, more than the whole run: give at most '100 %'")
+        elif zero and written in ("0", "0.0"):
+            part = cls(Fraction(0), is_share=False)
+        else:
+            try:
+                part = cls(Fraction(parse_tokens(value, what)), is_share=False)
+            except ValueError:
+                raise ValueError(
+                    f"{what} is {value!r}: give tokens such as 1048576, 700K, 1.15T, or a share of the run such as "
+                    f"'{_meant_share(value)}'"
+                ) from None
+        if not part.amount and not zero:
+            raise ValueError(f"{what} is {value!r}: give a share above 0, such as '5 %'")
+        return part
+
+    def of(self, total_tokens: int) -> int:
+        """Returns the number of tokens in a run of `total_tokens`."""
+        return round(self.amount * total_tokens) if self.is_share else int(self.amount)
+
+    def steps(self, total_tokens: int, batch_tokens: int) -> int:
+        """Returns the number of optimizer steps of `batch_tokens`, rounded up, at least 1."""
+        return max(1, -(-self.of(total_tokens) // batch_tokens))
+
+
+def share_text(share: float | Fraction) -> str:
+    """Returns a share as users write it: "5 %"."""
+    return f"{100 * float(share):.6g} %"
+
+
+def _meant_share(value: object) -> str:
+    """Returns the share that a user means by a number: some write 0.05 for "5 %"."""
+    try:
+        share = float(str(value))
+    except ValueError:
+        share = 0.0
+    return share_text(share if 0 < share < 1 else 0.05)
 
 
 def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: str) -> Options:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
-from lightning_danube.options import FULL_NAMES, PRECISIONS, full_name, options, parse_tokens
+from lightning_danube.options import FULL_NAMES, PRECISIONS, TokensOrShare, full_name, options, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,55 @@ def test_numbers_of_tokens_are_rounded_and_have_decimal_units(written: int | flo
 def test_less_than_a_token_and_other_text_are_refused(written: Any) -> None:
     with pytest.raises(ValueError, match=r"^limit is .*: give a positive number of tokens"):
         parse_tokens(written, "limit")
+
+
+@pytest.mark.parametrize(
+    ("written", "total", "tokens"),
+    [
+        ("5 %", 1000, 50),
+        ("5%", 1000, 50),
+        ("0.5 %", 1000, 5),
+        ("33.3 %", 1000, 333),
+        ("100 %", 7, 7),
+        ("26.875 %", 1_600_000, 430_000),
+        ("0.1 %", 100, 0),
+        ("2.5K", 7, 2500),
+        (700, 7, 700),
+    ],
+)
+def test_a_part_of_a_run_is_tokens_or_a_share(written: int | str, total: int, tokens: int) -> None:
+    assert TokensOrShare.parse(written, "part").of(total) == tokens
+
+
+def test_a_part_of_a_run_is_whole_steps_and_at_least_one() -> None:
+    assert [TokensOrShare.parse(part, "part").steps(1000, 100) for part in ("5 %", "10 %", "10.1 %", 150)] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert TokensOrShare.parse("0.01 %", "part").steps(1000, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("100.1 %", "part is '100.1 %', more than the whole run: give at most '100 %'"),
+        ("0 %", "part is '0 %': give a share above 0, such as '5 %'"),
+        ("-5 %", "part is '-5 %': give tokens such as 1048576, 700K, 1.15T, or a share of the run such as '5 %'"),
+        (0.025, "part is 0.025: give .* or a share of the run such as '2.5 %'"),
+        (0, "part is 0: give tokens"),
+        ("5 % 5", "part is '5 % 5': give tokens"),
+        ("nan %", "part is 'nan %': give tokens"),
+    ],
+)
+def test_what_is_neither_tokens_nor_a_share_is_refused(written: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TokensOrShare.parse(written, "part")
+
+
+def test_only_some_parts_of_a_run_may_be_nothing() -> None:
+    assert [TokensOrShare.parse(none, "part", zero=True).of(10) for none in (0, "0", "0 %", "0.0 %")] == [0] * 4
 
 
 @dataclass(frozen=True)

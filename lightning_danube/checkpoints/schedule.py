@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,21 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from lightning_danube.checkpoints import EVERY_N_STEPS, SaveInterval
 from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.runs import read_step
 from lightning_danube.checkpoints.strategy import checkpoint_in_progress, wait_for_checkpoint
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
+
+
+class RunLength(Protocol):
+    """What a schedule needs to know of the run's data."""
+
+    @property
+    def batch_tokens(self) -> int: ...
+
+    @property
+    def total_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,19 +38,26 @@ class CheckpointSchedule:
     """When a run is saved, and which checkpoints stay.
 
     Args:
-        every_n_steps: optimizer steps between two checkpoints.
+        interval: as the user states it.
         keep: number of newest checkpoints that stay. Checkpoints at the end of a stage all stay.
+        every_n_steps: optimizer steps between two checkpoints, see `of_run`.
 
     Raises:
         ValueError: a number is below 1.
     """
 
-    every_n_steps: int
+    interval: SaveInterval
     keep: int
+    every_n_steps: int = EVERY_N_STEPS
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 1 or self.keep < 1:
-            raise ValueError(f"every_n_steps is {self.every_n_steps} and keep is {self.keep}: both must be at least 1")
+        stated = self.interval.every_n_steps
+        if self.keep < 1 or (stated is not None and stated < 1):
+            raise ValueError(f"every_n_steps is {stated} and keep is {self.keep}: both must be at least 1")
+
+    def of_run(self, length: RunLength) -> CheckpointSchedule:
+        """Returns the schedule of a run whose length is known."""
+        return replace(self, every_n_steps=self.interval.steps(length.total_tokens, length.batch_tokens))
 
     def is_due(self, step: int) -> bool:
         """Returns whether a run that continues is saved after this step."""

@@ -253,7 +253,7 @@ class DanubeCLI(LightningCLI):
         print(f"the config has changed since {self.place.checkpoint}, step {step}:")
         for key, (old, new) in self.changes.items():
             print(f"  {key}: {_shown(old)} → {_shown(new)}")
-        if any(key.startswith(("data.stages", "data.batch_tokens")) for key in self.changes):
+        if any(key.startswith(("data.stages", "data.tokens", "data.batch_tokens")) for key in self.changes):
             total = getattr(self.datamodule, "total_tokens", None)
             if total is not None:
                 print(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_danube.checkpoints import EVERY_N_STEPS
+from lightning_danube.checkpoints import SaveInterval
 from lightning_danube.planning.accelerators import Accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
 from lightning_danube.pretraining.settings import CurriculumSettings
@@ -35,12 +35,14 @@ class TrainerSection:
     callbacks: list[str | dict[str, Any]] | dict[str, Any] | str | None = None
 
     @property
-    def checkpoint_steps(self) -> int | None:
-        """Returns the optimizer steps between two checkpoints, None if no callback saves checkpoints."""
+    def save_interval(self) -> SaveInterval | None:
+        """Returns the interval between two checkpoints, None if no callback saves checkpoints."""
         callbacks = self.callbacks if isinstance(self.callbacks, list) else [self.callbacks or {}]
         for callback in callbacks:
             if _class_name(callback) == "Checkpoints":
-                return int(_arguments(callback).get("every_n_steps", EVERY_N_STEPS))
+                given = _arguments(callback)
+                every = given.get("every_n_steps")
+                return SaveInterval(None if every is None else int(every), given.get("save_every"))
         return None
 
 

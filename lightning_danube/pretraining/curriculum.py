@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_danube.options import parse_tokens
+from lightning_danube.options import Length, TokensOrShare, parse_tokens, share_text
 from lightning_danube.pretraining.mixture import Mixture
 from lightning_danube.terminal import name_meant
 from lightning_danube.training.passes import IntArray, permute
@@ -26,16 +28,18 @@ class Stage:
 
     Args:
         name: name of the stage in logs, checkpoints and tables.
-        tokens: length of the stage, as an integer or like "2.8T"; rounded up to whole global batches.
+        tokens: length of the stage, as an integer or like "2.8T", or as a share of the run like "60 %"; rounded up to
+            whole global batches.
         mix: source → share of the stage's samples, in any unit (percent here).
     """
 
     name: str
-    tokens: int | str
+    tokens: Length
     mix: dict[str, float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", parse_tokens(self.tokens, f"tokens of stage {self.name!r}"))
+        if not self.part.is_share:
+            object.__setattr__(self, "tokens", self.part.of(0))
         if not self.mix:
             raise ValueError(f"stage {self.name!r} has an empty mix: name at least one source with its share")
         for source, share in self.mix.items():
@@ -45,6 +49,11 @@ class Stage:
                 )
         if not sum(self.mix.values()) > 0:
             raise ValueError(f"all shares of stage {self.name!r} are 0: at least one source needs a positive share")
+
+    @cached_property
+    def part(self) -> TokensOrShare:
+        """The length of the stage as a part of the run."""
+        return TokensOrShare.parse(self.tokens, f"tokens of stage {self.name!r}")
 
 
 class SampleKey(NamedTuple):
@@ -187,6 +196,58 @@ class Curriculum:
             keys[chosen, 3] = permute(
                 places[chosen], int(self._rows[source]), seed=self.seed, stream=self.sources[source], epoch=epoch
             )
+
+
+def stages_in_tokens(stages: Sequence[Stage], tokens: Length | None) -> list[Stage]:
+    """Returns the stages with their lengths in tokens.
+
+    Args:
+        stages: lengths in tokens, or in shares of the run.
+        tokens: tokens of the whole run, `data.tokens`; None if every stage has its length in tokens.
+
+    Raises:
+        ValueError: a stage has a share and the length of the run is not known, or the stages do not add up to the run.
+    """
+    if tokens is None:
+        for number, stage in enumerate(stages):
+            if stage.part.is_share:
+                raise ValueError(
+                    f"data.stages.{number}.tokens is {stage.tokens!r}, a share of the run: also give the tokens of the "
+                    "run, such as --data.init_args.tokens 10M"
+                )
+        return list(stages)
+    total = parse_tokens(tokens, "data.tokens")
+    together = _amount(stages, total)
+    if together != total:
+        raise ValueError(
+            f"data.tokens is {tokens}, and the stages take {share_text(together / total)} of it: {_way_out(stages, total)}"
+        )
+    return [replace(stage, tokens=stage.part.of(total)) for stage in stages]
+
+
+def _amount(stages: Sequence[Stage], total: int) -> Fraction:
+    """Returns the tokens of some stages before they are rounded."""
+    return sum((stage.part.amount * (total if stage.part.is_share else 1) for stage in stages), Fraction(0))
+
+
+def _way_out(stages: Sequence[Stage], total: int) -> str:
+    """Returns how to make the stages add up to the run."""
+    *others, last = stages
+    if not any(stage.part.is_share for stage in stages):
+        whole = sum(stage.part.amount for stage in stages)
+        shares = " / ".join(share_text(stage.part.amount / whole) for stage in stages)
+        return f"give the stages shares, such as {shares}, or leave data.tokens out"
+    left = total - _amount(others, total)
+    if left <= 0:
+        return "their shares have to add up to 100 %"
+    written = f"'{share_text(left / total)}'" if last.part.is_share else f"{int(left)}"
+    return f"with tokens {written}, the last stage {last.name!r} would end the run"
+
+
+def tokens_of_stages(data: Mapping[str, Any]) -> list[int]:
+    """Returns the tokens of each stage of a configuration's options of `CurriculumData`."""
+    stages = stages_in_tokens([Stage(**stage) for stage in data["stages"]], data.get("tokens"))
+    return [int(stage.tokens) for stage in stages]
 
 
 def stage_samples(stage: Stage, context_length: int, batch_samples: int) -> int:

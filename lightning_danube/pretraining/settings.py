@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lightning_danube.files import default_cache_dir
 from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig, DecoderShape
-from lightning_danube.options import options, parse_tokens
-from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples
+from lightning_danube.options import Length, options, parse_tokens
+from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples, stages_in_tokens
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.shards import shards_directory
@@ -60,6 +60,7 @@ class CurriculumSettings:
     Args:
         sources: name → source. The order numbers the sources in logs and tables.
         stages: the curriculum, in order.
+        tokens: tokens of the whole run, if stages have their lengths as shares of it.
         context_length: tokens a training row predicts.
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
         micro_batch_size: rows on a device at once; the accumulation follows from `micro_batch_size` and `batch_tokens`.
@@ -92,6 +93,7 @@ class CurriculumSettings:
         *,
         context_length: int,
         batch_tokens: int | str,
+        tokens: Length | None = None,
         micro_batch_size: int = 8,
         tokenizer: str = MISTRAL,
         seed: int = 0,
@@ -119,6 +121,7 @@ class CurriculumSettings:
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"a source is called {name!r}: use letters, digits, - and _")
         check_stages(stages, list(sources))
+        stages = stages_in_tokens(stages, tokens)
         self.sources, self.stages = sources, stages
         self.context_length = context_length
         self.batch_tokens = parse_tokens(batch_tokens, "data.batch_tokens")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lightning_danube.model import PRESETS
-from lightning_danube.options import parse_tokens
+from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.figures import COLOURS, FAINT, INK, legend, new_figure
 from lightning_danube.reports.runs import PAPER_WEB_SHARES, committed_result
 from lightning_danube.yaml_files import read_config
@@ -89,12 +89,12 @@ def stages() -> pd.DataFrame:
     """Returns the three stages: billions of tokens and web shares in the report and in this project's configs."""
     columns: dict[tuple[str, str], Sequence[float]] = {}
     for name, tokens in STAGE_TOKENS.items():
-        config = read_config(f"pretrain/{name}")["data"]["init_args"]["stages"]
+        data = read_config(f"pretrain/{name}")["data"]["init_args"]
         columns[name, f"B tokens, {PAPER}"] = [count / 1e9 for count in tokens]
-        columns[name, f"B tokens, config {HERE}"] = [parse_tokens(stage["tokens"]) / 1e9 for stage in config]
+        columns[name, f"B tokens, config {HERE}"] = [count / 1e9 for count in tokens_of_stages(data)]
         columns[name, f"web %, {PAPER}"] = [100 * share for share in PAPER_WEB_SHARES]
         columns[name, f"web %, config {HERE}"] = [
-            100 * stage["mix"]["web"] / sum(stage["mix"].values()) for stage in config
+            100 * stage["mix"]["web"] / sum(stage["mix"].values()) for stage in data["stages"]
         ]
     return pd.DataFrame(columns, index=pd.Index([1, 2, 3], name="stage"))
 

@@ -17,6 +17,7 @@ import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_danube.options import parse_tokens
+from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.tags import TAGS, tag_called
 from lightning_danube.terminal import as_typed
 from lightning_danube.yaml_files import read_config
@@ -239,7 +240,7 @@ def web_shares(run: RecordedRun) -> pd.DataFrame:
         raise MissingResult(f"{run.title} has no source named web, whose share the paper publishes")
     return pd.DataFrame(
         {
-            "tokens planned": [parse_tokens(stage["tokens"]) for stage in stages],
+            "tokens planned": tokens_of_stages(run.data),
             "tokens seen": [stage["tokens"] for stage in run.finished("stages")],
             "web %, paper": [100 * share for share in paper],
             "web %, planned": 100 * planned["web"],

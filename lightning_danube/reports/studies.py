@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lightning_danube.intervals import student
-from lightning_danube.options import parse_tokens
+from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.figures import (
     COLOURS,
     FAINT,
@@ -186,15 +186,17 @@ def mixes(config: str) -> Figure:
     Args:
         config: the study's name, such as studies/curriculum, or its file.
     """
-    variants = read_config(config)["variants"]
+    design = read_config(config)
+    variants = {name: {**design.get("set", {}), **values} for name, values in design["variants"].items()}
     stages = {name: values["data.init_args.stages"] for name, values in variants.items()}
     sources = list(dict.fromkeys(source for parts in stages.values() for stage in parts for source in stage["mix"]))
     colours = source_colours(sources)
     figure, axes = new_figure(2.3, columns=len(stages))
     for ax, (name, parts) in zip(axes, stages.items(), strict=True):
         begin = 0.0
-        for stage in parts:
-            length, total, bottom = parse_tokens(stage["tokens"]), sum(stage["mix"].values()), 0.0
+        tokens = variants[name].get("data.init_args.tokens")
+        for stage, length in zip(parts, tokens_of_stages({"stages": parts, "tokens": tokens}), strict=True):
+            total, bottom = sum(stage["mix"].values()), 0.0
             for source in sources:
                 share = stage["mix"].get(source, 0) / total
                 ax.bar(begin, share, length, bottom, align="edge", color=colours[source], linewidth=0)

@@ -64,9 +64,9 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
     tokens = by_source = None
     if data.get("stages"):
         from lightning_danube.options import parse_tokens
-        from lightning_danube.pretraining.curriculum import Stage, stage_samples
+        from lightning_danube.pretraining.curriculum import Stage, stage_samples, stages_in_tokens
 
-        stages = [Stage(**stage) for stage in data["stages"]]
+        stages = stages_in_tokens([Stage(**stage) for stage in data["stages"]], data.get("tokens"))
         length = data["context_length"]
         batch = parse_tokens(data["batch_tokens"]) // length
         lengths = [length * stage_samples(stage, length, batch) for stage in stages]

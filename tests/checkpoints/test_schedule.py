@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_danube.checkpoints import schedule
+from lightning_danube.checkpoints import SaveInterval, schedule
 from lightning_danube.checkpoints.schedule import (
     CheckpointSchedule,
     RunSignals,
@@ -58,9 +58,17 @@ def test_a_stage_is_named_by_what_a_file_may_be_called(tmp_path: Path) -> None:
 
 
 def test_a_run_is_saved_at_every_nth_step() -> None:
-    assert [step for step in range(1, 10) if CheckpointSchedule(3, 2).is_due(step)] == [3, 6, 9]
+    length = SimpleNamespace(batch_tokens=100, total_tokens=1000)
+    for interval in (SaveInterval(3), SaveInterval(save_every=300), SaveInterval(save_every="21 %")):
+        planned = CheckpointSchedule(interval, 2).of_run(length)
+        assert [step for step in range(1, 11) if planned.is_due(step)] == [3, 6, 9], interval
+    assert CheckpointSchedule(SaveInterval(), 2).of_run(length).is_due(1000)
     with pytest.raises(ValueError, match="every_n_steps is 3 and keep is 0: both must be at least 1"):
-        CheckpointSchedule(3, 0)
+        CheckpointSchedule(SaveInterval(3), 0)
+    with pytest.raises(ValueError, match=r"save_every is '5 %', and every_n_steps is 3: .* give one of them"):
+        SaveInterval(3, "5 %")
+    with pytest.raises(ValueError, match="save_every is '500 %', more than the whole run"):
+        SaveInterval(save_every="500 %")
 
 
 def test_lightning_still_says_in_private_whether_it_validates_next() -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from lightning_danube.options import parse_tokens
-from lightning_danube.pretraining.curriculum import Curriculum, Stage
+from lightning_danube.pretraining.curriculum import Curriculum, Stage, stages_in_tokens, tokens_of_stages
 
 STAGES = [
     Stage("first", 40_000, {"web": 90.6, "wiki": 9.4}),
@@ -37,8 +37,50 @@ def test_tokens_are_read_as_people_write_them(written: int | str, tokens: int) -
 
 @pytest.mark.parametrize("written", ["", "lots", -5, 0, "-1M", "1.5X", float("nan"), float("inf"), "0.0001"])
 def test_what_is_no_number_of_tokens_is_refused(written: int | str) -> None:
-    with pytest.raises(ValueError, match=r"tokens of stage 'x' is .*: give a positive number of tokens such as"):
+    with pytest.raises(ValueError, match=r"tokens of stage 'x' is .*: give tokens such as"):
         Stage("x", written, {"web": 1})
+
+
+def stages(*tokens: int | str) -> list[Stage]:
+    return [Stage(f"s{number}", length, {"web": 1}) for number, length in enumerate(tokens)]
+
+
+def test_stages_may_be_shares_of_the_run() -> None:
+    lengths = [stage.tokens for stage in stages_in_tokens(stages("60 %", "26.875 %", "13.125 %"), "1600K")]
+    assert lengths == [960_000, 430_000, 210_000]  # the quickstart's
+    assert [stage.tokens for stage in stages_in_tokens(stages("90 %", 500), 5000)] == [4500, 500]
+    assert stages_in_tokens(STAGES, None) == STAGES == stages_in_tokens(STAGES, 74_000)
+    section = {
+        "stages": [{"name": "a", "tokens": "25 %", "mix": {"x": 1}}, {"name": "b", "tokens": "75 %", "mix": {"x": 1}}]
+    }
+    assert tokens_of_stages(section | {"tokens": "4K"}) == [1000, 3000]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "message"),
+    [
+        (
+            (1000, "20 %"),
+            None,
+            r"data\.stages\.1\.tokens is '20 %', a share of the run: also give the tokens of the run",
+        ),
+        (("60 %", "30 %"), 1000, r"data\.tokens is 1000, and the stages take 90 % of it: with tokens '40 %', the last"),
+        (("60 %", "50 %"), "1K", r"data\.tokens is 1K, and the stages take 110 % of it: with tokens '40 %', the last"),
+        (("60 %", 500), 1000, r"take 110 % of it: with tokens 400, the last stage 's1' would end the run"),
+        (("60 %", "50 %", 10), 1000, r"take 111 % of it: their shares have to add up to 100 %"),
+        (
+            (600, 1000),
+            200,
+            r"take 800 % of it: give the stages shares, such as 37\.5 % / 62\.5 %, or leave data\.tokens out",
+        ),
+        (("100 %",), "many", r"data\.tokens is 'many': give a positive number of tokens"),
+    ],
+)
+def test_stages_that_are_not_the_run_are_refused(
+    lengths: tuple[int | str, ...], tokens: int | str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        stages_in_tokens(stages(*lengths), tokens)
 
 
 def test_stages_end_with_whole_steps() -> None:

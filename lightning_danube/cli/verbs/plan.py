@@ -343,7 +343,8 @@ def _checkpoints(
     size, devices = checkpoint_bytes(memory), memory.layout.devices
     advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
-    every = trainer.checkpoint_steps
+    interval = trainer.save_interval
+    every = None if interval is None else interval.steps(data.total_tokens, data.batch_tokens)
     written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     lines = [
         f"checkpoint: {written} (weights and the optimizer's averages), {advice.write:,.1f} s at "

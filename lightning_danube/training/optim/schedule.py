@@ -1,12 +1,13 @@
-"""Learning-rate schedules, stated in tokens."""
+"""Learning-rate schedules, stated in tokens or in shares of the run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from lightning_danube.options import parse_tokens
+from lightning_danube.options import Length, TokensOrShare
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,11 @@ class LearningRate:
     Args:
         peak: rate after the warm-up.
         final: rate at the end of the run.
-        warmup: tokens of the linear rise from 0 ("2.36B").
+        warmup: length of the linear rise from 0, in tokens ("2.36B") or as a share of the run ("5 %"); 0 for none.
         shape: "cosine" and "linear" fall from the peak to the end. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv
-            2404.06395) stays at the peak and falls linearly over the last `decay` tokens.
-        decay: tokens of the final fall, for "wsd" only.
+            2404.06395) stays at the peak and falls linearly over the last part, `decay`.
+        decay: length of the final fall, in tokens or as a share of the run, for "wsd" only. 0: the rate stays at the
+            peak, in a run from which decays begin.
 
     Raises:
         ValueError: a value is out of range, or `decay` does not fit the shape.
@@ -27,21 +29,35 @@ class LearningRate:
 
     peak: float
     final: float
-    warmup: int | str
+    warmup: Length
     shape: Literal["cosine", "linear", "wsd"] = "cosine"
-    decay: int | str | None = None
+    decay: Length | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.final <= self.peak or not math.isfinite(self.peak) or self.peak == 0:
             raise ValueError(
                 f"learning rate falls from peak {self.peak} to final {self.final}: 0 <= final <= peak is needed"
             )
-        warmup = 0 if self.warmup in (0, "0") else parse_tokens(self.warmup, "warmup")
-        object.__setattr__(self, "warmup", warmup)
-        if (self.shape == "wsd") != (self.decay is not None):
-            raise ValueError(f"decay is {self.decay} with shape {self.shape!r}: it belongs to 'wsd', which needs it")
-        if self.decay is not None:
-            object.__setattr__(self, "decay", parse_tokens(self.decay, "decay"))
+        if self.shape == "wsd" and self.decay is None:
+            raise ValueError("decay is not given, and shape 'wsd' needs it: give its length, such as '20 %', or 0")
+        if self.shape != "wsd" and self.decay is not None:
+            raise ValueError(
+                f"decay is {self.decay!r} with shape {self.shape!r}, which falls from the warm-up to the end: leave it "
+                "out, or set shape to wsd"
+            )
+        shares = sum(part.amount for part in (self._warmup, self._decay) if part.is_share)
+        if shares > 1:
+            raise ValueError(
+                f"warmup {self.warmup} and decay {self.decay} are more than the whole run: together at most 100 %"
+            )
+
+    @cached_property
+    def _warmup(self) -> TokensOrShare:
+        return TokensOrShare.parse(self.warmup, "warmup", zero=True)
+
+    @cached_property
+    def _decay(self) -> TokensOrShare:
+        return TokensOrShare.parse(self.decay or 0, "decay", zero=True)
 
     def check(self, total_tokens: int) -> None:
         """Checks that warm-up and decay fit into the run.
@@ -49,22 +65,27 @@ class LearningRate:
         Raises:
             ValueError: they need more tokens than the run has.
         """
-        needed = int(self.warmup) + int(self.decay or 0)
-        if needed > total_tokens:
+        warmup, decay = self._warmup.of(total_tokens), self._decay.of(total_tokens)
+        if warmup > total_tokens:
             raise ValueError(
-                f"warm-up ({int(self.warmup):,}) and decay ({int(self.decay or 0):,}) take {needed:,} tokens, the run "
-                f"has {total_tokens:,}: shorten them"
+                f"model.learning_rate.warmup is {self.warmup}, and the whole run has {total_tokens:,} tokens: give a "
+                f"share of the run, such as '5 %', or at most {total_tokens}"
+            )
+        if (left := total_tokens - warmup) < decay:
+            raise ValueError(
+                f"model.learning_rate.decay is {self.decay}, and {left:,} of the {total_tokens:,} tokens of the run "
+                f"are left after the warm-up: give a share of the run, such as '20 %', or at most {left}"
             )
 
     def at(self, tokens: float, total_tokens: int) -> float:
         """Returns the rate of the optimizer step that *ends* after `tokens` tokens."""
-        warmup = int(self.warmup)
+        warmup = self._warmup.of(total_tokens)
         if tokens < warmup:
             return self.peak * tokens / warmup
         if self.shape != "wsd":
             progress = min(1.0, (tokens - warmup) / max(1, total_tokens - warmup))
             left = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
             return self.final + (self.peak - self.final) * left
-        decay = int(self.decay or 0)
-        left = max(0.0, (total_tokens - tokens) / decay)
+        decay = self._decay.of(total_tokens)
+        left = max(0.0, (total_tokens - tokens) / decay) if decay else 1.0
         return self.peak if left >= 1 else self.final + (self.peak - self.final) * left

@@ -191,8 +191,8 @@ def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for()
     for settings, whole in ((CurriculumSettings, CurriculumData), (PretrainingSettings, Pretraining)):
         assert inspect.signature(settings).parameters == inspect.signature(whole).parameters
     callbacks: list[Any] = ["x.Progress", {"class_path": "lightning_danube.callbacks.Checkpoints"}]
-    assert TrainerSection(callbacks=callbacks).checkpoint_steps == Checkpoints().every_n_steps
-    assert TrainerSection().checkpoint_steps is None
+    assert TrainerSection(callbacks=callbacks).save_interval == Checkpoints().schedule.interval
+    assert TrainerSection().save_interval is None
 
 
 def test_a_plan_loads_neither_lightning_nor_torch() -> None:

@@ -28,6 +28,21 @@ def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
     assert rate.at(1000, 1000) == pytest.approx(1e-4)
 
 
+def test_shares_are_parts_of_the_whole_run() -> None:
+    """Compares with the schedule whose tokens are computed by hand: 5 % and 20 % of 4,000 tokens, then of 80."""
+    shares = LearningRate(peak=1e-3, final=1e-4, warmup="5 %", shape="wsd", decay="20%")
+    for total, warmup, decay in ((4000, 200, 800), (80, 4, 16)):
+        tokens = LearningRate(peak=1e-3, final=1e-4, warmup=warmup, shape="wsd", decay=decay)
+        shares.check(total)
+        assert [shares.at(t, total) for t in range(total + 1)] == [tokens.at(t, total) for t in range(total + 1)]
+
+
+def test_without_a_decay_the_rate_stays_at_the_peak() -> None:
+    for none in (0, "0", "0 %"):
+        rate = LearningRate(peak=1e-3, final=0.0, warmup=10, shape="wsd", decay=none)
+        assert [rate.at(t, 100) for t in (10, 99, 100)] == [1e-3] * 3
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert LearningRate(peak=1e-3, final=0.0, warmup=0).at(0, 100) == pytest.approx(1e-3)
 
@@ -38,9 +53,21 @@ def test_no_warm_up_starts_at_the_peak() -> None:
         ({"peak": 1e-4, "final": 1e-3, "warmup": 1}, "learning rate falls from peak 0.0001 to final 0.001"),
         ({"peak": 0.0, "final": 0.0, "warmup": 1}, "learning rate falls from peak 0.0"),
         ({"peak": float("nan"), "final": 0.0, "warmup": 1}, "learning rate falls from peak nan"),
-        ({"peak": 1.0, "final": 0.0, "warmup": "many"}, "warmup is 'many': give a positive number of tokens"),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": "many"},
+            "warmup is 'many': give tokens such as 1048576, 700K, 1.15T, or a share of the run such as '5 %'",
+        ),
+        ({"peak": 1.0, "final": 0.0, "warmup": 0.05}, "warmup is 0.05: give .* or a share of the run such as '5 %'"),
+        ({"peak": 1.0, "final": 0.0, "warmup": "120 %"}, "warmup is '120 %', more than the whole run"),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": "30 %", "shape": "wsd", "decay": "80 %"},
+            "warmup 30 % and decay 80 % are more than the whole run: together at most 100 %",
+        ),
         ({"peak": 1.0, "final": 0.0, "warmup": 1, "decay": 5}, "decay is 5 with shape 'cosine'"),
-        ({"peak": 1.0, "final": 0.0, "warmup": 1, "shape": "wsd"}, "decay is None with shape 'wsd'"),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": 1, "shape": "wsd"},
+            "decay is not given, and shape 'wsd' needs it: give",
+        ),
     ],
 )
 def test_impossible_schedules_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -49,7 +76,9 @@ def test_impossible_schedules_are_refused(arguments: dict[str, object], message:
 
 
 def test_a_schedule_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"take 150 tokens, the run has 100"):
+    with pytest.raises(ValueError, match=r"model\.learning_rate\.warmup is 16K, .* has 4,096 tokens: .* at most 4096$"):
+        LearningRate(peak=1.0, final=0.1, warmup="16K").check(4096)
+    with pytest.raises(ValueError, match=r"model\.learning_rate\.decay is 50, and 0 of the 100 tokens .* at most 0$"):
         LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50).check(100)
 
 
@@ -57,5 +86,5 @@ def test_a_schedule_as_long_as_the_run_is_allowed() -> None:
     rate = LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50)
     rate.check(150)
     assert [rate.at(tokens, 150) for tokens in (50, 100, 125, 150)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
-    with pytest.raises(ValueError, match=r"take 150 tokens, the run has 149"):
+    with pytest.raises(ValueError, match=r"decay is 50, and 49 of the 149 tokens"):
         rate.check(149)
