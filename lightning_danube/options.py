@@ -99,7 +99,7 @@ class TokensOrShare:
         return max(1, -(-self.of(total_tokens) // batch_tokens))
 
 
-def share_text(share: float | Fraction) -> str:
+def written_share(share: float | Fraction) -> str:
     """Returns a share as users write it: "5 %"."""
     return f"{100 * float(share):.6g} %"
 
@@ -110,7 +110,7 @@ def _meant_share(value: object) -> str:
         share = float(str(value))
     except ValueError:
         share = 0.0
-    return share_text(share if 0 < share < 1 else 0.05)
+    return written_share(share if 0 < share < 1 else 0.05)
 
 
 def options(kind: type[Options], given: Options | Mapping[str, Any] | str, key: str) -> Options:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from lightning_danube.cli.options import BEFORE, Path, Refusal, Typed, no_option
+from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
 from lightning_danube.terminal import nearest_name
 from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, read_config, with_text_keys
@@ -90,8 +90,9 @@ def read_command_line(args: Sequence[str]) -> Stated:
             with_text_keys(value)
         except DuplicateKey as error:
             raise ValueError(f"{flag}, {error}") from error
+        _check_list_items(flag, keys, value, stated.tree)
         tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)
-        for key in reversed(keys):
+        for key in reversed(_with_init_args(keys, stated.tree)):
             tree = {key: tree}
         stated.tree = merged(stated.tree, tree)
         path = without_init_args(keys)
@@ -106,6 +107,49 @@ def read_command_line(args: Sequence[str]) -> Stated:
 
 def without_init_args(path: Path) -> Path:
     return tuple(key for key in path if key != "init_args")
+
+
+def _with_init_args(keys: Path, tree: Any) -> Path:
+    """Returns the keys of a flag with the `init_args` that a user may leave out: --model.learning_rate.peak."""
+    full: list[str] = []
+    for key in keys:
+        if isinstance(tree, Mapping) and "init_args" in tree and key not in CLASS_KEYS:
+            full.append("init_args")
+            tree = tree["init_args"]
+        full.append(key)
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tuple(full)
+
+
+def _check_list_items(flag: str, keys: Path, value: str, tree: Any) -> None:
+    """Refuses an option for the items of a list, because jsonargparse would set it for the last item only.
+
+    Raises:
+        ValueError: the flag names an option below a list of several items, and no flag has added the last of them.
+    """
+    for depth, key in enumerate(keys):
+        if isinstance(tree, Mapping) and key not in tree and isinstance(tree.get("init_args"), Mapping):
+            tree = tree["init_args"]
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+        if isinstance(tree, list) and depth + 1 < len(keys):
+            if len(tree) > 1 and not _is_added(tree[-1]):
+                place, option = ".".join(keys[: depth + 1]), ".".join(keys[depth + 1 :])
+                names = ", ".join(filter(None, (_name_of_item(item) for item in tree)))
+                raise ValueError(
+                    f"{flag} {value}: {place} is a list of {len(tree)} ({names}), and the flag does not say which of "
+                    f"them: give the whole list as --{place} '[…]', or state it with its {option} in a second --config"
+                )
+            return
+
+
+def _is_added(item: Any) -> bool:
+    return isinstance(item, Added) or (isinstance(item, Mapping) and isinstance(item.get("class_path"), Added))
+
+
+def _name_of_item(item: Any) -> str:
+    if isinstance(item, Mapping):
+        return str(item.get("name") or item.get("class_path") or "").rpartition(".")[2]
+    return str(item)
 
 
 def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
@@ -129,7 +173,7 @@ def merged(old: Any, new: Any) -> Any:
     if isinstance(old, list) and old and isinstance(new, Mapping):
         return [*old[:-1], merged(old[-1], new)]
     if isinstance(old, str) and isinstance(new, Mapping) and "class_path" not in new and new:
-        old = {"class_path": str(old)}  # --model Pretraining --model.decoder …
+        old = {"class_path": old if isinstance(old, Added) else str(old)}  # --model Pretraining --model.decoder …
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
     if "class_path" in new and "class_path" in old and new["class_path"] != old["class_path"]:

@@ -53,7 +53,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
         for section in ("data", "model"):
             if section not in stated.tree:
                 raise Refusal((), "give a configuration, for example --config quickstart")
-        reader = Reader(taken=FACTS_OF_DATA)
+        reader = Reader(taken=FACTS_OF_DATA, check=True, open_to=open_classes())
         reader.value(LightningDataModule, stated.tree["data"], ("data",))
         reader.value(LightningModule, stated.tree["model"], ("model",))
         reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
@@ -63,13 +63,24 @@ def read_configuration(args: Sequence[str]) -> Stated:
 
 @contextlib.contextmanager
 def one_line_errors(stated: Stated) -> Iterator[None]:
-    """Turns a refusal inside the block into a ValueError of one line."""
-    from lightning_danube.cli.errors import in_one_line
+    """Names, in a ValueError that is raised inside the block, the place that states the value."""
+    from lightning_danube.cli.errors import in_one_line, located
 
     try:
         yield
     except Refusal as refusal:
         raise ValueError(in_one_line(refusal, stated)) from refusal
+    except ValueError as error:
+        if (message := located(str(error), stated)) == str(error):
+            raise
+        raise ValueError(message) from error
+
+
+def open_classes() -> list[type]:
+    """Returns the dataclasses of which a configuration may name a subclass, also a user's own."""
+    from lightning_danube.training.optim import AdamW, LearningRate
+
+    return [AdamW, LearningRate]
 
 
 def add_run_options(parser: Any) -> None:
@@ -84,10 +95,8 @@ def set_parsing_rules() -> None:
     """Sets options of jsonargparse that hold for every parser here."""
     from jsonargparse import set_parsing_settings
 
-    from lightning_danube.training.optim import AdamW
-
     # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[AdamW])
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=open_classes())
     _set_loader()
 
 
@@ -123,7 +132,7 @@ def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> Lightni
     if "data" not in stated.tree:
         raise ValueError(f"{' + '.join(stated.files)}: there is no section data")
     with one_line_errors(stated):
-        reader = Reader(make=True)
+        reader = Reader(make=True, open_to=open_classes())
         data: LightningDataModule = reader.value(LightningDataModule, resolved_tree(stated)["data"], ("data",))
     return data
 
@@ -144,7 +153,7 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
         raise ValueError(f"only pre-training can be planned (Pretraining on CurriculumData), not {model} on {data}")
     with one_line_errors(stated):
         tree = resolved_tree(stated)
-        reader = Reader(taken=FACTS_OF_DATA, make=True)
+        reader = Reader(taken=FACTS_OF_DATA, make=True, open_to=open_classes())
         known = [field.name for field in fields(TrainerSection)]
         trainer = {key: value for key, value in (tree.get("trainer") or {}).items() if key in known}
         settings = CurriculumSettings(**reader.class_options(CurriculumSettings, tree["data"], ("data",), data))

@@ -34,6 +34,9 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 BEFORE = "options of the class before"
 """Key of options that were set for the previous class. Options that the new class also has still count."""
 
+HOW_TO_WRITE_ONE = "docs/pretraining.md, Optimizers and schedules of your own"
+"""Where the documentation says how a user's own optimizer or schedule is written."""
+
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -52,6 +55,7 @@ class Refusal(ValueError):
         shown: the keys shown before the reason; by default the path.
         expected: what the option takes, if the reason says only that.
         value: the value that was given instead.
+        goes_on: whether the reason goes on after the key, as in "model.learning_rate.peak is 0".
     """
 
     def __init__(
@@ -62,10 +66,15 @@ class Refusal(ValueError):
         shown: Path | None = None,
         expected: tuple[str, ...] = (),
         value: Any = None,
+        goes_on: bool = False,
     ) -> None:
         super().__init__(reason)
+        self.goes_on = goes_on
         self.path, self.reason, self.expected, self.value = path, reason, expected, value
         self.shown = path if shown is None else shown
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +160,8 @@ class Reader:
     Args:
         taken: option → the key of the data that states it. A model's section may not state it again.
         make: whether to make the objects that a configuration describes, instead of returning their options.
+        check: whether to make the dataclasses, which check their values. Values with references are not checked.
+        open_to: dataclasses of which a user may name a subclass.
     """
 
     def __init__(
@@ -158,8 +169,10 @@ class Reader:
         *,
         taken: Mapping[str, str] | None = None,
         make: bool = False,
+        check: bool = False,
+        open_to: Collection[type] = (),
     ) -> None:
-        self.taken, self.make = taken or {}, make
+        self.taken, self.make, self.check, self.open_to = taken or {}, make, check, open_to
 
     def options(self, owner: type, given: Mapping[str, Any], path: Path, name: str | None = None) -> dict[str, Any]:
         """Returns the options of a class with their types.
@@ -178,7 +191,14 @@ class Reader:
             if key in taken:
                 raise Refusal((*path, key), f"{key!r} is taken from {taken[key]}: leave it out here", shown=path)
             if key in known:
-                read[key] = self.value(known[key].hint, value, (*path, key))
+                try:
+                    read[key] = self.value(known[key].hint, value, (*path, key))
+                except Refusal as refusal:
+                    if owner in self.open_to and typing.get_origin(known[key].hint) is typing.Literal:
+                        refusal.reason += (
+                            f"; or name a subclass of {name} of your own by class_path ({HOW_TO_WRITE_ONE})"
+                        )
+                    raise
             elif open_ended:
                 read[key] = value
             else:
@@ -260,15 +280,13 @@ class Reader:
                 return value  # a configuration file for this section only
             value = {"class_path": value}
             if "." not in value["class_path"] and class_of(value["class_path"], base, path, path) is None:
-                raise _expected((base.__name__,), value["class_path"], path)
+                raise self._no_such(base, value["class_path"], path)
         is_plain = dataclasses.is_dataclass(base)
         if not isinstance(value, Mapping):
-            what = f"a mapping of the options of {base.__name__}" if is_plain else base.__name__
-            raise _expected((what,), value, path)
+            raise self._no_such(base, value, path)
         named = value.get("class_path")
         if named is None and is_plain:
-            options = self.options(base, value, path)
-            return base(**options) if self.make else options
+            return self._made(base, self.options(base, value, path), path)
         owner = self._named_class(named, base, path)
         if owner is not None and not isinstance(owner, type):
             return value  # a function that makes an object
@@ -286,9 +304,44 @@ class Reader:
                 shown=path,
             )
         options = self.class_options(owner, value, path)
-        if self.make:
+        made = self._made(owner, options, path)
+        return {"class_path": named, "init_args": options} if made is options else made
+
+    def _made(self, owner: type, options: dict[str, Any], path: Path) -> Any:
+        """Returns the object of a class, or its options if it is not to be made.
+
+        Raises:
+            Refusal: a dataclass refuses its options.
+        """
+        if not dataclasses.is_dataclass(owner):
+            return owner(**options) if self.make else options
+        known = options_of(owner)[0]
+        if not self.make and (not self.check or "${" in str(options) or _missing(known, options)):
+            return options
+        try:
             return owner(**options)
-        return {"class_path": named, "init_args": options}
+        except ValueError as error:
+            word, _, rest = str(error).partition(" ")
+            option = word.rpartition(".")[2]
+            if option in known:
+                raise Refusal((*path, option), rest, goes_on=True) from error
+            raise Refusal(path, str(error)) from error
+
+    def _no_such(self, base: type, value: Any, path: Path) -> Refusal:
+        """Returns the refusal of a text or a number that stands in place of an object."""
+        name, package = base.__name__, sys.modules.get(base.__module__.rpartition(".")[0])
+        if not dataclasses.is_dataclass(base):
+            return _expected((name,), value, path)
+        offered = [getattr(package, one) for one in getattr(package, "__all__", ())] if base in self.open_to else []
+        kinds = [one.__name__ for one in offered if isinstance(one, type) and issubclass(one, base)]
+        if len(kinds) > 1:
+            named = f"{' or '.join(kinds)}, or a subclass of {name} of your own by its class path ({HOW_TO_WRITE_ONE})"
+            return Refusal(path, f"expected {named}, not {value}")
+        refusal = _expected((f"a mapping of the options of {name}",), value, path)
+        if isinstance(value, str | int | float) and not any(key.isdigit() for key in path):
+            first = next(iter(options_of(base)[0]))
+            refusal.reason += f": --{'.'.join(path)}.{first} {value} sets its {first}"
+        return refusal
 
     def class_options(
         self, owner: type, value: Mapping[str, Any], path: Path, name: str | None = None
@@ -308,8 +361,13 @@ class Reader:
             return None
         owner = class_of(named, base, (*path, "class_path"), path)
         if isinstance(owner, type) and not issubclass(owner, base):
-            raise Refusal((*path, "class_path"), f"{named} is no {base.__name__}", shown=path)
+            way_out = f": write a subclass of {base.__name__} ({HOW_TO_WRITE_ONE})" if base in self.open_to else ""
+            raise Refusal((*path, "class_path"), f"{named} is no {base.__name__}{way_out}", shown=path)
         return owner
+
+
+def _missing(known: Mapping[str, Option], given: Mapping[str, Any]) -> bool:
+    return any(option.required and option.name not in given for option in known.values())
 
 
 def class_of(named: str, base: type, path: Path, shown: Path) -> Any:

@@ -21,8 +21,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
-from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
-from lightning_danube.cli.errors import parse, raised_by_a_class
+from lightning_danube.cli.configs import (
+    PARSER_OPTIONS,
+    add_run_options,
+    one_line_errors,
+    read_configuration,
+    set_parsing_rules,
+)
+from lightning_danube.cli.errors import located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
@@ -141,7 +147,8 @@ class DanubeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         check_command_line(args[1:])
-        self.config = parse(parser, args, read_configuration(args[1:]))
+        self.stated = read_configuration(args[1:])
+        self.config = parse(parser, args, self.stated)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing. Lightning's own method lets the checkpoint's hyperparameters override the config."""
@@ -263,10 +270,7 @@ class DanubeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # The parser wraps the error of a class in the error of the union "the class, or null".
-            inner = raised_by_a_class(error)
-            if inner is None or inner is error:
-                raise
-            raise ValueError(str(inner)) from error
+            raise ValueError(located(str(raised_by_a_class(error) or error), self.stated)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
@@ -355,7 +359,8 @@ class DanubeCLI(LightningCLI):
         self._show_changes()
         self._tell_precision()
         try:
-            super()._run_subcommand(subcommand)
+            with one_line_errors(self.stated):
+                super()._run_subcommand(subcommand)
         except BaseException:
             if not self.place.continues:
                 remove_unused_version(self.trainer)

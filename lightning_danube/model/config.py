@@ -130,7 +130,8 @@ class DecoderShape:
         if isinstance(self.rope_scaling, Mapping):  # from a checkpoint, which holds plain data only
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim is None and heads > 0:
+        head_dim_is_given = self.head_dim is not None
+        if not head_dim_is_given and heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         for field in (field.name for field in dataclasses.fields(self) if field.name in POSITIVE_FIELDS):
             value = getattr(self, field)
@@ -146,7 +147,15 @@ class DecoderShape:
         if self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}; "
-                f"the nearest multiple is {max(1, round(self.hidden_size / heads)) * heads}"
+                f"{max(1, round(self.hidden_size / (2 * heads))) * 2 * heads} would be"
+            )
+        if self._head_dim % 2 and not head_dim_is_given:
+            below = self.hidden_size // (2 * heads) * 2 * heads
+            working = " or ".join(str(size) for size in (below, below + 2 * heads) if size)
+            raise ValueError(
+                f"hidden_size {self.hidden_size} and num_attention_heads {heads} make a head_dim of {self.head_dim}, "
+                f"which is odd; rotary embeddings turn pairs of channels, so use a hidden_size of {working}, or "
+                "give an even head_dim"
             )
         if self._head_dim % 2:
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_danube.options import Length, TokensOrShare, parse_tokens, share_text
+from lightning_danube.options import Length, TokensOrShare, parse_tokens, written_share
 from lightning_danube.pretraining.mixture import Mixture
 from lightning_danube.terminal import name_meant
 from lightning_danube.training.passes import IntArray, permute
@@ -219,9 +219,8 @@ def stages_in_tokens(stages: Sequence[Stage], tokens: Length | None) -> list[Sta
     total = parse_tokens(tokens, "data.tokens")
     together = _amount(stages, total)
     if together != total:
-        raise ValueError(
-            f"data.tokens is {tokens}, and the stages take {share_text(together / total)} of it: {_way_out(stages, total)}"
-        )
+        taken = written_share(together / total)
+        raise ValueError(f"data.tokens is {tokens}, and the stages take {taken} of it: {_way_out(stages, total)}")
     return [replace(stage, tokens=stage.part.of(total)) for stage in stages]
 
 
@@ -235,12 +234,12 @@ def _way_out(stages: Sequence[Stage], total: int) -> str:
     *others, last = stages
     if not any(stage.part.is_share for stage in stages):
         whole = sum(stage.part.amount for stage in stages)
-        shares = " / ".join(share_text(stage.part.amount / whole) for stage in stages)
+        shares = " / ".join(written_share(stage.part.amount / whole) for stage in stages)
         return f"give the stages shares, such as {shares}, or leave data.tokens out"
     left = total - _amount(others, total)
     if left <= 0:
         return "their shares have to add up to 100 %"
-    written = f"'{share_text(left / total)}'" if last.part.is_share else f"{int(left)}"
+    written = f"'{written_share(left / total)}'" if last.part.is_share else f"{int(left)}"
     return f"with tokens {written}, the last stage {last.name!r} would end the run"
 
 

@@ -222,11 +222,17 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
             ("--model.init_args.lora.quantization", "nf5"),
             "--model.init_args.lora.quantization: expected one of 'nf4' or null, not nf5",
         ),
-        (("--model.init_args.lora.rank", "0"), "rank 0, alpha 32.0, dropout 0.05: rank at least 1"),
+        (("--model.init_args.lora.rank", "0"), "--model.init_args.lora.rank: lora has rank 0, alpha 32"),
         (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
-        (("--data.init_args.context_length", "64"), "data.context_length is 64, the model of"),
-        (("--data.init_args.batch_rows", "5"), "data.batch_rows is 5, which 1 device(s) × data.micro_batch_size 4 do"),
-        (("--model.init_args.learning_rate.warmup", "1M"), "warm-up (1,000,000) and decay (0) take 1,000,000 tokens"),
+        (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
+        (
+            ("--data.init_args.batch_rows", "5"),
+            "--data.init_args.batch_rows is 5, which 1 device(s) × data.micro_batch_size 4 do",
+        ),
+        (
+            ("--model.init_args.learning_rate.warmup", "1M"),
+            "--model.init_args.learning_rate.warmup is 1M, and the whole",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -242,7 +248,7 @@ def test_a_mistake_is_one_line(
 def test_another_run_is_not_gone_on_with(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk, *LORA, "--trainer.max_steps", "3") == 0
     for options, message in [
-        ((*LORA, "--data.init_args.seed", "9"), "data.seed is 9, the run began with 0"),
+        ((*LORA, "--data.init_args.seed", "9"), "--data.init_args.seed is 9, the run began with 0"),
         ((*LORA[:1], "8", *LORA[2:]), "the checkpoint was trained with lora {'rank': 4"),
         ((*LORA, "--data.init_args.learned", "last"), "data.sources is "),
     ]:

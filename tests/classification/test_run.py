@@ -234,13 +234,16 @@ def test_what_was_left_out_is_listed(words: Path, capsys: pytest.CaptureFixture[
             ("--model.init_args.lora.targets", "[q_proj, head]"),
             "lora.targets names head: the layers are q_proj, k_proj",
         ),
-        (("--model.init_args.head_learning_rate", "0"), "model.head_learning_rate is 0.0: it must be above 0"),
+        (
+            ("--model.init_args.head_learning_rate", "0"),
+            "--model.init_args.head_learning_rate is 0.0: it must be above 0",
+        ),
         (("--model.init_args.head", "last"), "--model.init_args.head: expected one of 'hidden', 'logits', not last"),
         (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
-        (("--data.init_args.context_length", "64"), "data.context_length is 64, the model of"),
+        (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_texts", "9"),
-            "data.batch_texts is 9, which 1 device(s) × data.micro_batch_size 8 do",
+            "--data.init_args.batch_texts is 9, which 1 device(s) × data.micro_batch_size 8 do",
         ),
         (("--data.init_args.label_column", "kind"), "row 1: there is no column 'kind', only text, label: name it with"),
         (("--trainer.callbacks.resamples", "5"), "resamples is 5: the ends of an interval need at least 20"),
@@ -270,7 +273,7 @@ def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: py
         error = capsys.readouterr().err
         assert message in error, error
 
-    refused("data.seed is 9, the run began with 0", "--data.init_args.seed", "9")
+    refused("--data.init_args.seed is 9, the run began with 0", "--data.init_args.seed", "9")
     refused("data.train is ", "--data.init_args.context_length", "8")
     refused("the checkpoint has model.head 'hidden', the config 'logits': set", "--model.init_args.head", "logits")
     refused("the checkpoint was trained with lora {'rank': 8", "--model.init_args.lora.rank", "4")

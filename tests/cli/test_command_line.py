@@ -1,6 +1,7 @@
 """Files and flags as one tree of values."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def test_later_files_and_flags_count_and_each_value_knows_its_place(tmp_path: Pa
     args = ["--config", str(first), f"--config={second}", "--model.decoder.layers", "5", "--name=c", "--print_config"]
     stated = read_command_line(args)
     assert stated.tree["name"] == "c"
-    assert stated.tree["model"]["init_args"]["decoder"] == {"layers": 3, "heads": 2}
-    assert stated.tree["model"]["decoder"] == {"layers": "5"}
+    assert stated.tree["model"]["init_args"]["decoder"] == {"layers": "5", "heads": 2}
+    assert "decoder" not in stated.tree["model"]
     assert stated.place_of(("model", "decoder", "heads")) == f"{second}, line 2"
     assert stated.place_of(("model", "decoder", "layers")) == "--model.decoder.layers"
     assert stated.place_of(("model", "class_path")) == f"{first}, line 3"
@@ -73,6 +74,30 @@ def test_a_value_is_added_to_a_list(tmp_path: Path) -> None:
         {"class_path": "A"},
         {"class_path": "B", "every": "3"},
     ]
+
+
+def test_an_option_of_one_item_among_several_is_refused(tmp_path: Path) -> None:
+    """jsonargparse would set it for the last item, and nobody would notice."""
+    config = tmp_path / "a.yaml"
+    config.write_text(
+        "data: {init_args: {stages: [{name: one, tokens: 5}, {name: two, tokens: 6}]}}\n"
+        "trainer: {callbacks: [{class_path: a.B, init_args: {x: 1}}, C]}\n"
+        "model: {init_args: {parts: [{x: 1}]}}\n"
+    )
+    for flag, names in (
+        ("--data.init_args.stages.tokens", "data.init_args.stages is a list of 2 (one, two)"),
+        ("--data.stages.tokens", "data.stages is a list of 2 (one, two)"),
+        ("--trainer.callbacks.x", "trainer.callbacks is a list of 2 (B, C)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{flag} 1: {names}, and the flag does not say which')}"):
+            read_command_line(["--config", str(config), flag, "1"])
+    # One item, or the item that a flag has just added, can be meant only.
+    assert read_command_line(["--config", str(config), "--model.init_args.parts.x", "2"]).tree["model"] == {
+        "init_args": {"parts": [{"x": "2"}]}
+    }
+    added = ["--trainer.callbacks+=D", "--trainer.callbacks.x", "3", "--trainer.callbacks.y", "4"]
+    items = read_command_line(["--config", str(config), *added]).tree["trainer"]["callbacks"]
+    assert items[2:] == [{"class_path": "D", "x": "3", "y": "4"}]
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:

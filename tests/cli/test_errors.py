@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_danube.cli.command_line import Stated, read_command_line
-from lightning_danube.cli.errors import in_one_line, parse, raised_by_a_class, unresolved
+from lightning_danube.cli.errors import in_one_line, located, parse, raised_by_a_class, unresolved
 from lightning_danube.cli.options import Refusal
 from lightning_danube.model.config import DecoderShape
 
@@ -18,6 +18,45 @@ def test_a_place_is_told_once() -> None:
     assert in_one_line(refusal, stated) == "a.yaml, line 3: model.rate: 'peek' is unknown"
     assert in_one_line(Refusal(("model", "decoder", "heads"), "no"), stated) == "--model.decoder.heads: no"
     assert in_one_line(Refusal(("data",), "nothing there"), stated) == "data: nothing there"
+
+
+def test_a_reason_may_go_on_after_the_key() -> None:
+    stated = Stated(
+        [], {}, {("model", "rate"): "a.yaml, line 3", ("model", "decoder", "heads"): "--model.decoder.heads"}
+    )
+    assert (
+        in_one_line(Refusal(("model", "decoder", "heads"), "is 0", goes_on=True), stated)
+        == "--model.decoder.heads is 0"
+    )
+    refusal = Refusal(("model", "rate", "peak"), "is 0", goes_on=True)
+    assert in_one_line(refusal, stated) == "a.yaml, line 3: model.rate.peak is 0"
+    assert in_one_line(refusal, Stated([])) == "model.rate.peak is 0"
+
+
+def test_the_message_of_a_class_gets_the_place_of_its_option() -> None:
+    places = {
+        ("data",): "a.yaml, line 1",
+        ("data", "batch_tokens"): "a.yaml, line 3",
+        ("data", "stages", "1", "tokens"): "a.yaml, line 9",
+        ("data", "stages", "0", "tokens"): "a.yaml, line 8",
+        ("model", "learning_rate", "warmup"): "--model.init_args.learning_rate.warmup",
+        ("trainer", "callbacks", "2", "save_every"): "a.yaml, line 20",
+    }
+    for message, expected in {
+        "data.batch_tokens is 3": "a.yaml, line 3: data.batch_tokens is 3",
+        "model.learning_rate.warmup is 5M, too long": "--model.init_args.learning_rate.warmup is 5M, too long",
+        "learning_rate.warmup is 5M": "--model.init_args.learning_rate.warmup is 5M",
+        "data.stages.1.tokens is '5 %'": "a.yaml, line 9: data.stages.1.tokens is '5 %'",
+        "data.stages[0].tokens is 5": "a.yaml, line 8: data.stages.0.tokens is 5",
+        "save_every is 5x": "a.yaml, line 20: trainer.callbacks.2.save_every is 5x",
+        # Not stated, stated twice, or no option at all.
+        "data.held_out is 2": "data.held_out is 2",
+        "tokens is 5": "tokens is 5",
+        "data has no rows": "data has no rows",
+        "source 'web' has 0 rows": "source 'web' has 0 rows",
+        "": "",
+    }.items():
+        assert located(message, Stated([], {}, places)) == expected
 
 
 def test_what_only_the_parser_refuses_is_one_line() -> None:

@@ -1,5 +1,6 @@
 """Values against the signatures of the classes that take them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,7 +76,9 @@ def test_text_of_a_command_line_gets_its_type(hint: Any, typed: str, value: Any)
         (tuple[float, float], [1], "x", r"expected a list of 2 values, not \[1\]"),
         (list[int], {"a": 1}, "x", "expected a list, not "),
         (dict[str, int], {"a": "b"}, "x.a", "expected a whole number, not b"),
-        (Part, 3, "x", "expected a mapping of the options of Part, not 3"),
+        (Part, 3, "x", "expected a mapping of the options of Part, not 3: --x.size 3 sets its size$"),
+        (Part, "1e-3", "x", "expected a mapping of the options of Part, not 1e-3: --x.size 1e-3 sets its size$"),
+        (Part | None, [3], "x", r"expected a mapping of the options of Part or null, not \[3\]$"),
         (Part, {}, "x", "'size' is missing from Part"),
         (Part, {"size": 1, "kind": "flat"}, "x.kind", "expected one of 'round', 'square', not flat"),
         (Part | str, {"sise": 1}, "x", "'sise' is not an option of Part: did you mean 'size'"),
@@ -97,6 +100,46 @@ def test_objects_are_made_of_what_was_read() -> None:
     whole = read(Base, WHOLE | {"on": Typed("true")}, make=True)
     assert (whole.part, whole.names, whole.on) == (Part(3), ["a"], True)
     assert read(Base, "Other", make=True).names == ()
+
+
+@dataclass(frozen=True)
+class Round(Part):
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}: give 1 or more")
+        if self.share > self.size:
+            raise ValueError("a share above the size")
+
+
+def test_a_dataclass_checks_its_values_where_they_are_read() -> None:
+    for value in ({"size": 0}, {"class_path": f"{HERE}.Round", "init_args": {"size": 0}}):
+        for how in ({"check": True}, {"make": True}):
+            with pytest.raises(Refusal, match=r"^is 0: give 1 or more") as caught:
+                read(Round, value, **how)
+            assert (caught.value.path, caught.value.goes_on) == (("x", "size"), True)
+    with pytest.raises(Refusal, match=r"^a share above the size") as caught:
+        read(Round | str, {"size": 1, "share": 2}, check=True)
+    assert (caught.value.path, caught.value.goes_on) == (("x",), False)
+    assert read(Round, {"size": 0}) == {"size": 0}  # neither checked nor made
+    assert read(Round, {"size": "${number}", "share": 5}, check=True) == {"size": "${number}", "share": 5.0}
+
+
+def test_classes_that_are_open_say_how_a_class_of_ones_own_is_named() -> None:
+    from lightning_danube.training.optim import AdamW, LearningRate
+
+    of_ones_own = r"\(docs/pretraining\.md, Optimizers and schedules of your own\)"
+    for hint, value, message in (
+        (AdamW, Typed("SGD"), f"expected AdamW or Muon, or a subclass of AdamW of your own .* {of_ones_own}, not SGD"),
+        (AdamW, "torch.optim.SGD", f"torch.optim.SGD is no AdamW: write a subclass of AdamW {of_ones_own}"),
+        (
+            LearningRate,
+            {"peak": 1, "final": 0, "warmup": 0, "shape": "step"},
+            f"expected one of 'cosine', 'linear', 'wsd', not step; or name a subclass of LearningRate .* {of_ones_own}",
+        ),
+    ):
+        with pytest.raises(Refusal) as caught:
+            read(hint, value, open_to=[AdamW, LearningRate])
+        assert re.fullmatch(message, caught.value.reason), caught.value.reason
 
 
 def test_options_of_the_class_before_count_if_the_new_class_has_them() -> None:

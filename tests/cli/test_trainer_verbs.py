@@ -51,7 +51,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoints, init_args: {every: 3}}]}",
-            "trainer.callbacks.0: 'every' is not an option of Checkpoints: did you mean 'every_n_steps'?",
+            "trainer.callbacks.0: 'every' is not an option of Checkpoints: did you mean 'save_every'?",
         ),
         (
             "trainer: {callbacks: [{class_path: lightning_danube.callbacks.Checkpoint}]}",
@@ -121,7 +121,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {learning_rate: {warmup: 10M}}}",
-            "warm-up (10,000,000) and decay (0) take 10,000,000 tokens, the run has 6,656: shorten them",
+            "bad.yaml, line 1: model.learning_rate.warmup is 10M, and the whole run has 6,656 tokens: give a share of "
+            "the run, such as '5 %', or at most 6656",
         ),
         (
             "data: {init_args: {context_lenght: 64}}",
@@ -257,7 +258,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             "--trainer.precision is fp8: choose one of 32-true,",
         ),
         (["fit", "--config", "TINY", "--trainer.precision=fp8"], "--trainer.precision is fp8: choose one of 32-true,"),
-        (["fit", "--config", "TINY", "--trainer.devices", "64"], "trainer.devices is 64, and this machine has"),
+        (["fit", "--config", "TINY", "--trainer.devices", "64"], "--trainer.devices is 64, and this machine has"),
         (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),
         (["fit", "--config", "TINY", "--ckpt_path", "last"], "there is no checkpoint under"),
         (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),

@@ -94,7 +94,12 @@ def test_what_config_json_leaves_out_has_transformers_defaults() -> None:
         ({"hidden_size": -1}, r"hidden_size is -1; it has to be above 0"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0; it has to be above 0"),
         ({"head_dim": 0}, r"head_dim is 0; it has to be above 0"),
-        ({"hidden_size": 66}, r"hidden_size 66 is no multiple of num_attention_heads 4; the nearest multiple is 64"),
+        ({"hidden_size": 66}, r"hidden_size 66 is no multiple of num_attention_heads 4; 64 would be"),
+        (
+            {"hidden_size": 68, "head_dim": None},
+            r"hidden_size 68 and num_attention_heads 4 make a head_dim of 17, .* use a hidden_size of 64 or 72, or",
+        ),
+        ({"hidden_size": 4, "head_dim": None}, r"make a head_dim of 1, which is odd; .* so use a hidden_size of 8, or"),
         ({"head_dim": 15}, r"head_dim 15 is odd; .* use 14 or 16"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0; it has to be at least 0 and below 1"),
         ({"attention_dropout": -0.1}, r"attention_dropout is -0.1; it has to be at least 0 and below 1"),
