@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import options
 from lightning_danube.training.contract import TokenizedData, data_of
-from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.position import log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
 from lightning_danube.weights.adapters import Lora
@@ -46,10 +46,8 @@ class TuningTask(DecoderTask):
         activation_checkpointing: ActivationCheckpointing,
     ) -> None:
         optimizer = options(AdamW, optimizer, "model.optimizer")
-        if type(optimizer) is not AdamW:
-            raise ValueError(
-                f"model.optimizer is {type(optimizer).__name__}, which trains from random weights only: use AdamW"
-            )
+        if isinstance(optimizer, Muon):
+            raise ValueError("model.optimizer is Muon, which trains from random weights only: use AdamW")
         # Master weights in float32: 16-bit weights would round away the small steps of fine-tuning.
         super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
         self.weights = weights

@@ -287,12 +287,15 @@ def test_a_judge_that_refuses_ends_the_run_in_one_line(place: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data.init_args.tasks", "[pika]"), "data.tasks names 'pika': did you mean piqa?"),
+        (("--data.init_args.tasks", "[pika]"), "--data.init_args.tasks names 'pika': did you mean piqa?"),
         (
             ("--data.init_args.context_length", "600"),
             "--data.init_args.context_length is 600, the model of .* was made for 512",
         ),
-        (("--data.init_args.tokenizer", "mistral"), "data.tokenizer has 32,000 tokens, the model of .* knows 272"),
+        (
+            ("--data.init_args.tokenizer", "mistral"),
+            "--data.init_args.tokenizer has 32,000 tokens, the model of .* knows 272",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

@@ -258,7 +258,7 @@ def test_divergence_stops_where_the_room_does(bits: Path, monkeypatch: pytest.Mo
         (("--data.init_args.context_lengths", "[256]"), "the model reads 128: shorten the windows"),
         (("--data.init_args.max_tokens", "20"), "20 tokens are fewer than one window of data.context_lengths (64)"),
         (("--data.init_args.text.path", "nowhere.txt"), "there is no file nowhere.txt"),
-        (("--data.init_args.tokenizer", "mistral"), "data.tokenizer has 32,000 tokens, the model 272"),
+        (("--data.init_args.tokenizer", "mistral"), "--data.init_args.tokenizer has 32,000 tokens, the model 272"),
         (("--model.init_args.weights", "nowhere"), "'nowhere' was found neither on disk nor on the hub"),
     ],
 )

@@ -494,10 +494,19 @@ def test_the_command_says_what_the_other_parts_have_to_do(tiny: Path, capsys: py
             "'helt_out' is not an option of CurriculumData: did you mean 'held_out'?",
         ),
         (["--data.init_args.deduplicate", "fuzzy"], "--data.init_args.deduplicate: expected one of"),
-        (["--data.init_args.filters.min_words", "-1"], "data.filters.min_words is -1, max_words 100000"),
-        (["--data.init_args.filters.min_alphabetic", "2"], "data.filters.min_alphabetic is 2.0: give a share"),
-        (["--data.init_args.filters.max_symbols", "-1"], "data.filters.max_symbols is -1.0: it must not be negative"),
-        (["--data.init_args.decontaminate", "[nowhere.jsonl]"], "data.decontaminate names nowhere.jsonl, which cannot"),
+        (["--data.init_args.filters.min_words", "-1"], "--data.init_args.filters.min_words is -1, max_words 100000"),
+        (
+            ["--data.init_args.filters.min_alphabetic", "2"],
+            "--data.init_args.filters.min_alphabetic is 2.0: give a share",
+        ),
+        (
+            ["--data.init_args.filters.max_symbols", "-1"],
+            "--data.init_args.filters.max_symbols is -1.0: it must not be negative",
+        ),
+        (
+            ["--data.init_args.decontaminate", "[nowhere.jsonl]"],
+            "data.decontaminate names nowhere.jsonl, which cannot",
+        ),
         (["--nonsense", "1"], "--nonsense"),
     ],
 )
