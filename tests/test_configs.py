@@ -16,7 +16,7 @@ from lightning_danube.pretraining.task import Pretraining
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_equal, facts_of
 from lightning_danube.training.trainer import FastProducts
-from lightning_danube.yaml_files import config_file, config_names, description
+from lightning_danube.yaml_files import config_file, config_names, description, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -86,6 +86,17 @@ def test_every_config_says_in_its_first_line_what_it_is_for(name: str) -> None:
     assert f"lightning-danube {'study' if name.startswith('studies/') else ''}" in text
     # A wheel has neither the clone's folders nor its module paths.
     assert "configs/" not in text and not re.search(r"class_path: (?!lightning_danube\.|lightning\.)", text)
+
+
+def test_a_decay_is_its_stable_run_with_one_stage_more() -> None:
+    stable, decay = (read_config(f"pretrain/{name}") for name in ("wsd", "wsd-decay"))
+    *stages, _ = decay["data"]["init_args"].pop("stages")
+    assert stages == stable["data"]["init_args"].pop("stages")
+    assert stable.pop("name") != decay.pop("name")
+    rates = [run["model"]["init_args"].pop("learning_rate") for run in (stable, decay)]
+    assert stable == decay
+    assert [rate.pop("decay") for rate in rates] == [0, "${data.init_args.stages.2.tokens}"]
+    assert rates[0] == rates[1]
 
 
 def test_there_are_studies() -> None:

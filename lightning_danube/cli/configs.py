@@ -78,9 +78,9 @@ def one_line_errors(stated: Stated) -> Iterator[None]:
 
 def open_classes() -> list[type]:
     """Returns the dataclasses of which a configuration may name a subclass, also a user's own."""
-    from lightning_danube.training.optim import AdamW, LearningRate
+    from lightning_danube.training.optim import AdamW
 
-    return [AdamW, LearningRate]
+    return [AdamW]
 
 
 def add_run_options(parser: Any) -> None:
@@ -96,7 +96,7 @@ def set_parsing_rules() -> None:
     from jsonargparse import set_parsing_settings
 
     # Interpolation under subcommands: ${seed_everything} then means the subcommand's own key.
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=open_classes())
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[*open_classes()])
     _set_loader()
 
 

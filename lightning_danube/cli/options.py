@@ -34,8 +34,8 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 BEFORE = "options of the class before"
 """Key of options that were set for the previous class. Options that the new class also has still count."""
 
-HOW_TO_WRITE_ONE = "docs/pretraining.md, Optimizers and schedules of your own"
-"""Where the documentation says how a user's own optimizer or schedule is written."""
+HOW_TO_WRITE_ONE = "docs/pretraining.md, An optimizer or a schedule of your own"
+"""Where the documentation says how a user's own optimizer is written."""
 
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
@@ -191,14 +191,7 @@ class Reader:
             if key in taken:
                 raise Refusal((*path, key), f"{key!r} is taken from {taken[key]}: leave it out here", shown=path)
             if key in known:
-                try:
-                    read[key] = self.value(known[key].hint, value, (*path, key))
-                except Refusal as refusal:
-                    if owner in self.open_to and typing.get_origin(known[key].hint) is typing.Literal:
-                        refusal.reason += (
-                            f"; or name a subclass of {name} of your own by class_path ({HOW_TO_WRITE_ONE})"
-                        )
-                    raise
+                read[key] = self.value(known[key].hint, value, (*path, key))
             elif open_ended:
                 read[key] = value
             else:

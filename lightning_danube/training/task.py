@@ -5,6 +5,7 @@ Tasks differ in their loss and in what trains."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -184,10 +185,14 @@ class DecoderTask(LightningModule):
 
     def on_train_start(self) -> None:
         """Applies the config's optimizer settings and learning rate. A checkpoint's optimizer brings its old settings,
-        and the rate of its next step from the old schedule."""
+        and the rate of its next step from the old schedule. Prints both rates if they differ."""
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             scheduler = config.scheduler
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+            before, now = optimizer.param_groups[0]["lr"], scheduler.lr_lambdas[0](scheduler.last_epoch)
+            if self.trainer.is_global_zero and not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-12):
+                step = scheduler.last_epoch + 1
+                print(f"the learning rate of step {step} is {now:.4g}; the config before gave it {before:.4g}")
             groups = zip(optimizer.param_groups, self._group_settings, scheduler.lr_lambdas, strict=True)
             for group, settings, rate_of_step in groups:
                 group.update(settings)

@@ -109,7 +109,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {learning_rate: {shape: exponential}}}",
-            "model.learning_rate.shape: expected one of 'cosine', 'linear', 'wsd', not exponential",
+            "bad.yaml, line 1: model.learning_rate.shape is 'exponential': choose cosine, linear or wsd, or name a",
         ),
         (
             "model: {init_args: {decoder: danube3-500M}}",

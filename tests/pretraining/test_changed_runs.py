@@ -109,6 +109,52 @@ def test_what_would_be_another_run_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.medium
+def test_decays_branch_from_one_stable_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A decay that begins at the checkpoint of a stable run ends bit by bit where a run with both parts ends."""
+    tiny = write_tiny(tmp_path)
+    stable, longer = (tmp_path / f"{name}.yaml" for name in ("stable", "longer"))
+    foundation, *rest = yaml.safe_load(STAGES)
+    rate = {"peak": 0.01, "final": 0.0, "warmup": "1K", "shape": "wsd"}
+
+    def config(file: Path, stages: list[dict[str, Any]], decay: Any) -> list[str]:
+        model = {"init_args": {"learning_rate": {**rate, "decay": decay}}}
+        file.write_text(json.dumps({"data": {"init_args": {"stages": stages}}, "model": model}))
+        return ["fit", "--config", str(tiny / "tiny.yaml"), "--config", str(file)]
+
+    def last(name: str) -> dict[str, Any]:
+        (path,) = (tmp_path / "runs" / name / "version_0" / "checkpoints").glob("stage_2_*.ckpt")
+        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+    assert main(config(stable, [foundation], 0)) == 0
+    (checkpoint,) = (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints").glob("stage_1_*.ckpt")
+    before = checkpoint.read_bytes()
+    # The paper's last stage, whose length is the decay's, and a shorter decay of which the end is told as a share.
+    branches = {
+        "quality": config(longer, [foundation, rest[1]], "${data.init_args.stages.1.tokens}"),
+        "short": config(tmp_path / "short.yaml", [foundation, {**rest[1], "tokens": 1024}], "25 %"),
+    }
+    for name, command in branches.items():
+        capsys.readouterr()
+        assert main([*command, "--name", name, "--ckpt_path", str(checkpoint)]) == 0
+        said = capsys.readouterr().out
+        assert "the config has changed since" in said and "model.learning_rate.decay: 0 → " in said, said
+    assert main([*branches["quality"], "--name", "whole"]) == 0
+    assert checkpoint.read_bytes() == before
+    # 12 stable steps of 256 tokens, 6 of 1,536 tokens, which "1.5K" is rounded up to; or 4 of a quarter of 4,096.
+    for name, steps, decay in (("quality", 18, 1500), ("short", 16, 1024)):
+        rates = scalars(tmp_path / "runs" / name / "version_0", "optimizer/learning_rate")
+        expected = {step: 0.01 * min(1, 256 * (steps - step) / decay) for step in range(13, steps + 1)}
+        assert {step: pytest.approx(rate, rel=1e-6) for step, rate in rates.items()} == expected
+    stable_rates = scalars(tmp_path / "runs" / "tiny" / "version_0", "optimizer/learning_rate")
+    assert stable_rates[12] == pytest.approx(0.01, rel=1e-6)
+    branch, whole = last("quality"), last("whole")
+    assert all(torch.equal(branch["state_dict"][name], whole["state_dict"][name]) for name in whole["state_dict"])
+    mine, theirs = (one["optimizer_states"][0]["state"] for one in (branch, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key][name], theirs[key][name]) for key in theirs for name in theirs[key])
+
+
+@pytest.mark.medium
 def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +172,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     said = capsys.readouterr().out
     lines = said[: said.index("model: ")].splitlines()
     block = [line for line in lines if not line.startswith("precision ")]
+    assert "the learning rate of step 16 is " in said
     assert block.pop(0) == f"--ckpt_path last: {checkpoint}; the run goes on in the same version"
     assert block[0] == f"the config has changed since {checkpoint}, step 15:"
     assert block[-1] == "  the run now has 8,192 tokens; from here on the learning rate follows that length"

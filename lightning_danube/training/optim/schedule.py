@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from lightning_danube.options import Length, TokensOrShare
+
+Fall = Callable[[float], float]
+"""The part of the run after the warm-up that is done, from 0 to 1 → the share of the way from `final` to `peak` that is
+left."""
+
+FALLS: dict[str, Fall] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,8 @@ class LearningRate:
         final: rate at the end of the run.
         warmup: length of the linear rise from 0, in tokens ("2.36B") or as a share of the run ("5 %"); 0 for none.
         shape: "cosine" and "linear" fall from the peak to the end. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv
-            2404.06395) stays at the peak and falls linearly over the last part, `decay`.
+            2404.06395) stays at the peak and falls linearly over the last part, `decay`. "module.function" is a fall of
+            your own, see `Fall`.
         decay: length of the final fall, in tokens or as a share of the run, for "wsd" only. 0: the rate stays at the
             peak, in a run from which decays begin.
 
@@ -30,7 +41,7 @@ class LearningRate:
     peak: float
     final: float
     warmup: Length
-    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    shape: str = "cosine"
     decay: Length | None = None
 
     def __post_init__(self) -> None:
@@ -45,6 +56,8 @@ class LearningRate:
                 f"decay is {self.decay!r} with shape {self.shape!r}, which falls from the warm-up to the end: leave it "
                 "out, or set shape to wsd"
             )
+        if self.shape != "wsd":
+            _ = self._fall
         shares = sum(part.amount for part in (self._warmup, self._decay) if part.is_share)
         if shares > 1:
             raise ValueError(
@@ -59,13 +72,35 @@ class LearningRate:
     def _decay(self) -> TokensOrShare:
         return TokensOrShare.parse(self.decay or 0, "decay", zero=True)
 
+    @cached_property
+    def _fall(self) -> Fall:
+        if self.shape in FALLS:
+            return FALLS[self.shape]
+        problem = f"shape is {self.shape!r}"
+        if "." in self.shape:
+            try:
+                fall = pkgutil.resolve_name(self.shape)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise ValueError(f"{problem}, which cannot be imported ({error})") from error
+            if callable(fall):
+                return fall  # type: ignore[no-any-return]
+            problem += ", which is no function"
+        raise ValueError(
+            f"{problem}: choose {', '.join(FALLS)} or wsd, or name a function of your own as module.function, from the "
+            "part of the run after the warm-up that is done (0 to 1) to the share of the peak rate that is left"
+        )
+
+    def parts(self, total_tokens: int) -> tuple[int, int]:
+        """Returns the tokens of the warm-up and of the decay in a run of `total_tokens`."""
+        return self._warmup.of(total_tokens), self._decay.of(total_tokens)
+
     def check(self, total_tokens: int) -> None:
         """Checks that warm-up and decay fit into the run.
 
         Raises:
             ValueError: they need more tokens than the run has.
         """
-        warmup, decay = self._warmup.of(total_tokens), self._decay.of(total_tokens)
+        warmup, decay = self.parts(total_tokens)
         if warmup > total_tokens:
             raise ValueError(
                 f"model.learning_rate.warmup is {self.warmup}, and the whole run has {total_tokens:,} tokens: give a "
@@ -79,13 +114,11 @@ class LearningRate:
 
     def at(self, tokens: float, total_tokens: int) -> float:
         """Returns the rate of the optimizer step that *ends* after `tokens` tokens."""
-        warmup = self._warmup.of(total_tokens)
+        warmup, decay = self.parts(total_tokens)
         if tokens < warmup:
             return self.peak * tokens / warmup
         if self.shape != "wsd":
-            progress = min(1.0, (tokens - warmup) / max(1, total_tokens - warmup))
-            left = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+            left = self._fall(min(1.0, (tokens - warmup) / max(1, total_tokens - warmup)))
             return self.final + (self.peak - self.final) * left
-        decay = self._decay.of(total_tokens)
         left = max(0.0, (total_tokens - tokens) / decay) if decay else 1.0
         return self.peak if left >= 1 else self.final + (self.peak - self.final) * left

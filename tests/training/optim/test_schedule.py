@@ -43,6 +43,18 @@ def test_without_a_decay_the_rate_stays_at_the_peak() -> None:
         assert [rate.at(t, 100) for t in (10, 99, 100)] == [1e-3] * 3
 
 
+def squared(done: float) -> float:
+    return (1 - done) ** 2
+
+
+NO_FUNCTION = 3
+
+
+def test_a_fall_of_ones_own_is_named_by_its_function() -> None:
+    rate = LearningRate(peak=1.0, final=0.2, warmup=100, shape=f"{__name__}.squared")
+    assert [rate.at(t, 1100) for t in (50, 100, 600, 1100)] == pytest.approx([0.5, 1.0, 0.2 + 0.8 / 4, 0.2])
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert LearningRate(peak=1e-3, final=0.0, warmup=0).at(0, 100) == pytest.approx(1e-3)
 
@@ -56,6 +68,18 @@ def test_no_warm_up_starts_at_the_peak() -> None:
         (
             {"peak": 1.0, "final": 0.0, "warmup": "many"},
             "warmup is 'many': give tokens such as 1048576, 700K, 1.15T, or a share of the run such as '5 %'",
+        ),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": 1, "shape": "step"},
+            "shape is 'step': choose cosine, linear or wsd, or",
+        ),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": 1, "shape": "nowhere.f"},
+            "shape is 'nowhere.f', which cannot be imported",
+        ),
+        (
+            {"peak": 1.0, "final": 0.0, "warmup": 1, "shape": f"{__name__}.NO_FUNCTION"},
+            "NO_FUNCTION', which is no function: choose cosine, linear or wsd, or name a function of your own",
         ),
         ({"peak": 1.0, "final": 0.0, "warmup": 0.05}, "warmup is 0.05: give .* or a share of the run such as '5 %'"),
         ({"peak": 1.0, "final": 0.0, "warmup": "120 %"}, "warmup is '120 %', more than the whole run"),
