@@ -26,18 +26,19 @@ def in_one_line(refusal: Refusal, stated: Stated) -> str:
 def located(message: str, stated: Stated) -> str:
     """Returns the message of a class with the place that states the option at its beginning.
 
-    A message begins with the key, as in "data.batch_tokens is 3, …", or with the option, as in "save_every is 5x: …".
+    A message begins with the key, as in "data.batch_tokens is 3, …" and "data.stages: …", or with the option, as in
+    "save_every is 5x: …".
     """
     word, _, rest = message.partition(" ")
-    key = tuple(re.sub(r"\[(\d+)\]", r".\1", word).split("."))
+    key = tuple(re.sub(r"\[(\d+)\]", r".\1", word.removesuffix(":")).split("."))
     if len(key) == 1 and not rest.startswith("is "):
         return message
     found = [path for path in stated.places if path[-len(key) :] == key]
     path = key if key in found else found[0] if len(found) == 1 else None
     if path is None:
         return message
-    place = stated.places[path]
-    return f"{place} {rest}" if place.startswith("--") else f"{place}: {'.'.join(path)} {rest}"
+    place, rest = stated.places[path], f": {rest}" if word.endswith(":") else f" {rest}"
+    return f"{place}{rest}" if place.startswith("--") else f"{place}: {'.'.join(path)}{rest}"
 
 
 def parse(parser: Any, args: list[str], stated: Stated) -> Any:

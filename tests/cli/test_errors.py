@@ -48,6 +48,7 @@ def test_the_message_of_a_class_gets_the_place_of_its_option() -> None:
         "learning_rate.warmup is 5M": "--model.init_args.learning_rate.warmup is 5M",
         "data.stages.1.tokens is '5 %'": "a.yaml, line 9: data.stages.1.tokens is '5 %'",
         "data.stages[0].tokens is 5": "a.yaml, line 8: data.stages.0.tokens is 5",
+        "data.batch_tokens: too many": "a.yaml, line 3: data.batch_tokens: too many",
         "save_every is 5x": "a.yaml, line 20: trainer.callbacks.2.save_every is 5x",
         # Not stated, stated twice, or no option at all.
         "data.held_out is 2": "data.held_out is 2",
