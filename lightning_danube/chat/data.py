@@ -227,6 +227,8 @@ class ConversationData(PlannedData):
         report, left_out = Counter[str](), Counter[str]()
         examples: list[str] = []
         chats: dict[str, list[FittedChat]] = {split: [] for split in SPLITS}
+        hashes: list[int] = []  # of the topic of each chat to learn
+        topics = Counter[int]()  # examples to learn of each topic
         for found in self.read(name):
             fitted = found if isinstance(found, BadRow) else self._fitted(found)
             if isinstance(fitted, BadRow):
@@ -237,8 +239,12 @@ class ConversationData(PlannedData):
                 examples += [fitted.message] * (len(examples) < SHOWN_BAD_ROWS)
                 continue
             assert not isinstance(found, BadRow)
-            split = "validation" if text_hash(found.topic) < least else "train"
+            topic = text_hash(found.topic)
+            split = "validation" if topic < least else "train"
             chats[split] += fitted
+            if split == "train":
+                hashes += [topic] * len(fitted)
+                topics[topic] += 1
             report[f"{self.example}s"] += 1
             report[f"{self.example}s_held_out"] += split == "validation"
             report[f"shortened_{self.example}s"] += any(chat.dropped_turns or chat.cut_tokens for chat in fitted)
@@ -253,6 +259,14 @@ class ConversationData(PlannedData):
                 report["changed_answers"] += chat.changed_answers
         if not report[f"{self.example}s"]:
             raise ValueError(f"source {name!r} holds no {self.example} to learn from: {'; '.join(examples)}")
+        if not chats["validation"] and len(topics) > 1:
+            # A small source may have no topic below the border. The lowest topic is then held out.
+            lowest, learned = min(topics), chats["train"]
+            for split, is_held_out in (("validation", True), ("train", False)):
+                chats[split] = [
+                    chat for chat, topic in zip(learned, hashes, strict=True) if (topic == lowest) == is_held_out
+                ]
+            report[f"{self.example}s_held_out"] = topics[lowest]
         self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": examples})
 
     def _fitted(self, found: Conversation | Preference) -> list[FittedChat] | BadRow:
@@ -297,7 +311,8 @@ class ConversationData(PlannedData):
             if not len(chats):
                 raise ValueError(
                     f"source {name!r} has {len(opened[name]['train']) // self.chats_each} {self.example}s, none of "
-                    f"them held out: raise data.held_out (now {self.held_out})"
+                    f"them held out: add {self.example}s on other questions, or raise data.held_out (now "
+                    f"{self.held_out})"
                 )
         if stage != "fit":
             return
@@ -381,7 +396,8 @@ class ChatData(ConversationData):
         learned: the answers that the loss counts: "all" answers of a conversation, or the "last" answer.
         too_long: "drop_turns" leaves out the oldest question and answer of a conversation until the rest fits; "cut"
             cuts its end; "skip" leaves it out.
-        held_out: share of the conversations kept for validation, chosen by a hash of the first question.
+        held_out: share of the conversations kept for validation, chosen by a hash of the first question; at least one
+            question.
         validation_conversations: held-out conversations of each source that `fit` and `validate` use; `test` uses all.
         seed: seed of the order.
         workers: loader processes.

@@ -60,7 +60,7 @@ class PreferenceData(ConversationData):
         too_long: "drop_turns" leaves out the oldest question and answer of a prompt until the prompt fits with both
             answers, and cuts the end of an answer that still does not fit; "cut" cuts the end; "skip" leaves the
             pair out.
-        held_out: share of the pairs kept for validation, chosen by a hash of the first question.
+        held_out: share of the pairs kept for validation, chosen by a hash of the first question; at least one question.
         validation_pairs: held-out pairs of each source that `fit` and `validate` use; `test` uses all.
         seed: seed of the order.
         workers: loader processes.

@@ -156,7 +156,10 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
         ({"held_out": 0.0}, r"data.held_out is 0.0: give a share between 0 and 1"),
         ({"context_length": 0}, r"data.context_length is 0: it must be at least 1"),
         ({"epochs": 0}, r"data.epochs is 0: it must be at least 1"),
-        ({"held_out": 1e-9}, r"none of them held out: raise data.held_out"),
+        (
+            {"count": 1, "held_out": 1e-9},
+            r"has 1 conversations, none of them held out: add conversations on other questions, or raise",
+        ),
         ({"context_length": 4}, r"holds no conversation to learn from: .*no answer within the first 5"),
         ({"tokenizer": "/nowhere"}, r"no tokenizer directory '/nowhere'"),
     ],
@@ -164,6 +167,14 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(tmp_path, **options)
+
+
+def test_of_few_conversations_one_question_is_held_out(tmp_path: Path) -> None:
+    module = data(tmp_path, held_out=1e-9)
+    module.setup("fit")
+    (report,) = module.reports().values()
+    assert (report["conversations"], report["conversations_held_out"]) == (60, 1)
+    assert (len(module._validation["talk"]), len(module.train_chats)) == (1, 59)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -228,7 +228,10 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
         ({"held_out": 1.0}, r"data.held_out is 1.0: give a share between 0 and 1"),
         ({"batch_pairs": 0}, r"data.batch_pairs is 0: it must be at least 1"),
         ({"validation_pairs": 0}, r"data.validation_pairs is 0: it must be at least 1"),
-        ({"held_out": 1e-9}, r"'pairs' has 60 pairs, none of them held out: raise data.held_out"),
+        (
+            {"count": 1, "held_out": 1e-9},
+            r"'pairs' has 1 pairs, none of them held out: add pairs on other questions, or raise",
+        ),
         ({"held_out": 1 - 1e-9}, r"all pairs are held out: lower data.held_out, or add pairs"),
         ({"context_length": 4}, r"holds no pair to learn from: .*no answer within the first 5"),
     ],
