@@ -20,7 +20,7 @@ from lightning_danube.terminal import tell
 from lightning_danube.training.contract import IGNORE_INDEX, LabelledData, TextBatch, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
-from lightning_danube.weights.adapters import Lora
+from lightning_danube.weights.lora import Lora
 
 NO_LABELS = (
     "TextClassification learns labels, {data} has none: set data.class_path to "

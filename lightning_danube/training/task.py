@@ -27,7 +27,8 @@ from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
 from lightning_danube.training.trainer import check_trainer
-from lightning_danube.weights.adapters import Lora, base_digest
+from lightning_danube.weights.adapters import base_digest
+from lightning_danube.weights.lora import Lora
 
 FORWARD = "decoder"
 """Name in the trainer's profiler for the forward pass of a training step up to the loss."""

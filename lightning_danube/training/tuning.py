@@ -13,8 +13,8 @@ from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
-from lightning_danube.weights.adapters import Lora
 from lightning_danube.weights.loading import load_decoder
+from lightning_danube.weights.lora import Lora
 
 
 class TuningTask(DecoderTask):

@@ -112,8 +112,9 @@ def load_adapted_decoder(
     Raises:
         ValueError: the base is missing, or is not the model that the adapter was trained on.
     """
-    from lightning_danube.weights.adapters import Lora, base_digest
+    from lightning_danube.weights.adapters import base_digest
     from lightning_danube.weights.huggingface import read_checkpoint
+    from lightning_danube.weights.lora import Lora
 
     path, base = checkpoint.path, checkpoint.adapter_base
     assert base is not None, "a checkpoint of a whole model"
