@@ -21,7 +21,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
-from lightning_danube.cli.configs import PARSER_OPTIONS, add_run_options, read_configuration, set_parsing_rules
+from lightning_danube.cli.configs import (
+    PARSER_OPTIONS,
+    add_run_options,
+    read_configuration,
+    set_parsing_rules,
+    with_facts_of_weights,
+)
 from lightning_danube.cli.errors import parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.options import full_name
@@ -141,6 +147,7 @@ class DanubeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         check_command_line(args[1:])
+        args = with_facts_of_weights(args)
         self.config = parse(parser, args, read_configuration(args[1:]))
 
     def _parse_ckpt_path(self) -> None:
@@ -157,7 +164,7 @@ class DanubeCLI(LightningCLI):
             self._get(self.config, "name"),
             self._get(self.config, "ckpt_path"),
             # A task that begins with a trained model can evaluate that model.
-            has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
+            has_weights=self._get(self.config, "model").get("init_args", {}).get("weights") is not None,
         )
         if this_rank() == 0:
             for warning in self.place.warnings:

@@ -26,6 +26,7 @@ from lightning_danube.weights.huggingface import (
     tensor_types,
     write_hf_json,
 )
+from lightning_danube.weights.new_tokens import ROWS, merge_rows, trained_ids, trained_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -104,6 +105,7 @@ def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    merge_rows(decoder)
     if getattr(decoder, "is_loaded_in_4bit", False):
         if not dequantize:
             raise ValueError("the adapter's base is in 4 bits, which cannot hold the sum: merge with dequantize=True")
@@ -165,6 +167,11 @@ def save_adapter(
     content |= {"base_model_name_or_path": base, "inference_mode": True}
     content["task_type"] = content["task_type"] or "CAUSAL_LM"
     state = get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    if rows := trained_rows(decoder):
+        # PEFT's layout of tokens that train beside an adapter. The base needs as many rows before it takes the adapter.
+        ids = trained_ids(decoder)
+        content["trainable_token_indices"] = {name.rpartition(".")[2]: ids for name in rows}
+        state |= {f"{name}.token_adapter.trainable_tokens_delta": tensor for name, tensor in rows.items()}
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if score is not None:
         content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
@@ -180,9 +187,9 @@ def base_digest(decoder: Decoder) -> str:
     """Returns a hash of the beginning of each weight of a frozen base, with or without an adapter on it."""
     digest = hashlib.sha256()
     frozen = {
-        name.replace(".base_layer.", "."): parameter
+        name.replace(".base_layer.", ".").replace(".parametrizations.weight.original", ".weight"): parameter
         for name, parameter in decoder.named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name and not name.endswith(ROWS)
     }
     for name in sorted(frozen):
         digest.update(name.encode())

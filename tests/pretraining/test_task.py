@@ -16,8 +16,8 @@ from lightning_danube.training.optim import LearningRate
 def task_on(device: str, verb: str = "fit", shape: DecoderShape | None = None, **options: Any) -> Pretraining:
     """A task whose trainer runs on a device; the device need not exist."""
     task = Pretraining(
-        shape or DecoderShape(32, 64, 2, 4, 2),
         LearningRate(1e-3, 1e-4, 0),
+        decoder=shape or DecoderShape(32, 64, 2, 4, 2),
         vocab_size=64,
         context_length=16,
         batch_tokens=64,
