@@ -182,14 +182,14 @@ def with_facts_of_weights(args: Sequence[str]) -> list[str]:
     weights = options.get("weights")
     if _class_name(model) != "Pretraining" or weights in (None, "", "null") or "${" in str(weights):
         return list(args)
-    facts = {}
-    if ("data", "tokenizer") not in stated.places:
-        facts["tokenizer"] = str(weights)
-    if ("data", "context_length") not in stated.places:
-        from lightning_danube.weights.shapes import shape_of
+    open_facts = [fact for fact in ("tokenizer", "context_length") if ("data", fact) not in stated.places]
+    if not open_facts:
+        return list(args)
+    from lightning_danube.weights.shapes import shape_of
 
-        facts["context_length"] = str(shape_of(str(weights)).max_position_embeddings)
-    return [*args, *(f"--data.init_args.{name}={value}" for name, value in facts.items())]
+    # Also where only the tokenizer is open: a wrong name is then refused as that of weights, not of a tokenizer.
+    facts = {"tokenizer": str(weights), "context_length": str(shape_of(str(weights)).max_position_embeddings)}
+    return [*args, *(f"--data.init_args.{fact}={facts[fact]}" for fact in open_facts)]
 
 
 def resolved_tree(stated: Stated) -> dict[str, Any]:
