@@ -73,8 +73,7 @@ def model_lines(decoder: Decoder, trained: int) -> list[str]:
     lines = [
         f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
-        f"{config.parameters:,} parameters"
-        + ("" if trained == config.parameters else f", of which {trained:,} train")
+        f"{config.parameters:,} parameters" + ("" if trained == config.parameters else f", of which {trained:,} train")
     ]
     if decoder.has_compiled_blocks:
         lines.append(
