@@ -66,7 +66,7 @@ def longest_context(head_dim: int, theta: float, scaling: "RopeScaling | None" =
     frequencies = inverse_frequencies(head_dim, theta, torch.float64, scaling)
     step = 2**15
     for begin in range(0, 2**22, step):
-        distances = torch.arange(begin, begin + step, dtype=torch.float64)
+        distances = torch.arange(begin, begin + step, dtype=torch.float64, device="cpu")
         below_0 = ((distances[:, None] * frequencies).cos().sum(1) < 0).nonzero()
         if len(below_0):
             return begin + int(below_0[0]) - 1

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_danube.model import Decoder
 from lightning_danube.weights.huggingface import (
+    SavesPretrained,
     export_folder,
     read_json,
     read_tensor,
@@ -26,6 +27,7 @@ from lightning_danube.weights.huggingface import (
     tensor_types,
     write_hf_json,
 )
+from lightning_danube.weights.names import TOKENIZER_FILES
 from lightning_danube.weights.new_tokens import ROWS, merge_rows, trained_ids, trained_rows
 
 if TYPE_CHECKING:
@@ -149,9 +151,10 @@ def save_adapter(
     base: str | None = None,
     card: str | None = None,
     score: Tensor | None = None,
+    tokenizer: SavesPretrained | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the decoder's adapter as PEFT does.
+    """Writes the decoder's adapter as PEFT does. `tokenizer` is one with new tokens, which the base does not have.
 
     `base` names the adapter's base model. `card` goes into README.md. `score` is the classification head that belongs
     to the adapter, as in LlamaForSequenceClassification, (classes, hidden size).
@@ -176,7 +179,9 @@ def save_adapter(
     if score is not None:
         content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
-    with export_folder(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
+    with export_folder(directory, (CONFIG, TENSORS, "README.md", *TOKENIZER_FILES), overwrite) as partial:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
         write_hf_json(partial / CONFIG, content)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         if card is not None:
@@ -224,6 +229,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: init_lora_weights is {initialization!r}, which may change the base's own weights; convert it to "
             "plain LoRA when saving (path_initial_model_for_weight_conversion in PEFT)"
+        )
+    if tokens := settings.get("trainable_token_indices"):
+        raise ValueError(
+            f"{file}: the adapter brings tokens of its own ({tokens}), which the base does not have: export the run "
+            "that trained it with --format hf"
         )
     from_peft = _peft_defaults()
     for key, value in settings.items():
