@@ -57,11 +57,11 @@ def scaled_frequencies(frequencies: Tensor, scaling: "RopeScaling") -> Tensor:
 
 
 def longest_context(head_dim: int, theta: float, scaling: "RopeScaling | None" = None) -> int:
-    """Returns the largest distance in tokens up to which rotary positions let a query prefer a similar key.
+    """Returns the longest context in tokens in which rotary positions let a query prefer a similar key.
 
-    Up to this distance m, the sum over all pairs of channels of cos(m × frequency) is not negative. A model with a
-    lower base may still reach a low loss on longer texts, but does not find what stands in them (Men et al. 2024, arXiv
-    2405.14591). The search ends at 2^22 tokens.
+    At all distances m inside it, the sum over all pairs of channels of cos(m × frequency) is not negative. In longer
+    texts a model may still reach a low loss, but does not find what stands in them (Men et al. 2024, arXiv 2405.14591).
+    The search ends at 2^22 tokens.
     """
     frequencies = inverse_frequencies(head_dim, theta, torch.float64, scaling)
     step = 2**15
@@ -69,7 +69,7 @@ def longest_context(head_dim: int, theta: float, scaling: "RopeScaling | None" =
         distances = torch.arange(begin, begin + step, dtype=torch.float64, device="cpu")
         below_0 = ((distances[:, None] * frequencies).cos().sum(1) < 0).nonzero()
         if len(below_0):
-            return begin + int(below_0[0]) - 1
+            return begin + int(below_0[0])
     return 2**22
 
 

@@ -60,6 +60,7 @@ class DocumentTokenizer:
 
     def __init__(self, name: str = MISTRAL, hf: PreTrainedTokenizerFast | None = None) -> None:
         self.name = name
+        self.new_token_facts = {} if hf is None else new_token_facts(hf)
         self.vocab_size: int
         self.eos_id: int
         self.bos_id: int | None
@@ -91,7 +92,7 @@ class DocumentTokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that determines the ids of a text."""
         # Cached, because serializing 32,000 words takes 50 ms and each checkpoint names its tokenizer.
-        if self.name == DANUBE_SMALL:  # transformers adds nothing to this file
+        if self.name == DANUBE_SMALL and not self.new_token_facts:  # transformers adds nothing to this file
             own = own_backend(self.name)
             assert own is not None
             return _fingerprint(own, self.bos_id, self.eos_id)
@@ -115,7 +116,7 @@ class DocumentTokenizer:
             "vocab_size": self.vocab_size,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
-            **({} if "hf" not in vars(self) else new_token_facts(self.hf)),
+            **self.new_token_facts,
         }
 
 
