@@ -58,10 +58,9 @@ class PretrainingSummary(RunSummary):
         if trainer.state.fn != "fit":
             return
         measured = metrics_of_sources(trainer.callback_metrics)
-        if trainer.sanity_checking:
+        if trainer.sanity_checking and trainer.global_step == 0:
             self._before = measured
-            return
-        if (stage := finished_stage(trainer)) is None:
+        if trainer.sanity_checking or (stage := finished_stage(trainer)) is None:
             return
         self._stage_losses = with_stage_losses(self._stage_losses, stage, measured)
         summary = self._summary(trainer, pl_module)

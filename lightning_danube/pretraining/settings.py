@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning_danube.files import default_cache_dir
 from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig, DecoderShape
 from lightning_danube.options import options, parse_tokens
-from lightning_danube.pretraining.continuation import Continuation
+from lightning_danube.pretraining.continued_weights import ContinuedWeights
 from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
@@ -94,7 +94,7 @@ class PretrainingSettings:
         return options(DecoderShape, shape, "model.decoder")
 
     @cached_property
-    def continuation(self) -> Continuation | None:
+    def continuation(self) -> ContinuedWeights | None:
         """What the run takes over from trained weights; None for random weights.
 
         Raises:
@@ -102,7 +102,7 @@ class PretrainingSettings:
         """
         if self.weights is None:
             return None
-        return Continuation.of(self.weights, self.shape, self.tokenizer, self.context_length)
+        return ContinuedWeights.of(self.weights, self.shape, self.tokenizer, self.context_length)
 
 
 class CurriculumSettings:

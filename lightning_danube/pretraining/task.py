@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler, missing_for_gpu_code
 from lightning_danube.model.config import ActivationCheckpointing
@@ -100,8 +101,14 @@ class Pretraining(DecoderTask):
         """Chooses how the blocks multiply and whether they are compiled, then distributes the decoder.
 
         Raises:
-            ValueError: the blocks are to be compiled on a CPU, and there is no C++ compiler; or see `check_float8`.
+            ValueError: the blocks are to be compiled on a CPU, and there is no C++ compiler; new tokens are to train
+                beside an adapter on sharded weights; or see `check_float8`.
         """
+        if self.lora is not None and self.new_tokens and isinstance(self.trainer.strategy, ShardedStrategy):
+            raise ValueError(
+                "data.new_tokens with model.lora train on one device or with ddp, not with sharded weights: set "
+                "trainer.strategy to auto or ddp"
+            )
         if self.float8 and not self._is_float8:
             tensor_parallel = 1 if self.device_mesh is None else self.device_mesh["tensor_parallel"].size()
             check_float8(self.config, self.trainer.precision, self.trainer.strategy.root_device, tensor_parallel)

@@ -12,7 +12,7 @@ from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.cli.configs import planned_run, with_facts_of_weights
 from lightning_danube.model import DecoderShape
-from lightning_danube.pretraining.continuation import Continuation
+from lightning_danube.pretraining.continued_weights import ContinuedWeights
 from lightning_danube.pretraining.settings import PretrainingSettings
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.training.optim import LearningRate, Muon
@@ -32,13 +32,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny"))
 
 
-def continued(weights: str, context_length: int = 128, **given: Any) -> Continuation:
-    return Continuation.of(weights, given.get("stated"), given.get("tokenizer"), context_length)
+def continued(weights: str, context_length: int = 128, **given: Any) -> ContinuedWeights:
+    return ContinuedWeights.of(weights, given.get("stated"), given.get("tokenizer"), context_length)
 
 
 def test_the_decoder_is_that_of_the_weights(weights: str) -> None:
     for context_length in (16, 128):
-        assert continued(weights, context_length, tokenizer=document_tokenizer(weights)) == Continuation(CONFIG, {})
+        assert continued(weights, context_length, tokenizer=document_tokenizer(weights)) == ContinuedWeights(CONFIG, {})
     shape = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(DecoderShape)}
     # What says nothing about trained weights may be stated otherwise.
     continued(weights, stated=DecoderShape(**{**shape, "attention_dropout": 0.1, "initializer_range": 1.0}))
@@ -55,9 +55,7 @@ def test_a_longer_context_is_one_that_the_rotary_base_supports(tmp_path: Path, w
 
 
 def test_another_tokenizer_is_refused_unless_it_has_only_more_tokens(weights: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"'danube-small' gives other ids than the tokenizer of .*tiny"
-    ):
+    with pytest.raises(ValueError, match=r"'danube-small' gives other ids than the tokenizer of .*tiny"):
         continued(weights, tokenizer=document_tokenizer("danube-small"))
     tokenizer = document_tokenizer(weights, ["the the", "<é☺>"])
     found = continued(weights, tokenizer=tokenizer)

@@ -20,7 +20,7 @@ NOT_IN_WEIGHTS = ("initializer_range", "attention_dropout")
 
 
 @dataclass(frozen=True)
-class Continuation:
+class ContinuedWeights:
     """The decoder that continues trained weights.
 
     Args:
@@ -34,7 +34,7 @@ class Continuation:
     @classmethod
     def of(
         cls, weights: str, stated: DecoderShape | None, tokenizer: DocumentTokenizer | None, context_length: int
-    ) -> Continuation:
+    ) -> ContinuedWeights:
         """Reads the shape and the tokenizer of the weights, not the weights.
 
         Args:
