@@ -138,8 +138,8 @@ def train(
     torch.manual_seed(0)
     batch_tokens = rows * context * micro_batches
     task = Pretraining(
-        shape, LearningRate(1e-4, 1e-5, 0), vocabulary, context, batch_tokens, 2 * batch_tokens,
-        activation_checkpointing=recompute,
+        LearningRate(1e-4, 1e-5, 0), decoder=shape, vocab_size=vocabulary, context_length=context,
+        batch_tokens=batch_tokens, total_tokens=2 * batch_tokens, activation_checkpointing=recompute,
     )  # fmt: skip
     trainer = Trainer(
         accelerator="cpu",

@@ -32,12 +32,14 @@ class PretrainingSummary(RunSummary):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
     `fit_summary` and `evaluation_summary` in pretraining/summary.py say what the file holds. The callback TokenLedger
-    has to count the tokens.
+    has to count the tokens. The losses before training need the trainer's check of validation:
+    `num_sanity_val_steps: -1`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._stage_losses: list[Losses] = []
+        self._before: Losses = {}
         self._unigram: dict[str, float] = {}
         self._held_out = HeldOutText({}, {})
 
@@ -52,10 +54,14 @@ class PretrainingSummary(RunSummary):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._report_evaluation(trainer, pretraining_data_of(trainer).validation_rows)
-        if trainer.state.fn != "fit" or trainer.sanity_checking or (stage := finished_stage(trainer)) is None:
+            self._report_evaluation(trainer, pl_module, pretraining_data_of(trainer).validation_rows)
+        if trainer.state.fn != "fit":
             return
         measured = metrics_of_sources(trainer.callback_metrics)
+        if trainer.sanity_checking and trainer.global_step == 0:
+            self._before = measured
+        if trainer.sanity_checking or (stage := finished_stage(trainer)) is None:
+            return
         self._stage_losses = with_stage_losses(self._stage_losses, stage, measured)
         summary = self._summary(trainer, pl_module)
         if reports_fit(trainer):
@@ -73,25 +79,26 @@ class PretrainingSummary(RunSummary):
             say(trainer, result_text(summary, curriculum.sources, run, run_facts_of(pl_module).samples))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_evaluation(trainer, None)
+        self._report_evaluation(trainer, pl_module, None)
 
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         facts, (_, curriculum) = run_facts_of(task), curriculum_of(trainer)
         measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
-        return fit_summary(task, facts, curriculum, *measured)
+        return fit_summary(task, facts, curriculum, *measured, before=self._before)
 
-    def _report_evaluation(self, trainer: Trainer, rows: int | None) -> None:
+    def _report_evaluation(self, trainer: Trainer, task: LightningModule, rows: int | None) -> None:
         losses = metrics_of_sources(trainer.callback_metrics)
         held_out = HeldOutText.of(pretraining_data_of(trainer), rows)
-        summary = evaluation_summary(losses, held_out, weights=str(trainer.ckpt_path), precision=trainer.precision)
+        weights = str(trainer.ckpt_path or getattr(task, "weights", None))
+        summary = evaluation_summary(losses, held_out, weights=weights, precision=trainer.precision)
         report_evaluation(trainer, summary, evaluation_table(losses, held_out))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage_losses": self._stage_losses, **super().state_dict()}
+        return {"stage_losses": self._stage_losses, "before": self._before, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._stage_losses = state_dict["stage_losses"]
+        self._stage_losses, self._before = state_dict["stage_losses"], state_dict.get("before", {})
 
 
 def pretraining_data_of(trainer: Trainer) -> CurriculumData:

@@ -130,8 +130,8 @@ def parts(tiny: Path) -> tuple[CurriculumData, Pretraining]:
     )
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     task = Pretraining(
-        shape | {"num_key_value_heads": 2},  # type: ignore[arg-type]
         {"peak": 1.0e-2, "final": 1.0e-3, "warmup": "1K"},  # type: ignore[arg-type]
+        decoder=shape | {"num_key_value_heads": 2},  # type: ignore[arg-type]
         vocab_size=data.vocab_size,
         context_length=data.context_length,
         batch_tokens=data.batch_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
-from lightning_danube.weights.adapters import Lora
+from lightning_danube.weights.lora import Lora
 
 
 class SupervisedFineTuning(TuningTask):

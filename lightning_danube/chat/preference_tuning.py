@@ -20,7 +20,8 @@ from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
-from lightning_danube.weights.adapters import Lora, weights_digest
+from lightning_danube.weights.adapters import weights_digest
+from lightning_danube.weights.lora import Lora
 
 NO_PAIRS = (
     "PreferenceTuning learns from pairs, {data} has none: set data.class_path to lightning_danube.chat.PreferenceData"

@@ -25,6 +25,7 @@ LINKED = {
     "context_length": "data.context_length",
     "batch_tokens": "data.batch_tokens",
     "total_tokens": "data.stages",
+    "tokenizer": "data.tokenizer",
 }
 """Attribute of a data module that is linked to the task's parameter of that name → the data's key that states it."""
 

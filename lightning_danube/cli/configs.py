@@ -174,7 +174,31 @@ def _class_name(section: Any) -> str:
 
 def _stated(configs: Sequence[str], overrides: Sequence[str]) -> Stated:
     args = [flag for config in configs for flag in ("--config", config)]
-    return read_command_line(with_config_paths([*args, *overrides]))
+    return read_command_line(with_facts_of_weights(with_config_paths([*args, *overrides])))
+
+
+def with_facts_of_weights(args: Sequence[str]) -> list[str]:
+    """Adds options of the data that trained weights decide, if a pre-training run begins with such weights.
+
+    The data's tokenizer is then the model's, and their context the model's, unless the command line states them.
+
+    Raises:
+        ValueError: there are no such weights.
+    """
+    stated = read_command_line(args)
+    model = stated.tree.get("model")
+    options = {**(model.get("init_args") or {}), **model} if isinstance(model, Mapping) else {}
+    weights = options.get("weights")
+    if _class_name(model) != "Pretraining" or weights in (None, "", "null") or "${" in str(weights):
+        return list(args)
+    open_facts = [fact for fact in ("tokenizer", "context_length") if ("data", fact) not in stated.places]
+    if not open_facts:
+        return list(args)
+    from lightning_danube.weights.shapes import shape_of
+
+    # Also where only the tokenizer is open: a wrong name is then refused as that of weights, not of a tokenizer.
+    facts = {"tokenizer": str(weights), "context_length": str(shape_of(str(weights)).max_position_embeddings)}
+    return [*args, *(f"--data.init_args.{fact}={facts[fact]}" for fact in open_facts)]
 
 
 def resolved_tree(stated: Stated) -> dict[str, Any]:
@@ -219,7 +243,7 @@ def resolved_config(args: Sequence[str]) -> dict[str, Any]:
 
     from lightning_danube.cli.errors import parse
 
-    args = with_config_paths(args)
+    args = with_facts_of_weights(with_config_paths(args))
     stated = read_configuration(args)
     set_parsing_rules()
     parser = LightningArgumentParser(**PARSER_OPTIONS)

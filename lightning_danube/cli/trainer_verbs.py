@@ -27,6 +27,7 @@ from lightning_danube.cli.configs import (
     one_line_errors,
     read_configuration,
     set_parsing_rules,
+    with_facts_of_weights,
 )
 from lightning_danube.cli.errors import located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
@@ -147,6 +148,7 @@ class DanubeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         check_command_line(args[1:])
+        args = with_facts_of_weights(args)
         self.stated = read_configuration(args[1:])
         self.config = parse(parser, args, self.stated)
 
@@ -164,7 +166,7 @@ class DanubeCLI(LightningCLI):
             self._get(self.config, "name"),
             self._get(self.config, "ckpt_path"),
             # A task that begins with a trained model can evaluate that model.
-            has_weights="weights" in self._get(self.config, "model").get("init_args", {}),
+            has_weights=self._get(self.config, "model").get("init_args", {}).get("weights") is not None,
         )
         if this_rank() == 0:
             for warning in self.place.warnings:

@@ -56,6 +56,23 @@ def scaled_frequencies(frequencies: Tensor, scaling: "RopeScaling") -> Tensor:
     return torch.where(is_between, between, slowed)
 
 
+def longest_context(head_dim: int, theta: float, scaling: "RopeScaling | None" = None) -> int:
+    """Returns the longest context in tokens in which rotary positions let a query prefer a similar key.
+
+    At all distances m inside it, the sum over all pairs of channels of cos(m × frequency) is not negative. In longer
+    texts a model may still reach a low loss, but does not find what stands in them (Men et al. 2024, arXiv 2405.14591).
+    The search ends at 2^22 tokens.
+    """
+    frequencies = inverse_frequencies(head_dim, theta, torch.float64, scaling)
+    step = 2**15
+    for begin in range(0, 2**22, step):
+        distances = torch.arange(begin, begin + step, dtype=torch.float64, device="cpu")
+        below_0 = ((distances[:, None] * frequencies).cos().sum(1) < 0).nonzero()
+        if len(below_0):
+            return begin + int(below_0[0])
+    return 2**22
+
+
 def rotary_tables(position_ids_BT: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Returns cosines and signed sines for `rotate`, in the precision of the frequencies."""
     angles = position_ids_BT[..., None].to(frequencies.dtype) * frequencies

@@ -273,7 +273,8 @@ class Decoder(nn.Module):
 
         Leaving the meta device and loading by assignment replace parameters one by one, which silently unties them.
         """
-        if self.config.tie_word_embeddings:
+        # Rows that train beside an adapter (weights/new_tokens.py) are shared already.
+        if self.config.tie_word_embeddings and not hasattr(self.lm_head, "parametrizations"):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Literal
 
 from lightning_danube.model.config import CHUNK_TOKENS, ActivationCheckpointing, DecoderConfig, gpu_chunk_tokens
+from lightning_danube.weights.lora import Lora
 
 BYTES: dict[str, tuple[int, int]] = {
     "32-true": (4, 4),
@@ -21,6 +22,9 @@ BYTES: dict[str, tuple[int, int]] = {
     "64-true": (8, 8),
 }
 """The trainer's name of a precision → bytes of a weight, and of the inputs and outputs of matrix products."""
+
+BYTES_IN_4_BITS = 0.5 + 1 / 64
+"""Bytes of a weight in 4 bits, with an 8-bit scale for each 64 weights."""
 
 DDP_BUCKET = 25 * 2**20
 """Bytes of one of DDP's buckets, its default."""
@@ -111,6 +115,9 @@ class TrainingMemory:
             copy of their logits.
         document_masks: whether packed documents are masked from each other.
         averages: values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters.
+        lora: the adapter that trains on frozen weights; None: all weights train. What DoRA and 4-bit weights keep
+            beside that is not counted.
+        new_tokens: tokens whose rows of the embedding and of the head train beside the adapter.
     """
 
     config: DecoderConfig
@@ -125,6 +132,8 @@ class TrainingMemory:
     float8: bool = False
     document_masks: bool = False
     averages: tuple[int, int] = (2, 2)
+    lora: Lora | None = None
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in BYTES:
@@ -135,6 +144,8 @@ class TrainingMemory:
     @property
     def optimizer_values(self) -> int:
         """Returns how many numbers the optimizer keeps on a device."""
+        if self.lora is not None:
+            return -(-self.averages[1] * self.trained_parameters // self.layout.shares)
         of_matrices, of_others = self.averages
         matrices = self.config.num_hidden_layers * self.block_matrices // self.layout.tensor_parallel
         matrices = -(-matrices // self.layout.replicas) if self.layout.sharded else matrices
@@ -193,6 +204,47 @@ class TrainingMemory:
         """Returns how many of the parameters stay on the device between steps."""
         return -(-self.parameters // self.layout.shares)
 
+    @property
+    def trained_parameters(self) -> int:
+        """Returns how many parameters of a device train: all of them, or those of the adapter and of new rows."""
+        if self.lora is None:
+            return self.parameters
+        inputs, outputs = self._widths_of_targets
+        of_a_block = self.lora.rank * (inputs + outputs) + (outputs if self.lora.dora else 0)
+        c = self.config
+        rows = self.new_tokens * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        return c.num_hidden_layers * of_a_block + rows
+
+    @property
+    def _widths_of_targets(self) -> tuple[int, int]:
+        """Returns the sums of the inputs' and of the outputs' channels of the layers with an adapter in one block."""
+        assert self.lora is not None
+        inputs = [self._shapes[name][0] for name in self.lora.targets]
+        outputs = [self._shapes[name][1] for name in self.lora.targets]
+        return sum(inputs), sum(outputs)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns the channels of the input and of the output of one block's matrices."""
+        c = self.config
+        D, width = c.hidden_size, c.intermediate_size
+        heads, kv_heads = (n * head_dim(c) for n in (c.num_attention_heads, c.num_key_value_heads))
+        return {
+            **{"q_proj": (D, heads), "k_proj": (D, kv_heads), "v_proj": (D, kv_heads), "o_proj": (heads, D)},
+            **{"gate_proj": (D, width), "up_proj": (D, width), "down_proj": (width, D)},
+        }
+
+    @property
+    def _weights(self) -> int:
+        """Returns the bytes of the stored weights and of an adapter on a device."""
+        if self.lora is None:
+            return self.weight_bytes * self.stored_parameters
+        adapter = self.weight_bytes * self.trained_parameters
+        matrices = self.config.num_hidden_layers * self.block_matrices // self.layout.tensor_parallel
+        if self.lora.quantization is None:
+            return self.weight_bytes * self.stored_parameters + adapter
+        return int(BYTES_IN_4_BITS * matrices) + self.weight_bytes * (self.parameters - matrices) + adapter
+
     # --- activations --------------------------------------------------------------------------------------------------
 
     def norm_bytes(self) -> int:
@@ -203,8 +255,9 @@ class TrainingMemory:
         """Returns the bytes that one RMSNorm keeps. `value` is the bytes of an input's value."""
         if self.gpu or value == self._wide:
             return rows * (channels * value + self._wide)
-        # The CPU's plain operations on 16-bit values.
-        return rows * (2 * channels * self._wide + self._wide)
+        # The CPU's plain operations on 16-bit values. A frozen gain needs no copy of the normed values.
+        copies = 2 if self.lora is None else 1
+        return rows * (copies * channels * self._wide + self._wide)
 
     def head_norm_bytes(self) -> int:
         """Returns the bytes that the norms of one block's query and key heads keep."""
@@ -230,7 +283,36 @@ class TrainingMemory:
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
         if self.gpu and self.compiled:
             per_token -= c.hidden_size * (self.weight_bytes - a) + a * c.intermediate_size // tp
+        per_token += self._more_bytes_with_lora()
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
+
+    def _more_bytes_with_lora(self) -> int:
+        """Returns the bytes for one token that one block keeps more (or fewer, if negative) because of an adapter.
+
+        A frozen matrix does not need its input for its gradient. An adapter needs its own input, and its narrow states.
+        """
+        if self.lora is None:
+            return 0
+        a, targets = self._product, self.lora.targets
+        more = a * self.lora.rank * len(targets)
+        copies = not self.gpu and a < self.weight_bytes  # autocast on a CPU copies the input for each matrix
+        if self.lora.dropout:
+            # Each adapter has its own input after dropout, and the mask.
+            mask = 1 if self.gpu else self.weight_bytes  # on a CPU the mask is a tensor of the adapter's type
+            more += (a + mask) * self._widths_of_targets[0]
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
+            width = a * self._shapes[names[0]][0]
+            kept = 0 if self.lora.dropout else sum(name in targets for name in names)
+            more -= width * (len(names) - kept if copies else int(not kept))
+        return more
+
+    def _not_kept_of_first_block(self) -> int:
+        """Returns the bytes that the first block does not keep, because a frozen embedding needs no gradient."""
+        if self.lora is None or self.new_tokens or self.recompute:
+            return 0
+        shared = [name for name in ("q_proj", "k_proj", "v_proj") if name in self.lora.targets]
+        mask = (1 if self.gpu else self.weight_bytes) if self.lora.dropout else 0
+        return self.norm_bytes() + self.tokens * mask * self.config.hidden_size * len(shared)
 
     def _attention_bytes_of_a_token(self) -> int:
         """Returns the bytes that attention keeps of its own results for one token, before tensor parallelism."""
@@ -261,7 +343,8 @@ class TrainingMemory:
         c = self.config
         block = self.kept_bytes_of_block()
         rotary = 2 * self.context * head_dim(c) * self._wide
-        return c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
+        whole = c.num_hidden_layers * block + self.norm_bytes() + rotary + self.mask_bytes()
+        return whole - self._not_kept_of_first_block()
 
     @property
     def _form(self) -> Literal["none", "runs", "blocks", "dense"]:
@@ -294,6 +377,9 @@ class TrainingMemory:
         """Returns the bytes of the 16-bit copies of some blocks' weights."""
         if self.float8 or self.layout.by_fsdp:
             return 0
+        if self.lora is not None and self.lora.quantization is not None:
+            # Each matrix is decoded for its product, and not kept.
+            return self._product * self.config.hidden_size * self.config.intermediate_size
         matrices = self.block_matrices // self.layout.tensor_parallel
         return self._product * blocks * matrices if self._product < self.weight_bytes else 0
 
@@ -315,13 +401,25 @@ class TrainingMemory:
         chunk = min(gpu_chunk_tokens(vocabulary, a) if self.gpu else CHUNK_TOKENS, N) * vocabulary
         # The fused kernels of a GPU need no wider copy.
         logits = chunk * (a if self.gpu or a == wide else a + wide)
-        logits += N * c.hidden_size * a + head * wide  # gradients of hidden states and head
-        if a < wide:  # one chunk's gradient of the head, which the CPU widens before the addition
+        logits += N * c.hidden_size * a  # the gradient of the hidden states
+        if self._head_trains:
+            logits += head * wide
+        if self.lora is not None and self.new_tokens:
+            logits += 2 * head * w  # the embedding and the head with the new rows
+        if a < wide and self._head_trains:  # one chunk's gradient of the head, which the CPU widens before the addition
             logits += head * (a if self.gpu else a + wide)
         hidden = N * c.hidden_size * (a if self.gpu or a == w else w + a)
         return self._device(
-            "the loss", casts=casts, activations=self.kept_bytes() + hidden, logits=logits, gradients=self.parameters
+            "the loss",
+            casts=casts,
+            activations=self.kept_bytes() + hidden,
+            logits=logits,
+            gradients=self.trained_parameters,
         )
+
+    @property
+    def _head_trains(self) -> bool:
+        return self.lora is None or self.new_tokens > 0
 
     def backward_phase(self) -> DeviceMemory:
         """Returns the higher memory of two moments of the backward pass.
@@ -345,6 +443,9 @@ class TrainingMemory:
         largest = D * width
         meanwhile += largest * (a if a == w else a + w)
         gradients = self.parameters if self.accumulate else self.head_parameters + done * self.block_parameters
+        if self.lora is not None:
+            gradients = self.trained_parameters
+            meanwhile += self.head_parameters * w if self.new_tokens else 0
         casts = self.cast_bytes(1 if self.recompute else block + 1)
         return self._device(
             "the backward pass", casts=casts, activations=kept + meanwhile, logits=0, gradients=gradients
@@ -353,11 +454,11 @@ class TrainingMemory:
     def _device(self, moment: str, *, casts: int, activations: int, logits: int, gradients: int) -> DeviceMemory:
         w = self.weight_bytes
         if self.layout.replicas > 1 and not self.layout.sharded:
-            gradients = self.parameters  # DDP's buckets, which stay
+            gradients = self.trained_parameters  # DDP's buckets, which stay
         if not (self.layout.by_fsdp and self.accumulate and self.layout.reduce_once):
             gradients = -(-gradients // self.layout.shares)
         return DeviceMemory(
-            weights=w * self.stored_parameters,
+            weights=self._weights,
             gradients=w * gradients,
             optimizer=w * self.optimizer_values,
             casts=casts,
@@ -377,7 +478,7 @@ class TrainingMemory:
         gradients, and with 16-bit products these gradients in float32, as they are sent.
         """
         if not self.layout.by_fsdp:
-            buckets = self.weight_bytes * self.parameters if self.layout.replicas > 1 else 0
+            buckets = self.weight_bytes * self.trained_parameters if self.layout.replicas > 1 else 0
             return min(buckets, DDP_BUCKET) if backward else 0
         a, wide = self._product, self._wide
         ends = self.head_parameters * (1 if self.config.tie_word_embeddings else 2)

@@ -160,6 +160,9 @@ class CheckpointAdvice:
 
 
 def checkpoint_bytes(memory: TrainingMemory) -> int:
-    """Returns bytes of the weights and the optimizer's averages, all in the weights' type. The rest is a few KB."""
+    """Returns bytes of the weights that train and of the optimizer's averages, all in the weights' type.
+
+    The rest is a few KB.
+    """
     alone = dataclasses.replace(memory, layout=Layout())
-    return (memory.config.parameters + alone.optimizer_values) * memory.weight_bytes
+    return (alone.trained_parameters + alone.optimizer_values) * memory.weight_bytes

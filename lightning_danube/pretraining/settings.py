@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lightning_danube.files import default_cache_dir
 from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig, DecoderShape
 from lightning_danube.options import Length, options, parse_tokens
+from lightning_danube.pretraining.continued_weights import ContinuedWeights
 from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples, stages_in_tokens
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.shards import shards_directory
-from lightning_danube.tokens.tokenizer import MISTRAL
+from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.weights.lora import Lora
 from lightning_danube.weights.tokenizers import document_tokenizer
 
 
@@ -25,13 +28,16 @@ from lightning_danube.weights.tokenizers import document_tokenizer
 class PretrainingSettings:
     """The arguments of `Pretraining` and their defaults. `Pretraining` explains the arguments."""
 
-    decoder: DecoderShape | str
     learning_rate: LearningRate
     _: KW_ONLY
     vocab_size: int
     context_length: int
     batch_tokens: int
     total_tokens: int
+    tokenizer: DocumentTokenizer | None = None
+    decoder: DecoderShape | str | None = None
+    weights: str | None = None
+    lora: Lora | None = None
     optimizer: AdamW = AdamW()  # noqa: RUF009  (frozen)
     activation_checkpointing: ActivationCheckpointing = False
     compile_blocks: bool | None = None
@@ -41,17 +47,62 @@ class PretrainingSettings:
         rate = options(LearningRate, self.learning_rate, "model.learning_rate")
         rate.check(parse_tokens(self.total_tokens))
         object.__setattr__(self, "learning_rate", rate)
+        object.__setattr__(self, "lora", None if self.lora is None else options(Lora, self.lora, "model.lora"))
+        if self.decoder is None and self.weights is None:
+            raise ValueError(
+                "the model has no shape: give model.decoder for random weights, or model.weights for trained ones"
+            )
+        if self.lora is not None:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.weights is None:
+            raise ValueError("model.lora trains an adapter on frozen weights, and model.weights names none: name them")
+        optimizer = type(options(AdamW, self.optimizer, "model.optimizer"))
+        if optimizer is not AdamW:
+            raise ValueError(
+                f"model.optimizer is {optimizer.__name__}, which trains whole matrices: use AdamW for lora"
+            )
+        for name in ("compile_blocks", "float8"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"model.{name} is for whole matrices, not for those of an adapter: leave it or lora out"
+                )
 
     @property
     def config(self) -> DecoderConfig:
         """The complete config of the decoder.
 
         Raises:
+            ValueError: no preset has that name, or the data do not fit the weights.
+        """
+        if (continued := self.continuation) is not None:
+            return continued.config
+        assert self.shape is not None
+        return self.shape.with_data(self.vocab_size, self.context_length)
+
+    @property
+    def shape(self) -> DecoderShape | None:
+        """The shape that the configuration states.
+
+        Raises:
             ValueError: no preset has that name.
         """
+        if self.decoder is None:
+            return None
         shape = DecoderConfig.preset(self.decoder) if isinstance(self.decoder, str) else self.decoder
-        shape = options(DecoderShape, shape, "model.decoder")
-        return shape.with_data(self.vocab_size, self.context_length)
+        return options(DecoderShape, shape, "model.decoder")
+
+    @cached_property
+    def continuation(self) -> ContinuedWeights | None:
+        """What the run takes over from trained weights; None for random weights.
+
+        Raises:
+            ValueError: the data or the stated shape do not fit the weights.
+        """
+        if self.weights is None:
+            return None
+        return ContinuedWeights.of(self.weights, self.shape, self.tokenizer, self.context_length)
 
 
 class CurriculumSettings:
@@ -65,7 +116,9 @@ class CurriculumSettings:
         batch_tokens: tokens of one optimizer step over all devices and accumulated micro-batches ("1.18M" or 4096).
         micro_batch_size: rows on a device at once; the accumulation follows from `micro_batch_size` and `batch_tokens`.
         tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
-            parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model.
+            parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model. On the
+            command line the default is that of `model.weights`.
+        new_tokens: texts that become tokens of their own, with the ids after the tokenizer's last one.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source for `validate` and for validation in `fit`; `test` takes all rows.
@@ -96,6 +149,7 @@ class CurriculumSettings:
         tokens: Length | None = None,
         micro_batch_size: int = 8,
         tokenizer: str = MISTRAL,
+        new_tokens: list[str] | None = None,
         seed: int = 0,
         held_out: float = 0.01,
         validation_rows: int = 64,
@@ -141,7 +195,7 @@ class CurriculumSettings:
             raise ValueError(f"data.processes is {processes}: it must be at least 1")
         self.processes = processes
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
-        self.tokenizer = document_tokenizer(tokenizer)
+        self.tokenizer = document_tokenizer(tokenizer, new_tokens or ())
         self.vocab_size = self.tokenizer.vocab_size
         # Computed from the stages alone, so that the schedule does not wait for the data.
         self.total_tokens = context_length * sum(

@@ -17,7 +17,7 @@ from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, program, quoted, text_table
 from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
-from lightning_danube.training.run_facts import RunFacts, Trained, rate
+from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 Losses = Mapping[str, float]
 """Source → held-out loss in nats per token."""
@@ -60,16 +60,20 @@ def pretraining_plan_text(trainer: Trainer, decoder: Decoder) -> str:
         accumulation=trainer.accumulate_grad_batches,
         run=str(trainer.log_dir),
     )
-    return "\n".join([*model_lines(decoder), source_table(data), length])
+    return "\n".join([*model_lines(decoder, trained_parameters(decoder)), source_table(data), length])
 
 
-def model_lines(decoder: Decoder) -> list[str]:
-    """Returns the shape of the model, and a warning if the first step has to compile its blocks."""
+def model_lines(decoder: Decoder, trained: int) -> list[str]:
+    """Returns the shape of the model, and a warning if the first step has to compile its blocks.
+
+    Args:
+        trained: parameters that train.
+    """
     config = decoder.config
     lines = [
         f"model: {config.num_hidden_layers} layers × {config.hidden_size} hidden, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
-        f"{config.parameters:,} parameters"
+        f"{config.parameters:,} parameters" + ("" if trained == config.parameters else f", of which {trained:,} train")
     ]
     if decoder.has_compiled_blocks:
         lines.append(
@@ -143,6 +147,8 @@ def fit_summary(
     held_out: HeldOutText,
     unigram: Losses,
     trained: Trained,
+    *,
+    before: Losses,
 ) -> dict[str, Any]:
     """Returns the content of `summary.json` of `fit`. A collective call: every rank must make it.
 
@@ -154,6 +160,7 @@ def fit_summary(
     Args:
         losses: held-out losses at the end of each finished stage.
         unigram: losses of a model that knows only the frequency of each token.
+        before: held-out losses before the first step; empty if they were not measured.
 
     Raises:
         ValueError: no TokenLedger counts the tokens.
@@ -167,17 +174,21 @@ def fit_summary(
     config = task.config
     assert isinstance(config, DecoderConfig)
     last = losses[-1] if losses else {}
+    weights = getattr(task, "weights", None)
     return {
+        **({} if weights is None else {"weights": weights}),
         "tokens": tokens,
         "steps": trained.steps,
         "skipped_steps": facts.skipped_steps() if facts.skipped_steps else 0,
         "parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "trained_parameters": trained_parameters(task),
         "parameters_without_embedding": config.parameters_without_embedding,
         "flops": config.flops_per_token(curriculum.context_length) * tokens,
         "precision": trained.precision,
         "seconds": round(trained.seconds, 3),
         "tokens_per_second": rate(tokens, facts.training_seconds),
         "stages": stage_summaries(curriculum, seen, losses),
+        **({"val_loss_before": before} if before else {}),
         "val_loss": last,
         "val_bits_per_byte": held_out.bits_per_byte(last),
         "val_tokens": held_out.tokens,
@@ -220,6 +231,8 @@ def result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path, s
 
 def _loss_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
     rows = [["unigram baseline", *(f"{summary['unigram_loss'][name]:.3f}" for name in sources)]]
+    if before := summary.get("val_loss_before"):
+        rows.append(["before training", *(f"{before[name]:.3f}" if name in before else "–" for name in sources)])
     for stage in summary["stages"]:
         if losses := stage["val_loss"]:
             # Sources that were added later have no loss at this stage.

@@ -44,6 +44,7 @@ BEGINS_TEXTS = "bos_begins_texts"
 
 Other tokenizers have a bos token before a text only if they add it themselves."""
 _MODEL_ENDS = "end_token_ids_of_model"
+_NEW_TOKENS = "tokens_added_by_data"
 
 
 class DocumentTokenizer:
@@ -59,6 +60,7 @@ class DocumentTokenizer:
 
     def __init__(self, name: str = MISTRAL, hf: PreTrainedTokenizerFast | None = None) -> None:
         self.name = name
+        self.new_token_facts = {} if hf is None else new_token_facts(hf)
         self.vocab_size: int
         self.eos_id: int
         self.bos_id: int | None
@@ -90,7 +92,7 @@ class DocumentTokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that determines the ids of a text."""
         # Cached, because serializing 32,000 words takes 50 ms and each checkpoint names its tokenizer.
-        if self.name == DANUBE_SMALL:  # transformers adds nothing to this file
+        if self.name == DANUBE_SMALL and not self.new_token_facts:  # transformers adds nothing to this file
             own = own_backend(self.name)
             assert own is not None
             return _fingerprint(own, self.bos_id, self.eos_id)
@@ -114,6 +116,7 @@ class DocumentTokenizer:
             "vocab_size": self.vocab_size,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
+            **self.new_token_facts,
         }
 
 
@@ -175,6 +178,62 @@ def set_model_ends(tokenizer: PreTrainedTokenizerBase, ends: object) -> None:
     listed = ends if isinstance(ends, list) else [ends]
     known = [end for end in listed if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokenizer)]
     setattr(tokenizer, _MODEL_ENDS, known)
+
+
+def with_new_tokens(tokenizer: PreTrainedTokenizerFast, name: str, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Returns a copy of a tokenizer that has further tokens, with the ids after its last one.
+
+    A new token is found wherever its text stands, also inside a word, before the text is cut into pieces.
+
+    Raises:
+        ValueError: a text is empty, stands twice, is a token already, or would not be decoded to itself.
+    """
+    from tokenizers import AddedToken
+
+    grown = copy.deepcopy(tokenizer)
+    for token in tokens:
+        where = f"data.new_tokens: {token!r}"
+        if not token:
+            raise ValueError("data.new_tokens holds an empty text: remove it")
+        if list(tokens).count(token) > 1:
+            raise ValueError(f"{where} stands there twice: remove one")
+        pieces = tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+        if grown.convert_tokens_to_ids(token) not in (None, grown.unk_token_id) or (
+            len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
+        ):
+            raise ValueError(f"{where} is a token of {name!r} already: leave it out")
+        grown.add_tokens([AddedToken(token, normalized=False, special=False)])
+        decoded = grown.decode([len(grown) - 1])
+        if decoded != token:
+            raise ValueError(
+                f"{where} would be decoded to {decoded!r} by the tokenizer {name!r}: choose a text without such "
+                "characters"
+            )
+    setattr(grown, _NEW_TOKENS, [*new_tokens_of(tokenizer), *tokens])
+    return grown
+
+
+def new_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the tokens that `with_new_tokens` has added."""
+    tokens: list[str] = getattr(tokenizer, _NEW_TOKENS, [])
+    return tokens
+
+
+def new_token_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    """Returns what a checkpoint says of added tokens, nothing if there are none."""
+    tokens = new_tokens_of(tokenizer)
+    return {"new_tokens": tokens} if tokens else {}
+
+
+def tokens_beyond(own: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> list[int] | None:
+    """Returns the ids that `other` has beyond those of `own`; None if it gives other ids to the same text."""
+    if fingerprint_of(own) == fingerprint_of(other):
+        return []
+    ends = [(begin_token(one), one.eos_token_id) for one in (own, other)]
+    if ends[0] != ends[1] or not _encodes_alike(own.backend_tokenizer, other.backend_tokenizer):
+        return None
+    known = set(own.get_vocab().values())
+    return sorted(index for index in other.get_vocab().values() if index not in known)
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
 
-from lightning_danube.tokens.tokenizer import fingerprint_of
+from lightning_danube.tokens.tokenizer import fingerprint_of, new_token_facts
 from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, trains_on_gpu
 from lightning_danube.training.position import replicas_of
 
@@ -83,7 +83,8 @@ class PlannedData(LightningDataModule):
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the tokenizer."""
-        return {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)}
+        facts = {"name": self.tokenizer_name, "fingerprint": fingerprint_of(self.tokenizer)}
+        return {**facts, **new_token_facts(self.tokenizer)}
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

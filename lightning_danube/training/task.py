@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
 from lightning_danube.training.trainer import check_trainer
+from lightning_danube.weights.adapters import base_digest
+from lightning_danube.weights.lora import Lora
 
 FORWARD = "decoder"
 """Name in the trainer's profiler for the forward pass of a training step up to the loss."""
@@ -40,11 +43,34 @@ class DecoderTask(LightningModule):
     Logs `loss/train` (nats per token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
     `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats per token, mean over the
     source's tokens).
+
+    Args:
+        decoder: random or trained weights.
+        learning_rate: schedule in tokens.
+        optimizer: its settings.
+        weights: the name of the trained weights; None for random weights.
+        lora: adapter to train on the frozen weights, instead of all weights.
     """
 
-    def __init__(self, decoder: Decoder, learning_rate: LearningRate, optimizer: AdamW) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        learning_rate: LearningRate,
+        optimizer: AdamW,
+        *,
+        weights: str | None = None,
+        lora: Lora | None = None,
+    ) -> None:
         super().__init__()
         self.decoder, self.config = decoder, decoder.config
+        self.weights = weights
+        self.lora = None if lora is None else options(Lora, lora, "model.lora")
+        self._base_digest: str | None = None
+        if self.lora is not None:
+            self.lora.apply(decoder)
+            self._base_digest = base_digest(decoder)
+            # A checkpoint does not contain the frozen weights; on_load_checkpoint checks that the adapter is complete.
+            self.strict_loading = False
         self.learning_rate = options(LearningRate, learning_rate, "model.learning_rate")
         self.optimizer_settings = options(AdamW, optimizer, "model.optimizer")
         self.run_facts = RunFacts()
@@ -109,6 +135,11 @@ class DecoderTask(LightningModule):
         return next_token_loss(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
 
     # --- training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training step draws random numbers, so that `seed_dropout` has to come before it."""
+        return bool(self.config.attention_dropout or (self.lora and self.lora.dropout))
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Seeds dropout by seed, micro-batch and replica alone, so a resumed run draws the same dropout masks."""
@@ -281,17 +312,29 @@ class DecoderTask(LightningModule):
         checkpoint["decoder_config"] = self.config.facts()
         checkpoint["seed"] = self._seed
         checkpoint["optimizer"] = type(self.optimizer_settings).__name__
+        if self.weights is not None:
+            checkpoint["base_weights"] = self.weights
+        if self.lora is not None:
+            checkpoint["lora"] = asdict(self.lora)
+            checkpoint["base_digest"] = self._base_digest
+            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trained()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a different decoder, naming the fields that differ, before torch lists every tensor.
+        """Refuses a different adapter or decoder, naming the fields that differ, before torch lists every tensor.
 
         Also converts the module to float64 for double precision. Lightning does so only after it has loaded the
         weights, which would round float64 weights.
 
         Raises:
-            ValueError: the checkpoint has a different decoder, or training would continue with another seed or another
-                optimizer.
+            ValueError: the checkpoint has a different adapter or decoder, or training would continue with another seed
+                or another optimizer.
         """
+        adapter, saved_adapter = (None if self.lora is None else asdict(self.lora)), checkpoint.get("lora")
+        if saved_adapter != adapter:
+            raise ValueError(
+                f"the checkpoint was trained with lora {saved_adapter}, the config has {adapter}: set it back, or "
+                "begin a new run without --ckpt_path"
+            )
         saved, mine = checkpoint.get("decoder_config"), self.config.facts()
         if saved is None:
             raise ValueError("the checkpoint holds no decoder of lightning-danube")
@@ -304,6 +347,13 @@ class DecoderTask(LightningModule):
             raise ValueError(
                 f"the checkpoint holds another decoder than the config: {', '.join(different)}: set what differs back, "
                 "or begin a new run without --ckpt_path"
+            )
+        if self.lora is not None and checkpoint["state_dict"].keys() != set(self._trained()):
+            raise ValueError("the checkpoint holds another adapter than the config describes: begin a new run")
+        if self.lora is not None and checkpoint.get("base_digest", self._base_digest) != self._base_digest:
+            raise ValueError(
+                f"the checkpoint was trained on other weights ({checkpoint['base_weights']}) than model.weights "
+                f"{self.weights} names now: bring those back"
             )
         if self._trainer is None:
             return
@@ -324,6 +374,10 @@ class DecoderTask(LightningModule):
                 "without --ckpt_path"
             )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def _trained(self) -> list[str]:
+        """Returns the names of the parameters that train, in the order of the modules, so that files are equal."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
 
 _OPTION_OF_FIELD = {"max_position_embeddings": "data.context_length", "vocab_size": "vocabulary of data.tokenizer"}

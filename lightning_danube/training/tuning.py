@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.position import log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
-from lightning_danube.weights.adapters import Lora
 from lightning_danube.weights.loading import load_decoder
+from lightning_danube.weights.lora import Lora
 
 
 class TuningTask(DecoderTask):
@@ -49,14 +48,9 @@ class TuningTask(DecoderTask):
         if isinstance(optimizer, Muon):
             raise ValueError("model.optimizer is Muon, which trains from random weights only: use AdamW")
         # Master weights in float32: 16-bit weights would round away the small steps of fine-tuning.
-        super().__init__(load_decoder(weights, dtype=torch.float32), learning_rate, optimizer)
-        self.weights = weights
-        self.lora = lora = None if lora is None else options(Lora, lora, "model.lora")
+        decoder = load_decoder(weights, dtype=torch.float32)
+        super().__init__(decoder, learning_rate, optimizer, weights=weights, lora=lora)
         self.decoder.activation_checkpointing = activation_checkpointing
-        if lora is not None:
-            lora.apply(self.decoder)
-            # A checkpoint does not contain the frozen weights; on_load_checkpoint checks that the adapter is complete.
-            self.strict_loading = False
 
     def setup(self, stage: str) -> None:
         """Checks the data against the model, and the learning rate against the length of the run.
@@ -83,7 +77,7 @@ class TuningTask(DecoderTask):
             self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning's, see log_interval
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.config.attention_dropout or (self.lora and self.lora.dropout):
+        if self.has_dropout:
             self.seed_dropout(batch_idx)
         total, _ = self.sum_of_losses(batch)
         # The trainer divides by the micro-batches of a step, and the strategy by the replicas. This undoes both.
@@ -91,32 +85,3 @@ class TuningTask(DecoderTask):
         loss = total * (self.trainer.accumulate_grad_batches * replicas / max(1, batch["step_labels"]))
         self._losses.append(loss.detach())
         return loss
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["base_weights"] = self.weights
-        if self.lora is not None:
-            checkpoint["lora"] = asdict(self.lora)
-            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trained()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a different adapter, then checks as DecoderTask does.
-
-        Raises:
-            ValueError: the checkpoint has another adapter, or a check of DecoderTask fails.
-        """
-        mine, saved = (None if self.lora is None else asdict(self.lora)), checkpoint.get("lora")
-        if saved != mine:
-            raise ValueError(
-                f"the checkpoint was trained with lora {saved}, the config has {mine}: set it back, or begin a new run "
-                "without --ckpt_path"
-            )
-        super().on_load_checkpoint(checkpoint)
-        if self.lora is not None and checkpoint["state_dict"].keys() != set(self._trained()):
-            raise ValueError("the checkpoint holds another adapter than the config describes: begin a new run")
-
-    def _trained(self) -> list[str]:
-        """Returns the names of the parameters that train, in the order of the modules, so that files are equal."""
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

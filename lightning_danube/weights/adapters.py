@@ -11,16 +11,15 @@ import copy
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_danube.model import Decoder
-from lightning_danube.model.architecture import ADAPTABLE
 from lightning_danube.weights.huggingface import (
+    SavesPretrained,
     export_folder,
     read_json,
     read_tensor,
@@ -28,6 +27,8 @@ from lightning_danube.weights.huggingface import (
     tensor_types,
     write_hf_json,
 )
+from lightning_danube.weights.names import TOKENIZER_FILES
+from lightning_danube.weights.new_tokens import ROWS, merge_rows, trained_ids, trained_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -61,65 +62,6 @@ FREE = {
     "use_rslora",
 }
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685); the defaults are the paper's settings for classification.
-
-    Args:
-        rank: rank of each layer's update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: dropout rate on the adapter's input, in training.
-        targets: the blocks' linear layers that get an adapter.
-        dora: also learn the norm of each weight row, separate from its direction (Liu et al. 2024, arXiv 2402.09353).
-        rslora: scale by alpha / √rank, so that a higher rank does not weaken the update (Kalajdzievski 2023,
-            arXiv 2312.03732).
-        quantization: "nf4" holds the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314).
-    """
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ADAPTABLE
-    dora: bool = False
-    rslora: bool = False
-    quantization: Literal["nf4"] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"lora has rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank at least 1, alpha above "
-                "0, dropout from 0 to below 1"
-            )
-        unknown = sorted(set(self.targets) - set(ADAPTABLE))
-        if unknown or not self.targets:
-            known = ", ".join(ADAPTABLE)
-            raise ValueError(f"lora.targets names {', '.join(unknown) or 'nothing'}: the layers are {known}")
-
-    def apply(self, decoder: Decoder) -> None:
-        """Adds a new adapter to a decoder, in place, after quantizing the weights if that is configured.
-
-        Raises:
-            ValueError: the decoder already has an adapter.
-        """
-        if self.quantization is not None:
-            from lightning_danube.weights.quantized_linear import quantize_linear_layers
-
-            quantize_linear_layers(decoder, self.quantization)
-        add_adapter(decoder, **self.settings())
-
-    def settings(self) -> dict[str, Any]:
-        """Returns these settings as arguments of peft.LoraConfig."""
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": list(self.targets),
-            "use_dora": self.dora,
-            "use_rslora": self.rslora,
-        }
 
 
 def add_adapter(decoder: Decoder, **settings: Any) -> None:
@@ -165,6 +107,7 @@ def merge_adapter(decoder: Decoder, *, dequantize: bool = False) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    merge_rows(decoder)
     if getattr(decoder, "is_loaded_in_4bit", False):
         if not dequantize:
             raise ValueError("the adapter's base is in 4 bits, which cannot hold the sum: merge with dequantize=True")
@@ -208,9 +151,10 @@ def save_adapter(
     base: str | None = None,
     card: str | None = None,
     score: Tensor | None = None,
+    tokenizer: SavesPretrained | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the decoder's adapter as PEFT does.
+    """Writes the decoder's adapter as PEFT does. `tokenizer` is one with new tokens, which the base does not have.
 
     `base` names the adapter's base model. `card` goes into README.md. `score` is the classification head that belongs
     to the adapter, as in LlamaForSequenceClassification, (classes, hidden size).
@@ -226,11 +170,18 @@ def save_adapter(
     content |= {"base_model_name_or_path": base, "inference_mode": True}
     content["task_type"] = content["task_type"] or "CAUSAL_LM"
     state = get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    if rows := trained_rows(decoder):
+        # PEFT's layout of tokens that train beside an adapter. The base needs as many rows before it takes the adapter.
+        ids = trained_ids(decoder)
+        content["trainable_token_indices"] = {name.rpartition(".")[2]: ids for name in rows}
+        state |= {f"{name}.token_adapter.trainable_tokens_delta": tensor for name, tensor in rows.items()}
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if score is not None:
         content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
-    with export_folder(directory, (CONFIG, TENSORS, "README.md"), overwrite) as partial:
+    with export_folder(directory, (CONFIG, TENSORS, "README.md", *TOKENIZER_FILES), overwrite) as partial:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
         write_hf_json(partial / CONFIG, content)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         if card is not None:
@@ -241,9 +192,9 @@ def base_digest(decoder: Decoder) -> str:
     """Returns a hash of the beginning of each weight of a frozen base, with or without an adapter on it."""
     digest = hashlib.sha256()
     frozen = {
-        name.replace(".base_layer.", "."): parameter
+        name.replace(".base_layer.", ".").replace(".parametrizations.weight.original", ".weight"): parameter
         for name, parameter in decoder.named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name and not name.endswith(ROWS)
     }
     for name in sorted(frozen):
         digest.update(name.encode())
@@ -278,6 +229,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: init_lora_weights is {initialization!r}, which may change the base's own weights; convert it to "
             "plain LoRA when saving (path_initial_model_for_weight_conversion in PEFT)"
+        )
+    if tokens := settings.get("trainable_token_indices"):
+        raise ValueError(
+            f"{file}: the adapter brings tokens of its own ({tokens}), which the base does not have: export the run "
+            "that trained it with --format hf"
         )
     from_peft = _peft_defaults()
     for key, value in settings.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning_danube.weights.names import Located, locate, locate_adapter
@@ -112,14 +113,22 @@ def load_adapted_decoder(
     Raises:
         ValueError: the base is missing, or is not the model that the adapter was trained on.
     """
-    from lightning_danube.weights.adapters import Lora, base_digest
+    from lightning_danube.weights.adapters import base_digest
     from lightning_danube.weights.huggingface import read_checkpoint
+    from lightning_danube.weights.lora import Lora
+    from lightning_danube.weights.new_tokens import grow_vocabulary, train_rows
 
     path, base = checkpoint.path, checkpoint.adapter_base
     assert base is not None, "a checkpoint of a whole model"
     decoder = load_decoder(base, dtype=dtype, device=device)
     saved = read_checkpoint(path)
+    # A run may have added tokens, and may have read longer texts.
+    sizes = saved["decoder_config"]
+    grow_vocabulary(decoder, sizes["vocab_size"])
+    decoder.config = replace(decoder.config, max_position_embeddings=sizes["max_position_embeddings"])
     Lora(**saved["lora"]).apply(decoder)
+    if "new_token_ids" in saved:
+        train_rows(decoder, saved["new_token_ids"])
     digest = base_digest(decoder)
     # A classifier's head is no part of the decoder.
     state = {

@@ -176,7 +176,12 @@ def classifier_card(title: str, decoder: Decoder, weights: Located, labels: Sequ
 
 
 def adapter_card(
-    title: str, base: str | None, settings: Mapping[str, Any], parameters: int, labels: Sequence[str] | None = None
+    title: str,
+    base: str | None,
+    settings: Mapping[str, Any],
+    parameters: int,
+    labels: Sequence[str] | None = None,
+    vocabulary: int | None = None,
 ) -> str:
     """The README.md of an adapter in PEFT's layout.
 
@@ -186,6 +191,7 @@ def adapter_card(
         settings: the content of adapter_config.json.
         parameters: how many numbers the adapter holds.
         labels: the classes, by number, if the adapter belongs to a classifier.
+        vocabulary: rows of the embedding that the base needs, if the adapter brings new tokens.
     """
     kind = "DoRA" if settings.get("use_dora") else "LoRA"
     sections = [
@@ -209,6 +215,18 @@ def adapter_card(
             "from transformers import AutoModelForSequenceClassification\n\n"
             f'base = AutoModelForSequenceClassification.from_pretrained("{base or "the model it was trained on"}", '
             f"num_labels={len(labels)}, id2label={classes})\n"
+            f'model = PeftModel.from_pretrained(base, "{title}")\n'
+            "```",
+        ]
+    elif vocabulary is not None:
+        sections += [
+            "It brings new tokens: the tokenizer is beside it, and the base needs as many rows before it takes the "
+            "adapter.",
+            "```python\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base or "the model it was trained on"}")\n'
+            f"base.resize_token_embeddings({vocabulary})\n"
             f'model = PeftModel.from_pretrained(base, "{title}")\n'
             "```",
         ]

@@ -40,11 +40,13 @@ class TokenizerSource:
         name: "mistral", "danube3-chat", "danube-small", a directory, a hub id, a GGUF file or "smollm2".
         fingerprint: of the tokenizer that a run was trained with; None if the tokenizer lies beside the weights.
         chat_template: the template that a run was tuned with; None if the run was not tuned for chat.
+        new_tokens: tokens that the data of the run added to the tokenizer of that name.
     """
 
     name: str
     fingerprint: str | None = None
     chat_template: str | None = None
+    new_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def _checkpoint(path: Path, name: str) -> Located:
     known = [state for state in states if isinstance(state, Mapping) and {"name", "fingerprint"} <= state.keys()]
     tokenizer = None
     if known:
-        tokenizer = TokenizerSource(str(known[0]["name"]), known[0]["fingerprint"], known[0].get("chat_template"))
+        state = known[0]
+        new_tokens = tuple(map(str, state.get("new_tokens", ())))
+        tokenizer = TokenizerSource(str(state["name"]), state["fingerprint"], state.get("chat_template"), new_tokens)
     return Located(name, "checkpoint", path, tokenizer, content["base_weights"] if "lora" in content else None)
 
 

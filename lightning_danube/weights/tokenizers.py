@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,20 @@ def tokenizer_of(name: str) -> tuple[str, PreTrainedTokenizerFast]:
     return model.tokenizer.name if model.kind == "checkpoint" else name, tokenizer
 
 
-def document_tokenizer(name: str) -> DocumentTokenizer:
+def document_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> DocumentTokenizer:
     """The tokenizer for pre-training that `data.tokenizer` stands for. The names are those of `tokenizer_of`.
 
-    Raises:
-        ValueError: no tokenizer has this name, or it has no token that ends a document.
-    """
-    from lightning_danube.tokens.tokenizer import DocumentTokenizer
+    Args:
+        new_tokens: texts that become tokens of their own.
 
+    Raises:
+        ValueError: no tokenizer has this name, it has no token that ends a document, or see `with_new_tokens`.
+    """
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer, with_new_tokens
+
+    if new_tokens:
+        named, tokenizer = tokenizer_of(name)
+        return DocumentTokenizer(named, with_new_tokens(tokenizer, name, new_tokens))
     return DocumentTokenizer(*tokenizer_of(name)) if _is_model(name) else DocumentTokenizer(name)
 
 
@@ -76,7 +83,7 @@ def load_tokenizer(model: Located) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: the checkpoint names no tokenizer, or the tokenizer of that name is another one now.
     """
-    from lightning_danube.tokens.tokenizer import beginning_texts, fingerprint_of, load_hf_tokenizer
+    from lightning_danube.tokens.tokenizer import beginning_texts, fingerprint_of, load_hf_tokenizer, with_new_tokens
     from lightning_danube.weights.gguf.tokenizer import load_gguf_tokenizer
 
     source = model.tokenizer
@@ -84,6 +91,8 @@ def load_tokenizer(model: Located) -> PreTrainedTokenizerFast:
         raise ValueError(f"{model.path}: it does not say with which tokenizer it was trained")
     file = smollm2_file() if source.name == SMOLLM2 else Path(source.name).expanduser()
     tokenizer = load_gguf_tokenizer(file) if file.is_file() else load_hf_tokenizer(source.name)
+    if source.new_tokens:
+        tokenizer = with_new_tokens(tokenizer, source.name, source.new_tokens)
     if source.fingerprint not in (None, fingerprint_of(tokenizer)):
         # A run of an earlier version put every bos token that a tokenizer names before texts. Its fingerprint says so.
         beginning = beginning_texts(tokenizer)

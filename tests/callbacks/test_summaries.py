@@ -141,6 +141,9 @@ def test_a_run_reports_the_losses_of_each_stage_and_keeps_them(
 ) -> None:
     TokenLedger().setup(trainer, task, "fit")
     before = PretrainingSummary()
+    trainer.sanity_checking, trainer.callback_metrics = True, losses(8.0, 7.0)
+    before.on_validation_end(trainer, task)
+    trainer.sanity_checking = False
     before.on_train_start(trainer, task)
     trainer.global_step, trainer.callback_metrics = 2, losses(5.0, 5.0)
     before.on_validation_end(trainer, task)
@@ -163,6 +166,7 @@ def test_a_run_reports_the_losses_of_each_stage_and_keeps_them(
     bits = {"web": 1.0 * 30 / 105 / math.log(2), "wiki": 2.0 * 20 / 100 / math.log(2)}
     assert found["val_bits_per_byte"] == pytest.approx(bits)
     assert found["unigram_loss"] == {"web": 9.0, "wiki": 8.0}
+    assert found["val_loss_before"] == {"web": 8.0, "wiki": 7.0}
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------------

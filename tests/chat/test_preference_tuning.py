@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_danube.chat.preference_tuning import PreferenceTuning
 from lightning_danube.training.optim import LearningRate, Muon
-from lightning_danube.weights.adapters import Lora, weights_digest
+from lightning_danube.weights.adapters import weights_digest
 from lightning_danube.weights.loading import load_decoder
+from lightning_danube.weights.lora import Lora
 from tests.tiny_models import CONFIG, save_tiny
 
 BETA = 0.3

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_danube.classification.task import ClassifiedTexts, TextClassification, last_token_states
 from lightning_danube.model import Decoder
 from lightning_danube.training.optim import AdamW, LearningRate
-from lightning_danube.weights.adapters import Lora, add_adapter, base_digest, merge_adapter
+from lightning_danube.weights.adapters import add_adapter, base_digest, merge_adapter
+from lightning_danube.weights.lora import Lora
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder
 
 LENGTHS = (9, 4, 1)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
@@ -9,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_danube.generation.token_stream import generate
-from lightning_danube.model import Decoder, DecoderConfig, GroupedQueryAttention, RotaryEmbedding, document_mask
+from lightning_danube.model import (
+    Decoder,
+    DecoderConfig,
+    GroupedQueryAttention,
+    RopeScaling,
+    RotaryEmbedding,
+    document_mask,
+)
 from lightning_danube.model import attention as attention_module
 from lightning_danube.model import decoder as decoder_module
 from lightning_danube.model.attention import (
     inverse_frequencies,
     kernels_for,
+    longest_context,
     repeat_heads,
     rotary_tables,
     rotate,
@@ -252,3 +261,13 @@ def test_steps_with_a_cache_ask_for_changing_lengths(monkeypatch: pytest.MonkeyP
         generate(decoder, [[1, 2, 3]], 2)
         decoder(torch.zeros(1, 5, dtype=torch.long))
     assert set(asked) == {(3, True), (1, True), (5, False)}
+
+
+def test_the_longest_context_is_the_published_bound_of_the_rotary_base() -> None:
+    """Men et al. 2024 (arXiv 2405.14591), figure 1: for heads of 128 channels the bound is about 0.0424 × L^1.628."""
+    for context in (4096, 8192, 32768):
+        assert 1 / 1.4 < longest_context(128, 0.0424 * context**1.628) / context < 1.4  # the points scatter by as much
+    reach = longest_context(16, 1e5)
+    sums = [sum(math.cos(m / 1e5 ** (2 * pair / 16)) for pair in range(8)) for m in range(reach + 1)]
+    assert min(sums[:reach]) >= 0 > sums[reach]
+    assert longest_context(16, 1e5, RopeScaling(factor=8.0, original_max_position_embeddings=128)) > reach

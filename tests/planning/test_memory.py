@@ -18,6 +18,7 @@ from lightning_danube.model.elementwise import gains
 from lightning_danube.model.masks import Runs, as_bias, blocks_of, document_mask, runs_of
 from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
 from lightning_danube.training.optim import Muon
+from lightning_danube.weights.lora import Lora
 from tests.model.flash_on_cpu import flash_on_cpu
 
 TINY = DecoderConfig(
@@ -353,3 +354,41 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
     assert waiting.stored_parameters == TINY.parameters // 2, "2 of the 6 replicas share a copy"
     alone = dataclasses.replace(waiting, accumulate=False)
     assert alone.loss_phase().gradients == dealt.loss_phase().gradients
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+ADAPTERS = [
+    Lora(rank=2, dropout=0.0),
+    Lora(rank=3, dropout=0.1),
+    Lora(rank=2, dropout=0.1, targets=("q_proj", "up_proj")),
+]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lora", ADAPTERS)
+def test_what_an_adapter_keeps_is_counted_to_the_byte(
+    precision: str, recompute: bool, lora: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = Decoder(TINY)
+    lora.apply(adapted)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    monkeypatch.setattr(f"{__name__}.Decoder", lambda config: adapted)
+    memory = TrainingMemory(TINY, rows=2, context=48, precision=precision, recompute=recompute, lora=lora)
+    assert memory.trained_parameters == trained
+    assert memory.kept_bytes() == kept_for_backward(TINY, precision, recompute, 2, 48)
+    assert memory.optimizer_values == 2 * trained
+    for peak in (memory.loss_phase(), memory.backward_phase()):
+        assert peak.gradients == memory.weight_bytes * trained
+        assert peak.weights == memory.weight_bytes * (TINY.parameters + trained)
+
+
+def test_rows_of_new_tokens_train_beside_an_adapter() -> None:
+    plain = TrainingMemory(TINY, rows=2, context=48, lora=Lora(rank=2))
+    for tied, rows in ((False, 2), (True, 1)):
+        config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+        memory = dataclasses.replace(plain, config=config, new_tokens=5)
+        assert memory.trained_parameters == plain.trained_parameters + rows * 5 * TINY.hidden_size
+    in_4_bits = dataclasses.replace(plain, lora=Lora(rank=2, quantization="nf4"))
+    assert in_4_bits.loss_phase().weights < plain.loss_phase().weights

@@ -38,7 +38,7 @@ def small_task(module: CurriculumData, **options: Any) -> Pretraining:
     torch.manual_seed(0)
     shape = DecoderShape(32, 64, 2, 4, 2, initializer_range=0.2)
     facts = {name: getattr(module, name) for name in ("vocab_size", "context_length", "batch_tokens", "total_tokens")}
-    return Pretraining(shape, LearningRate(1e-3, 1e-4, 0), **facts, **options)
+    return Pretraining(LearningRate(1e-3, 1e-4, 0), decoder=shape, **facts, **options)
 
 
 def documents_of(ids: list[int], end: int) -> list[slice]:

@@ -43,7 +43,7 @@ class Task:
 def summary(facts: RunFacts, *losses: dict[str, float]) -> dict[str, Any]:
     task: Any = Task()
     return fit_summary(
-        task, facts, CURRICULUM, losses, HELD_OUT, {"web": 9.0, "wiki": 8.0}, Trained(12, "32-true", 65.25)
+        task, facts, CURRICULUM, losses, HELD_OUT, {"web": 9.0, "wiki": 8.0}, Trained(12, "32-true", 65.25), before={}
     )
 
 

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.model import DecoderShape
 from lightning_danube.model.compilation import missing_for_gpu_code
 from lightning_danube.pretraining import Pretraining
 from lightning_danube.training.optim import LearningRate
+from lightning_danube.weights.lora import Lora
 
 
 def task_on(device: str, verb: str = "fit", shape: DecoderShape | None = None, **options: Any) -> Pretraining:
     """A task whose trainer runs on a device; the device need not exist."""
     task = Pretraining(
-        shape or DecoderShape(32, 64, 2, 4, 2),
         LearningRate(1e-3, 1e-4, 0),
+        decoder=shape or DecoderShape(32, 64, 2, 4, 2),
         vocab_size=64,
         context_length=16,
         batch_tokens=64,
@@ -68,3 +70,11 @@ def test_what_is_missing_for_compiled_blocks_is_told(
     assert missing_for_gpu_code() == "C compiler (no-such-compiler)"
     monkeypatch.setenv("CC", "sh")
     assert missing_for_gpu_code() is None
+
+
+def test_new_tokens_beside_an_adapter_need_whole_weights() -> None:
+    task = task_on("cpu")
+    task.lora, task.new_tokens = Lora(), [64]
+    task._trainer.strategy = ShardedStrategy()  # type: ignore[misc, union-attr]
+    with pytest.raises(ValueError, match=r"data\.new_tokens with model\.lora train on one device or with ddp"):
+        task.configure_model()

@@ -17,10 +17,14 @@ from lightning_danube.tokens.tokenizer import (
     fingerprint_of,
     load_hf_tokenizer,
     mistral_model_file,
+    new_tokens_of,
+    tokens_beyond,
+    with_new_tokens,
 )
 from lightning_danube.tokens.tokenizer_training import SPECIAL_TOKENS
 from lightning_danube.tokens.word_splits import WORD_SPLITS
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields, load_gguf_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.weights.gguf.test_tokenizer import write
 
 HARD = [
@@ -321,3 +325,54 @@ def test_danubes_markers_begin_without_a_space_in_its_chat_tokenizer() -> None:
     expected = [*marker["prompt"], "Hi", "</s>", *marker["answer"], "Hello", "</s>", *marker["answer"]]
     assert chat.convert_ids_to_tokens(ids) == expected
     assert load_hf_tokenizer("mistral").tokenize("<|prompt|>")[0] == "▁<"
+
+
+# --- new tokens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["danube-small", "mistral"])
+def test_new_tokens_are_found_in_texts_and_nothing_else_changes(name: str) -> None:
+    plain, tokens = load_hf_tokenizer(name), ["<protein>", "river stone", "白血病"]
+    grown = with_new_tokens(plain, name, tokens)
+    first = len(plain)
+    text = "the river stone<protein>白血病"
+    ids = grown(text, add_special_tokens=False).input_ids
+    assert [one for one in ids if one >= first] == [first + 1, first, first + 2]
+    assert grown.decode(ids) == text and new_tokens_of(grown) == tokens
+    assert grown("a green hill").input_ids == plain("a green hill").input_ids
+    assert new_tokens_of(plain) == [] and len(load_hf_tokenizer(name)) == first
+    assert tokens_beyond(plain, grown) == [first, first + 1, first + 2] and tokens_beyond(plain, plain) == []
+    assert tokens_beyond(grown, plain) is None
+    # Tokens added in two goes have the same ids.
+    again = with_new_tokens(with_new_tokens(plain, name, tokens[:1]), name, tokens[1:])
+    assert fingerprint_of(again) == fingerprint_of(grown) and new_tokens_of(again) == tokens
+
+
+def test_new_tokens_are_part_of_the_identity() -> None:
+    """Without it, the shards and checkpoints of the plain tokenizer would be taken for those with new tokens."""
+    plain = DocumentTokenizer("danube-small")
+    grown = DocumentTokenizer("danube-small", with_new_tokens(plain.hf, "danube-small", ["<a>"]))
+    assert grown.fingerprint == fingerprint_of(grown.hf) != plain.fingerprint
+    assert grown.identity()["new_tokens"] == ["<a>"] and "new_tokens" not in plain.identity()
+    assert grown.vocab_size == plain.vocab_size + 1
+    (ids,) = grown.encode_documents(["a <a> b"])
+    assert plain.vocab_size in ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([""], "holds an empty text"),
+        (["<a>", "<a>"], "'<a>' stands there twice"),
+        (["</s>"], "'</s>' is a token of 'danube-small' already"),
+        (["the"], "'the' is a token of 'danube-small' already"),
+    ],
+)
+def test_a_wrong_new_token_is_refused(tokens: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_new_tokens(load_hf_tokenizer("danube-small"), "danube-small", tokens)
+
+
+def test_a_new_token_that_would_not_be_decoded_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'größe' would be decoded to .* by the tokenizer 'tiny'"):
+        with_new_tokens(tiny_tokenizer(), "tiny", ["größe"])

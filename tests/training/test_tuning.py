@@ -10,8 +10,8 @@ import torch
 from lightning_danube.model import next_token_loss
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
-from lightning_danube.weights.adapters import Lora
 from lightning_danube.weights.huggingface import save_hf
+from lightning_danube.weights.lora import Lora
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder
 
 

@@ -49,8 +49,8 @@ def trained(sources: Path, runs: Path, ranks: int, micro_batch_size: int) -> dic
     )
     shape = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
     task = Pretraining(
-        shape | {"num_key_value_heads": 1},  # type: ignore[arg-type]
         {"peak": 1e-2, "final": 1e-3, "warmup": 64},  # type: ignore[arg-type]
+        decoder=shape | {"num_key_value_heads": 1},  # type: ignore[arg-type]
         vocab_size=data.vocab_size,
         context_length=data.context_length,
         batch_tokens=data.batch_tokens,

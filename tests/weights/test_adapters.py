@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.adapters import (
-    Lora,
     add_adapter,
     base_digest,
     load_adapter,
@@ -27,6 +26,7 @@ from lightning_danube.weights.adapters import (
     weights_digest,
 )
 from lightning_danube.weights.huggingface import load_hf, save_hf
+from lightning_danube.weights.lora import Lora
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)

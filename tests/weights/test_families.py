@@ -16,11 +16,12 @@ from lightning_danube.model import Decoder, DecoderConfig, RopeScaling
 from lightning_danube.model.architecture import family_of
 from lightning_danube.quantization.decoders import quantized_decoder
 from lightning_danube.quantization.levels import parse_level
-from lightning_danube.weights.adapters import Lora, add_adapter, load_adapter, merge_adapter, save_adapter
+from lightning_danube.weights.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
 from lightning_danube.weights.gguf.files import load_gguf, read_gguf_config, save_gguf
 from lightning_danube.weights.gguf.header import read_gguf_header
 from lightning_danube.weights.huggingface import load_hf, save_hf
 from lightning_danube.weights.loading import load_decoder
+from lightning_danube.weights.lora import Lora
 from lightning_danube.weights.quantized_linear import FrozenLinear4bit, quantize_linear_layers
 from tests.tiny_models import CONFIG, VARIANTS, tiny_decoder
 from tests.weights.gguf.test_files import rewrite

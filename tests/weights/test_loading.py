@@ -27,18 +27,12 @@ from lightning_danube.text.corpora import Source
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import begin_token, beginning_texts, fingerprint_of, load_hf_tokenizer
 from lightning_danube.weights import loading, names
-from lightning_danube.weights.adapters import (
-    Lora,
-    add_adapter,
-    base_digest,
-    load_adapter,
-    merge_adapter,
-    save_adapter,
-)
+from lightning_danube.weights.adapters import add_adapter, base_digest, load_adapter, merge_adapter, save_adapter
 from lightning_danube.weights.gguf.files import save_gguf
 from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
 from lightning_danube.weights.huggingface import load_checkpoint, load_hf, save_hf
 from lightning_danube.weights.loading import load_decoder, load_model
+from lightning_danube.weights.lora import Lora
 from lightning_danube.weights.names import SMOLLM2, Located, TokenizerSource, locate, locate_adapter
 from lightning_danube.weights.tokenizers import load_tokenizer, tokenizer_of
 from tests.tiny_models import CONFIG, save_tiny, tiny_decoder, tiny_tokenizer

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_danube.model import Decoder, next_token_loss
-from lightning_danube.weights.adapters import Lora, add_adapter, merge_adapter
+from lightning_danube.weights.adapters import add_adapter, merge_adapter
+from lightning_danube.weights.lora import Lora
 from lightning_danube.weights.quantized_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize_linear_layers
 from tests.tiny_models import CONFIG, tiny_decoder
 

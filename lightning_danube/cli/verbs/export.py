@@ -172,9 +172,11 @@ def _export_adapter(arguments: Namespace) -> None:
 def _export_trained_adapter(arguments: Namespace) -> None:
     """Exports the adapter that a run of this project has trained."""
     from lightning_danube.classification.exported import is_classifier, load_classifier
+    from lightning_danube.tokens.tokenizer import adding_bos
     from lightning_danube.weights.adapters import save_adapter
     from lightning_danube.weights.loading import load_adapted_decoder
     from lightning_danube.weights.model_card import adapter_card
+    from lightning_danube.weights.new_tokens import trained_ids
 
     weights = locate(arguments.weights)
     if weights.adapter_base is None:
@@ -192,8 +194,11 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     parameters += 0 if score_CD is None else score_CD.numel()
     out = Path(arguments.out)
-    card = adapter_card(out.resolve().name, base, config.to_dict(), parameters, labels)
-    save_adapter(decoder, out, base=base, card=card, score=score_CD, overwrite=arguments.overwrite)
+    new = trained_ids(decoder)
+    vocabulary = decoder.config.vocab_size if new else None
+    card = adapter_card(out.resolve().name, base, config.to_dict(), parameters, labels, vocabulary)
+    tokenizer = adding_bos(load_tokenizer(weights)) if new else None
+    save_adapter(decoder, out, base=base, card=card, score=score_CD, tokenizer=tokenizer, overwrite=arguments.overwrite)
     print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
 
 

@@ -11,7 +11,6 @@ from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, pa
 from lightning_danube.terminal import text_table
 
 if TYPE_CHECKING:
-    from lightning_danube.model.config import DecoderConfig
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
     from lightning_danube.planning.run import TrainerSection
     from lightning_danube.pretraining.curriculum import Curriculum
@@ -85,7 +84,7 @@ def run(arguments: Namespace) -> None:
         accelerators.insert(0, this_cpu(memory.precision, memory.layout.devices))
         notes.append(f"{accelerators[0].name}: the rate is that of its matrix products, just measured, not a peak")
     sections = [
-        _model(planned.name, model.config, data, memory),
+        _model(planned.name, model, data, memory),
         _stages(data, supply),
         _texts(data, supply),
         _parts(memory),
@@ -111,7 +110,7 @@ def _memory(
 
     layout, notes = layout_of(trainer)
     gpu = trainer.accelerator != "cpu"
-    compiled = gpu and model.compile_blocks is not False
+    compiled = gpu and model.compile_blocks is not False and model.lora is None
     memory = TrainingMemory(
         model.config,
         rows=data.micro_batch_size,
@@ -125,7 +124,14 @@ def _memory(
         float8=model.float8,
         document_masks=data.document_masks,
         averages=model.optimizer.averages,
+        lora=model.lora,
+        new_tokens=0 if model.continuation is None else len(model.continuation.pieces),
     )
+    if model.lora is not None:
+        notes.append(
+            "the frozen weights need no gradients of their own, so the arithmetic of an adapter is up to a third less "
+            "than the figures above, which are those of all weights"
+        )
     return memory, notes
 
 
@@ -142,7 +148,8 @@ def _precision(trainer: TrainerSection) -> str:
     return choose("cpu").precision
 
 
-def _model(name: str, config: DecoderConfig, data: CurriculumSettings, memory: TrainingMemory) -> str:
+def _model(name: str, model: PretrainingSettings, data: CurriculumSettings, memory: TrainingMemory) -> str:
+    config = model.config
     flops = config.flops_per_token(data.context_length)
     total = data.total_tokens * flops
     steps = data.total_tokens // data.batch_tokens
@@ -150,7 +157,9 @@ def _model(name: str, config: DecoderConfig, data: CurriculumSettings, memory: T
     held = layout.replicas * data.micro_batch_size
     lines = [
         f"{name}: {config.num_hidden_layers} layers × {config.hidden_size:,} hidden, {config.num_attention_heads} "
-        f"query and {config.num_key_value_heads} key-value heads, {config.parameters:,} parameters",
+        f"query and {config.num_key_value_heads} key-value heads, {config.parameters:,} parameters"
+        + ("" if model.weights is None else f", from {model.weights}")
+        + ("" if model.lora is None else f"; an adapter of {memory.trained_parameters:,} trains"),
         f"run: {data.total_tokens:,} tokens in {steps:,} steps of {data.batch_tokens:,} "
         f"({layout.replicas} × {data.batch_samples // held} × {data.micro_batch_size} rows of {data.context_length:,})",
         f"arithmetic: {flops:.4g} FLOPs a token at {data.context_length:,} tokens of context, forward and backward, "
@@ -345,9 +354,10 @@ def _checkpoints(
     flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
     interval = trainer.save_interval
     every = None if interval is None else interval.steps(data.total_tokens, data.batch_tokens)
+    what = "weights" if memory.lora is None else "the adapter"
     written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     lines = [
-        f"checkpoint: {written} (weights and the optimizer's averages), {advice.write:,.1f} s at "
+        f"checkpoint: {written} ({what} and the optimizer's averages), {advice.write:,.1f} s at "
         f"{arguments.write_speed:g} GB/s (--write-speed)",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",

@@ -212,7 +212,7 @@ def test_biases_and_norms_of_heads_are_adamws() -> None:
 
 
 def test_of_4_bit_layers_only_the_adapter_is_trained() -> None:
-    from lightning_danube.weights.adapters import Lora
+    from lightning_danube.weights.lora import Lora
 
     decoder = Decoder(DecoderConfig(64, 64, 2, 4, 2, vocab_size=50))
     Lora(rank=2, targets=("q_proj",), quantization="nf4").apply(decoder)
