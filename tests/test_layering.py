@@ -23,6 +23,7 @@ ORDER = (
     "weights",
     "generation",
     "training",
+    "inspection",
     *TASKS,
     "planning",
     "studies",

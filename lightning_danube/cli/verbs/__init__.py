@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "plan": "tell what a pre-training run would take: memory, time, money, text",
+    "inspect": "show the data of a configuration as the model will see it, before anything is trained",
     "prepare": "make the token shards of a configuration's data, so that fit starts at once",
     "tokenizer": "train a tokenizer on texts of your own",
     "generate": "continue a prompt with a trained model",

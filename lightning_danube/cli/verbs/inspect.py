@@ -1,0 +1,74 @@
+"""`inspect`: shows a configuration's data as the model will see it: tokens, what is learned, what is left out.
+
+It needs the tokenizer and the data, and neither weights nor a GPU. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="the configuration that `fit` takes: a name or a file",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=2, metavar="N", help="examples of each source that are shown as tokens (2)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="rows of each source that are read (1000); 0 reads all rows",
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write a page for the browser, with longer examples")
+    # Everything else overrides a key of the configuration, as in `fit`.
+    parser.set_defaults(overrides=[])
+
+
+def run(arguments: Namespace) -> None:
+    try:
+        _run(arguments)
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Namespace) -> None:
+    for option in ("examples", "rows"):
+        if getattr(arguments, option) < 0:
+            raise ValueError(f"--{option} is {getattr(arguments, option)}: give 0 or more")
+
+    from lightning_danube.cli.configs import configured_data
+    from lightning_danube.inspection.lines import LEGEND, Style, lines_of, wants_colour
+    from lightning_danube.inspection.shown import ShownSource, ShowsSources, nothing_seen
+
+    data = configured_data(arguments.config, arguments.overrides)
+    if not isinstance(data, ShowsSources):
+        raise ValueError(f"data is {type(data).__name__}, which has no method shown_sources: it cannot be inspected")
+    style, width = Style(wants_colour(sys.stdout)), shutil.get_terminal_size((100, 24)).columns
+    print(style(LEGEND, "edge"), flush=True)
+    found: list[ShownSource] = []
+    for shown in data.shown_sources(arguments.examples, arguments.rows or sys.maxsize):
+        found.append(shown)
+        print("\n" + "\n".join(lines_of(shown, width, style)), flush=True)
+    empty = [shown for shown in found if shown.is_empty]
+    if empty:
+        named = ", ".join(shown.name for shown in empty)
+        print("\n" + style(f"✗ {nothing_seen(empty[0])}: {named}", "warning"))
+    if arguments.html:
+        from lightning_danube.files import write_text
+        from lightning_danube.inspection.page import page_of_sources
+
+        title = f"Data of {' + '.join(arguments.config)}"
+        write_text(Path(arguments.html), page_of_sources(title, found))
+        print(f"\nwritten: {arguments.html}")
