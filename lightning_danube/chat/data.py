@@ -23,7 +23,7 @@ from lightning_danube.chat.conversations import Conversation, ConversationSource
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
 from lightning_danube.files import default_cache_dir, new_folder
-from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, shown_tokens
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
 from lightning_danube.text.quality import text_hash
@@ -401,10 +401,8 @@ class ConversationData(PlannedData):
             if report[key]:
                 shown.notes.append(f"{what}: {report[key]:,}")
         if refused := next((row for row in left_out if self.stops_at(name, row)), None):
-            shown.warnings.append(
-                f"fit stops at {refused.file}, row {refused.row}: data.sources.{name}.on_bad_row: skip leaves such "
-                "rows out"
-            )
+            option = f"data.sources.{name}.on_bad_row"
+            shown.warnings.append(fit_stops_at(refused, option, len(kept)))
         if complete and kept and held_out in (0, len(kept)):
             change = "none is held out: raise" if not held_out else "all are held out: lower"
             shown.warnings.append(f"fit refuses this source, because {change} data.held_out (now {self.held_out})")

@@ -30,7 +30,7 @@ from lightning_danube.classification.labelled_texts import (
     stratified,
 )
 from lightning_danube.files import default_cache_dir
-from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, shown_tokens
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.text.corpora import local_files
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL, begin_token
@@ -339,13 +339,15 @@ class ClassificationData(PlannedData):
     # --- what is to be seen before a run ------------------------------------------------------------------------------
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
-        """Yields what is to be seen of each split. `rows` limits nothing, because the splits need all rows."""
+        """Yields what is to be seen of each split. All rows are read, because the splits need them; at most `rows`
+        texts of each split become tokens."""
         stops, self.on_bad_row = self.on_bad_row == "error", "skip"
         self.prepare_data()
         try:
-            self.setup("validate")
+            self._make_splits()
+            splits = dict(self.splits)
             if "predict" in self.sources:
-                self.setup("predict")
+                splits["predict"] = self._read("predict")
         except ValueError as error:
             if not self.rejected:
                 raise
@@ -355,20 +357,30 @@ class ClassificationData(PlannedData):
             return
         # Rows are listed with the first split that was read from their file.
         listed: set[int] = set()
-        for split in self.encoded:
-            files = {text.file for text in self.splits[split]}
+        for split, texts in splits.items():
+            files = {text.file for text in texts}
             left_out = [row for row in self.rejected if row.file in files and id(row) not in listed]
             listed.update(map(id, left_out))
-            yield self._shown_split(split, left_out, examples, stops)
+            shown = self._shown_split(split, texts, self._encode(texts[:rows]), left_out, examples)
+            if stops and left_out:
+                shown.warnings.append(fit_stops_at(left_out[0], "data.on_bad_row", shown.kept))
+            yield shown
 
-    def _shown_split(self, split: str, left_out: Sequence[BadRow], examples: int, stops: bool) -> ShownSource:
-        texts, encoded = self.splits[split], self.encoded[split]
+    def _shown_split(
+        self,
+        split: str,
+        texts: Sequence[LabelledText],
+        encoded: EncodedTexts,
+        left_out: Sequence[BadRow],
+        examples: int,
+    ) -> ShownSource:
         source = self.sources.get(split)
         shown = ShownSource(
             split,
             "texts",
             "" if source is None else source.path,
             read=len(texts) + len(left_out),
+            complete=True,
             kept=len(texts),
             lengths=encoded.lengths.tolist(),
             limit=self.context_length,
@@ -388,11 +400,9 @@ class ClassificationData(PlannedData):
             shown.notes.append(f"texts of other classes, left out of all splits: {self.other_classes:,}")
         if split in self.max_texts:
             shown.notes.append(f"chosen by data.max_texts.{split} = {self.max_texts[split]:,}")
-        if stops and left_out:
-            shown.warnings.append(
-                f"fit stops at {left_out[0].file}, row {left_out[0].row}: data.on_bad_row: skip leaves such rows out"
-            )
-        for number in range(min(examples, len(texts))):
+        if len(encoded) < len(texts):
+            shown.notes.insert(0, f"tokens and lengths are those of the first {len(encoded):,} texts (--rows)")
+        for number in range(min(examples, len(encoded))):
             batch = encoded.batch([number])
             ids = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
             label, kind = texts[number].label, int(batch["classes"][0])

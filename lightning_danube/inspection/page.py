@@ -25,7 +25,7 @@ _COLUMNS = 60
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1d1f23; --faint: #667; --line: #d9dce1; --back: #fbfbfc; --card: #fff;
-  --good: #0b6b3a; --goodback: #c9efd8; --bad: #a3161f; --badback: #fde4e5; --other: #eef0f3; --link: #0b57b0; }
+  --good: #0b6b3a; --goodback: #c9efd8; --bad: #a3161f; --badback: #fde4e5; --other: #e6e9ee; --link: #0b57b0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --faint: #9aa1ac; --line: #353a42; --back: #15171a;
   --card: #1c1f24; --good: #8fe3b2; --goodback: #174a2e; --bad: #ff9aa0; --badback: #4a1a1e; --other: #282c33;
   --link: #8fbcff; } }
@@ -37,6 +37,7 @@ h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
 a { color: var(--link); }
 .faint { color: var(--faint); font-size: .9rem; overflow-wrap: anywhere; }
+p.faint { margin: .2rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem;
   margin: .6rem 0; }
 .warning { background: var(--badback); color: var(--bad); border-radius: .4rem; padding: .5rem .8rem; margin: .4rem 0;
@@ -78,7 +79,7 @@ def page_of_sources(title: str, sources: Sequence[ShownSource]) -> str:
     """Returns a page of what is to be seen of the data."""
     parts = [
         f"<h1>{escape(title)}</h1>",
-        '<p class="faint">Each box is a token as the model gets it; its number stands behind the pointer. '
+        '<p class="faint">Each box is a token as the model gets it; point at it to see its number. '
         '<span class="t m">Green and underlined</span> is what the loss counts, or what is measured. '
         '<span class="t s">Italics</span> are special tokens.</p>',
         *map(_source, sources),

@@ -59,7 +59,7 @@ class ShownSource:
         unit: what an example is called, in the plural.
         place: path of the source.
         read: examples that were read, with those left out.
-        complete: whether these are all examples of the source.
+        complete: whether these are all examples of the source; None if other options decide what is read.
         kept: examples that the model will see.
         lengths: tokens of each example that was kept.
         limit: length that an example is shortened or divided to; None if there is no such length.
@@ -76,7 +76,7 @@ class ShownSource:
     unit: str
     place: str = ""
     read: int = 0
-    complete: bool = True
+    complete: bool | None = None
     kept: int = 0
     lengths: Sequence[int] = ()
     limit: int | None = None
@@ -110,6 +110,17 @@ class ShowsSources(Protocol):
         Raises:
             ValueError: a source cannot be read at all.
         """
+
+
+def fit_stops_at(row: BadRow, option: str, kept: int) -> str:
+    """Returns the warning for a row that ends a run.
+
+    Args:
+        option: the key that makes the run skip such rows.
+        kept: number of examples that would be left.
+    """
+    way_out = f": {option}: skip leaves such rows out" if kept else ", and no other row has anything to learn"
+    return f"fit stops at {row.file}, row {row.row}{way_out}"
 
 
 def causes_of(rows: Iterable[BadRow]) -> tuple[dict[str, int], list[str]]:
@@ -166,19 +177,20 @@ def shortened(tokens: Sequence[ShownToken], head: int, tail: int) -> Iterator[Sh
 
 
 def histogram(lengths: Sequence[int], columns: int) -> list[int]:
-    """Returns the numbers of lengths in columns of equal width, from the shortest to the longest."""
+    """Returns the numbers of lengths in at most `columns` ranges of equal width, from the shortest to the longest."""
     low, high = min(lengths), max(lengths)
+    columns = min(columns, high - low + 1)
     counts = [0] * columns
     for length in lengths:
-        counts[min(columns - 1, (length - low) * columns // max(1, high - low))] += 1
+        counts[(length - low) * columns // (high - low + 1)] += 1
     return counts
 
 
 def facts_of(shown: ShownSource) -> list[str]:
     """Returns the numbers of a source, one sentence a line."""
-    whole = "all rows were read" if shown.complete else "more rows follow (--rows)"
+    whole = {True: "; all rows were read", False: "; more rows follow (--rows)", None: ""}[shown.complete]
     left_out = shown.read - shown.kept
-    lines = [f"{shown.read:,} {shown.unit} read, {shown.kept:,} kept, {left_out:,} left out; {whole}"]
+    lines = [f"{shown.read:,} {shown.unit} read, {shown.kept:,} kept, {left_out:,} left out{whole}"]
     if shown.tokens:
         marked = ""
         if shown.marks is not None:

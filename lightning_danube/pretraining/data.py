@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.device import usable_cores
-from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, shown_tokens
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
@@ -117,10 +117,8 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         if account["cut"]:
             shown.notes.append(f"long documents were cut: {account['cut']:,} more pieces")
         if rejected and self.sources[name].on_bad_row == "error":
-            shown.warnings.append(
-                f"fit stops at {rejected[0].file}, row {rejected[0].row}: data.sources.{name}.on_bad_row: skip leaves "
-                "such rows out"
-            )
+            option = f"data.sources.{name}.on_bad_row"
+            shown.warnings.append(fit_stops_at(rejected[0], option, shown.kept))
         if sample.complete and sample.shards is not None:
             if len(sample.shards.tokens("validation")) < 2:
                 shown.warnings.append(

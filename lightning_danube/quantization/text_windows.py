@@ -190,8 +190,8 @@ class TextWindows(LightningDataModule):
             shown.notes.append(f"{CLOZE_CHOICES} answers to each question; the true answer comes first")
             yield shown
         calibration = self.calibration_ids.tolist()
-        shown = ShownSource("calibration text", "texts", self.text.path, marks=None, tokens=len(calibration))
-        shown.read = shown.kept = int(bool(calibration))
+        size = len(calibration)
+        shown = ShownSource("calibration text", "tokens", self.text.path, read=size, kept=size, marks=None)
         shown.notes.append("the text behind the measured text, for levels that calibrate on text")
         if examples and calibration:
             start = calibration[: self.context_lengths[0]]

@@ -36,14 +36,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    try:
-        _run(arguments)
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(arguments: Namespace) -> None:
     for option in ("examples", "rows"):
         if getattr(arguments, option) < 0:
             raise ValueError(f"--{option} is {getattr(arguments, option)}: give 0 or more")
@@ -56,19 +48,31 @@ def _run(arguments: Namespace) -> None:
     if not isinstance(data, ShowsSources):
         raise ValueError(f"data is {type(data).__name__}, which has no method shown_sources: it cannot be inspected")
     style, width = Style(wants_colour(sys.stdout)), shutil.get_terminal_size((100, 24)).columns
-    print(style(LEGEND, "edge"), flush=True)
     found: list[ShownSource] = []
     for shown in data.shown_sources(arguments.examples, arguments.rows or sys.maxsize):
+        if not found:
+            _say(style(LEGEND, "edge"))
         found.append(shown)
-        print("\n" + "\n".join(lines_of(shown, width, style)), flush=True)
+        if not _say("\n" + "\n".join(lines_of(shown, width, style))) and not arguments.html:
+            return
     empty = [shown for shown in found if shown.is_empty]
     if empty:
         named = ", ".join(shown.name for shown in empty)
-        print("\n" + style(f"✗ {nothing_seen(empty[0])}: {named}", "warning"))
+        _say("\n" + style(f"✗ {nothing_seen(empty[0])}: {named}", "warning"))
     if arguments.html:
         from lightning_danube.files import write_text
         from lightning_danube.inspection.page import page_of_sources
 
         title = f"Data of {' + '.join(arguments.config)}"
         write_text(Path(arguments.html), page_of_sources(title, found))
-        print(f"\nwritten: {arguments.html}")
+        _say(f"\nwritten: {arguments.html}")
+
+
+def _say(text: str) -> bool:
+    """Prints a text. Returns False if nobody reads it any more, as after `| head`; later texts then go nowhere."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -53,7 +53,7 @@ class RunningText(Part):
 
     def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
         rows, length = self.ids_NT.shape
-        shown = ShownSource(self.title, "rows", self.source, rows, kept=rows, marks="measured", tokens=rows * length)
+        shown = ShownSource(self.title, "rows", "", rows, kept=rows, marks="measured", tokens=rows * length)
         shown.marked_tokens = rows * (length - 1)
         for number, row in enumerate(self.ids_NT[:examples].tolist()):
             measured = [place > 0 for place in range(length)]
