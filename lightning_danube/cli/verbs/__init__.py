@@ -9,6 +9,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer on texts of your own",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a trained model in the terminal",
+    "report": "write an HTML page about a run, or about several runs side by side",
     "export": "write a trained model for other programs",
     "configs": "list the configurations that come with the package, or copy one for editing",
     "study": "run a controlled experiment: variants and seeds of one configuration, and a verdict",
