@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,17 @@ def _with_code(text: str) -> str:
 
 
 def _overview(compared: Sequence[RecordedRun]) -> str:
-    columns = {run.title: _facts(run) for run in compared}
-    parts = [_table(pd.DataFrame(columns))]
+    facts = [_facts(run) for run in compared]
+    keys = dict.fromkeys(key for found in facts for key in found)
+    rows = [[found.get(key, "–") for found in facts] for key in keys]
+    parts = [_table(pd.DataFrame(rows, index=list(keys), columns=[run.title for run in compared], dtype=object))]
     for run in compared:
         prefix = f"{run.title}: " if len(compared) > 1 else ""
         parts += [_missing(prefix + problem) for problem in run.problems]
     return "\n".join(parts)
 
 
-def _facts(run: RecordedRun) -> pd.Series:
+def _facts(run: RecordedRun) -> dict[str, Any]:
     """Returns what a run is, and the numbers of its summary that are not in lists."""
     facts: dict[str, Any] = {
         section: str(run.config.get(section, {}).get("class_path", "–")).rpartition(".")[2]
@@ -101,8 +104,7 @@ def _facts(run: RecordedRun) -> pd.Series:
     }
     trainer = run.config.get("trainer") or {}
     facts["accelerator, precision"] = f"{trainer.get('accelerator', '–')}, {trainer.get('precision', '–')}"
-    facts |= _flat_numbers(run.summary)
-    return pd.Series(facts, dtype=object)
+    return facts | _flat_numbers(run.summary)
 
 
 def _flat_numbers(value: Any, name: str = "") -> dict[str, Any]:
@@ -135,10 +137,25 @@ def _curves(compared: Sequence[RecordedRun]) -> list[Part]:
             ("The mix over tokens", figures.mix_over_tokens),
         ]
         parts: list[Part] = [_drawing(figure, run, what) for what, figure in drawn]
-        parts += [_group([run], name) for name in tensorboard.groups([run]) if name not in ("optimizer", "throughput")]
+        shown = ("optimizer", "throughput", "mix", "tokens_seen")
+        groups = [name for name in tensorboard.groups(compared) if name not in shown]
+        parts += [_drawing(partial(tensorboard.group, name=name), run, f"curves {name}/…") for name in groups]
         return parts
-    names = tensorboard.groups(compared)
-    return [_group(compared, name) for name in names] or [lambda: _missing("no run logged a curve")]
+    return [
+        lambda: _without_events(compared),
+        *(_group(compared, name) for name in tensorboard.groups(compared)),
+        lambda: _once(compared),
+    ]
+
+
+def _without_events(compared: Sequence[RecordedRun]) -> str:
+    lacking = [run.title for run in compared if run.curves.empty]
+    return _missing(f"no TensorBoard events with curves in {', '.join(lacking)}") if lacking else ""
+
+
+def _once(compared: Sequence[RecordedRun]) -> str:
+    values = tensorboard.logged_once(compared)
+    return "" if values.empty else "<h3>values that were logged once</h3>" + _table(values)
 
 
 def _drawing(draw: Callable[[RecordedRun], Figure], run: RecordedRun, what: str) -> Part:
@@ -189,7 +206,12 @@ def _heading(title: str) -> Part:
 
 
 def _is_shown_elsewhere(run: RecordedRun, tag: str) -> bool:
-    return tag == "run/plan" or (run.is_pretraining and tag.startswith("samples/"))
+    return (
+        tag == "run/plan"
+        or (run.is_pretraining and tag.startswith("samples/"))
+        # A written report has these tables, too.
+        or tag.split("/")[0] in ("evaluation", "quantization")
+    )
 
 
 def _samples(run: RecordedRun) -> str:

@@ -71,9 +71,23 @@ def group(run: RecordedRun, name: str) -> Figure:
 
 
 def groups(compared: Sequence[RecordedRun]) -> list[str]:
-    """Returns the groups of curves, such as "loss", that at least one of the runs logged."""
-    names = (tag.split("/")[0] for run in compared for tag in run.curves if "/" in tag)
-    return list(dict.fromkeys(names))
+    """Returns the groups of curves, such as "loss", that at least one of the runs logged. Losses come first."""
+    names = dict.fromkeys(tag.split("/")[0] for tag in _curves(compared))
+    return sorted(names, key=lambda name: name != "loss")
+
+
+def _curves(compared: Sequence[RecordedRun]) -> list[str]:
+    """Returns the tags that have more than one value in at least one of the runs."""
+    tags = dict.fromkeys(tag for run in compared for tag in run.curves if "/" in tag)
+    return [tag for tag in tags if any(tag in run.curves and run.curves[tag].count() > 1 for run in compared)]
+
+
+def logged_once(compared: Sequence[RecordedRun]) -> pd.DataFrame:
+    """Returns the values of the tags that have one value at most in each run: a row per tag, a column per run."""
+    curves = _curves(compared)
+    tags = dict.fromkeys(tag for run in compared for tag in run.curves if "/" in tag and tag not in curves)
+    rows = [[run.curves[tag].max() if tag in run.curves else float("nan") for run in compared] for tag in tags]
+    return pd.DataFrame(rows, index=pd.Index(list(tags), name="tag"), columns=[run.title for run in compared])
 
 
 def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
@@ -83,7 +97,7 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
     Raises:
         MissingResult: no run logged a tag of the group.
     """
-    found = list(dict.fromkeys(tag for run in compared for tag in run.curves if tag.split("/")[0] == name))
+    found = [tag for tag in _curves(compared) if tag.split("/")[0] == name]
     if not found:
         raise MissingResult(f"no run logged {name}/…: {runs.way_to_log(name + '/')}")
     over_tokens = all(run.is_pretraining for run in compared)
@@ -91,6 +105,7 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
     rows = -(-len(found) // columns)
     titles = [run.title for run in compared]
     figure, axes = new_figure(0.5 + 0.22 * len(titles) + 2.2 * rows, rows, columns)
+    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr, call-arg]  # a constrained layout
     handles: dict[str, Any] = {}
     for ax, tag in zip(axes, found, strict=False):
         for number, run in enumerate(compared):
@@ -99,7 +114,8 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
             values = run.curve(tag) if over_tokens else run.curves[tag].dropna()
             line(ax, values.iloc[:: max(1, len(values) // MOST_POINTS)])
             drawn = ax.lines[-1]
-            # Dashes tell more runs than colours do.
+            # Equal lines are both visible, because the first one is the widest. Dashes tell more runs than colours do.
+            drawn.set_linewidth(max(1.2, 2.8 - 0.8 * number))
             drawn.set_color(RUN_COLOURS[number % len(RUN_COLOURS)])
             drawn.set_linestyle(RUN_DASHES[number // len(RUN_COLOURS) % len(RUN_DASHES)])
             handles.setdefault(titles[number], drawn)
