@@ -48,13 +48,13 @@ class Part(ABC):
             ValueError: a row cannot be used; the message names file and row.
         """
 
-    @abstractmethod
     def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
-        """Returns what the model will be asked: at most `examples` prompts as tokens. Asks no model.
+        """Returns what the model will be asked, for the verb `inspect`: at most `examples` prompts as tokens.
 
         Raises:
             ValueError: see `prepare`.
         """
+        return ShownSource(self.title, "", kept=1, marks=None, notes=["this part does not show what it asks"])
 
     @abstractmethod
     def measure(self, model: AskedModel) -> list[Measured]:

@@ -56,7 +56,7 @@ class ShownSource:
     """What is to be seen of one source.
 
     Args:
-        unit: what an example is called, in the plural.
+        unit: what an example is called, in the plural; empty if examples are not counted.
         place: path of the source.
         read: examples that were read, with those left out.
         complete: whether these are all examples of the source; None if other options decide what is read.
@@ -190,7 +190,11 @@ def facts_of(shown: ShownSource) -> list[str]:
     """Returns the numbers of a source, one sentence a line."""
     whole = {True: "; all rows were read", False: "; more rows follow (--rows)", None: ""}[shown.complete]
     left_out = shown.read - shown.kept
-    lines = [f"{shown.read:,} {shown.unit} read, {shown.kept:,} kept, {left_out:,} left out{whole}"]
+    lines = (
+        []
+        if not shown.unit
+        else [f"{shown.read:,} {shown.unit} read, {shown.kept:,} kept, {left_out:,} left out{whole}"]
+    )
     if shown.tokens:
         marked = ""
         if shown.marks is not None:

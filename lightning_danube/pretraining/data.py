@@ -109,7 +109,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         shown.lengths = unit.lengths.tolist()
         shown.over_limit = ("longer than a row", int((unit.lengths > self.context_length + 1).sum()))
         shown.left_out, shown.places = causes_of([*rejected, *account["removed"]])
-        shown.left_out |= {f"filter {rule}": count for rule, count in account["filtered"].items()}
+        shown.left_out |= {f"filter: {rule}": count for rule, count in account["filtered"].items()}
         if account["contaminated"]:
             shown.left_out[CONTAMINATED] = account["contaminated"]
         if sample.duplicates:

@@ -121,7 +121,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         rule = job.filters.against(row.text) if job.filters is not None else None
         if rule is not None:
             filtered[rule] += 1
-            removed += [_removed(row, f"filter {rule}")] * (len(removed) < SHOWN_REMOVED)
+            removed += [_removed(row, f"filter: {rule}")] * (len(removed) < SHOWN_REMOVED)
             continue
         if benchmarks is not None and (found := benchmarks.found_in(row.text)):
             contaminated += 1

@@ -364,3 +364,49 @@ def test_replicas_have_equally_many_batches_and_each_row_once(tmp_path: Path) ->
     assert [len(rows) for rows in dealt] == [3, 3, 3]
     rows = [row for rank in dealt for row in rank]
     assert sorted(row for row in rows if row >= 0) == list(range(7)) and rows.count(-1) == 2
+
+
+def test_what_is_shown_is_what_the_batches_hold(tmp_path: Path) -> None:
+    module = data(tmp_path, layout="bucketed", context_length=40)
+    (shown,) = module.shown_sources(100, 1000)
+    assert (shown.read, shown.kept, shown.complete) == (60, 60, True)
+    report = module.reports()["talk"]
+    assert (shown.tokens, shown.over_limit[1]) == (report["tokens"], report["shortened_conversations"])
+    assert shown.over_limit[1] > 0
+    texts = {tuple(token.id for token in one.tokens): [token.marked for token in one.tokens] for one in shown.examples}
+    rows = [row for loader in [*module.test_dataloader(), module.train_dataloader()] for row in loader]
+    seen = 0
+    for batch in rows:
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            learned = [label for label in labels if label >= 0]
+            mine = next(known for known in texts if list(known[: len(known) - 1]) == ids[: len(known) - 1])
+            marked = [token for token, mark in zip(mine, texts[mine], strict=True) if mark]
+            assert marked == learned
+            seen += 1
+    assert seen == 60 and sum(map(sum, texts.values())) == shown.marked_tokens
+
+
+def test_a_part_of_a_source_is_shown(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    (shown,) = module.shown_sources(2, 10)
+    assert (shown.read, shown.complete, len(shown.examples)) == (10, False, 2)
+    assert shown.examples[0].title == f"{tmp_path / 'talk.jsonl'}, row 1"
+
+
+def test_rows_that_end_a_run_are_shown_with_their_reason(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "yes", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "why"}, said]}, {"messages": []}]
+    file = write_rows(tmp_path / "zero.jsonl", *rows)
+    module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
+    (shown,) = module.shown_sources(2, 1000)
+    assert shown.is_empty and shown.examples == []
+    assert shown.left_out == {"nothing to learn": 1, "no turns": 1}
+    assert shown.warnings == [f"fit stops at {file}, row 1, and no other row has anything to learn"]
+    assert not (tmp_path / "cache").exists()  # looking writes nothing
+
+
+def test_a_source_that_fit_would_refuse_is_shown(tmp_path: Path) -> None:
+    file = write(tmp_path / "talk.jsonl", 3)
+    module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
+    (shown,) = module.shown_sources(0, 1000)
+    assert shown.warnings == ["fit refuses this source, because none is held out: raise data.held_out (now 0.02)"]
