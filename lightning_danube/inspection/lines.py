@@ -11,7 +11,7 @@ from lightning_danube.inspection.shown import (
     ShownExample,
     ShownSource,
     ShownToken,
-    facts_of,
+    sentences_about,
     histogram,
     nothing_seen,
     shortened,
@@ -50,7 +50,7 @@ def lines_of(shown: ShownSource, width: int, style: Style) -> Iterator[str]:
         yield "  " + style(f"✗ {nothing_seen(shown)}", "warning")
     for warning in shown.warnings:
         yield "  " + style(f"✗ {warning}", "warning")
-    for fact in facts_of(shown):
+    for fact in sentences_about(shown):
         yield f"  {fact}"
     if len(shown.lengths) > 1 and min(shown.lengths) < max(shown.lengths):
         yield f"  {min(shown.lengths):,} {bars(histogram(shown.lengths, _COLUMNS))} {max(shown.lengths):,}"

@@ -13,7 +13,7 @@ from lightning_danube.inspection.shown import (
     ShownExample,
     ShownSource,
     ShownToken,
-    facts_of,
+    sentences_about,
     histogram,
     nothing_seen,
     shortened,
@@ -93,7 +93,7 @@ def _source(shown: ShownSource) -> str:
     if shown.is_empty:
         parts.append(f'<p class="warning empty">{escape(nothing_seen(shown))}</p>')
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in shown.warnings]
-    parts.append("<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts_of(shown)) + "</ul>")
+    parts.append("<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in sentences_about(shown)) + "</ul>")
     if len(shown.lengths) > 1 and min(shown.lengths) < max(shown.lengths):
         parts.append(_bars(shown.lengths))
     if shown.left_out:

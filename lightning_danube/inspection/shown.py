@@ -186,7 +186,7 @@ def histogram(lengths: Sequence[int], columns: int) -> list[int]:
     return counts
 
 
-def facts_of(shown: ShownSource) -> list[str]:
+def sentences_about(shown: ShownSource) -> list[str]:
     """Returns the numbers of a source, one sentence a line."""
     whole = {True: "; all rows were read", False: "; more rows follow (--rows)", None: ""}[shown.complete]
     left_out = shown.read - shown.kept

@@ -43,13 +43,13 @@ section { border-top: 1px solid var(--line); margin-top: 2.2rem; } section > h2 
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 """
 
-Part = Callable[[], str]
+_Part = Callable[[], str]
 
 
 def page_of_runs(compared: Sequence[RecordedRun]) -> str:
     """Returns the page of one run, or of several side by side."""
     title = compared[0].title if len(compared) == 1 else f"{len(compared)} runs"
-    sections: list[tuple[str, list[Part]]] = [("Overview", [lambda: _overview(compared)])]
+    sections: list[tuple[str, list[_Part]]] = [("Overview", [lambda: _overview(compared)])]
     if len(compared) > 1:
         sections.append(("Settings that differ", [lambda: _differing_settings(compared)]))
     sections.append(("Curves", _curves(compared)))
@@ -67,7 +67,7 @@ def page_of_runs(compared: Sequence[RecordedRun]) -> str:
     return html_page(title, "\n".join(body), _STYLE)
 
 
-def _or_missing(part: Part) -> str:
+def _or_missing(part: _Part) -> str:
     try:
         return part()
     except MissingResult as missing:
@@ -99,7 +99,7 @@ def _overview(compared: Sequence[RecordedRun]) -> str:
 def _facts(run: RecordedRun) -> dict[str, Any]:
     """Returns what a run is, and the numbers of its summary that are not in lists."""
     facts: dict[str, Any] = {
-        section: str(run.config.get(section, {}).get("class_path", "–")).rpartition(".")[2]
+        section: str((run.config.get(section) or {}).get("class_path", "–")).rpartition(".")[2]
         for section in ("model", "data")
     }
     trainer = run.config.get("trainer") or {}
@@ -127,7 +127,7 @@ def _differing_settings(compared: Sequence[RecordedRun]) -> str:
     return _table(pd.DataFrame.from_dict(rows, orient="index", columns=[run.title for run in compared]))
 
 
-def _curves(compared: Sequence[RecordedRun]) -> list[Part]:
+def _curves(compared: Sequence[RecordedRun]) -> list[_Part]:
     if len(compared) == 1 and compared[0].is_pretraining:
         (run,) = compared
         drawn: list[tuple[str, Callable[[RecordedRun], Figure]]] = [
@@ -136,7 +136,7 @@ def _curves(compared: Sequence[RecordedRun]) -> list[Part]:
             ("Throughput over tokens", figures.throughput),
             ("The mix over tokens", figures.mix_over_tokens),
         ]
-        parts: list[Part] = [_drawing(figure, run, what) for what, figure in drawn]
+        parts: list[_Part] = [_drawing(figure, run, what) for what, figure in drawn]
         shown = ("optimizer", "throughput", "mix", "tokens_seen")
         groups = [name for name in tensorboard.groups(compared) if name not in shown]
         parts += [_drawing(partial(tensorboard.group, name=name), run, f"curves {name}/…") for name in groups]
@@ -158,24 +158,24 @@ def _once(compared: Sequence[RecordedRun]) -> str:
     return "" if values.empty else "<h3>values that were logged once</h3>" + _table(values)
 
 
-def _drawing(draw: Callable[[RecordedRun], Figure], run: RecordedRun, what: str) -> Part:
+def _drawing(draw: Callable[[RecordedRun], Figure], run: RecordedRun, what: str) -> _Part:
     return lambda: _figure(draw(run), what)
 
 
-def _group(compared: Sequence[RecordedRun], name: str) -> Part:
+def _group(compared: Sequence[RecordedRun], name: str) -> _Part:
     return lambda: f"<h3>{escape(name)}</h3>" + _figure(tensorboard.compared_group(compared, name), f"curves {name}/…")
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[Part]]]:
+def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[_Part]]]:
     """Returns the sections about one run.
 
     Args:
         named: title of the one section that holds all parts; empty for a section for each part.
     """
-    sections: list[tuple[str, list[Part]]] = []
+    sections: list[tuple[str, list[_Part]]] = []
     if run.is_pretraining:
         sections.append(
             (
@@ -192,7 +192,7 @@ def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[Part]]]:
         sections.append(("Texts", [lambda: _texts(answers)]))
     written = [name for name in WRITTEN_REPORTS if (run.directory / name).is_file()]
     if written or run.pictures:
-        parts: list[Part] = [_report_file(run.directory / name) for name in written]
+        parts: list[_Part] = [_report_file(run.directory / name) for name in written]
         sections.append(("Results", [*parts, lambda: _pictures(run)]))
     sections.append(("Sessions", [lambda: _sessions(run)]))
     sections.append(("Plan and configuration", [lambda: _plan_and_configuration(run)]))
@@ -201,7 +201,7 @@ def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[Part]]]:
     return [(named, [part for title, inner in sections for part in (_heading(title), *inner)])]
 
 
-def _heading(title: str) -> Part:
+def _heading(title: str) -> _Part:
     return lambda: f"<h3>{escape(title)}</h3>"
 
 
@@ -236,7 +236,7 @@ def _texts(texts: dict[str, dict[int, str]]) -> str:
     )
 
 
-def _report_file(path: Path) -> Part:
+def _report_file(path: Path) -> _Part:
     return lambda: markdown_html(path.read_text("utf-8"))
 
 

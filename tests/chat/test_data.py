@@ -373,21 +373,16 @@ def test_what_is_shown_is_what_the_batches_hold(tmp_path: Path) -> None:
     report = module.reports()["talk"]
     assert (shown.tokens, shown.over_limit[1]) == (report["tokens"], report["shortened_conversations"])
     assert shown.over_limit[1] > 0
-    texts = {tuple(token.id for token in one.tokens): [token.marked for token in one.tokens] for one in shown.examples}
-    rows = [row for loader in [*module.test_dataloader(), module.train_dataloader()] for row in loader]
-    seen = 0
-    for batch in rows:
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-            learned = [label for label in labels if label >= 0]
-            mine = next(known for known in texts if list(known[: len(known) - 1]) == ids[: len(known) - 1])
-            marked = [token for token, mark in zip(mine, texts[mine], strict=True) if mark]
-            assert marked == learned
-            seen += 1
-    assert seen == 60 and sum(map(sum, texts.values())) == shown.marked_tokens
+    learned = sorted([token.id for token in one.tokens if token.marked] for one in shown.examples)
+    loaders = [*module.test_dataloader(), module.train_dataloader()]
+    rows = [row for loader in loaders for batch in loader for row in batch["labels"]]
+    # The last batch may have empty rows.
+    assert learned == sorted(row[row >= 0].tolist() for row in rows if (row >= 0).any())
+    assert sum(map(len, learned)) == shown.marked_tokens
 
 
 def test_a_part_of_a_source_is_shown(tmp_path: Path) -> None:
-    module = data(tmp_path)
+    module = data(tmp_path, context_length=256)
     (shown,) = module.shown_sources(2, 10)
     assert (shown.read, shown.complete, len(shown.examples)) == (10, False, 2)
     assert shown.examples[0].title == f"{tmp_path / 'talk.jsonl'}, row 1"

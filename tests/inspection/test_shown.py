@@ -6,7 +6,7 @@ from lightning_danube.inspection.shown import (
     ShownSource,
     ShownToken,
     causes_of,
-    facts_of,
+    sentences_about,
     fit_stops_at,
     histogram,
     shortened,
@@ -77,10 +77,10 @@ def test_rows_left_out_are_counted_and_the_first_ones_named() -> None:
     assert "skip" not in fit_stops_at(rows[0], "data.on_bad_row", 0)
 
 
-def test_facts_of_a_source() -> None:
+def test_sentences_about_a_source() -> None:
     shown = ShownSource("talk", "conversations", read=10, complete=False, kept=8, lengths=[3, 5, 9], limit=9)
     shown.over_limit, shown.tokens, shown.marked_tokens = ("shortened", 1), 200, 50
-    assert facts_of(shown) == [
+    assert sentences_about(shown) == [
         "10 conversations read, 8 kept, 2 left out; more rows follow (--rows)",
         "200 tokens, 50 learned (25.0 %)",
         "lengths in tokens: shortest 3, median 5, longest 9; shortened (9): 1 (33.3 %)",

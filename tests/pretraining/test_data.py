@@ -148,7 +148,7 @@ def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumD
 
 
 def test_the_rows_that_are_shown_are_the_first_training_rows(data: Callable[..., CurriculumData], tiny: Path) -> None:
-    module = data(document_masks=True)
+    module = data(document_masks=True, tokenizer="danube-small")
     shown = {one.name: one for one in module.shown_sources(3, 1000)}
     for name, stream in module.train_streams.items():
         assert (shown[name].read, shown[name].complete) == (300, True)
@@ -161,6 +161,7 @@ def test_the_rows_that_are_shown_are_the_first_training_rows(data: Callable[...,
         [Stage("one", 16 * 24, {"web": 1.0})],
         context_length=16,
         batch_tokens=16 * 24,
+        tokenizer="danube-small",
         cache_dir=str(tiny / "elsewhere"),
     )
     assert [one.complete for one in looked.shown_sources(1, 10)] == [False]
@@ -175,11 +176,12 @@ def test_documents_left_out_are_shown_with_rule_and_place(tiny: Path) -> None:
         [Stage("one", 16 * 24, {"web": 1.0})],
         context_length=16,
         batch_tokens=16 * 24,
+        tokenizer="danube-small",
         cache_dir=str(tiny / "cache"),
         filters=Filters(min_words=3),
         deduplicate="exact",
     )
     (shown,) = module.shown_sources(1, 1000)
-    assert shown.left_out == {"other columns": 1, "filter: too few words": 1, "duplicates (exact)": 2}
+    assert shown.left_out == {"no such column": 1, "filter: too few words": 1, "duplicates (exact)": 2}
     assert any(place.startswith(f"{file}, row 1: filter") for place in shown.places)
     assert shown.warnings[0].startswith(f"fit stops at {file}, row 2: data.sources.web.on_bad_row: skip")

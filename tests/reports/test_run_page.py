@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from lightning_danube.__main__ import main
-from lightning_danube.reports.run_page import markdown_html, page_of_runs
+from lightning_danube.reports.run_page import _differing_settings, markdown_html, page_of_runs
 from lightning_danube.reports.runs import RecordedRun, read_run_of_any_task
 
 PROBE = """<script>
@@ -51,8 +51,7 @@ def test_runs_side_by_side(recorded: RecordedRun) -> None:
     assert re.findall(r">([^<]+)<", row) == ["seed_everything", "–", "7"]
     assert "Run 2: runs/other/version_3" in page
     assert 'alt="curves loss/…"' in page and 'alt="curves optimizer/…"' in page
-    same = page_of_runs([recorded, dataclasses.replace(recorded, directory=Path("runs/other/version_3"))])
-    assert "The runs have the same settings." in same
+    assert _differing_settings([recorded, recorded]) == "<p>The runs have the same settings.</p>"
 
 
 def test_values_that_were_logged_once_are_a_table(recorded: RecordedRun) -> None:
