@@ -11,9 +11,9 @@ from lightning_danube.inspection.shown import (
     ShownExample,
     ShownSource,
     ShownToken,
-    sentences_about,
     histogram,
     nothing_seen,
+    sentences_about,
     shortened,
 )
 

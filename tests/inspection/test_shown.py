@@ -6,9 +6,9 @@ from lightning_danube.inspection.shown import (
     ShownSource,
     ShownToken,
     causes_of,
-    sentences_about,
     fit_stops_at,
     histogram,
+    sentences_about,
     shortened,
     shown_tokens,
 )
