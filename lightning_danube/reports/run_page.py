@@ -88,7 +88,7 @@ def _with_code(text: str) -> str:
 def _overview(compared: Sequence[RecordedRun]) -> str:
     facts = [_facts(run) for run in compared]
     keys = dict.fromkeys(key for found in facts for key in found)
-    rows = [[found.get(key, "–") for found in facts] for key in keys]
+    rows = [[found.get(key, float("nan")) for found in facts] for key in keys]
     parts = [_table(pd.DataFrame(rows, index=list(keys), columns=[run.title for run in compared], dtype=object))]
     for run in compared:
         prefix = f"{run.title}: " if len(compared) > 1 else ""
