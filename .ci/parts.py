@@ -45,7 +45,7 @@ def mutants(*tables: str) -> list[str]:
 
 PARTS = {
     "mutants-statistics": mutants("callbacks", "cli", "intervals", "planning", "reports", "studies"),
-    "mutants-tasks": mutants("chat", "classification", "evaluation", "quantization"),
+    "mutants-tasks": mutants("chat", "classification", "evaluation", "inspection", "quantization"),
     "mutants-model": mutants("checkpoints", "files", "generation", "model", "training", "weights"),
     "mutants-data": mutants("options", "pretraining", "text", "tokens"),
     "slow-checkpoints": slow("checkpoints"),

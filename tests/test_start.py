@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert imported_by(*args) == set()
 
 
-@pytest.mark.parametrize("verb", [*TRAINER_VERBS, "plan", "prepare"])
+@pytest.mark.parametrize("verb", [*TRAINER_VERBS, "plan", "prepare", "inspect"])
 @pytest.mark.parametrize(
     "mistake",
     [

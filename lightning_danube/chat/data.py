@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from lightning_danube.chat.conversations import Conversation, ConversationSource
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
 from lightning_danube.files import default_cache_dir, new_folder
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
 from lightning_danube.text.quality import text_hash
@@ -41,6 +43,14 @@ FORMAT = 2
 SPLITS = ("train", "validation")
 SHOWN_BAD_ROWS = 3
 TOO_LONG = "too long"
+SHOWN_COUNTS = {
+    "dropped_turns": "messages left out at the beginning, so that the rest fits",
+    "cut_tokens": "tokens cut off at the end",
+    "changed_answers": "answers not learned, because the template changes them",
+    "answers_not_learned": "answers not learned, because their weight is 0",
+    "dropped_leading_answers": "answers left out at the beginning, which answer no question",
+}
+"""Key of a source's report → what it counts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,26 @@ class EncodedChats:
         return row
 
 
+def held_out_of_few(topics: Mapping[int, int]) -> int | None:
+    """Returns the topic that is held out where none is below the border: the lowest. None if there is only one topic.
+
+    Args:
+        topics: hash of a topic → examples about it.
+    """
+    return min(topics) if len(topics) > 1 else None
+
+
+class FittedExample(NamedTuple):
+    """A row of a source with its encoded conversations: one, or one for each answer of a pair."""
+
+    row: Conversation | Preference
+    chats: list[FittedChat]
+
+    @property
+    def is_shortened(self) -> bool:
+        return any(chat.dropped_turns or chat.cut_tokens for chat in self.chats)
+
+
 class ConversationData(PlannedData):
     """The base class of the data modules of conversations. It encodes the sources once. A subclass defines an
     example: a conversation or a pair.
@@ -99,6 +129,8 @@ class ConversationData(PlannedData):
     example: ClassVar[str] = "conversation"
     chats_each: ClassVar[int] = 1
     """Number of encoded conversations in an example; they are stored consecutively."""
+    sides: ClassVar[tuple[str, ...]] = ("",)
+    """What is added to the place of an example for each of its conversations."""
     batch_key = "batch_rows"
     stands_for = "sources stand for their files and all that encodes them"
 
@@ -223,51 +255,67 @@ class ConversationData(PlannedData):
         Raises:
             ValueError: the source cannot be read, or holds a row with nothing to learn and rows may not be skipped.
         """
-        source, least = self.sources[name], held_out_below(self.held_out)
-        report, left_out = Counter[str](), Counter[str]()
-        examples: list[str] = []
+        report, left_out, messages = Counter[str](), Counter[str](), list[str]()
         chats: dict[str, list[FittedChat]] = {split: [] for split in SPLITS}
         hashes: list[int] = []  # of the topic of each chat to learn
         topics = Counter[int]()  # examples to learn of each topic
+        for found in self.examples(name):
+            if isinstance(found, BadRow):
+                if self.stops_at(name, found):
+                    raise ValueError(f"source {name!r}: {found.message}; on_bad_row: skip leaves such rows out")
+                left_out[found.cause] += 1
+                messages += [found.message] * (len(messages) < SHOWN_BAD_ROWS)
+                continue
+            if self.is_held_out(found.row):
+                chats["validation"] += found.chats
+            else:
+                chats["train"] += found.chats
+                topic = text_hash(found.row.topic)
+                hashes += [topic] * len(found.chats)
+                topics[topic] += 1
+            self._count(report, found)
+        if not report[f"{self.example}s"]:
+            raise ValueError(f"source {name!r} holds no {self.example} to learn from: {'; '.join(messages)}")
+        lowest = held_out_of_few(topics)
+        if not chats["validation"] and lowest is not None:
+            learned = list(zip(chats["train"], hashes, strict=True))
+            chats["validation"] = [chat for chat, topic in learned if topic == lowest]
+            chats["train"] = [chat for chat, topic in learned if topic != lowest]
+            report[f"{self.example}s_held_out"] = topics[lowest]
+        self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": messages})
+
+    def examples(self, name: str) -> Iterator[FittedExample | BadRow]:
+        """Yields all rows of a source, in a fixed order, each encoded or with the reason why it is left out."""
         for found in self.read(name):
             fitted = found if isinstance(found, BadRow) else self._fitted(found)
             if isinstance(fitted, BadRow):
-                # The user's policy leaves out an example that is too long, so its length is not an error in the data.
-                if source.on_bad_row == "error" and fitted.cause != TOO_LONG:
-                    raise ValueError(f"source {name!r}: {fitted.message}; on_bad_row: skip leaves such rows out")
-                left_out[fitted.cause] += 1
-                examples += [fitted.message] * (len(examples) < SHOWN_BAD_ROWS)
-                continue
-            assert not isinstance(found, BadRow)
-            topic = text_hash(found.topic)
-            split = "validation" if topic < least else "train"
-            chats[split] += fitted
-            if split == "train":
-                hashes += [topic] * len(fitted)
-                topics[topic] += 1
-            report[f"{self.example}s"] += 1
-            report[f"{self.example}s_held_out"] += split == "validation"
-            report[f"shortened_{self.example}s"] += any(chat.dropped_turns or chat.cut_tokens for chat in fitted)
-            report["dropped_turns"] += fitted[0].dropped_turns
-            if isinstance(found, Conversation):
-                report["dropped_leading_answers"] += found.dropped
-                report["answers_not_learned"] += len(found.unlearned)
-            for chat in fitted:
-                report["tokens"] += len(chat.ids)
-                report["answer_tokens"] += int(chat.learned.sum())
-                report["cut_tokens"] += chat.cut_tokens
-                report["changed_answers"] += chat.changed_answers
-        if not report[f"{self.example}s"]:
-            raise ValueError(f"source {name!r} holds no {self.example} to learn from: {'; '.join(examples)}")
-        if not chats["validation"] and len(topics) > 1:
-            # A small source may have no topic below the border. The lowest topic is then held out.
-            lowest, learned = min(topics), chats["train"]
-            for split, is_held_out in (("validation", True), ("train", False)):
-                chats[split] = [
-                    chat for chat, topic in zip(learned, hashes, strict=True) if (topic == lowest) == is_held_out
-                ]
-            report[f"{self.example}s_held_out"] = topics[lowest]
-        self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": examples})
+                yield fitted
+            else:
+                assert not isinstance(found, BadRow)
+                yield FittedExample(found, fitted)
+
+    def stops_at(self, name: str, row: BadRow) -> bool:
+        """Returns whether a row that is left out ends the run."""
+        # The user's policy leaves out an example that is too long, so its length is not an error in the data.
+        return self.sources[name].on_bad_row == "error" and row.cause != TOO_LONG
+
+    def is_held_out(self, found: Conversation | Preference) -> bool:
+        return text_hash(found.topic) < held_out_below(self.held_out)
+
+    def _count(self, report: Counter[str], found: FittedExample) -> None:
+        """Adds an example to the report of its source."""
+        report[f"{self.example}s"] += 1
+        report[f"{self.example}s_held_out"] += self.is_held_out(found.row)
+        report[f"shortened_{self.example}s"] += found.is_shortened
+        report["dropped_turns"] += found.chats[0].dropped_turns
+        if isinstance(found.row, Conversation):
+            report["dropped_leading_answers"] += found.row.dropped
+            report["answers_not_learned"] += len(found.row.unlearned)
+        for chat in found.chats:
+            report["tokens"] += len(chat.ids)
+            report["answer_tokens"] += int(chat.learned.sum())
+            report["cut_tokens"] += chat.cut_tokens
+            report["changed_answers"] += chat.changed_answers
 
     def _fitted(self, found: Conversation | Preference) -> list[FittedChat] | BadRow:
         where = f"{found.file}, row {found.row}"
@@ -283,14 +331,19 @@ class ConversationData(PlannedData):
     def _write(self, name: str, chats: dict[str, list[FittedChat]], report: dict[str, Any]) -> None:
         with new_folder(self._directory(name)) as building:
             for split, members in chats.items():
-                dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-                # The empty array comes first, so that a split without conversations can be concatenated, too.
-                ids = np.concatenate([np.zeros(0, int), *(chat.ids for chat in members)], dtype=dtype, casting="unsafe")
-                learned = np.concatenate([np.zeros(0, bool), *(chat.learned for chat in members)])
-                ends = np.cumsum([0, *(len(chat.ids) for chat in members)], dtype=np.int64)
-                for what, array in {"ids": ids, "learned": learned, "ends": ends}.items():
+                encoded = self._concatenated(members)
+                for what, array in {"ids": encoded.ids, "learned": encoded.learned, "ends": encoded.ends}.items():
                     np.save(building / f"{split}-{what}.npy", array)
             (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def _concatenated(self, chats: Sequence[FittedChat]) -> EncodedChats:
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        # The empty array comes first, so that a split without conversations can be concatenated, too.
+        return EncodedChats(
+            np.concatenate([np.zeros(0, int), *(chat.ids for chat in chats)], dtype=dtype, casting="unsafe"),
+            np.concatenate([np.zeros(0, bool), *(chat.learned for chat in chats)]),
+            np.cumsum([0, *(len(chat.ids) for chat in chats)], dtype=np.int64),
+        )
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """Returns for each source the examples, the tokens, and what was shortened or left out, by cause."""
@@ -334,6 +387,72 @@ class ConversationData(PlannedData):
         if not len(ids) == len(learned) == ends[-1]:
             raise ValueError(f"source {name!r}: {directory} is damaged: remove it, and it is made anew")
         return EncodedChats(ids, learned, np.asarray(ends))
+
+    # --- what is to be seen before a run ------------------------------------------------------------------------------
+
+    def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
+        for name in self.sources:
+            found = self.examples(name)
+            taken = list(islice(found, rows))
+            yield self._shown_source(name, taken, examples, complete=next(found, None) is None)
+
+    def _shown_source(
+        self, name: str, taken: Sequence[FittedExample | BadRow], examples: int, complete: bool
+    ) -> ShownSource:
+        left_out = [row for row in taken if isinstance(row, BadRow)]
+        kept = [row for row in taken if not isinstance(row, BadRow)]
+        chats, report = self._concatenated([chat for row in kept for chat in row.chats]), Counter[str]()
+        for row in kept:
+            self._count(report, row)
+        shown = ShownSource(
+            name,
+            f"{self.example}s",
+            self.sources[name].path,
+            read=len(taken),
+            complete=complete,
+            kept=len(kept),
+            lengths=[int(length) for length in self.lengths(chats)],
+            limit=self.context_length,
+            over_limit=("shortened", report[f"shortened_{self.example}s"]),
+            marked_tokens=int(chats.labels.sum()),
+            tokens=len(chats.ids),
+        )
+        shown.left_out, shown.places = causes_of(left_out)
+        held_out = report[f"{self.example}s_held_out"]
+        topics = Counter(text_hash(row.row.topic) for row in kept)
+        if complete and not held_out and (lowest := held_out_of_few(topics)) is not None:
+            held_out = topics[lowest]
+        if kept:
+            shown.notes.append(f"held out for validation: {held_out:,} of {len(kept):,}")
+        for key, what in SHOWN_COUNTS.items():
+            if report[key]:
+                shown.notes.append(f"{what}: {report[key]:,}")
+        if refused := next((row for row in left_out if self.stops_at(name, row)), None):
+            option = f"data.sources.{name}.on_bad_row"
+            shown.warnings.append(fit_stops_at(refused, option, len(kept)))
+        if complete and kept and held_out in (0, len(kept)):
+            change = "none is held out: raise" if not held_out else "all are held out: lower"
+            shown.warnings.append(f"fit refuses this source, because {change} data.held_out (now {self.held_out})")
+        first = list(range(min(examples, len(kept))))
+        # A shortened example shows what is lost.
+        shortened = next((n for n, row in enumerate(kept) if row.is_shortened), None)
+        if examples and shortened is not None and shortened not in first:
+            first.append(shortened)
+        shown.examples = [one for number in first for one in self._shown_examples(chats, number, kept[number])]
+        return shown
+
+    def _shown_examples(self, chats: EncodedChats, number: int, found: FittedExample) -> Iterator[ShownExample]:
+        for side, fitted in enumerate(found.chats):
+            chat = number * self.chats_each + side
+            row = chats.row([chat], int(chats.places[chat]))
+            ids = [*row["input_ids"].tolist(), int(chats.ids[chats.ends[chat + 1] - 1])]
+            # The label of a place is the next token, so the first token has none.
+            learned = [False, *(row["labels"] != IGNORE_INDEX).tolist()]
+            notes = [f"{fitted.dropped_turns} of the oldest messages are left out"] if fitted.dropped_turns else []
+            notes += [f"{fitted.cut_tokens:,} tokens are cut off at the end"] if fitted.cut_tokens else []
+            notes += [f"answers that the template changes: {fitted.changed_answers}"] if fitted.changed_answers else []
+            title = f"{found.row.file}, row {found.row.row}{self.sides[side]}"
+            yield ShownExample(title, shown_tokens(self.tokenizer, ids, learned), notes)
 
     @property
     def batch_tokens(self) -> int:

@@ -73,6 +73,7 @@ class PreferenceData(ConversationData):
     source = PreferenceSource
     example = "pair"
     chats_each = 2
+    sides = (", chosen", ", rejected")
     batch_key = "batch_pairs"
 
     def __init__(

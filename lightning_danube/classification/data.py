@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -30,6 +30,7 @@ from lightning_danube.classification.labelled_texts import (
     stratified,
 )
 from lightning_danube.files import default_cache_dir
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.text.corpora import local_files
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL, begin_token
@@ -42,6 +43,7 @@ from lightning_danube.weights.tokenizers import tokenizer_of
 
 SPLITS = ("train", "validation", "test")
 NO_CLASS = -1
+SHOWN_CLASSES = 8
 Keep = Literal["start", "end"]
 
 
@@ -333,6 +335,80 @@ class ClassificationData(PlannedData):
         numbers = self._numbers
         classes = np.array([numbers.get(text.label, NO_CLASS) for text in texts], np.int64)
         return EncodedTexts(np.concatenate(parts), ends, classes, cut)
+
+    # --- what is to be seen before a run ------------------------------------------------------------------------------
+
+    def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
+        """Yields what is to be seen of each split. All rows are read, because the splits need them; at most `rows`
+        texts of each split become tokens."""
+        stops, self.on_bad_row = self.on_bad_row == "error", "skip"
+        self.prepare_data()
+        try:
+            self._make_splits()
+            splits = dict(self.splits)
+            if "predict" in self.sources:
+                splits["predict"] = self._read("predict")
+        except ValueError as error:
+            if not self.rejected:
+                raise
+            shown = ShownSource("train", "texts", self.sources["train"].path, len(self.rejected), warnings=[str(error)])
+            shown.left_out, shown.places = causes_of(self.rejected)
+            yield shown
+            return
+        # Rows are listed with the first split that was read from their file.
+        listed: set[int] = set()
+        for split, texts in splits.items():
+            files = {text.file for text in texts}
+            left_out = [row for row in self.rejected if row.file in files and id(row) not in listed]
+            listed.update(map(id, left_out))
+            shown = self._shown_split(split, texts, self._encode(texts[:rows]), left_out, examples)
+            if stops and left_out:
+                shown.warnings.append(fit_stops_at(left_out[0], "data.on_bad_row", shown.kept))
+            yield shown
+
+    def _shown_split(
+        self,
+        split: str,
+        texts: Sequence[LabelledText],
+        encoded: EncodedTexts,
+        left_out: Sequence[BadRow],
+        examples: int,
+    ) -> ShownSource:
+        source = self.sources.get(split)
+        shown = ShownSource(
+            split,
+            "texts",
+            "" if source is None else source.path,
+            read=len(texts) + len(left_out),
+            complete=True,
+            kept=len(texts),
+            lengths=encoded.lengths.tolist(),
+            limit=self.context_length,
+            over_limit=("cut, and the " + self.keep + " kept", encoded.cut),
+            marks=None,
+            tokens=len(encoded.ids),
+        )
+        if source is None:
+            shown.notes.append("split off the training texts")
+        shown.left_out, shown.places = causes_of(left_out)
+        if split != "predict":
+            counts = Counter(str(text.label) for text in texts).most_common()
+            named = ", ".join(f"{label} {100 * count / len(texts):.1f} %" for label, count in counts[:SHOWN_CLASSES])
+            more = f" and {len(counts) - SHOWN_CLASSES:,} more" if len(counts) > SHOWN_CLASSES else ""
+            shown.notes.append(f"classes: {named}{more}")
+        if split == "train" and self.other_classes:
+            shown.notes.append(f"texts of other classes, left out of all splits: {self.other_classes:,}")
+        if split in self.max_texts:
+            shown.notes.append(f"chosen by data.max_texts.{split} = {self.max_texts[split]:,}")
+        if len(encoded) < len(texts):
+            shown.notes.insert(0, f"tokens and lengths are those of the first {len(encoded):,} texts (--rows)")
+        for number in range(min(examples, len(encoded))):
+            batch = encoded.batch([number])
+            ids = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+            label, kind = texts[number].label, int(batch["classes"][0])
+            title = texts[number].place + (f", class {kind}: {label}" if label is not None else "")
+            shown.examples.append(ShownExample(title, shown_tokens(self.tokenizer, ids)))
+        return shown
 
     # --- length -------------------------------------------------------------------------------------------------------
 

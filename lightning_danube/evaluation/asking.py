@@ -19,6 +19,7 @@ from lightning_danube.evaluation.results import Measured
 from lightning_danube.files import write_text
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.generation.token_stream import TokenStream
+from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 from lightning_danube.model import Decoder
 
 if TYPE_CHECKING:
@@ -47,9 +48,39 @@ class Part(ABC):
             ValueError: a row cannot be used; the message names file and row.
         """
 
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        """Returns what the model will be asked, for the verb `inspect`: at most `examples` prompts as tokens.
+
+        Raises:
+            ValueError: see `prepare`.
+        """
+        return ShownSource(self.title, "", kept=1, marks=None, notes=["this part does not show what it asks"])
+
     @abstractmethod
     def measure(self, model: AskedModel) -> list[Measured]:
         """Asks the model the questions, and returns the rows of the report."""
+
+
+def shown_prompts(
+    title: str,
+    place: str,
+    prompts: Sequence[Sequence[int]],
+    notes: Callable[[int], Sequence[str]],
+    examples: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ShownSource:
+    """Returns prompts as they are shown before a model is asked.
+
+    Args:
+        notes: number of a prompt → what is expected as its answer.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    shown = ShownSource(
+        title, "prompts", place, len(prompts), kept=len(prompts), lengths=lengths, marks=None, tokens=sum(lengths)
+    )
+    for number, prompt in enumerate(prompts[:examples]):
+        shown.examples.append(ShownExample(f"prompt {number + 1}", shown_tokens(tokenizer, prompt), notes(number)))
+    return shown
 
 
 class AskedModel:

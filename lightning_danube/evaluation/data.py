@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needle
 from lightning_danube.evaluation.parts.passages import FUNCTIONS, RetrievalOptions, passage_questions
 from lightning_danube.evaluation.parts.perplexity import text_rows
 from lightning_danube.files import default_cache_dir
+from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.options import options
 from lightning_danube.text.corpora import Source, local_files
 from lightning_danube.tokens.chat_template import end_ids
@@ -117,6 +118,13 @@ class EvaluationData(LightningDataModule):
         if self.wildbench is not None:
             parts.append(chat_questions("wildbench", self.wildbench, self.tokenizer, ends, self.seed, self.cache_dir))
         self.parts = parts
+
+    def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
+        """Yields what is to be seen of each part. The parts have limits of their own, so `rows` limits nothing."""
+        self.prepare_data()
+        self.setup("test")
+        for part in self.parts:
+            yield part.shown(examples, self.tokenizer)
 
     def test_dataloader(self) -> DataLoader[int]:
         """Returns a loader of part numbers. Lightning would convert and move the contents of the parts themselves."""

@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -567,6 +567,35 @@ def ask(lm: LM, prepared: PreparedTask, *, chat_template: bool = False) -> Answe
                 values[key].append(float(sample[metric]))
             samples.append({"task": name, **sample})
     return Answered(dict(values), samples)
+
+
+class AskedPrompts(DecoderLM):
+    """Notes what a model would be asked, and asks none: `asked` has the ids of contexts and continuations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        TemplateLM.__init__(self)
+        self.tokenizer, self.progress, self.max_length = tokenizer, None, sys.maxsize
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        self.asked += [(context, continuation) for _, context, continuation in requests]
+        return [(0.0, False)] * len(requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        self.asked += [(self.tok_encode(request.args[0]), []) for request in requests]
+        return [""] * len(requests)
+
+
+def asked_first(prepared: PreparedTask, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    """Returns what is asked for the first question: the ids of a context and of each scored continuation, which is
+    empty if the model writes the answer."""
+    name = next(name for name, numbers in prepared.samples.items() if numbers)
+    first = {part: numbers[:1] if part == name else [] for part, numbers in prepared.samples.items()}
+    prompts = AskedPrompts(tokenizer)
+    ask(prompts, replace(prepared, samples=first))
+    return prompts.asked
 
 
 def record(sample: Mapping[str, Any]) -> dict[str, Any]:

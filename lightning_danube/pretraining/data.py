@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,13 +17,16 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.device import usable_cores
+from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
 from lightning_danube.pretraining.settings import CurriculumSettings
-from lightning_danube.tokens.preparation import WorkPart, open_or_prepare, prepare
-from lightning_danube.tokens.shards import TokenSequence, TokenShards
+from lightning_danube.tokens.finished_shards import is_finished
+from lightning_danube.tokens.preparation import Sample, WorkPart, open_or_prepare, prepare, prepare_sample
+from lightning_danube.tokens.shards import SPLITS, TokenSequence, TokenShards
+from lightning_danube.tokens.units import CONTAMINATED
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader, trains_on_gpu
 from lightning_danube.training.passes import IntArray
@@ -73,6 +78,84 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
             quality=self.quality,
         )
         return shards
+
+    # --- what is to be seen before a run ------------------------------------------------------------------------------
+
+    def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
+        for name, source in self.sources.items():
+            if is_finished(source.path):
+                shown = self._shown_source(name, self._open(name), examples)
+                shown.notes.append("finished shards: what was left out when they were made is in their report.json")
+                yield shown
+                continue
+            with tempfile.TemporaryDirectory() as directory:
+                sample = prepare_sample(
+                    Path(directory) / name,
+                    name,
+                    source,
+                    self.tokenizer,
+                    held_out=self.held_out,
+                    quality=self.quality,
+                    cache_dir=self.cache_dir,
+                    rows=rows,
+                )
+                yield self._shown_sample(name, sample, examples)
+
+    def _shown_sample(self, name: str, sample: Sample, examples: int) -> ShownSource:
+        unit, account = sample.unit, sample.unit.account
+        shown = self._shown_source(name, sample.shards, examples)
+        rejected = account["rejected"]
+        shown.read, shown.complete = account["read"] + len(rejected), sample.complete
+        shown.lengths = unit.lengths.tolist()
+        shown.over_limit = ("longer than a row", int((unit.lengths > self.context_length + 1).sum()))
+        shown.left_out, shown.places = causes_of([*rejected, *account["removed"]])
+        shown.left_out |= {f"filter: {rule}": count for rule, count in account["filtered"].items()}
+        if account["contaminated"]:
+            shown.left_out[CONTAMINATED] = account["contaminated"]
+        if sample.duplicates:
+            shown.left_out[f"duplicates ({self.quality.deduplicate})"] = sample.duplicates
+        if account["cut"]:
+            shown.notes.append(f"long documents were cut: {account['cut']:,} more pieces")
+        if rejected and self.sources[name].on_bad_row == "error":
+            option = f"data.sources.{name}.on_bad_row"
+            shown.warnings.append(fit_stops_at(rejected[0], option, shown.kept))
+        if sample.complete and sample.shards is not None:
+            if len(sample.shards.tokens("validation")) < 2:
+                shown.warnings.append(
+                    f"fit refuses this source, because none of its documents is held out: raise data.held_out (now "
+                    f"{self.held_out})"
+                )
+            if not sample.shards.tokens("train").rows(self.context_length):
+                shown.warnings.append(
+                    "fit refuses this source, because its training text is shorter than one row of "
+                    f"data.context_length + 1 = {self.context_length + 1} tokens"
+                )
+        return shown
+
+    def _shown_source(self, name: str, shards: TokenShards | None, examples: int) -> ShownSource:
+        """Returns the first training rows of a source. `limit` and `lengths` are those of the documents."""
+        shown = ShownSource(name, "documents", self.sources[name].path, limit=self.context_length + 1)
+        if shards is None:
+            return shown
+        documents = {split: shards.counts(split).documents for split in SPLITS}
+        shown.kept = shown.read = sum(documents.values())
+        shown.tokens = sum(shards.counts(split).tokens for split in SPLITS)
+        shown.marked_tokens = max(0, shards.counts("train").tokens - 1)
+        shown.notes = [f"held out for validation: {documents['validation']:,} of {shown.kept:,}"]
+        stream = shards.tokens("train")
+        for row in range(min(examples, -(-len(stream) // self.context_length))):
+            ids = stream.row(row, self.context_length)
+            if len(ids) < 2:
+                break
+            batch = inputs_and_labels(ids[None], self._document_end())
+            learned = [False, *(batch["labels"][0] != IGNORE_INDEX).tolist()]
+            notes = []
+            if "document_ids" in batch:
+                count = int(batch["document_ids"][0, -1]) + 1
+                notes.append(f"{count} documents, each of which sees only its own tokens")
+            tokens = shown_tokens(self.tokenizer.hf, [*batch["input_ids"][0].tolist(), int(ids[-1])], learned)
+            shown.examples.append(ShownExample(f"row {row + 1} of the training text", tokens, notes))
+        return shown
 
     def setup(self, stage: str) -> None:
         """Opens the shards and, for training, makes the curriculum.

@@ -6,7 +6,7 @@ Shapes: B windows or continuations of a batch, T tokens of each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_danube.files import default_cache_dir
+from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 from lightning_danube.options import options, parse_tokens
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.shards import is_held_out
@@ -173,6 +174,43 @@ class TextWindows(LightningDataModule):
             others = np.roll(texts, -(count * choice // CLOZE_CHOICES), axis=0)
             questions[:, choice, CLOZE_CONTEXT:] = others[:, CLOZE_CONTEXT:]
         return questions
+
+    # --- what is to be seen before a run ------------------------------------------------------------------------------
+
+    def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
+        """Yields the windows of each length, the questions and the calibration text. `max_tokens` limits what is
+        read, not `rows`."""
+        self.setup("test")
+        batches = self.batches()
+        for length in self.context_lengths:
+            windows = [batch for batch in batches if batch.get("context_length") == length]
+            yield self._shown_batches(f"windows of {length:,} tokens", "windows", windows, examples)
+        if questions := [batch for batch in batches if "choices" in batch]:
+            shown = self._shown_batches("cloze questions", "answers", questions, examples)
+            shown.notes.append(f"{CLOZE_CHOICES} answers to each question; the true answer comes first")
+            yield shown
+        calibration = self.calibration_ids.tolist()
+        size = len(calibration)
+        shown = ShownSource("calibration text", "tokens", self.text.path, read=size, kept=size, marks=None)
+        shown.notes.append("the text behind the measured text, for levels that calibrate on text")
+        if examples and calibration:
+            start = calibration[: self.context_lengths[0]]
+            shown.examples.append(ShownExample("its beginning", shown_tokens(self.tokenizer, start)))
+        if not calibration and self.calibration_tokens:
+            shown.warnings.append("no text is left to calibrate on: give more text, or lower data.max_tokens")
+        yield shown
+
+    def _shown_batches(self, name: str, unit: str, batches: Sequence[WindowBatch], examples: int) -> ShownSource:
+        rows = [(row, batch["first"]) for batch in batches for row in batch["input_ids"].tolist()]
+        shown = ShownSource(name, unit, self.text.path, len(rows), kept=len(rows), marks="measured")
+        shown.tokens = sum(len(row) for row, _ in rows)
+        # The prediction at position `first` is of the next token.
+        shown.marked_tokens = sum(len(row) - 1 - first for row, first in rows)
+        for number, (row, first) in enumerate(rows[:examples]):
+            title = f"{unit.removesuffix('s')} {number + 1}"
+            measured = [place > first for place in range(len(row))]
+            shown.examples.append(ShownExample(title, shown_tokens(self.tokenizer, row, measured)))
+        return shown
 
     def identity(self) -> dict[str, Any]:
         """Returns everything that determines which tokens are measured, and how."""

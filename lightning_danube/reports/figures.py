@@ -162,7 +162,8 @@ def optimization(run: RecordedRun) -> Figure:
     bottom.set_ylabel("gradient norm,\nbefore clipping")
     bottom.set_ylim(bottom=0)
     limit = run.config["trainer"].get("gradient_clip_val")
-    if limit:
+    # A limit far above all norms was never reached, and lies outside the axes.
+    if limit and limit <= bottom.get_ylim()[1]:
         bottom.axhline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         bottom.annotate(
             f"clipped above {limit:g}", (1, limit), (-4, 4), ("axes fraction", "data"), "offset points", ha="right",

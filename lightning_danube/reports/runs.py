@@ -1,4 +1,5 @@
-"""Reads a pre-training run as pandas frames: plan, curves over tokens, held-out losses, text samples.
+"""Reads a run as pandas frames: plan, curves over tokens, held-out losses, text samples. The tables are those of
+pre-training.
 
 Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events); no model is loaded. A run
 that is not finished, or was stopped, is read up to its last step.
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,16 @@ class RecordedRun:
     summary: dict[str, Any]
     curves: pd.DataFrame
     texts: dict[str, dict[int, str]]
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """TensorBoard tag → its last picture, a PNG file."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A record of each session: content of `history.jsonl`."""
+    problems: list[str] = field(default_factory=list)
+    """Files that are missing or cannot be read, one line each."""
+
+    @property
+    def is_pretraining(self) -> bool:
+        return "stages" in _options_of(self.config, "data")
 
     @property
     def title(self) -> str:
@@ -76,7 +88,8 @@ class RecordedRun:
         return f"`{as_typed()} fit --config {self.title}/config.yaml --ckpt_path last`"
 
     def curve(self, tag: str) -> pd.Series:
-        """Returns the values of a tag over the training tokens.
+        """Returns the values of a tag over the training tokens, or over the optimizer steps of a task that counts no
+        tokens.
 
         Raises:
             MissingResult: the run did not log it.
@@ -84,17 +97,20 @@ class RecordedRun:
         if tag not in self.curves:
             raise MissingResult(f"{self.title} logged no {tag}: {way_to_log(tag)}")
         values = self.curves[tag].dropna()
-        values.index = pd.Index(values.index * self.batch_tokens, name="tokens")
+        if self.is_pretraining:
+            values.index = pd.Index(values.index * self.batch_tokens, name="tokens")
         return values
 
     def finished(self, key: str) -> Any:
         """Returns an entry of the summary.
 
         Raises:
-            MissingResult: there is no summary yet.
+            MissingResult: there is no summary yet, or it has no such entry.
         """
         if not self.summary:
             raise MissingResult(f"{self.title} has no summary.json, for no stage has ended: {self.way_on} goes on")
+        if key not in self.summary:
+            raise MissingResult(f"summary.json of {self.title} has no {key!r}")
         return self.summary[key]
 
 
@@ -145,18 +161,60 @@ def committed_result(file: str) -> Path:
 
 
 def read_run(directory: Path) -> RecordedRun:
-    """Reads a run's files.
+    """Reads the files of a pre-training run.
 
     Raises:
-        ValueError: the run is not a pre-training run.
+        ValueError: the run is not a pre-training run, or a file is damaged.
+    """
+    run = read_run_of_any_task(directory)
+    if not run.is_pretraining:
+        raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
+    if damaged := [problem for problem in run.problems if "damaged" in problem]:
+        raise ValueError(damaged[0])
+    return run
+
+
+def read_run_of_any_task(directory: Path) -> RecordedRun:
+    """Reads the files of a run, as far as they are there. `problems` names the others.
+
+    Raises:
+        ValueError: there is no readable `config.yaml`.
     """
     config = read_config(str(directory / "config.yaml"))
-    if "stages" not in config["data"]["init_args"]:
-        raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
-    summary_path = directory / "summary.json"
-    summary = json.loads(summary_path.read_text("utf-8")) if summary_path.is_file() else {}
+    problems: list[str] = []
+    summary, history = {}, []
+    try:
+        summary = json.loads((directory / "summary.json").read_text("utf-8"))
+    except FileNotFoundError:
+        problems.append("there is no summary.json: the run has not come to the point where it is written")
+    except ValueError as error:
+        problems.append(f"summary.json is damaged ({error})")
+    try:
+        lines = (directory / "history.jsonl").read_text("utf-8").splitlines()
+        history = [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        pass  # only fit writes it
+    except ValueError as error:
+        problems.append(f"history.jsonl is damaged ({error})")
+    events = _events(directory)
+    tags = events.Tags()
+    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags["scalars"]}
+    texts = {
+        tag.removesuffix("/text_summary"): {
+            e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
+        }
+        for tag in tags["tensors"]
+        if tag.endswith("/text_summary")
+    }
+    pictures = {tag: events.Images(tag)[-1].encoded_image_string for tag in tags["images"]}
+    frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
+    frame.index.name = "step"
+    return RecordedRun(directory, config, summary, frame, texts, pictures, history, problems)
+
+
+def _events(directory: Path) -> EventAccumulator:
     # 0 keeps all points; TensorBoard's own default samples a long curve randomly.
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0, "images": 1})
     # After a resume, TensorBoard drops the points that the stopped session logged after its checkpoint. This is
     # correct, so its warning is hidden.
     logger = logging.getLogger("tensorboard")
@@ -166,17 +224,14 @@ def read_run(directory: Path) -> RecordedRun:
         events.Reload()
     finally:
         logger.setLevel(level)
-    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-    texts = {
-        tag.removesuffix("/text_summary"): {
-            e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
-        }
-        for tag in events.Tags()["tensors"]
-        if tag.endswith("/text_summary")
-    }
-    frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
-    frame.index.name = "step"
-    return RecordedRun(directory, config, summary, frame, texts)
+    return events
+
+
+def _options_of(config: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Returns the options of a class that a section of a configuration names."""
+    found = config.get(section)
+    options = found.get("init_args") if isinstance(found, Mapping) else None
+    return options if isinstance(options, dict) else {}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -188,15 +188,23 @@ def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Docum
         ValueError: bytes are not UTF-8, a row does not parse, or a text is missing or no string. Names file and row.
         ValueError: the source cannot be opened. Names the source.
     """
-    if is_streamed(source):
-        rows = read_stream(name, source)
-    else:
-        files = local_files(name, source, cache_dir)
-        rows = (row for file in files for row in read_file(file, source.text, source.separator))
-    for row in rows:
+    for row in documents_and_bad_rows(name, source, cache_dir):
         if isinstance(row, BadRow):
             raise DamagedFile(row.message)
         yield row
+
+
+def documents_and_bad_rows(name: str, source: Source, cache_dir: Path) -> Iterator[Document | BadRow]:
+    """Yields all documents of a source in a fixed order, and the rows that have no usable text.
+
+    Raises:
+        ValueError: the source cannot be opened, or a file cannot be read as a whole.
+    """
+    if is_streamed(source):
+        yield from read_stream(name, source)
+        return
+    for file in local_files(name, source, cache_dir):
+        yield from read_file(file, source.text, source.separator)
 
 
 def is_streamed(source: Source) -> bool:

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import new_file, new_folder, write_text
-from lightning_danube.text.corpora import Source, is_streamed, local_files, read_stream
+from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
 from lightning_danube.text.worker_pool import WorkerPool
@@ -42,7 +42,7 @@ from lightning_danube.tokens.shards import (
     shards_directory,
 )
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
-from lightning_danube.tokens.units import Job, load_part, load_unit, make_unit
+from lightning_danube.tokens.units import Job, Unit, load_part, load_unit, make_unit
 
 UNIT_BYTES = 1 << 22
 """Bytes of text of a unit, about a second of work. A source of more than `MOST_UNITS` such units has larger units."""
@@ -97,6 +97,64 @@ def prepare(
         _Workshop(todo, benchmarks, processes).run()
         seconds |= {preparation.name: preparation.seconds for preparation in todo}
     return seconds
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Shards of the first rows of a source.
+
+    Args:
+        shards: None if no document may be kept.
+        unit: the documents before duplicates are removed, and counts of the rows left out.
+        duplicates: number of documents removed as duplicates.
+        complete: whether the whole source was read.
+    """
+
+    shards: TokenShards | None
+    unit: Unit
+    duplicates: int
+    complete: bool
+
+
+def prepare_sample(
+    directory: Path,
+    name: str,
+    source: Source,
+    tokenizer: DocumentTokenizer,
+    *,
+    held_out: float,
+    quality: Quality,
+    cache_dir: Path,
+    rows: int,
+) -> Sample:
+    """Makes shards of the first rows of a source, as `prepare` does. Rows that cannot be read are left out.
+
+    Args:
+        directory: a directory that does not exist yet.
+        rows: most rows; reading also stops after `UNIT_BYTES` characters.
+
+    Raises:
+        ValueError: the source cannot be opened, or a file cannot be read as a whole.
+    """
+    options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
+    preparation = Preparation(directory, name, replace(source, on_bad_row="skip"), tokenizer, **options)
+    preparation.open(Benchmarks.read(quality.decontaminate) if quality.decontaminate else None)
+    taken: list[Document | BadRow] = []
+    characters, complete = 0, True
+    for row in documents_and_bad_rows(name, source, cache_dir):
+        if len(taken) == rows or characters >= UNIT_BYTES:
+            complete = False
+            break
+        taken.append(row)
+        characters += len(row.text) if isinstance(row, Document) else 0
+    make_unit(preparation.job, 0, taken)
+    preparation.units = preparation.used = 1
+    unit = load_unit(preparation.job.path(0))
+    if not len(unit.lengths):
+        return Sample(None, unit, 0, complete)
+    preparation.join()
+    shards = TokenShards(directory, tokenizer)
+    return Sample(shards, unit, sum(shards.meta["counts"]["duplicates"].values()), complete)
 
 
 def building_directory(directory: Path) -> Path:

@@ -25,6 +25,9 @@ from lightning_danube.text.quality import Benchmarks, Filters, sketches, text_ha
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
 from lightning_danube.tokens.encoding import TextEncoder
 
+SHOWN_REMOVED = 8
+"""Most removed documents of a unit that are listed with file and row."""
+CONTAMINATED = "shares words with an evaluation set"
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 
 
@@ -82,6 +85,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     head, tail = [] if job.bos_id is None else [job.bos_id], [job.eos_id]
     filtered: Counter[str] = Counter()
     rejected: list[BadRow] = []
+    removed: list[BadRow] = []  # the first documents that a rule removed
     found_rows: set[int] = set()
     found_in: Counter[int] = Counter()  # benchmark file → documents that contain its text
     ids: list[NDArray[Any]] = []
@@ -117,9 +121,11 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         rule = job.filters.against(row.text) if job.filters is not None else None
         if rule is not None:
             filtered[rule] += 1
+            removed += [_removed(row, f"filter: {rule}")] * (len(removed) < SHOWN_REMOVED)
             continue
         if benchmarks is not None and (found := benchmarks.found_in(row.text)):
             contaminated += 1
+            removed += [_removed(row, CONTAMINATED)] * (len(removed) < SHOWN_REMOVED)
             found_rows.update(found)
             found_in.update({benchmarks.place_of(number)[0] for number in found})
             continue
@@ -137,6 +143,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
         "last": last,
         "filtered": dict(sorted(filtered.items())),
         "rejected": rejected,
+        "removed": removed,
         "contaminated": contaminated,
         "found_rows": sorted(found_rows),
         "found_in": {str(file): n for file, n in sorted(found_in.items())},
@@ -156,10 +163,16 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
     return len(lengths), sum(lengths)
 
 
+def _removed(document: Document, cause: str) -> BadRow:
+    return BadRow(document.file, document.row, cause, f"{document.file}, row {document.row}: {cause}")
+
+
 def load_unit(path: Path) -> Unit:
     with np.load(path) as saved:
         account = json.loads(str(saved["account"]))
-        account["rejected"] = [BadRow(*row) for row in account["rejected"]]
+        for key in ("rejected", "removed"):
+            # A unit that an earlier version made has no list of removed documents.
+            account[key] = [BadRow(*row) for row in account.get(key, ())]
         return Unit(saved["ids"], saved["lengths"], saved["sizes"], saved["hashes"], saved["sketches"], account)
 
 

@@ -375,3 +375,44 @@ def test_replicas_have_equally_many_batches_and_each_row_once(tmp_path: Path) ->
     assert [len(rows) for rows in dealt] == [3, 3, 3]
     rows = [row for rank in dealt for row in rank]
     assert sorted(row for row in rows if row >= 0) == list(range(7)) and rows.count(-1) == 2
+
+
+def test_what_is_shown_is_what_the_batches_hold(tmp_path: Path) -> None:
+    module = data(tmp_path, layout="bucketed", context_length=40)
+    (shown,) = module.shown_sources(100, 1000)
+    assert (shown.read, shown.kept, shown.complete) == (60, 60, True)
+    report = module.reports()["talk"]
+    assert (shown.tokens, shown.over_limit[1]) == (report["tokens"], report["shortened_conversations"])
+    assert shown.over_limit[1] > 0
+    learned = sorted([token.id for token in one.tokens if token.marked] for one in shown.examples)
+    loaders = [*module.test_dataloader(), module.train_dataloader()]
+    rows = [row for loader in loaders for batch in loader for row in batch["labels"]]
+    # The last batch may have empty rows.
+    assert learned == sorted(row[row >= 0].tolist() for row in rows if (row >= 0).any())
+    assert sum(map(len, learned)) == shown.marked_tokens
+
+
+def test_a_part_of_a_source_is_shown(tmp_path: Path) -> None:
+    module = data(tmp_path, context_length=256)
+    (shown,) = module.shown_sources(2, 10)
+    assert (shown.read, shown.complete, len(shown.examples)) == (10, False, 2)
+    assert shown.examples[0].title == f"{tmp_path / 'talk.jsonl'}, row 1"
+
+
+def test_rows_that_end_a_run_are_shown_with_their_reason(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "yes", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "why"}, said]}, {"messages": []}]
+    file = write_rows(tmp_path / "zero.jsonl", *rows)
+    module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
+    (shown,) = module.shown_sources(2, 1000)
+    assert shown.is_empty and shown.examples == []
+    assert shown.left_out == {"nothing to learn": 1, "no turns": 1}
+    assert shown.warnings == [f"fit stops at {file}, row 1, and no other row has anything to learn"]
+    assert not (tmp_path / "cache").exists()  # looking writes nothing
+
+
+def test_a_source_that_fit_would_refuse_is_shown(tmp_path: Path) -> None:
+    file = write(tmp_path / "talk.jsonl", 3)
+    module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
+    (shown,) = module.shown_sources(0, 1000)
+    assert shown.warnings == ["fit refuses this source, because none is held out: raise data.held_out (now 0.02)"]

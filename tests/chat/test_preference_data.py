@@ -14,6 +14,7 @@ from lightning_danube.chat.rows import DoesNotFit, fit_chat, fit_pair
 from lightning_danube.tokens.chat_template import ChatEncoder
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.training.loaders import StepSampler
+from tests.rows import write_rows
 from tests.tiny_models import tiny_tokenizer
 
 
@@ -304,3 +305,14 @@ def test_a_system_message_is_no_turn_to_drop() -> None:
     assert found.ids.tolist() == last and (found.dropped_turns, found.cut_tokens) == (2, 0)
     found = fit_chat(SPOKEN, turns, len(last) - 6, "drop_turns", "all")
     assert found.ids.tolist() == last[:-5] and (found.dropped_turns, found.cut_tokens) == (2, 5)
+
+
+def test_both_answers_of_a_pair_are_shown(tmp_path: Path) -> None:
+    row = {"prompt": "Which?", "chosen": "This one.", "rejected": "That one, or not."}
+    file = write_rows(tmp_path / "pairs.jsonl", row)
+    module = PreferenceData({"pairs": PreferenceSource(str(file))}, 64, cache_dir=str(tmp_path / "cache"))
+    (shown,) = module.shown_sources(2, 1000)
+    chosen, rejected = shown.examples
+    assert [one.title for one in shown.examples] == [f"{file}, row 1, chosen", f"{file}, row 1, rejected"]
+    for one, answer in ((chosen, "This one."), (rejected, "That one, or not.")):
+        assert "".join(token.text for token in one.tokens if token.marked) == f"{answer}</s>"

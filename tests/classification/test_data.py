@@ -347,3 +347,30 @@ def test_only_a_texts_own_places_are_seen(tmp_path: Path) -> None:
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (int(encoded.lengths[long]) - length)
         assert batch["input_ids"][row, :length].tolist() == encoded.ids[start : start + length].tolist()
         assert not batch["input_ids"][row, length:].any()
+
+
+def test_what_is_shown_is_what_is_encoded(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", 60)
+    append(tmp_path / "train.csv", ",wet")
+    module = data(tmp_path, train=train, on_bad_row="skip", context_length=12)
+    looked = ClassificationData(train, context_length=12, cache_dir=str(tmp_path / "cache"))
+    shown = {one.name: one for one in looked.shown_sources(3, 20)}
+    assert list(shown) == ["train", "validation", "test"]
+    for split, one in shown.items():
+        encoded = module.encoded[split]
+        assert one.kept == len(module.splits[split])
+        for number, example in enumerate(one.examples):
+            ids = encoded.ids[encoded.ends[number] : encoded.ends[number + 1]]
+            assert [token.id for token in example.tokens] == ids.tolist()
+            assert example.title.endswith(f": {module.splits[split][number].label}")
+    assert shown["train"].left_out == {"empty text": 1} and shown["test"].left_out == {}
+    assert shown["train"].warnings == [f"fit stops at {train}, row 61: data.on_bad_row: skip leaves such rows out"]
+    assert "tokens and lengths are those of the first 20 texts (--rows)" in shown["train"].notes
+
+
+def test_texts_of_which_none_can_be_used_are_shown_with_their_reasons(tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\n,wet\nriver,\n")
+    (shown,) = ClassificationData(str(file), cache_dir=str(tmp_path / "cache")).shown_sources(3, 20)
+    assert shown.is_empty and shown.left_out == {"empty text": 1, "no label": 1}
+    assert shown.warnings == [f"data.train: {file} holds no text to use"]

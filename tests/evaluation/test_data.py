@@ -8,12 +8,18 @@ import pytest
 
 from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.parts.chat import ChatOptions, chat_questions
-from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles
-from lightning_danube.evaluation.parts.passages import RetrievalOptions, passage_questions, retrieved, says
-from lightning_danube.evaluation.parts.perplexity import position_buckets, text_rows
+from lightning_danube.evaluation.parts.needles import NeedleOptions, Needles, make_needles
+from lightning_danube.evaluation.parts.passages import (
+    PassageQuestions,
+    RetrievalOptions,
+    passage_questions,
+    retrieved,
+    says,
+)
+from lightning_danube.evaluation.parts.perplexity import RunningText, position_buckets, text_rows
 from lightning_danube.text.corpora import Source
 from tests.rows import write_rows
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 TEXT = "Rivers run over stones, and the light is green under the trees there. "
 
@@ -188,3 +194,24 @@ def test_an_impossible_evaluation_is_refused(options: dict[str, Any], message: s
 def test_impossible_options_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_shown_is_what_is_asked(texts: Source, tmp_path: Path) -> None:
+    questions = write_rows(tmp_path / "q.jsonl", {"question": "Where?", "answers": "Oslo", "passages": ["Oslo is."]})
+    data = EvaluationData(
+        str(save_tiny(tmp_path / "model")),
+        texts={"wiki": texts},
+        needle=NeedleOptions([160], depths=[0.5], haystack=texts, trials=2),
+        retrieval=RetrievalOptions(str(questions)),
+        context_length=160,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    text, needle, passages = data.shown_sources(1, 1000)
+    rows, needles, asked = data.parts
+    assert isinstance(rows, RunningText) and isinstance(needles, Needles) and isinstance(asked, PassageQuestions)
+    assert [token.id for token in text.examples[0].tokens] == rows.ids_NT[0].tolist()
+    assert text.marked_tokens == rows.ids_NT.size - len(rows.ids_NT)
+    assert [token.id for token in needle.examples[0].tokens] == needles.needles[0].prompt_ids
+    assert needles.needles[0].answer in needle.examples[0].notes[0]
+    assert [token.id for token in passages.examples[0].tokens] == asked.questions[0].prompt_ids
+    assert passages.examples[0].notes == ["accepted answers: Oslo; a passage holds it"]

@@ -363,3 +363,33 @@ def test_the_harness_still_has_the_private_parts_that_are_used() -> None:
     assert isinstance(TaskManager.task_index, property)
     assert list(inspect.signature(TemplateLM._loglikelihood_tokens).parameters) == ["self", "requests", "kwargs"]
     assert callable(task.tqdm), "replaced while the harness asks, so that one progress bar is shown"
+
+
+@pytest.mark.parametrize("name", ["arc_challenge", "gsm8k"])
+def test_the_first_prompt_is_shown_as_it_is_asked(name: str, directory: Path) -> None:
+    from lightning_danube.evaluation import harness
+    from lightning_danube.evaluation.parts.academic import AcademicQuestions
+
+    task, tokenizer = with_fewer_shots(name, 2), tiny_tokenizer()
+    shown = AcademicQuestions(task, directory, None, 0).shown(2, tokenizer)
+    decoder = tiny_decoder(dataclasses.replace(CONFIG, max_position_embeddings=2048))
+    asked: list[list[int]] = []
+
+    class Listening(harness.DecoderLM):
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+            asked.extend([*context, *continuation] for _, context, continuation in requests)
+            return super()._loglikelihood_tokens(requests)
+
+        def _continue(self, prompts: Any, new_tokens: int, until: Any) -> list[str]:
+            asked.extend(map(list, prompts))
+            return [""] * len(prompts)
+
+    prepared = harness.prepare_task(task, directory, None, seed=0)
+    harness.ask(Listening(decoder, tokenizer), prepared)
+    examples = [[token.id for token in one.tokens] for one in shown.examples]
+    assert len(examples) == (4 if name == "arc_challenge" else 1)
+    assert all(one in asked for one in examples)
+    assert (shown.kept, shown.marks) == (6, "scored" if name == "arc_challenge" else None)
+    if shown.marks:
+        marked = [tokenizer.decode([token.id for token in one.tokens if token.marked]) for one in shown.examples]
+        assert [text.strip() for text in marked] == arc(40)["choices"]["text"]

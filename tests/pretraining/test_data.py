@@ -11,6 +11,8 @@ import torch
 from lightning_danube.pretraining.curriculum import Curriculum, SampleKey, Stage
 from lightning_danube.pretraining.data import CurriculumData, CurriculumSampler
 from lightning_danube.text.corpora import Source
+from lightning_danube.text.quality import Filters
+from lightning_danube.tokens.shards import SPLITS
 from lightning_danube.training.contract import IGNORE_INDEX
 
 STAGES = [Stage("a", 5_000, {"web": 0.9, "wiki": 0.1}), Stage("b", 3_000, {"web": 0.5, "wiki": 0.5})]
@@ -143,3 +145,43 @@ def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumD
     nats = [-np.log((counts.get(token, 0) + 1) / total) for token in held_out.read(1, len(held_out)).tolist()]
     # Both are sums of a few thousand float64 logarithms.
     assert module.unigram_losses()["web"] == pytest.approx(float(np.mean(nats)), rel=1e-12)
+
+
+def test_the_rows_that_are_shown_are_the_first_training_rows(data: Callable[..., CurriculumData], tiny: Path) -> None:
+    module = data(document_masks=True, tokenizer="danube-small")
+    shown = {one.name: one for one in module.shown_sources(3, 1000)}
+    for name, stream in module.train_streams.items():
+        assert (shown[name].read, shown[name].complete) == (300, True)
+        assert shown[name].tokens == sum(module.shards[name].counts(split).tokens for split in SPLITS)
+        for number, example in enumerate(shown[name].examples):
+            assert [token.id for token in example.tokens] == stream.row(number, 16).tolist()
+            assert [token.marked for token in example.tokens] == [False, *[True] * 16]
+    looked = CurriculumData(
+        {"web": Source(str(tiny / "web.jsonl"))},
+        [Stage("one", 16 * 24, {"web": 1.0})],
+        context_length=16,
+        batch_tokens=16 * 24,
+        tokenizer="danube-small",
+        cache_dir=str(tiny / "elsewhere"),
+    )
+    assert [one.complete for one in looked.shown_sources(1, 10)] == [False]
+    assert not (tiny / "elsewhere").exists()  # looking leaves nothing behind
+
+
+def test_documents_left_out_are_shown_with_rule_and_place(tiny: Path) -> None:
+    file = tiny / "bad.jsonl"
+    file.write_text('{"text": "too short"}\n{"words": 1}\n' + '{"text": "a river runs"}\n' * 3)
+    module = CurriculumData(
+        {"web": Source(str(file))},
+        [Stage("one", 16 * 24, {"web": 1.0})],
+        context_length=16,
+        batch_tokens=16 * 24,
+        tokenizer="danube-small",
+        cache_dir=str(tiny / "cache"),
+        filters=Filters(min_words=3),
+        deduplicate="exact",
+    )
+    (shown,) = module.shown_sources(1, 1000)
+    assert shown.left_out == {"no such column": 1, "filter: too few words": 1, "duplicates (exact)": 2}
+    assert any(place.startswith(f"{file}, row 1: filter") for place in shown.places)
+    assert shown.warnings[0].startswith(f"fit stops at {file}, row 2: data.sources.web.on_bad_row: skip")

@@ -143,3 +143,15 @@ def test_text_is_read_until_there_is_enough_to_measure_and_to_calibrate(model: s
     assert (len(data.ids), len(data.calibration_ids)) == (300, 200)
     text = str(data.tokenizer.decode([*data.ids, *data.calibration_ids]))
     assert ("<bos>" + "<eos>".join(lines)).startswith(text)
+
+
+def test_what_is_shown_is_what_is_measured(model: str, text: Path) -> None:
+    data = windows_of(model, text, max_tokens=640, cloze_questions=4, calibration_tokens=32)
+    windows, questions, calibration = data.shown_sources(2, 1000)
+    assert (windows.read, windows.marked_tokens) == (10, 10 * 31)
+    first = data.first_counted(64)
+    for row, example in zip(data.windows(64).tolist(), windows.examples, strict=False):
+        assert [token.id for token in example.tokens] == row
+        assert [token.marked for token in example.tokens] == [False] * (first + 1) + [True] * (63 - first)
+    assert questions.examples[0].marked == 8 and questions.read == 16
+    assert [token.id for token in calibration.examples[0].tokens] == data.calibration_ids.tolist()

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 from lightning_danube.evaluation.academic_tasks import AcademicTask
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
+from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lightning_danube.evaluation.harness import PreparedTask
 
 
@@ -42,6 +45,25 @@ class AcademicQuestions(Part):
             self.prepared = harness.prepare_task(self.task, self.directory, self.limit, self.seed)
         except harness.MissingData as missing:
             self.missing = str(missing)
+
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        self.prepare()
+        if self.prepared is None:
+            return ShownSource(self.title, "questions", marks=None, warnings=[f"not asked: {self.missing}"])
+        from lightning_danube.evaluation import harness
+
+        asked = harness.asked_first(self.prepared, tokenizer) if examples else []
+        number = self.prepared.documents
+        shown = ShownSource(self.title, "questions", str(self.directory or ""), number, kept=number)
+        scored = any(continuation for _, continuation in asked)
+        shown.marks = "scored" if scored else None
+        for choice, (context, continuation) in enumerate(asked, start=1):
+            marked = [False] * len(context) + [True] * len(continuation)
+            title = "first question" + (f", answer {choice}" if scored else "; the model writes the answer")
+            shown.examples.append(ShownExample(title, shown_tokens(tokenizer, [*context, *continuation], marked)))
+        shown.notes += [self.task.setting, *self.prepared.notes]
+        shown.notes += part_of(self.prepared.documents, self.prepared.available)
+        return shown
 
     def measure(self, model: AskedModel) -> list[Measured]:
         from lightning_danube.evaluation import harness

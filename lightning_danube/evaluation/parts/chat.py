@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_danube.evaluation.asking import AskedModel, Part, part_of, read_jsonl
+from lightning_danube.evaluation.asking import AskedModel, Part, part_of, read_jsonl, shown_prompts
 from lightning_danube.evaluation.results import Measured
 from lightning_danube.generation.sampling import Sampling
+from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow
@@ -119,6 +120,19 @@ class ChatQuestions(Part):
 
     def file(self, what: Literal["answers", "judgements"]) -> Path:
         return Path(self.options.keep).expanduser() / f"{self.benchmark}-{what}.jsonl"
+
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        def notes(number: int) -> list[str]:
+            question = self.questions[number]
+            later = [f"turn {turn}: {said}" for turn, said in enumerate(question.turns[1:], start=2)]
+            return [f"question {question.id}, {question.category}", *later]
+
+        prompts = [self.prompt_ids(question, []) for question in self.questions]
+        shown = shown_prompts(self.title, self.options.path, prompts, notes, examples, tokenizer)
+        shown.notes += part_of(len(prompts), self.available)
+        if not self.has_template:
+            shown.notes.append("the tokenizer has no chat template: asked in that of the H2O-Danube chat models")
+        return shown
 
     def measure(self, model: AskedModel) -> list[Measured]:
         """Generates the answers and writes each to the file. Reuses an earlier run's answers with the same settings.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_danube.evaluation.asking import AskedModel, Part
+from lightning_danube.evaluation.asking import AskedModel, Part, shown_prompts
 from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.tokenizer import begin_token
 
@@ -72,6 +73,14 @@ class Needles(Part):
         for needle, one in zip(self.needles, found, strict=True):
             depths.setdefault(needle.depth, []).append(one)
         return {depth: sum(ones) / len(ones) for depth, ones in depths.items()}
+
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        def notes(number: int) -> list[str]:
+            needle = self.needles[number]
+            return [f"the answer begins with {needle.answer}; the needle stands at {needle.depth:.0%} of the text"]
+
+        prompts = [needle.prompt_ids for needle in self.needles]
+        return shown_prompts(self.title, "", prompts, notes, examples, tokenizer)
 
     def measure(self, model: AskedModel) -> list[Measured]:
         prompts = [needle.prompt_ids for needle in self.needles]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.evaluation.asking import AskedModel, Part, part_of
+from lightning_danube.evaluation.asking import AskedModel, Part, part_of, shown_prompts
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
+from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow, read_rows
@@ -85,6 +86,17 @@ class PassageQuestions(Part):
 
     def is_right(self, question: PassageQuestion, text: str) -> bool:
         return says(text, question.answers)
+
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        def notes(number: int) -> list[str]:
+            question = self.questions[number]
+            there = "a passage holds it" if question.answer_is_there else "no passage holds it"
+            return [f"accepted answers: {', '.join(question.answers)}; {there}"]
+
+        prompts = [question.prompt_ids for question in self.questions]
+        shown = shown_prompts(self.title, self.source, prompts, notes, examples, tokenizer)
+        shown.notes += part_of(len(prompts), self.available)
+        return shown
 
     def measure(self, model: AskedModel) -> list[Measured]:
         prompts = [question.prompt_ids for question in self.questions]

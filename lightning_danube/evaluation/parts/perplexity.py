@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_danube.evaluation.asking import AskedModel, Part
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
+from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 from lightning_danube.text.corpora import Source, read_documents
 from lightning_danube.tokens.tokenizer import begin_token, encode_documents
 
@@ -49,6 +50,15 @@ class RunningText(Part):
     def buckets(self) -> list[tuple[int, int]]:
         """Returns ranges of positions, counted from 0, that share a perplexity: up to 64, up to 128, and so on."""
         return position_buckets(self.ids_NT.shape[1])
+
+    def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
+        rows, length = self.ids_NT.shape
+        shown = ShownSource(self.title, "rows", "", rows, kept=rows, marks="measured", tokens=rows * length)
+        shown.marked_tokens = rows * (length - 1)
+        for number, row in enumerate(self.ids_NT[:examples].tolist()):
+            measured = [place > 0 for place in range(length)]
+            shown.examples.append(ShownExample(f"row {number + 1}", shown_tokens(tokenizer, row, measured)))
+        return shown
 
     def measure(self, model: AskedModel) -> list[Measured]:
         ids_NT = torch.from_numpy(self.ids_NT)
