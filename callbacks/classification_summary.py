@@ -84,7 +84,7 @@ class ClassificationSummary(RunSummary):
     def _report(self, trainer: Trainer, split: str) -> dict[str, Any]:
         """Prints and draws the scores of a split, and returns what `summary.json` holds about them."""
         data, task = classification_of(trainer)
-        assert task.latest is not None
+        assert task.latest is not None and task.weights is not None
         loss = float(trainer.callback_metrics[f"loss/{split}"])
         scored = Compared.of(data, task.weights, split, task.latest, loss=loss, resamples=self.resamples).scored()
         say(trainer, scored.text())

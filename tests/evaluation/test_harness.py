@@ -392,4 +392,4 @@ def test_the_first_prompt_is_shown_as_it_is_asked(name: str, directory: Path) ->
     assert (shown.kept, shown.marks) == (6, "scored" if name == "arc_challenge" else None)
     if shown.marks:
         marked = [tokenizer.decode([token.id for token in one.tokens if token.marked]) for one in shown.examples]
-        assert [text.strip() for text in marked] == arc(40)["choices"]["text"]
+        assert [str(text).strip() for text in marked] == arc(40)["choices"]["text"]
