@@ -99,7 +99,7 @@ def test_the_weights_say_what_the_data_leave_open(tiny: Path, weights: str, tmp_
 
 
 def test_plan_knows_the_weights_and_their_new_tokens(tiny: Path, weights: str) -> None:
-    options = {
+    options: dict[str, dict[str, object]] = {
         "model.init_args": {"weights": weights, "decoder": None},
         "data.init_args": {"tokenizer": weights, "new_tokens": [f"<{n}>" for n in range(12)]},
     }
