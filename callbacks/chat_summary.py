@@ -21,7 +21,7 @@ from lightning_danube.chat.summary import (
     source_lines,
 )
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import holds_whole_model, steps_ahead, tensorboards
+from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, steps_ahead, tensorboards
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
 
@@ -82,7 +82,7 @@ class ChatSummary(RunSummary):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self._answers.ask(task.decoder, chat_data_of(trainer).tokenizer, trainer.global_step)
             for tensorboard in tensorboards(trainer):
-                self._answers.show(tensorboard)
+                self._answers.show(tensorboard, place_in_tensorboard(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "before": self._losses.before, "answers_before": self._answers.before}
