@@ -17,7 +17,7 @@ class RunTrainer(Trainer):
 
     @property
     def log_dir(self) -> str:
-        """Returns the run's directory. A broadcast from rank zero: if only one rank reads it, that rank waits forever."""
+        """Returns the run's directory. A broadcast: if only one rank reads it, that rank waits for the others forever."""
         return str(self.strategy.broadcast(self.default_root_dir))
 
 
