@@ -38,8 +38,8 @@ def can_draw(trainer: Trainer) -> bool:
 
 
 class Progress(ProgressBar):
-    """One live line on a terminal: stage, tokens, speed, time left and loss, or that the run evaluates. Elsewhere (logs,
-    CI) a plain line at the end of each stage, and from time to time in a long one.
+    """One live line on a terminal: stage, tokens, speed, time left and loss, or that the run evaluates. In logs and
+    CI, a plain line at the end of each stage, and from time to time in a long one.
 
     Args:
         seconds_between_lines: longest time between two plain lines.

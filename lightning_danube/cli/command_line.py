@@ -132,8 +132,9 @@ def _with_save_dir(logger: Any, runs: str) -> Any:
     section = {"class_path": logger} if isinstance(logger, str) else logger
     if not isinstance(section, Mapping) or str(section.get("class_path")).rpartition(".")[2] not in LOCAL_LOGGERS:
         return logger
-    options = {key: value for key, value in section.items() if key not in CLASS_KEYS and key != BEFORE}
-    options = {**(section.get("init_args") or {}), **options}
+    inner = section.get("init_args")
+    outer = {key: value for key, value in section.items() if key not in CLASS_KEYS and key != BEFORE}
+    options = {**(inner if isinstance(inner, Mapping) else {}), **outer}
     if "save_dir" in options:
         return logger
     return {"class_path": section["class_path"], "init_args": {**options, "save_dir": runs}}

@@ -336,6 +336,7 @@ class DanubeCLI(LightningCLI):
         given = self._loggers
         if this_rank() != 0 or given is False:
             return []
+        assert self.run is not None
         checkpoint = self.place.checkpoint
         resumed_at = read_step(checkpoint) if self.place.continues and checkpoint is not None else None
         place = LoggerPlace(self.run, resumed_at)

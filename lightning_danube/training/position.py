@@ -17,7 +17,7 @@ class RunTrainer(Trainer):
 
     @property
     def log_dir(self) -> str:
-        """Returns the run's directory. A broadcast: if only one rank reads it, that rank waits for the others forever."""
+        """Returns the run's directory. A broadcast: a rank that reads it alone waits for the others forever."""
         return str(self.strategy.broadcast(self.default_root_dir))
 
 
@@ -98,7 +98,7 @@ def logged_directory(trainer: Trainer) -> Path:
 def run_directory(trainer: Trainer) -> Path:
     """Returns the directory of this run. Only rank zero may call it.
 
-    `trainer.log_dir` is a broadcast: if only one rank reads it, that rank waits for the others forever.
+    `trainer.log_dir` is a broadcast: a rank that reads it alone waits for the others forever.
     """
     assert trainer.is_global_zero, "other ranks have not agreed on the version: use trainer.log_dir on all of them"
     return logged_directory(trainer)

@@ -43,7 +43,7 @@ class KeptLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if step is None:
-            self._try(lambda: super(KeptLogger, self).log_metrics(metrics, step))  # type: ignore[safe-super]
+            self._try(lambda: super(KeptLogger, self).log_metrics(dict(metrics), step))  # type: ignore[safe-super]
         elif isinstance(self, TensorBoardLogger):
             self._send(step, metrics)
         else:
@@ -91,7 +91,7 @@ class KeptLogger(Logger):
         except Exception as error:
             self.failed = True
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            what = lines[0] if len(lines[0]) <= 300 else f"{lines[0][:300]}…"
+            what = lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
             name = type(self).__name__.removeprefix(_PREFIX)
             tell(f"warning: {name} logs nothing more in this session, and the run goes on: {what}")
             return None

@@ -67,7 +67,8 @@ def options_of_logger(name: str, given: Mapping[str, Any], place: LoggerPlace) -
     Args:
         name: the logger's class.
     """
-    run, follows = place.run, {}
+    run = place.run
+    follows: dict[str, Any] = {}
     if name in IN_RUN:
         in_run = _same(given.get("save_dir"), place.runs) and given.get("version") is None
         if in_run and given.get("name") in _UNSET:
