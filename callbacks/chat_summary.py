@@ -49,6 +49,8 @@ class ChatSummary(RunSummary):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
+            if pl_module.curve.is_brief:
+                return
             self._ask(trainer, pl_module)
             if trainer.sanity_checking:
                 self._losses.before = metrics_of_sources(trainer.callback_metrics)

@@ -13,18 +13,31 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_danube.callbacks.progress import say
 from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
-from lightning_danube.training.position import at_logged_step
+from lightning_danube.training.position import at_logged_step, replicas_of
+from lightning_danube.training.trackers.loss_curve import LossCurve, next_point
 
 
 class CurriculumStages(Callback):
-    """Announces stages and plans validation for the end of each.
+    """Announces stages and plans validation: for all held-out rows at the end of each stage, and for a few rows before
+    the first step and at each tenth of the run.
 
     Args:
-        validate_every: also validate each time after this many tokens ("100M"), rounded up to optimizer steps.
+        validate_every: also measure all held-out rows each time after this many tokens ("100M"), rounded up to optimizer steps.
     """
 
     def __init__(self, validate_every: int | str | None = None) -> None:
         self.validate_every = None if validate_every is None else parse_tokens(validate_every, "validate_every")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, curriculum = curriculum_of(trainer)
+        batch_rows = data.micro_batch_size * replicas_of(trainer)[0]
+        curve: LossCurve = pl_module.curve
+        curve.begin(trainer, curriculum.total_samples, len(curriculum.sources), batch_rows)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            curve: LossCurve = pl_module.curve
+            curve.validation_starts(trainer, measures_all=samples_done(trainer) in self._full_validations(trainer, -1))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan_validation(trainer)
@@ -50,16 +63,23 @@ class CurriculumStages(Callback):
                 self._announce(trainer, resumed=False)
 
     def _plan_validation(self, trainer: Trainer) -> None:
-        """Sets the micro-batch after which the trainer validates next: the end of a stage or of an interval."""
+        """Sets the micro-batch after which the trainer validates next: the end of a stage, of an interval or of a tenth
+        of the run."""
         data, curriculum = curriculum_of(trainer)
-        done = samples_done(trainer)
+        ahead = self._full_validations(trainer, 0)
+        if ahead:
+            step = next_point(trainer.global_step, curriculum.total_steps)
+            trainer.val_check_batch = min(step, min(ahead) // data.batch_samples) * trainer.accumulate_grad_batches
+
+    def _full_validations(self, trainer: Trainer, back: int) -> list[int]:
+        """Returns the samples after which all held-out rows are due, from the present sample plus `back` + 1 on."""
+        data, curriculum = curriculum_of(trainer)
+        done = samples_done(trainer) + back
         ends = [span.stop for span in curriculum.spans]
         if self.validate_every:
             interval = -(-self.validate_every // data.batch_tokens) * data.batch_samples
             ends.append((done // interval + 1) * interval)
-        ahead = [end for end in ends if end > done]
-        if ahead:
-            trainer.val_check_batch = min(ahead) // data.batch_samples * trainer.accumulate_grad_batches
+        return [end for end in ends if end > done]
 
     def _announce(self, trainer: Trainer, resumed: bool) -> None:
         data, curriculum = curriculum_of(trainer)

@@ -35,6 +35,8 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not holds_whole_model(trainer):
             return
+        if pl_module.curve.is_brief:
+            return
         samples = run_facts_of(pl_module).samples
         for prompt in self.prompts:
             samples[prompt] = self._continue(trainer, pl_module, prompt)

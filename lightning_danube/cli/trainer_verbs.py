@@ -40,6 +40,7 @@ from lightning_danube.training.precision import (
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
 from lightning_danube.training.trackers.kept import end_of_session
+from lightning_danube.training.trackers.loss_curve import HeldOutCurve
 from lightning_danube.training.trackers.places import LoggerPlace, make_logger, record_ids
 from lightning_danube.training.trackers.run_logs import RunLogs, log_settings
 from lightning_danube.training.trainer import TRAINER_DEFAULTS, FastProducts, own_strategy, share_buckets
@@ -290,7 +291,7 @@ class DanubeCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run)
         kwargs["logger"] = self._make_loggers()
         kwargs["plugins"] = self._plugins()
-        kwargs["callbacks"] = [*self._callbacks(), FastProducts(), RunLogs()]
+        kwargs["callbacks"] = [*self._callbacks(), FastProducts(), RunLogs(), HeldOutCurve()]
         kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)

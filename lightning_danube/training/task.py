@@ -25,6 +25,7 @@ from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
+from lightning_danube.training.trackers.loss_curve import LossCurve
 from lightning_danube.training.trainer import check_trainer
 
 FORWARD = "decoder"
@@ -38,7 +39,7 @@ class DecoderTask(LightningModule):
 
     Logs `loss/train` (nats per token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
     `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats per token, mean over the
-    source's tokens).
+    source's tokens), and `held_out/<source>`, the same of a few rows (training/trackers/loss_curve.py).
     """
 
     def __init__(self, decoder: Decoder, learning_rate: LearningRate, optimizer: AdamW) -> None:
@@ -57,6 +58,7 @@ class DecoderTask(LightningModule):
         the mean not finite.
         """
         self._rate = 0.0
+        self.curve = LossCurve()
         self._evaluation_means: dict[str, MeanMetric] = {}
         self._seed = torch.initial_seed()
         self._is_parallel = False
@@ -220,8 +222,14 @@ class DecoderTask(LightningModule):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        in_curve = batch_idx < self.curve.batches
+        if self.curve.is_brief and not in_curve:
+            return
         total, count = self.sum_of_losses(batch)
-        self.update_mean(f"loss/held_out_{batch['source']}", total, count)
+        if not self.curve.is_brief:
+            self.update_mean(f"loss/held_out_{batch['source']}", total, count)
+        if in_curve:
+            self.update_mean(f"held_out/{batch['source']}", total, count)
 
     def on_validation_epoch_start(self) -> None:
         self._evaluation_means.clear()

@@ -19,6 +19,7 @@ from lightning_danube.device import exact_products_by_onednn
 from lightning_danube.training.position import RunTrainer
 from lightning_danube.training.precision import choose, kind_of_device
 from lightning_danube.training.trackers.kept import kept
+from lightning_danube.training.trackers.loss_curve import HeldOutCurve
 from lightning_danube.training.trackers.run_logs import RunLogs
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -91,7 +92,7 @@ def make_trainer(
         **options,
     }
     given["strategy"] = own_strategy(given.get("strategy", "auto"))
-    trainer = RunTrainer(callbacks=[*callbacks, FastProducts(), RunLogs()], **given)
+    trainer = RunTrainer(callbacks=[*callbacks, FastProducts(), RunLogs(), HeldOutCurve()], **given)
     share_buckets(trainer.strategy)
     return trainer
 

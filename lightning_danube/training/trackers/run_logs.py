@@ -16,7 +16,8 @@ from lightning_danube.training.trackers.kept import STEPS, KeptLogger, count_tok
 CHARTS = {
     "loss": {
         "training": ["loss/train$"],
-        "held-out text of each source": ["loss/held_out_.*"],
+        "held-out text of each source": ["held_out/.*"],
+        "held-out text of each source, all rows": ["loss/held_out_.*"],
     },
     "step": {
         "learning rate": ["optimizer/learning_rate$"],
