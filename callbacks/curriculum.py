@@ -22,7 +22,8 @@ class CurriculumStages(Callback):
     the first step and at each tenth of the run.
 
     Args:
-        validate_every: also measure all held-out rows each time after this many tokens ("100M"), rounded up to optimizer steps.
+        validate_every: also measure all held-out rows each time after this many tokens ("100M"), rounded up to
+            optimizer steps.
     """
 
     def __init__(self, validate_every: int | str | None = None) -> None:

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_danube.options import parse_tokens
 from lightning_danube.reports.tags import TAGS, tag_called
 from lightning_danube.terminal import as_typed
+from lightning_danube.training.trackers import STEPS
 from lightning_danube.yaml_files import read_config
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
@@ -41,8 +42,8 @@ class RecordedRun:
         directory: `<runs>/<name>/version_<n>`.
         config: content of `config.yaml`.
         summary: content of `summary.json`; empty before the end of the first stage.
-        curves: one column per TensorBoard tag, one row per optimizer step at which any tag was logged.
-        texts: TensorBoard tag → optimizer step → text.
+        curves: one column per TensorBoard tag, one row for each number of training tokens at which any tag was logged.
+        texts: TensorBoard tag → training tokens → text.
     """
 
     directory: Path
@@ -82,9 +83,7 @@ class RecordedRun:
         """
         if tag not in self.curves:
             raise MissingResult(f"{self.title} logged no {tag}: {way_to_log(tag)}")
-        values = self.curves[tag].dropna()
-        values.index = pd.Index(values.index * self.batch_tokens, name="tokens")
-        return values
+        return self.curves[tag].dropna()
 
     def finished(self, key: str) -> Any:
         """Returns an entry of the summary.
@@ -165,16 +164,19 @@ def read_run(directory: Path) -> RecordedRun:
         events.Reload()
     finally:
         logger.setLevel(level)
-    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    # Runs that log no steps were made when the horizontal axis counted steps.
+    of_old = STEPS not in events.Tags()["scalars"]
+    unit = parse_tokens(config["data"]["init_args"]["batch_tokens"], "batch_tokens") if of_old else 1
+    curves = {tag: {unit * e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     texts = {
         tag.removesuffix("/text_summary"): {
-            e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
+            unit * e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
         }
         for tag in events.Tags()["tensors"]
         if tag.endswith("/text_summary")
     }
     frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
-    frame.index.name = "step"
+    frame.index.name = "tokens"
     return RecordedRun(directory, config, summary, frame, texts)
 
 
@@ -206,7 +208,7 @@ def stage_spans(run: RecordedRun) -> pd.DataFrame:
     numbers = run.curve("mix/stage").astype(int)
     # A resumed run logs its stage once more. The first entry counts.
     begins = {k: int(numbers.index[numbers == k].min()) for k in sorted(set(numbers))}
-    reached = max(int(run.curves.index.max()) * run.batch_tokens, run.summary.get("tokens", 0))
+    reached = max(int(run.curves.index.max()), run.summary.get("tokens", 0))
     names = [run.data["stages"][k - 1]["name"] for k in begins]
     ends = [*list(begins.values())[1:], reached]
     return pd.DataFrame({"begin": list(begins.values()), "end": ends}, index=pd.Index(names, name="stage"))
@@ -278,8 +280,7 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
     rows = []
     for number, prompt in enumerate(callbacks[TAGS["samples/"].class_path]["prompts"], start=1):
-        for step, text in run.texts.get(f"samples/{number}", {}).items():
-            tokens = step * run.batch_tokens
+        for tokens, text in run.texts.get(f"samples/{number}", {}).items():
             stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])
             # TextSamples indents by four spaces, so that TensorBoard shows a block of code.
             lines = [line.removeprefix("    ") for line in text.splitlines()]

@@ -11,10 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_danube.terminal import tell
-
-TOKENS, STEPS = "tokens", "optimizer/step"
-"""Names of the values that are added: the training tokens, and in TensorBoard the optimizer steps."""
-
+from lightning_danube.training.trackers import STEPS, TOKENS
 
 _PREFIX = "_Kept"
 

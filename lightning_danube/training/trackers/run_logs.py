@@ -11,7 +11,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_danube.training.position import tokens_done
-from lightning_danube.training.trackers.kept import STEPS, KeptLogger, count_tokens
+from lightning_danube.training.trackers import STEPS
+from lightning_danube.training.trackers.kept import KeptLogger, count_tokens
 
 CHARTS = {
     "loss": {
