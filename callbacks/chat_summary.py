@@ -48,9 +48,7 @@ class ChatSummary(RunSummary):
         say(trainer, "\n".join([model_line(pl_module), *source_lines(data.reports(), "conversations"), length]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            if pl_module.curve.is_brief:
-                return
+        if trainer.state.fn == "fit" and not pl_module.curve.is_brief:
             self._ask(trainer, pl_module)
             if trainer.sanity_checking:
                 self._losses.before = metrics_of_sources(trainer.callback_metrics)

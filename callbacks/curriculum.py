@@ -12,9 +12,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
 from lightning_danube.options import parse_tokens
-from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
-from lightning_danube.training.position import at_logged_step, replicas_of
-from lightning_danube.training.trackers.loss_curve import LossCurve, next_point
+from lightning_danube.pretraining.position import (
+    all_held_out_rows_are_due,
+    begin_loss_curve,
+    curriculum_of,
+    finished_stage,
+    next_validation,
+    samples_done,
+)
+from lightning_danube.training.position import at_logged_step
 
 
 class CurriculumStages(Callback):
@@ -30,15 +36,12 @@ class CurriculumStages(Callback):
         self.validate_every = None if validate_every is None else parse_tokens(validate_every, "validate_every")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, curriculum = curriculum_of(trainer)
-        batch_rows = data.micro_batch_size * replicas_of(trainer)[0]
-        curve: LossCurve = pl_module.curve
-        curve.begin(trainer, curriculum.total_samples, len(curriculum.sources), batch_rows)
+        begin_loss_curve(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            curve: LossCurve = pl_module.curve
-            curve.validation_starts(trainer, measures_all=samples_done(trainer) in self._full_validations(trainer, -1))
+            due = all_held_out_rows_are_due(trainer, self._interval(trainer))
+            pl_module.curve.validation_starts(trainer, measures_all=due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan_validation(trainer)
@@ -64,23 +67,15 @@ class CurriculumStages(Callback):
                 self._announce(trainer, resumed=False)
 
     def _plan_validation(self, trainer: Trainer) -> None:
-        """Sets the micro-batch after which the trainer validates next: the end of a stage, of an interval or of a tenth
-        of the run."""
-        data, curriculum = curriculum_of(trainer)
-        ahead = self._full_validations(trainer, 0)
-        if ahead:
-            step = next_point(trainer.global_step, curriculum.total_steps)
-            trainer.val_check_batch = min(step, min(ahead) // data.batch_samples) * trainer.accumulate_grad_batches
+        """Sets the micro-batch after which the trainer validates next."""
+        step = next_validation(trainer, self._interval(trainer))
+        if step is not None:
+            trainer.val_check_batch = step * trainer.accumulate_grad_batches
 
-    def _full_validations(self, trainer: Trainer, back: int) -> list[int]:
-        """Returns the samples after which all held-out rows are due, from the present sample plus `back` + 1 on."""
-        data, curriculum = curriculum_of(trainer)
-        done = samples_done(trainer) + back
-        ends = [span.stop for span in curriculum.spans]
-        if self.validate_every:
-            interval = -(-self.validate_every // data.batch_tokens) * data.batch_samples
-            ends.append((done // interval + 1) * interval)
-        return [end for end in ends if end > done]
+    def _interval(self, trainer: Trainer) -> int | None:
+        """Returns the optimizer steps of `validate_every`."""
+        data, _ = curriculum_of(trainer)
+        return None if self.validate_every is None else -(-self.validate_every // data.batch_tokens)
 
     def _announce(self, trainer: Trainer, resumed: bool) -> None:
         data, curriculum = curriculum_of(trainer)

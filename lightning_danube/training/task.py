@@ -248,7 +248,7 @@ class DecoderTask(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each row of a `HeldOutBatch` its source, number, tokens and mean loss (nats per token)."""
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats per token) and text."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()
@@ -258,10 +258,20 @@ class DecoderTask(LightningModule):
         )
         tokens = (batch["labels"] >= 0).sum(1).tolist()
         return [
-            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n}
-            for row, n, loss in zip(batch["rows"], tokens, nats, strict=True)
+            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n, "text": text}
+            for row, n, loss, text in zip(batch["rows"], tokens, nats, self.texts_of(batch), strict=True)
             if n
         ]
+
+    def texts_of(self, batch: TokenBatch) -> list[str]:
+        """Returns the text of each row, from its first token to the last one that is predicted."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer = getattr(tokenizer, "hf", tokenizer)
+        texts = []
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            end = max((place for place, label in enumerate(labels) if label >= 0), default=-1) + 1
+            texts.append(tokenizer.decode([*ids[:end], *labels[end - 1 : end]]))
+        return texts
 
     def update_mean(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds a batch to the mean that is logged under a name after the evaluation."""

@@ -94,7 +94,7 @@ def drop_from(logger: TensorBoardLogger, step: int) -> None:
 
 def log_settings(loggers: Iterable[Logger], config: Mapping[str, Any], *, resumed: bool) -> None:
     """Tells the loggers of a run its settings. MLflow refuses new ones for a run that has begun."""
-    settings = dict(settings_of(config))
+    settings = dict(logged_settings(config))
     for logger in loggers:
         if isinstance(logger, KeptLogger) and isinstance(logger, TensorBoardLogger):
             logger.settings = settings
@@ -102,7 +102,7 @@ def log_settings(loggers: Iterable[Logger], config: Mapping[str, Any], *, resume
             logger.log_hyperparams(settings)
 
 
-def settings_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def logged_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the settings of data, model and trainer that are numbers, texts or switches, by their key on the command
     line without `init_args`."""
     sections = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
