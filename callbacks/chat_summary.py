@@ -21,7 +21,7 @@ from lightning_danube.chat.summary import (
     source_lines,
 )
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import holds_whole_model, steps_ahead, tensorboards
+from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, steps_ahead, tensorboards
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
 
@@ -48,7 +48,7 @@ class ChatSummary(RunSummary):
         say(trainer, "\n".join([model_line(pl_module), *source_lines(data.reports(), "conversations"), length]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not pl_module.curve.is_brief:
             self._ask(trainer, pl_module)
             if trainer.sanity_checking:
                 self._losses.before = metrics_of_sources(trainer.callback_metrics)
@@ -82,7 +82,7 @@ class ChatSummary(RunSummary):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self._answers.ask(task.decoder, chat_data_of(trainer).tokenizer, trainer.global_step)
             for tensorboard in tensorboards(trainer):
-                self._answers.show(tensorboard)
+                self._answers.show(tensorboard, place_in_tensorboard(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "before": self._losses.before, "answers_before": self._answers.before}

@@ -22,7 +22,7 @@ from lightning_danube.classification.summary import (
 )
 from lightning_danube.classification.task import TextClassification
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import is_done, run_directory, steps_ahead, tensorboards
+from lightning_danube.training.position import is_done, place_in_tensorboard, run_directory, steps_ahead, tensorboards
 
 
 class ClassificationSummary(RunSummary):
@@ -103,7 +103,7 @@ def draw(trainer: Trainer, scored: Scored) -> None:
     """Draws the confusion matrix and, for two classes, the precision-recall curve in TensorBoard."""
     split, labels, model = scored.compared.split, scored.compared.labels, scored.compared.model
     for tensorboard in tensorboards(trainer):
-        step = trainer.global_step
+        step = place_in_tensorboard(trainer)
         if can_draw(trainer):
             tensorboard.add_figure(f"confusion/{split}", confusion_figure(scored.confusion_CC, labels), step)
         if len(labels) == 2:

@@ -12,20 +12,36 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
 from lightning_danube.options import Length, TokensOrShare
-from lightning_danube.pretraining.position import curriculum_of, finished_stage, samples_done
+from lightning_danube.pretraining.position import (
+    all_held_out_rows_are_due,
+    begin_loss_curve,
+    curriculum_of,
+    finished_stage,
+    next_validation,
+    samples_done,
+)
 from lightning_danube.training.position import at_logged_step
 
 
 class CurriculumStages(Callback):
-    """Announces stages and plans validation for the end of each.
+    """Announces stages and plans validation: for all held-out rows at the end of each stage, and for a few rows before
+    the first step and at each tenth of the run.
 
     Args:
-        validate_every: also validate each time after this many tokens ("100M"), or this share of the run ("5 %"),
-            rounded up to optimizer steps.
+        validate_every: also measure all held-out rows each time after this many tokens ("100M"), or this share of the
+            run ("5 %"), rounded up to optimizer steps.
     """
 
     def __init__(self, validate_every: Length | None = None) -> None:
         self.validate_every = None if validate_every is None else TokensOrShare.parse(validate_every, "validate_every")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begin_loss_curve(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            due = all_held_out_rows_are_due(trainer, self._interval(trainer))
+            pl_module.curve.validation_starts(trainer, measures_all=due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan_validation(trainer)
@@ -51,16 +67,17 @@ class CurriculumStages(Callback):
                 self._announce(trainer, resumed=False)
 
     def _plan_validation(self, trainer: Trainer) -> None:
-        """Sets the micro-batch after which the trainer validates next: the end of a stage or of an interval."""
-        data, curriculum = curriculum_of(trainer)
-        done = samples_done(trainer)
-        ends = [span.stop for span in curriculum.spans]
-        if self.validate_every:
-            interval = self.validate_every.steps(data.total_tokens, data.batch_tokens) * data.batch_samples
-            ends.append((done // interval + 1) * interval)
-        ahead = [end for end in ends if end > done]
-        if ahead:
-            trainer.val_check_batch = min(ahead) // data.batch_samples * trainer.accumulate_grad_batches
+        """Sets the micro-batch after which the trainer validates next."""
+        step = next_validation(trainer, self._interval(trainer))
+        if step is not None:
+            trainer.val_check_batch = step * trainer.accumulate_grad_batches
+
+    def _interval(self, trainer: Trainer) -> int | None:
+        """Returns the optimizer steps of `validate_every`."""
+        if self.validate_every is None:
+            return None
+        data, _ = curriculum_of(trainer)
+        return self.validate_every.steps(data.total_tokens, data.batch_tokens)
 
     def _announce(self, trainer: Trainer, resumed: bool) -> None:
         data, curriculum = curriculum_of(trainer)

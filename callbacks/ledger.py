@@ -10,14 +10,16 @@ from torch import Tensor
 
 from lightning_danube.pretraining.ledger import SampleLedger
 from lightning_danube.pretraining.position import curriculum_of
-from lightning_danube.training.position import at_logged_step, speaks_for_replica
+from lightning_danube.training.position import at_logged_step, place_in_tensorboard, speaks_for_replica, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers.pictures import Column, stacked_picture
 
 
 class TokenLedger(Callback):
     """Counts the samples of the batches that the run has trained on, over all replicas, by stage and source.
 
     Logs `mix/<source>` (share of the tokens since the last logged step) and `tokens_seen/<source>` (of the whole run).
+    TensorBoard gets a picture of all shares each time after all held-out rows are measured.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,16 @@ class TokenLedger(Callback):
             values = self._ledger.values_to_log()
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or pl_module.curve.is_brief:
+            return
+        assert self._ledger is not None
+        seen = self._ledger.tokens_by_source()  # every rank must call it
+        for tensorboard in tensorboards(trainer):
+            columns = [Column(*stage) for stage in zip(self._ledger.stages, seen, strict=True)]
+            picture = stacked_picture(columns, "tokens")
+            tensorboard.add_image("mix/seen", picture, place_in_tensorboard(trainer), dataformats="HWC")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self._ledger is not None

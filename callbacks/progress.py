@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lightning_danube.extras import install_command, missing_module
-from lightning_danube.pretraining.position import stage_name
+from lightning_danube.pretraining.position import finished_stage, stage_name
 from lightning_danube.training.position import end_of_run, tokens_done
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+STANDING = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
+EVALUATING = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
 
 
 def say(trainer: Trainer, text: str) -> None:
@@ -36,20 +38,18 @@ def can_draw(trainer: Trainer) -> bool:
 
 
 class Progress(ProgressBar):
-    """A bar over the tokens of the run on a terminal. Elsewhere (logs, CI), a plain line from time to time.
+    """One live line on a terminal: stage, tokens, speed, time left and loss, or that the run evaluates. In logs and
+    CI, a plain line at the end of each stage, and from time to time in a long one.
 
     Args:
-        seconds_between_lines: time between two plain lines.
+        seconds_between_lines: longest time between two plain lines.
     """
 
-    def __init__(self, seconds_between_lines: float = 30.0) -> None:
+    def __init__(self, seconds_between_lines: float = 600.0) -> None:
         super().__init__()
-        self.seconds_between_lines = seconds_between_lines
-        self._bar: tqdm[Any] | None = None
         self._enabled = True
-        self._last_line = 0.0
-        self._last_loss: float | None = None
-        self._start: tuple[float, int] = (0.0, 0)
+        self._live: LiveLine | None = None
+        self._plain = PlainLines(seconds_between_lines)
 
     def disable(self) -> None:
         self._enabled = False
@@ -58,71 +58,134 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        write: Any = print if self._bar is None else self._bar.write
+        write: Any = print if self._live is None else self._live.write
         write(" ".join(map(str, args)), file=sys.stdout)
         sys.stdout.flush()
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._enabled:
-            return
-        self._start = (time.monotonic(), tokens_done(trainer))
-        self._last_line = time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = token_bar(end_of_run(trainer), tokens_done(trainer))
+        self._plain.start(tokens_done(trainer), time.monotonic())
+        if self._enabled and self._live is None and sys.stderr.isatty():
+            self._live = LiveLine(tokens_done(trainer), end_of_run(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._live is not None and self._live.evaluated:
+            self._live.train(tokens_done(trainer), stage_name(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._enabled:
             return
-        now = time.monotonic()
-        if now - self._last_line < (0.5 if sys.stderr.isatty() else self.seconds_between_lines):
-            return
-        self._last_line = now
-        loss = trainer.callback_metrics.get("loss/train")
-        nats = None if loss is None else float(loss)
-        if self._bar is not None:
-            move_bar(self._bar, tokens_done(trainer), stage_name(trainer), nats)
-        else:
-            # The loss changes only at logged steps. Printed again, it would look as if it did not change any more.
-            new, self._last_loss = (nats if nats != self._last_loss else None), nats
-            print(plain_line(tokens_done(trainer), end_of_run(trainer), new, self._start, now), flush=True)
+        now, done = time.monotonic(), tokens_done(trainer)
+        ends_stage = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and finished_stage(trainer) is not None
+        if self._live is not None and self._live.is_due(now):
+            self._live.train(done, stage_name(trainer), loss_of(trainer))
+        elif self._live is None and self._plain.is_due(now, done, ends_stage):
+            print(self._plain.line(done, end_of_run(trainer), loss_of(trainer), now), flush=True)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._live is not None:
+            self._live.evaluate(tokens_done(trainer), evaluation_batches(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._bar is not None:
-            move_bar(self._bar, tokens_done(trainer))
+        if self._live is not None:
+            self._live.train(tokens_done(trainer), None, loss_of(trainer))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        live, self._live = self._live, None
+        if live is not None:
+            live.close()
 
 
-def token_bar(total: int, done: int) -> tqdm[Any]:
-    """Returns a bar over the tokens of a run, of which some may be done already."""
-    return tqdm(
-        total=total,
-        initial=done,
-        unit=" tokens",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.1,
-        bar_format=BAR,
-    )
+def loss_of(trainer: Trainer) -> float | None:
+    """Returns the training loss of the last logged step."""
+    loss = trainer.callback_metrics.get("loss/train")
+    return None if loss is None else float(loss)
 
 
-def move_bar(bar: tqdm[Any], done: int, stage: str | None = None, loss: float | None = None) -> None:
-    """Shows how many tokens are done on a bar, and the stage and the loss if they are given."""
-    if stage is not None:
-        bar.set_description(f"stage {stage}", refresh=False)
-    if loss is not None:
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-    bar.n = done
-    bar.refresh()
+def evaluation_batches(trainer: Trainer) -> int | None:
+    """Returns the batches of an evaluation during training; None if their number is not finite."""
+    numbers = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    total = sum(numbers) if isinstance(numbers, list) else numbers
+    return None if total == float("inf") else int(total)
+
+
+class LiveLine:
+    """A line that is drawn anew: what the run does now, and how far it is.
+
+    Args:
+        done, total: tokens of the run.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        self.evaluated = 0
+        """Batches of the evaluation that is under way."""
+        self._last = 0.0
+        self._bar = tqdm(
+            desc="starting",
+            total=total,
+            initial=done,
+            unit=" tokens",
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format=STANDING,
+        )
+        self.write, self.close = self._bar.write, self._bar.close
+
+    def is_due(self, now: float) -> bool:
+        """Returns whether the line was last drawn half a second ago."""
+        return now - self._last >= 0.5
+
+    def train(self, done: int, stage: str | None, loss: float | None = None) -> None:
+        """Shows how far the training is. Speed and time left are those of the whole session."""
+        self._last, self.evaluated = time.monotonic(), 0
+        self._bar.bar_format, self._bar.n = BAR if done > self._bar.initial else STANDING, done
+        self._draw("training" if stage is None else f"stage {stage}", "" if loss is None else f"loss {loss:.3f}")
+
+    def evaluate(self, done: int, batches: int | None) -> None:
+        """Shows that the run evaluates one more batch. There is no speed meanwhile, and no loss."""
+        self.evaluated += 1
+        self._bar.bar_format, self._bar.n = STANDING, done
+        self._draw(f"evaluating, batch {self.evaluated}" + ("" if batches is None else f" of {batches}"), "")
+
+    def _draw(self, does: str, rest: str) -> None:
+        self._bar.set_description(does, refresh=False)
+        self._bar.set_postfix_str(rest, refresh=False)
+        self._bar.refresh()
+
+
+class PlainLines:
+    """Lines for a file: at the end of each stage, and from time to time.
+
+    Args:
+        seconds: longest time between two lines.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._start: tuple[float, int] = (0.0, 0)
+        self._last, self._last_loss = 0.0, float("nan")
+
+    def start(self, done: int, now: float) -> None:
+        """Begins a session that finds some tokens done."""
+        self._start, self._last = (now, done), now
+
+    def is_due(self, now: float, done: int, ends_stage: bool) -> bool:
+        """Returns whether a line is due. Before the end of the first step there is nothing to say."""
+        return done > self._start[1] and (ends_stage or now - self._last >= self.seconds)
+
+    def line(self, done: int, total: int, loss: float | None, now: float) -> str:
+        """Returns how far the run is. The loss is left out if it is still that of the last line."""
+        self._last, new = now, loss if loss != self._last_loss else None
+        self._last_loss = float("nan") if loss is None else loss
+        return plain_line(done, total, new, self._start, now)
 
 
 def plain_line(done: int, total: int, loss: float | None, start: tuple[float, int], now: float) -> str:
@@ -130,11 +193,10 @@ def plain_line(done: int, total: int, loss: float | None, start: tuple[float, in
 
     Args:
         done, total: tokens.
-        start: the time when the session began, and the tokens that were done then.
+        start: the time when the session began, and the tokens that were done then, fewer than now.
     """
     seconds, at = start
     speed = (done - at) / max(now - seconds, 1e-9)
-    # Before the end of the first step, which may take long, no speed is known.
-    left = tqdm.format_interval((total - done) / speed) if speed else "?"
+    left = tqdm.format_interval((total - done) / speed)
     shown = "" if loss is None else f", loss {loss:.3f}"
     return f"  {done:,} of {total:,} tokens{shown}, {speed:,.0f} tokens/s, {left} left"

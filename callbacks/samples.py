@@ -12,7 +12,7 @@ from lightning_danube.generation.text import encode_prompt
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import markdown_code
-from lightning_danube.training.position import holds_whole_model, tensorboards
+from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
 
 
@@ -35,12 +35,15 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not holds_whole_model(trainer):
             return
+        if pl_module.curve.is_brief:
+            return
         samples = run_facts_of(pl_module).samples
         for prompt in self.prompts:
             samples[prompt] = self._continue(trainer, pl_module, prompt)
         for tensorboard in tensorboards(trainer):
             for number, prompt in enumerate(self.prompts, start=1):
-                tensorboard.add_text(f"samples/{number}", markdown_code(samples[prompt]), trainer.global_step)
+                text = markdown_code(samples[prompt])
+                tensorboard.add_text(f"samples/{number}", text, place_in_tensorboard(trainer))
 
     def _continue(self, trainer: Trainer, task: LightningModule, prompt: str) -> str:
         """Returns a prompt and its continuation.

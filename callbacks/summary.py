@@ -24,7 +24,7 @@ from lightning_danube.pretraining.summary import (
 )
 from lightning_danube.terminal import markdown_code
 from lightning_danube.training.contract import data_of
-from lightning_danube.training.position import tensorboards
+from lightning_danube.training.position import place_in_tensorboard, tensorboards
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
 
 
@@ -50,7 +50,7 @@ class PretrainingSummary(RunSummary):
         plan = pretraining_plan_text(trainer, decoder)
         say(trainer, plan)
         for tensorboard in tensorboards(trainer):
-            tensorboard.add_text("run/plan", markdown_code(plan), trainer.global_step)
+            tensorboard.add_text("run/plan", markdown_code(plan), place_in_tensorboard(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -76,7 +76,8 @@ class PretrainingSummary(RunSummary):
             wait_for_checkpoint(trainer.strategy)
             say(trainer, early_stop_text(summary, curriculum.total_steps, run))
         if self._stage_losses:
-            say(trainer, result_text(summary, curriculum.sources, run, run_facts_of(pl_module).samples))
+            samples, drawn = run_facts_of(pl_module).samples, bool(tensorboards(trainer))
+            say(trainer, result_text(summary, curriculum.sources, run, samples, in_tensorboard=drawn))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report_evaluation(trainer, pl_module, None)

@@ -15,10 +15,12 @@ MODULES = {
     "float8": ("torchao",),
     "gigatoken": ("gigatoken",),
     "llama-cpp": ("llama_cpp",),
+    "mlflow": ("mlflow", "alembic", "sqlalchemy"),
     "notebooks": ("jinja2", "matplotlib", "pandas", "statsmodels"),
     "quantization": ("hqq",),
     "s3": ("s3fs",),
     "study": ("optuna", "sqlalchemy", "statsmodels"),
+    "wandb": ("wandb",),
 }
 """Extra of pyproject.toml → the modules that this project imports from it."""
 

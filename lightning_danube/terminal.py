@@ -27,8 +27,12 @@ def runnable() -> str:
 
 
 def program(name: str) -> str:
-    """Returns how to call a program of this environment: by its name if PATH leads to it, otherwise by its path."""
+    """Returns how to call a program of this environment: by its name if PATH leads to it, otherwise by its path.
+
+    The path is relative inside the working directory, and absolute elsewhere: `../../venv/bin/python` helps nobody.
+    """
     folder = Path(sys.executable).parent
+    folder = folder.resolve() if ".." in folder.parts else folder
     if name == "python" and not (folder / name).exists():
         name = Path(sys.executable).name
     found = shutil.which(name)

@@ -132,11 +132,17 @@ class PreferenceTuning(TuningTask):
         self.update_mean(f"ranking/accuracy_held_out_{source}", self._ranked, pairs)
 
     def predict_step(self, batch: HeldOutPairBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each held-out pair its source, number, loss and rewards."""
+        """Returns for each held-out pair its source, number, loss, rewards and texts."""
         losses_P, rewards_P2, _ = self.losses_of(batch)
+        texts = self.texts_of(batch)  # the chosen answer of a pair, then the rejected one
         return [
-            {"source": batch["source"], "row": row, "loss": loss, "chosen": chosen, "rejected": rejected}
-            for row, loss, (chosen, rejected) in zip(batch["rows"], losses_P.tolist(), rewards_P2.tolist(), strict=True)
+            {
+                **{"source": batch["source"], "row": row, "loss": loss, "chosen": chosen, "rejected": rejected},
+                **{"chosen_text": texts[2 * place], "rejected_text": texts[2 * place + 1]},
+            }
+            for place, (row, loss, (chosen, rejected)) in enumerate(
+                zip(batch["rows"], losses_P.tolist(), rewards_P2.tolist(), strict=True)
+            )
             if row >= 0
         ]
 

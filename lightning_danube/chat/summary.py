@@ -75,10 +75,10 @@ class Answers:
             cards.append(_markdown_row(columns))
         return cards
 
-    def show(self, tensorboard: Any) -> None:
-        """Writes the cards to TensorBoard."""
+    def show(self, tensorboard: Any, place: int) -> None:
+        """Writes the cards to TensorBoard, at a place of its horizontal axis."""
         for number, card in enumerate(self.cards(), start=1):
-            tensorboard.add_text(f"answers/{number}", card, self.step)
+            tensorboard.add_text(f"answers/{number}", card, place)
 
     def compared(self) -> list[dict[str, str]]:
         """Returns each question with its first and its latest answer."""

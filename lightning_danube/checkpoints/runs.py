@@ -29,13 +29,29 @@ class RunPlace:
     continues: bool
     warnings: Sequence[str] = ()
 
-    def logger_place(self) -> tuple[str, str, str | None]:
-        """Returns save_dir, name and version for a Lightning logger. Version None means the next free version."""
-        version = None
+    @property
+    def run(self) -> Path:
+        """Returns the directory of this run: the checkpoint's own, or that of the next free version."""
         if self.continues:
             assert self.checkpoint is not None
-            version = self.checkpoint.parent.parent.name
-        return str(self.directory.parent), self.directory.name, version
+            return self.checkpoint.parent.parent
+        numbers = [_version_number(version) for version in versions_of(self.directory)]
+        return self.directory / f"version_{max(numbers, default=-1) + 1}"
+
+    def claim(self) -> Path:
+        """Returns the directory of this run, and makes it, so that no run that begins later takes the same version.
+
+        Raises:
+            OSError: the directory cannot be made.
+        """
+        while True:
+            run = self.run
+            try:
+                run.mkdir(parents=True, exist_ok=self.continues)
+                return run
+            except FileExistsError:
+                if not run.is_dir():
+                    raise
 
 
 def resolve_checkpoint(
@@ -136,13 +152,16 @@ def read_step(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
+WRITTEN_AT_EVERY_START = ("config.yaml", "hparams.yaml", "history.jsonl", "metrics.csv", "trackers.json")
+
+
 def remove_if_unused(version: Path) -> None:
-    """Removes a version's directory if it holds only the files that every start writes, then its empty parents."""
+    """Removes a version's directory if it holds only what every start and the loggers write, then its empty parents."""
     if not version.is_dir():
         return
-    files = [path for path in version.rglob("*") if not path.is_dir()]
+    files = [path.relative_to(version) for path in version.rglob("*") if not path.is_dir()]
     if all(
-        path.name in ("config.yaml", "hparams.yaml", "history.jsonl") or path.name.startswith("events.out")
+        path.name in WRITTEN_AT_EVERY_START or path.name.startswith("events.out") or path.parts[0] == "wandb"
         for path in files
     ):
         shutil.rmtree(version)

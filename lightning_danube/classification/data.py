@@ -447,9 +447,13 @@ class ClassificationData(PlannedData):
         return "predict" if "predict" in self.sources else "test"
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the place of a text that `predict` classifies, and its `true_label` if the label is known."""
+        """Returns the place of a text that `predict` classifies, its `id` if it has one, and the text; and its
+        `true_label` if the label is known."""
         text = self.splits[self.predicted][row]
-        return {"file": text.file, "row": text.row}, {} if text.label is None else {"true_label": text.label}
+        known = {} if text.id is None else {"id": text.id}
+        return {"file": text.file, "row": text.row, **known, "text": text.text}, {} if text.label is None else {
+            "true_label": text.label
+        }
 
     def predict_dataloader(self) -> DataLoader[Any]:
         # In the order of the file, so that predictions can be compared with it line by line.

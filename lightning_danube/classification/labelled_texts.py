@@ -58,12 +58,13 @@ class LabelledTexts:
 
 
 class LabelledText(NamedTuple):
-    """A text, its label (None if it is to be predicted), its file and its row. Rows count from 1."""
+    """A text, its label (None if it is to be predicted), its file, its row from 1 on, and its column `id` if any."""
 
     text: str
     label: str | None
     file: str
     row: int
+    id: str | int | None = None
 
     @property
     def place(self) -> str:
@@ -99,10 +100,16 @@ def read_labelled_texts(
         elif not text.strip():
             yield BadRow(file, row, "empty text", f"{where}: column {text_column!r} is empty")
         elif label_column is None:
-            yield LabelledText(text, None, file, row)
+            yield LabelledText(text, None, file, row, _id_of(values))
         else:
             label = _label(values.get(label_column), label_column, file, row)
-            yield label if isinstance(label, BadRow) else LabelledText(text, label, file, row)
+            yield label if isinstance(label, BadRow) else LabelledText(text, label, file, row, _id_of(values))
+
+
+def _id_of(values: Mapping[str, Any]) -> str | int | None:
+    """Returns the column `id` of a row, by which a user knows the row."""
+    found = values.get("id")
+    return found if isinstance(found, str | int) else None
 
 
 def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:

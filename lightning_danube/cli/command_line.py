@@ -6,6 +6,7 @@ found without them: `check_command_line` reports such errors at once.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
 from lightning_danube.terminal import nearest_name
-from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, read_config, with_text_keys
+from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
 """Keys of a configuration."""
@@ -44,6 +45,9 @@ TRAINER_OPTIONS = (
 )
 """Options of Lightning's trainer."""
 
+LOCAL_LOGGERS = ("CSVLogger", "TensorBoardLogger")
+"""Loggers of Lightning that need a `save_dir`."""
+
 # Options of single verbs, and of the parser itself.
 _OTHER_FLAGS = ("verbose", "return_predictions", "print_config", "help", "print_shtab")
 
@@ -60,11 +64,13 @@ class Stated:
         files: the configuration files; later files override earlier ones.
         tree: all values as one mapping. Values of flags are `Typed`.
         places: key path without `init_args` → the last file and line, or flag, that states it.
+        added: arguments that follow from the others, for the parser.
     """
 
     files: list[str]
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[Path, str] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
 
     def place_of(self, path: Path) -> str:
         """Returns "file, line n" or "--flag" for the innermost key of a path that is stated, "" if no key is."""
@@ -104,6 +110,36 @@ def read_command_line(args: Sequence[str]) -> Stated:
         for length in range(1, len(path)):
             stated.places.setdefault(path[:length], flag)
     return stated
+
+
+def complete_loggers(stated: Stated) -> None:
+    """Gives loggers of local files that have no `save_dir` the directory of all runs.
+
+    Lightning requires one. With this one, their files go into the run's own directory (training/trackers/places.py).
+    """
+    trainer = stated.tree.get("trainer")
+    given = trainer.get("logger") if isinstance(trainer, Mapping) else None
+    given = load_yaml(given) if isinstance(given, Typed) else given
+    runs = str(stated.tree.get("runs", "runs"))
+    loggers = [_with_save_dir(one, runs) for one in (given if isinstance(given, list) else [given])]
+    if loggers != (given if isinstance(given, list) else [given]):
+        completed = loggers if isinstance(given, list) else loggers[0]
+        stated.tree["trainer"] = {**stated.tree["trainer"], "logger": completed}
+        stated.added += ["--trainer.logger", json.dumps(completed)]
+
+
+def _with_save_dir(logger: Any, runs: str) -> Any:
+    if isinstance(logger, Typed):  # one that was added by --trainer.logger+
+        logger = load_yaml(logger)
+    section = {"class_path": logger} if isinstance(logger, str) else logger
+    if not isinstance(section, Mapping) or str(section.get("class_path")).rpartition(".")[2] not in LOCAL_LOGGERS:
+        return logger
+    inner = section.get("init_args")
+    outer = {key: value for key, value in section.items() if key not in CLASS_KEYS and key != BEFORE}
+    options = {**(inner if isinstance(inner, Mapping) else {}), **outer}
+    if "save_dir" in options:
+        return logger
+    return {"class_path": section["class_path"], "init_args": {**options, "save_dir": runs}}
 
 
 def without_init_args(path: Path) -> Path:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_danube.cli.command_line import FACTS_OF_DATA, LINKED, Stated, read_command_line, with_config_paths
+from lightning_danube.cli.command_line import (
+    FACTS_OF_DATA,
+    LINKED,
+    Stated,
+    complete_loggers,
+    read_command_line,
+    with_config_paths,
+)
 from lightning_danube.cli.options import Reader, Refusal, Typed
 from lightning_danube.yaml_files import DuplicateKey, load_yaml, with_text_keys
 
@@ -49,6 +56,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
     stated = read_command_line(args)
+    complete_loggers(stated)
     with one_line_errors(stated):
         for section in ("data", "model"):
             if section not in stated.tree:

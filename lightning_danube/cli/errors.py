@@ -42,7 +42,7 @@ def located(message: str, stated: Stated) -> str:
 
 
 def parse(parser: Any, args: list[str], stated: Stated) -> Any:
-    """Parses, with a jsonargparse parser, a command line that was read before.
+    """Parses, with a jsonargparse parser, a command line that was read before, and the arguments that follow from it.
 
     Raises:
         ValueError: the parser refuses a value; the message is one line.
@@ -50,7 +50,7 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return parser.parse_args(args)
+        return parser.parse_args([*args, *stated.added])
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except OmegaConfBaseException as error:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,7 +36,7 @@ from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
 from lightning_danube.training.history import append_history, differences
-from lightning_danube.training.position import run_directory
+from lightning_danube.training.position import RunTrainer, run_directory
 from lightning_danube.training.precision import (
     Choice,
     check_precision,
@@ -45,6 +46,10 @@ from lightning_danube.training.precision import (
 )
 from lightning_danube.training.precision import warning_of as precision_warning
 from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
+from lightning_danube.training.trackers.kept import end_of_session
+from lightning_danube.training.trackers.loss_curve import HeldOutCurve
+from lightning_danube.training.trackers.places import LoggerPlace, make_logger, record_ids
+from lightning_danube.training.trackers.run_logs import RunLogs, log_settings
 from lightning_danube.training.trainer import TRAINER_DEFAULTS, FastProducts, own_strategy, share_buckets
 from lightning_danube.yaml_files import load_yaml
 
@@ -89,8 +94,13 @@ class RunRecord(SaveConfigCallback):
         """Writes on rank zero only, after the config. It must not call collective operations."""
         if stage != "fit":
             return
+        run = run_directory(trainer)
+        record_ids(run, trainer.loggers)
+        log_settings(
+            trainer.loggers, read_saved_config(run / "config.yaml") or {}, resumed=self.resumed_from is not None
+        )
         append_history(
-            run_directory(trainer) / "history.jsonl",
+            run / "history.jsonl",
             step=read_step(self.resumed_from) if self.resumed_from else 0,
             checkpoint=str(self.resumed_from) if self.resumed_from else None,
             devices=trainer.world_size,
@@ -111,12 +121,15 @@ class DanubeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         set_parsing_rules()
+        self.run: Path | None = None
+        self._loggers: Any = None
         self._verb = args[0] if isinstance(args, list) and args else None
         # LightningCLI would write the whole config into it, for modules that call save_hyperparameters: none does.
         self.config_dump: dict[str, Any] = {}
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunRecord,
@@ -179,6 +192,7 @@ class DanubeCLI(LightningCLI):
             saved = read_saved_config(self.place.checkpoint.parent.parent / "config.yaml")
         self.precision = self._choose_precision(saved)
         self._note_changes(saved)
+        self._take_loggers()
         if self._on_cpu():
             keep_freed_memory()
 
@@ -270,23 +284,20 @@ class DanubeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except BaseException as error:
+            self._leave_unused()
+            if not isinstance(error, ValueError):
+                raise
             # The parser wraps the error of a class in the error of the union "the class, or null".
             raise ValueError(located(str(raised_by_a_class(error) or error), self.stated)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
-        if self._get(self.config_init, "trainer")["logger"] in (None, True):
-            directory, name, version = self.place.logger_place()
-            purge = None
-            if self.place.continues and self.place.checkpoint is not None:
-                # Steps logged after the checkpoint are trained again. TensorBoard drops their first version.
-                purge = read_step(self.place.checkpoint) + 1
-            kwargs["logger"] = TensorBoardLogger(directory, name=name, version=version, purge_step=purge)
-        if self._get(self.config_init, "trainer")["default_root_dir"] is None:
-            kwargs["default_root_dir"] = str(self.place.directory)
+        self.run = self.place.claim() if this_rank() == 0 else self.place.run
+        kwargs["default_root_dir"] = str(self.run)
+        kwargs["logger"] = self._make_loggers()
         kwargs["plugins"] = self._plugins()
-        kwargs["callbacks"] = [*self._callbacks(), FastProducts()]
+        kwargs["callbacks"] = [*self._callbacks(), FastProducts(), RunLogs(), HeldOutCurve()]
         kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -315,6 +326,37 @@ class DanubeCLI(LightningCLI):
         """Returns the user's callbacks: a list, one alone, or none."""
         callbacks = self._get(self.config_init, "trainer")["callbacks"] or []
         return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+    def _take_loggers(self) -> None:
+        """Takes the loggers out of the config that the parser makes objects from: they need the run's directory."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.default_root_dir is not None:
+            raise ValueError(
+                f"trainer.default_root_dir is {trainer.default_root_dir}: a run's directory is "
+                "<runs>/<name>/version_<n>; leave it out, and give --runs or --name"
+            )
+        self._loggers, trainer.logger = trainer.logger, False
+
+    def _make_loggers(self) -> list[Logger]:
+        """Returns the loggers of rank zero. Other ranks have none."""
+        self._get(self.config, "trainer").logger = self._loggers  # config.yaml shows them as the user set them
+        given = self._loggers
+        if this_rank() != 0 or given is False:
+            return []
+        assert self.run is not None
+        checkpoint = self.place.checkpoint
+        resumed_at = read_step(checkpoint) if self.place.continues and checkpoint is not None else None
+        place = LoggerPlace(self.run, resumed_at)
+        if given in (None, True):
+            return [make_logger(TensorBoardLogger, {"save_dir": str(place.runs)}, place)]
+        return [
+            make_logger(
+                pkgutil.resolve_name(one.class_path),
+                {**(one.get("init_args") or Namespace()).as_dict(), **(one.get("dict_kwargs") or {})},
+                place,
+            )
+            for one in (given if isinstance(given, list | tuple) else [given])
+        ]
 
     def _plugins(self) -> list[Any]:
         """Returns the user's plugins, and this project's checkpoint plugin unless they or their strategy bring one."""
@@ -360,20 +402,20 @@ class DanubeCLI(LightningCLI):
             return
         self._show_changes()
         self._tell_precision()
+        failed = True
         try:
             with one_line_errors(self.stated):
                 super()._run_subcommand(subcommand)
-        except BaseException:
-            if not self.place.continues:
-                remove_unused_version(self.trainer)
-            raise
+            failed = False
+        finally:
+            end_of_session(self.trainer.loggers, failed)
+            if failed and self.trainer.global_step == 0:
+                self._leave_unused()
 
-
-def remove_unused_version(trainer: Trainer) -> None:
-    """Removes the version directory of a run that failed before its first step."""
-    if trainer.global_step == 0 and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-        trainer.logger.finalize("failed")
-        remove_if_unused(Path(trainer.logger.log_dir))
+    def _leave_unused(self) -> None:
+        """Removes the directory of a run that failed before its first step."""
+        if this_rank() == 0 and not self.place.continues and self.run is not None:
+            remove_if_unused(self.run)
 
 
 def _shown(value: Any) -> str:
@@ -388,6 +430,8 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     # Rows are read from memory-mapped shards; worker processes would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A resumed table keeps its rows: training/trackers/places.py.
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     # The means of a validation are averaged over all ranks before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # Predicted rows carry their own positions.

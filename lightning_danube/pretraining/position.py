@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.training.contract import data_of
+from lightning_danube.training.position import replicas_of
+from lightning_danube.training.trackers.loss_curve import LossCurve, next_point
 
 
 def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
@@ -58,3 +60,34 @@ def stage_name(trainer: Trainer) -> str | None:
         return None
     _, curriculum = curriculum_of(trainer)
     return curriculum.stages[curriculum.stage_index(samples_done(trainer))].name
+
+
+def begin_loss_curve(trainer: Trainer, task: LightningModule) -> None:
+    """Chooses the held-out rows of the curve of a run that begins or goes on."""
+    data, curriculum = curriculum_of(trainer)
+    curve: LossCurve = task.curve
+    batch_rows = data.micro_batch_size * replicas_of(trainer)[0]
+    curve.begin(trainer, curriculum.total_samples, len(curriculum.sources), batch_rows)
+
+
+def all_held_out_rows_are_due(trainer: Trainer, interval: int | None) -> bool:
+    """Returns whether all held-out rows are measured after this step: at the end of a stage or of an interval.
+
+    Args:
+        interval: optimizer steps between two such measurements, beside those of stages.
+    """
+    step = trainer.global_step
+    return finished_stage(trainer) is not None or (interval is not None and step > 0 and step % interval == 0)
+
+
+def next_validation(trainer: Trainer, interval: int | None) -> int | None:
+    """Returns the step after which the run is validated next: at the end of a stage, of an interval, or of a tenth of
+    the run, where the curve has a point. None at the end of the run."""
+    data, curriculum = curriculum_of(trainer)
+    step, total = trainer.global_step, curriculum.total_steps
+    if step >= total:
+        return None
+    ends = [span.stop // data.batch_samples for span in curriculum.spans]
+    if interval:
+        ends.append((step // interval + 1) * interval)
+    return min([next_point(step, total), *(end for end in ends if end > step)])

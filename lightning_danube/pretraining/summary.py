@@ -209,12 +209,15 @@ def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> 
     return text if any(stage["val_loss"] for stage in summary["stages"]) else f"{text}\nrun:  {run}"
 
 
-def result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path, samples: Mapping[str, str]) -> str:
+def result_text(
+    summary: Mapping[str, Any], sources: Sequence[str], run: Path, samples: Mapping[str, str], *, in_tensorboard: bool
+) -> str:
     """Returns the tables of a finished run, a sample of its text, and the next commands.
 
     Args:
         summary: as from `fit_summary`.
         samples: prompt → the prompt and its continuation.
+        in_tensorboard: whether the run has curves in TensorBoard.
     """
     lines = ["", _loss_table(summary, sources), "", _share_table(summary, sources), ""]
     prompt = next(iter(samples), None)
@@ -225,7 +228,8 @@ def result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Path, s
         done += f", {summary['tokens_per_second']:,.0f} tokens/s in training"
     asked = quoted("The" if prompt is None else prompt)
     lines += closing_lines(done, run, "generate", "--weights", run, "--prompt", asked)
-    lines.append(f"      {program('tensorboard')} --logdir {quoted(run.parent)}")
+    if in_tensorboard:
+        lines.append(f"      {program('tensorboard')} --logdir {quoted(run.parent)}")
     return "\n".join(lines)
 
 

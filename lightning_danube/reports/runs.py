@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.tags import TAGS, tag_called
 from lightning_danube.terminal import as_typed
+from lightning_danube.training.trackers import STEPS
 from lightning_danube.yaml_files import read_config
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
@@ -44,8 +45,8 @@ class RecordedRun:
         directory: `<runs>/<name>/version_<n>`.
         config: content of `config.yaml`.
         summary: content of `summary.json`; empty before the end of the first stage.
-        curves: one column per TensorBoard tag, one row per optimizer step at which any tag was logged.
-        texts: TensorBoard tag → optimizer step → text.
+        curves: one column per TensorBoard tag, one row for each number of training tokens at which any tag was logged.
+        texts: TensorBoard tag → training tokens → text.
     """
 
     directory: Path
@@ -63,6 +64,11 @@ class RecordedRun:
     @property
     def is_pretraining(self) -> bool:
         return "stages" in _options_of(self.config, "data")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the curves go over training tokens, and not over optimizer steps."""
+        return self.curves.index.name == "tokens"
 
     @property
     def title(self) -> str:
@@ -96,10 +102,7 @@ class RecordedRun:
         """
         if tag not in self.curves:
             raise MissingResult(f"{self.title} logged no {tag}: {way_to_log(tag)}")
-        values = self.curves[tag].dropna()
-        if self.is_pretraining:
-            values.index = pd.Index(values.index * self.batch_tokens, name="tokens")
-        return values
+        return self.curves[tag].dropna()
 
     def finished(self, key: str) -> Any:
         """Returns an entry of the summary.
@@ -198,17 +201,18 @@ def read_run_of_any_task(directory: Path) -> RecordedRun:
         problems.append(f"history.jsonl is damaged ({error})")
     events = _events(directory)
     tags = events.Tags()
-    curves = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags["scalars"]}
+    unit, counted = _unit_of(config, tags["scalars"])
+    curves = {tag: {unit * e.step: e.value for e in events.Scalars(tag)} for tag in tags["scalars"]}
     texts = {
         tag.removesuffix("/text_summary"): {
-            e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
+            unit * e.step: e.tensor_proto.string_val[0].decode("utf-8") for e in events.Tensors(tag)
         }
         for tag in tags["tensors"]
         if tag.endswith("/text_summary")
     }
     pictures = {tag: events.Images(tag)[-1].encoded_image_string for tag in tags["images"]}
     frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
-    frame.index.name = "step"
+    frame.index.name = counted
     return RecordedRun(directory, config, summary, frame, texts, pictures, history, problems)
 
 
@@ -225,6 +229,17 @@ def _events(directory: Path) -> EventAccumulator:
     finally:
         logger.setLevel(level)
     return events
+
+
+def _unit_of(config: Mapping[str, Any], tags: Collection[str]) -> tuple[int, str]:
+    """Returns what one step of the events is: a number, and of what.
+
+    Runs of pre-training that log no optimizer steps were made when the horizontal axis counted those.
+    """
+    if STEPS in tags:
+        return 1, "tokens"
+    batch_tokens = _options_of(config, "data").get("batch_tokens")
+    return (1, "step") if batch_tokens is None else (parse_tokens(batch_tokens, "batch_tokens"), "tokens")
 
 
 def _options_of(config: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -262,7 +277,7 @@ def stage_spans(run: RecordedRun) -> pd.DataFrame:
     numbers = run.curve("mix/stage").astype(int)
     # A resumed run logs its stage once more. The first entry counts.
     begins = {k: int(numbers.index[numbers == k].min()) for k in sorted(set(numbers))}
-    reached = max(int(run.curves.index.max()) * run.batch_tokens, run.summary.get("tokens", 0))
+    reached = max(int(run.curves.index.max()), run.summary.get("tokens", 0))
     names = [run.data["stages"][k - 1]["name"] for k in begins]
     ends = [*list(begins.values())[1:], reached]
     return pd.DataFrame({"begin": list(begins.values()), "end": ends}, index=pd.Index(names, name="stage"))
@@ -334,8 +349,7 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
     rows = []
     for number, prompt in enumerate(callbacks[TAGS["samples/"].class_path]["prompts"], start=1):
-        for step, text in run.texts.get(f"samples/{number}", {}).items():
-            tokens = step * run.batch_tokens
+        for tokens, text in run.texts.get(f"samples/{number}", {}).items():
             stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])
             # TextSamples indents by four spaces, so that TensorBoard shows a block of code.
             lines = [line.removeprefix("    ") for line in text.splitlines()]

@@ -24,10 +24,15 @@ class Tag(NamedTuple):
 
 TAGS = {
     "loss/train": Tag("mean loss of one batch, nats a token"),
-    "loss/held_out_": Tag("mean loss of the source's held-out rows, nats a token, at each stage's end"),
+    "held_out/": Tag(
+        "mean loss of a few held-out rows of the source, nats a token: before the first step, at each tenth of the run"
+    ),
+    "loss/held_out_": Tag("mean loss of all held-out rows of the source, nats a token, at each stage's end"),
     "mix/": Tag("share of the source in the tokens since the point before", "TokenLedger"),
     "mix/stage": Tag("number of the stage of the next sample, from 1 on", "CurriculumStages"),
     "tokens_seen/": Tag("tokens of the source since the run began", "TokenLedger"),
+    "mix/seen": Tag("tokens of each source in each stage so far, as a stacked picture", "TokenLedger"),
+    "optimizer/step": Tag("number of the optimizer step, since the horizontal axis counts tokens"),
     "optimizer/learning_rate": Tag("of the step just made"),
     "optimizer/gradient_norm": Tag("of all parameters together, before clipping"),
     "optimizer/skipped_steps": Tag(

@@ -100,7 +100,7 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
     found = [tag for tag in _curves(compared) if tag.split("/")[0] == name]
     if not found:
         raise MissingResult(f"no run logged {name}/…: {runs.way_to_log(name + '/')}")
-    over_tokens = all(run.is_pretraining for run in compared)
+    over_tokens = all(run.counts_tokens for run in compared)
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
     titles = [run.title for run in compared]
@@ -111,7 +111,7 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
         for number, run in enumerate(compared):
             if tag not in run.curves:
                 continue
-            values = run.curve(tag) if over_tokens else run.curves[tag].dropna()
+            values = run.curve(tag)
             line(ax, values.iloc[:: max(1, len(values) // MOST_POINTS)])
             drawn = ax.lines[-1]
             # Equal lines are both visible, because the first one is the widest. Dashes tell more runs than colours do.

@@ -12,6 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_danube.training.contract import TrainingData, data_of
 
 
+class RunTrainer(Trainer):
+    """A trainer whose files go into its `default_root_dir`, whatever logs the run."""
+
+    @property
+    def log_dir(self) -> str:
+        """Returns the run's directory. A broadcast: a rank that reads it alone waits for the others forever."""
+        return str(self.strategy.broadcast(self.default_root_dir))
+
+
 def replicas_of(trainer: Trainer | None) -> tuple[int, int]:
     """Returns the number of data-parallel replicas, and the number of this process's replica.
 
@@ -63,8 +72,13 @@ def holds_whole_model(trainer: Trainer) -> bool:
 
 
 def tensorboards(trainer: Trainer) -> list[Any]:
-    """Returns the run's writers of TensorBoard events. On ranks other than zero they write nothing."""
+    """Returns the run's writers of TensorBoard events. Ranks other than zero have none, or write nothing."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def place_in_tensorboard(trainer: Trainer) -> int:
+    """Returns where TensorBoard shows what is written now: at the training tokens in `fit`, else at the step."""
+    return tokens_done(trainer) if trainer.state.fn == "fit" else trainer.global_step
 
 
 def speaks_for_replica(trainer: Trainer) -> bool:
@@ -75,14 +89,16 @@ def speaks_for_replica(trainer: Trainer) -> bool:
 
 def logged_directory(trainer: Trainer) -> Path:
     """Returns the directory that this rank takes for the run's. `run_directory` is the one to write to."""
-    logger = trainer.logger
+    if isinstance(trainer, RunTrainer):
+        return Path(trainer.default_root_dir)
+    logger = trainer.logger  # a trainer of Lightning's own class: where Lightning puts its files
     return Path(logger.log_dir if isinstance(logger, TensorBoardLogger) else trainer.default_root_dir)
 
 
 def run_directory(trainer: Trainer) -> Path:
     """Returns the directory of this run. Only rank zero may call it.
 
-    `trainer.log_dir` is a broadcast: if only one rank reads it, that rank waits for the others forever.
+    `trainer.log_dir` is a broadcast: a rank that reads it alone waits for the others forever.
     """
     assert trainer.is_global_zero, "other ranks have not agreed on the version: use trainer.log_dir on all of them"
     return logged_directory(trainer)

@@ -27,6 +27,7 @@ from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
+from lightning_danube.training.trackers.loss_curve import LossCurve
 from lightning_danube.training.trainer import check_trainer
 from lightning_danube.weights.adapters import base_digest
 from lightning_danube.weights.lora import Lora
@@ -42,7 +43,7 @@ class DecoderTask(LightningModule):
 
     Logs `loss/train` (nats per token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
     `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats per token, mean over the
-    source's tokens).
+    source's tokens), and `held_out/<source>`, the same of a few rows (training/trackers/loss_curve.py).
 
     Args:
         decoder: random or trained weights.
@@ -84,6 +85,7 @@ class DecoderTask(LightningModule):
         the mean not finite.
         """
         self._rate = 0.0
+        self.curve = LossCurve()
         self._evaluation_means: dict[str, MeanMetric] = {}
         self._seed = torch.initial_seed()
         self._is_parallel = False
@@ -256,8 +258,14 @@ class DecoderTask(LightningModule):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        in_curve = batch_idx < self.curve.batches
+        if self.curve.is_brief and not in_curve:
+            return
         total, count = self.sum_of_losses(batch)
-        self.update_mean(f"loss/held_out_{batch['source']}", total, count)
+        if not self.curve.is_brief:
+            self.update_mean(f"loss/held_out_{batch['source']}", total, count)
+        if in_curve:
+            self.update_mean(f"held_out/{batch['source']}", total, count)
 
     def on_validation_epoch_start(self) -> None:
         self._evaluation_means.clear()
@@ -276,7 +284,7 @@ class DecoderTask(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each row of a `HeldOutBatch` its source, number, tokens and mean loss (nats per token)."""
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats per token) and text."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()
@@ -286,10 +294,20 @@ class DecoderTask(LightningModule):
         )
         tokens = (batch["labels"] >= 0).sum(1).tolist()
         return [
-            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n}
-            for row, n, loss in zip(batch["rows"], tokens, nats, strict=True)
+            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n, "text": text}
+            for row, n, loss, text in zip(batch["rows"], tokens, nats, self.texts_of(batch), strict=True)
             if n
         ]
+
+    def texts_of(self, batch: TokenBatch) -> list[str]:
+        """Returns the text of each row, from its first token to the last one that is predicted."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer = getattr(tokenizer, "hf", tokenizer)
+        texts = []
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            end = max((place for place, label in enumerate(labels) if label >= 0), default=-1) + 1
+            texts.append(tokenizer.decode([*ids[:end], *labels[end - 1 : end]]))
+        return texts
 
     def update_mean(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds a batch to the mean that is logged under a name after the evaluation."""

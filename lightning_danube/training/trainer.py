@@ -9,14 +9,18 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.device import exact_products_by_onednn
+from lightning_danube.training.position import RunTrainer
 from lightning_danube.training.precision import choose, kind_of_device
+from lightning_danube.training.trackers.kept import kept
+from lightning_danube.training.trackers.loss_curve import HeldOutCurve
+from lightning_danube.training.trackers.run_logs import RunLogs
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # The curriculum is one pass over one sampler. The stages determine its length and the times of validation.
@@ -65,19 +69,22 @@ def make_trainer(
 ) -> Trainer:
     """Returns a Lightning trainer with the settings of `fit` on the command line.
 
-    It clips gradients at 1, writes TensorBoard events below `<runs>/<name>/version_<n>`, makes checkpoints durable, and
-    leaves the order of samples to the data module. It uses the fastest exact enough precision of this machine.
+    It clips gradients at 1, makes checkpoints durable, and leaves the order of samples to the data module. It uses the
+    fastest exact enough precision of this machine. The run's files and TensorBoard events go into
+    `<runs>/<name>/version_<n>`, also with another `logger`.
 
     Args:
         callbacks: hooks of the run. Only `lightning_danube.callbacks.Checkpoints()` writes checkpoints.
         options: options of `lightning.pytorch.Trainer`; they override the defaults.
     """
-    logger = TensorBoardLogger(str(runs), name=name)
+    place = TensorBoardLogger(str(runs), name=name)
+    loggers = options.pop("logger", True)
+    loggers = [place] if loggers is True else [loggers] if isinstance(loggers, Logger) else loggers or []
     kind = kind_of_device(options.get("accelerator", "auto"))
     given: dict[str, Any] = {
         **TRAINER_DEFAULTS,
-        "logger": logger,
-        "default_root_dir": logger.log_dir,
+        "logger": [kept(logger) for logger in loggers],
+        "default_root_dir": place.log_dir,
         "plugins": [DurableCheckpointIO(background=kind != "cpu")],
         "precision": options.get("precision") or choose(kind).precision,
         # Without a callback that writes checkpoints, Lightning would add its own.
@@ -85,7 +92,7 @@ def make_trainer(
         **options,
     }
     given["strategy"] = own_strategy(given.get("strategy", "auto"))
-    trainer = Trainer(callbacks=[*callbacks, FastProducts()], **given)
+    trainer = RunTrainer(callbacks=[*callbacks, FastProducts(), RunLogs(), HeldOutCurve()], **given)
     share_buckets(trainer.strategy)
     return trainer
 
