@@ -65,7 +65,7 @@ def test_beside_an_adapter_only_the_new_rows_train_and_they_merge(config: Decode
         for parameter in decoder.parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(parameter.grad, alpha=0.1)
     after = decoder.model.embed_tokens.weight.detach()
     changed = (after != before).any(1).nonzero().flatten().tolist()
     assert changed == [270, 274]
