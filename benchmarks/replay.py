@@ -139,25 +139,21 @@ def run(arguments: argparse.Namespace, verb: str, name: str, seed: int, arm: str
         "weights": arguments.weights,
         "learning_rate": {"peak": arguments.peak, "final": 0.0, "warmup": arguments.tokens // 16},
     }
-    callbacks = [
-        {"class_path": f"lightning_danube.callbacks.{one}"} for one in ("PretrainingSummary", "CurriculumStages")
-    ]
-    callbacks += [{"class_path": f"lightning_danube.callbacks.{one}"} for one in ("TokenLedger", "Throughput")]
-    callbacks += [
-        {"class_path": "lightning_danube.callbacks.Checkpoints", "init_args": {"every_n_steps": 8, "keep": 1}}
-    ]
+    names = ("PretrainingSummary", "CurriculumStages", "TokenLedger", "Throughput", "Checkpoints")
+    callbacks: list[dict[str, Any]] = [{"class_path": f"lightning_danube.callbacks.{one}"} for one in names]
+    callbacks[-1]["init_args"] = {"every_n_steps": 8, "keep": 1}
     # Held-out losses before training are measured once, not in each run: the weights and the texts are the same.
     trainer = {"callbacks": callbacks, "num_sanity_val_steps": 0, "accelerator": "cpu"}
     # A file, because a mapping on the command line would be merged with the sources of the configuration.
     config = directory(arguments) / f"{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         "seed_everything": seed,
         "data": {"class_path": "lightning_danube.pretraining.CurriculumData", "init_args": {**data, "held_out": 0.05}},
         "model": {"class_path": "lightning_danube.pretraining.Pretraining", "init_args": model},
         "trainer": trainer,
     }
-    content["data"]["init_args"]["seed"] = seed  # type: ignore[index]
+    content["data"]["init_args"]["seed"] = seed
     config.write_text(json.dumps(content, indent=1), encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "lightning_danube", verb, "--config", str(config), *options]

@@ -32,8 +32,7 @@ class PretrainingSummary(RunSummary):
     """Prints the plan and the result of a run and writes `summary.json` after every stage.
 
     `fit_summary` and `evaluation_summary` in pretraining/summary.py say what the file holds. The callback TokenLedger
-    has to count the tokens. The losses before training need the trainer's check of validation:
-    `num_sanity_val_steps: -1`.
+    has to count the tokens. Losses before training need the trainer's `num_sanity_val_steps: -1`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class PretrainingSummary(RunSummary):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._report_evaluation(trainer, pl_module, pretraining_data_of(trainer).validation_rows)
+            _evaluated(trainer, pl_module, pretraining_data_of(trainer).validation_rows)
         if trainer.state.fn != "fit":
             return
         measured = metrics_of_sources(trainer.callback_metrics)
@@ -80,19 +79,12 @@ class PretrainingSummary(RunSummary):
             say(trainer, result_text(summary, curriculum.sources, run, samples, in_tensorboard=drawn))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_evaluation(trainer, pl_module, None)
+        _evaluated(trainer, pl_module, None)
 
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         facts, (_, curriculum) = run_facts_of(task), curriculum_of(trainer)
         measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
         return fit_summary(task, facts, curriculum, *measured, before=self._before)
-
-    def _report_evaluation(self, trainer: Trainer, task: LightningModule, rows: int | None) -> None:
-        losses = metrics_of_sources(trainer.callback_metrics)
-        held_out = HeldOutText.of(pretraining_data_of(trainer), rows)
-        weights = str(trainer.ckpt_path or getattr(task, "weights", None))
-        summary = evaluation_summary(losses, held_out, weights=weights, precision=trainer.precision)
-        report_evaluation(trainer, summary, evaluation_table(losses, held_out))
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage_losses": self._stage_losses, "before": self._before, **super().state_dict()}
@@ -111,3 +103,12 @@ def pretraining_data_of(trainer: Trainer) -> CurriculumData:
     return data_of(
         trainer, CurriculumData, "PretrainingSummary reports on CurriculumData: remove it, or use that data module"
     )
+
+
+def _evaluated(trainer: Trainer, task: LightningModule, rows: int | None) -> None:
+    """Reports the result of `validate` or `test` on at most `rows` held-out rows of a source."""
+    losses = metrics_of_sources(trainer.callback_metrics)
+    held_out = HeldOutText.of(pretraining_data_of(trainer), rows)
+    weights = str(trainer.ckpt_path or getattr(task, "weights", None))
+    summary = evaluation_summary(losses, held_out, weights=weights, precision=trainer.precision)
+    report_evaluation(trainer, summary, evaluation_table(losses, held_out))

@@ -43,7 +43,7 @@ def test_there_are_configs() -> None:
 def test_every_config_is_instantiated(config: Path, tmp_path: Path, tiny_run: Path) -> None:
     # What begins with the result of another run gets one here.
     begins = ["--model.init_args.weights", str(tiny_run)] if "    weights: " in config.read_text() else []
-    if begins and "context_length: 1024" in config.read_text() and config.parent.name == "pretrain":
+    if begins and config.parent.name == "pretrain":
         begins += ["--data.init_args.context_length", "32"]  # as long as the rows of that run
     cli = instantiate(config, "--runs", str(tmp_path), *begins)
     assert cli.trainer is not None and cli.model is not None

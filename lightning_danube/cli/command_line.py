@@ -142,6 +142,15 @@ def _with_save_dir(logger: Any, runs: str) -> Any:
     return {"class_path": section["class_path"], "init_args": {**options, "save_dir": runs}}
 
 
+def continued_weights(stated: Stated) -> str | None:
+    """Returns the name of the weights that a pre-training run begins with, None if it begins with random ones."""
+    model = stated.tree.get("model")
+    if not isinstance(model, Mapping) or str(model.get("class_path")).rpartition(".")[2] != "Pretraining":
+        return None
+    weights = {**(model.get("init_args") or {}), **model}.get("weights")
+    return None if weights in (None, "", "null") or "${" in str(weights) else str(weights)
+
+
 def without_init_args(path: Path) -> Path:
     return tuple(key for key in path if key != "init_args")
 
@@ -313,6 +322,9 @@ def _check_classes(stated: Stated) -> None:
     trainer = stated.tree.get("trainer")
     callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
     sections: list[tuple[Path, Any]] = [((name,), stated.tree.get(name)) for name in ("data", "model")]
+    if continued_weights(stated) is not None and isinstance(data := stated.tree.get("data"), Mapping):
+        # The weights say what the data leave open; they are read later.
+        sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
     sections += [(("trainer", "callbacks", str(n)), one) for n, one in enumerate(callbacks or ())]
     for path, section in sections:
         named = section.get("class_path") if isinstance(section, Mapping) else None

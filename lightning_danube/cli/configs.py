@@ -15,6 +15,7 @@ from lightning_danube.cli.command_line import (
     LINKED,
     Stated,
     complete_loggers,
+    continued_weights,
     read_command_line,
     with_config_paths,
 )
@@ -194,18 +195,14 @@ def with_facts_of_weights(args: Sequence[str]) -> list[str]:
         ValueError: there are no such weights.
     """
     stated = read_command_line(args)
-    model = stated.tree.get("model")
-    options = {**(model.get("init_args") or {}), **model} if isinstance(model, Mapping) else {}
-    weights = options.get("weights")
-    if _class_name(model) != "Pretraining" or weights in (None, "", "null") or "${" in str(weights):
-        return list(args)
+    weights = continued_weights(stated)
     open_facts = [fact for fact in ("tokenizer", "context_length") if ("data", fact) not in stated.places]
-    if not open_facts:
+    if weights is None or not open_facts:
         return list(args)
     from lightning_danube.weights.shapes import shape_of
 
     # Also where only the tokenizer is open: a wrong name is then refused as that of weights, not of a tokenizer.
-    facts = {"tokenizer": str(weights), "context_length": str(shape_of(str(weights)).max_position_embeddings)}
+    facts = {"tokenizer": weights, "context_length": str(shape_of(weights).max_position_embeddings)}
     return [*args, *(f"--data.init_args.{fact}={facts[fact]}" for fact in open_facts)]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_danube.__main__ import main
+from lightning_danube.cli.command_line import LINKED
 from lightning_danube.cli.help import help_of
 from lightning_danube.cli.options import options_of
 from lightning_danube.yaml_files import config_names, description
@@ -46,7 +47,7 @@ def test_every_option_of_the_classes_is_told() -> None:
 
     said = help_of("fit", ["--config", "quickstart"])
     for section, owner in (("data", CurriculumData), ("model", Pretraining)):
-        for option in options_of(owner)[0].keys() - {"vocab_size", "context_length", "batch_tokens", "total_tokens"}:
+        for option in options_of(owner)[0].keys() - LINKED.keys():
             assert f"--{section}.{option} " in said
 
 

@@ -99,14 +99,10 @@ def test_the_weights_say_what_the_data_leave_open(tiny: Path, weights: str, tmp_
 
 
 def test_plan_knows_the_weights_and_their_new_tokens(tiny: Path, weights: str) -> None:
-    options: dict[str, dict[str, object]] = {
-        "model.init_args": {"weights": weights, "decoder": None},
-        "data.init_args": {"tokenizer": weights, "new_tokens": [f"<{n}>" for n in range(12)]},
-    }
     flags = [
-        f"--{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for section, given in options.items()
-        for key, value in given.items()
+        *(f"--model.init_args.weights={weights}", "--model.init_args.decoder=null"),
+        f"--data.init_args.tokenizer={weights}",
+        f"--data.init_args.new_tokens={json.dumps([f'<{n}>' for n in range(12)])}",
     ]
     planned = planned_run([str(tiny / "tiny.yaml")], [*flags, "--model.init_args.lora.rank=2"])
     assert planned.model.config == dataclasses.replace(CONFIG, vocab_size=274)
