@@ -11,6 +11,7 @@ import builtins
 import collections.abc
 import dataclasses
 import functools
+import importlib
 import typing
 from collections.abc import Mapping
 from pathlib import Path as FilePath
@@ -20,6 +21,12 @@ import lightning_danube
 from lightning_danube.cli.options import Path, Reader
 
 ROOT = FilePath(lightning_danube.__file__).parent
+CHECKED = {
+    "LearningRate": "lightning_danube.training.optim.schedule",
+    "Stage": "lightning_danube.pretraining.curriculum",
+}
+"""Dataclass that checks its values, and whose module imports nothing large → its module."""
+
 _BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
 
 
@@ -46,6 +53,12 @@ class SourceReader(Reader):
         if isinstance(value, str) or (isinstance(value, Mapping) and "class_path" in value):
             return value
         return super()._object(base, value, path)
+
+    def _made(self, owner: type, options: dict[str, Any], path: Path) -> Any:
+        if owner.__name__ in CHECKED:
+            checking = getattr(importlib.import_module(CHECKED[owner.__name__]), owner.__name__)
+            Reader(check=True)._made(checking, options, path)
+        return super()._made(owner, options, path)
 
 
 def class_as_written(class_path: str) -> type | None:

@@ -56,7 +56,7 @@ def refused(reader: Reader, owner: type, section: dict[str, Any], path: tuple[st
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
     """Each option of each shipped configuration gets wrong values, at both levels."""
-    early, late = SourceReader(taken=FACTS_OF_DATA), Reader(taken=FACTS_OF_DATA)
+    early, late = SourceReader(taken=FACTS_OF_DATA), Reader(taken=FACTS_OF_DATA, check=True)
     for path, section in sections(yaml.safe_load(file.read_text("utf-8"))):
         section = {"class_path": section} if isinstance(section, str) else section
         written, real = class_as_written(section["class_path"]), imported(section["class_path"])
@@ -82,6 +82,12 @@ def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
         ("--data.init_args.context_lenght 5", "is not an option of CurriculumData: did you mean 'context_length'?"),
         ("--data.init_args.context_length 5x", "context_length: expected a whole number, not 5x"),
         ("--model.init_args.decoder.hiden_size 5", "is not an option of DecoderShape: did you mean 'hidden_size'?"),
+        (
+            "--model.init_args.learning_rate.warmup 5x",
+            "--model.init_args.learning_rate.warmup is '5x': give tokens such as",
+        ),
+        ("--model.learning_rate.warmup 105%", "--model.learning_rate.warmup is '105%', more than the whole run"),
+        ("--data.init_args.stages [{name:,tokens:0,mix:{}}]", "--data.init_args.stages: data.stages.0"),
         ("--data.init_args.sources.web.typ 3", "'typ' is not an option of Source"),
     ],
 )
