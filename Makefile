@@ -13,6 +13,7 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
+INSTALLED_TRACKERS := .venv/.installed-trackers
 INSTALLED_KERNELS := .venv/kernels/.installed
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
@@ -30,12 +31,12 @@ GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_2
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
-MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or wheel)"
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or trackers or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken test-kernels check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
+	test-s3 test-gigatoken test-trackers test-kernels check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -76,6 +77,9 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+test-trackers: $(INSTALLED_TRACKERS) ## run the tests that log to MLflow and to Weights & Biases
+	@$(BIN)/python -m pytest -q -m trackers $(ARGS)
 
 test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpreter and torchao's emulation, and compile them (no GPU needed)
 	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(ARGS)
@@ -191,6 +195,11 @@ $(INSTALLED_S3): $(INSTALLED_TEST)
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	@echo "installing gigatoken into .venv (once, some seconds)"
 	@$(PIP_INSTALL) -e '.[gigatoken]'
+	@touch $@
+
+$(INSTALLED_TRACKERS): $(INSTALLED_TEST)
+	@echo "installing MLflow and Weights & Biases into .venv (once, about 1 min)"
+	@$(PIP_INSTALL) -e '.[trackers]'
 	@touch $@
 
 # In a folder of their own: torchao and Triton tell on stderr what they miss on a CPU, also when PEFT asks for them. Triton has

@@ -19,6 +19,7 @@ from lightning_danube.pretraining.position import (
     finished_stage,
     next_validation,
     samples_done,
+    stage_line,
 )
 from lightning_danube.training.position import at_logged_step
 
@@ -80,20 +81,12 @@ class CurriculumStages(Callback):
         return self.validate_every.steps(data.total_tokens, data.batch_tokens)
 
     def _announce(self, trainer: Trainer, resumed: bool) -> None:
-        data, curriculum = curriculum_of(trainer)
-        k = curriculum.stage_index(samples_done(trainer))
-        span, stage = curriculum.spans[k], curriculum.stages[k]
-        total = sum(stage.mix.values())
-        mix = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in stage.mix.items() if share)
-        tokens = span.samples * data.context_length
-        verb = "going on with" if resumed else "entering"
-        say(trainer, f"{verb} stage {k + 1} of {len(curriculum.stages)}: {stage.name}, {tokens:,} tokens: {mix}")
+        say(trainer, stage_line(trainer, resumed))
         self._log_stage(trainer)
 
     def _log_stage(self, trainer: Trainer) -> None:
         """Logs the number of the next sample's stage. Each logged step has one, else TensorBoard would draw a slope."""
         _, curriculum = curriculum_of(trainer)
+        number = float(curriculum.stage_index(samples_done(trainer)) + 1)
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {"mix/stage": float(curriculum.stage_index(samples_done(trainer)) + 1)}, step=trainer.global_step
-            )
+            logger.log_metrics({"mix/stage": number}, step=trainer.global_step)

@@ -14,9 +14,9 @@ from lightning_danube.extras import install_command, missing_module
 from lightning_danube.pretraining.position import finished_stage, stage_name
 from lightning_danube.training.position import end_of_run, tokens_done
 
-BAR = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-STANDING = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
-EVALUATING = "{desc} {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
+BAR = "{desc}{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+STANDING = "{desc}{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
+EVALUATING = "{desc}{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}"
 
 
 def say(trainer: Trainer, text: str) -> None:
@@ -129,7 +129,7 @@ class LiveLine:
         """Batches of the evaluation that is under way."""
         self._last = 0.0
         self._bar = tqdm(
-            desc="starting",
+            desc="starting: ",
             total=total,
             initial=done,
             unit=" tokens",

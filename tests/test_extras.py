@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 OURS = canonicalize_name(PROJECT["name"])
 # Packages whose names differ from the names of their modules and may not be installed.
-PACKAGES = {"lm_eval": "lm-eval", "llama_cpp": "llama-cpp-python"}
+PACKAGES = {"lm_eval": "lm-eval", "llama_cpp": "llama-cpp-python", "mlflow": "mlflow-skinny"}
 # A plain install has the last two: datasets asks for pandas.
 BLOCKED = sorted({module for modules in MODULES.values() for module in modules} - {"jinja2", "pandas"})
 HIDDEN = sorted({PACKAGES.get(module, module) for module in BLOCKED})

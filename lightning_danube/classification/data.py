@@ -451,9 +451,8 @@ class ClassificationData(PlannedData):
         `true_label` if the label is known."""
         text = self.splits[self.predicted][row]
         known = {} if text.id is None else {"id": text.id}
-        return {"file": text.file, "row": text.row, **known, "text": text.text}, {} if text.label is None else {
-            "true_label": text.label
-        }
+        place = {"file": text.file, "row": text.row, **known, "text": text.text}
+        return place, {} if text.label is None else {"true_label": text.label}
 
     def predict_dataloader(self) -> DataLoader[Any]:
         # In the order of the file, so that predictions can be compared with it line by line.

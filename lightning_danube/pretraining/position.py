@@ -62,6 +62,22 @@ def stage_name(trainer: Trainer) -> str | None:
     return curriculum.stages[curriculum.stage_index(samples_done(trainer))].name
 
 
+def stage_line(trainer: Trainer, resumed: bool) -> str:
+    """Returns a line about the stage of the next sample: its number, name, tokens and shares.
+
+    Args:
+        resumed: whether the run goes on within the stage.
+    """
+    data, curriculum = curriculum_of(trainer)
+    k = curriculum.stage_index(samples_done(trainer))
+    span, stage = curriculum.spans[k], curriculum.stages[k]
+    total = sum(stage.mix.values())
+    mix = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in stage.mix.items() if share)
+    tokens = span.samples * data.context_length
+    verb = "going on with" if resumed else "entering"
+    return f"{verb} stage {k + 1} of {len(curriculum.stages)}: {stage.name}, {tokens:,} tokens: {mix}"
+
+
 def begin_loss_curve(trainer: Trainer, task: LightningModule) -> None:
     """Chooses the held-out rows of the curve of a run that begins or goes on."""
     data, curriculum = curriculum_of(trainer)

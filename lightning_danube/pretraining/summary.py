@@ -210,7 +210,12 @@ def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> 
 
 
 def result_text(
-    summary: Mapping[str, Any], sources: Sequence[str], run: Path, samples: Mapping[str, str], *, in_tensorboard: bool
+    summary: Mapping[str, Any],
+    sources: Sequence[str],
+    run: Path,
+    samples: Mapping[str, str],
+    *,
+    in_tensorboard: bool = True,
 ) -> str:
     """Returns the tables of a finished run, a sample of its text, and the next commands.
 

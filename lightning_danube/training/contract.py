@@ -140,7 +140,7 @@ class LabelledData(TokenizedData, Protocol):
         """Returns the most places, padding included, of a batch that is evaluated or classified."""
 
     def described(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns what `predict` writes about a text: its location and content, and its `true_label` if it is known."""
+        """Returns the fields that `predict` writes about a text: its place, the text, and its `true_label` if known."""
 
 
 Wanted = TypeVar("Wanted")

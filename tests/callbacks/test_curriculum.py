@@ -6,32 +6,60 @@ import pytest
 
 from lightning_danube.callbacks import CurriculumStages
 from lightning_danube.training.task import DecoderTask
+from lightning_danube.training.trackers import loss_curve
 
 
-def planned(trainer: Any, task: DecoderTask, step: int, every: int | str | None = None) -> int:
+def planned(trainer: Any, task: DecoderTask, step: int, every: int | str | None = None) -> int | None:
     """The micro-batch after which a run that starts at this step is validated first."""
     trainer.global_step, trainer.val_check_batch = step, None
     CurriculumStages(every).on_train_start(trainer, task)
-    found: int = trainer.val_check_batch
+    found: int | None = trainer.val_check_batch
     return found
 
 
-@pytest.mark.parametrize(("step", "micro_batch"), [(0, 8), (3, 8), (4, 12), (5, 12)], ids=lambda number: str(number))
-def test_validation_comes_at_the_end_of_the_stage(step: int, micro_batch: int, trainer: Any, task: DecoderTask) -> None:
-    """Stages of 4 and 2 steps, each of two micro-batches."""
-    assert planned(trainer, task, step) == micro_batch
+def measured(trainer: Any, task: DecoderTask, every: int | None = None, start: int = 0) -> dict[int, bool]:
+    """Step → whether all held-out rows are measured there, or a few, in a run of 6 steps that starts at a step."""
+    stages, found = CurriculumStages(every), {}
+    trainer.global_step, trainer.num_sanity_val_steps, trainer.fast_dev_run = start, 0, False
+    stages.on_fit_start(trainer, task)
+    stages.on_train_start(trainer, task)
+    while trainer.global_step < 6:
+        assert trainer.val_check_batch % 2 == 0, "a step has two micro-batches"
+        trainer.global_step = trainer.val_check_batch // 2
+        stages.on_validation_start(trainer, task)
+        found[trainer.global_step] = not task.curve.is_brief
+        stages.on_validation_end(trainer, task)
+    return found
 
 
-@pytest.mark.parametrize(("step", "ends"), [(0, 2), (1, 2), (2, 4), (4, 6), (5, 6)])
-def test_validation_also_comes_at_intervals_of_whole_steps(
-    step: int, ends: int, trainer: Any, task: DecoderTask
+def test_all_rows_are_measured_at_the_end_of_each_stage(
+    trainer: Any, task: DecoderTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of 4 and 2 steps. A run of 6 steps has a point of its curve at each."""
+    assert measured(trainer, task) == {1: False, 2: False, 3: False, 4: True, 5: False, 6: True}
+    assert measured(trainer, task, start=4) == {5: False, 6: True}
+    monkeypatch.setattr(loss_curve, "POINTS", 2)
+    assert measured(trainer, task) == {3: False, 4: True, 6: True}
+
+
+def test_all_rows_are_also_measured_at_intervals_of_whole_steps(
+    trainer: Any, task: DecoderTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """65 tokens are two steps of 64. Intervals count from the beginning of the run, not from a resume."""
-    assert planned(trainer, task, step, 65) == 2 * ends
+    monkeypatch.setattr(loss_curve, "POINTS", 1)
+    assert measured(trainer, task, 65) == {2: True, 4: True, 6: True} == measured(trainer, task, 65, start=1)
+    assert measured(trainer, task, 3 * 64) == {3: True, 4: True, 6: True}
 
 
-def test_intervals_count_from_the_beginning_of_the_run(trainer: Any, task: DecoderTask) -> None:
-    assert [planned(trainer, task, step, 3 * 64) // 2 for step in range(6)] == [3, 3, 3, 4, 6, 6]
+def test_before_the_first_step_a_few_rows_are_measured(trainer: Any, task: DecoderTask) -> None:
+    stages = CurriculumStages()
+    trainer.num_sanity_val_steps, trainer.sanity_checking = 0, True
+    stages.on_fit_start(trainer, task)
+    stages.on_validation_start(trainer, task)
+    assert trainer.num_sanity_val_steps == task.curve.batches == 1 and task.curve.is_brief
+    trainer.num_sanity_val_steps = float("inf")
+    stages.on_validation_start(trainer, task)
+    assert not task.curve.is_brief, "all rows were asked for"
 
 
 def test_a_finished_run_plans_and_announces_nothing(

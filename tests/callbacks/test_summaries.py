@@ -266,7 +266,7 @@ def test_the_curve_of_two_classes_is_that_of_the_second(
         scored: Any = SimpleNamespace(compared=compared, confusion_CC=None)
         classification_summary.draw(trainer, scored)
     ((name, truth, second, step),) = drawn
-    assert (name, step) == ("precision_recall/test/yes", 5)
+    assert (name, step) == ("precision_recall/test/yes", 5 * 64)
     assert truth.tolist() == [0, 1, 1] and second.tolist() == pytest.approx([0.1, 0.8, 0.6])
 
 

@@ -328,11 +328,14 @@ def test_the_rewards_of_a_step_are_those_of_all_its_micro_batches_and_of_no_earl
         assert task._step_loss is not None and float(task._step_loss) == mean(values["loss"])
 
 
-def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path) -> None:
+def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(model).eval()
     (batch,), values = several_batches(task, [0, 1, 2])
+    monkeypatch.setattr(task, "texts_of", lambda batch: [f"text {row}" for row in range(len(batch["input_ids"]))])
     with torch.no_grad():
         rows = task.predict_step(batch, 0)
+    assert [row["chosen_text"] for row in rows] == ["text 0", "text 2", "text 4"]
+    assert [row["rejected_text"] for row in rows] == ["text 1", "text 3", "text 5"]
     assert [row["row"] for row in rows] == [0, 1, 2] and {row["source"] for row in rows} == {"web"}
     for name in ("loss", "chosen", "rejected"):
         assert [row[name] for row in rows] == pytest.approx(values[name], abs=1e-4)

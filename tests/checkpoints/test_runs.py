@@ -48,7 +48,17 @@ def test_only_last_goes_on_in_the_same_version(
     save(run, "step_00000001")
     place = resolve_checkpoint(verb, str(tmp_path), "run", asked.replace("RUN", str(run)))
     assert place.checkpoint == run / "checkpoints" / "step_00000001.ckpt"
-    assert place.logger_place() == (str(tmp_path), directory, version)
+    assert place.run == tmp_path / directory / (version or ("version_4" if directory == "run" else "version_0"))
+    assert place.claim() == place.claim() == run if version else place.claim() != place.claim()
+
+
+def test_two_runs_that_begin_at_once_take_two_versions(tmp_path: Path) -> None:
+    one, other = (resolve_checkpoint("fit", str(tmp_path), "run", None) for _ in range(2))
+    assert one.run == other.run
+    assert [one.claim().name, other.claim().name] == ["version_0", "version_1"]
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        resolve_checkpoint("fit", str(tmp_path), "file", None).claim()
 
 
 @pytest.mark.parametrize("result", [None, "checkpoints/step_00000001.ckpt", "summary.json"])
@@ -56,7 +66,9 @@ def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result:
     version = tmp_path / "runs" / "run" / "version_0"
     (version / "checkpoints").mkdir(parents=True)
     of_every_start = ["config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1"]
+    of_every_start += ["metrics.csv", "trackers.json", "wandb/run-1/files/output.log"]
     for name in [*of_every_start, result] if result else of_every_start:
+        (version / name).parent.mkdir(parents=True, exist_ok=True)
         (version / name).touch()
     remove_if_unused(version)
     assert version.exists() == (result is not None)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -474,37 +474,45 @@ def test_a_strategy_still_keeps_its_checkpoint_plugin_in_a_private_attribute() -
     assert DDPStrategy(checkpoint_io=plugin)._checkpoint_io is plugin
 
 
-def test_a_resumed_run_logs_on_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard forgets the steps after the checkpoint, which are trained again, and no other."""
+def cli_with_loggers(tmp_path: Path, logger: Any, continues: bool = False, **trainer: Any) -> Any:
+    cli: Any = object.__new__(trainer_verbs.DanubeCLI)
+    section = SimpleNamespace(logger=logger, default_root_dir=None, **trainer)
+    cli.subcommand, cli.config, cli.run = "fit", {"fit": {"trainer": section}}, tmp_path / "runs" / "tiny" / "version_0"
+    cli.place = SimpleNamespace(continues=continues, checkpoint=tmp_path / "step_00000012.ckpt")
+    return cli
 
-    class Enough(Exception):
-        pass
 
-    loggers = []
+def test_loggers_are_made_when_the_runs_directory_is_known(tmp_path: Path) -> None:
+    one = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(save_dir=tmp_path / "runs"))
+    for given, kinds in (
+        (None, "TensorBoard"),
+        (True, "TensorBoard"),
+        (False, ""),
+        (one, "CSV"),
+        ([one, one], "CSV CSV"),
+    ):
+        cli = cli_with_loggers(tmp_path, given)
+        cli._take_loggers()
+        section = cli.config["fit"]["trainer"]
+        assert section.logger is False, "the parser makes no logger"
+        loggers = cli._make_loggers()
+        assert section.logger is given, "config.yaml shows what was given"
+        assert [type(logger).__name__ for logger in loggers] == [f"_Kept{kind}Logger" for kind in kinds.split()]
+        assert all(logger.log_dir == str(cli.run) for logger in loggers)
 
-    def instantiate(cli: Any, **options: Any) -> None:
-        raise Enough
 
-    monkeypatch.setattr(LightningCLI, "instantiate_trainer", instantiate)
-    monkeypatch.setattr(trainer_verbs, "TensorBoardLogger", lambda directory, **given: loggers.append(given))
-    for continues, checkpoint in ((True, "step_00000012.ckpt"), (False, "step_00000012.ckpt"), (False, None)):
-        cli: Any = object.__new__(trainer_verbs.DanubeCLI)
-        section = {
-            "logger": None,
-            "default_root_dir": None,
-            "plugins": None,
-            "callbacks": None,
-            "strategy": "auto",
-            "accelerator": "cpu",
-        }
-        cli.subcommand, cli.config_init = "fit", {"fit": {"trainer": section}}
-        cli.place = SimpleNamespace(
-            continues=continues, checkpoint=checkpoint and tmp_path / checkpoint, directory=tmp_path,
-            logger_place=lambda: (tmp_path, "tiny", "version_0"),
-        )  # fmt: skip
-        with pytest.raises(Enough):
-            cli.instantiate_trainer()
-    assert [given["purge_step"] for given in loggers] == [13, None, None]
+def test_other_ranks_have_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_verbs, "this_rank", lambda: 1)
+    cli = cli_with_loggers(tmp_path, None)
+    cli._take_loggers()
+    assert cli._make_loggers() == []
+
+
+def test_the_directory_of_a_run_is_no_option_of_the_trainer(tmp_path: Path) -> None:
+    cli = cli_with_loggers(tmp_path, None)
+    cli.config["fit"]["trainer"].default_root_dir = "elsewhere"
+    with pytest.raises(ValueError, match=r"trainer\.default_root_dir is elsewhere: .* give --runs or --name"):
+        cli._take_loggers()
 
 
 def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
@@ -527,18 +535,21 @@ def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
     assert left(26, changes=("data.stages",)) is not None
 
 
-def test_only_a_version_that_never_trained_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    removed: list[Path] = []
-    monkeypatch.setattr(trainer_verbs, "remove_if_unused", removed.append)
-    logger = TensorBoardLogger(tmp_path, name="tiny", version="version_3")
-    for step, zero in ((1, True), (0, False), (0, True)):
-        trainer: Any = SimpleNamespace(global_step=step, is_global_zero=zero, logger=logger)
-        trainer_verbs.remove_unused_version(trainer)
-        assert removed == ([tmp_path / "tiny" / "version_3"] if step == 0 and zero else [])
+@pytest.mark.parametrize(("rank", "continues", "removed"), [(0, False, True), (1, False, False), (0, True, False)])
+def test_only_a_new_version_that_never_trained_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, continues: bool, removed: bool
+) -> None:
+    monkeypatch.setattr(trainer_verbs, "this_rank", lambda: rank)
+    cli = cli_with_loggers(tmp_path, None, continues)
+    cli.run.mkdir(parents=True)
+    cli._leave_unused()
+    assert cli.run.exists() is not removed
 
 
 def test_the_history_says_where_a_session_began(tmp_path: Path) -> None:
-    trainer: Any = SimpleNamespace(is_global_zero=True, logger=None, default_root_dir=str(tmp_path), world_size=2)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, logger=None, loggers=[], default_root_dir=str(tmp_path), world_size=2
+    )
     task: Any = None
     parser: Any = None
     changes = {"trainer.precision": ("32-true", "bf16-mixed"), "data.seed": (1, None)}

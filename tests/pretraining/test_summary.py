@@ -89,6 +89,9 @@ def test_the_result_is_shown_also_without_a_speed(tmp_path: Path) -> None:
     text = result_text(summary(facts(), losses), ["web", "wiki"], tmp_path, {})
     assert "4,000 tokens in 1 min 05 s\n" in text and "--prompt The" in text and "sample:" not in text
     fast = result_text(summary(facts(training_seconds=16.0), losses), ["web", "wiki"], tmp_path, {"A b": "A b\nc"})
+    assert "tensorboard --logdir" in text
+    quiet = result_text(summary(facts(), losses), ["web", "wiki"], tmp_path, {}, in_tensorboard=False)
+    assert "tensorboard" not in quiet
     assert "4,000 tokens in 1 min 05 s, 250 tokens/s in training\n" in fast
     assert "sample: A b c\n" in fast and '--prompt "A b"' in fast
 

@@ -21,7 +21,7 @@ def recorded() -> RecordedRun:
         {"name": "two", "tokens": "0.2K", "mix": {"web": 20, "wiki": 80}},
     ]
     web, wiki = np.array([90, 180, 240, 300, 320, 330]), np.array([10, 20, 60, 100, 180, 270])
-    steps = np.arange(1, 7)
+    steps = np.arange(1, 7)  # of 100 tokens
     curves = {
         "loss/train": 5.0 - 0.5 * steps,
         "mix/stage": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0],
@@ -32,9 +32,9 @@ def recorded() -> RecordedRun:
         "tokens_seen/web": web,
         "tokens_seen/wiki": wiki,
     }
-    frame = pd.DataFrame({tag: pd.Series(values, steps, float) for tag, values in curves.items()})
+    frame = pd.DataFrame({tag: pd.Series(values, 100 * steps, float) for tag, values in curves.items()})
     frame.loc[0, "mix/stage"] = 1.0  # at the start
-    frame = frame.sort_index().rename_axis("step")
+    frame = frame.sort_index().rename_axis("tokens")
     summary = {
         "tokens": 600, "steps": 6, "parameters": 2_100_000, "seconds": 90.0, "tokens_per_second": 12_345.6,
         "unigram_loss": {"web": 9.0, "wiki": 8.0}, "val_loss": {"web": 2.0, "wiki": 3.0},
@@ -54,5 +54,8 @@ def recorded() -> RecordedRun:
             "accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 0.75, "callbacks": [samples],
         },
     }  # fmt: skip
-    texts = {"samples/1": {4: "    The river is", 6: "    The river was\n      long"}, "run/plan": {0: "    web, wiki"}}
+    texts = {
+        "samples/1": {400: "    The river is", 600: "    The river was\n      long"},
+        "run/plan": {0: "    web, wiki"},
+    }
     return RecordedRun(Path("runs/tiny/version_0"), config, summary, frame, texts)

@@ -198,7 +198,9 @@ def test_a_held_out_loss_is_a_mean_over_tokens() -> None:
 
 
 def test_a_predicted_row_has_its_mean_loss() -> None:
-    task = task_of(CONFIG).eval()
+    task: Any = task_of(CONFIG).eval()
+    words = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    task._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=words))
     ids = torch.randint(0, CONFIG.vocab_size, (3, 8))
     labels = ids.roll(-1, 1).clone()
     labels[0, 5:] = labels[1] = -100
@@ -210,6 +212,8 @@ def test_a_predicted_row_has_its_mean_loss() -> None:
     for row, number in zip(rows, (0, 2), strict=True):
         expected = torch.nn.functional.cross_entropy(logits[number], labels[number])
         assert row["loss"] == pytest.approx(float(expected), rel=1e-5)  # float32
+        last = row["tokens"]
+        assert row["text"] == words.decode([*ids[number, :last].tolist(), int(labels[number, last - 1])])
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
