@@ -23,6 +23,7 @@ from lightning_danube.chat.summary import (
 from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, steps_ahead, tensorboards
 from lightning_danube.training.run_facts import metrics_of_sources, run_facts_of
+from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class ChatSummary(RunSummary):
@@ -48,7 +49,7 @@ class ChatSummary(RunSummary):
         say(trainer, "\n".join([model_line(pl_module), *source_lines(data.reports(), "conversations"), length]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not pl_module.curve.is_brief:
+        if trainer.state.fn == "fit" and not curve_of(pl_module).is_brief:
             self._ask(trainer, pl_module)
             if trainer.sanity_checking:
                 self._losses.before = metrics_of_sources(trainer.callback_metrics)

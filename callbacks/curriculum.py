@@ -22,6 +22,7 @@ from lightning_danube.pretraining.position import (
     stage_line,
 )
 from lightning_danube.training.position import at_logged_step
+from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class CurriculumStages(Callback):
@@ -42,7 +43,7 @@ class CurriculumStages(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             due = all_held_out_rows_are_due(trainer, self._interval(trainer))
-            pl_module.curve.validation_starts(trainer, measures_all=due)
+            curve_of(pl_module).validation_starts(trainer, measures_all=due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan_validation(trainer)

@@ -12,6 +12,7 @@ from lightning_danube.pretraining.fact_recall import commonest_shares, recall_su
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.text.embedded.world import WORLD, the_world
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class FactRecall(Callback):
@@ -39,7 +40,7 @@ class FactRecall(Callback):
         self._report(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or pl_module.curve.is_brief:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or curve_of(pl_module).is_brief:
             return
         questions = the_world().questions()
         decoder: Any = pl_module.decoder

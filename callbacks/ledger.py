@@ -12,6 +12,7 @@ from lightning_danube.pretraining.ledger import SampleLedger
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.training.position import at_logged_step, place_in_tensorboard, speaks_for_replica, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers.loss_curve import curve_of
 from lightning_danube.training.trackers.pictures import Column, stacked_picture
 
 
@@ -50,7 +51,7 @@ class TokenLedger(Callback):
                 logger.log_metrics(values, step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or pl_module.curve.is_brief:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or curve_of(pl_module).is_brief:
             return
         assert self._ledger is not None
         seen = self._ledger.tokens_by_source()  # every rank must call it

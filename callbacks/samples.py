@@ -14,6 +14,7 @@ from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import markdown_code
 from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class TextSamples(Callback):
@@ -35,7 +36,7 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not holds_whole_model(trainer):
             return
-        if pl_module.curve.is_brief:
+        if curve_of(pl_module).is_brief:
             return
         samples = run_facts_of(pl_module).samples
         for prompt in self.prompts:

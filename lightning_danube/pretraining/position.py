@@ -10,7 +10,7 @@ from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import replicas_of
-from lightning_danube.training.trackers.loss_curve import LossCurve, next_point
+from lightning_danube.training.trackers.loss_curve import curve_of, next_point
 
 
 def curriculum_of(trainer: Trainer) -> tuple[CurriculumData, Curriculum]:
@@ -81,7 +81,7 @@ def stage_line(trainer: Trainer, resumed: bool) -> str:
 def begin_loss_curve(trainer: Trainer, task: LightningModule) -> None:
     """Chooses the held-out rows of the curve of a run that begins or goes on."""
     data, curriculum = curriculum_of(trainer)
-    curve: LossCurve = task.curve
+    curve = curve_of(task)
     batch_rows = data.micro_batch_size * replicas_of(trainer)[0]
     curve.begin(trainer, curriculum.total_samples, len(curriculum.sources), batch_rows)
 

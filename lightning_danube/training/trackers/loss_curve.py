@@ -52,6 +52,13 @@ class LossCurve:
         self.is_brief = self.batches > 0 and (before_training or not (trainer.sanity_checking or measures_all))
 
 
+def curve_of(task: LightningModule) -> LossCurve:
+    """Returns the curve of a task that trains a decoder."""
+    curve = task.curve
+    assert isinstance(curve, LossCurve)
+    return curve
+
+
 def batches_within_budget(run_rows: int, sources: int, batch_rows: int) -> int:
     """Returns the held-out batches of each source that all points of a curve may measure; at least one."""
     rows = SHARE_OF_RUN / FORWARD_SHARE * run_rows / ((POINTS + 1) * max(1, sources))
@@ -74,7 +81,7 @@ class HeldOutCurve(Callback):
         if plans_curve(trainer, pl_module):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             rows = data.total_steps * data.batch_rows
-            pl_module.curve.begin(trainer, rows, len(data.sources), data.micro_batch_size * trainer.world_size)
+            curve_of(pl_module).begin(trainer, rows, len(data.sources), data.micro_batch_size * trainer.world_size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan(trainer, pl_module)
@@ -82,7 +89,7 @@ class HeldOutCurve(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and plans_curve(trainer, pl_module):
             done = trainer.global_step >= trainer.datamodule.total_steps  # type: ignore[attr-defined]
-            pl_module.curve.validation_starts(trainer, measures_all=done)
+            curve_of(pl_module).validation_starts(trainer, measures_all=done)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

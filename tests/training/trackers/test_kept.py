@@ -16,7 +16,7 @@ class Server(Logger):
 
     def __init__(self, down_from: int = 1000) -> None:
         super().__init__()
-        self.asked: list[tuple[str, Any]] = []
+        self.asked: list[Any] = []
         self.down_from = down_from
 
     def _ask(self, *what: Any) -> Any:
