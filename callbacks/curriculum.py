@@ -26,8 +26,7 @@ from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class CurriculumStages(Callback):
-    """Announces stages and plans validation: for all held-out rows at the end of each stage, and for a few rows before
-    the first step and at each tenth of the run.
+    """Announces stages. Plans validation: all held-out rows at each stage's end, a few at each tenth of the run.
 
     Args:
         validate_every: also measure all held-out rows each time after this many tokens ("100M"), or this share of the

@@ -151,6 +151,16 @@ def continued_weights(stated: Stated) -> str | None:
     return None if weights in (None, "", "null") or "${" in str(weights) else str(weights)
 
 
+def in_one_line(refusal: Refusal, stated: Stated) -> str:
+    """Returns the message of a refusal, with the file and line or the flag that states the value."""
+    place, key = stated.place_of(refusal.path), ".".join(refusal.shown)
+    flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
+    said_by_flag = flag[: len(refusal.shown)] == refusal.shown
+    if refusal.goes_on:
+        return f"{place} {refusal.reason}" if said_by_flag else f"{f'{place}: ' if place else ''}{key} {refusal.reason}"
+    return ": ".join(filter(None, [place, "" if said_by_flag else key, refusal.reason]))
+
+
 def without_init_args(path: Path) -> Path:
     return tuple(key for key in path if key != "init_args")
 
@@ -315,7 +325,6 @@ def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
 
 def _check_classes(stated: Stated) -> None:
     """Checks the options of this package's classes, as far as their source tells them."""
-    from lightning_danube.cli.errors import in_one_line
     from lightning_danube.cli.source import SourceReader, class_as_written
 
     reader = SourceReader(taken=FACTS_OF_DATA)

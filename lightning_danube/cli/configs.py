@@ -16,6 +16,7 @@ from lightning_danube.cli.command_line import (
     Stated,
     complete_loggers,
     continued_weights,
+    in_one_line,
     read_command_line,
     with_config_paths,
 )
@@ -73,7 +74,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
 @contextlib.contextmanager
 def one_line_errors(stated: Stated) -> Iterator[None]:
     """Names, in a ValueError that is raised inside the block, the place that states the value."""
-    from lightning_danube.cli.errors import in_one_line, located
+    from lightning_danube.cli.errors import located
 
     try:
         yield

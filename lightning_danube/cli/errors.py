@@ -9,18 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from lightning_danube.cli.command_line import Stated, without_init_args
-from lightning_danube.cli.options import Path, Refusal
-
-
-def in_one_line(refusal: Refusal, stated: Stated) -> str:
-    """Returns the message of a refusal, with the file and line or the flag that states the value."""
-    place, key = stated.place_of(refusal.path), ".".join(refusal.shown)
-    flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
-    said_by_flag = flag[: len(refusal.shown)] == refusal.shown
-    if refusal.goes_on:
-        return f"{place} {refusal.reason}" if said_by_flag else f"{f'{place}: ' if place else ''}{key} {refusal.reason}"
-    return ": ".join(filter(None, [place, "" if said_by_flag else key, refusal.reason]))
+from lightning_danube.cli.command_line import Stated
+from lightning_danube.cli.options import Path
 
 
 def located(message: str, stated: Stated) -> str:

@@ -31,7 +31,7 @@ _BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WrittenClass:
     """A class of this package, as it is written.
 
     Args:
@@ -72,11 +72,11 @@ def class_as_written(class_path: str) -> type | None:
     """
     module, _, name = class_path.rpartition(".")
     found = _defined(_file(module), name)
-    return None if not isinstance(found, Source) else _made(found)
+    return None if not isinstance(found, WrittenClass) else _made(found)
 
 
 @functools.cache
-def _made(source: Source) -> type | None:
+def _made(source: WrittenClass) -> type | None:
     options = _options(source)
     if options is None:
         return None
@@ -93,11 +93,11 @@ def _made(source: Source) -> type | None:
     return made
 
 
-Options = tuple[dict[str, tuple[Any, bool]], bool]
+_Options = tuple[dict[str, tuple[Any, bool]], bool]
 """Name of an option → its type, and whether it has a default. Then whether others are taken, too."""
 
 
-def _options(source: Source) -> Options | None:
+def _options(source: WrittenClass) -> _Options | None:
     """Returns the options of a class, None if they are those of a class outside this package."""
     if source.is_dataclass:
         inherited = _options_of_bases(source)
@@ -133,14 +133,14 @@ def _options(source: Source) -> Options | None:
     return own, True
 
 
-def _options_of_bases(source: Source) -> Options | None:
+def _options_of_bases(source: WrittenClass) -> _Options | None:
     if not source.node.bases:
         return {}, False
     if source.is_dataclass and len(source.node.bases) > 1:
         return None
     base = source.node.bases[0]
     found = _defined(source.module, base.id) if isinstance(base, ast.Name) else None
-    return _options(found) if isinstance(found, Source) else None
+    return _options(found) if isinstance(found, WrittenClass) else None
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _statements(module: FilePath) -> list[ast.stmt]:
     return [*body, *(inner for one in checked for inner in one.body)]
 
 
-def _defined(module: FilePath | None, name: str) -> Source | tuple[FilePath, ast.expr] | str | None:
+def _defined(module: FilePath | None, name: str) -> WrittenClass | tuple[FilePath, ast.expr] | str | None:
     """Finds what a name stands for in a module.
 
     Returns:
@@ -177,7 +177,7 @@ def _defined(module: FilePath | None, name: str) -> Source | tuple[FilePath, ast
         return None
     for one in _statements(module):
         if isinstance(one, ast.ClassDef) and one.name == name:
-            return Source(module, one)
+            return WrittenClass(module, one)
         if isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == name:
             return module, one.value
         if isinstance(one, ast.ImportFrom) and one.module:
@@ -215,7 +215,7 @@ def _type(node: ast.expr | None, module: FilePath) -> Any:
 
 def _type_named(name: str, module: FilePath) -> Any:
     found = _defined(module, name)
-    if isinstance(found, Source):
+    if isinstance(found, WrittenClass):
         return (_made(found) if found.is_dataclass else None) or Any
     if isinstance(found, tuple):
         return _type(found[1], found[0])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_danube.cli.command_line import Stated, read_command_line
-from lightning_danube.cli.errors import in_one_line, located, parse, raised_by_a_class, unresolved
+from lightning_danube.cli.command_line import Stated, in_one_line, read_command_line
+from lightning_danube.cli.errors import located, parse, raised_by_a_class, unresolved
 from lightning_danube.cli.options import Refusal
 from lightning_danube.model.config import DecoderShape
 
