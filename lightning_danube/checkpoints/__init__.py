@@ -25,7 +25,7 @@ class SaveInterval:
         if self.every_n_steps is not None and self.save_every is not None:
             raise ValueError(
                 f"save_every is {self.save_every!r}, and every_n_steps is {self.every_n_steps}: both say when to save, "
-                "so give one of them"
+                "so leave one out, or set it to null"
             )
         if self.save_every is not None:
             TokensOrShare.parse(self.save_every, "save_every")

@@ -233,6 +233,8 @@ class DecoderTask(LightningModule):
 
     def _rate_of_step(self, step: int) -> float:
         batch_tokens, total_tokens = self.length_in_tokens()
+        if total_tokens <= batch_tokens:  # the only step would have the rate of the end, which is usually 0
+            return self.learning_rate.peak
         return self.learning_rate.at((step + 1) * batch_tokens, total_tokens)
 
     def _rate_of_group(self, multiple: float, step: int) -> float:

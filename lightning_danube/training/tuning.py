@@ -9,12 +9,16 @@ from torch import Tensor
 
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import options
+from lightning_danube.terminal import tell
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.position import log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
 from lightning_danube.weights.loading import load_decoder
 from lightning_danube.weights.lora import Lora
+
+FEW_STEPS = 5
+"""A shorter run is said to be short, because its model has hardly changed."""
 
 
 class TuningTask(DecoderTask):
@@ -75,6 +79,11 @@ class TuningTask(DecoderTask):
             # The trainer warns if a run on few examples is shorter than its log interval.
             steps = min(log_interval(self.trainer), self.training_data.total_steps)
             self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning's, see log_interval
+            if (total := self.training_data.total_steps) < FEW_STEPS and self.trainer.is_global_zero:
+                tell(
+                    f"the run has only {total} optimizer step(s): more passes, by data.epochs, or fewer examples a "
+                    "step train more"
+                )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.has_dropout:

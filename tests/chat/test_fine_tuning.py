@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,6 +103,31 @@ def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.Capture
     question = ["--chat", "--prompt", "river?", "--temperature", "0", "--max-new-tokens", "4"]
     assert main(["generate", "--weights", str(run_directory(talk)), *question]) == 0
     assert capsys.readouterr().out.strip() == answer["after"].strip()
+
+
+@pytest.mark.medium
+def test_few_conversations_train_with_a_warm_up_that_is_a_share(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The only step of a run has the peak rate, not that of its end, 0. A resumed run has the same shares."""
+    file = talk / "few.yml"
+    callbacks = yaml.safe_load(CONFIG)["trainer"]["callbacks"]
+    callbacks[-1]["init_args"] = {"every_n_steps": None, "save_every": "20 %"}
+    file.write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
+    few = ("--config", str(file), "--data.init_args.sources.talk.max_conversations", "6")
+    share = ("--model.init_args.learning_rate.warmup", "8 %")
+    assert fit(talk, *few, "--model.init_args.learning_rate.warmup", "1K", "--name", "long") == 2
+    assert "learning_rate.warmup is 1K, and the whole run has 128 tokens: give a share" in capsys.readouterr().err
+    assert fit(talk, *few, *share, "--name", "one") == 0
+    assert "the run has only 1 optimizer step(s): more passes, by data.epochs" in capsys.readouterr().err
+    summary = json.loads((run_directory(talk, "one") / "summary.json").read_text())
+    assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"]
+    more = (*few, *share, "--data.init_args.epochs", "10")
+    assert fit(talk, *more, "--name", "whole") == 0
+    assert "only" not in capsys.readouterr().err
+    assert fit(talk, *more, "--name", "stopped", "--trainer.max_steps", "4") == 0
+    saved = sorted(path.name for path in (run_directory(talk, "stopped") / "checkpoints").glob("*.ckpt"))
+    assert saved == ["step_00000002.ckpt", "step_00000004.ckpt"]  # every fifth of the ten steps
+    assert fit(talk, *more, "--name", "stopped", "--ckpt_path", "last") == 0
+    assert same_weights(run_directory(talk, "whole"), run_directory(talk, "stopped"))
 
 
 @pytest.mark.medium

@@ -65,7 +65,9 @@ def test_a_run_is_saved_at_every_nth_step() -> None:
     assert CheckpointSchedule(SaveInterval(), 2).of_run(length).is_due(1000)
     with pytest.raises(ValueError, match="every_n_steps is 3 and keep is 0: both must be at least 1"):
         CheckpointSchedule(SaveInterval(3), 0)
-    with pytest.raises(ValueError, match=r"save_every is '5 %', and every_n_steps is 3: .* give one of them"):
+    with pytest.raises(
+        ValueError, match=r"save_every is '5 %', and every_n_steps is 3: .* leave one out, or set it to null"
+    ):
         SaveInterval(3, "5 %")
     with pytest.raises(ValueError, match="save_every is '500 %', more than the whole run"):
         SaveInterval(save_every="500 %")

@@ -40,6 +40,14 @@ def test_another_decoder_is_refused_by_what_differs(changes: dict[str, Any], mes
         task_of(CONFIG).on_load_checkpoint({"decoder_config": other.facts()})
 
 
+def test_the_only_step_of_a_run_has_the_peak_rate() -> None:
+    """The rate of a step is that of its end, and so the rate of the only step would be the final one."""
+    task = task_of(CONFIG)
+    for batch, total, rates in ((100, 100, [1e-3]), (100, 200, [5e-4, 0.0])):
+        task.length_in_tokens = lambda length=(batch, total): length  # type: ignore[method-assign]
+        assert [task._rate_of_step(step) for step in range(total // batch)] == pytest.approx(rates)
+
+
 # --- private parts of Lightning ---------------------------------------------------------------------------------------
 
 
