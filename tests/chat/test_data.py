@@ -412,7 +412,7 @@ def test_rows_that_end_a_run_are_shown_with_their_reason(tmp_path: Path) -> None
 
 
 def test_a_source_that_fit_would_refuse_is_shown(tmp_path: Path) -> None:
-    file = write(tmp_path / "talk.jsonl", 3)
+    file = write(tmp_path / "talk.jsonl", 1)
     module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
     (shown,) = module.shown_sources(0, 1000)
     assert shown.warnings == ["fit refuses this source, because none is held out: raise data.held_out (now 0.02)"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,11 +41,11 @@ def test_another_decoder_is_refused_by_what_differs(changes: dict[str, Any], mes
         task_of(CONFIG).on_load_checkpoint({"decoder_config": other.facts()})
 
 
-def test_the_only_step_of_a_run_has_the_peak_rate() -> None:
+def test_the_only_step_of_a_run_has_the_peak_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate of a step is that of its end, and so the rate of the only step would be the final one."""
     task = task_of(CONFIG)
     for batch, total, rates in ((100, 100, [1e-3]), (100, 200, [5e-4, 0.0])):
-        task.length_in_tokens = lambda length=(batch, total): length  # type: ignore[method-assign]
+        monkeypatch.setattr(task, "length_in_tokens", partial(tuple, (batch, total)))
         assert [task._rate_of_step(step) for step in range(total // batch)] == pytest.approx(rates)
 
 
@@ -89,7 +90,8 @@ def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
     task.optimizer_settings = AdamW(betas=(0.5, 0.6), weight_decay=0.3)
     found = task.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
-    task._trainer = trainer(optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)])
+    schedulers = [SimpleNamespace(scheduler=scheduler)]
+    task._trainer = trainer(optimizers=[optimizer], lr_scheduler_configs=schedulers, is_global_zero=True)
     for group in optimizer.param_groups:  # as they are after a checkpoint was loaded
         group.update(lr=123.0, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler.last_epoch = 4
