@@ -116,7 +116,7 @@ def test_what_tensorboard_shows_is_grouped_and_at_the_right_step(tiny: Path) -> 
     rates = scalars(run, "optimizer/learning_rate")
     assert rates[1] == pytest.approx(0.01 * 256 / 1000, rel=1e-5)
     assert rates[STEPS] == pytest.approx(0.001, rel=1e-5)
-    assert {"run/plan/text_summary", "samples/1/text_summary"} <= set(events.Tags()["tensors"])
+    assert {"run/plan/text_summary", "samples/1_The_river/text_summary"} <= set(events.Tags()["tensors"])
 
 
 def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
