@@ -402,11 +402,11 @@ class DanubeCLI(LightningCLI):
             failed = False
         finally:
             end_of_session(self.trainer.loggers, failed)
-            if failed and self.trainer.global_step == 0:
+            if (failed and self.trainer.global_step == 0) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._leave_unused()
 
     def _leave_unused(self) -> None:
-        """Removes the directory of a run that failed before its first step."""
+        """Removes the directory of a run that wrote no result: it failed before its first step, or was a trial."""
         if this_rank() == 0 and not self.place.continues and self.run is not None:
             remove_if_unused(self.run)
 
