@@ -14,6 +14,7 @@ from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.terminal import markdown_code
 from lightning_danube.training.position import holds_whole_model, place_in_tensorboard, tensorboards
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers import text_tag
 from lightning_danube.training.trackers.loss_curve import curve_of
 
 
@@ -44,7 +45,7 @@ class TextSamples(Callback):
         for tensorboard in tensorboards(trainer):
             for number, prompt in enumerate(self.prompts, start=1):
                 text = markdown_code(samples[prompt])
-                tensorboard.add_text(f"samples/{number}", text, place_in_tensorboard(trainer))
+                tensorboard.add_text(text_tag("samples", number, prompt), text, place_in_tensorboard(trainer))
 
     def _continue(self, trainer: Trainer, task: LightningModule, prompt: str) -> str:
         """Returns a prompt and its continuation.

@@ -17,6 +17,7 @@ from lightning_danube.model import Decoder
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
+from lightning_danube.training.trackers import text_tag
 
 AnswerLosses = Mapping[str, float]
 """Source → held-out loss in nats per token."""
@@ -77,8 +78,8 @@ class Answers:
 
     def show(self, tensorboard: Any, place: int) -> None:
         """Writes the cards to TensorBoard, at a place of its horizontal axis."""
-        for number, card in enumerate(self.cards(), start=1):
-            tensorboard.add_text(f"answers/{number}", card, place)
+        for number, (question, card) in enumerate(zip(self.questions, self.cards(), strict=True), start=1):
+            tensorboard.add_text(text_tag("answers", number, question), card, place)
 
     def compared(self) -> list[dict[str, str]]:
         """Returns each question with its first and its latest answer."""

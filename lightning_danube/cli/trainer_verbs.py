@@ -413,7 +413,7 @@ class DanubeCLI(LightningCLI):
                 self._leave_unused()
 
     def _leave_unused(self) -> None:
-        """Removes the directory of a run that failed before its first step, or that keeps nothing (fast_dev_run)."""
+        """Removes the directory of a run that wrote no result: it failed before its first step, or was a trial."""
         if this_rank() == 0 and not self.place.continues and self.run is not None:
             remove_if_unused(self.run)
 

@@ -349,7 +349,8 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
     rows = []
     for number, prompt in enumerate(callbacks[TAGS["samples/"].class_path]["prompts"], start=1):
-        for tokens, text in run.texts.get(f"samples/{number}", {}).items():
+        tag = next((tag for tag in run.texts if re.fullmatch(rf"samples/{number}(_.*)?", tag)), "")
+        for tokens, text in run.texts.get(tag, {}).items():
             stage = next((name for name, end in spans["end"].items() if tokens <= end), spans.index[-1])
             # TextSamples indents by four spaces, so that TensorBoard shows a block of code.
             lines = [line.removeprefix("    ") for line in text.splitlines()]

@@ -154,7 +154,7 @@ def test_the_exported_model_is_asked_in_the_same_words(talk: Path) -> None:
 def test_tensorboard_shows_the_answers_of_each_validation_beside_the_first_ones(talk: Path) -> None:
     assert fit(talk, "--trainer.val_check_interval", "5") == 0
     events = EventAccumulator(str(run_directory(talk)), size_guidance={"tensors": 0}).Reload()
-    shown = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("answers/1/text_summary")]
+    shown = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("answers/1_river/text_summary")]
     summary = json.loads((run_directory(talk) / "summary.json").read_text())
     # Before, after each fifth step, and after the last one, which no validation followed.
     assert len(shown) == 1 + summary["steps"] // 5 + 1 and summary["val_step"] == summary["steps"] - 1 == 15

@@ -29,9 +29,11 @@ def run_directory(tiny: Path, version: int = 0) -> Path:
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:
+    """Step → value."""
     events = EventAccumulator(str(run))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    step_of = {event.step: int(event.value) for event in events.Scalars("optimizer/step")}
+    return {step_of[event.step]: event.value for event in events.Scalars(tag)}
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
@@ -107,16 +109,18 @@ def test_what_tensorboard_shows_is_grouped_and_at_the_right_step(tiny: Path) -> 
     events = EventAccumulator(str(run))
     events.Reload()
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
-    assert groups == {"loss", "mix", "optimizer", "tokens_seen", "throughput"}
+    assert groups == {"loss", "held_out", "mix", "optimizer", "tokens_seen", "throughput"}
     assert set(scalars(run, "loss/train")) == set(range(1, STEPS + 1))
     assert set(scalars(run, "loss/held_out_wiki")) == {12, 20, 26}
+    assert set(scalars(run, "held_out/wiki")) == {0, 3, 6, 8, 11, 12, 13, 16, 19, 20, 21, 24, 26}
+    assert scalars(run, "optimizer/step") == {step: float(step) for step in range(STEPS + 1)}
     assert scalars(run, "mix/stage") == {step: 1.0 + (step >= 12) + (step >= 20) for step in range(STEPS + 1)}
     assert sum(scalars(run, "mix/web").values()) * 8 == scalars(run, "tokens_seen/web")[STEPS] / 32
     # Rate of step k: 10 % of the peak at a quarter of the warm-up, the final one at the end.
     rates = scalars(run, "optimizer/learning_rate")
     assert rates[1] == pytest.approx(0.01 * 256 / 1000, rel=1e-5)
     assert rates[STEPS] == pytest.approx(0.001, rel=1e-5)
-    assert {"run/plan/text_summary", "samples/1/text_summary"} <= set(events.Tags()["tensors"])
+    assert {"run/plan/text_summary", "samples/1_The_river/text_summary"} <= set(events.Tags()["tensors"])
 
 
 def test_the_loss_curve_is_the_golden_one(tiny: Path) -> None:
@@ -340,7 +344,7 @@ def test_fast_dev_run_writes_nothing(tiny: Path) -> None:
 @pytest.mark.medium
 def test_without_a_logger_the_run_has_its_place_all_the_same(tiny: Path) -> None:
     assert fit(tiny, "--trainer.logger", "false") == 0
-    assert {path.name for path in (tiny / "runs" / "tiny").iterdir()} == {
+    assert {path.name for path in run_directory(tiny).iterdir()} == {
         "checkpoints",
         "config.yaml",
         "history.jsonl",

@@ -55,7 +55,7 @@ def recorded() -> RecordedRun:
         },
     }  # fmt: skip
     texts = {
-        "samples/1": {400: "    The river is", 600: "    The river was\n      long"},
+        "samples/1_The_river": {400: "    The river is", 600: "    The river was\n      long"},
         "run/plan": {0: "    web, wiki"},
     }
     return RecordedRun(Path("runs/tiny/version_0"), config, summary, frame, texts)

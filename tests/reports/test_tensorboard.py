@@ -34,6 +34,6 @@ def test_a_group_has_a_panel_a_tag(tiny_run: Path) -> None:
 def test_the_last_value_of_a_tag_is_that_of_the_last_step(recorded: runs.RecordedRun) -> None:
     found = tensorboard.tags(recorded)
     assert found.loc["loss/train", ["points", "last"]].tolist() == [6, "2"]
-    assert found.loc["tokens_seen/wiki", "last"] == "270" and found.loc["samples/1", "last"] == "text"
+    assert found.loc["tokens_seen/wiki", "last"] == "270" and found.loc["samples/1_The_river", "last"] == "text"
     recorded.curves["tokens_seen/wiki"] *= 100
     assert tensorboard.tags(recorded).loc["tokens_seen/wiki", "last"] == "27,000"

@@ -28,6 +28,8 @@ class KeptLogger(Logger):
     """The run's settings, for TensorBoard's table of runs."""
     tokens_per_step = 0
     """Training tokens of an optimizer step; 0 where nothing is trained."""
+    logged: frozenset[str] = frozenset()
+    """The names of all values so far."""
     failed = False
     """Whether a call has failed. No call is tried again in this session."""
     _pending: tuple[int, dict[str, float]] | None = None
@@ -64,6 +66,7 @@ class KeptLogger(Logger):
                 if step != self._counted:
                     values[STEPS] = float(step)
             self._counted = step
+        self.logged |= values.keys()
         self._try(lambda: super(KeptLogger, self).log_metrics(values, place))  # type: ignore[safe-super]
         if isinstance(self, CSVLogger):  # so that the table can be read while the run goes on
             self._try(lambda: super(KeptLogger, self).save())

@@ -79,7 +79,8 @@ def options_of_logger(name: str, given: Mapping[str, Any], place: LoggerPlace) -
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         follows = {"experiment_name": run.parent.name, "run_name": run.name, "run_id": known_id(name, place)}
-        if given.get("save_dir") in _UNSET and not os.environ.get("MLFLOW_TRACKING_URI"):
+        # The default of `tracking_uri` is MLFLOW_TRACKING_URI as the process began. MLflow sets that variable later.
+        if given.get("save_dir") in _UNSET and given.get("tracking_uri") in _UNSET:
             follows["tracking_uri"] = f"sqlite:///{(place.runs / 'mlflow.db').absolute()}"
             follows["artifact_location"] = str((place.runs / "mlflow-artifacts").absolute())
     elif name == "WandbLogger":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,11 +15,13 @@ from lightning_danube.training.position import tokens_done
 from lightning_danube.training.trackers import STEPS
 from lightning_danube.training.trackers.kept import KeptLogger, count_tokens
 
+ALL_ROWS = "held-out text of each source, all rows"
+"""A chart whose values come later than the first ones."""
 CHARTS = {
     "loss": {
         "training": ["loss/train$"],
         "held-out text of each source": ["held_out/.*"],
-        "held-out text of each source, all rows": ["loss/held_out_.*"],
+        ALL_ROWS: ["loss/held_out_.*"],
     },
     "step": {
         "learning rate": ["optimizer/learning_rate$"],
@@ -40,11 +43,12 @@ CHARTS = {
 class RunLogs(Callback):
     """Arranges TensorBoard's charts, and writes the run's row in its table of hyper-parameters.
 
-    The row has the last value of each metric, so it is right while the run goes on.
+    Both are written once, after the first validation: then the names of the values are known. The row has the last
+    value of each metric, so it is right while the run goes on.
     """
 
     def __init__(self) -> None:
-        self._in_table = False
+        self._is_arranged = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -54,29 +58,49 @@ class RunLogs(Callback):
         for logger in kept_tensorboards(trainer.loggers):
             if trainer.global_step:
                 drop_from(logger, tokens_done(trainer) + 1)
-            logger.experiment.add_custom_scalars({group: _multiline(charts) for group, charts in CHARTS.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._write_row(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._arrange(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_row(trainer)
+        self._arrange(trainer)
 
-    def _write_row(self, trainer: Trainer) -> None:
-        """Writes the row once, when the names of the metrics are known: after the first validation."""
-        if self._in_table or trainer.sanity_checking:
+    def _arrange(self, trainer: Trainer) -> None:
+        if self._is_arranged:
             return
-        self._in_table = True
-        names = [*trainer.callback_metrics, "throughput/tokens_per_second"]
+        self._is_arranged = True
         for logger in kept_tensorboards(trainer.loggers):
+            logger.experiment.add_custom_scalars(charts_of(logger.logged))
             if logger.settings:
-                for part in hparams(dict(logger.settings), dict.fromkeys(names, 0.0)):
+                for part in hparams(dict(logger.settings), dict.fromkeys(metrics_of(logger.logged), 0.0)):
                     logger.experiment.file_writer.add_summary(part)
 
 
-def _multiline(charts: Mapping[str, list[str]]) -> dict[str, list[Any]]:
-    return {title: ["Multiline", tags] for title, tags in charts.items()}
+def charts_of(logged: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Returns TensorBoard's charts, without those that would be empty."""
+    names = list(logged)
+    found = {
+        group: {
+            title: ["Multiline", patterns]
+            for title, patterns in charts.items()
+            if title == ALL_ROWS or any(re.match(pattern, name) for pattern in patterns for name in names)
+        }
+        for group, charts in CHARTS.items()
+    }
+    return {group: charts for group, charts in found.items() if charts}
+
+
+def metrics_of(logged: Iterable[str]) -> list[str]:
+    """Returns the metrics of a run's row: its losses and scores, and its speed.
+
+    The losses of all held-out rows come later than the first ones of a few rows.
+    """
+    names = sorted(
+        name for name in logged if not name.startswith(("optimizer/", "mix/", "tokens_seen/", "throughput/"))
+    )
+    later = [f"loss/held_out_{name.removeprefix('held_out/')}" for name in names if name.startswith("held_out/")]
+    return list(dict.fromkeys([*later, *names, "throughput/tokens_per_second"]))
 
 
 def kept_tensorboards(loggers: Iterable[Logger]) -> Iterator[Any]:
@@ -102,12 +126,20 @@ def log_settings(loggers: Iterable[Logger], config: Mapping[str, Any], *, resume
             logger.log_hyperparams(settings)
 
 
+NO_SETTINGS = ("sources", "train", "validation", "test", "predict", "cache_dir", "processes", "workers")
+"""Options of data that say where it lies and who reads it, not what is trained."""
+SETTINGS_OF_TRAINER = ("precision", "gradient_clip_val", "max_steps", "strategy", "devices", "num_nodes")
+
+
 def logged_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the settings of data, model and trainer that are numbers, texts or switches, by their key on the command
     line without `init_args`."""
-    sections = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
-    trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key != "default_root_dir"}
-    yield from _scalars({**sections, "trainer": trainer}, ())
+    sections = {key: config[key] for key in ("seed_everything", "model") if key in config}
+    data = dict(config.get("data") or {})
+    given = data.get("init_args") or {}
+    data["init_args"] = {key: value for key, value in given.items() if key not in NO_SETTINGS}
+    trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key in SETTINGS_OF_TRAINER}
+    yield from _scalars({**sections, "data": data, "trainer": trainer}, ())
 
 
 def _scalars(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -47,10 +47,9 @@ def test_mlflow_has_one_local_store_of_all_runs(place: LoggerPlace, monkeypatch:
     assert (options["experiment_name"], options["run_name"], options["run_id"]) == ("tiny", "version_3", None)
     own = options_of_logger("MLFlowLogger", {**UNSET_MLFLOW, "tracking_uri": "http://here", "run_name": "mine"}, place)
     assert (own["tracking_uri"], own["run_name"]) == ("http://here", "mine")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
-    assert options_of_logger("MLFlowLogger", {**UNSET_MLFLOW, "tracking_uri": "http://there"}, place)[
-        "tracking_uri"
-    ] == "http://there"  # fmt: skip
+    assert "artifact_location" not in own, "a server has a place of its own"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-run-before")
+    assert options_of_logger("MLFlowLogger", UNSET_MLFLOW, place)["tracking_uri"] == options["tracking_uri"]
 
 
 def test_weights_and_biases_writes_into_the_runs_directory(place: LoggerPlace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ CONFIG = {
             "batch_tokens": 100,
             "stages": [{"name": "one", "tokens": "3K", "mix": {"web": 90.6}}, {"name": "two", "tokens": 400}],
             "filters": None,
+            "sources": {"web": {"path": "web.jsonl"}},
         },
     },
     "model": {"class_path": "Model", "init_args": {"learning_rate": {"peak": 1e-3, "shape": "linear"}}},
@@ -62,7 +63,6 @@ def session(logger: Any, first: int, last: int) -> None:
         global_step=first,
         state=SimpleNamespace(fn="fit"),
         sanity_checking=False,
-        callback_metrics={"loss/train": 1.0, "loss/held_out_web": 2.0},
     )
     task: Any = None
     logs = RunLogs()
@@ -74,7 +74,7 @@ def session(logger: Any, first: int, last: int) -> None:
     finally:
         monkey.tokens_done = before
     for step in range(first + 1, last + 1):
-        logger.log_metrics({"loss/train": float(step)}, step)
+        logger.log_metrics({"loss/train": float(step), "held_out/web": 1.0}, step)
     logs.on_validation_end(trainer, task)
     logs.on_train_end(trainer, task)
     logger.finalize("success")
@@ -90,11 +90,11 @@ def test_tensorboard_has_the_charts_and_the_row_of_a_run_that_was_resumed(tmp_pa
     assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(100 * step, step) for step in range(1, 7)]
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     assert {group.title: [chart.title for chart in group.chart] for group in layout.category} == {
-        group: list(charts) for group, charts in CHARTS.items()
-    }
+        "loss": list(CHARTS["loss"]), "speed": ["optimizer steps"]
+    }  # fmt: skip
     metadata = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = plugin_data_pb2.HParamsPluginData.FromString(metadata).experiment
     assert {info.name for info in experiment.hparam_infos} == dict(logged_settings(CONFIG)).keys()
     assert {info.name.tag for info in experiment.metric_infos} == {
-        "loss/train", "loss/held_out_web", "throughput/tokens_per_second"
+        "loss/train", "held_out/web", "loss/held_out_web", "throughput/tokens_per_second"
     }  # fmt: skip
