@@ -137,7 +137,7 @@ def test_a_plain_install_trains_writes_and_exports(tiny: Path) -> None:
         (["study", "--config", "studies/quickstart"], "a study needs optuna", "study"),
         (
             ["prepare", "--config", "quickstart", "--data.init_args.deduplicate", "near"],
-            "data.deduplicate: near needs rensa",
+            "deduplicate: near needs rensa",
             "dedup",
         ),
     ],

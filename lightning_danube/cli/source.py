@@ -65,18 +65,18 @@ def class_as_written(class_path: str) -> type | None:
     """Returns a class with the name and the constructor's options of a class of this package.
 
     Options have their types if the types are plain: numbers, texts, lists and mappings of them, dataclasses of this
-    package. Other options have the type `Any`.
+    package. Other options have the type `Any`. None is required, because some verbs read only the section of the data.
 
     Returns:
         None for a class that is not in this package, or whose options are not all in it.
     """
     module, _, name = class_path.rpartition(".")
     found = _defined(_file(module), name)
-    return None if not isinstance(found, WrittenClass) else _made(found)
+    return None if not isinstance(found, WrittenClass) else _made(found, required=False)
 
 
 @functools.cache
-def _made(source: WrittenClass) -> type | None:
+def _made(source: WrittenClass, *, required: bool) -> type | None:
     options = _options(source)
     if options is None:
         return None
@@ -84,7 +84,7 @@ def _made(source: WrittenClass) -> type | None:
     if open_ended:
         return None
     fields = [
-        (name, hint, dataclasses.field(default=None) if has_default else dataclasses.field())
+        (name, hint, dataclasses.field() if required and not has_default else dataclasses.field(default=None))
         for name, (hint, has_default) in known.items()
     ]
     made = dataclasses.make_dataclass(source.node.name, fields, kw_only=True)
@@ -216,7 +216,7 @@ def _type(node: ast.expr | None, module: FilePath) -> Any:
 def _type_named(name: str, module: FilePath) -> Any:
     found = _defined(module, name)
     if isinstance(found, WrittenClass):
-        return (_made(found) if found.is_dataclass else None) or Any
+        return (_made(found, required=True) if found.is_dataclass else None) or Any
     if isinstance(found, tuple):
         return _type(found[1], found[0])
     if found in _BUILTINS:
