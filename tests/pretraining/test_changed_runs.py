@@ -123,7 +123,7 @@ def test_decays_branch_from_one_stable_checkpoint(tmp_path: Path, capsys: pytest
 
     def last(name: str) -> dict[str, Any]:
         (path,) = (tmp_path / "runs" / name / "version_0" / "checkpoints").glob("stage_2_*.ckpt")
-        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, weights_only=True)
 
     assert main(config(stable, [foundation], 0)) == 0
     (checkpoint,) = (tmp_path / "runs" / "tiny" / "version_0" / "checkpoints").glob("stage_1_*.ckpt")

@@ -43,9 +43,10 @@ def test_another_decoder_is_refused_by_what_differs(changes: dict[str, Any], mes
 def test_the_only_step_of_a_run_has_the_peak_rate() -> None:
     """The rate of a step is that of its end, and so the rate of the only step would be the final one."""
     task = task_of(CONFIG)
-    for batch, total, rates in ((100, 100, [1e-3]), (100, 200, [5e-4, 0.0])):
-        task.length_in_tokens = lambda length=(batch, total): length  # type: ignore[method-assign]
-        assert [task._rate_of_step(step) for step in range(total // batch)] == pytest.approx(rates)
+    for total, rates in ((100, [1e-3]), (200, [5e-4, 0.0])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task, "length_in_tokens", lambda total=total: (100, total))
+            assert [task._rate_of_step(step) for step in range(total // 100)] == pytest.approx(rates)
 
 
 # --- private parts of Lightning ---------------------------------------------------------------------------------------
@@ -83,13 +84,15 @@ def test_a_step_has_the_rate_of_its_last_token() -> None:
         scheduler.step()
 
 
-def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
+def test_the_settings_of_the_config_replace_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     task = task_under()
     task.learning_rate = LearningRate(peak=1e-2, final=1e-3, warmup=300)
     task.optimizer_settings = AdamW(betas=(0.5, 0.6), weight_decay=0.3)
     found = task.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
-    task._trainer = trainer(optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)])
+    task._trainer = trainer(
+        optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)], is_global_zero=True
+    )
     for group in optimizer.param_groups:  # as they are after a checkpoint was loaded
         group.update(lr=123.0, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler.last_epoch = 4
@@ -100,6 +103,10 @@ def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
     ]
     rate = task.learning_rate.at(500, 1000)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate])
+    said = f"the learning rate of step 5 is {rate:.4g}; the config before gave it 123\n"
+    assert capsys.readouterr().out == said
+    task.on_train_start()
+    assert capsys.readouterr().out == ""  # nothing has changed
 
 
 def test_each_micro_batch_of_each_replica_has_its_own_dropout() -> None:

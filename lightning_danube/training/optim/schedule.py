@@ -83,7 +83,7 @@ class LearningRate:
             except (ImportError, AttributeError, ValueError) as error:
                 raise ValueError(f"{problem}, which cannot be imported ({error})") from error
             if callable(fall):
-                return fall  # type: ignore[no-any-return]
+                return fall
             problem += ", which is no function"
         raise ValueError(
             f"{problem}: choose {', '.join(FALLS)} or wsd, or name a function of your own as module.function, from the "
