@@ -84,7 +84,7 @@ def test_a_step_has_the_rate_of_its_last_token() -> None:
         scheduler.step()
 
 
-def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
+def test_the_settings_of_the_config_replace_those_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     task = task_under()
     task.learning_rate = LearningRate(peak=1e-2, final=1e-3, warmup=300)
     task.optimizer_settings = AdamW(betas=(0.5, 0.6), weight_decay=0.3)
@@ -102,6 +102,10 @@ def test_the_settings_of_the_config_replace_those_of_a_checkpoint() -> None:
     ]
     rate = task.learning_rate.at(500, 1000)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate])
+    said = f"the learning rate of step 5 is {rate:.4g}; the config before gave it 123\n"
+    assert capsys.readouterr().out == said
+    task.on_train_start()
+    assert capsys.readouterr().out == ""  # nothing has changed
 
 
 def test_each_micro_batch_of_each_replica_has_its_own_dropout() -> None:
