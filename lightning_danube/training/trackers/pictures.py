@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#F0E442", "#444444", "#888888", "#bbbbbb")
 """Colours that colour-blind people can tell apart; the notebooks draw the paper's sources in the same ones."""
 PAPER_SOURCES = ("web", "wiki", "academic", "synthetic", "instruct", "code", "social")
-SIZE = (960, 400)
-LEFT, TOP, RIGHT, BOTTOM = 60, 34, 780, 360
+SIZE = (640, 300)
+LEFT, TOP, RIGHT, BOTTOM = 54, 30, 500, 264
 """The frame of the stack, in pixels."""
 
 

@@ -135,9 +135,8 @@ def logged_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the settings of data, model and trainer that are numbers, texts or switches, by their key on the command
     line without `init_args`."""
     sections = {key: config[key] for key in ("seed_everything", "model") if key in config}
-    data = dict(config.get("data") or {})
-    given = data.get("init_args") or {}
-    data["init_args"] = {key: value for key, value in given.items() if key not in NO_SETTINGS}
+    given = (config.get("data") or {}).get("init_args") or {}
+    data = {key: value for key, value in given.items() if key not in NO_SETTINGS}
     trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key in SETTINGS_OF_TRAINER}
     yield from _scalars({**sections, "data": data, "trainer": trainer}, ())
 

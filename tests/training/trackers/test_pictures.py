@@ -24,4 +24,4 @@ def test_the_papers_sources_keep_their_colours() -> None:
 
 
 def test_a_run_that_has_seen_nothing_has_an_empty_picture() -> None:
-    assert stacked_picture([Column("one", {"web": 0})], "tokens").shape == (400, 960, 3)
+    assert stacked_picture([Column("one", {"web": 0})], "tokens").shape == (300, 640, 3)

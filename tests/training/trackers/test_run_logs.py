@@ -33,7 +33,6 @@ CONFIG = {
 def test_settings_are_named_as_on_the_command_line() -> None:
     assert dict(logged_settings(CONFIG)) == {
         "seed_everything": 3,
-        "data.class_path": "Data",
         "data.batch_tokens": 100,
         "data.stages.one.tokens": "3K",
         "data.stages.one.mix.web": 90.6,
