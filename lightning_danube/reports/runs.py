@@ -343,8 +343,10 @@ def text_samples(run: RecordedRun) -> pd.DataFrame:
     Raises:
         MissingResult: the run wrote no samples.
     """
-    if not run.texts:
-        raise MissingResult(f"{run.title} holds no text samples: {way_to_log('samples/1')}")
+    if not any(tag.startswith("samples/") for tag in run.texts):
+        asked = TAGS["samples/"].class_path in {entry["class_path"] for entry in run.config["trainer"]["callbacks"]}
+        why = "no stage has ended" if asked else way_to_log("samples/1")
+        raise MissingResult(f"{run.title} holds no text samples: {why}")
     spans = stage_spans(run)
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in run.config["trainer"]["callbacks"]}
     rows = []

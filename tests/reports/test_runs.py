@@ -189,7 +189,7 @@ def test_what_is_missing_is_said_with_the_way_to_it(copied_run: Path) -> None:
             r"logged no mix/stage: name lightning_danube\.callbacks\.CurriculumStages in trainer\.callbacks",
         ),
         (runs.mix_table, r"logged no tokens_seen/web: name lightning_danube\.callbacks\.TokenLedger"),
-        (runs.text_samples, r"no text samples: name lightning_danube\.callbacks\.TextSamples"),
+        (runs.text_samples, "no text samples: no stage has ended"),
     ):
         with pytest.raises(runs.MissingResult, match=answer):
             ask(run)
@@ -231,6 +231,13 @@ def test_a_sample_at_the_end_of_a_stage_is_of_that_stage(recorded: runs.Recorded
         {"prompt": "The river", "stage": "one", "tokens": 400, "text": "The river is"},
         {"prompt": "The river", "stage": "two", "tokens": 600, "text": "The river was\n  long"},
     ]
+
+
+def test_a_run_that_stopped_before_its_first_sample_says_so(recorded: runs.RecordedRun) -> None:
+    recorded.texts.clear()
+    recorded.texts["run/plan"] = {0: "the plan"}
+    with pytest.raises(runs.MissingResult, match="holds no text samples: no stage has ended"):
+        runs.text_samples(recorded)
 
 
 def test_the_overview_tells_time_and_speed(recorded: runs.RecordedRun) -> None:
