@@ -11,15 +11,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from lightning_danube.cli.verbs.configuration import add_configuration
+
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        action="append",
-        required=True,
-        metavar="NAME",
-        help="the configuration that `fit` takes: a name or a file",
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--examples", type=int, default=2, metavar="N", help="examples of each source that are shown as tokens (2)"
     )
@@ -31,8 +27,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="rows of each source that are read (1000); 0 reads all rows",
     )
     parser.add_argument("--html", metavar="FILE", help="also write a page for the browser, with longer examples")
-    # Everything else overrides a key of the configuration, as in `fit`.
-    parser.set_defaults(overrides=[])
 
 
 def run(arguments: Namespace) -> None:

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator, this_cpu
 from lightning_danube.terminal import text_table
 
@@ -27,13 +28,7 @@ UNKNOWN = "–"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        action="append",
-        required=True,
-        metavar="NAME",
-        help="the configuration that `fit` takes: a name or a file",
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--accelerator",
         action="append",
@@ -60,8 +55,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="GB/S",
         help="at which a checkpoint is written (1 GB/s, an assumption)",
     )
-    # Everything else overrides a key of the configuration, as in `fit`.
-    parser.set_defaults(overrides=[])
 
 
 def run(arguments: Namespace) -> None:

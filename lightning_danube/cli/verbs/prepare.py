@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.terminal import text_table
 
 if TYPE_CHECKING:
@@ -16,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        action="append",
-        required=True,
-        metavar="NAME",
-        help="the configuration that `fit` takes: a name or a file",
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--shard",
         metavar="I/N",
@@ -30,8 +25,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="how many tokenize (data.processes, all cores)")
     parser.add_argument("--verify", action="store_true", help="read shards that are there and compare their checksums")
-    # Everything else overrides a key of the configuration, as in `fit`.
-    parser.set_defaults(overrides=[])
 
 
 def run(arguments: Namespace) -> None:
