@@ -120,10 +120,10 @@ gpu-wheels: ## download the small packages that a GPU machine without a network 
 		-d wheels -r benchmarks/gpu-wheels.txt
 	@du -sh wheels
 
-gpu-check: ## show in seven minutes what this GPU does, where nothing has to be installed (ARGS=--rehearse: on this CPU; not run on a GPU yet)
+gpu-check: ## show in seven minutes what this GPU does, where nothing has to be installed (ARGS=--rehearse: on this CPU)
 	@$(GPU_PYTHON) benchmarks/first_contact.py $(ARGS)
 
-benchmark-gpu: ## measure attention, training, generation, chats and classification beside peers on one GPU (ARGS="decoding": that part; not run yet)
+benchmark-gpu: ## measure attention, training, generation, chats and classification beside peers on one GPU (ARGS="decoding": that part)
 	@$(GPU_PYTHON) benchmarks/gpu_parts.py $(ARGS)
 
 tensorboard: $(INSTALLED) ## open TensorBoard on runs/

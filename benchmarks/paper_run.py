@@ -35,11 +35,11 @@ TINY_DECODER = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "as configured": {},
-    "eager": {"compile_blocks": False},
-    "compiled": {"compile_blocks": True},
     # A new way to train is a line here: name → arguments of `Pretraining`. A variant whose arguments `Pretraining` does
     # not have is left out.
     "compiled, float8": {"compile_blocks": True, "float8": True},
+    "compiled": {"compile_blocks": True},
+    "eager": {"compile_blocks": False},
 }
 
 
@@ -123,6 +123,9 @@ def configuration(
         "validation_rows": 2,
     }
     task["learning_rate"] = {"peak": 2e-4, "final": 0.0, "warmup": 0}
+    if (recorder or {}).get("steps") is not None:
+        # A run of a few steps would be validated at most of them, and the steps' times would have that in them.
+        trainer["limit_val_batches"] = 0
     trainer |= {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1, "log_every_n_steps": 1}
     trainer["callbacks"].append({"class_path": "paper_run.StepRecorder", "init_args": dict(recorder or {})})
     config["runs"] = str(directory / "runs")
@@ -214,7 +217,7 @@ class StepRecorder(Callback):
         seconds = [after - before for before, after in zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:], strict=False)]
         tokens = statistics.mean(self.tokens[WARM_UP:])
         # Only full rows without masks, trained with all weights, have the FLOPs that the formula counts.
-        counted = set(batch) == {"input_ids", "labels"}
+        counted = set(batch) <= {"input_ids", "labels", "keys"}
         flops = pl_module.config.flops_per_token(trainer.datamodule.context_length)
         self.report(**speed(seconds, tokens, flops, peak_flops() if counted else None))
         self.report(loss_first=self.losses[0], loss_last=self.losses[-1])

@@ -130,7 +130,8 @@ class Answer:
                 conversation.turns = [*conversation.turns, (self.question, self.continuation.text)]
             steps = generation.tokens.steps
             read = [*ids, *(torch.cat(steps).tolist() if steps else [])]
-            conversation.cached_ids = read[: conversation.cache.length]
+            conversation.cached_ids = read[: generation.tokens.cached]
+            conversation.cache.truncate(generation.tokens.cached)
 
 
 def as_messages(turns: list[tuple[str, str]], question: str) -> list[Message]:

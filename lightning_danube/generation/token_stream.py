@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_danube.generation.compiled_steps import CompiledStep, StepsOfCache, next_logits
+from lightning_danube.generation.compiled_steps import (
+    FEWEST_RECORDED,
+    CompiledStep,
+    PlainStep,
+    StepsOfCache,
+    can_be_recorded,
+    next_logits,
+)
 from lightning_danube.generation.readback import Readback
 from lightning_danube.generation.sampling import GREEDY, Sampling, penalize, sample, uniforms
 from lightning_danube.model.cache import KVCache
@@ -36,7 +43,9 @@ class TokenStream(Iterator[Tensor]):
             predicted from at least half a window. Without a window, a text that does not fit the context is refused.
         cache: a cache that already holds the first `length` tokens of every prompt, fewer than the shortest prompt has.
             It needs room for the other tokens and for all new tokens but the last.
-        compiled: computes the steps after the prompt; the default is to compute them without compilation.
+        compiled: computes the steps after the prompt; the default is to compute them without compilation. On a GPU both
+            are recorded as a CUDA graph, plain steps only where that pays (`FEWEST_RECORDED`) and can be done
+            (`can_be_recorded`).
 
     Raises:
         ValueError: the request is impossible.
@@ -74,7 +83,12 @@ class TokenStream(Iterator[Tensor]):
         assert self.cache.capacity >= capacity and self.cache.length < min(self.lengths)
         assert cache is None or window is None, "a window starts from its own cache"
         assert compiled is None or compiled.decoder is decoder
-        self.compiled = None if compiled is None else StepsOfCache(compiled, self.cache)
+        self._fixed: StepsOfCache | None = None
+        """Computes steps of fixed shapes."""
+        if compiled is not None:
+            self._fixed = StepsOfCache(compiled, self.cache)
+        elif max_new_tokens >= FEWEST_RECORDED and can_be_recorded(decoder):
+            self._fixed = StepsOfCache(PlainStep(decoder), self.cache)
 
         self.eos_ids_E = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(self.prompts), dtype=torch.bool, device=device)
@@ -131,6 +145,12 @@ class TokenStream(Iterator[Tensor]):
         told = before if self._all_finished.is_late else self._all_finished
         return told is not None and bool(told.values())
 
+    @property
+    def cached(self) -> int:
+        """The tokens of each row that the cache holds, where the rows have one length."""
+        # The last new token is not read yet.
+        return self.cache.length if self.cache.lengths_B is None else self.lengths[0] - self.starts[0] - 1
+
     def finish(self, row: int) -> None:
         """Ends a row for a reason other than its tokens."""
         self.finished_B[row] = True
@@ -150,10 +170,10 @@ class TokenStream(Iterator[Tensor]):
                 # The step below writes into every row. What it writes into this one is overwritten afterwards.
                 self.cache.lengths_B[row] = 0
             self.cache.visible = longest
-        if self.compiled is None:
+        if self._fixed is None:
             logits_BV = next_logits(self.decoder, self.steps[-1], self.cache)
         else:
-            logits_BV = self.compiled(self.steps[-1], longest)
+            logits_BV = self._fixed(self.steps[-1], longest)
         for row in moved:
             assert self.cache.lengths_B is not None, "rows of one length move together"
             logits_BV[row] = self._read([row], self.cache.row(row))[0]
@@ -178,10 +198,10 @@ class TokenStream(Iterator[Tensor]):
         ids_BT = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         hidden_BTD = self.decoder.hidden_states(ids_BT, cache=cache)
         of_one_length = min(counts) == max(counts)
-        if not of_one_length or (self.compiled is not None and cache is self.cache):
+        if not of_one_length or (self._fixed is not None and cache is self.cache):
             cache.set_lengths([begun + count for count in counts])
-            if self.compiled is not None:
-                self.compiled.forget()
+            if self._fixed is not None:
+                self._fixed.forget()
         if of_one_length:
             last_BD = hidden_BTD[:, -1]
         else:

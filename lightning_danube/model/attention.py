@@ -107,7 +107,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, theta: float, scaling: "RopeScaling | None" = None) -> None:
         super().__init__()
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
-        self.register_buffer("frequencies", self._computed(), persistent=False)
+        # On the device of the parameters. On the meta device the numbers would be lost.
+        device = torch.get_default_device()
+        self.register_buffer(
+            "frequencies", self._computed().to("cpu" if device.type == "meta" else device), persistent=False
+        )
         self.frequencies: Tensor
 
     def _computed(self) -> Tensor:

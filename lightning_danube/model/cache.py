@@ -112,9 +112,9 @@ class KVCache:
             self.length += tokens
 
     def truncate(self, length: int) -> None:
-        """Removes all but the first `length` tokens of each row."""
-        assert self.lengths_B is None and 0 <= length <= self.length, (length, self.length)
-        self.length = length
+        """Removes all but the first `length` tokens of each row. If rows had their own lengths, they have one again."""
+        assert self.lengths_B is not None or 0 <= length <= self.length, (length, self.length)
+        self.length, self.lengths_B = length, None
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Gives each row its own length. Tokens after that length are hidden, and later overwritten."""

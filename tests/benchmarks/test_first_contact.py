@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from lightning_danube.model import Decoder
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = {"rehearse": True}
@@ -37,7 +40,7 @@ def test_correctness_notices_documents_that_see_each_other(
 
     seeing = Decoder.hidden_states
 
-    def blind_in_float64(self: Any, ids: Any, document_ids_BT: Any = None) -> Any:
+    def blind_in_float64(self: Any, ids: Any, document_ids_BT: Any = None, document_runs: Any = None) -> Any:
         return seeing(self, ids, document_ids_BT=document_ids_BT if ids.dtype == torch.long and self.exact else None)
 
     monkeypatch.setattr(Decoder, "hidden_states", blind_in_float64)
@@ -47,22 +50,22 @@ def test_correctness_notices_documents_that_see_each_other(
     assert [row["ok"] for row in report.measured["rows"]] == [True, True, False, False]
 
 
-def test_a_compiled_step_is_compared_with_an_eager_one(contact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_danube.generation import compiled_steps, token_stream
-
-    class AsWritten:
-        shift = 0
-
-        def __init__(self, decoder: Any) -> None:
-            self.decoder = decoder
-
-        def __call__(self, ids: Any, cache: Any) -> Any:
-            return compiled_steps.next_logits(self.decoder, ids, cache).roll(self.shift, -1)
-
-    monkeypatch.setattr(compiled_steps, "CompiledStep", AsWritten)
-    assert token_stream.TokenStream is not None and contact.compiled_decoding_agrees("cpu")
-    monkeypatch.setattr(AsWritten, "shift", 1)
-    assert not contact.compiled_decoding_agrees("cpu")
+@pytest.mark.parametrize("code", [0, 1])
+def test_failing_tests_of_compiled_steps_are_reported(
+    contact: Any, report: Any, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f"print('7 tests were run'); raise SystemExit({code})"
+    monkeypatch.setattr(contact, "device_of", lambda options: "cpu")
+    monkeypatch.setattr(Decoder, "compile_blocks", lambda decoder: None)
+    monkeypatch.setattr(
+        contact,
+        "begin_tests_of_compiled_steps",
+        lambda: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True),
+    )
+    with pytest.raises(RuntimeError, match="test_compiled_steps") if code else nullcontext():
+        contact.correctness(report, {**REHEARSAL, "rehearse": False})
+    assert report.measured["tests_of_compiled_steps"] == "7 tests were run"
+    assert [row["compiled"] for row in report.measured["rows"]] == 2 * [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -105,22 +108,25 @@ def test_all_losses_are_of_the_same_value(contact: Any, report: Any) -> None:
 
 def test_documents_as_configured_are_those_of_a_dense_mask(contact: Any, report: Any) -> None:
     contact.documents(report, REHEARSAL)
-    assert [row["masks"] for row in report.measured["rows"]] == ["none", "as configured", "dense"]
-    assert report.measured["as_configured_beside_dense"] < 1e-2
+    assert [row["masks"] for row in report.measured["rows"]] == ["none", "as configured", "blocks", "dense"]
+    assert max(report.measured[f"{name}_beside_dense"] for name in ("as_configured", "blocks")) < 1e-2
     packed = contact.packed_documents(2, 960)
     assert packed.shape == (2, 960) and (packed.diff() >= 0).all() and not packed[:, 0].any()
     # A document in 80 tokens: 12 a row on average, and the seed is fixed.
     assert 6 <= int(packed.max()) <= 20
 
 
-def test_documents_that_see_each_other_are_noticed(contact: Any, report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["as configured", "blocks"])
+def test_documents_that_see_each_other_are_noticed(
+    contact: Any, report: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ways = contact.ways_to_mask
 
     def blind(decoder: Any, packed: Any) -> Any:
-        return {**ways(decoder, packed), "as configured": lambda ids: decoder.hidden_states(ids)}
+        return {**ways(decoder, packed), way: lambda ids: decoder.hidden_states(ids)}
 
     monkeypatch.setattr(contact, "ways_to_mask", blind)
-    with pytest.raises(RuntimeError, match="differ by"):
+    with pytest.raises(RuntimeError, match=f"{way}: the hidden states differ by"):
         contact.documents(report, REHEARSAL)
 
 
@@ -131,7 +137,7 @@ def test_decoding_runs_each_way_twice(contact: Any, report: Any, monkeypatch: py
     contact.decoding(report, REHEARSAL)
     rows = report.measured["rows"]
     assert [(row["generation"], row["run"]) for row in rows] == [
-        ("eager", 1), ("eager", 2), ("compiled", 1), ("compiled", 2)
+        ("as written", 1), ("as written", 2), ("compiled", 1), ("compiled", 2)
     ]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in rows)
 

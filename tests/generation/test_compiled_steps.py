@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_danube.generation.compiled_steps import CompiledStep, StepsOfCache
+from lightning_danube.generation import compiled_steps, token_stream
+from lightning_danube.generation.compiled_steps import FEWEST_RECORDED, CompiledStep, StepsOfCache, can_be_recorded
 from lightning_danube.generation.packing import SplitLinear, pack, pack_for_generation
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.model import Decoder, DecoderConfig, KVCache
+from tests.recorded_steps import Replayed, record_on
 from tests.tiny_models import VARIANTS, tiny_decoder
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2, max_position_embeddings=600)
@@ -45,6 +48,84 @@ def rows(decoder: Decoder, prompts: list[list[int]], new_tokens: int, **options:
     return torch.stack([*TokenStream(decoder, prompts, new_tokens, **options)], dim=1).tolist()
 
 
+REQUESTS: list[tuple[list[list[int]], int, dict[str, Any]]] = [
+    (prompts_of(9), 20, {}),
+    (prompts_of(3, 11, 1), 20, {}),
+    (prompts_of(5, 5), 20, {"sampling": Sampling(repetition_penalty=1.5)}),
+    # Rows that reach their window at different times, and at the same; more than a graph has slots.
+    (prompts_of(3, 12), 20, {"window": 12}),
+    (prompts_of(5, 5), 20, {"window": 12}),
+    (prompts_of(250, 3), 20, {"sampling": Sampling(temperature=1.0), "seeds": [1, 2]}),
+]
+
+
+@pytest.mark.parametrize("asked", REQUESTS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_recorded_steps_give_the_same_tokens(device: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(torch.float64, device)
+    prompts, new_tokens, options = asked
+    with monkeypatch.context() as never:
+        never.setattr(token_stream, "FEWEST_RECORDED", new_tokens + 1)
+        expected = rows(decoder, prompts, new_tokens, **options)
+    record_on(device, monkeypatch)
+    assert rows(decoder, prompts, new_tokens, **options) == expected
+    if device == "cpu":
+        assert Replayed.made
+
+
+def test_steps_that_cannot_be_recorded_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, prompts = decoder_of(torch.float64), prompts_of(4, 9)
+    expected = rows(decoder, prompts, 20)
+    record_on("cpu", monkeypatch)
+
+    def fail(step: Any, ids_B: torch.Tensor, cache: KVCache) -> None:
+        step(ids_B, cache)  # as the steps before the recording do
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(compiled_steps, "RecordedStep", fail)
+    assert rows(decoder, prompts, 20) == expected
+
+
+def test_a_step_reads_nothing_back() -> None:
+    """A step that waits for the device, or sends numbers there, cannot be recorded."""
+    seen: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(str(func))
+            return func(*args, **kwargs or {})
+
+    decoder = decoder_of(torch.bfloat16)
+    cache = KVCache.for_decoder(decoder, 2, 300)
+    cache.set_lengths([5, 7])
+    cache.visible = 256
+    ids = torch.tensor([1, 2])
+    with torch.no_grad(), Seen():
+        compiled_steps.next_logits(decoder, ids, cache)
+    assert "aten.embedding.default" in seen
+    # `item`, the places of a mask, and tensors of numbers that the host has.
+    waits = ("_local_scalar", "nonzero", "masked_select", "lift_fresh")
+    assert not {name for name in seen if any(word in name for word in waits)}
+
+
+def test_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(torch.float32)
+    assert not can_be_recorded(decoder)  # on a CPU
+    record_on("cpu", monkeypatch)
+    assert can_be_recorded(decoder)
+    made = []
+    for new_tokens in (FEWEST_RECORDED - 1, FEWEST_RECORDED):
+        rows(decoder, [[1, 2, 3]], new_tokens)
+        made.append(Replayed.made)
+    assert made == [0, 1], "too few tokens are not recorded"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    assert not can_be_recorded(decoder)
+    monkeypatch.undo()
+    record_on("cpu", monkeypatch)
+    monkeypatch.setattr(decoder.lm_head.weight, "device_mesh", "divided", raising=False)
+    assert not can_be_recorded(decoder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled_steps_of_other_families_give_the_same_tokens(name: str) -> None:
@@ -60,19 +141,14 @@ def test_compiled_steps_of_other_families_give_the_same_tokens(name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_steps_give_the_same_tokens(device: str) -> None:
+@pytest.mark.parametrize("device", [*DEVICES, "cpu as a gpu"])
+def test_compiled_steps_give_the_same_tokens(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu as a gpu":
+        device = "cpu"
+        record_on(device, monkeypatch)
     decoder = decoder_of(torch.float64, device)
     compiled = CompiledStep(decoder)
-    requests: list[tuple[list[list[int]], int, dict[str, Any]]] = [
-        (prompts_of(3, 11, 1), 20, {}),
-        (prompts_of(5, 5), 20, {"sampling": Sampling(repetition_penalty=1.5)}),
-        # Rows that reach their window at different times, and at the same; more than a graph has slots.
-        (prompts_of(3, 12), 20, {"window": 12}),
-        (prompts_of(5, 5), 20, {"window": 12}),
-        (prompts_of(250, 3), 20, {"sampling": Sampling(temperature=1.0), "seeds": [1, 2]}),
-    ]
-    for prompts, new_tokens, options in requests:
+    for prompts, new_tokens, options in REQUESTS[1:]:
         expected = rows(decoder, prompts, new_tokens, **options)
         assert rows(decoder, prompts, new_tokens, compiled=compiled, **options) == expected
     # For all these batches, windows and lengths.

@@ -14,6 +14,7 @@ import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.cli.verbs.chat import converse
+from lightning_danube.generation import token_stream
 from lightning_danube.generation.conversation import ChatSession, common_beginning
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
@@ -21,6 +22,7 @@ from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.tokens.chat_template import Message, encode_chat
 from lightning_danube.tokens.tokenizer import load_hf_tokenizer
 from lightning_danube.weights.huggingface import save_hf
+from tests.recorded_steps import record_on
 
 CONTEXT = 128
 
@@ -39,8 +41,12 @@ def weights(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-@pytest.fixture
-def conversation(decoder: Decoder) -> ChatSession:
+@pytest.fixture(params=["plain", "recorded"])
+def conversation(decoder: Decoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ChatSession:
+    """With steps as a CPU takes them, and as a GPU does."""
+    if request.param == "recorded":
+        monkeypatch.setattr(token_stream, "FEWEST_RECORDED", 10)
+        record_on("cpu", monkeypatch)
     return ChatSession(decoder, load_hf_tokenizer("mistral"), max_new_tokens=10, sampling=Sampling())
 
 
