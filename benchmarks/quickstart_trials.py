@@ -61,6 +61,8 @@ TRIALS: dict[str, list[str]] = {
     "cosine": [f"{MODEL}.learning_rate.shape", "cosine"],
     "untied": [f"{DECODER}.tie_word_embeddings", "false"],
     "no weight decay": [f"{OPTIMIZER}.weight_decay", "0.0"],
+    "Muon 0.01, AdamW 0.006": [f"{OPTIMIZER}.peak", "0.01", f"{MODEL}.learning_rate.peak", "6e-3"],
+    "Muon 0.014, AdamW 0.004": [f"{OPTIMIZER}.peak", "0.014", f"{MODEL}.learning_rate.peak", "4e-3"],
     "Mistral's 32,000 pieces": [f"{DATA}.tokenizer", "mistral"],
 }
 """Name of a trial → what it changes."""
