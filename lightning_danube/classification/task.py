@@ -72,17 +72,10 @@ class ClassifiedTexts(Metric):
 def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
     """Returns the state of the last token that is not padding, after the last norm: (B, D).
 
-    Causal attention does not see padding after a text. A mask hides padding before a text, and positions count from the
-    first token, so the state does not depend on the side of the padding.
+    Texts are padded at their ends, where causal attention does not see the padding.
     """
-    real_BT = attention_mask_BT.bool()
-    position_ids_BT = document_ids_BT = None
-    if not bool(real_BT[:, 0].all()):
-        position_ids_BT = (attention_mask_BT.cumsum(1) - 1).clamp(min=0)
-        document_ids_BT = attention_mask_BT
-    hidden_BTD = decoder.hidden_states(input_ids_BT, position_ids_BT, document_ids_BT)
-    places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-    last_B = (places_T * real_BT).argmax(1)
+    hidden_BTD = decoder.hidden_states(input_ids_BT)
+    last_B = (attention_mask_BT.sum(1) - 1).clamp(min=0)  # a row may be empty
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
 

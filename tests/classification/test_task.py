@@ -24,12 +24,11 @@ def texts() -> list[Tensor]:
     return [torch.randint(1, 250, (length,), generator=generator) for length in LENGTHS]
 
 
-def padded(side: str, padding: int = 2) -> tuple[Tensor, Tensor]:
+def padded(padding: int = 2) -> tuple[Tensor, Tensor]:
     """Rows of one place more than the longest text has."""
     rows, masks = [], []
     for ids in texts():
-        room = max(LENGTHS) + 1 - len(ids)
-        place = (room, 0) if side == "left" else (0, room)
+        place = (0, max(LENGTHS) + 1 - len(ids))
         rows.append(F.pad(ids, place, value=padding))
         masks.append(F.pad(torch.ones_like(ids), place))
     return torch.stack(rows), torch.stack(masks)
@@ -62,22 +61,28 @@ def randomize(decoder: Decoder) -> None:
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_makes_no_difference(side: str) -> None:
+def test_padding_makes_no_difference() -> None:
     """Float64, so that only the angles' rounding to float32 is left, which is the same for the same positions."""
     decoder = tiny_decoder().double().eval()
     alone = torch.cat([last_token_states(decoder, ids[None], torch.ones(1, len(ids), dtype=int)) for ids in texts()])  # type: ignore[call-overload]
-    together = last_token_states(decoder, *padded(side))
+    together = last_token_states(decoder, *padded())
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
     for padding in (0, 77):
-        assert torch.equal(last_token_states(decoder, *padded(side, padding)), together)
+        assert torch.equal(last_token_states(decoder, *padded(padding)), together)
+
+
+def test_an_empty_row_changes_no_other() -> None:
+    decoder = tiny_decoder().double().eval()
+    ids, mask = padded()
+    with_empty = [torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (ids, mask)]
+    assert torch.equal(last_token_states(decoder, *with_empty)[:-1], last_token_states(decoder, ids, mask))
 
 
 def test_the_state_is_that_of_the_last_token() -> None:
     decoder = tiny_decoder().double().eval()
     ids = texts()[0]
     expected = decoder.hidden_states(ids[None])[:, -1]
-    found = last_token_states(decoder, *padded("right"))[:1]
+    found = last_token_states(decoder, *padded())[:1]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -85,22 +90,22 @@ def test_the_state_is_that_of_the_last_token() -> None:
 def test_a_fresh_adapter_changes_nothing(tmp_path: Path, head: str) -> None:
     model = task(tmp_path, head).eval()
     base = tiny_decoder().double().eval()
-    seen = last_token_states(base, *padded("right"))
+    seen = last_token_states(base, *padded())
     if head == "logits":
         seen = base.lm_head(seen)
-    torch.testing.assert_close(model.class_logits(*padded("right")), model.head(seen), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.class_logits(*padded()), model.head(seen), rtol=1e-12, atol=1e-12)
     assert model.head.weight.shape == (3, 64 if head == "hidden" else 272) and model.head.bias is None
 
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
 def test_merging_gives_the_same_scores(tmp_path: Path, kind: dict[str, bool]) -> None:
     model = task(tmp_path, lora=Lora(rank=4, alpha=8, **kind)).eval()  # type: ignore[arg-type]
-    before = model.class_logits(*padded("right"))
+    before = model.class_logits(*padded())
     randomize(model.decoder)
-    apart = model.class_logits(*padded("right"))
+    apart = model.class_logits(*padded())
     assert (apart - before).abs().max() > 1e-3
     merge_adapter(model.decoder)
-    torch.testing.assert_close(model.class_logits(*padded("right")), apart, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.class_logits(*padded()), apart, rtol=1e-10, atol=1e-12)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path: Path) -> None:
 def test_gradients_reach_the_adapter_and_the_head_alone(tmp_path: Path, head: str) -> None:
     model = task(tmp_path, head, lora=Lora(rank=4))
     randomize(model.decoder)
-    ids, mask = padded("right")
+    ids, mask = padded()
     total, count = model.sum_of_losses(
         {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, -100, 2]), "rows": torch.arange(3)}
     )
@@ -137,7 +142,7 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
             tmp_path / str(recompute), lora=Lora(rank=4, dropout=0.0), activation_checkpointing=recompute
         ).train()
         randomize(model.decoder)
-        ids, mask = padded("right")
+        ids, mask = padded()
         model.sum_of_losses(
             {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor([0, 1, 2]), "rows": torch.arange(3)}
         )[0].backward()
@@ -178,7 +183,7 @@ def test_predictions_are_put_into_the_order_of_the_texts() -> None:
 
 
 def batch_of(rows: list[int], classes: list[int]) -> Any:
-    ids, mask = padded("right")
+    ids, mask = padded()
     return {"input_ids": ids, "attention_mask": mask, "classes": torch.tensor(classes), "rows": torch.tensor(rows)}
 
 
@@ -189,7 +194,7 @@ def test_scores_are_of_the_last_evaluation_alone(tmp_path: Path, verb: str) -> N
     model.log_dict = lambda values, logger: logged.update(values)  # type: ignore[method-assign, assignment, misc]
     model.trainer.loggers = []
     with torch.no_grad():
-        logits = model.class_logits(*padded("right"))
+        logits = model.class_logits(*padded())
         wanted = logits.log_softmax(1)
         for classes in ([0, 0, 0], [2, 0, -100]):
             getattr(model, f"on_{verb}_epoch_start")()
@@ -233,8 +238,8 @@ def test_the_seed_of_the_run_makes_the_head_whatever_was_drawn_before(tmp_path: 
 def test_class_logits_keep_their_precision_under_autocast(tmp_path: Path) -> None:
     model = task(tmp_path).float().eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        seen = last_token_states(model.decoder, *padded("right"))
-        found = model.class_logits(*padded("right"))
+        seen = last_token_states(model.decoder, *padded())
+        found = model.class_logits(*padded())
     assert found.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(found, model.head(seen.float()), rtol=1e-5, atol=1e-6)
