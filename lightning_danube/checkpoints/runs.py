@@ -12,6 +12,8 @@ from typing import Any
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
 from lightning_danube.yaml_files import load_yaml
 
+LAST_OR_NEW = "last-or-new"
+
 
 @dataclass(frozen=True)
 class RunPlace:
@@ -57,11 +59,12 @@ class RunPlace:
 def resolve_checkpoint(
     verb: str, runs: str, name: str, ckpt_path: str | None, *, has_weights: bool = False
 ) -> RunPlace:
-    """Finds the checkpoint that `--ckpt_path` names: None, a file, a run's directory, or "last".
+    """Finds the checkpoint that `--ckpt_path` names: None, a file, a run's directory, "last" or "last-or-new".
 
-    `fit` with "last" continues in the same version; every other value begins a new version. Evaluation writes beside
-    the runs, to `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded. For a run, the newest undamaged
-    checkpoint is taken instead, with a warning. A damaged file that the user named has no substitute.
+    `fit` with "last" continues in the same version, and with "last-or-new" too, or begins if there is no checkpoint
+    yet: a job that is started again may have ended before its first one. Every other value begins a new version.
+    Evaluation writes beside the runs, to `<runs>/<name>-<verb>`. A damaged checkpoint is never loaded. For a run, the
+    newest undamaged checkpoint is taken instead, with a warning. A damaged file that the user named has no substitute.
 
     Raises:
         ValueError: there is no checkpoint, all are damaged, or evaluation got no checkpoint and the model has no
@@ -75,9 +78,14 @@ def resolve_checkpoint(
                 f"{verb} needs a trained model: give --ckpt_path last, a checkpoint file or a run's directory"
             )
         return RunPlace(place, None, continues=False)
-    if ckpt_path == "last":
+    if ckpt_path == LAST_OR_NEW and verb != "fit":
+        raise ValueError(f"--ckpt_path {LAST_OR_NEW} is for fit: {verb} needs a checkpoint, so give --ckpt_path last")
+    if ckpt_path in ("last", LAST_OR_NEW):
         versions = versions_of(directory)
         with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
+        if not with_checkpoint and ckpt_path == LAST_OR_NEW:
+            warnings = [f"there is no checkpoint under {directory}: the run begins anew"] if versions else []
+            return RunPlace(place, None, continues=False, warnings=warnings)
         if not with_checkpoint:
             raise ValueError(
                 f"there is no checkpoint under {directory} to go on from: leave out --ckpt_path last to begin, "

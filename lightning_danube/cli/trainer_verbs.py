@@ -186,7 +186,9 @@ class DanubeCLI(LightningCLI):
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
             self._tell_checkpoint(str(self._get(self.config, "ckpt_path")))
-            self.config[self.subcommand]["ckpt_path"] = str(self.place.checkpoint)
+        self.config[self.subcommand]["ckpt_path"] = (
+            None if self.place.checkpoint is None else str(self.place.checkpoint)
+        )
         saved = None
         if self.subcommand == "fit" and self.place.checkpoint is not None:
             saved = read_saved_config(self.place.checkpoint.parent.parent / "config.yaml")

@@ -35,6 +35,7 @@ def test_version_ten_is_newer_than_version_nine(tmp_path: Path) -> None:
     ("verb", "asked", "version", "directory"),
     [
         ("fit", "last", "version_3", "run"),
+        ("fit", "last-or-new", "version_3", "run"),
         ("fit", "RUN", None, "run"),
         ("fit", "RUN/checkpoints/step_00000001.ckpt", None, "run"),
         ("validate", "last", None, "run-validate"),
@@ -50,6 +51,26 @@ def test_only_last_goes_on_in_the_same_version(
     assert place.checkpoint == run / "checkpoints" / "step_00000001.ckpt"
     assert place.run == tmp_path / directory / (version or ("version_4" if directory == "run" else "version_0"))
     assert place.claim() == place.claim() == run if version else place.claim() != place.claim()
+
+
+def test_last_or_new_begins_where_there_is_no_checkpoint_yet(tmp_path: Path) -> None:
+    place = resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
+    assert place.checkpoint is None and place.run.name == "version_0" and not place.warnings
+    # The job ended before its first checkpoint.
+    (tmp_path / "run" / "version_0" / "checkpoints").mkdir(parents=True)
+    place = resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
+    assert place.checkpoint is None and place.run.name == "version_1"
+    assert place.warnings == [f"there is no checkpoint under {tmp_path / 'run'}: the run begins anew"]
+    with pytest.raises(ValueError, match="last-or-new is for fit: test needs a checkpoint"):
+        resolve_checkpoint("test", str(tmp_path), "run", "last-or-new")
+
+
+def test_last_or_new_never_begins_over_damaged_checkpoints(tmp_path: Path) -> None:
+    damaged = tmp_path / "run" / "version_0" / "checkpoints" / "step_00000001.ckpt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="no checkpoint under .* is whole"):
+        resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
 
 
 def test_two_runs_that_begin_at_once_take_two_versions(tmp_path: Path) -> None:
