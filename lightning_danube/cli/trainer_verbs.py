@@ -186,12 +186,11 @@ class DanubeCLI(LightningCLI):
                 tell(f"warning: {warning}")
         if self.place.checkpoint is not None:
             self._tell_checkpoint(str(self._get(self.config, "ckpt_path")))
-        self.config[self.subcommand]["ckpt_path"] = (
-            None if self.place.checkpoint is None else str(self.place.checkpoint)
-        )
+        checkpoint = self.place.checkpoint
+        self.config[self.subcommand]["ckpt_path"] = None if checkpoint is None else str(checkpoint)
         saved = None
-        if self.subcommand == "fit" and self.place.checkpoint is not None:
-            saved = read_saved_config(self.place.checkpoint.parent.parent / "config.yaml")
+        if self.subcommand == "fit" and checkpoint is not None:
+            saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
         self.precision = self._choose_precision(saved)
         self._note_changes(saved)
         self._take_loggers()

@@ -69,7 +69,7 @@ def test_last_or_new_never_begins_over_damaged_checkpoints(tmp_path: Path) -> No
     damaged = tmp_path / "run" / "version_0" / "checkpoints" / "step_00000001.ckpt"
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="no checkpoint under .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint under .* is whole"):
         resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
 
 
