@@ -62,7 +62,7 @@ def test_failing_tests_of_compiled_steps_are_reported(
         "begin_tests_of_compiled_steps",
         lambda: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True),
     )
-    with pytest.raises(RuntimeError, match="wrong: tests/generation/test_compiled_steps.py"):
+    with pytest.raises(RuntimeError, match="wrong: tests/generation/test_compiled_steps"):
         contact.correctness(report, {**REHEARSAL, "rehearse": False})
     assert report.measured["tests_of_compiled_steps"] == "7 tests were run"
     assert [row["compiled"] for row in report.measured["rows"]] == 2 * [False, False, True]
