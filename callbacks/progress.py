@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from lightning_danube.extras import install_command, missing_module
 from lightning_danube.pretraining.position import finished_stage, stage_name
+from lightning_danube.terminal import show
 from lightning_danube.training.position import end_of_run, tokens_done
 
 BAR = "{desc}{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
@@ -26,7 +28,7 @@ def say(trainer: Trainer, text: str) -> None:
         if isinstance(bar, Progress):
             bar.print(text)
         else:
-            print(text, flush=True)
+            show(text)
 
 
 def can_draw(trainer: Trainer) -> bool:
@@ -58,9 +60,12 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        write: Any = print if self._live is None else self._live.write
-        write(" ".join(map(str, args)), file=sys.stdout)
-        sys.stdout.flush()
+        text = " ".join(map(str, args))
+        if self._live is None:
+            show(text)
+        else:
+            with self._live.hidden():
+                show(text)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_start(trainer, pl_module)
@@ -84,7 +89,7 @@ class Progress(ProgressBar):
         if self._live is not None and self._live.is_due(now):
             self._live.train(done, stage_name(trainer), loss_of(trainer))
         elif self._live is None and self._plain.is_due(now, done, ends_stage):
-            print(self._plain.line(done, end_of_run(trainer), loss_of(trainer), now), flush=True)
+            show(self._plain.line(done, end_of_run(trainer), loss_of(trainer), now))
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self._live is not None:
@@ -137,7 +142,12 @@ class LiveLine:
             dynamic_ncols=True,
             bar_format=STANDING,
         )
-        self.write, self.close = self._bar.write, self._bar.close
+        self.close = self._bar.close
+
+    def hidden(self) -> AbstractContextManager[None]:
+        """Removes the line for the time of a block, in which other lines are printed."""
+        manager: AbstractContextManager[None] = self._bar.external_write_mode(file=sys.stdout)
+        return manager
 
     def is_due(self, now: float) -> bool:
         """Returns whether the line was last drawn half a second ago."""

@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch.profilers import SimpleProfiler
 
-from lightning_danube.terminal import text_table
+from lightning_danube.terminal import show, text_table
 from lightning_danube.training.task import FORWARD
 
 
@@ -59,7 +59,7 @@ class StepTimes(SimpleProfiler):
     def describe(self) -> None:
         # Lightning would log the table with a prefix that breaks its columns.
         if self._local_rank in (None, 0):
-            print(self.summary(), flush=True)
+            show(self.summary())
 
     def summary(self) -> str:
         """Returns the table; an empty text if nothing was trained."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from lightning_danube.outside.modules import leave_working_directory
+
+if __name__ == "__main__":
+    leave_working_directory()  # before any other import
+
 import argparse
 import importlib
 import importlib.metadata
@@ -16,7 +21,7 @@ from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.signals import SIGNALS, Stopped
-from lightning_danube.terminal import as_typed, name_meant, nearest_name, tell
+from lightning_danube.terminal import as_typed, name_meant, nearest_name, show, tell
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -64,10 +69,10 @@ def _run(args: list[str]) -> int:
 def _report(error: Exception, debug: bool) -> int:
     message = user_message(error)
     if debug or message is None:
-        traceback.print_exc()
+        tell(traceback.format_exc().rstrip("\n"))
         return 1 if message is None else 2
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("on rank ")]
-    print(" ".join(["error:", message, *(f"({note})" for note in notes)]), file=sys.stderr)
+    tell(" ".join(["error:", message, *(f"({note})" for note in notes)]))
     return 2
 
 
@@ -88,16 +93,16 @@ def check_links() -> None:
 def _dispatch(args: list[str]) -> int:
     check_links()
     if not args or args[0] in ("-h", "--help"):
-        print(_overview())
+        show(_overview())
         return 0 if args else 2
     verb = args[0]
     if verb == "--version":
-        print(importlib.metadata.version("lightning-danube"))
+        show(importlib.metadata.version("lightning-danube"))
         return 0
     if verb in TRAINER_VERBS and {"-h", "--help"} & set(args):
         from lightning_danube.cli.help import help_of
 
-        print(help_of(verb, args[1:]))
+        show(help_of(verb, args[1:]))
         return 0
     if verb in TRAINER_VERBS:
         if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all

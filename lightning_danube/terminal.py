@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+
+from lightning_danube.outside.secrets import redacted
+from lightning_danube.outside.texts import in_markdown, printable
 
 SCRIPT = "lightning-danube"
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -56,9 +58,10 @@ def _by_script() -> bool:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table with padded columns: the first column aligned left, the others right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    shown = [[printable(cell.replace("\n", " ")) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(header))]
     lines = []
-    for row in [header, *rows]:
+    for row in shown:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "─" * len(max(lines, key=len)))
@@ -66,20 +69,25 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table. Strips spaces around cells, and escapes a bar inside a cell."""
-    lines = [[re.sub(r"([|\\])", r"\\\1", cell.strip()) for cell in row] for row in [header, *rows]]
+    """Returns a Markdown table. A cell shows its text: no text of others becomes markup."""
+    lines = [[in_markdown(cell) for cell in row] for row in [header, *rows]]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown_code(text: str) -> str:
     """Returns a text as a block of Markdown code, which keeps line breaks."""
-    return "\n".join("    " + line for line in text.splitlines())
+    return "\n".join("    " + printable(line) for line in text.splitlines())
 
 
-def tell(text: str) -> None:
-    """Prints a line to stderr, so that stdout has only the output of the run."""
-    print(text, file=sys.stderr, flush=True)
+def show(text: object = "", *, end: str = "\n") -> None:
+    """Prints a text to stdout. Hides secrets, and shows control characters as their codes."""
+    print(printable(redacted(str(text))), end=end, flush=True)
+
+
+def tell(text: object) -> None:
+    """Prints a line to stderr, so that stdout has only the output of the run. Hides as `show` does."""
+    print(printable(redacted(str(text))), file=sys.stderr, flush=True)
 
 
 def nearest_name(name: object, known: Iterable[str], least: float = 0.6) -> str | None:

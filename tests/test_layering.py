@@ -15,6 +15,7 @@ GENERAL = ("terminal", "yaml_files", "files", "intervals", "device", "options", 
 TASKS = ("pretraining", "chat", "classification", "quantization", "evaluation")
 # Each room imports only itself and rooms that stand before it.
 ORDER = (
+    "outside",
     *GENERAL,
     "model",
     "text",

@@ -26,6 +26,7 @@ from lightning_danube.files import default_cache_dir, new_folder
 from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
+from lightning_danube.outside.names import plain_name
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
@@ -167,6 +168,8 @@ class ConversationData(PlannedData):
         super().__init__(
             *tokenizer_of(tokenizer), batch_rows=batch_rows, micro_batch_size=micro_batch_size, workers=workers
         )
+        for name in sources:
+            plain_name(name, "data.sources: the name of a source")
         self.sources = {name: options(self.source, given, f"data.sources.{name}") for name, given in sources.items()}
         self.context_length = context_length
         self.too_long, self.held_out, self.validation_examples = too_long, held_out, validation_examples

@@ -20,6 +20,7 @@ from lightning_danube.chat.data import SPLITS, ConversationData, EncodedChats, b
 from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
 from lightning_danube.files import new_file
+from lightning_danube.terminal import show
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, TokenBatch
@@ -190,7 +191,7 @@ class PreferenceData(ConversationData):
         mine = np.argsort(-self.lengths(chats), kind="stable")[replica::replicas]
         starts = range(0, len(mine), self.micro_batch_size)
         if self.trainer is None or self.trainer.is_global_zero:
-            print(f"reference: computing {len(self.lengths(chats)):,} pairs", flush=True)
+            show(f"reference: computing {len(self.lengths(chats)):,} pairs")
         values: Tensor | None = None
         for start in tqdm(starts, desc="reference", unit=" batches", disable=None, leave=False):
             pairs = mine[start : start + self.micro_batch_size]

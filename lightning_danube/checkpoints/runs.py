@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
+from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml
 
 LAST_OR_NEW = "last-or-new"
@@ -67,10 +68,10 @@ def resolve_checkpoint(
     newest undamaged checkpoint is taken instead, with a warning. A damaged file that the user named has no substitute.
 
     Raises:
-        ValueError: there is no checkpoint, all are damaged, or evaluation got no checkpoint and the model has no
-            weights from elsewhere (`has_weights`).
+        ValueError: the name is a path, there is no checkpoint, all are damaged, or evaluation got no checkpoint and
+            the model has no weights from elsewhere (`has_weights`).
     """
-    directory = Path(runs) / name
+    directory = inside(Path(runs), name, "--name")
     place = directory if verb == "fit" else Path(runs) / f"{name}-{verb}"
     if ckpt_path is None:
         if verb != "fit" and not has_weights:

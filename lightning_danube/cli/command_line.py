@@ -15,6 +15,8 @@ from typing import Any
 
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
+from lightning_danube.outside.modules import let_in
+from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
 from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
@@ -277,6 +279,7 @@ def check_command_line(args: Sequence[str]) -> None:
         raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
     _check_flags(args)
     stated = read_command_line(with_config_paths(args))
+    _check_texts(stated)
     for key in stated.tree:
         if key not in (*TOP_LEVEL, *_OTHER_FLAGS):
             raise ValueError(f"{_place(stated, key)}{no_option(str(key), TOP_LEVEL, 'this command')}")
@@ -299,6 +302,37 @@ def _check_flags(args: Sequence[str]) -> None:
             near = nearest_name(match[1], TOP_LEVEL)
             hint = f": did you mean --{near}?" if near else ", see --help"
             raise ValueError(f"{arg.partition('=')[0]} is not an option of this command{hint}")
+
+
+def _check_texts(stated: Stated) -> None:
+    """Lets in the modules that a configuration names, and refuses the keys and passwords that it holds.
+
+    Raises:
+        ValueError: a text holds a secret. `config.yaml`, logs and reports would repeat it.
+    """
+    for path, text in texts_of(stated.tree):
+        let_in(text)
+        place = stated.place_of(path)
+        place = place if place.startswith("--") else f"{place}: {'.'.join(path)}"
+        if secret_in(text):
+            raise ValueError(
+                f"{place} holds a key or a password ({redacted(text)[:200]}), and a run keeps and shows its "
+                "configuration: give it in an environment variable (SECURITY.md)"
+            )
+        if path[-1] == "api_key_variable":
+            try:
+                key_of(text)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+
+
+def texts_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Yields the texts of a tree of values with their paths, without `init_args`."""
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from texts_of(inner, path if key == "init_args" else (*path, str(key)))
 
 
 def _check_facts_of_data(stated: Stated) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from lightning_danube.cli.command_line import Stated
-from lightning_danube.cli.options import Path
+from lightning_danube.cli.command_line import Stated, texts_of
 
 
 def located(message: str, stated: Stated) -> str:
@@ -49,19 +48,11 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
 
 def unresolved(stated: Stated) -> str | None:
     """Names the first value that refers to a missing key, such as `${nothing}`."""
-    for path, text in _texts(stated.tree, ()):
+    for path, text in texts_of(stated.tree):
         for reference in re.findall(r"\$\{([\w.]+)\}", text):
             if not _is_stated(stated.tree, reference.split(".")):
                 return f"{stated.place_of(path)}: ${{{reference}}} refers to a key that no config states"
     return None
-
-
-def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
-    if isinstance(value, str):
-        yield path, value
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from _texts(inner, path if key == "init_args" else (*path, str(key)))
 
 
 def _is_stated(tree: Any, keys: list[str]) -> bool:

@@ -34,7 +34,7 @@ from lightning_danube.cli.errors import located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
-from lightning_danube.terminal import as_typed, tell
+from lightning_danube.terminal import as_typed, show, tell
 from lightning_danube.training.history import append_history, differences
 from lightning_danube.training.position import RunTrainer, run_directory
 from lightning_danube.training.precision import (
@@ -206,7 +206,7 @@ class DanubeCLI(LightningCLI):
         where = ""
         if self.subcommand == "fit":
             where = "; the run goes on in the same version" if self.place.continues else "; a new version begins"
-        print(f"--ckpt_path {asked_for}: {checkpoint}{where}")
+        show(f"--ckpt_path {asked_for}: {checkpoint}{where}")
 
     def _check_accelerator(self) -> None:
         """Checks that the accelerator exists.
@@ -250,7 +250,7 @@ class DanubeCLI(LightningCLI):
     def _tell_precision(self) -> None:
         if self.precision is None or not self.trainer.is_global_zero:
             return
-        print(f"precision {self.trainer.precision}: {self.precision.reason}")
+        show(f"precision {self.trainer.precision}: {self.precision.reason}")
         if self.precision.reason == "as set":
             warning = precision_warning(self.precision.precision, self.trainer.strategy.root_device)
             if warning:
@@ -274,13 +274,13 @@ class DanubeCLI(LightningCLI):
             return
         assert self.place.checkpoint is not None
         step = read_step(self.place.checkpoint)
-        print(f"the config has changed since {self.place.checkpoint}, step {step}:")
+        show(f"the config has changed since {self.place.checkpoint}, step {step}:")
         for key, (old, new) in self.changes.items():
-            print(f"  {key}: {_shown(old)} → {_shown(new)}")
+            show(f"  {key}: {_shown(old)} → {_shown(new)}")
         if any(key.startswith(("data.stages", "data.tokens", "data.batch_tokens")) for key in self.changes):
             total = getattr(self.datamodule, "total_tokens", None)
             if total is not None:
-                print(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
+                show(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
 
     def instantiate_classes(self) -> None:
         try:
@@ -399,7 +399,7 @@ class DanubeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         self._check_verb(subcommand)
         if (nothing_left := self._nothing_left()) is not None:
-            print(nothing_left)
+            show(nothing_left)
             return
         self._show_changes()
         self._tell_precision()

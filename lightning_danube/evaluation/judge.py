@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -21,12 +20,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from lightning_danube.outside.secrets import key_of, redacted, secret_in
+
 PROMPTS = "danube-judge-1"
 CHARACTERS_A_TOKEN = 4
 """A rough mean for English text, used in estimates."""
 
 REPLACEABLE = {"temperature": None, "max_tokens": "max_completion_tokens"}
 """Field of a request that some servers refuse → the field that takes its place; None: nothing does."""
+
+REDIRECTS = (301, 302, 303, 307, 308)
+MOST_OF_AN_ERROR = 1 << 16
+"""Bytes that are read of a server's error."""
 
 SYSTEM = (
     "You grade answers that an assistant gave to a user. Judge how helpful, relevant, correct, thorough and clear the "
@@ -118,7 +123,14 @@ class ChatJudge:
 
     def __post_init__(self) -> None:
         if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise ValueError(f"the judge's base_url is {self.base_url!r}: give one such as http://localhost:8000/v1")
+            shown = redacted(self.base_url).rpartition("@")[2]
+            raise ValueError(f"the judge's base_url is {shown!r}: give one such as http://localhost:8000/v1")
+        if secret_in(self.base_url) or not set(self.base_url).isdisjoint("?#@ "):
+            raise ValueError(
+                f"the judge's base_url is {redacted(self.base_url)!r}: leave out what stands before @ and from ? on, "
+                f"and give the key in the environment variable {self.api_key_variable}"
+            )
+        key_of(self.api_key_variable)
         if self.attempts < 1:
             raise ValueError(f"the judge's attempts is {self.attempts}: it must be at least 1")
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:
@@ -166,16 +178,20 @@ class ChatJudge:
         self._keep_to_the_rate()
         body = self._body(messages)
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_variable):
+        if key := key_of(self.api_key_variable):
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _OPENER.open(request, timeout=self.timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
-            said = error.read(500).decode("utf-8", "replace").strip()
-            message = f"the judge at {url} answers {error.code} {error.reason} ({' '.join(said.split())[:200]})"
+            if error.code in REDIRECTS:
+                raise JudgeRefused(_redirected(url, error)) from None
+            # Hidden before anything is cut off: half a key is still half a key.
+            said = redacted(error.read(MOST_OF_AN_ERROR).decode("utf-8", "replace")).strip()
+            reason = redacted(str(error.reason))
+            message = f"the judge at {url} answers {error.code} {reason} ({' '.join(said.split())[:200]})"
             if error.code in (408, 409, 425, 429) or error.code >= 500:
                 raise _Unavailable(message, _seconds(error.headers.get("Retry-After"))) from None
             refused = {name for name in REPLACEABLE if name in body and re.search(rf"\b{name}\b", said)}
@@ -185,10 +201,10 @@ class ChatJudge:
             raise JudgeRefused(message) from None
         except (OSError, ValueError) as error:
             # A refused or broken connection, a timeout, or a body that is not JSON.
-            raise _Unavailable(f"the judge at {url} does not answer ({error})", None) from None
+            raise _Unavailable(f"the judge at {url} does not answer ({redacted(str(error))})", None) from None
         try:
             choice = answer["choices"][0]
-            return str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
+            return redacted(str(choice["message"]["content"] or "")), choice.get("finish_reason") == "length"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Unavailable(f"the judge at {url} gives an answer without a message", None) from None
 
@@ -209,6 +225,21 @@ class ChatJudge:
             self._next = begin + 60 / self.requests_per_minute
         if begin > now:
             self.sleep(begin - now)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the key to any host that a server names, and a POST as a GET."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _redirected(url: str, error: urllib.error.HTTPError) -> str:
+    there = redacted(str(error.headers.get("Location") or "another address"))[:200]
+    return f"the judge at {url} is elsewhere ({error.code}): if {there} is right, set base_url to its address"
 
 
 class _Unavailable(Exception):

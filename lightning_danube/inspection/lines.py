@@ -16,6 +16,7 @@ from lightning_danube.inspection.shown import (
     sentences_about,
     shortened,
 )
+from lightning_danube.outside.texts import printable
 
 HEAD, TAIL = 120, 40
 """Tokens at the beginning and at the end of a stretch that are written."""
@@ -33,7 +34,7 @@ class Style:
         self.colour = colour
 
     def __call__(self, text: str, *names: str) -> str:
-        codes = ";".join(_STYLES[name] for name in names)
+        text, codes = printable(text), ";".join(_STYLES[name] for name in names)
         return f"\x1b[{codes}m{text}\x1b[0m" if self.colour and text else text
 
 
@@ -51,21 +52,21 @@ def lines_of(shown: ShownSource, width: int, style: Style) -> Iterator[str]:
     for warning in shown.warnings:
         yield "  " + style(f"✗ {warning}", "warning")
     for fact in sentences_about(shown):
-        yield f"  {fact}"
+        yield printable(f"  {fact}")
     if len(shown.lengths) > 1 and min(shown.lengths) < max(shown.lengths):
         yield f"  {min(shown.lengths):,} {bars(histogram(shown.lengths, _COLUMNS))} {max(shown.lengths):,}"
     if shown.left_out:
         yield "  left out:"
         digits = max(len(f"{count:,}") for count in shown.left_out.values())
         for cause, count in shown.left_out.items():
-            yield f"    {count:>{digits},}  {cause}"
+            yield printable(f"    {count:>{digits},}  {cause}")
         for place in shown.places:
-            yield f"      {place}"
+            yield printable(f"      {place}")
     for example in shown.examples:
         yield ""
         yield "  " + style(headline(example, shown.marks), "head")
         for note in example.notes:
-            yield f"  {note}"
+            yield printable(f"  {note}")
         yield from token_lines(example, width, style)
 
 
@@ -84,11 +85,7 @@ def visible(text: str) -> str:
     """Returns a token's text with its control characters made visible; a line end stays and has a mark."""
     if not text:
         return "▪"
-    named = {"\n": "⏎\n", "\t": "⇥", "\r": "␍"}
-    return "".join(
-        named.get(character) or (f"\\x{ord(character):02x}" if unicodedata.category(character) == "Cc" else character)
-        for character in text
-    )
+    return printable(text.replace("\n", "⏎\n").replace("\t", "⇥").replace("\r", "␍"))
 
 
 def token_lines(example: ShownExample, width: int, style: Style) -> Iterator[str]:

@@ -6,7 +6,6 @@ A page needs no network: styles and pictures stand in the file. It follows the r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from lightning_danube.inspection.lines import headline, visible
 from lightning_danube.inspection.shown import (
@@ -18,6 +17,7 @@ from lightning_danube.inspection.shown import (
     sentences_about,
     shortened,
 )
+from lightning_danube.outside.texts import in_html
 
 HEAD, TAIL = 1500, 300
 """Tokens at the beginning and at the end of a stretch that a page shows."""
@@ -71,14 +71,14 @@ def html_page(title: str, body: str, style: str = "") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{in_html(title)}</title>\n<style>\n{STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def page_of_sources(title: str, sources: Sequence[ShownSource]) -> str:
     """Returns a page of what is to be seen of the data."""
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{in_html(title)}</h1>",
         '<p class="faint">Each box is a token as the model gets it; point at it to see its number. '
         '<span class="t m">Green and underlined</span> is what the loss counts, or what is measured. '
         '<span class="t s">Italics</span> are special tokens.</p>',
@@ -88,20 +88,20 @@ def page_of_sources(title: str, sources: Sequence[ShownSource]) -> str:
 
 
 def _source(shown: ShownSource) -> str:
-    place = f' <span class="faint">{escape(shown.place)}</span>' if shown.place else ""
-    parts = [f"<h2>{escape(shown.name)}{place}</h2>"]
+    place = f' <span class="faint">{in_html(shown.place)}</span>' if shown.place else ""
+    parts = [f"<h2>{in_html(shown.name)}{place}</h2>"]
     if shown.is_empty:
-        parts.append(f'<p class="warning empty">{escape(nothing_seen(shown))}</p>')
-    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in shown.warnings]
-    parts.append("<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in sentences_about(shown)) + "</ul>")
+        parts.append(f'<p class="warning empty">{in_html(nothing_seen(shown))}</p>')
+    parts += [f'<p class="warning">{in_html(warning)}</p>' for warning in shown.warnings]
+    parts.append("<ul>" + "".join(f"<li>{in_html(fact)}</li>" for fact in sentences_about(shown)) + "</ul>")
     if len(shown.lengths) > 1 and min(shown.lengths) < max(shown.lengths):
         parts.append(_bars(shown.lengths))
     if shown.left_out:
         rows = "".join(
-            f'<tr><td class="word">{escape(cause)}</td><td>{count:,}</td></tr>'
+            f'<tr><td class="word">{in_html(cause)}</td><td>{count:,}</td></tr>'
             for cause, count in shown.left_out.items()
         )
-        places = "".join(f"<li>{escape(place)}</li>" for place in shown.places)
+        places = "".join(f"<li>{in_html(place)}</li>" for place in shown.places)
         parts.append(f'<h3>Left out</h3><div class="scroll"><table>{rows}</table></div><ul class="faint">{places}</ul>')
     parts += [_example(example, shown.marks) for example in shown.examples]
     return "<section>\n" + "\n".join(parts) + "\n</section>"
@@ -117,14 +117,14 @@ def _bars(lengths: Sequence[int]) -> str:
 
 
 def _example(example: ShownExample, marks: str | None) -> str:
-    notes = "".join(f'<p class="faint">{escape(note)}</p>' for note in example.notes)
+    notes = "".join(f'<p class="faint">{in_html(note)}</p>' for note in example.notes)
     tokens = "".join(
         f'<span class="gap">[… {token:,} more …]</span>' if isinstance(token, int) else _token(token)
         for token in shortened(example.tokens, HEAD, TAIL)
     )
-    return f'<h3>{escape(headline(example, marks))}</h3>{notes}<div class="card tokens">{tokens}</div>'
+    return f'<h3>{in_html(headline(example, marks))}</h3>{notes}<div class="card tokens">{tokens}</div>'
 
 
 def _token(token: ShownToken) -> str:
     names = "t" + (" m" if token.marked else "") + (" s" if token.special else "")
-    return f'<span class="{names}" title="{token.id}">{escape(visible(token.text))}</span>'
+    return f'<span class="{names}" title="{token.id}">{in_html(visible(token.text))}</span>'

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from lightning_danube.inspection.page import html_page
+from lightning_danube.outside.texts import in_html
 from lightning_danube.reports import figures, runs, tensorboard
 from lightning_danube.reports.runs import MissingResult, RecordedRun
 from lightning_danube.training.history import differences
@@ -56,14 +57,14 @@ def page_of_runs(compared: Sequence[RecordedRun]) -> str:
     for number, run in enumerate(compared, start=1):
         named = f"Run {number}: {run.title}" if len(compared) > 1 else ""
         sections += _sections_of(run, named)
-    body = [f"<h1>{escape(title)}</h1>"]
+    body = [f"<h1>{in_html(title)}</h1>"]
     if len(compared) > 1:
-        body.append("<ol>" + "".join(f"<li>{escape(run.title)}</li>" for run in compared) + "</ol>")
-    links = (f'<a href="#part{number}">{escape(name)}</a>' for number, (name, _) in enumerate(sections))
+        body.append("<ol>" + "".join(f"<li>{in_html(run.title)}</li>" for run in compared) + "</ol>")
+    links = (f'<a href="#part{number}">{in_html(name)}</a>' for number, (name, _) in enumerate(sections))
     body.append(f"<nav>{''.join(links)}</nav>")
     for number, (name, parts) in enumerate(sections):
         content = "\n".join(_or_missing(part) for part in parts)
-        body.append(f'<section id="part{number}">\n<h2>{escape(name)}</h2>\n{content}\n</section>')
+        body.append(f'<section id="part{number}">\n<h2>{in_html(name)}</h2>\n{content}\n</section>')
     return html_page(title, "\n".join(body), _STYLE)
 
 
@@ -79,7 +80,11 @@ def _missing(reason: str) -> str:
 
 
 def _with_code(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    """Returns a line of Markdown as HTML: stretches of code, and characters that a backslash marks as text."""
+    parts = re.split(r"(?<!\\)`([^`]+)`", text)
+    texts = [in_html(re.sub(r"\\([^\w\s])", r"\1", part)) for part in parts[::2]]
+    codes = [f"<code>{in_html(part)}</code>" for part in parts[1::2]]
+    return "".join(one for pair in zip_longest(texts, codes, fillvalue="") for one in pair)
 
 
 # --- all runs ---------------------------------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ def _drawing(draw: Callable[[RecordedRun], Figure], run: RecordedRun, what: str)
 
 
 def _group(compared: Sequence[RecordedRun], name: str) -> _Part:
-    return lambda: f"<h3>{escape(name)}</h3>" + _figure(tensorboard.compared_group(compared, name), f"curves {name}/…")
+    return lambda: f"<h3>{in_html(name)}</h3>" + _figure(tensorboard.compared_group(compared, name), f"curves {name}/…")
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[_Part]]]:
 
 
 def _heading(title: str) -> _Part:
-    return lambda: f"<h3>{escape(title)}</h3>"
+    return lambda: f"<h3>{in_html(title)}</h3>"
 
 
 def _is_shown_elsewhere(run: RecordedRun, tag: str) -> bool:
@@ -219,18 +224,18 @@ def _samples(run: RecordedRun) -> str:
     parts = []
     for prompt, rows in samples.groupby("prompt", sort=False):
         *earlier, last = (
-            f'<p class="faint">{escape(str(row.stage))}, after {row.tokens:,} tokens</p>'
-            f'<div class="card"><pre>{escape(str(row.text))}</pre></div>'
+            f'<p class="faint">{in_html(str(row.stage))}, after {row.tokens:,} tokens</p>'
+            f'<div class="card"><pre>{in_html(str(row.text))}</pre></div>'
             for row in rows.itertuples()
         )
         before = f"<details><summary>earlier: {len(earlier)}</summary>{''.join(earlier)}</details>" if earlier else ""
-        parts.append(f"<h3>{escape(str(prompt))}</h3>{last}{before}")
+        parts.append(f"<h3>{in_html(str(prompt))}</h3>{last}{before}")
     return "\n".join(parts)
 
 
 def _texts(texts: dict[str, dict[int, str]]) -> str:
     return "\n".join(
-        f"<details open><summary>{escape(tag)}, step {max(found):,}</summary>"
+        f"<details open><summary>{in_html(tag)}, step {max(found):,}</summary>"
         f'<div class="card">{markdown_html(found[max(found)])}</div></details>'
         for tag, found in texts.items()
     )
@@ -241,7 +246,7 @@ def _report_file(path: Path) -> _Part:
 
 
 def _pictures(run: RecordedRun) -> str:
-    return "\n".join(f"<h3>{escape(tag)}</h3>{_image(png, 'png', tag)}" for tag, png in run.pictures.items())
+    return "\n".join(f"<h3>{in_html(tag)}</h3>{_image(png, 'png', tag)}" for tag, png in run.pictures.items())
 
 
 def _sessions(run: RecordedRun) -> str:
@@ -277,7 +282,7 @@ def _plan_and_configuration(run: RecordedRun) -> str:
         )
     config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100)
     parts.append(
-        f'<details><summary>config.yaml</summary><div class="card"><pre>{escape(config)}</pre></div></details>'
+        f'<details><summary>config.yaml</summary><div class="card"><pre>{in_html(config)}</pre></div></details>'
     )
     return "\n".join(parts)
 
@@ -288,18 +293,18 @@ def _plan_and_configuration(run: RecordedRun) -> str:
 def _table(frame: pd.DataFrame, digits: int = 4) -> str:
     """Returns a frame as a table. Numbers stand at the right, and are rounded to so many digits."""
     head = "".join(
-        f"<th>{escape(str(column))}</th>" for column in ["" if frame.index.name is None else frame.index.name, *frame]
+        f"<th>{in_html(str(column))}</th>" for column in ["" if frame.index.name is None else frame.index.name, *frame]
     )
     rows = []
     for name, values in zip(frame.index, frame.to_numpy().tolist(), strict=True):
         cells = "".join(_cell(value, digits) for value in values)
-        rows.append(f"<tr><th>{escape(str(name))}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{in_html(str(name))}</th>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return f'<td class="word">{escape(str(value))}</td>'
+        return f'<td class="word">{in_html(str(value))}</td>'
     if isinstance(value, float) and math.isnan(value):
         return "<td>–</td>"
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
@@ -321,7 +326,7 @@ def _figure(figure: Figure, what: str) -> str:
 
 def _image(content: bytes, kind: str, what: str) -> str:
     data = base64.b64encode(content).decode()
-    return f'<figure><img alt="{escape(what)}" src="data:image/{kind};base64,{data}"></figure>'
+    return f'<figure><img alt="{in_html(what)}" src="data:image/{kind};base64,{data}"></figure>'
 
 
 def markdown_html(text: str) -> str:
@@ -354,9 +359,9 @@ def _block(kind: str, lines: Sequence[str]) -> str:
         case "list":
             return "<ul>" + "".join(f"<li>{_with_code(line[2:])}</li>" for line in lines) + "</ul>"
         case "code":
-            return "<pre>" + escape("\n".join(line.removeprefix("    ") for line in lines)) + "</pre>"
+            return "<pre>" + in_html("\n".join(line.removeprefix("    ") for line in lines)) + "</pre>"
         case "table":
-            rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+            rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
             kept = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
             cells = ["".join(f"<td>{_with_code(cell)}</td>" for cell in row) for row in kept]
             head = cells[0].replace("td>", "th>")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from lightning_danube.outside.names import plain_name
 from lightning_danube.studies.scaling import SIZE, TOKENS
 from lightning_danube.terminal import name_meant
 from lightning_danube.yaml_files import config_file, read_config
@@ -134,6 +135,7 @@ def _seeds(file: str, seeds: Any) -> tuple[int, ...]:
 
 
 def _check(file: str, design: Design) -> None:
+    plain_name(design.name, f"{file}: name")
     for name in (design.name, *design.variants):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{file}: {name!r} names a directory: use letters, digits, . - and _")

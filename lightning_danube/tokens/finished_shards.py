@@ -15,6 +15,8 @@ from typing import Any
 
 from lightning_danube.extras import install_command
 from lightning_danube.files import finish_folder, new_file, write_text
+from lightning_danube.outside.names import inside, plain_name
+from lightning_danube.outside.secrets import redacted
 
 LISTING = "shards.json"
 
@@ -33,7 +35,7 @@ def finished_directory(path: str, cache_dir: Path) -> Path:
     if not is_address(path):
         return Path(path).expanduser()
     digest = hashlib.sha256(path.rstrip("/").encode()).hexdigest()[:8]
-    return cache_dir / "shards" / f"{PurePosixPath(path).name}-{digest}"
+    return cache_dir / "shards" / f"{PurePosixPath(path.partition('?')[0]).name[:100]}-{digest}"
 
 
 def fetch(name: str, path: str, cache_dir: Path) -> Path:
@@ -48,11 +50,14 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     directory = finished_directory(path, cache_dir)
     if not is_address(path) or (directory / LISTING).is_file():
         return directory
-    where = f"source {name!r}: {path}"
+    where = f"source {name!r}: {redacted(path)}"
     store, root = _open(where, path)
     try:
         listing = json.loads(store.cat_file(f"{root}/{LISTING}"))
         files = [file for split in listing["splits"].values() for file in split["files"]]
+        for file in files:
+            plain_name(file["name"], "the name of a file")
+            file["bytes"], file["sha256"]  # a KeyError if it lacks them
     except FileNotFoundError:
         raise ValueError(
             f"{where} holds no {LISTING}: give the address of one source's shards, all of whose files were copied there"
@@ -64,7 +69,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     # The folder keeps the files of an earlier attempt, so it has a fixed name.
     hidden = directory.with_name(f".{directory.name}.fetching")
     for file in files:
-        _fetch_file(where, store, f"{root}/{file['name']}", hidden / file["name"], file)
+        _fetch_file(where, store, f"{root}/{file['name']}", inside(hidden, file["name"], "the name of a file"), file)
     write_text(hidden / LISTING, json.dumps(listing, indent=1) + "\n")
     try:
         finish_folder(hidden, directory)
@@ -118,5 +123,5 @@ def _unreachable(where: str, error: Exception) -> Exception:
     """Returns the error to raise. An error of a local file, such as a full disk, is returned unchanged."""
     if isinstance(error, OSError) and error.filename is not None:
         return error
-    said = " ".join(str(error).split())[:200] or type(error).__name__
+    said = redacted(" ".join(str(error).split()))[:200] or type(error).__name__
     return ValueError(f"{where} cannot be read ({said})")

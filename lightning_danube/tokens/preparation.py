@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import new_file, new_folder, write_text
+from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
@@ -497,10 +498,9 @@ class _Workshop:
             return  # another process has joined the source and removed its units
         assert preparation.part is not None and preparation.units is not None
         number, of = preparation.part
-        print(
+        tell(
             f"{preparation.name}: part {number} of {of} is made; "
-            f"{missing:,} of {preparation.units:,} units are left to the other parts",
-            file=sys.stderr,
+            f"{missing:,} of {preparation.units:,} units are left to the other parts"
         )
 
     def _guarded(self, preparation: Preparation, do: Callable[[Preparation], Any]) -> Any:
@@ -567,11 +567,9 @@ class _Progress:
             if self._bytes and total:
                 share = f" {self._bytes / total:.0%},"
                 left = f", {_duration(seconds * max(0, total - self._bytes) / self._bytes)} left"
-            print(
+            tell(
                 f"tokenizing {preparation.name}:{share} {self._documents:,} documents, {self._tokens:,} tokens "
-                f"({rates}){left}",
-                file=sys.stderr,
-                flush=True,
+                f"({rates}){left}"
             )
 
     def close(self) -> None:

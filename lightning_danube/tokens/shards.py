@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_danube.outside.names import plain_name
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
 from lightning_danube.text.reading import READ_AS, format_of
@@ -190,11 +191,11 @@ class TokenShards:
             made_with = self.meta["tokenizer"]
             another = made_with["fingerprint"] != tokenizer.fingerprint
             files = [file for split in SPLITS for file in self._files(split)]
-            expected = {file["name"]: file["bytes"] for file in files}
+            expected = {plain_name(file["name"], "the name of a file"): file["bytes"] for file in files}
             if not all(file.keys() >= {"tokens", "sha256", "edges"} for file in files):
                 raise KeyError("sha256")
             self._dtype = np.dtype(self.meta["dtype"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): {_REMEDY.format(directory)}") from error
         if another:
             raise ValueError(

@@ -23,6 +23,7 @@ from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
+from lightning_danube.terminal import show
 from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
@@ -225,7 +226,7 @@ class DecoderTask(LightningModule):
             before, now = optimizer.param_groups[0]["lr"], scheduler.lr_lambdas[0](scheduler.last_epoch)
             if self.trainer.is_global_zero and not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-12):
                 step = scheduler.last_epoch + 1
-                print(f"the learning rate of step {step} is {now:.4g}; the config before gave it {before:.4g}")
+                show(f"the learning rate of step {step} is {now:.4g}; the config before gave it {before:.4g}")
             groups = zip(optimizer.param_groups, self._group_settings, scheduler.lr_lambdas, strict=True)
             for group, settings, rate_of_step in groups:
                 group.update(settings)

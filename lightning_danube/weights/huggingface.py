@@ -21,6 +21,7 @@ from lightning_danube.files import make_folder, new_folder, remove_leftovers
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
+from lightning_danube.outside.names import plain_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -276,9 +277,11 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not names:
             raise ValueError(f"{directory / INDEX}: no weight_map from tensors to files of this directory")
+        for name in names:
+            plain_name(name, f"{directory / INDEX}: a file of its weight_map")
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{directory}: {len(missing)} files of its index are missing: {some(missing)}")

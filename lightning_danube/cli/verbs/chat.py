@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
 from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS
+from lightning_danube.terminal import show, tell
 from lightning_danube.weights.loading import add_weights_arguments, load_model
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ def converse(conversation: ChatSession) -> None:
             line = input("> " if at_terminal else "").strip()
         except EOFError:
             if at_terminal:
-                print()
+                show()
             return
         except KeyboardInterrupt:
-            print()
+            show()
             remark("/exit or Ctrl-D ends")
             continue
         command, _, rest = line.partition(" ")
@@ -105,10 +106,10 @@ def answer(conversation: ChatSession, question: str) -> None:
     try:
         with SIGNALS.during(ANSWERING), closing(iter(coming)) as pieces:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                show(piece, end="")
     except KeyboardInterrupt:
         interrupted = True
-    print(flush=True)
+    show()
     said = coming.continuation
     if said is None or not said.text:
         remark("nothing was said, so the question is not part of the conversation")
@@ -120,4 +121,4 @@ def answer(conversation: ChatSession, question: str) -> None:
 
 def remark(message: str) -> None:
     """Prints a message that is not part of the conversation."""
-    print(f"({message})", file=sys.stderr, flush=True)
+    tell(f"({message})")

@@ -6,7 +6,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lightning_danube.terminal import as_typed, quoted, runnable
+from lightning_danube.terminal import as_typed, quoted, runnable, show
 from lightning_danube.yaml_files import config_file, config_names, description
 
 
@@ -20,7 +20,7 @@ def run(arguments: Namespace) -> None:
     if arguments.action is None:
         names = config_names()
         width = max(map(len, names))
-        print("\n".join(f"{name:<{width}}  {description(name)}" for name in names))
+        show("\n".join(f"{name:<{width}}  {description(name)}" for name in names))
         return
     if arguments.name is None:
         raise ValueError(f"which configuration? For example: {as_typed()} configs copy quickstart")
@@ -33,7 +33,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError(
             f"{file} exists and is left as it is: name another file, as in configs copy {arguments.name} mine.yaml"
         ) from None
-    print(f"written: {file}; edit it, then: {runnable()} {_verb(text)} --config {quoted(file)}")
+    show(f"written: {file}; edit it, then: {runnable()} {_verb(text)} --config {quoted(file)}")
 
 
 def _verb(text: str) -> str:

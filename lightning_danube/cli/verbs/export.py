@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning_danube.files import scratch_folder
+from lightning_danube.terminal import tell
 from lightning_danube.weights.loading import add_weights_arguments, load_decoder
 from lightning_danube.weights.names import Located, locate
 from lightning_danube.weights.tokenizers import load_tokenizer
@@ -95,7 +95,7 @@ def _export_hf(arguments: Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    print(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}", file=sys.stderr)
+    tell(f"{decoder.config.parameters:,} parameters written as {dtype} to {out}")
 
 
 def _export_classifier(arguments: Namespace, weights: Located) -> None:
@@ -110,7 +110,7 @@ def _export_classifier(arguments: Namespace, weights: Located) -> None:
     card = classifier_card(out.resolve().name, classifier.decoder, weights, classifier.labels, length)
     save_hf_classifier(classifier, out, card=card, overwrite=arguments.overwrite)
     dtype = str(classifier.score_CD.dtype).removeprefix("torch.")
-    print(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}", file=sys.stderr)
+    tell(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}")
 
 
 def _export_gguf(arguments: Namespace) -> None:
@@ -145,7 +145,7 @@ def _export_gguf(arguments: Namespace) -> None:
             save_gguf(decoder, whole, dtype=dtype, tokenizer_fields=fields, name=name)
             del decoder
             content = quantize(whole, out, file_type)
-    print(f"{file_type} written to {arguments.out}: {content.describe()}", file=sys.stderr)
+    tell(f"{file_type} written to {arguments.out}: {content.describe()}")
 
 
 def _export_adapter(arguments: Namespace) -> None:
@@ -166,7 +166,7 @@ def _export_adapter(arguments: Namespace) -> None:
     out = Path(arguments.out)
     card = adapter_card(out.resolve().name, base, settings, parameters)
     save_adapter(decoder, out, base=base, card=card, overwrite=arguments.overwrite)
-    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+    tell(f"adapter with {parameters:,} parameters written to {out}")
 
 
 def _export_trained_adapter(arguments: Namespace) -> None:
@@ -199,7 +199,7 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     card = adapter_card(out.resolve().name, base, config.to_dict(), parameters, labels, vocabulary)
     tokenizer = adding_bos(load_tokenizer(weights)) if new else None
     save_adapter(decoder, out, base=base, card=card, score=score_CD, tokenizer=tokenizer, overwrite=arguments.overwrite)
-    print(f"adapter with {parameters:,} parameters written to {out}", file=sys.stderr)
+    tell(f"adapter with {parameters:,} parameters written to {out}")
 
 
 def _model_name(weights: Located) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
+from lightning_danube.outside.texts import printable
 from lightning_danube.terminal import tell
 from lightning_danube.weights.loading import add_weights_arguments, load_model
 from lightning_danube.weights.names import locate
@@ -99,7 +100,7 @@ def run(arguments: Namespace) -> None:
     compiled = None
     if arguments.compile:
         compiled = CompiledStep(decoder)
-        print("compiling the decoding step", file=sys.stderr, flush=True)
+        tell("compiling the decoding step")
     with torch.inference_mode():
         for start in range(0, len(prompts), arguments.batch_size):
             rows = range(start, min(start + arguments.batch_size, len(prompts)))
@@ -122,7 +123,7 @@ def run(arguments: Namespace) -> None:
                 pass
             for row, continuation in zip(rows, generation.rows, strict=True):
                 seed = arguments.seed + row
-                print(
+                _write(
                     _json_row(prompts[row], continuation, len(ids[row]), seed)
                     if arguments.jsonl
                     else ("\n" if row else "") + ("" if arguments.chat else prompts[row].text) + continuation.text
@@ -212,10 +213,15 @@ def _encoded(
 def _print_as_it_comes(begin: str, pieces: Iterator[str]) -> None:
     # A system call for each piece of text is worthwhile only for a terminal.
     is_terminal = sys.stdout.isatty()
-    print(begin, end="", flush=is_terminal)
+    _write(begin, end="", flush=is_terminal)
     for piece in pieces:
-        print(piece, end="", flush=is_terminal)
-    print()
+        _write(piece, end="", flush=is_terminal)
+    _write("")
+
+
+def _write(text: str, *, end: str = "\n", flush: bool = False) -> None:
+    """Prints a generated text. A terminal shows control characters as their codes; a file or pipe gets every one."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=flush)
 
 
 def _json_row(prompt: Prompt, continuation: Continuation, prompt_tokens: int, seed: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator, this_cpu
-from lightning_danube.terminal import text_table
+from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
@@ -84,7 +84,7 @@ def run(arguments: Namespace) -> None:
         _accelerators(accelerators, memory, data, arguments.utilisation),
         _checkpoints(accelerators, memory, data, planned.trainer, arguments),
     ]
-    print("\n\n".join(sections))
+    show("\n\n".join(sections))
     if BYTES[memory.precision][1] != 2:
         why = "" if planned.trainer.precision is not None else ", the fastest on this CPU"
         notes.append(
@@ -92,7 +92,7 @@ def run(arguments: Namespace) -> None:
             "--accelerator FLOPS/MEMORY for its time"
         )
     if notes:
-        print("\n" + "\n".join(f"note: {note}" for note in notes))
+        show("\n" + "\n".join(f"note: {note}" for note in notes))
 
 
 def _memory(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.cli.verbs.configuration import add_configuration
-from lightning_danube.terminal import text_table
+from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.data import CurriculumData
@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> None:
             if seconds[name]:
                 _open(data, directory).verify()
     if reports:
-        print(_summary(reports, seconds))
+        show(_summary(reports, seconds))
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -84,7 +84,7 @@ def _verify(data: CurriculumData) -> None:
         shards = _open(data, directory)
         shards.verify()
         files = sum(len(split["files"]) for split in shards.meta["splits"].values())
-        print(f"{name}: {files} files hold what was written, in {directory}")
+        show(f"{name}: {files} files hold what was written, in {directory}")
 
 
 def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lightning_danube.terminal import name_meant
+from lightning_danube.terminal import name_meant, show
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(arguments: Namespace) -> None:
     found = [read_run_of_any_task(directory) for directory in directories]
     output = Path(arguments.output or (directories[0] / "report.html" if len(found) == 1 else "report.html"))
     write_text(output, page_of_runs(found))
-    print(f"written: {output}")
+    show(f"written: {output}")
 
 
 def _directory(text: str) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from lightning_danube.terminal import show
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
@@ -38,11 +40,11 @@ def run(arguments: Namespace) -> None:
     if not arguments.report:
         seeds = f"{len(design.seeds)} seed{'s' if len(design.seeds) > 1 else ''}"
         what = f"{design.settings} settings" if design.search else f"{len(design.variants)} variants"
-        print(f"study {design.name}: {what} × {seeds} of {design.base}")
+        show(f"study {design.name}: {what} × {seeds} of {design.base}")
         if design.variants:
-            print(facts_table(check_variants(design, resolved_config)))
+            show(facts_table(check_variants(design, resolved_config)))
         if design.equal:
-            print(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
+            show(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
 
     from lightning_danube.studies.report import write_report, write_search_report
     from lightning_danube.studies.search import Search
@@ -50,11 +52,11 @@ def run(arguments: Namespace) -> None:
 
     study = (Search if design.search else Trials)(design, directory, storage=arguments.storage, resume=arguments.resume)
     if arguments.retry_failed:
-        print(f"{study.retry_failed()} failed trials wait again")
+        show(f"{study.retry_failed()} failed trials wait again")
     if not arguments.report:
-        study.work(lambda line: print(f"  {line}", flush=True))
+        study.work(lambda line: show(f"  {line}"))
     command = f"python -m lightning_danube study --config {arguments.config}"
-    print(
+    show(
         write_search_report(study, directory, command)
         if isinstance(study, Search)
         else write_report(design, study.results(), directory, command)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_danube.terminal import text_table
+from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> None:
         sample = _sample(arguments)
         tokenizer = train_tokenizer(sample.texts(), pieces)
         tokenizer.save_pretrained(str(directory))
-    print(_summary(arguments.out, tokenizer, sample))
+    show(_summary(arguments.out, tokenizer, sample))
 
 
 def _sample(arguments: Namespace) -> TextSample:
