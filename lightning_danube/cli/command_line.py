@@ -16,6 +16,7 @@ from typing import Any
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
 from lightning_danube.outside.modules import let_in
+from lightning_danube.outside.names import plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
 from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
@@ -305,25 +306,27 @@ def _check_flags(args: Sequence[str]) -> None:
 
 
 def _check_texts(stated: Stated) -> None:
-    """Lets in the modules that a configuration names, and refuses the keys and passwords that it holds.
+    """Checks the texts of a configuration, before anything is imported or written. Lets in the modules that it names.
 
     Raises:
-        ValueError: a text holds a secret. `config.yaml`, logs and reports would repeat it.
+        ValueError: the run's name is a path, or a text holds a secret, which `config.yaml` and logs would repeat.
     """
     for path, text in texts_of(stated.tree):
         let_in(text)
-        place = stated.place_of(path)
-        place = place if place.startswith("--") else f"{place}: {'.'.join(path)}"
+        place, key = stated.place_of(path), ".".join(path)
+        where = place if place.startswith("--") else f"{place}: {key}" if place else key
         if secret_in(text):
             raise ValueError(
-                f"{place} holds a key or a password ({redacted(text)[:200]}), and a run keeps and shows its "
+                f"{where} holds a key or a password ({redacted(text)[:200]}), and a run keeps and shows its "
                 "configuration: give it in an environment variable (SECURITY.md)"
             )
+        if key == "name":
+            plain_name(str(text), where)
         if path[-1] == "api_key_variable":
             try:
                 key_of(text)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"{where}: {error}") from None
 
 
 def texts_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:

@@ -16,7 +16,8 @@ HIDDEN = "***"
 SHORTEST_HIDDEN, SHORTEST_REFUSED = 8, 16
 """Shorter values of variables are no keys: "EMPTY" or "password" would be found in ordinary words."""
 
-_IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#'\"<>]*@")
+# A slash in a password is a mistake, and hidden with it. What follows a port is a path.
+_IN_ADDRESS = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*|[^\s/?#'\"<>:]*:(?!\d+/)[^\s?#'\"<>]*)@")
 _IN_QUERY = re.compile(
     r"([?&;#](?:[\w.-]*(?:key|token|secret|signature|password|passwd|credential)[\w.-]*|sig|pwd|auth)=)[^\s&;#'\"<>]+",
     re.IGNORECASE,

@@ -21,13 +21,15 @@ def in_markdown(text: object, *, line_end: str = " ") -> str:
     Args:
         line_end: what stands for a line end. "<br>" keeps the lines.
     """
-    lines = [" ".join(line.split()) for line in str(text).split("\n")]
-    return line_end.join(_MARKUP.sub(r"\\\g<0>", printable(line)) for line in lines).strip()
+    lines = [" ".join(line.split()) for line in str(text).strip().split("\n")]
+    if line_end == " ":
+        lines = [" ".join(" ".join(lines).split())]
+    return line_end.join(_MARKUP.sub(r"\\\g<0>", printable(line)) for line in lines)
 
 
 # Numbers in brackets and names with underscores are no markup, and stay as they are: tables are full of them.
 _MARKUP = re.compile(
-    r"[\\`*|]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|~(?=~)|(?<=~)~|^#(?=#*\s)|^>|^[+-](?=\s)|(?<=^\d)[.)](?=\s)|^---"
+    r"[\\`*|]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|~(?=~)|(?<=~)~|^#(?=#*\s)|^>|^[+-](?=\s)|(?<=^\d)[.)](?=\s)|^---"
 )
 
 

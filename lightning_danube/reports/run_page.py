@@ -82,7 +82,7 @@ def _missing(reason: str) -> str:
 def _with_code(text: str) -> str:
     """Returns a line of Markdown as HTML: stretches of code, and characters that a backslash marks as text."""
     parts = re.split(r"(?<!\\)`([^`]+)`", text)
-    texts = [in_html(re.sub(r"\\([^\w\s])", r"\1", part)) for part in parts[::2]]
+    texts = [in_html(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", part)) for part in parts[::2]]
     codes = [f"<code>{in_html(part)}</code>" for part in parts[1::2]]
     return "".join(one for pair in zip_longest(texts, codes, fillvalue="") for one in pair)
 

@@ -35,6 +35,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_danube.files import new_folder
+from lightning_danube.terminal import tell
 from lightning_danube.text.embedded.docstrings import (
     FORMAT,
     CollectedDocument,
@@ -91,7 +92,7 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
     start = time.monotonic()
     lively = progress and sys.stderr.isatty()
     if progress and not lively:
-        print("Collecting text from the installed packages (once for their versions) ...", file=sys.stderr)
+        tell("Collecting text from the installed packages (once for their versions) ...")
     sources = environment.sources()
     readings = read_sources(sources, processes, lively)
     documents, manifest = collected_sources(environment, readings)
@@ -105,7 +106,7 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
     _write(folder, files, documents, manifest)
     if progress:
         counts = ", ".join(f"{role} {len(documents[role]):,}" for role in ROLES)
-        print(f"Collected documents: {counts}, in {time.monotonic() - start:.0f} s.", file=sys.stderr)
+        tell(f"Collected documents: {counts}, in {time.monotonic() - start:.0f} s.")
     return files
 
 
