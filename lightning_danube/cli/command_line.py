@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+import yaml
 
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
 from lightning_danube.options import PRECISIONS
@@ -330,9 +333,12 @@ def _check_texts(stated: Stated) -> None:
 
 
 def texts_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """Yields the texts of a tree of values with their paths, without `init_args`."""
+    """Yields the texts of a tree of values with their paths, without `init_args`, those of typed mappings, too."""
     if isinstance(value, str):
         yield path, value
+    if isinstance(value, Typed) and value.lstrip()[:1] in ("{", "["):
+        with suppress(yaml.YAMLError, ValueError):
+            value = load_yaml(value)
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield from texts_of(inner, path if key == "init_args" else (*path, str(key)))
