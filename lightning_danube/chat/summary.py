@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_danube.chat.data import ChatData
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder
+from lightning_danube.outside.texts import in_markdown
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
@@ -91,7 +91,7 @@ class Answers:
 
 def _markdown_row(columns: Mapping[str, str]) -> str:
     """Returns a table of one row. Texts are escaped, so that they are shown verbatim."""
-    cells = [re.sub(r"([^\w\s])", r"\\\1", text.strip()).replace("\n", "<br>") for text in columns.values()]
+    cells = [in_markdown(text, line_end="<br>") for text in columns.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), cells))
 
 

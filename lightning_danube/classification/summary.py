@@ -27,6 +27,7 @@ from lightning_danube.classification.scores import (
 )
 from lightning_danube.classification.task import Classified, TextClassification
 from lightning_danube.files import write_text
+from lightning_danube.outside.texts import in_figure
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
@@ -235,7 +236,13 @@ def confusion_figure(matrix_CC: Tensor, labels: Sequence[str]) -> Any:
     side = max(4.0, 0.5 * len(labels))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
-    plot_confusion_matrix(matrix_CC, ax=axes, add_text=len(labels) <= SHOWN_CLASSES, labels=list(labels), cmap="Blues")
+    plot_confusion_matrix(
+        matrix_CC,
+        ax=axes,
+        add_text=len(labels) <= SHOWN_CLASSES,
+        labels=[in_figure(label) for label in labels],
+        cmap="Blues",
+    )
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_danube.evaluation.results import TABLES, Measured, PaperScores
 from lightning_danube.files import write_json, write_parquet, write_text
+from lightning_danube.outside.texts import in_figure, in_markdown
 from lightning_danube.terminal import markdown_table, text_table
 
 
@@ -33,7 +34,7 @@ class Report:
 
     def markdown(self) -> str:
         """Returns the tables and the remarks as a page."""
-        parts = [f"# Evaluation of {self.weights}"]
+        parts = [f"# Evaluation of {in_markdown(self.weights)}"]
         for table, title in TABLES.items():
             mine = [row for row in self.rows if row.table == table]
             if not mine:
@@ -44,7 +45,7 @@ class Report:
                 parts.append(f"Columns of other models: {self.paper.source}. They are copied, not measured here.")
         parts.append("In brackets: 95 % intervals of what other questions of the same kind would give.")
         if lines := remarks(self.rows):
-            parts.append("\n".join(f"- {line}" for line in lines))
+            parts.append("\n".join(f"- {in_markdown(line)}" for line in lines))
         return "\n\n".join(parts) + "\n"
 
     def write(self, directory: Path, *, parameters: int, precision: str | int, seconds: float) -> None:
@@ -194,11 +195,11 @@ def figure_of(rows: Sequence[Measured], paper: PaperScores, weights: str) -> Any
         width,
         yerr=[below, above],
         capsize=2,
-        label=f"{weights} (measured)",
+        label=in_figure(f"{weights} (measured)"),
         color="black",
         ecolor="tab:red",
     )
-    axes.set_xticks([x + (columns - 1) * width / 2 for x in range(len(rows))], [row.title for row in rows])
+    axes.set_xticks([x + (columns - 1) * width / 2 for x in range(len(rows))], [in_figure(row.title) for row in rows])
     axes.set_ylabel("%")
     axes.legend(fontsize="small", ncols=2)
     return figure

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_danube.intervals import Estimate
+from lightning_danube.outside.texts import in_markdown
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import MeasuredLevel
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
@@ -78,8 +79,11 @@ class LevelResults(NamedTuple):
         Args:
             weights, text: names of the model and of the text.
         """
-        parts = [f"# {weights} in fewer bits, on {text}", *(markdown_table(*table) for table in self.tables)]
-        parts += ["\n".join(f"- {line}" for line in lines) for lines in (self.notes, self.advice)]
+        parts = [
+            f"# {in_markdown(weights)} in fewer bits, on {in_markdown(text)}",
+            *(markdown_table(*table) for table in self.tables),
+        ]
+        parts += ["\n".join(f"- {in_markdown(line)}" for line in lines) for lines in (self.notes, self.advice)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def flat_rows(self) -> list[dict[str, Any]]:

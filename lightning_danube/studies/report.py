@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from lightning_danube.files import write_json, write_parquet, write_text
 from lightning_danube.intervals import student
+from lightning_danube.outside.texts import in_markdown
 from lightning_danube.studies.comparison import Comparison, compare, verdict
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.scaling import SIZE, TOKENS, fit_law, law_lines, points_of, predict_largest
@@ -42,7 +43,7 @@ def write_report(design: Design, results: Sequence[Result], directory: Path, com
     text = "\n".join(["", *texts, *notes, *verdicts, f"written to {directory}"])
     write_parquet(directory / "study.parquet", _rows_of_runs(design, results, command))
     lines = [f"# {design.name}: {design.metric}", "", markdown_table(*tables[0]), ""]
-    lines += [f"- {line}" for line in [*notes, *verdicts]]
+    lines += [f"- {in_markdown(line)}" for line in [*notes, *verdicts]]
     if design.also:
         lines += ["", ALSO.format(baseline=design.baseline), "", markdown_table(*tables[1])]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
@@ -79,7 +80,13 @@ def _write_law_report(design: Design, results: Sequence[Result], directory: Path
     except ValueError as error:
         notes.append(f"no law yet: {error}")
     write_parquet(directory / "study.parquet", found)
-    lines = [f"# {design.name}: {design.metric}", "", markdown_table(*table), "", *(f"- {line}" for line in notes)]
+    lines = [
+        f"# {design.name}: {design.metric}",
+        "",
+        markdown_table(*table),
+        "",
+        *(f"- {in_markdown(line)}" for line in notes),
+    ]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     summary = {
         **_origin(design, command, [(result.commit, result.machine) for result in complete]),
@@ -155,7 +162,7 @@ def write_search_report(search: Search, directory: Path, command: str) -> str:
         texts += [title, text_table(*table), ""]
         blocks += [title, "", markdown_table(*table), ""]
     _write_search_parquet(directory / "study.parquet", search, command)
-    lines = [f"# {design.name}: {design.metric}", "", *blocks, *(f"- {line}" for line in notes)]
+    lines = [f"# {design.name}: {design.metric}", "", *blocks, *(f"- {in_markdown(line)}" for line in notes)]
     write_text(directory / "study.md", "\n".join(lines) + "\n")
     known = [trial.user_attrs for trial in complete]
     summary = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ import yaml
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
 from lightning_danube.model.architecture import family_of
+from lightning_danube.outside.texts import in_code, in_markdown, printable
+from lightning_danube.terminal import quoted
 from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import begin_token
@@ -59,7 +62,7 @@ def model_card(
     config = decoder.config
     dtype = str(decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
     sections = [
-        f"# {title}",
+        f"# {in_markdown(title)}",
         f"A decoder of the {family_of(config).classes} type with {config.parameters:,} parameters, written by "
         f"lightning-danube {importlib.metadata.version('lightning-danube')}.",
     ]
@@ -73,7 +76,7 @@ def model_card(
         if not licence:
             note.append("The licence is that of the source.")
     if adapter is not None:
-        sections.append(f"The LoRA adapter `{adapter}` is merged into the weights.")
+        sections.append(f"The LoRA adapter {in_code(adapter)} is merged into the weights.")
     sections += [
         "## Architecture",
         _table(
@@ -99,14 +102,14 @@ def model_card(
         "## Use",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("./{title}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("./{title}")\n'
+        f"model = AutoModelForCausalLM.from_pretrained({_literal(f'./{title}')})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(f'./{title}')})\n"
         "```",
-        f'or `python -m lightning_danube generate --weights ./{title} --prompt "…"`',
+        "or " + in_code(f'python -m lightning_danube generate --weights {quoted(f"./{title}")} --prompt "…"'),
         "## Licence and limits",
         " ".join(
             [
-                *([f"Licence: {licence}."] if licence else []),
+                *([f"Licence: {in_markdown(licence)}."] if licence else []),
                 *note,
                 f"A text may have at most {config.max_position_embeddings:,} tokens. Nothing was measured beyond what "
                 "stands here.",
@@ -114,7 +117,7 @@ def model_card(
         ),
     ]
     if source_card:
-        sections += ["---", "The card that came with the source:", source_card]
+        sections += ["---", "The card that came with the source:", printable(source_card)]
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence}
     if weights.kind == "hf" and (repository := hub_id(weights.typed)):
         front["base_model"] = repository
@@ -149,19 +152,19 @@ def classifier_card(title: str, decoder: Decoder, weights: Located, labels: Sequ
     """
     config = decoder.config
     sections = [
-        f"# {title}",
+        f"# {in_markdown(title)}",
         f"A classifier of texts into {len(labels)} classes: a decoder of the {family_of(config).classes} type with "
         f"{config.parameters:,} parameters and a linear head on the last token, written by lightning-danube "
-        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on `{weights.adapter_base}` and is "
-        "merged into the weights.",
+        f"{importlib.metadata.version('lightning-danube')}. Its adapter was trained on {in_code(weights.adapter_base)} "
+        "and is merged into the weights.",
         *_of_run(weights.path, decoder),
         *_validation_scores(weights.path),
         "## Classes",
-        ", ".join(f"`{label}`" for label in labels),
+        ", ".join(in_code(label) for label in labels),
         "## Use",
         "```python\n"
         "from transformers import pipeline\n\n"
-        f'classify = pipeline("text-classification", model="./{title}")\n'
+        f'classify = pipeline("text-classification", model={_literal(f"./{title}")})\n'
         'classify(["a text", "another one"], truncation=True)\n'
         "```",
         f"`truncation=True` cuts a text at {context_length:,} tokens, as training did.",
@@ -195,8 +198,8 @@ def adapter_card(
     """
     kind = "DoRA" if settings.get("use_dora") else "LoRA"
     sections = [
-        f"# {title}",
-        f"A {kind} adapter with {parameters:,} parameters" + (f" for `{base}`." if base else "."),
+        f"# {in_markdown(title)}",
+        f"A {kind} adapter with {parameters:,} parameters" + (f" for {in_code(base)}." if base else "."),
         _table(
             ("", ""),
             [
@@ -213,9 +216,9 @@ def adapter_card(
             "```python\n"
             "from peft import PeftModel\n"
             "from transformers import AutoModelForSequenceClassification\n\n"
-            f'base = AutoModelForSequenceClassification.from_pretrained("{base or "the model it was trained on"}", '
-            f"num_labels={len(labels)}, id2label={classes})\n"
-            f'model = PeftModel.from_pretrained(base, "{title}")\n'
+            f"base = AutoModelForSequenceClassification.from_pretrained("
+            f"{_literal(base or 'the model it was trained on')}, num_labels={len(labels)}, id2label={classes})\n"
+            f"model = PeftModel.from_pretrained(base, {_literal(title)})\n"
             "```",
         ]
     elif vocabulary is not None:
@@ -225,9 +228,9 @@ def adapter_card(
             "```python\n"
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base or "the model it was trained on"}")\n'
+            f"base = AutoModelForCausalLM.from_pretrained({_literal(base or 'the model it was trained on')})\n"
             f"base.resize_token_embeddings({vocabulary})\n"
-            f'model = PeftModel.from_pretrained(base, "{title}")\n'
+            f"model = PeftModel.from_pretrained(base, {_literal(title)})\n"
             "```",
         ]
     elif base:
@@ -235,9 +238,13 @@ def adapter_card(
             "```python\n"
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM\n\n"
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{title}")\n'
+            f"base = AutoModelForCausalLM.from_pretrained({_literal(base)})\n"
+            f"model = PeftModel.from_pretrained(base, {_literal(title)})\n"
             "```",
-            f'or `python -m lightning_danube generate --weights {base} --adapter {title} --prompt "…"`',
+            "or "
+            + in_code(
+                f'python -m lightning_danube generate --weights {quoted(base)} --adapter {quoted(title)} --prompt "…"'
+            ),
         ]
     front = {"library_name": "peft", "base_model": hub_id(base) if base else None}
     return _front_matter(front) + "\n\n".join(sections) + "\n"
@@ -252,7 +259,8 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
     config = read_saved_config(run / "config.yaml") or {}
     ledger = checkpoint.get("token_ledger")
     step = checkpoint.get("global_step")
-    sections = ["## Training", f"Checkpoint `{checkpoint_file.name}` of the run `{run.parent.name}/{run.name}`"]
+    named = in_code(f"{run.parent.name}/{run.name}")
+    sections = ["## Training", f"Checkpoint {in_code(checkpoint_file.name)} of the run {named}"]
     facts: list[tuple[str, Any]] = [("optimizer steps", f"{step:,}")] if step else []
     if ledger:
         tokens = int(ledger["samples"].sum()) * ledger["context_length"]
@@ -269,7 +277,7 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
     if ledger:
         sections += ["### Tokens seen", _of_ledger(ledger)]
         if paths := _source_paths(config, ledger["sources"]):
-            sections.append("\n".join(f"- {source}: `{path}`" for source, path in paths.items()))
+            sections.append("\n".join(f"- {in_markdown(source)}: {in_code(path)}" for source, path in paths.items()))
     if ledger and (losses := _held_out_losses(ledger, run)):
         sections += ["### Held-out loss", losses]
     return [section for section in sections if section]
@@ -357,14 +365,14 @@ def _of_history(file: Path) -> list[tuple[str, str]]:
     if versions := last.get("versions"):
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     if commit := last.get("commit"):
-        facts.append(("commit of the code", f"`{commit}`"))
+        facts.append(("commit of the code", in_code(commit)))
     return facts
 
 
 def _of_hub_or_directory(weights: Located) -> tuple[str, str | None, str | None]:
     """Origin, licence and card of a Hugging Face directory."""
     where = "on the Hugging Face hub" if hub_id(weights.typed) else "a Hugging Face directory"
-    return f"The weights of `{weights.typed}`, {where}.", *_licence_and_text(weights.path / "README.md")
+    return f"The weights of {in_code(weights.typed)}, {where}.", *_licence_and_text(weights.path / "README.md")
 
 
 def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
@@ -394,12 +402,12 @@ def _of_gguf(weights: Located) -> tuple[str, str | None, None]:
     fields = read_gguf_header(weights.path).fields
     content = measure(weights.path)
     quantized = not set(content.tensors) <= set(UNQUANTIZED)
-    origin = f"The weights of the GGUF file `{weights.path.name}`" + (
+    origin = f"The weights of the GGUF file {in_code(weights.path.name)}" + (
         f", quantized there to {content.bits_per_weight:.2f} bits a weight; what that rounded away is lost."
         if quantized
         else "."
     )
-    facts = [(title, str(fields[key])) for key, title in GGUF_FACTS.items() if fields.get(key)]
+    facts = [(title, in_markdown(fields[key])) for key, title in GGUF_FACTS.items() if fields.get(key)]
     licence = fields.get("general.license")
     sections = [origin, *([_table(("", ""), facts)] if facts else [])]
     return "\n\n".join(sections), str(licence) if licence else None, None
@@ -409,13 +417,13 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast, weights: Located) -> str:
     facts: list[tuple[str, Any]] = [("tokens", f"{len(tokenizer):,}")]
     if weights.kind == "checkpoint" and weights.tokenizer is not None:
         name = weights.tokenizer.name
-        facts.insert(0, ("name", KNOWN_TOKENIZERS.get(name, f"`{name}`")))
+        facts.insert(0, ("name", KNOWN_TOKENIZERS.get(name) or in_code(name)))
     for title, token_ids in (
         ("begins a text", [begin_token(tokenizer)]),
         ("ends a text", end_ids(tokenizer)),
         ("pads", [tokenizer.pad_token_id]),
     ):
-        known = [f"`{tokenizer.convert_ids_to_tokens(i)}`, {i}" for i in token_ids if i is not None]
+        known = [f"{in_code(tokenizer.convert_ids_to_tokens(i))}, {i}" for i in token_ids if i is not None]
         if known:
             facts.append((title, "; ".join(known)))
     facts.append(("chat template", "yes" if tokenizer.chat_template else "none"))
@@ -426,7 +434,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     if not rows:
         return ""
     lines = [header, ["---", *("---:" if len(header) > 2 else "---" for _ in header[1:])], *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    # A cell may hold code, in which only a bar has to be escaped.
+    escaped = [[re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _literal(text: str) -> str:
+    """Returns a text as Python writes it, so that a name of others cannot end the text and begin a command."""
+    return json.dumps(printable(text), ensure_ascii=False)
 
 
 def _front_matter(fields: Mapping[str, Any]) -> str:

@@ -21,9 +21,9 @@ from tests.tiny_models import tiny_decoder, tiny_tokenizer
 def test_answers_are_shown_side_by_side_and_not_interpreted() -> None:
     answers = Answers(["a|b?"], 8)
     answers.latest, answers.step = ["*x*\ny"], 5
-    assert answers.cards() == ["| question | step 5 |\n| --- | --- |\n| a\\|b\\? | \\*x\\*<br>y |"]
+    assert answers.cards() == ["| question | step 5 |\n| --- | --- |\n| a\\|b? | \\*x\\*<br>y |"]
     answers.before = ["no"]
-    assert answers.cards() == ["| question | before | step 5 |\n| --- | --- | --- |\n| a\\|b\\? | no | \\*x\\*<br>y |"]
+    assert answers.cards() == ["| question | before | step 5 |\n| --- | --- | --- |\n| a\\|b? | no | \\*x\\*<br>y |"]
     assert answers.compared() == [{"question": "a|b?", "before": "no", "after": "*x*\ny"}]
 
 

@@ -10,10 +10,12 @@ functions, so that importing the model stays cheap.
 
 import math
 import sys
+from array import array
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -338,7 +340,7 @@ class ModelFields:
             raise ValueError(f"no {self.named(key)} in it")
         if not isinstance(value, int) or isinstance(value, bool):
             # A list has one number per layer, so the layers have different shapes.
-            raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not one whole number")
+            raise ValueError(f"{self.named(key)} is {_shown(value)}, not one whole number")
         if not 0 <= value <= MOST:
             raise ValueError(f"{self.named(key)} is {value}, and cannot be above {MOST}")
         return value
@@ -353,7 +355,7 @@ class ModelFields:
         if value is None:
             raise ValueError(f"no {self.named(key)} in it")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{self.named(key)} is {repr(value)[:40]}, not a number")
+            raise ValueError(f"{self.named(key)} is {_shown(value)}, not a number")
         # The file holds a float32, so 1e-5 is read as 9.999999747378752e-06. The shortest decimal number with this
         # float32 value is taken instead.
         import numpy as np
@@ -445,7 +447,7 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
         ValueError: a field requires something that this decoder does not compute.
     """
     refuse_scaled_positions(fields)
-    window, context = fields.values.get("attention.sliding_window") or 0, fields.whole("context_length")
+    window, context = fields.whole("attention.sliding_window", 0), fields.whole("context_length")
     if window and window < context:
         raise ValueError(
             f"{fields.named('attention.sliding_window')} is {window}, shorter than the context, {context}: llama.cpp "
@@ -454,7 +456,13 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
     for key, value in fields.values.items():
         # Settings that are off have no effect.
         if key not in KNOWN_KEYS and not key.startswith("rope.scal") and value not in (0, "", "none", "default"):
-            raise ValueError(f"{fields.named(key)} is {value!r}, which is not supported")
+            raise ValueError(f"{fields.named(key)} is {_shown(value)}, which is not supported")
+
+
+def _shown(value: object) -> str:
+    """Returns the beginning of a field's value. An array may be as long as the file."""
+    value = list(value[:20]) if isinstance(value, list | array) else value
+    return repr(value[:60] if isinstance(value, str) else value)[:60]
 
 
 def refuse_scaled_positions(fields: ModelFields) -> None:
@@ -589,6 +597,9 @@ def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
         raise ValueError(
             f"{path}: truncated: {len(cut)} tensors end beyond its {header.file_size:,} bytes: {some(cut)}"
         )
+    in_order = sorted(entries.values(), key=lambda entry: entry.offset)
+    if shared := {b.name for a, b in pairwise(in_order) if a.offset + tensor_bytes(a) > b.offset}:
+        raise ValueError(f"{path}: damaged: {len(shared)} tensors begin inside another tensor: {some(shared)}")
 
 
 def type_name(kind: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -176,11 +177,11 @@ def _tokens(fields: Mapping[str, Any], path: Path) -> tuple[list[str], list[int]
 
 def _list(fields: Mapping[str, Any], key: str, kind: type, path: Path, count: int | None = None) -> list[Any]:
     value = fields.get(KEY + key)
-    if not isinstance(value, list) or not value or not isinstance(value[0], kind):
+    if not isinstance(value, list | array) or not value or not isinstance(value[0], kind):
         raise ValueError(f"{path}: {KEY}{key} is no list of type {kind.__name__}")
     if count is not None and len(value) != count:
         raise ValueError(f"{path}: {KEY}{key} has {len(value)} values for {count} tokens")
-    return value
+    return list(value)
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,66 @@ def test_tensors_beyond_the_end_are_refused(written: Path, tmp_path: Path) -> No
         load_gguf(tmp_path / "short.gguf")
 
 
+def test_tensors_in_other_places_than_a_writer_puts_them_are_refused(written: Path, tmp_path: Path) -> None:
+    """Such a file loads the numbers of another tensor, or half of its own, and the model answers nonsense."""
+    entries = read_gguf_header(written).tensors
+    start = min(entry.offset for entry in entries.values())
+    other = entries["blk.0.attn_q.weight"].offset - start
+    for offset, message in (
+        (other, r"damaged: 2 tensors begin inside another tensor: "),
+        (other + 32, r"damaged: \d tensors begin inside another tensor: "),
+        (other + 4, r"damaged: the tensor output.weight begins at byte [\d,]+, which 32 does not divide"),
+    ):
+        with pytest.raises(ValueError, match=rf"other.gguf: {message}"):
+            load_gguf(patched(written, tmp_path / "other.gguf", "output.weight", offset=offset))
+
+
+def test_a_long_array_takes_no_more_memory_than_in_the_file(tmp_path: Path) -> None:
+    for letter, kind in SCALARS_OF_ARRAYS.items():
+        count = 200_000
+        values = struct.pack(f"<{count}{letter}", *[1] * count)
+        (tmp_path / "other.gguf").write_bytes(header(text("k") + struct.pack("<IIQ", 9, kind, count) + values))
+        tracemalloc.start()
+        fields = read_gguf_header(tmp_path / "other.gguf").fields
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # The bytes as they were read, the array with some room, and some objects.
+        assert peak < 2.2 * len(values) + 100_000 and len(fields["k"]) == count and sum(fields["k"]) == count
+
+
+@pytest.mark.parametrize("value", ["text", 3, 2.5, True, [1, 2], [0.5], ["a"]])
+def test_a_field_of_another_type_is_refused_in_one_line(value: Any, written: Path, tmp_path: Path) -> None:
+    """Each field that is read, with a value of another type: it is refused, or the value serves as well."""
+    names = [key for key in read_gguf_header(written).fields if key != "general.alignment"]
+    more = ["llama.attention.sliding_window", "llama.rope.scaling.type", "llama.rope.scaling.factor", "split.count"]
+    for key in (*names, *more):
+        file = write_with(written, tmp_path / "other.gguf", key, value)
+        try:
+            load_gguf(file)
+        except ValueError as error:
+            assert str(error).isprintable() and len(str(error)) < 400, str(error)
+
+
+def write_with(source: Path, target: Path, key: str, value: Any) -> Path:
+    """A copy in which a field has another value, of whatever type."""
+    writer = gguf.GGUFWriter(target, "llama")
+    fields = read_gguf_header(source).fields | {key: value}
+    for name, one in fields.items():
+        if name in ("general.architecture", "general.alignment"):
+            continue
+        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kind.get(type(one), writer.add_array)(name, one)
+    if key == "general.architecture":
+        writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.get_type(value))
+    for tensor in gguf.GGUFReader(source).tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 def test_what_is_no_gguf_file_is_refused(written: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.gguf: no such file$"):
         load_gguf(tmp_path / "nowhere.gguf")
@@ -393,6 +454,10 @@ def test_what_is_no_gguf_file_is_refused(written: Path, tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^[^\n]*other.gguf: {message}[^\n]*$"):
             load_gguf(file)
+
+
+SCALARS_OF_ARRAYS = {"B": 0, "b": 1, "H": 2, "i": 5, "f": 6, "?": 7, "Q": 10, "d": 12}
+"""Letter of struct → the format's number of the type."""
 
 
 def text(value: str) -> bytes:
