@@ -30,7 +30,7 @@ from lightning_danube.evaluation.academic_tasks import AcademicTask, read_split,
 from lightning_danube.extras import need
 from lightning_danube.generation.token_stream import TokenStream, evaluation_mode, tokens_on_host
 from lightning_danube.model import Decoder, KVCache
-from lightning_danube.tokens.chat_template import end_ids
+from lightning_danube.tokens.chat_template import apply_template, end_ids
 
 try:
     import lm_eval.api.task
@@ -104,13 +104,9 @@ class DecoderLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        going_on = not add_generation_prompt
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": going_on}
+        return apply_template(self.tokenizer, chat_history, **options)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_danube.tokens.hub import first_line
+from lightning_danube.tokens.template_limits import MOST_MEMORY, MOST_SECONDS, TooLong, limited
 from lightning_danube.tokens.tokenizer import model_ends
 
 if TYPE_CHECKING:
@@ -54,24 +55,36 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     """Returns the text of a conversation. `add_generation_prompt` opens the assistant's next turn.
 
     Raises:
-        ValueError: the template refuses these messages, or fails on them.
+        ValueError: see `apply_template`.
+    """
+    return apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: bool) -> str:
+    """Returns the text that the tokenizer's template, or Danube's, makes of a conversation.
+
+    Args:
+        options: of transformers' `apply_chat_template`.
+
+    Raises:
+        ValueError: the template refuses these messages, fails on them, or takes too much time or memory.
     """
     from jinja2.exceptions import TemplateError
 
     template = chat_template_of(tokenizer)
+    said = [dict(message) for message in messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        )
+        with limited():
+            return str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False, **options))
     except TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    except TooLong:
+        reason = f"it computes for more than {MOST_SECONDS:.0f} seconds"
+        raise ValueError(f"the chat template fails on this conversation ({reason}): mend the template") from None
     except Exception as error:  # a template is a program of somebody else, so any error can come out of it
         reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, MemoryError):
+            reason = f"it takes more than {MOST_MEMORY >> 20:,} MiB of memory"
         raise ValueError(f"the chat template fails on this conversation ({reason}): mend the template") from error
 
 
