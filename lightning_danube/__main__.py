@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.signals import SIGNALS, Stopped
-from lightning_danube.terminal import as_typed, name_meant, nearest_name, show, tell
+from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
 TRAINER_VERBS = {
     "fit": "train",
@@ -30,6 +30,8 @@ TRAINER_VERBS = {
     "predict": "loss of every held-out row, written to a file",
 }
 PACKAGE = Path(__file__).parent
+PANIC = "PanicException"
+"""What libraries in Rust raise where a file breaks them: no `Exception`, and its class cannot be imported."""
 LINKED = ("callbacks", "configs")
 """Folders of the package. In a clone they are symbolic links to the folders of the same name beside it."""
 
@@ -44,6 +46,8 @@ _OURS = folders_of(PACKAGE)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 only if the command succeeded, 2 for a user's mistake."""
+    if args is None:
+        clean_logs()
     with SIGNALS.listening(own_process=args is None):
         return _run(list(sys.argv[1:] if args is None else args))
 
@@ -56,6 +60,10 @@ def _run(args: list[str]) -> int:
             return _dispatch(args)
         except Exception as error:
             return _report(error, debug)
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            return _report(error, debug)
     except KeyboardInterrupt:
         if not SIGNALS.answered:
             tell("stopped")
@@ -66,7 +74,7 @@ def _run(args: list[str]) -> int:
         return int(stop.code or 0)
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: BaseException, debug: bool) -> int:
     message = user_message(error)
     if debug or message is None:
         tell(traceback.format_exc().rstrip("\n"))
@@ -168,6 +176,9 @@ def user_message(error: BaseException) -> str | None:
     A ValueError that this project raises itself is a user's mistake by convention. So are an error of the argument
     parser and an error of the file system.
     """
+    if type(error).__name__ == PANIC:
+        reason = " ".join(str(error).split())[:160]
+        return f"a file of a model or a tokenizer makes its library fail ({reason}): it is damaged, or made to do so"
     if hasattr(error, "user_message"):
         return str(error.user_message)
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from lightning_danube.outside.secrets import redacted
 from lightning_danube.outside.texts import in_markdown, printable
@@ -88,6 +92,23 @@ def show(text: object = "", *, end: str = "\n") -> None:
 def tell(text: object) -> None:
     """Prints a line to stderr, so that stdout has only the output of the run. Hides as `show` does."""
     print(printable(redacted(str(text))), file=sys.stderr, flush=True)
+
+
+def clean_logs() -> None:
+    """Makes the log lines and warnings of all libraries hide secrets and show control characters, as `show` does."""
+    make, write = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def cleaned(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with suppress(Exception):  # a line whose values do not fit is left to the library's own handler
+            record.msg, record.args = printable(redacted(record.getMessage())), ()
+        return record
+
+    def formatted(*args: Any, **kwargs: Any) -> str:
+        return printable(redacted(write(*args, **kwargs)))
+
+    logging.setLogRecordFactory(cleaned)
+    warnings.formatwarning = formatted
 
 
 def nearest_name(name: object, known: Iterable[str], least: float = 0.6) -> str | None:

@@ -121,7 +121,7 @@ class TokenStream(Iterator[Tensor]):
         if not step and not bool(logits_BV.isfinite().all()):
             raise ValueError(
                 "the model gives logits that are no finite numbers: its weights are damaged, or "
-                f"{self.decoder.model.norm.weight.dtype} is too narrow for them"
+                f"{self.decoder.model.embed_tokens.weight.dtype} is too narrow for them"
             )
         if self.sampling.repetition_penalty != 1:
             logits_BV = penalize(logits_BV, self.seen_BV, self.sampling.repetition_penalty)

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
 
+MOST = 2**30
+"""No number of a model is larger. What a damaged number asks for has to end."""
+REAL_FIELDS = frozenset({"rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout"})
 POSITIVE_FIELDS = frozenset(
     {
         "hidden_size",
@@ -129,6 +132,7 @@ class DecoderShape:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # from a checkpoint, which holds plain data only
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        self._check_types()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         head_dim_is_given = self.head_dim is not None
         if not head_dim_is_given and heads > 0:
@@ -169,6 +173,23 @@ class DecoderShape:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{field} is {value!r}; give a whole number from {least} on, or none")
         family_of(self)
+
+    def _check_types(self) -> None:
+        """Checks the types of the numbers, which come from files of others.
+
+        Raises:
+            ValueError: a value is no number, or no model is that large.
+        """
+        for field in (field for field in dataclasses.fields(self) if field.name in POSITIVE_FIELDS | REAL_FIELDS):
+            value, whole = getattr(self, field.name), field.name not in REAL_FIELDS
+            if value is None:
+                continue
+            kinds = int if whole else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or not -math.inf < value <= MOST:
+                raise ValueError(
+                    f"{field.name} is {str(value)[:40]}; it has to be a {'whole ' if whole else ''}number of at most "
+                    f"{MOST:,}"
+                )
 
     @property
     def _head_dim(self) -> int:
@@ -349,7 +370,10 @@ def refuse_what_is_not_computed(hf: Mapping[str, Any], family: Family) -> None:
         raise ValueError("quantization_config is set; load the unquantized weights and quantize them here")
     kinds = ("default", "llama3") if "rope_scaling" in family.allows else ("default",)
     for name in ("rope_scaling", "rope_parameters"):
-        kind = rope_type(hf.get(name) or {})
+        parameters = hf.get(name) or {}
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{name} is {str(parameters)[:40]!r}, not a mapping of names to numbers")
+        kind = rope_type(parameters)
         if kind not in kinds:
             possible = " and ".join(map(repr, kinds))
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_danube.extras import install_command
 from lightning_danube.files import finish_folder, new_file, write_text
+from lightning_danube.outside.json_files import parsed_json
 from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import redacted
 
@@ -53,11 +54,12 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     where = f"source {name!r}: {redacted(path)}"
     store, root = _open(where, path)
     try:
-        listing = json.loads(store.cat_file(f"{root}/{LISTING}"))
+        listing = parsed_json(store.cat_file(f"{root}/{LISTING}"))
         files = [file for split in listing["splits"].values() for file in split["files"]]
         for file in files:
             plain_name(file["name"], "the name of a file")
-            file["bytes"], file["sha256"]  # a KeyError if it lacks them
+            if missing := {"bytes", "sha256"} - file.keys():
+                raise KeyError(min(missing))
     except FileNotFoundError:
         raise ValueError(
             f"{where} holds no {LISTING}: give the address of one source's shards, all of whose files were copied there"

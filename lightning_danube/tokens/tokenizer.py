@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import looks_like_path
+from lightning_danube.outside.json_files import json_in
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
 from lightning_danube.tokens.hub import did_you_mean, first_line
 
@@ -38,6 +39,8 @@ DANUBE_CHAT = "danube3-chat"
 DANUBE_SMALL = "danube-small"
 SMALL_DIRECTORY = Path(__file__).with_name(DANUBE_SMALL)
 """Files of the small tokenizer that comes with this package; docs/tokenizer.md says how they were made."""
+FREE_IDS = 1 << 16
+"""Ids that a tokenizer may leave free."""
 KNOWN_NAMES = f"{DANUBE_SMALL!r}, {MISTRAL!r}, {DANUBE_CHAT!r}"
 BEGINS_TEXTS = "bos_begins_texts"
 """The key of tokenizer_config.json of a tokenizer whose bos token this project puts before texts.
@@ -292,11 +295,33 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"tokenizer {name!r} {where} ({first_line(error)}): give {KNOWN_NAMES}, a directory or a hub id"
         ) from error
+    _check_encodes(tokenizer, name)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast (tokenizer.json) version, which is needed here")
     if directory.is_dir():
         set_model_ends(tokenizer, _ends_in_files(directory))
     return tokenizer
+
+
+def _check_encodes(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Encodes a short text, because some damage of a tokenizer's files shows only then.
+
+    Raises:
+        ValueError: the tokenizer fails, or an id is far beyond the others.
+    """
+    try:
+        tokenizer.decode(tokenizer("A text, 1 é 好\n").input_ids)
+        most = max(tokenizer.get_vocab().values(), default=0)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a library in Rust raises what is no Exception
+        raise ValueError(
+            f"tokenizer {name!r} cannot encode a text ({first_line(error)}): its files are damaged"
+        ) from None
+    if most >= 2 * len(tokenizer) + FREE_IDS:
+        raise ValueError(
+            f"tokenizer {name!r} has {len(tokenizer):,} tokens, and the id {most:,}: its files are damaged"
+        )
 
 
 def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
@@ -339,7 +364,7 @@ def _ends_in_files(directory: Path) -> object:
     """Returns the tokens that end a text by a Hugging Face directory; transformers ends at them, too."""
     for name in ("generation_config.json", "config.json"):
         try:
-            content = json.loads((directory / name).read_text("utf-8"))
+            content = json_in(directory / name)
         except (OSError, ValueError):  # a file that the model needs is refused where the model is read
             continue
         if isinstance(content, dict) and content.get("eos_token_id") is not None:

@@ -21,6 +21,7 @@ from lightning_danube.files import make_folder, new_folder, remove_leftovers
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
+from lightning_danube.outside.json_files import json_in
 from lightning_danube.outside.names import plain_name
 
 INDEX = "model.safetensors.index.json"
@@ -179,6 +180,10 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
     """Returns a decoder made of existing tensors. `tensors` must have exactly the expected names and shapes."""
+    if config.num_hidden_layers > len(tensors):  # a damaged number would make blocks for hours
+        raise ValueError(
+            f"{source}: num_hidden_layers is {config.num_hidden_layers:,}, yet there are only {len(tensors)} tensors"
+        )
     with torch.device("meta"):
         decoder = Decoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
@@ -325,7 +330,7 @@ def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json_in(file)
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, dict):

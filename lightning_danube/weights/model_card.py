@@ -379,6 +379,8 @@ def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
     """The licence that a model card's front matter states, and the text below the front matter."""
     from huggingface_hub import ModelCard
 
+    if not file.is_file():
+        return None, None
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError):

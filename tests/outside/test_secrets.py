@@ -2,7 +2,9 @@
 
 import ast
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,7 +12,7 @@ import pytest
 
 from lightning_danube.__main__ import main
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
-from lightning_danube.terminal import show, tell
+from lightning_danube.terminal import clean_logs, show, tell
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-test-0123456789+/=äß"[:21]
@@ -136,3 +138,18 @@ def test_lines_are_printed_in_one_place(folder: str) -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in writers:
                 found.add(file.relative_to(ROOT / folder).as_posix())
     assert found <= own
+
+
+def test_log_lines_and_warnings_of_libraries_have_no_key(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    before = logging.getLogRecordFactory()
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    try:
+        clean_logs()
+        logging.getLogger("somewhere").warning("refused %s: %s", KEY, "\x1b[31m")
+    finally:
+        logging.setLogRecordFactory(before)
+    assert "refused ***: \\x1b[31m" in caplog.messages
+    assert warnings.formatwarning(f"a {KEY}", UserWarning, "file.py", 1, "").startswith("file.py:1: UserWarning: a ***")
