@@ -40,6 +40,7 @@ EXPORTED_FILES = (
     "chat_template.*",
     "README.md",
 )
+MOST_LAYERS = 1024
 # A safetensors file's names of the types that a parameter can have. Any other type is a quantized weight.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -180,7 +181,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
     """Returns a decoder made of existing tensors. `tensors` must have exactly the expected names and shapes."""
-    if config.num_hidden_layers > len(tensors):  # a damaged number would make blocks for hours
+    if config.num_hidden_layers > MOST_LAYERS + len(tensors):  # a damaged number would make blocks for hours
         raise ValueError(
             f"{source}: num_hidden_layers is {config.num_hidden_layers:,}, yet there are only {len(tensors)} tensors"
         )
@@ -282,11 +283,10 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
-        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        if not names:
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not named or not all(isinstance(name, str) for name in named):
             raise ValueError(f"{directory / INDEX}: no weight_map from tensors to files of this directory")
-        for name in names:
-            plain_name(name, f"{directory / INDEX}: a file of its weight_map")
+        names = sorted({plain_name(name, f"{directory / INDEX}: a file of its weight_map") for name in named})
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{directory}: {len(missing)} files of its index are missing: {some(missing)}")

@@ -43,6 +43,10 @@ def load_model(
         ValueError: nothing has this name, or it is no model.
     """
     located = locate(weights) if isinstance(weights, str) else weights
+    if located.kind == "hf":
+        from lightning_danube.weights.huggingface import read_hf_config
+
+        read_hf_config(located.path)  # transformers reads it, too, and would blame the tokenizer for a wrong number
     # The tokenizer first: if it is missing, the error comes before a long read.
     tokenizer = load_tokenizer(located)
     return load_decoder(located, adapter=adapter, dtype=dtype, device=device), tokenizer

@@ -268,7 +268,7 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
         facts.append(("tokens a parameter", f"{tokens / decoder.config.parameters:.3g}"))
         facts.append(("tokens a row", f"{ledger['context_length']:,}"))
     if precision := _at(config, "trainer", "precision"):
-        facts.append(("precision in training", precision))
+        facts.append(("precision in training", in_markdown(precision)))
     if checkpoint.get("seed") is not None:
         facts.append(("seed", checkpoint["seed"]))
     facts += _of_history(run / "history.jsonl")
@@ -317,8 +317,8 @@ def _of_ledger(ledger: Mapping[str, Any]) -> str:
         total = sum(samples)
         if total:
             shares = (f"{n * ledger['context_length']:,} ({100 * n / total:.1f} %)" for n in samples)
-            rows.append((stage, f"{total * ledger['context_length']:,}", *shares))
-    return _table(("stage", "tokens", *sources), rows)
+            rows.append((in_markdown(stage), f"{total * ledger['context_length']:,}", *shares))
+    return _table(("stage", "tokens", *map(in_markdown, sources)), rows)
 
 
 def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str, str]:
@@ -348,8 +348,13 @@ def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
     if unigram := summary.get("unigram_loss"):
         rows.append(("unigram baseline", *(f"{unigram[name]:.3f}" if name in unigram else "" for name in sources)))
     for stage, by_source in losses:
-        rows.append((f"after {stage}", *(f"{by_source[name]:.3f}" if name in by_source else "" for name in sources)))
-    table = _table(("nats a token", *sources), rows)
+        rows.append(
+            (
+                in_markdown(f"after {stage}"),
+                *(f"{by_source[name]:.3f}" if name in by_source else "" for name in sources),
+            )
+        )
+    table = _table(("nats a token", *map(in_markdown, sources)), rows)
     return table + "\n\nThe unigram baseline only knows how frequent each token is." if unigram else table
 
 
@@ -361,9 +366,9 @@ def _of_history(file: Path) -> list[tuple[str, str]]:
         return []
     facts = []
     if began := last.get("time"):
-        facts.append(("session began", began))
+        facts.append(("session began", in_markdown(began)))
     if versions := last.get("versions"):
-        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+        facts.append(("versions", in_markdown(", ".join(f"{name} {version}" for name, version in versions.items()))))
     if commit := last.get("commit"):
         facts.append(("commit of the code", in_code(commit)))
     return facts

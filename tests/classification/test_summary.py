@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lightning_danube.classification.summary import Compared, class_table, detail_table, flat, list_rejected
+from lightning_danube.classification.summary import (
+    Compared,
+    class_table,
+    confusion_figure,
+    detail_table,
+    flat,
+    list_rejected,
+)
 from lightning_danube.classification.task import Classified
 from lightning_danube.intervals import Estimate
 
@@ -102,3 +109,10 @@ def test_an_interval_begins_at_its_lower_end() -> None:
     assert flat({"a": Estimate(0.5, 0.25, 0.75, 9, "bootstrap"), "b": Estimate(1.0, None, None, 1, "bootstrap")}) == {
         "a": 0.5, "a_interval": [0.25, 0.75], "b": 1.0, "b_interval": [None, None],
     }  # fmt: skip
+
+
+def test_a_figure_of_hostile_labels_can_be_drawn() -> None:
+    """matplotlib reads what stands between dollars as a formula, and refuses a wrong one when the figure is drawn."""
+    labels = ["$\\frac$", "a\nb\x1b[31m", "$"]
+    figure = confusion_figure(torch.eye(3, dtype=torch.long), labels)
+    figure.canvas.draw()

@@ -45,6 +45,12 @@ def test_a_run_may_build_on_one_of_the_same_seed(tmp_path: Path) -> None:
     assert design.overrides({}, 3)["model.init_args.weights"] == "runs/studies/base/runs/gqa-seed3"
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "a\nb", " ", 5, "x" * 300])
+def test_a_study_stays_in_the_folder_of_studies(name: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"study.yaml: name is .* so give a plain name"):
+        read_design(write(tmp_path, name=name))
+
+
 def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) -> None:
     first = read_design(write(tmp_path)).digest()
     assert read_design(write(tmp_path, seeds=[1, 2, 3], also=["seconds"])).digest() == first

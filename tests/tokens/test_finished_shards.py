@@ -108,6 +108,32 @@ def test_what_is_wrong_there_is_one_line_and_nothing_appears_here(
     assert not finished_directory(address, tmp_path).exists()
 
 
+@pytest.mark.parametrize("name", ["../../outside.arrow", "/tmp/outside.arrow", "..", "", "a\nb.arrow", 5, None])
+def test_a_listing_writes_and_reads_nothing_outside_its_directory(
+    name: object, made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    """By a listing of the store, and by one of a directory here."""
+    listing = json.loads((made.directory / "shards.json").read_text())
+    listing["splits"]["train"]["files"][0]["name"] = name
+    with fsspec.filesystem("memory").open("/bucket/web/shards.json", "wb") as remote:
+        remote.write(json.dumps(listing).encode())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"shards\.json is damaged \(the name of a file is .*plain name\): copy"):
+        fetch("web", address, tmp_path / "here" / "cache")
+    assert sorted(tmp_path.rglob("*")) == before
+    (made.directory / "shards.json").write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match=r"shards\.json is damaged \(the name of a file is .*plain name\): delete"):
+        TokenShards(made.directory, tokenizer)
+
+
+def test_a_key_in_an_address_is_in_no_message_and_no_name(tmp_path: Path) -> None:
+    address = "memory://me:secret-word@bucket/web?key=secret-word"
+    assert "secret" not in str(finished_directory(address, tmp_path))
+    with pytest.raises(ValueError, match=r"source 'web': memory://\*\*\*@bucket/web\?key=\*\*\*") as refused:
+        fetch("web", address, tmp_path)
+    assert "secret" not in str(refused.value)
+
+
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: str) -> None:
         raise ImportError("Install s3fs to access S3")

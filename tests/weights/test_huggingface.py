@@ -311,7 +311,7 @@ def test_broken_indexes_are_refused(decoder: Decoder, tmp_path: Path) -> None:
         load_hf(tmp_path / "export")
     for weight_map in ({"lm_head.weight": "../elsewhere.safetensors"}, {}, {"lm_head.weight": 3}):
         (tmp_path / "export/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(ValueError, match=r"index.json: no weight_map from tensors to files of this directory"):
+        with pytest.raises(ValueError, match=r"index.json: (no weight_map from tensors to files|.* that is a path)"):
             load_hf(tmp_path / "export")
 
 

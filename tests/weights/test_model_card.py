@@ -1,14 +1,19 @@
 """Model cards of runs that are made up. Cards of real runs: tests/cli/verbs/test_export.py."""
 
+import ast
 import json
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from markdown_it import MarkdownIt
 
 from lightning_danube.model import Decoder
-from lightning_danube.weights.model_card import classifier_card, model_card
+from lightning_danube.weights.model_card import adapter_card, classifier_card, model_card
 from lightning_danube.weights.names import Located
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
 
@@ -84,3 +89,43 @@ def test_a_card_has_the_scores_of_its_own_step(run: tuple[Located, Decoder]) -> 
     earlier = located.path.rename(located.path.with_name("step_00000012.ckpt"))
     other = Located("talk", "checkpoint", earlier, None, "base")
     assert "validation texts" not in classifier_card("talk", decoder, other, ["yes", "no"], 32)
+
+
+HOSTILE = (
+    "yes`\n# A title <script>alert(1)</script>",
+    "![x](http://evil/track.png)",
+    "a | b\x1b[31m",
+    '"); import os; os.system("x") #',
+    "```\n---\n[a]: http://evil",
+    "---",
+)
+
+
+def test_a_card_shows_hostile_names_and_obeys_none(run: tuple[Located, Decoder]) -> None:
+    """By another implementation of Markdown: names of others make no heading, no picture, no link, and no code."""
+    located, decoder = run
+    located = Located(HOSTILE[0], "checkpoint", located.path, None, HOSTILE[3])
+    content = torch.load(located.path)
+    content["token_ledger"] |= {"stages": list(HOSTILE[:2]), "sources": list(HOSTILE[2:4])}
+    torch.save(content, located.path)
+    (located.path.parent.parent / "history.jsonl").write_text(json.dumps({"time": HOSTILE[1], "commit": HOSTILE[0]}))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    for card in (
+        model_card("talk", decoder, tiny_tokenizer(), located, adapter=HOSTILE[0]),
+        classifier_card("talk", decoder, located, HOSTILE, 32),
+        adapter_card("talk", HOSTILE[3], settings, 5),
+        adapter_card("talk", HOSTILE[3], settings, 5, labels=HOSTILE),
+        adapter_card("talk", HOSTILE[3], settings, 5, vocabulary=9),
+    ):
+        _, front, body = card.split("---\n", 2)
+        assert set(yaml.safe_load(front)) <= {"library_name", "pipeline_tag", "license", "base_model"}
+        assert "\x1b" not in card
+        page = MarkdownIt("commonmark").enable("table").render(body)
+        assert not re.search(r"<(script|img|a|hr)\b", page), page
+        titles = re.findall(r"<h\d>(.*?)</h\d>", page)
+        assert not any("A title" in title for title in titles)
+        for code in re.findall(r'<pre><code class="language-python">(.*?)</code></pre>', page, re.DOTALL):
+            calls = {
+                ast.unparse(node.func) for node in ast.walk(ast.parse(unescape(code))) if isinstance(node, ast.Call)
+            }
+            assert not any("system" in call for call in calls)
