@@ -47,7 +47,7 @@ PARTS = {
     "mutants-statistics": mutants("callbacks", "cli", "intervals", "planning", "reports", "studies"),
     "mutants-tasks": mutants("chat", "classification", "evaluation", "inspection", "quantization"),
     "mutants-model": mutants("checkpoints", "files", "generation", "model", "training", "weights"),
-    "mutants-data": mutants("options", "pretraining", "text", "tokens"),
+    "mutants-data": mutants("options", "outside", "pretraining", "text", "tokens"),
     "slow-checkpoints": slow("checkpoints"),
     "slow-ranks": slow("training", "model"),
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
