@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -60,12 +60,8 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        text = " ".join(map(str, args))
-        if self._live is None:
-            show(text)
-        else:
-            with self._live.hidden():
-                show(text)
+        with nullcontext() if self._live is None else self._live.hidden():
+            show(" ".join(map(str, args)))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_start(trainer, pl_module)

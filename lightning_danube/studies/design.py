@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from lightning_danube.outside.names import plain_name
+from lightning_danube.outside.secrets import secret_in
 from lightning_danube.studies.scaling import SIZE, TOKENS
 from lightning_danube.terminal import name_meant
 from lightning_danube.yaml_files import config_file, read_config
@@ -154,6 +155,12 @@ def _check(file: str, design: Design) -> None:
     for name, values in {"set": design.set, **design.variants}.items():
         if not isinstance(values, dict):
             raise ValueError(f"{file}: {name} is no mapping of dotted keys to values")
+        for key, value in values.items():
+            if secret_in(json.dumps(value, default=str, ensure_ascii=False)):
+                raise ValueError(
+                    f"{file}: {name}: {key} holds a key or a password, and a study keeps and shows what it sets: give "
+                    "it in an environment variable (SECURITY.md)"
+                )
         if "seed_everything" in values:
             raise ValueError(f"{file}: {name} sets seed_everything, which is what seeds is for")
     for fact, tolerance in design.equal.items():

@@ -60,7 +60,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     return apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: bool) -> str:
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
     """Returns the text that the tokenizer's template, or Danube's, makes of a conversation.
 
     Args:

@@ -51,6 +51,15 @@ def test_a_study_stays_in_the_folder_of_studies(name: Any, tmp_path: Path) -> No
         read_design(write(tmp_path, name=name))
 
 
+def test_a_study_holds_no_key(tmp_path: Path) -> None:
+    hidden: list[dict[str, Any]] = [{"set": {"data.path": "https://me:secret@host"}}]
+    hidden.append({"variants": {"mha": {"x": ["?key=secret"]}, "gqa": {}}})
+    for changes in hidden:
+        with pytest.raises(ValueError, match=r"study.yaml: (set|mha): .* holds a key or a password") as refused:
+            read_design(write(tmp_path, **changes))
+        assert "secret" not in str(refused.value)
+
+
 def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) -> None:
     first = read_design(write(tmp_path)).digest()
     assert read_design(write(tmp_path, seeds=[1, 2, 3], also=["seconds"])).digest() == first

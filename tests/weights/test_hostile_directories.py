@@ -77,7 +77,11 @@ def header(key: str, value: Any) -> Change:
 
 
 def indexed(name: object) -> Change:
-    return lambda place: ((place / WEIGHTS).unlink(), text(INDEX, json.dumps({"weight_map": {"a": name}}))(place))
+    def change(place: Path) -> None:
+        (place / WEIGHTS).unlink()
+        text(INDEX, json.dumps({"weight_map": {"a": name}}))(place)
+
+    return change
 
 
 def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:

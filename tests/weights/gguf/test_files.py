@@ -427,7 +427,8 @@ def write_with(source: Path, target: Path, key: str, value: Any) -> Path:
     for name, one in fields.items():
         if name in ("general.architecture", "general.alignment"):
             continue
-        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kind: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kind[str] = writer.add_string
         kind.get(type(one), writer.add_array)(name, one)
     if key == "general.architecture":
         writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.get_type(value))
