@@ -1,7 +1,6 @@
 """Hub ids and their revisions, told apart from paths of this machine."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import transformers
 from lightning_danube.files import looks_like_path
 from lightning_danube.tokens.hub import did_you_mean, download, first_line, hub_id
 from lightning_danube.tokens.tokenizer import adding_bos, load_hf_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 def test_a_hub_id_is_owner_and_name_that_lie_on_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_tokenizer_is_asked_for_at_its_revision(monkeypatch: pytest.MonkeyPatc
 
     def from_pretrained(name: str, **options: Any) -> Any:
         asked.append((name, options))
-        return SimpleNamespace(is_fast=True)
+        return tiny_tokenizer()
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     load_hf_tokenizer.__wrapped__("nobody/nothing@v3")
