@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_danube.files import make_folder, new_file, remove_all_leftovers, remove_whole, scratch_folder, write_json
+from lightning_danube.files import make_folder, new_file, remove_leftovers, remove_whole, scratch_folder, write_json
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
@@ -122,7 +122,7 @@ def prepare_directory(directory: Path) -> None:
     """
     try:
         make_folder(directory)
-        remove_all_leftovers(directory)
+        remove_leftovers(directory)
         with scratch_folder(directory / "probe"):
             pass
     except OSError as error:

@@ -91,7 +91,7 @@ def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) 
     target = Path(directory).absolute()
     make_folder(target.parent)
     # This comes first: it restores the files that a killed export has set aside, and they must be checked.
-    remove_leftovers(target)
+    remove_leftovers(target.parent)
     check_target(target, known, overwrite)
     with new_folder(target, replace=True) as partial:
         yield partial
