@@ -160,7 +160,10 @@ def read_step(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
-WRITTEN_AT_EVERY_START = ("config.yaml", "hparams.yaml", "history.jsonl", "metrics.csv", "trackers.json")
+LOCK = ".lock"
+"""The lock file in a run's directory. A training run holds it, so that no second process trains the same run."""
+
+WRITTEN_AT_EVERY_START = (LOCK, "config.yaml", "hparams.yaml", "history.jsonl", "metrics.csv", "trackers.json")
 
 
 def remove_if_unused(version: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result:
     version = tmp_path / "runs" / "run" / "version_0"
     (version / "checkpoints").mkdir(parents=True)
     of_every_start = ["config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1"]
-    of_every_start += ["metrics.csv", "trackers.json", "wandb/run-1/files/output.log"]
+    of_every_start += [".lock", "metrics.csv", "trackers.json", "wandb/run-1/files/output.log"]
     for name in [*of_every_start, result] if result else of_every_start:
         (version / name).parent.mkdir(parents=True, exist_ok=True)
         (version / name).touch()
