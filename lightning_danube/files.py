@@ -53,6 +53,25 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file; when this returns, the line is on the disk. A line is added as a whole or not at all: after
+    a power cut within the write, the next line begins behind what was written.
+
+    Raises:
+        OSError: the line cannot be written. Names the file.
+    """
+    make_folder(path.parent)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    with naming(path), open(handle, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        is_torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        content = ("\n" * is_torn + line + "\n").encode("utf-8", "replace")
+        if file.write(content) < len(content):  # the disk is full
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(handle)
+
+
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any = None) -> None:
     """
     Args:

@@ -20,6 +20,7 @@ from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.__main__ import user_message
 from lightning_danube.files import (
     InUse,
+    append_line,
     default_cache_dir,
     finish_folder,
     locked,
@@ -454,6 +455,28 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/xdg/lightning-danube")
     monkeypatch.setenv("LIGHTNING_DANUBE_CACHE", "/mine")
     assert default_cache_dir() == Path("/mine")
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_added_whole_or_not_at_all(small_disk: Path) -> None:
+    file = small_disk / "new" / "lines"
+    append_line(file, "one")
+    append_line(file, "half a pair: \ud800")
+    before = file.read_bytes()
+    assert before == b"one\nhalf a pair: ?\n"
+    with pytest.raises(OSError, match="No space left") as error:
+        append_line(file, "x" * 2**17)
+    assert error.value.filename == str(file) and file.read_bytes() == before
+    append_line(file, "three")
+    assert file.read_bytes() == before + b"three\n"
+
+
+def test_a_line_begins_behind_what_a_power_cut_has_left(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\ntw")
+    append_line(tmp_path / "lines", "three")
+    assert (tmp_path / "lines").read_text() == "one\ntw\nthree\n"
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------
