@@ -545,9 +545,7 @@ def test_a_process_may_wait_for_a_lock(hold: Any, tmp_path: Path) -> None:
 
     with locked(tmp_path / ".a.lock", "the cache", wait=tell):
         assert holder.wait() == 0
-    assert told == [
-        f"the cache is in use by process {holder.pid} on {socket.gethostname()}: waiting until it ends"
-    ]
+    assert told == [f"the cache is in use by process {holder.pid} on {socket.gethostname()}: waiting until it ends"]
 
 
 def test_shared_locks_exclude_only_the_others(hold: Any, tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ class Grader:
         def judge(number: int) -> Judgement:
             found = self.judge.judge(gradings[number].messages)
             # Here and not where it is read: it is paid for, and this thread asks nothing before it is on the disk.
-            append_line(file, json.dumps(self._line(keys[number], weights, gradings[number], found), ensure_ascii=False))
+            append_line(
+                file, json.dumps(self._line(keys[number], weights, gradings[number], found), ensure_ascii=False)
+            )
             return found
 
         with ThreadPoolExecutor(self.at_once) as pool:

@@ -102,5 +102,5 @@ def test_a_line_that_a_kill_broke_off_is_removed(tmp_path: Path) -> None:
     append_line(file, '{"key": "d"}')  # on a line of its own
     assert read_jsonl(file) == [*rows, {"key": "d"}]
     with file.open("ab") as opened:
-        opened.write(b'\xff\n[1]\n' + b"[" * 100_000 + b"\n\n")
+        opened.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n\n")
     assert read_jsonl(file) == [*rows, {"key": "d"}]
