@@ -54,8 +54,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file; when this returns, the line is on the disk. A line is added as a whole or not at all: after
-    a power cut within the write, the next line begins behind what was written.
+    """Adds a line to a file; when this returns, the line is on the disk.
+
+    A line is added as a whole or not at all. After a power cut within the write, the next line begins on a new line.
 
     Raises:
         OSError: the line cannot be written. Names the file.
@@ -120,7 +121,8 @@ def naming(path: Path) -> Iterator[None]:
         number = refusal_of_disk(error)
         if number is None or getattr(error, "filename", None) is not None:
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        reason = os.strerror(number)
+        raise OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(path)) from error
 
 
 def refusal_of_disk(error: BaseException) -> int | None:

@@ -358,8 +358,8 @@ def run_child(
 
     Args:
         saves: the command is one of this project's, which saves its work when it is told to stop. A signal to this
-            process is passed on, and the command may take the time that it needs. If this process is killed, the command
-            saves and ends as well.
+            process is passed on, and the command may take the time that it needs. If this process is killed, the
+            command saves and ends as well.
     """
     if saves:
         options["env"] = {**(options.get("env") or os.environ), PARENT: str(os.getpid())}

@@ -188,7 +188,7 @@ def kept(tmp_path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_server_that_misbehaves_at_random_loses_no_judgement(serve: Any, tmp_path: Path, seed: int) -> None:
-    """Every second answer is a misbehaviour. Each judgement that was given is on the disk, and none is paid for twice."""
+    """Every second answer is one. Each judgement that was given is on the disk, and none is paid for twice."""
     random_of = random.Random(seed)
     kinds = [name for name in MISBEHAVIOURS if name not in SLOW]
     given = 0

@@ -384,7 +384,7 @@ def test_two_at_the_same_source_end_well_whoever_is_first(
 def test_a_second_process_waits_for_the_shards_of_the_first(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two studies, or two runs, that begin at once on one cache. Before, the mistake of one removed the units of both."""
+    """Two runs that begin at once on one cache: a mistake in the texts made one remove the units of the other."""
     (tmp_path / "a.txt").write_text("a river\nstones\n")
     source, make_unit, lines = Source(str(tmp_path / "a.txt")), preparation.make_unit, list[str]()
     second: list[Future[Path]] = []
