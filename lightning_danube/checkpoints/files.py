@@ -97,7 +97,10 @@ def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
             if full
             else OSError(errno.EIO, " ".join(str(cause).split()))
         )
-    what = f"checkpoint not written{where}: {_way_out(cause)}, then go on with --ckpt_path last"
+    go_on = (
+        "go on with --ckpt_path last" if any(path.parent.glob("*step_*.ckpt")) else "begin again: none was written yet"
+    )
+    what = f"checkpoint not written{where}: {_way_out(cause)}, then {go_on}"
     return OSError(cause.errno, what, str(path))
 
 

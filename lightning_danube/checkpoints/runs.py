@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,11 @@ def remove_if_unused(version: Path) -> None:
         for path in files
     ):
         shutil.rmtree(version)
-        for parent in version.parents[:2]:
-            if any(parent.iterdir()):
-                break
-            parent.rmdir()
+        with suppress(OSError):  # a parent is a disk of its own; the user is to see why the run failed
+            for parent in version.parents[:2]:
+                if any(parent.iterdir()):
+                    break
+                parent.rmdir()
 
 
 def read_saved_config(path: Path) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ from lightning_danube.cli.configs import (
 )
 from lightning_danube.cli.errors import located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
-from lightning_danube.files import locked
+from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, tell
@@ -105,7 +105,8 @@ class RunRecord(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+        with naming(Path(trainer.log_dir or "")):
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes on rank zero only, after the config. It must not call collective operations."""

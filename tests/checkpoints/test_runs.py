@@ -1,5 +1,7 @@
 """Where a run's checkpoints are found, and where a new run writes."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,16 @@ def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result:
     assert version.exists() == (result is not None)
     assert (tmp_path / "runs").exists() == (result is not None), "empty parents go as well"
     remove_if_unused(tmp_path / "nowhere")
+
+
+def test_a_parent_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the mount point of a full disk, where the run has just failed."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    version = tmp_path / "run" / "version_0"
+    version.mkdir(parents=True)
+    monkeypatch.setattr(Path, "rmdir", busy)
+    remove_if_unused(version)
+    assert not version.exists() and version.parent.exists()

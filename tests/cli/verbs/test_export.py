@@ -230,7 +230,10 @@ def test_an_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ),
         (["--dtype", "int8", "--out", "x"], "argument --dtype: invalid choice: 'int8'"),
         (["--out", "."], "--out .: an export replaces the directory, and you are in it"),
-        (["--out", str(Path(__file__).parent)], "is not empty .*: choose another directory, or replace its files by --overwrite"),
+        (
+            ["--out", str(Path(__file__).parent)],
+            "is not empty .*: choose another directory, or replace its files by --overwrite",
+        ),
         (
             ["--format", "gguf", "--out", "there.gguf"],
             "there.gguf exists: choose .* --overwrite",
