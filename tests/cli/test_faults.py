@@ -137,7 +137,7 @@ def test_a_verb_that_has_nothing_to_save_ends_and_leaves_nothing(
     for moment in range(12):
         output = tmp_path / f"said-{moment}.txt"
         process = Forked(commands[verb], output, tmp_path)
-        time.sleep(0.15 * moment)
+        time.sleep(0.3 + 0.15 * moment)  # first, the process is forked and begins
         process.send_signal(number)
         code = process.wait(60)
         said = output.read_text() if output.exists() else ""

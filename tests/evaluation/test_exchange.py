@@ -136,7 +136,10 @@ def test_half_of_a_pair_of_code_units_can_be_kept(serve: Any) -> None:
     assert (found.score, found.reply) == (8.0, "? is [[8]]")
 
 
-@pytest.mark.parametrize(("first", "rest"), [(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (CHUNKED, b"1\r\nx\r\n")])
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (CHUNKED, b"1\r\nx\r\n"), (b"HTTP/1.1 200 OK\r\n\r\n", b" ")],
+)
 def test_the_time_is_for_the_whole_answer(serve: Any, first: bytes, rest: bytes) -> None:
     """A server that always sends something soon was never too slow: this one sends for 1.8 s."""
     sent: list[bytes] = [first, *([rest] * 90)]
