@@ -56,6 +56,7 @@ PARTS = {
     ),
     "slow-weights": slow("generation", "weights"),
     "slow-benchmarks": slow("benchmarks"),
+    "faults": ["make", "--no-print-directory", "test-faults"],
     "kernels": ["make", "--no-print-directory", "test-kernels"],
     "notebooks": slow("test_notebooks.py"),
     "newest": [".ci/newest"],

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
+from lightning_danube.files import refusal_of_disk
 from lightning_danube.signals import SIGNALS, Stopped
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
@@ -186,6 +187,8 @@ def user_message(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         return f"{_as_asked_for(str(error.filename))}: {error.strerror}"
+    if (number := refusal_of_disk(error)) is not None:
+        return f"a file could not be written: {os.strerror(number)}"
     return None
 
 

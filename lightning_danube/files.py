@@ -1,4 +1,4 @@
-"""The only writer of whole files and folders. The cache directory, and what is meant as a path.
+"""The only writer of whole files and folders, and the locks. The cache directory, and what is meant as a path.
 
 Everything written here has one guarantee:
 
@@ -6,13 +6,15 @@ Everything written here has one guarantee:
   content is written under a hidden name in the same directory and flushed to the disk (fsync). Then the hidden name
   becomes the final name, and the directory is flushed.
 - A failed write raises the error, removes its hidden file, and leaves what was there before.
-- A killed process leaves `.<name>.<32 hexadecimal digits>.partial`. The next writer of the same name removes this
+- A killed process leaves `.<name>.<32 hexadecimal digits>.partial`. The next writer in the same directory removes this
   leftover. A writer at work holds a lock on its hidden file, so no other process takes that file for a leftover.
 - A folder cannot be replaced in one step. The old folder becomes `.<name>.<digits>.replaced` until the new folder has
-  the name. If the process is killed in between, the next writer of the same name puts the old folder back.
+  the name. If the process is killed in between, the next writer in the same directory puts the old folder back.
 - The user's umask decides the permissions, also where a library makes files that only their owner can read.
 
 Files inside a new folder are written plainly: `new_folder` flushes all of them before the folder gets its name.
+
+Work that two processes must not do at the same time holds a lock file: see `locked`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+SECONDS_BETWEEN_LOOKS = 0.2
+"""How often a process that waits for a lock looks whether it is free."""
 
 SECONDS_UNTIL_ABANDONED = 24 * 3600
 """Where the file system has no locks, a hidden file that was not changed for this time is a leftover."""
@@ -45,6 +51,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file; when this returns, the line is on the disk.
+
+    A line is added as a whole or not at all. After a power cut within the write, the next line begins on a new line.
+
+    Raises:
+        OSError: the line cannot be written. Names the file.
+    """
+    make_folder(path.parent)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    with naming(path), open(handle, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        is_torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        content = ("\n" * is_torn + line + "\n").encode("utf-8", "replace")
+        if file.write(content) < len(content):  # the disk is full
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(handle)
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any = None) -> None:
@@ -66,7 +92,7 @@ def new_file(target: Path, *, clear: bool = True) -> Iterator[Path]:
     file of that name.
 
     Args:
-        clear: remove leftovers of the same name first, which lists the directory. False for a directory of many files
+        clear: remove leftovers of killed writers first, which lists the directory. False for a directory of many files
             that is removed as a whole.
 
     Raises:
@@ -74,8 +100,8 @@ def new_file(target: Path, *, clear: bool = True) -> Iterator[Path]:
     """
     make_folder(target.parent)
     if clear:
-        remove_leftovers(target)
-    with _claimed(target, is_folder=False) as partial:
+        remove_leftovers(target.parent)
+    with naming(target), _claimed(target, is_folder=False) as partial:
         mode = partial.stat().st_mode
         yield partial
         if partial.stat().st_mode != mode:
@@ -83,6 +109,34 @@ def new_file(target: Path, *, clear: bool = True) -> Iterator[Path]:
         sync(partial)
         os.replace(partial, target)
         sync(target.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the block by which a disk refuses a file, and which names no file, names this one. A full disk is
+    such an error: the system does not say for which file."""
+    try:
+        yield
+    except Exception as error:
+        number = refusal_of_disk(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        reason = os.strerror(number)
+        raise OSError(number, f"not written: {reason[0].lower()}{reason[1:]}", str(path)) from error
+
+
+def refusal_of_disk(error: BaseException) -> int | None:
+    """Returns the errno of an error by which a disk refuses a file, else None. Libraries report one in types and words
+    of their own: Rust's and Arrow's numbers, and NumPy's count of what it could write."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)):
+        number = int(found[1])
+    if number is None and isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
+        number = errno.ENOSPC
+    return number if number in _REFUSALS else None
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
@@ -140,16 +194,8 @@ def finish_folder(partial: Path, target: Path, *, replace: bool = False) -> None
     sync(target.parent)
 
 
-def remove_leftovers(target: Path) -> None:
-    """Removes what killed writers of `target` left beside it. Puts back a folder that was just set aside."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.(partial|replaced)")
-    for name in os.listdir(target.parent):
-        if pattern.fullmatch(name):
-            _remove_leftover(target.parent / name, target)
-
-
-def remove_all_leftovers(folder: Path) -> None:
-    """Removes what killed writers of any name left in a folder. Puts back folders that were just set aside."""
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in a folder. Puts back folders that were just set aside."""
     for name in os.listdir(folder):
         if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.(?:partial|replaced)", name):
             _remove_leftover(folder / name, folder / match[1])
@@ -186,6 +232,56 @@ def remove_whole(path: Path) -> None:
     _remove(path)
 
 
+class InUse(ValueError):
+    """Another process does the same work, so this process does not begin."""
+
+
+@contextmanager
+def locked(
+    file: Path, subject: str, *, wait: Callable[[str], object] | None = None, shared: bool = False
+) -> Iterator[int]:
+    """Holds a lock for the time of the block, so that only one process does some work. Yields the lock's descriptor.
+
+    The lock is a file that names the host and the process. The system frees the lock when the process ends, also after
+    `kill -9`. A program that this process starts keeps the lock for as long as it has the descriptor (`pass_fds`); a
+    fork does not. A file system without locks tells apart only the processes of one host.
+
+    Args:
+        file: the lock file, such as `.<name>.lock` beside what is written.
+        subject: what is locked, for the message: "runs/world/version_0".
+        wait: called once with the message; then waits until the lock is free. None: raise `InUse` instead.
+        shared: holders of a shared lock do not exclude each other.
+
+    Raises:
+        InUse: another process holds the lock. Names the process.
+        OSError: the lock file cannot be written.
+    """
+    made = not file.parent.is_dir()
+    make_folder(file.parent)
+    told = False
+    while (handle := _lock_now(file, shared)) is None:
+        message = f"{subject} is in use by {_holder(file)}"
+        if wait is None:
+            raise InUse(f"{message}: wait until it ends, or stop it")
+        if not told:
+            wait(f"{message}: waiting until it ends")
+            told = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    try:
+        yield handle
+    finally:
+        # Removed while it is locked: another process may wait for this file, and then looks for it by name again.
+        with suppress(OSError):
+            if shared:  # the last holder removes it
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+        _held.discard(handle)
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # it holds other files now
+                file.parent.rmdir()
+
+
 def default_cache_dir() -> Path:
     """$LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory."""
     if explicit := os.environ.get("LIGHTNING_DANUBE_CACHE"):
@@ -203,7 +299,7 @@ def _remove(path: Path) -> None:
 @contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
     make_folder(target.parent)
-    remove_leftovers(target)
+    remove_leftovers(target.parent)
     with _claimed(target, is_folder=True) as partial:
         yield partial
 
@@ -276,6 +372,73 @@ def _locked(path: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(handle)
+
+
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _lock_now(file: Path, shared: bool) -> int | None:
+    """Returns the descriptor of the locked file, or None if another process holds the lock."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:  # the file system has no locks
+            if not shared and _is_alive(*_host_and_process(file)):
+                os.close(handle)
+                return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(file)):
+                break
+        # Its holder removed it between the two calls.
+        os.close(handle)
+    # A full disk does not matter: the lock holds without the name of its holder.
+    with suppress(OSError):
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+    _held.add(handle)
+    return handle
+
+
+def _host_and_process(file: Path) -> tuple[str, int]:
+    """Returns what a lock file says of its holder: ("", 0) if it says nothing."""
+    try:
+        host, process = file.read_text().split()
+        return host, int(process)
+    except (OSError, ValueError):
+        return "", 0
+
+
+def _holder(file: Path) -> str:
+    host, process = _host_and_process(file)
+    return f"process {process} on {host}" if process else f"another process (lock file {file})"
+
+
+def _is_alive(host: str, process: int) -> bool:
+    if host != socket.gethostname() or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _close_held() -> None:
+    """Closes the locks in a forked child: a loader that outlives a killed run must not keep the run's lock."""
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)
 
 
 def _remove_leftover(leftover: Path, target: Path) -> None:

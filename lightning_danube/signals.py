@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from subprocess import CompletedProcess
 from types import FrameType
@@ -33,6 +33,9 @@ SECONDS_OF_ONE_STOP = 0.2
 
 SECONDS_TO_END = 10.0
 """How long a process that has nothing to save may take to end after SIGTERM."""
+
+PARENT = "LIGHTNING_DANUBE_PARENT"
+"""Environment variable of a process that `run_child` has started: the process id of its parent."""
 
 SECONDS_OF_PATIENCE = 0.5
 """How long the thread waits before it answers a Ctrl-C that the verb handles itself."""
@@ -61,12 +64,14 @@ class Phase:
         raises: the exception that SIGINT raises in the main thread; None: the main thread checks `received` itself.
         handles_interrupts: the verb handles Ctrl-C itself and continues. The thread answers only if that takes too
             long.
+        seconds: how long the process may take to end after SIGTERM; None: as long as it needs.
     """
 
     answer: str
     again: str = "once more ends at once"
     raises: type[BaseException] | None = Stopped
     handles_interrupts: bool = False
+    seconds: float | None = SECONDS_TO_END
 
 
 ENDING = Phase("stopping", raises=KeyboardInterrupt)
@@ -74,6 +79,9 @@ ENDING = Phase("stopping", raises=KeyboardInterrupt)
 LEAVING_TRAINER = Phase("stopping")
 SAVING = Phase(
     "saving after this optimizer step, then stopping", "once more stops at once, without saving", raises=None
+)
+CHILD_SAVES = Phase(
+    "the run saves and ends first", "once more ends it at once, unsaved", KeyboardInterrupt, seconds=None
 )
 DONE = Phase("all steps are done and saved, the run ends by itself soon", raises=None)
 ANSWERING = Phase("stopping the answer", "once more ends the chat", KeyboardInterrupt, handles_interrupts=True)
@@ -91,7 +99,8 @@ class StopSignals:
         self._end_first: list[Callable[[], object]] = []
         self._phase = ENDING
         self._answered: object | None = None
-        self._first: float | None = None  # when the first signal was seen
+        self._answered_interrupt = False
+        self._first: float | None = None  # when the first signal was seen that a Ctrl-C follows as the second one
         self._at_prompt = 0.0  # when the main thread took the last Ctrl-C at a prompt
         self._answering = threading.Lock()
         self._listening = self._threaded = self._forks_known = False
@@ -131,6 +140,8 @@ class StopSignals:
         before = self._handle_all(numbers)
         self._leave_to_parent_after_fork()
         close = self._start_thread() if own_process else None
+        if own_process:
+            _stop_with_parent()
         try:
             yield
         finally:
@@ -172,6 +183,7 @@ class StopSignals:
 
     def _forget(self) -> None:
         self.received = self._answered = self._first = None
+        self._answered_interrupt = False
 
     def _handle_all(self, numbers: Iterable[int]) -> dict[int, Any]:
         return {number: signal.signal(number, self._handle) for number in numbers}
@@ -209,8 +221,10 @@ class StopSignals:
         if phase is PROMPTING or not self._answering.acquire(blocking=False):
             return
         try:
-            if self.answered:
+            # A Ctrl-C after SIGTERM gets an answer of its own where it is the first of two.
+            if self.answered and (number != signal.SIGINT or self._answered_interrupt or phase.raises is not None):
                 return
+            self._answered_interrupt = number == signal.SIGINT
             answer = self._answered = object()
         finally:
             self._answering.release()
@@ -223,12 +237,14 @@ class StopSignals:
             _later(SECONDS_OF_PATIENCE, say_if_unanswered)
             return
         _say(number, phase)
-        if number == signal.SIGTERM and phase.raises is not None and self._threaded:
-            _later(SECONDS_TO_END, lambda: self._end_now(128 + number))
+        if number == signal.SIGTERM and phase.raises is not None and phase.seconds is not None and self._threaded:
+            _later(phase.seconds, lambda: self._end_now(128 + number))
 
     def _is_second_interrupt(self, number: int) -> bool:
         now = time.monotonic()
-        if self._first is None and self._phase is not PROMPTING:
+        # Where the run is being saved, SIGTERM is no first Ctrl-C: the user has not been told what a second one does.
+        counts = number == signal.SIGINT or self._phase.raises is not None
+        if self._first is None and self._phase is not PROMPTING and counts:
             self._first = now
         return number == signal.SIGINT and self._first is not None and now - self._first > SECONDS_OF_ONE_STOP
 
@@ -335,15 +351,44 @@ class StopSignals:
 SIGNALS = StopSignals()
 
 
-def run_child(command: Sequence[str], *, timeout: float | None = None, **options: Any) -> CompletedProcess[str]:
-    """Runs a command like `subprocess.run` with text, and kills it if a second Ctrl-C ends this process at once."""
+def run_child(
+    command: Sequence[str], *, timeout: float | None = None, saves: bool = False, **options: Any
+) -> CompletedProcess[str]:
+    """Runs a command like `subprocess.run` with text, and kills it if a second Ctrl-C ends this process at once.
+
+    Args:
+        saves: the command is one of this project's, which saves its work when it is told to stop. A signal to this
+            process is passed on, and the command may take the time that it needs. If this process is killed, the
+            command saves and ends as well.
+    """
+    if saves:
+        options["env"] = {**(options.get("env") or os.environ), PARENT: str(os.getpid())}
     with subprocess.Popen(command, text=True, **options) as process, SIGNALS.ending_first(process.kill):
         try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
+            with SIGNALS.during(CHILD_SAVES) if saves else nullcontext():
+                out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            if saves and isinstance(error, KeyboardInterrupt | Stopped):
+                process.terminate()
+                with suppress(KeyboardInterrupt, Stopped):  # a second Ctrl-C
+                    process.wait()
             process.kill()
             raise
     return CompletedProcess(command, process.returncode, out, err)
+
+
+def _stop_with_parent() -> None:
+    """Stops this process as SIGTERM does when the process that started it by `run_child` is gone."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(SECONDS_OF_ONE_STOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _restore(handlers: dict[int, Any]) -> None:

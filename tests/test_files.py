@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_danube.__main__ import user_message
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.files import (
+    InUse,
+    append_line,
     default_cache_dir,
     finish_folder,
+    locked,
+    naming,
     new_file,
     new_folder,
-    remove_all_leftovers,
     remove_leftovers,
     remove_whole,
     scratch_folder,
@@ -200,7 +205,7 @@ def test_a_full_disk_keeps_the_old_file_and_the_old_folder(small_disk: Path) -> 
     write_text(small_disk / "file", "old")
     a_folder(small_disk / "folder")
     before = everything(small_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="not written: no space left"):
         write_bytes(small_disk / "file", bytes(2**17))
     with (
         pytest.raises(OSError, match="not written: no space left") as error,
@@ -276,8 +281,10 @@ from lightning_danube.files import new_file, new_folder
 target, moment, folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "folder"
 replace = os.replace
 def die(*names):
-    if moment == "between the renames":
+    if moment in ("between the renames", "after the renames"):
         replace(*names)
+    if moment == "after the renames" and names[0].suffix != ".partial":
+        return
     os.kill(os.getpid(), signal.SIGKILL)
 if moment != "writing":
     os.replace = die
@@ -296,28 +303,29 @@ with new_folder(target, replace=True) if folder else new_file(target) as partial
         ("folder", "writing"),
         ("folder", "before the rename"),
         ("folder", "between the renames"),
+        ("folder", "after the renames"),
     ],
 )
 def test_the_next_writer_clears_up_after_a_kill(kind: str, moment: str, tmp_path: Path) -> None:
     target = tmp_path / "target"
     (a_folder if kind == "folder" else WRITERS["text"])(target)
     before = everything(tmp_path)
+    if moment == "after the renames":
+        before = {"target": None, "target/new": b"new"}
     command = [sys.executable, "-c", KILLED, str(target), moment, kind]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert killed.returncode == -signal.SIGKILL
     left = everything(tmp_path)
     assert left != before
     assert all(name in before or name.startswith(".target.") for name in left)
-    remove_leftovers(target)
+    remove_leftovers(tmp_path)
     assert everything(tmp_path) == before
 
 
-def test_only_leftovers_of_the_same_name_are_removed(tmp_path: Path) -> None:
+def test_any_writer_in_a_directory_clears_up_after_all_that_were_killed(tmp_path: Path) -> None:
     for name in (f".a.{DIGITS}.partial", f".a.{DIGITS}.replaced", f".b.{DIGITS}.partial", ".a.partial"):
         (tmp_path / name).write_text("half")
     write_text(tmp_path / "a", "content")
-    assert {path.name for path in tmp_path.iterdir()} == {"a", f".b.{DIGITS}.partial", ".a.partial"}
-    remove_all_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".a.partial"}
 
 
@@ -329,7 +337,7 @@ def test_what_another_writer_is_writing_is_no_leftover(folder: bool, tmp_path: P
         with begin(target) as second:
             assert first != second and first.exists()
             (second / "a" if folder else second).write_text("second")
-        remove_all_leftovers(tmp_path)
+        remove_leftovers(tmp_path)
         (first / "a" if folder else first).write_text("first")
     found = (target / "a" if folder else target).read_text()
     assert found == ("second" if folder else "first")
@@ -412,16 +420,15 @@ def test_what_was_set_aside_goes_where_its_replacement_is_there(tmp_path: Path) 
     aside = tmp_path / f".folder.{DIGITS}.replaced"
     aside.mkdir()
     (aside / "old").touch()
-    remove_leftovers(tmp_path / "folder")
+    remove_leftovers(tmp_path)
     assert everything(tmp_path) == before
 
 
-def test_leftovers_of_longer_names_stay(tmp_path: Path) -> None:
-    """A writer of `a.b` knows nothing of `axb` and of `a.b.c`."""
-    others = [f"{name}.{DIGITS}.partial" for name in (".axb", ".a.b.c", "x.a.b")] + [f".a.b.{DIGITS}.partial2"]
+def test_files_that_are_named_like_leftovers_stay(tmp_path: Path) -> None:
+    others = [f"x.a.b.{DIGITS}.partial", f".a.b.{DIGITS}.partial2", f".{DIGITS}.partial", f".a.{DIGITS[1:]}.partial"]
     for name in (*others, f".a.b.{DIGITS}.partial"):
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path / "a.b")
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
@@ -448,3 +455,167 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/xdg/lightning-danube")
     monkeypatch.setenv("LIGHTNING_DANUBE_CACHE", "/mine")
     assert default_cache_dir() == Path("/mine")
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_added_whole_or_not_at_all(small_disk: Path) -> None:
+    file = small_disk / "new" / "lines"
+    append_line(file, "one")
+    append_line(file, "half a pair: \ud800")
+    before = file.read_bytes()
+    assert before == b"one\nhalf a pair: ?\n"
+    with pytest.raises(OSError, match="not written: no space left") as error:
+        append_line(file, "x" * 2**17)
+    assert error.value.filename == str(file) and file.read_bytes() == before
+    append_line(file, "three")
+    assert file.read_bytes() == before + b"three\n"
+
+
+def test_a_line_begins_behind_what_a_power_cut_has_left(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\ntw")
+    append_line(tmp_path / "lines", "three")
+    assert (tmp_path / "lines").read_text() == "one\ntw\nthree\n"
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from lightning_danube.files import locked
+with locked(Path(sys.argv[1]), "a thing", shared=sys.argv[2] == "shared") as handle:
+    if sys.argv[2] == "forks":
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.write(writing, b"x")
+            os.close(1)
+            sys.stdin.read()
+            os._exit(0)
+        os.read(reading, 1)
+    print("holds", flush=True)
+    sys.stdin.read(1)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Any]:
+    """Starts a process that holds the lock file `.a.lock` until it is killed, or until its input is written to."""
+    started = []
+
+    def start(how: str = "alone") -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / ".a.lock"), how]
+        started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes))
+        assert started[-1].stdout.readline() == "holds\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_is_refused_and_told_by_whom(hold: Any, tmp_path: Path) -> None:
+    holder = hold()
+    with pytest.raises(InUse) as error, locked(tmp_path / ".a.lock", "runs/a"):
+        pass
+    assert str(error.value) == (
+        f"runs/a is in use by process {holder.pid} on {socket.gethostname()}: wait until it ends, or stop it"
+    )
+
+
+@pytest.mark.parametrize("how", ["alone", "forks"])
+def test_a_lock_ends_with_its_process(hold: Any, how: str, tmp_path: Path) -> None:
+    """Also where a child of it lives on, and its file is there. Nothing is left in the end."""
+    holder = hold(how)
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / ".a.lock").exists()
+    with locked(tmp_path / ".a.lock", "runs/a"):
+        assert (tmp_path / ".a.lock").read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_may_wait_for_a_lock(hold: Any, tmp_path: Path) -> None:
+    holder, told = hold(), []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        holder.stdin.write("x")
+        holder.stdin.flush()
+
+    with locked(tmp_path / ".a.lock", "the cache", wait=tell):
+        assert holder.wait() == 0
+    assert told == [f"the cache is in use by process {holder.pid} on {socket.gethostname()}: waiting until it ends"]
+
+
+def test_shared_locks_exclude_only_the_others(hold: Any, tmp_path: Path) -> None:
+    hold("shared")
+    with locked(tmp_path / ".a.lock", "it", shared=True):
+        pass
+    assert (tmp_path / ".a.lock").exists()  # the other process still has it
+    with pytest.raises(InUse), locked(tmp_path / ".a.lock", "it"):
+        pass
+    with locked(tmp_path / ".b.lock", "it", shared=True), pytest.raises(InUse), locked(tmp_path / ".b.lock", "it"):
+        pass
+    assert not (tmp_path / ".b.lock").exists()
+
+
+def test_a_program_that_was_started_keeps_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / ".a.lock", "a run") as handle:
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[handle])
+        # As after kill -9: nobody removes the file.
+        kept = tmp_path / "kept"
+        os.link(tmp_path / ".a.lock", kept)
+    os.link(kept, tmp_path / ".a.lock")
+    with pytest.raises(InUse), locked(tmp_path / ".a.lock", "a run"):
+        pass
+    child.communicate()
+    with locked(tmp_path / ".a.lock", "a run"):
+        pass
+
+
+def test_without_locks_the_process_that_is_named_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    file, host = tmp_path / ".a.lock", socket.gethostname()
+    for text, free in ((f"{host} {os.getppid()}\n", False), (f"{host} 99999999\n", True), ("torn", True), ("", True)):
+        file.write_text(text)
+        if free:
+            with locked(file, "a run"):
+                assert file.exists()
+        else:
+            with pytest.raises(InUse, match=f"process {os.getppid()} on"), locked(file, "a run"):
+                pass
+        assert file.exists() != free
+
+
+def test_a_refused_lock_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="typing error"), locked(tmp_path / "new" / ".a.lock", "an export"):
+        raise ValueError("typing error")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError("4096 requested and 100 written"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.ENOSPC, "No space left on device", "other"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+        (ValueError("no disk"), False),
+    ],
+)
+def test_a_full_disk_names_the_file(error: Exception, named: bool, tmp_path: Path) -> None:
+    with pytest.raises(type(error) if not named else OSError) as raised, naming(tmp_path / "file"):
+        raise error
+    if named:
+        assert (raised.value.filename, raised.value.errno) == (str(tmp_path / "file"), errno.ENOSPC)
+        assert user_message(raised.value) == f"{tmp_path / 'file'}: not written: no space left on device"
+    else:
+        assert raised.value is error

@@ -233,6 +233,75 @@ def test_a_program_that_was_started_ends_too(program: Any, numbers: tuple[int, .
     assert (code, rest) == (143, ["SIGTERM: stopping"])
 
 
+SAVING_CHILD = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def save(*_):
+    print("saves", flush=True)
+    time.sleep(SECONDS)
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("child", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "code"),
+    [
+        (signal.SIGINT, "SIGINT: the run saves and ends first; once more ends it at once, unsaved", 130),
+        (signal.SIGTERM, "SIGTERM: the run saves and ends first", 143),
+    ],
+)
+def test_a_run_that_was_started_saves_first(program: Any, number: int, line: str, code: int) -> None:
+    """Also where a terminal sends Ctrl-C to both, and no time limit ends the parent before."""
+    child = SAVING_CHILD.replace("SECONDS", "0.5")
+    busy = program(
+        verb(
+            "from lightning_danube import signals; signals.run_child([sys.executable, '-c', CHILD], saves=True)"
+        ).replace("if __name__", f"CHILD = {child!r}\nif __name__", 1)
+    )
+    busy.wait_for("child")
+    os.killpg(busy.process.pid, number)
+    assert busy.end() == (code, [line, "saves", "saved"])
+
+
+def test_a_second_interrupt_ends_a_run_that_was_started(program: Any) -> None:
+    child = SAVING_CHILD.replace("SECONDS", "600")
+    busy = program(
+        verb(
+            "from lightning_danube import signals; signals.run_child([sys.executable, '-c', CHILD], saves=True)"
+        ).replace("if __name__", f"CHILD = {child!r}\nif __name__", 1)
+    )
+    busy.wait_for("child")
+    busy.process.send_signal(signal.SIGINT)
+    busy.wait_for("SIGINT: the run saves")
+    busy.wait_for("saves")
+    time.sleep(0.3)
+    busy.process.send_signal(signal.SIGINT)
+    assert busy.end() == (130, [])
+
+
+GRANDCHILD = """
+from lightning_danube import signals
+signals.run_child([sys.executable, __file__, "child"], saves=True)
+"""
+
+
+def test_a_run_ends_when_the_process_that_started_it_was_killed(program: Any) -> None:
+    """As `study` does after kill -9: the run is told to stop, as by SIGTERM, and so saves."""
+    busy = program(
+        verb("busy(3_000_000, 'over') if 'child' in sys.argv else exec(START)").replace(
+            "if __name__", f"START = {GRANDCHILD!r}\nif __name__", 1
+        )
+    )
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGKILL)
+    code, rest = busy.end()  # returns when the child has closed the outputs as well
+    assert code == -signal.SIGKILL and rest[0] == "SIGTERM: stopping"
+
+
 def test_a_fork_leaves_signals_to_its_parent(program: Any) -> None:
     busy = program(verb("child = os.fork(); busy(2_000_000, 'parent' if child else 'child'); child or os._exit(0)"))
     busy.wait_for("busy")
@@ -291,6 +360,27 @@ def test_held_signals_are_remembered_and_a_second_interrupt_raises(capfd: pytest
         SIGNALS.release()
     assert signal.getsignal(signal.SIGINT) is before
     line = "SIGINT: saving after this optimizer step, then stopping; once more stops at once, without saving\n"
+    assert capfd.readouterr().err == line
+
+
+def test_an_interrupt_after_sigterm_is_the_first_one_where_a_run_is_saved(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody has told the user that it ends the run unsaved."""
+    saves = "saving after this optimizer step, then stopping"
+    SIGNALS.hold([signal.SIGINT, signal.SIGTERM])
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        for _ in range(2):  # at once: one Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)
+        assert SIGNALS.received is signal.SIGTERM
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.value.code == 130
+    finally:
+        SIGNALS.release()
+    line = f"SIGTERM: {saves}\nSIGINT: {saves}; once more stops at once, without saving\n"
     assert capfd.readouterr().err == line
 
 

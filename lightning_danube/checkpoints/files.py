@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_danube.files import make_folder, new_file, remove_all_leftovers, remove_whole, scratch_folder, write_json
+from lightning_danube.files import make_folder, new_file, remove_leftovers, remove_whole, scratch_folder, write_json
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
@@ -97,7 +97,10 @@ def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
             if full
             else OSError(errno.EIO, " ".join(str(cause).split()))
         )
-    what = f"checkpoint not written{where}: {_way_out(cause)}, then go on with --ckpt_path last"
+    go_on = (
+        "go on with --ckpt_path last" if any(path.parent.glob("*step_*.ckpt")) else "begin again: none was written yet"
+    )
+    what = f"checkpoint not written{where}: {_way_out(cause)}, then {go_on}"
     return OSError(cause.errno, what, str(path))
 
 
@@ -122,7 +125,7 @@ def prepare_directory(directory: Path) -> None:
     """
     try:
         make_folder(directory)
-        remove_all_leftovers(directory)
+        remove_leftovers(directory)
         with scratch_folder(directory / "probe"):
             pass
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,10 @@ def read_step(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
-WRITTEN_AT_EVERY_START = ("config.yaml", "hparams.yaml", "history.jsonl", "metrics.csv", "trackers.json")
+LOCK = ".lock"
+"""The lock file in a run's directory. A training run holds it, so that no second process trains the same run."""
+
+WRITTEN_AT_EVERY_START = (LOCK, "config.yaml", "hparams.yaml", "history.jsonl", "metrics.csv", "trackers.json")
 
 
 def remove_if_unused(version: Path) -> None:
@@ -174,10 +178,11 @@ def remove_if_unused(version: Path) -> None:
         for path in files
     ):
         shutil.rmtree(version)
-        for parent in version.parents[:2]:
-            if any(parent.iterdir()):
-                break
-            parent.rmdir()
+        with suppress(OSError):  # a parent is a disk of its own; the user is to see why the run failed
+            for parent in version.parents[:2]:
+                if any(parent.iterdir()):
+                    break
+                parent.rmdir()
 
 
 def read_saved_config(path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import pkgutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_danube.checkpoints.runs import read_saved_config, read_step, remove_if_unused, resolve_checkpoint
+from lightning_danube.checkpoints.runs import (
+    LOCK,
+    read_saved_config,
+    read_step,
+    remove_if_unused,
+    resolve_checkpoint,
+)
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
 from lightning_danube.cli.configs import (
@@ -32,6 +39,7 @@ from lightning_danube.cli.configs import (
 )
 from lightning_danube.cli.errors import located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
+from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, show, tell
@@ -58,6 +66,15 @@ MOST_PROCESSES = 8
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the task's method that runs it."""
+
+
+LIMITS = {
+    "fit": ("limit_train_batches", "max_steps", "max_epochs"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+"""Verb → the trainer's options that leave nothing of it when they are 0."""
 
 
 class RunRecord(SaveConfigCallback):
@@ -88,7 +105,8 @@ class RunRecord(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+        with naming(Path(trainer.log_dir or "")):
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes on rank zero only, after the config. It must not call collective operations."""
@@ -126,20 +144,21 @@ class DanubeCLI(LightningCLI):
         self._verb = args[0] if isinstance(args, list) and args else None
         # LightningCLI would write the whole config into it, for modules that call save_hyperparameters: none does.
         self.config_dump: dict[str, Any] = {}
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=RunTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": as_typed()},
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        with ExitStack() as self._locks:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=RunTrainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=RunRecord,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_kwargs={"prog": as_typed()},
+                auto_configure_optimizers=False,
+                args=args,
+            )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # LightningCLI calls it on the object, too
         """Returns the verbs that need a parser, and the arguments that they do not offer.
@@ -173,6 +192,7 @@ class DanubeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         self._check_accelerator()
+        self._check_limits()
         self.place = resolve_checkpoint(
             self.subcommand,
             self._get(self.config, "runs"),
@@ -221,6 +241,19 @@ class DanubeCLI(LightningCLI):
                 f"trainer.accelerator is {accelerator}, and PyTorch finds no such device on this machine: set it to "
                 "auto or cpu, as by --trainer.accelerator auto"
             )
+
+    def _check_limits(self) -> None:
+        """Checks that the verb has something to do: Lightning would end at once, and the exit code would be 0.
+
+        Raises:
+            ValueError: a limit of the trainer is 0.
+        """
+        assert self.subcommand is not None
+        trainer = self._get(self.config, "trainer")
+        for name in LIMITS[self.subcommand]:
+            if trainer[name] == 0:
+                said = f"trainer.{name} is 0, so {self.subcommand} would do nothing: leave it out, or raise it"
+                raise ValueError(located(said, self.stated))
 
     def _on_cpu(self) -> bool:
         return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"
@@ -295,6 +328,8 @@ class DanubeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
         self.run = self.place.claim() if this_rank() == 0 else self.place.run
+        if self.subcommand == "fit" and this_rank() == 0:
+            self._locks.enter_context(locked(self.run / LOCK, str(self.run)))
         kwargs["default_root_dir"] = str(self.run)
         kwargs["logger"] = self._make_loggers()
         kwargs["plugins"] = self._plugins()

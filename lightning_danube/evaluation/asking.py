@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danube.evaluation.results import Measured
-from lightning_danube.files import write_text
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
@@ -184,12 +183,13 @@ def part_of(asked: int, available: int) -> list[str]:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Returns rows that were appended one by one. Removes an incomplete last line, which a killed run leaves."""
-    if not file.is_file():
-        return []
-    *whole, last = file.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in whole if line]
-    if last:
-        # The next row must start on a new line.
-        write_text(file, "".join(line + "\n" for line in whole))
+    """Returns rows that were appended one by one. Leaves out lines that are no rows: a power cut leaves half a line."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

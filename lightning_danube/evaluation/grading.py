@@ -20,6 +20,7 @@ from lightning_danube.evaluation.judge import (
 )
 from lightning_danube.evaluation.parts.chat import ChatQuestions
 from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.files import append_line
 
 
 class Grading(NamedTuple):
@@ -87,18 +88,24 @@ class Grader:
         if new:
             tell(self._cost_line(part, [gradings[number].messages for number in new], len(judged)))
             self._check_cost(part, [gradings[number].messages for number in new])
-        with ThreadPoolExecutor(self.at_once) as pool, file.open("a", encoding="utf-8") as opened:
-            futures = {pool.submit(self.judge.judge, gradings[number].messages): number for number in new}
+
+        def judge(number: int) -> Judgement:
+            found = self.judge.judge(gradings[number].messages)
+            # Here and not where it is read: it is paid for, and this thread asks nothing before it is on the disk.
+            append_line(
+                file, json.dumps(self._line(keys[number], weights, gradings[number], found), ensure_ascii=False)
+            )
+            return found
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = {pool.submit(judge, number): number for number in new}
             try:
                 for future in as_completed(futures):
-                    number = futures[future]
-                    judged[number] = future.result()
-                    line = self._line(keys[number], weights, gradings[number], judged[number])
-                    opened.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    opened.flush()
+                    judged[futures[future]] = future.result()
                     if on_progress is not None:
                         on_progress(f"{part.title}, judged", len(judged), len(gradings))
             except BaseException:
+                self.judge.give_up()
                 for future in futures:
                     future.cancel()
                 raise

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from lightning_danube.evaluation.exchange import exchange
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 
 PROMPTS = "danube-judge-1"
@@ -102,7 +103,7 @@ class ChatJudge:
         api_key_variable: environment variable that holds the key; if it is not set, no key is sent.
         requests_per_minute: most requests that are started in a minute.
         attempts: most requests for one judgement; a reply without a grade is asked for again.
-        timeout: seconds to wait for an answer.
+        timeout: seconds for a whole answer.
         new_tokens: most tokens of a judgement. A model that thinks first needs them for its thoughts, too.
         wait: seconds before the second attempt after an error; the wait doubles for each further attempt.
     """
@@ -115,7 +116,8 @@ class ChatJudge:
     timeout: float = 120.0
     new_tokens: int = 512
     wait: float = 2.0
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] | None = None
+    _given_up: threading.Event = field(default_factory=threading.Event, init=False)
     _next: float = field(default=0.0, init=False)
     _refused: set[str] = field(default_factory=set, init=False)
     """Fields that the server has refused."""
@@ -136,6 +138,13 @@ class ChatJudge:
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:
             raise ValueError(f"the judge's requests_per_minute is {self.requests_per_minute}: it must be above 0")
 
+    def give_up(self) -> None:
+        """Lets no judgement in progress wait or ask again: the evaluation ends."""
+        self._given_up.set()
+
+    def _wait(self, seconds: float) -> None:
+        (self.sleep or self._given_up.wait)(seconds)
+
     def judge(self, messages: Sequence[dict[str, str]]) -> Judgement:
         """Returns the judgement of one answer, after at most `attempts` requests.
 
@@ -149,8 +158,10 @@ class ChatJudge:
                 reply, cut_off = self._ask(said)
             except _Unavailable as error:
                 problem = str(error)
+                if self._given_up.is_set():
+                    return Judgement(None, reply, attempt, problem)
                 if attempt < self.attempts:
-                    self.sleep(error.wait if error.wait is not None else wait)
+                    self._wait(error.wait if error.wait is not None else wait)
                     wait *= 2
                 continue
             # A number in a reply that was cut off may belong to a thought, not to the verdict.
@@ -183,8 +194,7 @@ class ChatJudge:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
-                answer = json.loads(response.read())
+            answer = json.loads(exchange(request, self.timeout, _NoRedirects()))
         except urllib.error.HTTPError as error:
             if error.code in REDIRECTS:
                 raise JudgeRefused(_redirected(url, error)) from None
@@ -199,12 +209,14 @@ class ChatJudge:
                 self._refused |= refused
                 return self._ask(messages)
             raise JudgeRefused(message) from None
-        except (OSError, ValueError) as error:
-            # A refused or broken connection, a timeout, or a body that is not JSON.
+        except (OSError, ValueError, RecursionError) as error:
+            # A refused or broken connection, a timeout, or a body that is not JSON or is nested too deep.
             raise _Unavailable(f"the judge at {url} does not answer ({redacted(str(error))})", None) from None
         try:
             choice = answer["choices"][0]
-            return redacted(str(choice["message"]["content"] or "")), choice.get("finish_reason") == "length"
+            reply = redacted(str(choice["message"]["content"] or ""))
+            # JSON may hold half of a pair of code units, which no file takes.
+            return reply.encode("utf-8", "replace").decode(), choice.get("finish_reason") == "length"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Unavailable(f"the judge at {url} gives an answer without a message", None) from None
 
@@ -224,7 +236,7 @@ class ChatJudge:
             begin = max(now, self._next)
             self._next = begin + 60 / self.requests_per_minute
         if begin > now:
-            self.sleep(begin - now)
+            self._wait(begin - now)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -232,9 +244,6 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 def _redirected(url: str, error: urllib.error.HTTPError) -> str:

@@ -1,7 +1,8 @@
 """The trials of a study, stored and distributed by Optuna. Each trial is an ordinary run in a separate process.
 
 When the study begins, all trials are written into the storage as waiting; a worker takes the next waiting trial. When a
-worker dies, its heartbeat stops, and its trial waits again. So a study can be stopped and continued at any time.
+worker dies, its heartbeat stops, and its trial waits again. The run of a worker that dies saves and ends, and holds a
+lock until then. So a study can be stopped and continued at any time.
 Several workers can share it, on several machines if they share the storage.
 """
 
@@ -24,9 +25,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
 from lightning_danube.checkpoints.runs import newest_checkpoint
-from lightning_danube.signals import Stopped, run_child
+from lightning_danube.files import locked
+from lightning_danube.signals import EXIT_STOPPED, Stopped, run_child
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
+from lightning_danube.terminal import tell
 from lightning_danube.training.history import commit, machine
 
 HEARTBEAT_SECONDS = 5
@@ -150,16 +153,28 @@ class Runner:
     def run(self, name: str, values: Overrides, seed: int) -> tuple[Path, dict[str, float]]:
         """Runs one setting, and returns the run's directory and the study's metrics.
 
+        Waits if another process still runs it: after a kill of its worker, a run saves and ends.
+
         Raises:
             TrialFailed: the run failed, or its summary lacks a metric.
+            Stopped: the run was told to stop.
         """
+        # The run keeps the lock if this process is killed.
+        with locked(self.directory / f".{name}.lock", f"the run {name}", wait=tell) as lock:
+            return self._run(name, values, seed, lock)
+
+    def _run(self, name: str, values: Overrides, seed: int, lock: int) -> tuple[Path, dict[str, float]]:
         runs = self.directory / "runs"
         place = ["--runs", str(runs), "--name", name]
         trained, verb, log = runs / name, self.design.verb, self.log(name)
         if verb == "fit" and any(newest_checkpoint(version) for version in trained.glob("version_*")):
             place += ["--ckpt_path", "last"]
         with log.open("a") as file:
-            done = run_child(command_of(self.design, values, seed, *place), stdout=file, stderr=subprocess.STDOUT)
+            command = command_of(self.design, values, seed, *place)
+            done = run_child(command, saves=True, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock])
+        if done.returncode == EXIT_STOPPED:
+            tell(f"the run {name} was told to stop, and has saved: go on with --resume")
+            raise Stopped("")
         if done.returncode:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import new_file, new_folder, write_text
+from lightning_danube.files import locked, new_file, new_folder, write_text
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
@@ -71,33 +72,53 @@ def prepare(
     """Makes the missing shards of all sources. Returns source → seconds, 0 for shards that existed already.
 
     With `part`, makes every n-th unit, where n is the number of parts. The machine that makes the last missing unit
-    joins all units.
+    joins all units. Without `part`, one process at a time prepares a source, and the others wait for its shards.
 
     Raises:
         ValueError: a source cannot be read or holds no text, or another program ended a process.
     """
     seconds = dict.fromkeys(sources, 0.0)
-    todo = []
+    places = {}
     for name, source in sources.items():
-        directory = shards_directory(name, source, tokenizer, held_out, quality, cache_dir)
         if is_finished(source.path):
             began = time.monotonic()
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
-            continue
-        if (directory / "shards.json").exists():
-            shutil.rmtree(building_directory(directory), ignore_errors=True)
-            continue
-        todo.append(
+        else:
+            places[name] = shards_directory(name, source, tokenizer, held_out, quality, cache_dir)
+    with ExitStack() as locks:
+        # In one order in all processes, so that two of them never wait for each other.
+        for name in sorted(places, key=lambda name: places[name]):
+            if not _is_made(places[name]):
+                lock = places[name].with_name(f".{places[name].name}.lock")
+                locks.enter_context(locked(lock, f"source {name!r} ({lock})", wait=tell, shared=part is not None))
+        todo = [
             Preparation(
-                directory, name, source, tokenizer, held_out=held_out, quality=quality, cache_dir=cache_dir, part=part
+                places[name],
+                name,
+                sources[name],
+                tokenizer,
+                held_out=held_out,
+                quality=quality,
+                cache_dir=cache_dir,
+                part=part,
             )
-        )
-    if todo:
-        benchmarks = Benchmarks.read(quality.decontaminate) if quality.decontaminate else None
-        _Workshop(todo, benchmarks, processes).run()
-        seconds |= {preparation.name: preparation.seconds for preparation in todo}
+            for name in places
+            if not _is_made(places[name])  # another process may have made it while this one waited
+        ]
+        if todo:
+            benchmarks = Benchmarks.read(quality.decontaminate) if quality.decontaminate else None
+            _Workshop(todo, benchmarks, processes).run()
+            seconds |= {preparation.name: preparation.seconds for preparation in todo}
     return seconds
+
+
+def _is_made(directory: Path) -> bool:
+    """Returns whether shards are complete. Removes the units that a process killed after its join has left."""
+    made = (directory / "shards.json").exists()
+    if made:
+        shutil.rmtree(building_directory(directory), ignore_errors=True)
+    return made
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.device import widest_float
-from lightning_danube.files import write_text
+from lightning_danube.files import append_line, write_text
 
 
 class TrainingStopped(RuntimeError):
@@ -166,9 +166,7 @@ def append_record(path: Path, bad: BadStep, samples: Sequence[dict[str, Any]]) -
         "gradient_norm": _json_number(bad.gradient_norm),
         "samples": list(samples),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    append_line(path, json.dumps(record, ensure_ascii=False))
 
 
 def drop_later_records(path: Path, step: int) -> None:

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lightning_danube.files import append_line
+
 _SAY_NOTHING = {"ckpt_path", "config"}
 _PACKAGES = ("lightning-danube", "torch", "lightning", "transformers")
 
@@ -52,10 +54,7 @@ def append_history(path: Path, **facts: Any) -> None:
         | {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
         "commit": commit(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Appending keeps the lines of earlier sessions.
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    append_line(path, json.dumps(record, ensure_ascii=False, default=str))
 
 
 def _installed(name: str) -> bool:

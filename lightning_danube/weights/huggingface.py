@@ -5,6 +5,7 @@ safetensors is imported inside the functions, so that importing the model stays 
 """
 
 import functools
+import hashlib
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor
 
 from lightning_danube.checkpoints.sharded_files import REST, WEIGHT, load_whole
-from lightning_danube.files import make_folder, new_folder, remove_leftovers
+from lightning_danube.files import locked, make_folder, new_folder, remove_leftovers
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.outside.json_files import json_in
 from lightning_danube.outside.names import plain_name
+from lightning_danube.terminal import tell
 
 INDEX = "model.safetensors.index.json"
+README = "README.md"
+CARD_MARK = "<!-- export replaces this file while its SHA-256 is "
+"""Begins the last line of a card that an export has written. A card without this line, or that has changed, is kept."""
 SINGLE = "model.safetensors"
 # Files of a directory exported by this project or transformers. Overwriting never deletes other files.
 EXPORTED_FILES = (
@@ -38,7 +43,7 @@ EXPORTED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
-    "README.md",
+    README,
 )
 MOST_LAYERS = 1024
 # A safetensors file's names of the types that a parameter can have. Any other type is a quantized weight.
@@ -81,23 +86,64 @@ def save_hf(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
         if card is not None:
-            (partial / "README.md").write_text(card, "utf-8")
+            (partial / README).write_text(card, "utf-8")
 
 
 @contextmanager
 def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
     """A new folder to export into. It takes the name `directory` at the end of the block.
 
+    A README.md that the user has written or changed is kept. One that an export has written holds its own checksum.
+
     Args:
         known: patterns of the files that `overwrite` may replace.
     """
-    target = Path(directory).absolute()
+    target = export_target(directory)
     make_folder(target.parent)
     # This comes first: it restores the files that a killed export has set aside, and they must be checked.
-    remove_leftovers(target)
+    remove_leftovers(target.parent)
     check_target(target, known, overwrite)
     with new_folder(target, replace=True) as partial:
         yield partial
+        card, old = partial / README, target / README
+        if old.is_file() and not _is_unchanged_card(old.read_bytes()):
+            card.write_bytes(old.read_bytes())
+            tell(f"{old} is kept: it was changed after an export, or written by hand")
+        elif card.is_file():
+            card.write_bytes(_with_checksum(card.read_bytes()))
+
+
+def export_target(path: str | Path) -> Path:
+    """Returns the place that an export replaces. For a symbolic link that is the place that the link points to.
+
+    Raises:
+        ValueError: it holds the working directory, which would be removed under the shell.
+    """
+    target = Path(path).resolve()
+    if Path.cwd().resolve().is_relative_to(target):
+        raise ValueError(f"--out {path}: an export replaces the directory, and you are in it: name another one")
+    return target
+
+
+@contextmanager
+def exporting(path: str | Path) -> Iterator[None]:
+    """Holds the lock of a place that an export writes, so that no second export writes there at the same time.
+
+    Raises:
+        InUse: another process exports to this place.
+    """
+    target = export_target(path)
+    with locked(target.with_name(f".{target.name}.lock"), f"--out {path}"):
+        yield
+
+
+def _with_checksum(card: bytes) -> bytes:
+    return card + f"\n{CARD_MARK}{hashlib.sha256(card).hexdigest()} -->\n".encode()
+
+
+def _is_unchanged_card(card: bytes) -> bool:
+    content, mark, _ = card.rpartition(f"\n{CARD_MARK}".encode())
+    return bool(mark) and card == _with_checksum(content)
 
 
 def load_hf(

@@ -384,10 +384,12 @@ def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
     """The licence that a model card's front matter states, and the text below the front matter."""
     from huggingface_hub import ModelCard
 
+    from lightning_danube.weights.huggingface import CARD_MARK
+
     if not file.is_file():
         return None, None
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8").partition(CARD_MARK)[0]
     except (OSError, UnicodeDecodeError):
         return None, None
     if not text.startswith("---"):

@@ -1,5 +1,7 @@
 """Where a run's checkpoints are found, and where a new run writes."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result:
     version = tmp_path / "runs" / "run" / "version_0"
     (version / "checkpoints").mkdir(parents=True)
     of_every_start = ["config.yaml", "hparams.yaml", "history.jsonl", "events.out.tfevents.1"]
-    of_every_start += ["metrics.csv", "trackers.json", "wandb/run-1/files/output.log"]
+    of_every_start += [".lock", "metrics.csv", "trackers.json", "wandb/run-1/files/output.log"]
     for name in [*of_every_start, result] if result else of_every_start:
         (version / name).parent.mkdir(parents=True, exist_ok=True)
         (version / name).touch()
@@ -95,3 +97,16 @@ def test_a_version_is_removed_only_if_nothing_came_of_it(tmp_path: Path, result:
     assert version.exists() == (result is not None)
     assert (tmp_path / "runs").exists() == (result is not None), "empty parents go as well"
     remove_if_unused(tmp_path / "nowhere")
+
+
+def test_a_parent_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the mount point of a full disk, where the run has just failed."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    version = tmp_path / "run" / "version_0"
+    version.mkdir(parents=True)
+    monkeypatch.setattr(Path, "rmdir", busy)
+    remove_if_unused(version)
+    assert not version.exists() and version.parent.exists()

@@ -6,6 +6,8 @@ import inspect
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,9 +26,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from tokenizers import normalizers
 
 from lightning_danube.__main__ import main, user_message
+from lightning_danube.checkpoints.runs import LOCK
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli import trainer_verbs
 from lightning_danube.cli.verbs import COMMANDS
+from lightning_danube.files import locked
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -587,3 +591,42 @@ def test_a_users_checkpoint_plugin_stays_alone() -> None:
     assert plugins(None, DDPStrategy(checkpoint_io=theirs)) == []
     # On a CPU the copy would take memory and cores from training.
     assert [plugins(None, accelerator=kind)[0].background for kind in ("cpu", "cuda")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("fit", "limit_train_batches"),
+        ("fit", "max_steps"),
+        ("fit", "max_epochs"),
+        ("validate", "limit_val_batches"),
+        ("test", "limit_test_batches"),
+        ("predict", "limit_predict_batches"),
+    ],
+)
+def test_a_verb_that_would_do_nothing_is_refused(
+    verb: str, option: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [verb, "--config", str(tiny_run / "config.yaml"), f"--trainer.{option}", "0"]
+    message = f"error: --trainer.{option} is 0, so {verb} would do nothing: leave it out, or raise it"
+    assert error_of(capsys, *arguments) == message
+
+
+def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of the run's files stay as they are, and its lock is free again after a refusal and after a run."""
+    shutil.copytree(tiny_run, tmp_path / "tiny" / "version_0")
+    run = tmp_path / "tiny" / "version_0"
+    again = ["fit", "--config", str(run / "config.yaml"), "--runs", str(tmp_path), "--ckpt_path", "last"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    with locked(run / LOCK, "another process"):
+        assert main(again) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(
+            f"{run} is in use by process {os.getpid()} on {socket.gethostname()}: wait until it ends, or stop it"
+        )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert main(again) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert not (run / LOCK).exists()

@@ -10,6 +10,7 @@ import torch
 
 from lightning_danube.evaluation import asking
 from lightning_danube.evaluation.asking import AskedModel, part_of, read_jsonl
+from lightning_danube.files import append_line
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.generation.token_stream import generate
 from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
@@ -98,6 +99,8 @@ def test_a_line_that_a_kill_broke_off_is_removed(tmp_path: Path) -> None:
     assert read_jsonl(file) == []
     file.write_text('{"key": "a"}\n{"key": "b"}\n{"key": "c')
     assert read_jsonl(file) == rows
-    with file.open("a") as opened:
-        opened.write('{"key": "d"}\n')
+    append_line(file, '{"key": "d"}')  # on a line of its own
+    assert read_jsonl(file) == [*rows, {"key": "d"}]
+    with file.open("ab") as opened:
+        opened.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n\n")
     assert read_jsonl(file) == [*rows, {"key": "d"}]

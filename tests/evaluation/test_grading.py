@@ -110,18 +110,6 @@ def test_the_judge_sees_the_conversation_up_to_the_graded_answer_alone(tmp_path:
         assert places == sorted(places) and not any(piece in text for piece in unwanted)
 
 
-def test_each_judgement_is_in_the_file_before_the_next_is_waited_for(tmp_path: Path) -> None:
-    part: Any = Part(tmp_path)
-    lines: list[int] = []
-
-    def look(title: str, done: int, total: int) -> None:
-        lines.append(len(part.file("judgements").read_text().splitlines()))
-
-    gradings = gradings_of(part, RECORDS)
-    grader(at_once=1).grade(part, gradings, "mine", tell=str, on_progress=look)
-    assert lines == [1, 2, 3, 4]
-
-
 def test_what_is_judged_already_costs_nothing(tmp_path: Path) -> None:
     part: Any = Part(tmp_path)
     grade(part, grader())

@@ -1,9 +1,11 @@
 """Trials that several workers take from one file."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from lightning_danube.files import locked
+from lightning_danube.signals import Stopped
 from lightning_danube.studies import trials
 from lightning_danube.studies.design import Design
 from lightning_danube.studies.trials import Result, TrialFailed, Trials, number_of, open_study, take_turns
@@ -179,3 +183,43 @@ def test_a_search_goes_the_way_that_is_better(
     (tmp_path / "base.yaml").write_text("name: base\n")
     study = open_study(replace(DESIGN, base=str(tmp_path / "base.yaml"), better=better), tmp_path)
     assert study.direction.name == direction
+
+
+def test_a_run_that_another_process_still_runs_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After kill -9 of a worker, its run saves. The worker that takes the trial goes on from what was saved."""
+    checkpoints = tmp_path / "runs" / "a" / "version_0" / "checkpoints"
+
+    def other_run_ends(line: str) -> None:
+        assert line.startswith("the run a is in use by process ") and line.endswith(": waiting until it ends")
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "step_00000003.ckpt").touch()
+        other.close()
+
+    monkeypatch.setattr(trials, "tell", other_run_ends)
+    with ExitStack() as other:
+        other.enter_context(locked(tmp_path / ".a.lock", "the run a"))
+        _, _, command = run_of(monkeypatch, tmp_path, "fit", {"version_1": 1.0})
+    assert command[-2:] == ["--ckpt_path", "last"]
+
+
+def test_a_run_that_was_told_to_stop_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(trials, "tell", told.append)
+    monkeypatch.setattr(trials, "run_child", lambda command, **_: SimpleNamespace(returncode=75))
+    with pytest.raises(Stopped):
+        trials.Runner(DESIGN, tmp_path).run("a", {"rate": 3}, 7)
+    assert told == ["the run a was told to stop, and has saved: go on with --resume"]
+
+
+def test_a_run_keeps_its_lock_when_its_worker_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def run_child(command: list[str], **options: Any) -> Any:
+        given.update(options)
+        given["is the lock"] = os.path.samestat(os.fstat(options["pass_fds"][0]), os.stat(tmp_path / ".a.lock"))
+        return SimpleNamespace(returncode=75)
+
+    monkeypatch.setattr(trials, "run_child", run_child)
+    with pytest.raises(Stopped):
+        trials.Runner(DESIGN, tmp_path).run("a", {"rate": 3}, 7)
+    assert given["saves"] and given["is the lock"] and not (tmp_path / ".a.lock").exists()

@@ -5,9 +5,12 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -361,16 +364,53 @@ def test_two_at_the_same_source_end_well_whoever_is_first(
     """As on two nodes of one run: when the second comes to join its units, the first has joined and cleared up."""
     (tmp_path / "a.txt").write_text("a river\nstones\n")
     finish = preparation._Workshop._finish
+    options: dict[str, Any] = {"held_out": 0.1, "quality": Quality(), "cache_dir": tmp_path / "cache"}
+
+    def the_only_part() -> None:
+        prepare({"src": Source(str(tmp_path / "a.txt"))}, tokenizer, processes=1, part=(1, 1), **options)
 
     def after_another(workshop: Any, mine: Preparation) -> None:
         monkeypatch.setattr(preparation._Workshop, "_finish", finish)
-        prepare_small(Source(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache")
+        the_only_part()
         assert not mine.building.exists()
         finish(workshop, mine)
 
     monkeypatch.setattr(preparation._Workshop, "_finish", after_another)
-    directory = prepare_small(Source(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache")
+    the_only_part()
+    directory = made(tmp_path / "cache")
     assert report(directory)["documents"] == 1 and not list(directory.parent.glob(".*"))
+
+
+def test_a_second_process_waits_for_the_shards_of_the_first(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that begin at once on one cache: a mistake in the texts made one remove the units of the other."""
+    (tmp_path / "a.txt").write_text("a river\nstones\n")
+    source, make_unit, lines = Source(str(tmp_path / "a.txt")), preparation.make_unit, list[str]()
+    second: list[Future[Path]] = []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        waits.set()
+
+    def make(*arguments: Any) -> Any:
+        made_units.append(arguments[1])
+        if len(made_units) == 1:
+            second.append(pool.submit(prepare_small, source, tokenizer, tmp_path / "cache"))
+            assert waits.wait(60)
+        return make_unit(*arguments)
+
+    waits, made_units = threading.Event(), list[int]()
+    monkeypatch.setattr(preparation, "make_unit", make)
+    monkeypatch.setattr(preparation, "tell", told)
+    with ThreadPoolExecutor(1) as pool:
+        directory = prepare_small(source, tokenizer, tmp_path / "cache")
+        assert second[0].result(60) == directory
+    assert made_units == [0] and not list(directory.parent.glob(".*"))
+    lock = directory.with_name(f".{directory.name}.lock")
+    assert lines == [
+        f"source 'src' ({lock}) is in use by process {os.getpid()} on {socket.gethostname()}: waiting until it ends"
+    ]
 
 
 def test_long_texts_are_encoded_in_parts_without_a_trace(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lightning_danube.files import InUse
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.weights.huggingface import load_checkpoint, load_hf, save_hf
+from lightning_danube.weights.huggingface import exporting, load_checkpoint, load_hf, save_hf
+from tests.tiny_models import tiny_decoder
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -133,7 +136,7 @@ def test_settings_of_generation_and_a_card_go_along(decoder: Decoder, tmp_path: 
     save_hf(decoder, tmp_path / "export", generation={"eos_token_id": [2, 7], "temperature": 0.5}, card="# A card\n")
     settings = json.loads((tmp_path / "export/generation_config.json").read_text())
     assert settings == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.5}
-    assert (tmp_path / "export/README.md").read_text() == "# A card\n"
+    assert (tmp_path / "export/README.md").read_text().startswith("# A card\n\n<!-- export replaces this file while ")
     save_hf(decoder, tmp_path / "export", overwrite=True)
     assert not (tmp_path / "export/README.md").exists()
 
@@ -396,3 +399,47 @@ def test_a_loaded_checkpoint_has_its_own_memory(decoder: Decoder, tmp_path: Path
     with file.open("r+b") as opened:
         opened.write(bytes(file.stat().st_size))
     assert_same_parameters(loaded, decoder)
+
+
+def test_a_card_that_the_user_has_changed_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder, card = tiny_decoder(), tmp_path / "export" / "README.md"
+    save_hf(decoder, tmp_path / "export", card="# First\n")
+    save_hf(decoder, tmp_path / "export", card="# Second\n", overwrite=True)
+    assert card.read_text().startswith("# Second\n") and not capsys.readouterr().err
+    written = card.read_text()
+    for mine in (written.replace("Second", "My model"), f"{written}\nMore.\n", "# Mine\n", ""):
+        card.write_text(mine)
+        for new in ("# Third\n", None):
+            save_hf(decoder, tmp_path / "export", card=new, overwrite=True)
+            assert card.read_text() == mine
+            assert capsys.readouterr().err == f"{card} is kept: it was changed after an export, or written by hand\n"
+
+
+def test_an_export_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("v1")
+    save_hf(tiny_decoder(), tmp_path / "link")
+    first = (tmp_path / "v1" / "model.safetensors").stat().st_ino
+    save_hf(tiny_decoder(), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "v1").is_symlink()
+    assert (tmp_path / "v1" / "model.safetensors").stat().st_ino != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "v1"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../here", "link"])
+def test_the_working_directory_is_not_replaced(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=f"--out {re.escape(name)}: an export replaces the directory, and you are in"):
+        save_hf(tiny_decoder(), name, overwrite=True)
+    assert Path.cwd() == here and [path.name for path in here.iterdir()] == ["link"]
+
+
+def test_a_place_takes_one_export_at_a_time(tmp_path: Path) -> None:
+    with exporting(tmp_path / "new" / "a"):
+        with pytest.raises(InUse, match=r"--out .*/a is in use by process"), exporting(tmp_path / "new" / "a"):
+            pass
+        with exporting(tmp_path / "new" / "b"):
+            pass
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from lightning_danube.files import scratch_folder
+from lightning_danube.files import naming, scratch_folder
 from lightning_danube.terminal import tell
 from lightning_danube.weights.loading import add_weights_arguments, load_decoder
 from lightning_danube.weights.names import Located, locate
@@ -37,15 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    from lightning_danube.weights.huggingface import exporting
+
     _check(arguments)
     export = {"hf": _export_hf, "gguf": _export_gguf, "peft": _export_adapter}[arguments.format]
-    try:
+    with exporting(arguments.out), naming(Path(arguments.out)):
         export(arguments)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        # numpy's error says only how much of a tensor it has written.
-        raise OSError(error.errno or errno.EIO, f"not written: {error}; is the disk full?", arguments.out) from error
 
 
 def _check(arguments: Namespace) -> None:
@@ -119,9 +115,10 @@ def _export_gguf(arguments: Namespace) -> None:
     from lightning_danube.classification.exported import is_classifier
     from lightning_danube.weights.gguf.files import check_gguf_target, save_gguf
     from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
+    from lightning_danube.weights.huggingface import export_target
     from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
 
-    file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), Path(arguments.out).absolute()
+    file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), export_target(arguments.out)
     if file_type not in UNQUANTIZED:
         import_llama_cpp()
     # All of this is checked before reading and rounding, which take minutes.

@@ -40,12 +40,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     from lightning_danube.options import parse_tokens
     from lightning_danube.tokens.tokenizer_training import check_pieces, train_tokenizer
-    from lightning_danube.weights.huggingface import export_folder
+    from lightning_danube.weights.huggingface import export_folder, exporting
 
     pieces = parse_tokens(arguments.vocab_size, "--vocab-size")
     check_pieces(pieces)
     # Entered before the text is read, so that a directory that cannot be written is reported at once.
-    with export_folder(arguments.out, WRITTEN_FILES, arguments.overwrite) as directory:
+    with (
+        exporting(arguments.out),
+        export_folder(arguments.out, WRITTEN_FILES, arguments.overwrite) as directory,
+    ):
         sample = _sample(arguments)
         tokenizer = train_tokenizer(sample.texts(), pieces)
         tokenizer.save_pretrained(str(directory))

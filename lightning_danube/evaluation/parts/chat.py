@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of, read_jsonl, shown_prompts
 from lightning_danube.evaluation.results import Measured
+from lightning_danube.files import append_line
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import Source
@@ -140,17 +141,15 @@ class ChatQuestions(Part):
         `lightning_danube.callbacks.Judge` scores the answers.
         """
         file = self.file("answers")
-        file.parent.mkdir(parents=True, exist_ok=True)
         kept = {row["key"]: row for row in read_jsonl(file)}
         keys = [self._key(model, question) for question in self.questions]
         pending = [number for number, key in enumerate(keys) if key not in kept]
         for numbers in self._batches(model, pending):
             answered = self._answers(model, [self.questions[number] for number in numbers])
-            with file.open("a", encoding="utf-8") as opened:
-                for number, (answers, shortened) in zip(numbers, answered, strict=True):
-                    row = self._record(model, keys[number], self.questions[number], answers, shortened)
-                    kept[keys[number]] = row
-                    opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for number, (answers, shortened) in zip(numbers, answered, strict=True):
+                row = self._record(model, keys[number], self.questions[number], answers, shortened)
+                kept[keys[number]] = row
+                append_line(file, json.dumps(row, ensure_ascii=False))
             model.progress(self.title, sum(key in kept for key in keys), len(keys))
         notes = part_of(len(self.questions), self.available)
         if not self.has_template:
