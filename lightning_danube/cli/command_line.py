@@ -71,12 +71,14 @@ class Stated:
         tree: all values as one mapping. Values of flags are `Typed`.
         places: key path without `init_args` → the last file and line, or flag, that states it.
         added: arguments that follow from the others, for the parser.
+        texts: key path without `init_args` → the text, or null, that its option takes.
     """
 
     files: list[str]
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[Path, str] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    texts: dict[Path, str | None] = field(default_factory=dict)
 
     def place_of(self, path: Path) -> str:
         """Returns "file, line n" or "--flag" for the innermost key of a path that is stated, "" if no key is."""

@@ -68,6 +68,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
         reader.value(LightningModule, stated.tree["model"], ("model",))
         reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
         reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
+    stated.texts = reader.texts
     return stated
 
 

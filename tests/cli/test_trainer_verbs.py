@@ -26,6 +26,7 @@ from tokenizers import normalizers
 from lightning_danube.__main__ import main, user_message
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli import trainer_verbs
+from lightning_danube.cli.configs import resolved_config
 from lightning_danube.cli.verbs import COMMANDS
 
 
@@ -408,6 +409,32 @@ def test_print_config_round_trips(tiny: Path, capsys: pytest.CaptureFixture[str]
     (tiny / "again.yaml").write_text(first)
     assert printed(tiny / "again.yaml") == first
     assert yaml.safe_load(first)["data"]["init_args"]["seed"] == 3  # ${seed_everything}, resolved
+
+
+TEXTS = {"separator": "\n## ", "name": "# 1", "split": "it's \\n", "revision": None, "text": "a\tb"}
+"""Texts that jsonargparse alone would change: it reads them twice, and writes mappings of flags as Python does."""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.init_args.sources", json.dumps({"web": {"path": "a.txt", **TEXTS}})],
+        ["--data.init_args.sources.web", json.dumps({"path": "a.txt", **TEXTS})],
+        [
+            "--data.sources.web.path",
+            "a.txt",
+            *(f"--data.sources.web.{key}={text or 'null'}" for key, text in TEXTS.items()),
+        ],
+    ],
+)
+def test_texts_are_kept_letter_by_letter(tiny: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    args = ["--config", str(tiny / "tiny.yaml"), *flags]
+    with pytest.raises(SystemExit):
+        main(["fit", *args, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for config in (printed, resolved_config(args)):
+        source = config["data"]["init_args"]["sources"]["web"]
+        assert {key: source.get(key) for key in TEXTS} == TEXTS
 
 
 def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
