@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -134,6 +134,18 @@ def complete_loggers(stated: Stated) -> None:
         completed = loggers if isinstance(given, list) else loggers[0]
         stated.tree["trainer"] = {**stated.tree["trainer"], "logger": completed}
         stated.added += ["--trainer.logger", json.dumps(completed)]
+
+
+def complete_mappings(stated: Stated, mappings: Collection[Path]) -> None:
+    """Restates mappings of which several files state keys, such as `data.sources`: jsonargparse keeps the last file's."""
+    for path in mappings:
+        files = {place.rpartition(", line ")[0] for at, place in stated.places.items() if at[:-1] == path} - {""}
+        keys = _with_init_args(path, stated.tree)
+        value: Any = stated.tree
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if len(files) > 1 and isinstance(value, Mapping):
+            stated.added += [f"--{'.'.join(keys)}", json.dumps(value)]
 
 
 def _with_save_dir(logger: Any, runs: str) -> Any:

@@ -179,6 +179,8 @@ class Reader:
         self.taken, self.make, self.check, self.open_to = taken or {}, make, check, open_to
         self.texts: dict[Path, str | None] = {}
         """What was read for options that take a text, also where it is null."""
+        self.mappings: set[Path] = set()
+        """Options that take a mapping with keys of the user's choice."""
 
     def options(self, owner: type, given: Mapping[str, Any], path: Path, name: str | None = None) -> dict[str, Any]:
         """Returns the options of a class with their types.
@@ -274,6 +276,7 @@ class Reader:
         given = _plain(value)
         if not isinstance(given, Mapping):
             raise _expected(("a mapping",), value, path)
+        self.mappings.add(path)
         inner = typing.get_args(hint)
         if not inner:
             return dict(given)

@@ -446,6 +446,16 @@ def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (decoder["num_key_value_heads"], decoder["num_attention_heads"], config["name"]) == (1, 4, "other")
 
 
+def test_files_may_each_state_a_source(tiny: Path) -> None:
+    more = "data: {init_args: {sources: {books: {path: b.txt, separator: '# '}, web: {on_bad_row: skip}}}}"
+    (tiny / "more.yaml").write_text(more)
+    args = ["--config", str(tiny / "tiny.yaml"), "--config", str(tiny / "more.yaml"), "--data.sources.web.split=x"]
+    before = resolved_config(args[:2])["data"]["init_args"]["sources"]
+    sources = resolved_config(args)["data"]["init_args"]["sources"]
+    assert sources.keys() == {*before, "books"} and sources["books"]["separator"] == "# "
+    assert sources["web"] == {**before["web"], "on_bad_row": "skip", "split": "x"}
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
