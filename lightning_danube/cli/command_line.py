@@ -137,7 +137,7 @@ def complete_loggers(stated: Stated) -> None:
 
 
 def complete_mappings(stated: Stated, mappings: Collection[Path]) -> None:
-    """Restates mappings of which several files state keys, such as `data.sources`: jsonargparse keeps the last file's."""
+    """Restates mappings that several files state, such as `data.sources`: jsonargparse keeps that of the last file."""
     for path in mappings:
         files = {place.rpartition(", line ")[0] for at, place in stated.places.items() if at[:-1] == path} - {""}
         keys = _with_init_args(path, stated.tree)
