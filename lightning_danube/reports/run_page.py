@@ -155,7 +155,7 @@ def _curves(compared: Sequence[RecordedRun]) -> list[_Part]:
 
 def _without_events(compared: Sequence[RecordedRun]) -> str:
     lacking = [run.title for run in compared if run.curves.empty]
-    return _missing(f"no TensorBoard events with curves in {', '.join(lacking)}") if lacking else ""
+    return _missing(f"no curves, of TensorBoardLogger or CSVLogger, in {', '.join(lacking)}") if lacking else ""
 
 
 def _once(compared: Sequence[RecordedRun]) -> str:
