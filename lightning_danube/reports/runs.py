@@ -1,8 +1,8 @@
 """Reads a run as pandas frames: plan, curves over tokens, held-out losses, text samples. The tables are those of
 pre-training.
 
-Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events or `metrics.csv`); no model is
-loaded. A run that is not finished, or was stopped, is read up to its last step.
+Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events or `metrics.csv`); no
+model is loaded. A run that is not finished, or was stopped, is read up to its last step.
 """
 
 from __future__ import annotations
