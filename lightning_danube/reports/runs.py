@@ -344,8 +344,12 @@ def mix_table(run: RecordedRun) -> pd.DataFrame:
 
 
 def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
-    """Returns held-out loss by source in nats per token: the unigram baseline, then the loss after each ended stage."""
+    """Returns held-out loss by source in nats per token: the unigram baseline, the loss before training if the run began
+    with trained weights, and the loss after each ended stage.
+    """
     rows = {"unigram baseline": run.finished("unigram_loss")}
+    if before := run.summary.get("val_loss_before"):
+        rows["before training"] = before
     for stage in run.finished("stages"):
         if stage["val_loss"]:
             rows[f"after {stage['name']}"] = stage["val_loss"]

@@ -125,6 +125,13 @@ def test_held_out_losses_follow_the_baseline(tiny_run: Path) -> None:
     assert losses.loc["after finish"].to_dict() == run.summary["val_loss"]
 
 
+def test_the_loss_before_training_is_a_row_of_its_own(recorded: runs.RecordedRun) -> None:
+    recorded.summary["val_loss_before"] = {"web": 6.0, "wiki": 7.0}
+    losses = runs.held_out_loss_table(recorded)
+    assert list(losses.index) == ["unigram baseline", "before training", "after one", "after two"]
+    assert losses.loc["before training"].to_dict() == {"web": 6.0, "wiki": 7.0}
+
+
 def test_samples_come_with_their_stage_and_prompt(tiny_run: Path) -> None:
     samples = runs.text_samples(runs.read_run(tiny_run))
     assert list(samples["stage"]) == STAGES
