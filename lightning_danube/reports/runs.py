@@ -344,8 +344,8 @@ def mix_table(run: RecordedRun) -> pd.DataFrame:
 
 
 def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
-    """Returns held-out loss by source in nats per token: the unigram baseline, the loss before training if the run began
-    with trained weights, and the loss after each ended stage.
+    """Returns held-out loss by source in nats per token: the unigram baseline, the loss before training of a run that
+    began with trained weights, and the loss after each ended stage.
     """
     rows = {"unigram baseline": run.finished("unigram_loss")}
     if before := run.summary.get("val_loss_before"):
