@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from lightning_danube.cli.command_line import Stated, texts_of
+from lightning_danube.cli.options import Path
 
 
 def located(message: str, stated: Stated) -> str:
