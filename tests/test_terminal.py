@@ -50,6 +50,9 @@ def test_a_program_outside_the_working_directory_has_its_whole_path(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert program("python") == str(environment / "python")
+    # Python was started as ../.venv/bin/python.
+    monkeypatch.setattr(sys, "executable", str(elsewhere / ".." / ".venv" / "bin" / "python"))
+    assert program("python") == str(environment / "python")
 
 
 def test_a_path_with_a_space_is_one_argument(

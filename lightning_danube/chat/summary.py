@@ -136,9 +136,10 @@ def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> lis
 
 def chat_length_line(data: ChatData, steps: str, run: str) -> str:
     """Returns the length of a fine-tuning run, and the run's directory."""
+    most = "at most " if data.layout == "bucketed" else ""
     return (
-        f"run: {steps} steps of {data.batch_rows} rows of {data.context_length} places, {100 * data.fill():.1f} % of "
-        f"them filled, in {data.epochs} pass(es), into {run}"
+        f"run: {steps} steps of {data.batch_rows} rows of {most}{data.context_length} places, "
+        f"{100 * data.fill():.1f} % of them filled, in {data.epochs} pass(es), into {run}"
     )
 
 

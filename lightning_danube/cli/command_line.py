@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -71,12 +71,14 @@ class Stated:
         tree: all values as one mapping. Values of flags are `Typed`.
         places: key path without `init_args` → the last file and line, or flag, that states it.
         added: arguments that follow from the others, for the parser.
+        texts: key path without `init_args` → the text, or null, that its option takes.
     """
 
     files: list[str]
     tree: dict[str, Any] = field(default_factory=dict)
     places: dict[Path, str] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    texts: dict[Path, str | None] = field(default_factory=dict)
 
     def place_of(self, path: Path) -> str:
         """Returns "file, line n" or "--flag" for the innermost key of a path that is stated, "" if no key is."""
@@ -132,6 +134,18 @@ def complete_loggers(stated: Stated) -> None:
         completed = loggers if isinstance(given, list) else loggers[0]
         stated.tree["trainer"] = {**stated.tree["trainer"], "logger": completed}
         stated.added += ["--trainer.logger", json.dumps(completed)]
+
+
+def complete_mappings(stated: Stated, mappings: Collection[Path]) -> None:
+    """Restates mappings that several files state, such as `data.sources`: jsonargparse keeps that of the last file."""
+    for path in mappings:
+        files = {place.rpartition(", line ")[0] for at, place in stated.places.items() if at[:-1] == path} - {""}
+        keys = _with_init_args(path, stated.tree)
+        value: Any = stated.tree
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if len(files) > 1 and isinstance(value, Mapping):
+            stated.added += [f"--{'.'.join(keys)}", json.dumps(value)]
 
 
 def _with_save_dir(logger: Any, runs: str) -> Any:

@@ -15,6 +15,7 @@ from lightning_danube.cli.command_line import (
     LINKED,
     Stated,
     complete_loggers,
+    complete_mappings,
     continued_weights,
     in_one_line,
     read_command_line,
@@ -68,6 +69,8 @@ def read_configuration(args: Sequence[str]) -> Stated:
         reader.value(LightningModule, stated.tree["model"], ("model",))
         reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
         reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
+    stated.texts = reader.texts
+    complete_mappings(stated, reader.mappings)
     return stated
 
 

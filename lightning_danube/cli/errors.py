@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from lightning_danube.cli.command_line import Stated, texts_of
+from lightning_danube.cli.options import Path
 
 
 def located(message: str, stated: Stated) -> str:
@@ -39,11 +40,54 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return parser.parse_args([*args, *stated.added])
+        config = parser.parse_args([*args, *stated.added])
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except OmegaConfBaseException as error:
         raise ValueError(unresolved(stated) or str(error).splitlines()[0]) from error
+    keep_texts(config, stated.texts)
+    return config
+
+
+def keep_texts(config: Any, texts: Mapping[Path, str | None]) -> None:
+    """Sets the texts of a parsed configuration, in place, as they were stated.
+
+    jsonargparse reads a text a second time as YAML: "# " is null then. A mapping of a flag such as
+    `--data.init_args.sources.field` it writes as Python does: a line end becomes a backslash and an n, and null "None".
+    """
+    config = config.get(str(config.get("subcommand")), config)
+    for path, text in texts.items():
+        _set_text(config, path, text)
+
+
+def _set_text(config: Any, path: Path, text: str | None) -> None:
+    for key in path[:-1]:
+        config = _inner(config, key)
+    key = path[-1]
+    if isinstance(config, list):
+        if key.isdigit() and int(key) < len(config) and _is_text(config[int(key)]):
+            config[int(key)] = text
+        return
+    options = _options(config)
+    if key in options and _is_text(options[key]):
+        options[key] = text
+
+
+def _inner(config: Any, key: str) -> Any:
+    if isinstance(config, list):
+        return config[int(key)] if key.isdigit() and int(key) < len(config) else None
+    return _options(config).get(key)
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """Returns the options of a class, or the keys of a mapping; nothing for other values."""
+    keys = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    inner = keys.get("init_args")
+    return keys if inner is None else _options(inner)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def unresolved(stated: Stated) -> str | None:

@@ -154,6 +154,10 @@ def is_configured_class(hint: Any) -> bool:
     return hint.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
+NULLS = ("", "~", "null", "Null", "NULL")
+"""Texts of the command line that mean null. YAML also reads null in white space and in a comment, such as "# "."""
+
+
 class Reader:
     """Checks values, and converts values typed on the command line to their types.
 
@@ -173,6 +177,10 @@ class Reader:
         open_to: Collection[type] = (),
     ) -> None:
         self.taken, self.make, self.check, self.open_to = taken or {}, make, check, open_to
+        self.texts: dict[Path, str | None] = {}
+        """What was read for options that take a text, also where it is null."""
+        self.mappings: set[Path] = set()
+        """Options that take a mapping with keys of the user's choice."""
 
     def options(self, owner: type, given: Mapping[str, Any], path: Path, name: str | None = None) -> dict[str, Any]:
         """Returns the options of a class with their types.
@@ -208,9 +216,15 @@ class Reader:
         Raises:
             Refusal: the option does not take it.
         """
-        origin = typing.get_origin(hint) or hint
         if isinstance(value, str) and "${" in value:
             return value  # a reference to another key
+        read = self._read(hint, value, path)
+        if str in (hint, *typing.get_args(hint)) and (read is None or isinstance(read, str)):
+            self.texts[path] = read
+        return read
+
+    def _read(self, hint: Any, value: Any, path: Path) -> Any:
+        origin = typing.get_origin(hint) or hint
         if origin in (typing.Union, types.UnionType):
             return self._union(typing.get_args(hint), value, path)
         if origin is typing.Literal:
@@ -230,12 +244,13 @@ class Reader:
         """Returns a value as a member of a union. An error names the member that the value matches most deeply."""
         # A text of the command line is tried as a number before it is accepted as a text.
         members = tuple(sorted(members, key=lambda member: member is str)) if isinstance(value, Typed) else members
-        refusals = []
+        refusals, texts = [], dict(self.texts)
         for member in members:
             try:
                 return self.value(member, value, path)
             except Refusal as refusal:
                 refusals.append(refusal)
+                self.texts = dict(texts)
         deepest = max(len(refusal.path) for refusal in refusals)
         meant = [refusal for refusal in refusals if len(refusal.path) == deepest]
         exact = [refusal for refusal in meant if not refusal.expected]
@@ -261,6 +276,7 @@ class Reader:
         given = _plain(value)
         if not isinstance(given, Mapping):
             raise _expected(("a mapping",), value, path)
+        self.mappings.add(path)
         inner = typing.get_args(hint)
         if not inner:
             return dict(given)
@@ -421,7 +437,7 @@ def _scalar(kind: type, value: Any) -> Any:
     if kind is str and isinstance(value, str):
         return str(value)
     plain = _plain(value)
-    if kind is type(None) and plain is None:
+    if kind is type(None) and plain is None and (value is None or value in NULLS):
         return None
     if kind is bool and isinstance(plain, bool):
         return plain

@@ -6,7 +6,9 @@ import logging
 import os
 import pkgutil
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from lightning_danube.cli.configs import (
     set_parsing_rules,
     with_facts_of_weights,
 )
-from lightning_danube.cli.errors import located, parse, raised_by_a_class
+from lightning_danube.cli.errors import keep_texts, located, parse, raised_by_a_class
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
@@ -141,6 +143,7 @@ class DanubeCLI(LightningCLI):
         set_parsing_rules()
         self.run: Path | None = None
         self._loggers: Any = None
+        self._texts: dict[tuple[str, ...], str | None] = {}
         self._verb = args[0] if isinstance(args, list) and args else None
         # LightningCLI would write the whole config into it, for modules that call save_hyperparameters: none does.
         self.config_dump: dict[str, Any] = {}
@@ -172,7 +175,13 @@ class DanubeCLI(LightningCLI):
     # --- parsing ------------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{**PARSER_OPTIONS, **kwargs})
+        parser = super().init_parser(**{**PARSER_OPTIONS, **kwargs})
+        parser.dump = partial(self._dump, parser.dump)  # --print_config calls it while it parses
+        return parser
+
+    def _dump(self, dump: Callable[..., str], config: Namespace, **options: Any) -> str:
+        keep_texts(config, self._texts)
+        return dump(config, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_run_options(parser)
@@ -182,6 +191,7 @@ class DanubeCLI(LightningCLI):
         check_command_line(args[1:])
         args = with_facts_of_weights(args)
         self.stated = read_configuration(args[1:])
+        self._texts = self.stated.texts
         self.config = parse(parser, args, self.stated)
 
     def _parse_ckpt_path(self) -> None:

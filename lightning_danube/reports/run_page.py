@@ -155,7 +155,7 @@ def _curves(compared: Sequence[RecordedRun]) -> list[_Part]:
 
 def _without_events(compared: Sequence[RecordedRun]) -> str:
     lacking = [run.title for run in compared if run.curves.empty]
-    return _missing(f"no TensorBoard events with curves in {', '.join(lacking)}") if lacking else ""
+    return _missing(f"no curves, of TensorBoardLogger or CSVLogger, in {', '.join(lacking)}") if lacking else ""
 
 
 def _once(compared: Sequence[RecordedRun]) -> str:
@@ -186,7 +186,7 @@ def _sections_of(run: RecordedRun, named: str) -> list[tuple[str, list[_Part]]]:
             (
                 "Stages and held-out loss",
                 [
-                    lambda: _table(runs.held_out_loss_table(run).T, digits=3),
+                    lambda: _table(runs.held_out_loss_table(run).T),
                     lambda: _figure(figures.held_out_losses(run), "Held-out loss by source after each stage"),
                     lambda: _figure(figures.stage_mixes(run), "The mix of each stage, planned and seen"),
                 ],

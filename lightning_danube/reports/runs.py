@@ -1,8 +1,8 @@
 """Reads a run as pandas frames: plan, curves over tokens, held-out losses, text samples. The tables are those of
 pre-training.
 
-Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events); no model is loaded. A run
-that is not finished, or was stopped, is read up to its last step.
+Everything comes from the run's own files (`config.yaml`, `summary.json`, TensorBoard events or `metrics.csv`); no
+model is loaded. A run that is not finished, or was stopped, is read up to its last step.
 """
 
 from __future__ import annotations
@@ -146,6 +146,8 @@ def newest_run(runs: str | Path, name: str) -> Path:
     raise MissingResult(f"there is no run under {Path(runs) / name}: `{command}` makes one")
 
 
+TABLE = "metrics.csv"
+"""The file of Lightning's CSVLogger."""
 VERSION = re.compile(r"version_(\d+)")
 RESULTS = Path("benchmarks") / "results"
 """Measurements that come with a clone, from its root."""
@@ -213,7 +215,20 @@ def read_run_of_any_task(directory: Path) -> RecordedRun:
     pictures = {tag: events.Images(tag)[-1].encoded_image_string for tag in tags["images"]}
     frame = pd.DataFrame({tag: pd.Series(values, dtype=float) for tag, values in curves.items()}).sort_index()
     frame.index.name = counted
+    if frame.empty and (directory / TABLE).is_file():
+        try:
+            frame = _table_of_curves(directory / TABLE)
+        except (KeyError, ValueError) as error:
+            problems.append(f"{TABLE} is damaged ({error})")
     return RecordedRun(directory, config, summary, frame, texts, pictures, history, problems)
+
+
+def _table_of_curves(file: Path) -> pd.DataFrame:
+    """Returns the curves of a run that logged to a CSV table, over tokens, or over steps if it counted no tokens."""
+    rows = pd.read_csv(file)
+    counted = "tokens" if "tokens" in rows else "step"
+    # Lightning writes a row for each step, and one more if values of a validation belong to the same step.
+    return rows.drop(columns={"epoch", "step"} - {counted}, errors="ignore").groupby(counted).last()
 
 
 def _events(directory: Path) -> EventAccumulator:
@@ -329,8 +344,12 @@ def mix_table(run: RecordedRun) -> pd.DataFrame:
 
 
 def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
-    """Returns held-out loss by source in nats per token: the unigram baseline, then the loss after each ended stage."""
+    """Returns held-out loss by source in nats per token: the unigram baseline, the loss before training of a run that
+    began with trained weights, and the loss after each ended stage.
+    """
     rows = {"unigram baseline": run.finished("unigram_loss")}
+    if before := run.summary.get("val_loss_before"):
+        rows["before training"] = before
     for stage in run.finished("stages"):
         if stage["val_loss"]:
             rows[f"after {stage['name']}"] = stage["val_loss"]

@@ -103,6 +103,8 @@ def _in_directory(directory: Path, name: str) -> Located:
         return _checkpoint(checkpoint, name)
     inside = [file for file in directory.iterdir() if file.suffix == ".gguf" or newest_checkpoint(file)]
     if inside:
+        if len(inside) == 1:
+            raise ValueError(f"--weights {name} holds a model: name it, {_newest(inside)}")
         raise ValueError(f"--weights {name} holds {len(inside)} models: name one, such as {_newest(inside)}")
     raise ValueError(f"--weights {name}: neither a Hugging Face directory (config.json) nor a run (checkpoints/*.ckpt)")
 

@@ -1,12 +1,14 @@
 """Files and flags as one tree of values."""
 
 import inspect
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lightning_danube.cli.command_line import TRAINER_OPTIONS, merged, read_command_line
+from lightning_danube.cli.command_line import TRAINER_OPTIONS, complete_loggers, merged, read_command_line
 from lightning_danube.cli.options import BEFORE
 
 
@@ -122,3 +124,27 @@ def test_configurations_count_in_their_order_however_they_are_given(args: list[s
     stated = read_command_line(given)
     assert stated.files == [places["A"], places["B"]] and stated.tree["name"] == "B"
     assert stated.place_of(("name",)) == f"{places['B']}, line 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["CSVLogger"], {"class_path": "CSVLogger", "init_args": {"save_dir": "here"}}),
+        (
+            ["CSVLogger", "--trainer.logger.flush_logs_every_n_steps", "5"],
+            {"class_path": "CSVLogger", "init_args": {"flush_logs_every_n_steps": "5", "save_dir": "here"}},
+        ),
+        (
+            ["[TensorBoardLogger, MLFlowLogger]"],
+            [{"class_path": "TensorBoardLogger", "init_args": {"save_dir": "here"}}, "MLFlowLogger"],
+        ),
+        (["CSVLogger", "--trainer.logger.save_dir", "logs"], None),
+        (["{class_path: CSVLogger, init_args: {save_dir: logs}}"], None),
+        (["MLFlowLogger"], None),
+        (["false"], None),
+    ],
+)
+def test_loggers_of_local_files_get_the_directory_of_all_runs(given: list[str], added: Any) -> None:
+    stated = read_command_line(["--runs", "here", "--trainer.logger", *given])
+    complete_loggers(stated)
+    assert stated.added == ([] if added is None else ["--trainer.logger", json.dumps(added)])

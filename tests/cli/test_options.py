@@ -52,6 +52,9 @@ def read(hint: Any, value: Any, **options: Any) -> Any:
         (int | str, "4", 4),
         (int | str, "4K", "4K"),
         (int | None, "null", None),
+        (str | None, "~", None),
+        (str | None, "# ", "# "),  # a comment of YAML, and as a separator a text
+        (str | None, "\n", "\n"),
         (list[int], "[1, 2]", [1, 2]),
         (tuple[float, float], "[0.9, 0.95]", [0.9, 0.95]),
         (dict[str, float], "{a: 1}", {"a": 1.0}),

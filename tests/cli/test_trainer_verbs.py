@@ -29,6 +29,7 @@ from lightning_danube.__main__ import main, user_message
 from lightning_danube.checkpoints.runs import LOCK
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli import trainer_verbs
+from lightning_danube.cli.configs import resolved_config
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.files import locked
 
@@ -414,6 +415,32 @@ def test_print_config_round_trips(tiny: Path, capsys: pytest.CaptureFixture[str]
     assert yaml.safe_load(first)["data"]["init_args"]["seed"] == 3  # ${seed_everything}, resolved
 
 
+TEXTS = {"separator": "\n## ", "name": "# 1", "split": "it's \\n", "revision": None, "text": "a\tb"}
+"""Texts that jsonargparse alone would change: it reads them twice, and writes mappings of flags as Python does."""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.init_args.sources", json.dumps({"web": {"path": "a.txt", **TEXTS}})],
+        ["--data.init_args.sources.web", json.dumps({"path": "a.txt", **TEXTS})],
+        [
+            "--data.sources.web.path",
+            "a.txt",
+            *(f"--data.sources.web.{key}={text or 'null'}" for key, text in TEXTS.items()),
+        ],
+    ],
+)
+def test_texts_are_kept_letter_by_letter(tiny: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    args = ["--config", str(tiny / "tiny.yaml"), *flags]
+    with pytest.raises(SystemExit):
+        main(["fit", *args, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for config in (printed, resolved_config(args)):
+        source = config["data"]["init_args"]["sources"]["web"]
+        assert {key: source.get(key) for key in TEXTS} == TEXTS
+
+
 def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "model.yaml").write_text("model: {init_args: {decoder: {num_key_value_heads: 1}}}")
     with pytest.raises(SystemExit):
@@ -421,6 +448,16 @@ def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     config = yaml.safe_load(capsys.readouterr().out)
     decoder = config["model"]["init_args"]["decoder"]
     assert (decoder["num_key_value_heads"], decoder["num_attention_heads"], config["name"]) == (1, 4, "other")
+
+
+def test_files_may_each_state_a_source(tiny: Path) -> None:
+    more = "data: {init_args: {sources: {books: {path: b.txt, separator: '# '}, web: {on_bad_row: skip}}}}"
+    (tiny / "more.yaml").write_text(more)
+    args = ["--config", str(tiny / "tiny.yaml"), "--config", str(tiny / "more.yaml"), "--data.sources.web.split=x"]
+    before = resolved_config(args[:2])["data"]["init_args"]["sources"]
+    sources = resolved_config(args)["data"]["init_args"]["sources"]
+    assert sources.keys() == {*before, "books"} and sources["books"]["separator"] == "# "
+    assert sources["web"] == {**before["web"], "on_bad_row": "skip", "split": "x"}
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,21 @@ def test_curves_run_over_tokens(tiny_run: Path) -> None:
     assert list(run.curve("loss/held_out_web")) == pytest.approx([s["val_loss"]["web"] for s in run.summary["stages"]])
 
 
+def test_curves_of_a_table_run_over_tokens_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {init_args: {batch_tokens: 64}}")
+    # A validation writes a row of its own for a step that has one already.
+    lines = ["epoch,loss/train,loss/held_out,step,tokens", ",,7.5,0,0.0", ",5.5,,3,192.0", "0,,5.25,3,192.0"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    run = runs.read_run_of_any_task(tmp_path)
+    assert run.counts_tokens and sorted(run.curves) == ["loss/held_out", "loss/train"]
+    assert run.curve("loss/train").to_dict() == {192: 5.5}
+    assert run.curve("loss/held_out").to_dict() == {0: 7.5, 192: 5.25}
+    (tmp_path / "metrics.csv").write_text("step,accuracy\n0,0.5\n")  # a task that counts no tokens
+    assert runs.read_run_of_any_task(tmp_path).curves.index.name == "step"
+    (tmp_path / "metrics.csv").write_text("")
+    assert "metrics.csv is damaged" in runs.read_run_of_any_task(tmp_path).problems[-1]
+
+
 def test_planned_and_seen_mix_stand_beside_the_papers(tiny_run: Path) -> None:
     run = runs.read_run(tiny_run)
     shares = runs.web_shares(run)
@@ -108,6 +123,13 @@ def test_held_out_losses_follow_the_baseline(tiny_run: Path) -> None:
     assert list(losses.index) == ["unigram baseline", *(f"after {stage}" for stage in STAGES)]
     assert losses.loc["unigram baseline"].to_dict() == run.summary["unigram_loss"]
     assert losses.loc["after finish"].to_dict() == run.summary["val_loss"]
+
+
+def test_the_loss_before_training_is_a_row_of_its_own(recorded: runs.RecordedRun) -> None:
+    recorded.summary["val_loss_before"] = {"web": 6.0, "wiki": 7.0}
+    losses = runs.held_out_loss_table(recorded)
+    assert list(losses.index) == ["unigram baseline", "before training", "after one", "after two"]
+    assert losses.loc["before training"].to_dict() == {"web": 6.0, "wiki": 7.0}
 
 
 def test_samples_come_with_their_stage_and_prompt(tiny_run: Path) -> None:

@@ -296,7 +296,7 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
             "a",
             "--weights a holds 2 models: name one, such as a/version_1$",
         ),
-        ({"a/x-F16.gguf": "", "a/notes.txt": ""}, "a", "--weights a holds 1 models: name one, such as a/x-F16.gguf$"),
+        ({"a/x-F16.gguf": "", "a/notes.txt": ""}, "a", "--weights a holds a model: name it, a/x-F16.gguf$"),
         ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"is whole: .*no files.json in the directory"),
         ({"model.safetensors": "x"}, "model.safetensors", "give its directory, which has the config.json"),
         ({"model.bin": "x"}, "model.bin", "truncated, or no checkpoint of ours and no GGUF file"),

@@ -330,6 +330,8 @@ def _is_too_short(
 
 
 def _rounded(number: float) -> str:
+    if 0 < number < 0.001:
+        return "< 0.001"
     return f"{number:,.0f}" if number >= 1000 else f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.strategy import ShardedStrategy
-from lightning_danube.cli.verbs.plan import _accelerators, _engine, _unit
+from lightning_danube.cli.verbs.plan import _accelerators, _engine, _rounded, _unit
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.planning.accelerators import Accelerator, parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
@@ -299,3 +299,10 @@ def test_passes_are_those_at_the_end_of_each_stage(tiny: Path, capsys: pytest.Ca
     for name, passes in expected.items():
         # Whole rows of 32 tokens.
         assert [float(cell) for cell in cells(printed, name)[-3:]] == pytest.approx(passes, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(3.7e-5, "< 0.001"), (0, "0"), (0.00575, "0.00575"), (12.34, "12.3"), (1234.5, "1,234")]
+)
+def test_numbers_are_told_without_exponents(number: float, shown: str) -> None:
+    assert _rounded(number) == shown

@@ -1,6 +1,7 @@
 """Whole runs with each logger, with several and with none: what they leave is the same, also after a resume."""
 
 import csv
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +103,7 @@ def test_a_run_with_weights_and_biases_offline(tiny: Path, capsys: pytest.Captur
 
 def history_of(content: bytes) -> Iterator[dict[str, str]]:
     """Yields name → value of each row in a file of Weights & Biases: a log in the format of LevelDB."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    record_type: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     block, place, whole = 32768, 7, b""
     while place + 7 <= len(content):
         left = block - place % block
@@ -114,7 +114,7 @@ def history_of(content: bytes) -> Iterator[dict[str, str]]:
         whole += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a record, or its last part
-            record: Any = Record.FromString(whole)
+            record: Any = record_type.FromString(whole)
             yield {one.key or ".".join(one.nested_key): one.value_json for one in record.history.item}
             whole = b""
 
