@@ -1,4 +1,4 @@
-"""The only writer of whole files and folders. The cache directory, and what is meant as a path.
+"""The only writer of whole files and folders; reads files of JSON. The cache directory, and what is meant as a path.
 
 Everything written here has one guarantee:
 
@@ -23,6 +23,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -45,6 +47,61 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one object of JSON, which others may have damaged.
+
+    Raises:
+        OSError: there is no such file, or it is no regular file, such as a pipe, which could never end.
+        ValueError: it is not JSON, or not an object; the message is one line that names the file.
+    """
+    content = parse_json(read_regular(path), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON; the message is one line that begins with `source`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON ({why_not_json(error)})") from error
+
+
+def why_not_json(error: Exception) -> str:
+    """Says why Python's reader of JSON refused a text. Its reasons have four types."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    return f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
+
+
+def read_regular(path: Path) -> bytes:
+    """Reads a file as a whole, unless it is a pipe or a device, whose end may never come.
+
+    Raises:
+        OSError: the file cannot be read; names it.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError, which names the path, if it is no regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any = None) -> None:

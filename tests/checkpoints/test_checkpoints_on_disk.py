@@ -84,7 +84,7 @@ def test_what_is_written_is_listed_whole_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "step_1.ckpt"
     IO.save_checkpoint(CONTENT, path)
     assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json", "step_1.ckpt"]
-    assert read_manifest(path.parent)["step_1.ckpt"]["bytes"] == path.stat().st_size
+    assert read_manifest(path.parent)["step_1.ckpt"].bytes == path.stat().st_size
     assert damage(path) is None
     assert torch.equal(IO.load_checkpoint(path)["weights"], CONTENT["weights"])
 

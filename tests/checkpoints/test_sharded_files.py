@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_danube.checkpoints.files import FILES, damage, prepare_directory, remove_checkpoint
-from lightning_danube.checkpoints.sharded_files import _CLASSES_OF_AN_INDEX, REST, load_whole, tensor_shapes
+from lightning_danube.checkpoints.files import FILES, INDEX, REST, damage, prepare_directory, remove_checkpoint
+from lightning_danube.checkpoints.sharded_files import _CLASSES_OF_AN_INDEX, load_whole, tensor_shapes
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.huggingface import load_checkpoint
