@@ -302,8 +302,8 @@ class DanubeCLI(LightningCLI):
         kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, ImportError, MisconfigurationException) as error:
-            # Lightning raises this for an option that this machine, or every machine, does not support.
+        except (ValueError, TypeError, OverflowError, ImportError, MisconfigurationException) as error:
+            # Lightning raises these for an option that this machine, or every machine, does not support.
             raise ValueError(f"trainer: {error}") from error
         nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from lightning_danube.files import default_cache_dir
 from lightning_danube.text.corpora import Source, is_streamed, read_documents
 from lightning_danube.text.quality import Benchmarks
@@ -33,7 +31,7 @@ def training_texts(run: Path) -> TrainingTexts | None:
         sources = {name: Source(**options) for name, options in data["sources"].items()}
         stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
         seen = {name for stage in stages for name, tokens in stage["tokens_by_source"].items() if tokens}
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     cache = data.get("cache_dir")
     kept = {name: source for name, source in sources.items() if name in seen}

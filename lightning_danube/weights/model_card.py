@@ -23,6 +23,7 @@ from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import begin_token
 from lightning_danube.weights.names import Located
+from lightning_danube.yaml_files import NotYaml, load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -382,23 +383,22 @@ def _of_hub_or_directory(weights: Located) -> tuple[str, str | None, str | None]
 
 def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
     """The licence that a model card's front matter states, and the text below the front matter."""
-    from huggingface_hub import ModelCard
-
     if not file.is_file():
         return None, None
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return None, None
-    if not text.startswith("---"):
+    front = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
+    if front is None:
         return None, text.strip() or None
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
+        facts = load_yaml(front[1])
+    except NotYaml:
         return None, text.strip()
-    licence = card.data.get("license")
-    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
-    return None if licence is None else str(licence), card.text.strip() or None
+    licence = facts.get("license") if isinstance(facts, dict) else None
+    names = [str(name) for name in (licence if isinstance(licence, list) else [licence]) if isinstance(name, str | int)]
+    return ", ".join(names) or None, text[front.end() :].strip() or None
 
 
 def _of_gguf(weights: Located) -> tuple[str, str | None, None]:
