@@ -276,25 +276,26 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     try:
         check_regular(path)
         content: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it asks for {asked[1]})" if asked else ""
-        raise ValueError(
-            f"{path} holds more than tensors and plain data{what}: loading it could run code, so it is refused"
-        ) from error
     except OSError:
         raise
     except Exception as error:  # torch's reader raises whatever the bytes lead to
-        raise ValueError(f"{path} is no checkpoint: {one_line(error)}") from error
+        if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)", str(error))):
+            raise ValueError(
+                f"{path} holds more than tensors and plain data (it asks for {asked[1]}): loading it could run code, so "
+                "it is refused"
+            ) from error
+        raise ValueError(
+            f"{path}: truncated, or no checkpoint that holds only tensors and plain data ({one_line(error)})"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a mapping of names")
     return content
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what a library says of a damaged file, in one line; the name of the error if it says nothing."""
+    """Returns the type of a library's error on a damaged file, and the first sentence of what it says."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].partition('. ')[0][:200]}" if lines else type(error).__name__
 
 
 def _archive_damage(checkpoint: Path) -> str | None:

@@ -30,7 +30,7 @@ from lightning_danube.cli.configs import (
     set_parsing_rules,
     with_facts_of_weights,
 )
-from lightning_danube.cli.errors import located, parse, raised_by_a_class
+from lightning_danube.cli.errors import located, parse, raised_by_a_class, while_restoring
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
@@ -408,6 +408,10 @@ class DanubeCLI(LightningCLI):
             with one_line_errors(self.stated):
                 super()._run_subcommand(subcommand)
             failed = False
+        except Exception as error:
+            if (told := while_restoring(error, self.place.checkpoint)) is not None:
+                raise told from error
+            raise
         finally:
             end_of_session(self.trainer.loggers, failed)
             if (failed and self.trainer.global_step == 0) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -170,6 +170,8 @@ class CurriculumSettings:
         for name, value in {**numbers, "validation_rows": validation_rows}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not max_passes > 0:
+            raise ValueError(f"data.max_passes is {max_passes}: give a number above 0")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
         for name in sources:
