@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import alembic
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -66,6 +71,39 @@ class Result:
 
 class TrialFailed(Exception):
     """A run ended with an error, which is stored with its trial."""
+
+
+@contextmanager
+def naming_storage(directory: Path, storage: str | None) -> Iterator[None]:
+    """Turns whatever Optuna and the database raise on damaged or foreign content into one line.
+
+    Args:
+        directory: directory of the study.
+        storage: the URL of its storage, or None for the file in `directory`.
+
+    Raises:
+        ValueError: an exception of theirs left the block; names the storage.
+    """
+    theirs = tuple(str(Path(str(module.__file__)).parent) for module in (optuna, sqlalchemy, alembic))
+    try:
+        yield
+    except (TrialFailed, OSError):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.filename.startswith(theirs) for frame in frames) or _is_ours(error, frames[-1].filename):
+            raise
+        said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        if storage is None:
+            shown = directory / "study.sqlite3"
+            way_out = "restore the file from a copy, or move it away and begin the study again; its runs stay"
+        else:
+            shown, way_out = re.sub(r"//[^@/]*@", "//", storage), "see that the database is there, and is Optuna's"  # type: ignore[assignment]
+        raise ValueError(f"{shown} cannot be used as the storage of a study ({said}): {way_out}") from error
+
+
+def _is_ours(error: Exception, raised_in: str) -> bool:
+    return isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def open_study(
