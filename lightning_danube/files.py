@@ -62,6 +62,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file to which objects of JSON were appended, one on each line.
+
+    Empty lines are left out, and so is a last line without an end, which a killed process leaves.
+
+    Raises:
+        OSError: there is no such file, or it is no regular file.
+        ValueError: a line is not JSON, or not an object; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(read_regular(path).split(b"\n")[:-1], start=1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, line {number}"))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}, line {number}: holds a {type(rows[-1]).__name__}, not an object")
+    return rows
+
+
+@contextmanager
+def naming_cached(path: Path) -> Iterator[None]:
+    """Turns whatever a library raises on a damaged file of the cache into one line.
+
+    Raises:
+        ValueError: an exception left the block; names the file, which can be made again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+    except Exception as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged ({said}): remove it, and it is made again") from error
+
+
 def parse_json(text: str | bytes, source: str) -> Any:
     """Returns the value of a JSON text.
 

@@ -32,7 +32,7 @@ Length = int | float | str
 """A part of a run as users write it: 1048576, "2.8T" tokens, or "5 %" of the run. See `TokensOrShare`."""
 
 MOST_TOKENS = 10**15
-"""Tokens: a hundred times the longest runs. With more, numbers of rows would not fit into the 64 bits of their indices."""
+"""A hundred times the longest runs. Sums of much larger numbers do not fit into the 64 bits of an index."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -76,7 +76,7 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 class NotYaml(ValueError):
-    """A text is not YAML; the message says why in one line, which begins with the line in the text where it is known."""
+    """A text is not YAML; the message says why in one line, and begins with the number of the line if that is known."""
 
 
 class RefusedYaml(NotYaml):
@@ -147,7 +147,9 @@ def _wrong_scalar(root: yaml.Node) -> NotYaml | None:
         except Exception:
             shown = node.value if len(node.value) <= 40 else f"{node.value[:20]}… ({len(node.value):,} characters)"
             kind = node.tag.rpartition(":")[2]
-            return NotYaml(f"line {node.start_mark.line + 1}: {shown} cannot be read as {kind}: put quotes around a text")
+            return NotYaml(
+                f"line {node.start_mark.line + 1}: {shown} cannot be read as {kind}: put quotes around a text"
+            )
     return None
 
 

@@ -21,7 +21,7 @@ def check_content(content: Mapping[str, Any], source: Path) -> None:
     Raises:
         ValueError: they are missing, or no run could go on from them.
     """
-    check_tensors(content.get("state_dict"), source)
+    check_plain(content.get("state_dict"), source)
     states = content.get("optimizer_states", [])
     if not isinstance(states, list):
         raise ValueError(f"{source}: its optimizer_states are a {type(states).__name__}, not a list")
@@ -31,10 +31,10 @@ def check_content(content: Mapping[str, Any], source: Path) -> None:
             raise ValueError(f"{source}: the state of its optimizer is not of torch's layout")
         for number, of_one in values.items():
             tensors = {key: value for key, value in of_one.items() if isinstance(value, Tensor)}
-            check_tensors(tensors, source, f"optimizer's value of parameter {number},", floats=False)
+            check_plain(tensors, source, f"optimizer's value of parameter {number},", floats=False)
 
 
-def check_tensors(tensors: Any, source: Path, what: str = "weight", *, floats: bool = True) -> None:
+def check_plain(tensors: Any, source: Path, what: str = "weight", *, floats: bool = True) -> None:
     """
     Args:
         what: what one tensor is, for the message.
@@ -67,14 +67,18 @@ def check_restored(optimizer: Optimizer) -> None:
     """Checks the state that a checkpoint gave an optimizer. A fused step would read past the end of a smaller tensor.
 
     Raises:
-        ValueError: a value has neither the shape of its parameter nor is a single number, or one parameter lacks a value
-            that others of its group have.
+        ValueError: a value is no single number and has another shape than its parameter, or a parameter lacks a value
+            that the others of its group have.
     """
     for group in optimizer.param_groups:
-        states = [(parameter, optimizer.state[parameter]) for parameter in group["params"] if parameter in optimizer.state]
+        states = [
+            (parameter, optimizer.state[parameter]) for parameter in group["params"] if parameter in optimizer.state
+        ]
         wanted = {key for _, state in states for key in state}
         for parameter, state in states:
-            fits = [isinstance(one, Tensor) and (one.shape == parameter.shape or one.numel() == 1) for one in state.values()]
+            fits = [
+                isinstance(one, Tensor) and (one.shape == parameter.shape or one.numel() == 1) for one in state.values()
+            ]
             if state.keys() != wanted or not all(fits):
                 raise ValueError(
                     "the checkpoint's optimizer does not fit its weights: another program wrote it, or it was changed; "

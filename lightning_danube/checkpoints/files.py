@@ -31,8 +31,8 @@ from lightning_danube.files import (
 
 MANIFEST = "manifest.json"
 INDEX, PART, REST = ".metadata", ".distcp", "rest.pt"
-"""Files inside a sharded checkpoint: torch's index of the tensors, the end of the names of the ranks' files, and all that
-is no tensor."""
+"""Files inside a sharded checkpoint: torch's index of the tensors, the end of the names of the ranks' files, and
+everything that is no tensor."""
 FILES = "files.json"
 """File inside a sharded checkpoint (a directory) that lists the size and the hash of each of its files."""
 
@@ -117,9 +117,7 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
             forget(path)
             if is_sharded(path):  # a run with other sharding saved the same step
                 remove_checkpoint(path)
-        _write_manifest(
-            path.parent, read_manifest(path.parent) | {path.name: Listed(writer.size, writer.sha256())}
-        )
+        _write_manifest(path.parent, read_manifest(path.parent) | {path.name: Listed(writer.size, writer.sha256())})
     except BaseException as error:
         cause = writer.error if writer is not None and writer.error is not None else error
         if isinstance(cause, OSError):
@@ -178,8 +176,8 @@ def damage(checkpoint: Path) -> str | None:
 
     A file is compared with its size and hash in the manifest. The manifest may lack a file that was copied, or whose
     writer was killed between renaming and listing it: then the checksums inside the archive decide. Each file of a
-    directory, which many ranks have written, is compared with its size and hash in `files.json`. A directory of an older
-    version has sizes only.
+    directory, which many ranks have written, is compared with its size and hash in `files.json`. In a directory of an
+    older version, only the sizes are known.
     """
     try:
         if checkpoint.is_dir():
@@ -228,7 +226,7 @@ def _write_manifest(directory: Path, listed: Mapping[str, Listed]) -> None:
 
 
 def write_list(directory: Path, listed: Mapping[str, Listed]) -> None:
-    """Writes the list of all files of a sharded checkpoint. The directory has no name yet, and is flushed as a whole."""
+    """Writes the list of the files of a sharded checkpoint, whose directory has no name yet and is flushed later."""
     entries = {name: entry._asdict() for name, entry in sorted(listed.items())}
     (directory / FILES).write_text(json.dumps(entries, indent=2) + "\n")
 
@@ -281,8 +279,8 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     except Exception as error:  # torch's reader raises whatever the bytes lead to
         if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
-                f"{path} holds more than tensors and plain data (it asks for {asked[1]}): loading it could run code, so "
-                "it is refused"
+                f"{path} holds more than tensors and plain data (it asks for {asked[1]}): loading it could run code, "
+                "so it is refused"
             ) from error
         raise ValueError(
             f"{path}: truncated, or no checkpoint that holds only tensors and plain data ({one_line(error)})"

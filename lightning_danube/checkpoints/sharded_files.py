@@ -127,6 +127,4 @@ class _IndexUnpickler(pickle.Unpickler):
             return plain
         if (module, name) in (("torch.serialization", "_get_layout"), ("collections", "OrderedDict")):
             return super().find_class(module, name)
-        raise Refused(
-            f"{self._path}: its index asks for {module}.{name}: loading it could run code, so it is refused"
-        )
+        raise Refused(f"{self._path}: its index asks for {module}.{name}: loading it could run code, so it is refused")

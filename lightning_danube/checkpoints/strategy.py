@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_danube.checkpoints import sharded as sharded_checkpoints
-from lightning_danube.checkpoints.content import check_content, check_tensors
+from lightning_danube.checkpoints.content import check_content, check_plain
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import Saver, numbered
 from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, tensor_shapes
@@ -206,7 +206,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 value = like(parameter_of[of], size, torch.empty((), dtype=dtype))
                 optimizer.state[parameter_of[of]][key] = tensors[name] = value
         load_into(tensors, path)
-        check_tensors(tensors, path, "tensor", floats=False)
+        check_plain(tensors, path, "tensor", floats=False)
         for optimizer, groups in zip(self.optimizers, rest["optimizer_groups"], strict=False):
             restore_groups(optimizer, groups)
         return rest

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning_danube.cli.command_line import Stated, texts_of
 
-
 _PACKAGE = FilePath(__file__).resolve().parents[1]
 OUR_FOLDERS = (_PACKAGE, (_PACKAGE / "callbacks").resolve())
 """Folders of the code of this project; the callbacks of a clone lie outside the package."""

@@ -5,7 +5,6 @@ Shapes: B texts of a batch, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danube.evaluation.results import Measured
-from lightning_danube.files import write_text
+from lightning_danube.files import read_json_lines, write_bytes
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
@@ -187,9 +186,8 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Returns rows that were appended one by one. Removes an incomplete last line, which a killed run leaves."""
     if not file.is_file():
         return []
-    *whole, last = file.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in whole if line]
-    if last:
+    content = file.read_bytes()
+    if content and not content.endswith(b"\n"):
         # The next row must start on a new line.
-        write_text(file, "".join(line + "\n" for line in whole))
-    return rows
+        write_bytes(file, content[: content.rfind(b"\n") + 1])
+    return read_json_lines(file)

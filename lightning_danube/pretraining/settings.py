@@ -226,7 +226,11 @@ class CurriculumSettings:
         """
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:
-            fits = [size for size in range(1, min(self.batch_samples, 4096) + 1) if self.batch_samples % (replicas * size) == 0]
+            fits = [
+                size
+                for size in range(1, min(self.batch_samples, 4096) + 1)
+                if self.batch_samples % (replicas * size) == 0
+            ]
             whole = max(1, round(self.batch_samples / replicas)) * replicas * self.context_length
             numbers = (
                 f"data.micro_batch_size = {_listed(fits)} would"

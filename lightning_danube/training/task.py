@@ -400,7 +400,9 @@ class DecoderTask(LightningModule):
         # `optimizer_groups` stands for the states that all ranks have saved together.
         lost = [] if checkpoint.get("optimizer_states") or checkpoint.get("optimizer_groups") else ["optimizer_states"]
         if lost := lost + [name for name in ("lr_schedulers",) if not checkpoint.get(name)]:
-            raise ValueError(f"the checkpoint has no {' and no '.join(lost)}: no run can go on from it, so begin a new run")
+            raise ValueError(
+                f"the checkpoint has no {' and no '.join(lost)}: no run can go on from it, so begin a new run"
+            )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def _trained(self) -> list[str]:
@@ -421,8 +423,8 @@ def _restate_micro_batches(checkpoint: dict[str, Any], accumulation: int) -> Non
     counted = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     if checkpoint["global_step"] != counted:
         raise ValueError(
-            f"the checkpoint says that it is of step {checkpoint['global_step']}, and its optimizer has done {counted}: it "
-            "was changed; name another checkpoint"
+            f"the checkpoint says that it is of step {checkpoint['global_step']}, its optimizer has done {counted}: "
+            "it was changed; name another checkpoint"
         )
     progress = loop["epoch_loop.batch_progress"]
     done = counted * accumulation

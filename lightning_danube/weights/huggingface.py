@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_danube.checkpoints.content import NOT_FINITE, all_finite, check_tensors
+from lightning_danube.checkpoints.content import NOT_FINITE, all_finite, check_plain
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import read_rest
 from lightning_danube.checkpoints.sharded_files import WEIGHT, load_whole
@@ -184,7 +184,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
         checkpoint = read_plain(file, mmap=True)
     if not {"decoder_config", "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{file}: not a checkpoint of this project: no decoder_config and state_dict in it")
-    check_tensors(checkpoint["state_dict"], file)
+    check_plain(checkpoint["state_dict"], file)
     return checkpoint
 
 

@@ -7,15 +7,13 @@ weights, the card says where they come from.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
+from lightning_danube.files import read_json, read_json_lines
 from lightning_danube.model.architecture import family_of
 from lightning_danube.outside.texts import in_code, in_markdown, printable
 from lightning_danube.terminal import quoted
@@ -287,7 +285,7 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
 def _validation_scores(checkpoint_file: Path) -> list[str]:
     """The scores of a finished classifier run on its validation texts."""
     try:
-        summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
+        summary = read_json(checkpoint_file.parent.parent / "summary.json")
     except (OSError, ValueError):
         return []
     # The summary has the scores of the last step, so they are wrong for an earlier checkpoint.
@@ -330,7 +328,7 @@ def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str
 def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
     """A table of the losses after each stage that the checkpoint has finished, from the run's summary.json."""
     try:
-        summary = json.loads((run / "summary.json").read_text("utf-8"))
+        summary = read_json(run / "summary.json")
     except (OSError, ValueError):
         return ""
     # The summary may be newer than the checkpoint, which has finished a stage if it has seen all of the stage's tokens.
@@ -362,7 +360,7 @@ def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
 def _of_history(file: Path) -> list[tuple[str, str]]:
     """Time, versions and commit of the run's last session."""
     try:
-        last = json.loads(file.read_text("utf-8").strip().splitlines()[-1])
+        last = read_json_lines(file)[-1]
     except (OSError, ValueError, IndexError):
         return []
     facts = []

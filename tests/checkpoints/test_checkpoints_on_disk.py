@@ -136,7 +136,12 @@ def test_an_archive_that_says_it_is_encrypted_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [b"[" * 100_000, b'{"checkpoints": {"step_1.ckpt": {"bytes": 1e400, "sha256": "x"}}}', b'{"checkpoints": [1]}', b"7"],
+    [
+        b"[" * 100_000,
+        b'{"checkpoints": {"step_1.ckpt": {"bytes": 1e400, "sha256": "x"}}}',
+        b'{"checkpoints": [1]}',
+        b"7",
+    ],
 )
 def test_a_damaged_manifest_leaves_the_judgement_to_the_archive(tmp_path: Path, entry: bytes) -> None:
     path = tmp_path / "step_1.ckpt"

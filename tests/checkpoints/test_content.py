@@ -1,4 +1,4 @@
-"""What a whole file may hold: weights of another kind, or of a run that has diverged, are named before a run uses them."""
+"""What a whole file may hold: weights of another kind, or of a run that has diverged, are refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.checkpoints.content import all_finite, check_content, check_restored, check_tensors
+from lightning_danube.checkpoints.content import all_finite, check_content, check_plain, check_restored
 
 FILE = Path("step_00000003.ckpt")
 
@@ -30,7 +30,9 @@ def holding(weight: Any = None, **others: Any) -> dict[str, Any]:
 def test_a_weight_that_no_run_can_use_is_named(weight: Any, wrong: str) -> None:
     with pytest.raises(ValueError, match=rf"^step_00000003.ckpt: its weight b {wrong}"):
         check_content(holding(weight), FILE)
-    with pytest.raises(ValueError, match=r"^step_00000003.ckpt: its optimizer's value of parameter 0, exp_avg holds NaN"):
+    with pytest.raises(
+        ValueError, match=r"^step_00000003.ckpt: its optimizer's value of parameter 0, exp_avg holds NaN"
+    ):
         state = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.full((2,), torch.nan)}}, "param_groups": []}
         check_content(holding(optimizer_states=[state]), FILE)
 
@@ -46,7 +48,9 @@ def test_a_weight_that_no_run_can_use_is_named(weight: Any, wrong: str) -> None:
     ],
 )
 def test_a_content_of_another_layout_is_refused(content: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^step_00000003.ckpt:? (is no checkpoint of a run|its optimizer_states|the state)"):
+    with pytest.raises(
+        ValueError, match=r"^step_00000003.ckpt:? (is no checkpoint of a run|its optimizer_states|the state)"
+    ):
         check_content(content, FILE)
 
 
@@ -73,4 +77,6 @@ def test_the_largest_finite_values_pass(dtype: torch.dtype) -> None:
 
 
 def test_integers_and_empty_tensors_pass() -> None:
-    check_tensors({"a": torch.zeros(0), "b": torch.ones(2, dtype=torch.int64), "c": torch.tensor(True)}, FILE, floats=False)
+    check_plain(
+        {"a": torch.zeros(0), "b": torch.ones(2, dtype=torch.int64), "c": torch.tensor(True)}, FILE, floats=False
+    )

@@ -268,7 +268,7 @@ def test_a_resume_counts_micro_batches_of_the_present_size() -> None:
     [
         ({"optimizer_states": []}, "the checkpoint has no optimizer_states: no run can go on from it"),
         ({"lr_schedulers": []}, "the checkpoint has no lr_schedulers: no run can go on from it"),
-        ({"global_step": 3}, "says that it is of step 3, and its optimizer has done 6"),
+        ({"global_step": 3}, "says that it is of step 3, its optimizer has done 6"),
     ],
 )
 def test_a_checkpoint_that_was_changed_does_not_begin_anew_in_silence(changes: dict[str, Any], message: str) -> None:
