@@ -184,9 +184,14 @@ def user_message(error: BaseException) -> str | None:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""
     if isinstance(error, ValueError) and os.path.realpath(raised_in).startswith(_OURS):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{_as_asked_for(str(error.filename))}: {error.strerror}"
+    if isinstance(error, OSError):
+        said = " ".join(str(error.strerror or error).split()) or type(error).__name__
+        # A write or a read of an open file, and many libraries, do not say which file it is.
+        return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
     return None
+
+
+_UNNAMED = " (the system names no file; --debug shows where)"
 
 
 def _as_asked_for(path: str) -> str:

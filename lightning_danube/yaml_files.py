@@ -8,6 +8,7 @@ names, which YAML 1.1 gives other types. A key that stands twice is refused, bec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def _read(text: str, use: Callable[[yaml.SafeLoader, yaml.Node], Any]) -> Any:
 
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -114,11 +115,28 @@ def _read(text: str, use: Callable[[yaml.SafeLoader, yaml.Node], Any]) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise NotYaml(f"{where}not YAML ({getattr(error, 'problem', None) or ' '.join(str(error).split())})") from error
-    except RecursionError as error:
-        raise RefusedYaml(_TOO_DEEP) from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    """Returns a loader that stops at the depth where a text is refused. The library would call itself once a level."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.depth == DEEPEST:
+                raise RefusedYaml(_TOO_DEEP)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Loader
 
 
 def _value(loader: yaml.SafeLoader, root: yaml.Node) -> Any:

@@ -190,7 +190,10 @@ class DanubeCLI(LightningCLI):
         self.config[self.subcommand]["ckpt_path"] = None if checkpoint is None else str(checkpoint)
         saved = None
         if self.subcommand == "fit" and checkpoint is not None:
-            saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
+            file = checkpoint.parent.parent / "config.yaml"
+            saved = read_saved_config(file)
+            if saved is None and file.exists() and this_rank() == 0:
+                tell(f"warning: {file} cannot be read, so what has changed since is not known")
         self.precision = self._choose_precision(saved)
         self._note_changes(saved)
         self._take_loggers()
