@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import re
 import signal
@@ -48,6 +49,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 only if the command succeeded, 2 for a user's mistake."""
     if args is None:
         clean_logs()
+        # A locale may have no letter for what is printed, such as "×".
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     with SIGNALS.listening(own_process=args is None):
         return _run(list(sys.argv[1:] if args is None else args))
 
@@ -98,8 +103,25 @@ def check_links() -> None:
             )
 
 
+def check_text(args: Sequence[str]) -> None:
+    """Checks that the arguments are text. The system gives bytes, and Python keeps those that it cannot decode.
+
+    Raises:
+        ValueError: an argument is not in the encoding of this locale.
+    """
+    for number, arg in enumerate(args, start=1):
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            shown = arg.encode("ascii", "backslashreplace").decode()
+            encoding = sys.getfilesystemencoding()
+            way_out = "give it in UTF-8" if encoding == "utf-8" else "set the environment variable PYTHONUTF8 to 1"
+            raise ValueError(f"argument {number} ({shown[:60]}) is no text in {encoding}: {way_out}") from None
+
+
 def _dispatch(args: list[str]) -> int:
     check_links()
+    check_text(args)
     if not args or args[0] in ("-h", "--help"):
         show(_overview())
         return 0 if args else 2

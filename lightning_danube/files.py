@@ -280,10 +280,21 @@ def remove_whole(path: Path) -> None:
 
 
 def default_cache_dir() -> Path:
-    """$LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory."""
+    """Returns $LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory.
+
+    Raises:
+        ValueError: the user has no home directory.
+    """
     if explicit := os.environ.get("LIGHTNING_DANUBE_CACHE"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-danube"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "lightning-danube"
+    try:
+        return Path.home() / ".cache" / "lightning-danube"
+    except RuntimeError as error:
+        raise ValueError(
+            "this user has no home directory, where the cache would be: set LIGHTNING_DANUBE_CACHE to a directory"
+        ) from error
 
 
 def _remove(path: Path) -> None:

@@ -300,9 +300,9 @@ class Trials:
         found = []
         for variant in self.design.variants:
             for seed in self.design.seeds:
-                trial = latest.get((variant, seed))
-                if trial is None or trial.state not in names:
+                if (variant, seed) not in latest or latest[variant, seed].state not in names:
                     raise ValueError(f"{variant} with seed {seed} is missing: {DAMAGED}")
+                trial = latest[variant, seed]
                 attributes = trial.user_attrs
                 check_digest(trial)
                 found.append(

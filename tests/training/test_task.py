@@ -251,7 +251,7 @@ def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
     )
     checkpoint: dict[str, Any] = {"loggers": []}
     facts = {"decoder_config": CONFIG.facts(), "seed": task._seed, "global_step": 6}
-    states = {"optimizer_states": [{}], "lr_schedulers": [{}]}
+    states: dict[str, Any] = {"optimizer_states": [{}], "lr_schedulers": [{}]}
     checkpoint |= {**facts, **states, **progress(12, 11), **changes}
     task.on_load_checkpoint(checkpoint)
     return checkpoint
