@@ -67,7 +67,7 @@ def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
 
 
 def test_the_test_sees_what_is_imported() -> None:
-    assert "yaml" in imported_by("fit", "--config", "quickstrat")
+    assert "yaml" in imported_by("fit", "--config", "quickstart", "--name", "{a: 1, a: 2}")
 
 
 def test_pythons_parser_still_lists_its_options_in_a_private_attribute() -> None:

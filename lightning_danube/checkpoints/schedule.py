@@ -129,8 +129,8 @@ def _check_finite(trainer: Trainer, path: Path) -> None:
     last = newest_checkpoint(path.parent.parent)
     way_out = f"go on from {last}" if last else "begin again"
     raise ValueError(
-        f"the run has diverged: after step {trainer.global_step} its weights are no finite numbers, so it ends here, "
-        f"and this step is not saved; {way_out} with a lower model.learning_rate.peak, or with the callback SkipBadSteps"
+        f"the run has diverged: after step {trainer.global_step} its weights are no finite numbers. It ends here, and "
+        f"this step is not saved; {way_out} with a lower model.learning_rate.peak, or with the callback SkipBadSteps"
     )
 
 
