@@ -90,7 +90,7 @@ NOT_FINITE = "holds NaN or infinity, as after a run that has diverged"
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Returns whether the part of a tensor that this process has is finite. Makes no copy. A meta tensor has no values."""
+    """Returns whether the part of a tensor that this process has is finite. Makes no copy. True for the device meta."""
     local = tensor.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
     if local.is_meta or not local.is_floating_point() or local.element_size() < 2 or not local.numel():
