@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
-from lightning_danube.outside.names import inside
 from lightning_danube.files import read_regular
+from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml
 
 LAST_OR_NEW = "last-or-new"

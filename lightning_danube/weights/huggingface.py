@@ -23,7 +23,6 @@ from lightning_danube.files import make_folder, new_folder, read_json, remove_le
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
-from lightning_danube.outside.json_files import json_in
 from lightning_danube.outside.names import plain_name
 
 INDEX = "model.safetensors.index.json"

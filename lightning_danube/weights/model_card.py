@@ -7,6 +7,7 @@ weights, the card says where they come from.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
