@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import re
 import signal
@@ -49,6 +50,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 only if the command succeeded, 2 for a user's mistake."""
     if args is None:
         clean_logs()
+        # A locale may have no letter for what is printed, such as "×".
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     with SIGNALS.listening(own_process=args is None):
         return _run(list(sys.argv[1:] if args is None else args))
 
@@ -99,8 +104,25 @@ def check_links() -> None:
             )
 
 
+def check_text(args: Sequence[str]) -> None:
+    """Checks that the arguments are text. The system gives bytes, and Python keeps those that it cannot decode.
+
+    Raises:
+        ValueError: an argument is not in the encoding of this locale.
+    """
+    for number, arg in enumerate(args, start=1):
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            shown = arg.encode("ascii", "backslashreplace").decode()
+            encoding = sys.getfilesystemencoding()
+            way_out = "give it in UTF-8" if encoding == "utf-8" else "set the environment variable PYTHONUTF8 to 1"
+            raise ValueError(f"argument {number} ({shown[:60]}) is no text in {encoding}: {way_out}") from None
+
+
 def _dispatch(args: list[str]) -> int:
     check_links()
+    check_text(args)
     if not args or args[0] in ("-h", "--help"):
         show(_overview())
         return 0 if args else 2
@@ -185,11 +207,16 @@ def user_message(error: BaseException) -> str | None:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""
     if isinstance(error, ValueError) and os.path.realpath(raised_in).startswith(_OURS):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{_as_asked_for(str(error.filename))}: {error.strerror}"
-    if (number := refusal_of_disk(error)) is not None:
+    if (number := refusal_of_disk(error)) is not None and not getattr(error, "filename", None):
         return f"a file could not be written: {os.strerror(number)}"
+    if isinstance(error, OSError):
+        said = " ".join(str(error.strerror or error).split()) or type(error).__name__
+        # A write or a read of an open file, and many libraries, do not say which file it is.
+        return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
     return None
+
+
+_UNNAMED = " (the system names no file; --debug shows where)"
 
 
 def _as_asked_for(path: str) -> str:

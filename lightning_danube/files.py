@@ -1,4 +1,4 @@
-"""The only writer of whole files and folders, and the locks. The cache directory, and what is meant as a path.
+"""The only writer of whole files and folders, and the locks. Reads JSON. The cache directory, and what means a path.
 
 Everything written here has one guarantee:
 
@@ -26,6 +26,8 @@ import os
 import re
 import shutil
 import socket
+import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +73,97 @@ def append_line(path: Path, line: str) -> None:
             os.ftruncate(handle, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one object of JSON, which others may have damaged.
+
+    Raises:
+        OSError: there is no such file, or it is no regular file, such as a pipe, which could never end.
+        ValueError: it is not JSON, or not an object; the message is one line that names the file.
+    """
+    content = parse_json(read_regular(path), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file to which objects of JSON were appended, one on each line.
+
+    Empty lines are left out, and so is a last line without an end, which a killed process leaves.
+
+    Raises:
+        OSError: there is no such file, or it is no regular file.
+        ValueError: a line is not JSON, or not an object; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(read_regular(path).split(b"\n")[:-1], start=1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, line {number}"))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}, line {number}: holds a {type(rows[-1]).__name__}, not an object")
+    return rows
+
+
+@contextmanager
+def naming_cached(path: Path) -> Iterator[None]:
+    """Turns whatever a library raises on a damaged file of the cache into one line.
+
+    Raises:
+        ValueError: an exception left the block; names the file, which can be made again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+    except Exception as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged ({said}): remove it, and it is made again") from error
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON; the message is one line that begins with `source`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON ({why_not_json(error)})") from error
+
+
+def why_not_json(error: Exception) -> str:
+    """Says why Python's reader of JSON refused a text. Its reasons have four types."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    return f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
+
+
+def read_regular(path: Path) -> bytes:
+    """Reads a file as a whole, unless it is a pipe or a device, whose end may never come.
+
+    Raises:
+        OSError: the file cannot be read; names it.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError, which names the path, if it is no regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: Any = None) -> None:
@@ -283,10 +376,21 @@ def locked(
 
 
 def default_cache_dir() -> Path:
-    """$LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory."""
+    """Returns $LIGHTNING_DANUBE_CACHE, else lightning-danube in the user's cache directory.
+
+    Raises:
+        ValueError: the user has no home directory.
+    """
     if explicit := os.environ.get("LIGHTNING_DANUBE_CACHE"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-danube"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "lightning-danube"
+    try:
+        return Path.home() / ".cache" / "lightning-danube"
+    except RuntimeError as error:
+        raise ValueError(
+            "this user has no home directory, where the cache would be: set LIGHTNING_DANUBE_CACHE to a directory"
+        ) from error
 
 
 def _remove(path: Path) -> None:

@@ -31,7 +31,14 @@ FULL_NAMES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-
 Length = int | float | str
 """A part of a run as users write it: 1048576, "2.8T" tokens, or "5 %" of the run. See `TokensOrShare`."""
 
+MOST_TOKENS = 10**15
+"""A hundred times the longest runs. Sums of much larger numbers do not fit into the 64 bits of an index."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class TooManyTokens(ValueError):
+    """A number of tokens is above `MOST_TOKENS`."""
 
 
 def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
@@ -44,6 +51,8 @@ def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
     tokens = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
     if not match or not tokens >= 1 or not math.isfinite(tokens):
         raise ValueError(f"{what} is {value!r}: give a positive number of tokens such as 1048576, 700K, 1.15T")
+    if tokens > MOST_TOKENS:
+        raise TooManyTokens(f"{what} is {value!r}, more than {MOST_TOKENS // 10**12:,}T: count again")
     return round(tokens)
 
 
@@ -81,6 +90,8 @@ class TokensOrShare:
         else:
             try:
                 part = cls(Fraction(parse_tokens(value, what)), is_share=False)
+            except TooManyTokens:
+                raise
             except ValueError:
                 raise ValueError(
                     f"{what} is {value!r}: give tokens such as 1048576, 700K, 1.15T, or a share of the run such as "

@@ -4,6 +4,7 @@ import ast
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,8 +26,12 @@ from lightning_danube.files import (
     finish_folder,
     locked,
     naming,
+    naming_cached,
     new_file,
     new_folder,
+    parse_json,
+    read_json,
+    read_json_lines,
     remove_leftovers,
     remove_whole,
     scratch_folder,
@@ -619,3 +624,72 @@ def test_a_full_disk_names_the_file(error: Exception, named: bool, tmp_path: Pat
         assert user_message(raised.value) == f"{tmp_path / 'file'}: not written: no space left on device"
     else:
         assert raised.value is error
+
+
+# --- files of JSON that others may have damaged -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "not JSON (Expecting value)"),
+        (b'{"a": ', "not JSON (Expecting value)"),
+        (b"[" * 100_000, "not JSON (nested too deep)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON (a whole number of more than 4,300 digits)"),
+        (b'{"a": "\xff"}', "not JSON (not UTF-8)"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_damaged_json_is_one_line_that_names_the_file(tmp_path: Path, content: bytes, why: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{file}: {why}')}$"):
+        read_json(file)
+    if content:
+        file.write_bytes(b'{"a": 1}\n\n' + content + b"\n")
+        with pytest.raises(ValueError, match=rf"^{re.escape(f'{file}, line 3: {why}')}$"):
+            read_json_lines(file)
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory") as error:
+            read_json(path)
+        assert error.value.filename == str(path)
+
+
+def test_a_line_that_a_kill_broke_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": ')
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+    assert parse_json('{"a": [1e400]}', "here") == {"a": [float("inf")]}
+
+
+def test_a_damaged_file_of_the_cache_is_named_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "unit.npz"
+    for content in (b"", b"garbage", b"PK\x03\x04garbage"):
+        file.write_bytes(content)
+        with (
+            pytest.raises(
+                ValueError, match=rf"^{re.escape(str(file))} is damaged \([^\n]*\): remove it, and it is made again$"
+            ),
+            naming_cached(file),
+            np.load(file),
+        ):
+            pass
+    with pytest.raises(FileNotFoundError), naming_cached(file), np.load(tmp_path / "nothing.npz"):
+        pass
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    for name in ("LIGHTNING_DANUBE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"this user has no home directory.*: set LIGHTNING_DANUBE_CACHE"):
+        default_cache_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_cache_dir() == Path("/cache/lightning-danube")

@@ -34,6 +34,14 @@ def test_less_than_a_token_and_other_text_are_refused(written: Any) -> None:
         parse_tokens(written, "limit")
 
 
+@pytest.mark.parametrize("written", [10**30, "1000.1T", "1e400", "9" * 4000])
+def test_tokens_that_no_index_can_count_are_refused(written: Any) -> None:
+    for read in (parse_tokens, TokensOrShare.parse):
+        with pytest.raises(ValueError, match=r"^limit is [^\n]*: (count again|give )"):
+            read(written, "limit")
+    assert parse_tokens("1000T") == 10**15
+
+
 @pytest.mark.parametrize(
     ("written", "total", "tokens"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_danube.__main__ import TRAINER_VERBS
+from lightning_danube.__main__ import TRAINER_VERBS, check_text
 from lightning_danube.cli.verbs import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,8 +67,27 @@ def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
 
 
 def test_the_test_sees_what_is_imported() -> None:
-    assert "yaml" in imported_by("fit", "--config", "quickstrat")
+    assert "yaml" in imported_by("fit", "--config", "quickstart", "--name", "{a: 1, a: 2}")
 
 
 def test_pythons_parser_still_lists_its_options_in_a_private_attribute() -> None:
     assert "--help" in argparse.ArgumentParser()._option_string_actions
+
+
+def test_an_argument_that_is_no_text_is_named() -> None:
+    check_text(["fit", "--name", "ü"])
+    with pytest.raises(ValueError, match=r"^argument 3 \(\\udcff\) is no text in utf-8: give it in UTF-8$"):
+        check_text(["fit", "--name", os.fsdecode(b"\xff")])
+
+
+@pytest.mark.medium
+def test_a_locale_without_the_letters_prints_their_numbers() -> None:
+    """And an argument that the locale cannot read is an error in one line."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    args = [sys.executable, "-m", "lightning_danube", "plan", "--config", "quickstart"]
+    shown = subprocess.run(args, capture_output=True, env={**os.environ, **locale}, check=True).stdout
+    assert b"\\xd7" in shown and shown.isascii()
+    refused = subprocess.run([*args, "--name", "ü"], capture_output=True, env={**os.environ, **locale}, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        b"error: argument 5 (\\udcc3\\udcbc) is no text in ascii"
+    )

@@ -1,6 +1,7 @@
 """Configurations by name, the verb `configs`, and what a clone without its symbolic links says."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import yaml
 
 from lightning_danube import __main__
 from lightning_danube.__main__ import check_links, main
+from lightning_danube.checkpoints.runs import read_saved_config
 from lightning_danube.cli.command_line import with_config_paths
 from lightning_danube.yaml_files import (
     FOLDER,
+    NotYaml,
     config_file,
     config_names,
     description,
@@ -186,6 +189,65 @@ def test_what_is_no_configuration_is_named_with_its_line(elsewhere: Path, conten
     (elsewhere / "mine.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_config("mine.yaml")
+
+
+TENFOLD = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+"""A text of 330 bytes that stands for a billion values."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TENFOLD, "its aliases repeat 1,234,567,880 values, more than 10,000: write them out"),
+        ("a: &a [*a]", "line 1: an alias stands inside the value that it repeats"),
+        ("a: 1\nb: &b {c: {d: *b}}", "line 2: an alias stands inside the value that it repeats"),
+        ("a: " + "[" * 100_000, "nested more than 50 deep"),
+        ("a: " + "[" * 60 + "]" * 60, "nested more than 50 deep"),
+    ],
+)
+def test_what_stands_for_values_without_end_is_refused_at_once(elsewhere: Path, text: str, message: str) -> None:
+    """By each reader: that of configurations, that of flags and of jsonargparse, and that of saved configs."""
+    (elsewhere / "config.yaml").write_text(text)
+    for read in (lambda: load_yaml(text), lambda: with_text_keys(text), lambda: read_config("config.yaml")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lines_of_keys("config.yaml")
+    assert read_saved_config(elsewhere / "config.yaml") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "9" * 5000,
+            "line 2: 99999999999999999999… (5,000 characters) cannot be read as int: put quotes around a text",
+        ),
+        ("!!int x", "line 2: x cannot be read as int"),
+        ("!!float x", "line 2: x cannot be read as float"),
+        ("!!bool x", "line 2: x cannot be read as bool"),
+        ("!!binary x", "line 2: not YAML (failed to decode base64 data"),
+        ("!!python/object/apply:os.system [ls]", "line 2: not YAML (could not determine a constructor for the tag"),
+        ("\0", "not YAML (unacceptable character #x0000"),
+        ("\ud800", "not YAML (unacceptable character #xd800"),
+        ("*nothing", "line 2: not YAML (found undefined alias"),
+    ],
+)
+def test_each_error_of_the_library_becomes_one_line(value: str, message: str) -> None:
+    with pytest.raises(NotYaml, match=rf"^{re.escape(message)}[^\n]*$"):
+        load_yaml(f"a: 1\nb: {value}")
+
+
+def test_what_looks_like_a_date_is_text() -> None:
+    """No option is a date; a name may be one, also of a day that does not exist."""
+    assert load_yaml("[2024-01-02, 2024-13-45, !!timestamp x]") == ["2024-01-02", "2024-13-45", "x"]
+
+
+def test_aliases_may_repeat_what_a_configuration_repeats() -> None:
+    text = "a: &a {x: 1, y: [2, 3]}\nb: [*a, *a, {<<: *a, x: 4}]"
+    assert load_yaml(text) == yaml.safe_load(text)
 
 
 def test_each_key_is_known_by_its_line(elsewhere: Path) -> None:

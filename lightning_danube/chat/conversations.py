@@ -7,6 +7,7 @@ what is learned and that is not read, such as calls of tools.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -374,7 +375,8 @@ def best_ranked(prompt: Any) -> list[Mapping[str, Any]]:
 
 def _rank(reply: Any) -> float:
     rank = reply.get("rank") if isinstance(reply, Mapping) else None
-    return float(rank) if isinstance(rank, int | float) else float("inf")
+    # Not as a float: a whole number may be larger than any. NaN is in no order.
+    return rank if isinstance(rank, int | float) and rank == rank else math.inf
 
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_danube.chat.conversations import Conversation, ConversationSource, NoConversation, read_conversations
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
-from lightning_danube.files import default_cache_dir, new_folder
+from lightning_danube.files import default_cache_dir, new_folder, read_json
 from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
@@ -350,10 +350,7 @@ class ConversationData(PlannedData):
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """Returns for each source the examples, the tokens, and what was shortened or left out, by cause."""
-        return {
-            name: json.loads((self._directory(name) / "report.json").read_text(encoding="utf-8"))
-            for name in self.sources
-        }
+        return {name: read_json(self._directory(name) / "report.json") for name in self.sources}
 
     def setup(self, stage: str) -> None:
         """Opens the encoded conversations and, for training, plans the passes.

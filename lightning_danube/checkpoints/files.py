@@ -13,20 +13,55 @@ import pickle
 import re
 import shutil
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from lightning_danube.files import make_folder, new_file, remove_leftovers, remove_whole, scratch_folder, write_json
+from lightning_danube.files import (
+    check_regular,
+    make_folder,
+    new_file,
+    read_json,
+    remove_leftovers,
+    remove_whole,
+    scratch_folder,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
+INDEX, PART, REST = ".metadata", ".distcp", "rest.pt"
+"""Files inside a sharded checkpoint: torch's index of the tensors, the end of the names of the ranks' files, and
+everything that is no tensor."""
 FILES = "files.json"
-"""File inside a sharded checkpoint (a directory) that lists the size of each of its files."""
+"""File inside a sharded checkpoint (a directory) that lists the size and the hash of each of its files."""
+
+
+class Listed(NamedTuple):
+    """What a list of files says of one. `sha256` is None in a sharded checkpoint of an older version."""
+
+    bytes: int
+    sha256: str | None
+
+    @staticmethod
+    def of(entry: Any) -> Listed:
+        """
+        Raises:
+            ValueError: the entry was damaged.
+        """
+        if type(entry) is int:
+            return Listed(entry, None)
+        size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or not isinstance(sha256, str):
+            raise ValueError(f"{str(entry)[:60]} is neither a size nor a size and a hash")
+        return Listed(size, sha256)
 
 
 class HashingWriter:
-    """A file for `torch.save` that hashes the bytes as they are written, before the disk can damage them."""
+    """A file for `torch.save` that hashes the bytes as they are written, before the disk can damage them.
+
+    torch's writer of sharded checkpoints also asks for the place, flushes to the disk by number, and closes the file.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash = file, hashlib.sha256()
@@ -52,6 +87,15 @@ class HashingWriter:
             self.error = error
             raise
 
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
@@ -73,9 +117,7 @@ def write_checkpoint(path: Path, write: Callable[[HashingWriter], None]) -> None
             forget(path)
             if is_sharded(path):  # a run with other sharding saved the same step
                 remove_checkpoint(path)
-        _write_manifest(
-            path.parent, read_manifest(path.parent) | {path.name: {"bytes": writer.size, "sha256": writer.sha256()}}
-        )
+        _write_manifest(path.parent, read_manifest(path.parent) | {path.name: Listed(writer.size, writer.sha256())})
     except BaseException as error:
         cause = writer.error if writer is not None and writer.error is not None else error
         if isinstance(cause, OSError):
@@ -136,25 +178,32 @@ def damage(checkpoint: Path) -> str | None:
     """Returns what is wrong with a checkpoint, or None.
 
     A file is compared with its size and hash in the manifest. The manifest may lack a file that was copied, or whose
-    writer was killed between renaming and listing it: then the checksums inside the archive decide. For a directory,
-    which many ranks have written, only the file sizes are compared, because its tensors have no hash.
+    writer was killed between renaming and listing it: then the checksums inside the archive decide. Each file of a
+    directory, which many ranks have written, is compared with its size and hash in `files.json`. In a directory of an
+    older version, only the sizes are known.
     """
     try:
         if checkpoint.is_dir():
             return _directory_damage(checkpoint)
+        check_regular(checkpoint)
         entry = read_manifest(checkpoint.parent).get(checkpoint.name)
-        if entry is None:
-            return _archive_damage(checkpoint)
-        size = checkpoint.stat().st_size
-        if size != entry["bytes"]:
-            return f"{size:,} bytes, {entry['bytes']:,} were saved"
-        with checkpoint.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry["sha256"]:
-            return f"its content changed since it was saved (SHA-256 {found[:12]}…, not {entry['sha256'][:12]}…)"
+        return _archive_damage(checkpoint) if entry is None else _file_damage(checkpoint, entry)
     except OSError as error:
         return error.strerror or str(error)
-    return None
+
+
+def _file_damage(file: Path, saved: Listed) -> str | None:
+    check_regular(file)
+    size = file.stat().st_size
+    if size != saved.bytes:
+        return f"{size:,} bytes, {saved.bytes:,} were saved"
+    if saved.sha256 is None:
+        return None
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found == saved.sha256:
+        return None
+    return f"its content changed since it was saved (SHA-256 {found[:12]}…, not {saved.sha256[:12]}…)"
 
 
 def refuse_address(path: str) -> None:
@@ -163,21 +212,26 @@ def refuse_address(path: str) -> None:
         raise ValueError(f"{path}: checkpoints are read and written as files of this machine only; copy it here first")
 
 
-def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns checkpoint name → bytes and sha256. Empty if the directory has no manifest or an unreadable manifest."""
+def read_manifest(directory: Path) -> dict[str, Listed]:
+    """Returns checkpoint name → size and hash. Empty if the directory has no manifest or an unreadable manifest."""
     try:
-        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["checkpoints"]
-        return {
-            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in listed.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = read_json(directory / MANIFEST).get("checkpoints")
+        entries = listed.items() if isinstance(listed, dict) else ()
+        return {name: found for name, entry in entries if (found := Listed.of(entry)).sha256 is not None}
+    except (OSError, ValueError):
         # `damage` then uses the checksums inside each archive.
         return {}
 
 
-def _write_manifest(directory: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
-    there = {name: dict(entry) for name, entry in sorted(listed.items()) if (directory / name).exists()}
+def _write_manifest(directory: Path, listed: Mapping[str, Listed]) -> None:
+    there = {name: entry._asdict() for name, entry in sorted(listed.items()) if (directory / name).exists()}
     write_json(directory / MANIFEST, {"checkpoints": there})
+
+
+def write_list(directory: Path, listed: Mapping[str, Listed]) -> None:
+    """Writes the list of the files of a sharded checkpoint, whose directory has no name yet and is flushed later."""
+    entries = {name: entry._asdict() for name, entry in sorted(listed.items())}
+    (directory / FILES).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def is_sharded(path: Path) -> bool:
@@ -188,12 +242,28 @@ def is_sharded(path: Path) -> bool:
 def _directory_damage(checkpoint: Path) -> str | None:
     if not is_sharded(checkpoint):
         return f"no {FILES} in the directory: another program wrote it"
-    for name, size in json.loads((checkpoint / FILES).read_text(encoding="utf-8")).items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            return f"{name} is missing" if found is None else f"{name} has {found:,} bytes, {size:,} were saved"
-    return None
+    try:
+        listed = {name: Listed.of(entry) for name, entry in read_json(checkpoint / FILES).items()}
+    except ValueError as error:
+        return f"{FILES} is damaged: {str(error).removeprefix(f'{checkpoint / FILES}: ')}"
+    there = {file.name for file in checkpoint.iterdir()}
+    if missing := listed.keys() - there:
+        return f"{min(missing)} is missing"
+    # A damaged name in the list would leave out a file that is read.
+    if unlisted := {INDEX, REST, *(name for name in there if name.endswith(PART))} - listed.keys():
+        return f"{min(unlisted)} is not in {FILES}"
+    return _first_damage((checkpoint / name, saved) for name, saved in sorted(listed.items()))
+
+
+def _first_damage(files: Iterable[tuple[Path, Listed]]) -> str | None:
+    """Returns what is wrong with the first damaged file. Hashing takes one core for each file, up to eight."""
+
+    def of(one: tuple[Path, Listed]) -> str | None:
+        wrong = _file_damage(*one)
+        return f"{one[0].name}: {wrong}" if wrong else None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return next(filter(None, pool.map(of, files)), None)
 
 
 def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
@@ -205,23 +275,37 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     import torch
 
     try:
-        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it asks for {asked[1]})" if asked else ""
+        check_regular(path)
+        content: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # torch's reader raises whatever the bytes lead to
+        if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)", str(error))):
+            raise ValueError(
+                f"{path} holds more than tensors and plain data (it asks for {asked[1]}): loading it could run code, "
+                "so it is refused"
+            ) from error
         raise ValueError(
-            f"{path} holds more than tensors and plain data{what}: loading it could run code, so it is refused"
+            f"{path}: truncated, or no checkpoint that holds only tensors and plain data ({one_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a mapping of names")
     return content
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the type of a library's error on a damaged file, and the first sentence of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].partition('. ')[0][:200]}" if lines else type(error).__name__
 
 
 def _archive_damage(checkpoint: Path) -> str | None:
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a truncated, damaged, encrypted or foreign archive: each has an error of its own
         return f"truncated or no checkpoint ({error})"
     return None if broken is None else f"its content changed since it was saved (checksum of {broken})"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
+from lightning_danube.files import read_regular
 from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml
 
@@ -187,10 +188,8 @@ def remove_if_unused(version: Path) -> None:
 
 def read_saved_config(path: Path) -> dict[str, Any] | None:
     """Reads a saved config. None if it is missing or unreadable, for example beside a checkpoint that was moved."""
-    import yaml
-
     try:
-        config = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = load_yaml(read_regular(path).decode())
+    except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None

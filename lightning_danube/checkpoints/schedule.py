@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_danube.checkpoints import EVERY_N_STEPS, SaveInterval
+from lightning_danube.checkpoints.content import all_finite
 from lightning_danube.checkpoints.files import prepare_directory
-from lightning_danube.checkpoints.runs import read_step
+from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
 from lightning_danube.checkpoints.strategy import checkpoint_in_progress, wait_for_checkpoint
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
 
@@ -104,12 +105,33 @@ def save(trainer: Trainer, path: Path, keep: int | None, *, wait: bool) -> None:
     Args:
         keep: None: remove nothing.
         wait: return when the checkpoint is on disk, even if it is written while training continues.
+
+    Raises:
+        ValueError: the run has diverged. Its checkpoint would push out those from which it can go on.
     """
+    _check_finite(trainer, path)
     trainer.save_checkpoint(path)
     if wait:
         wait_for_checkpoint(trainer.strategy)
     if keep is not None:
         remove_older(trainer.strategy, path.parent, trainer.global_step, keep)
+
+
+def _check_finite(trainer: Trainer, path: Path) -> None:
+    """Collective: every rank must call it, because each may have another part of the weights.
+
+    Raises:
+        ValueError: a trained weight is not finite.
+    """
+    finite = all(all_finite(one) for one in trainer.lightning_module.parameters() if one.requires_grad)
+    if trainer.strategy.reduce_boolean_decision(finite):
+        return
+    last = newest_checkpoint(path.parent.parent)
+    way_out = f"go on from {last}" if last else "begin again"
+    raise ValueError(
+        f"the run has diverged: after step {trainer.global_step} its weights are no finite numbers. It ends here, and "
+        f"this step is not saved; {way_out} with a lower model.learning_rate.peak, or with the callback SkipBadSteps"
+    )
 
 
 def checkpoint_directory(trainer: Trainer) -> Path | None:

@@ -6,10 +6,9 @@ The directory is written under a hidden name and renamed when every part is on d
 from __future__ import annotations
 
 import io
-import json
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_danube.checkpoints.files import (
-    FILES,
+    REST,
+    HashingWriter,
+    Listed,
     forget,
     not_written,
     prepare_directory,
     read_plain,
+    write_list,
 )
-from lightning_danube.checkpoints.sharded_files import MOMENT, REST, WEIGHT, load_whole
+from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_whole, naming_damage
 from lightning_danube.files import finish_folder, scratch_folder
 
 if TYPE_CHECKING:
@@ -101,9 +103,12 @@ class Saver:
             with folder:
                 # Each machine flushes the files of its own ranks.
                 writer = FileSystemWriter(hidden, sync_files=True)
+                writer.fs = files = _hashing_files()
                 save_together(tensors, storage_writer=writer, process_group=self._group)
+                all_files: list[Any] = [None] * dist.get_world_size(self._group)
+                dist.all_gather_object(all_files, files.listed(), group=self._group)
                 if dist.get_rank() == 0:
-                    _complete(rest, hidden, path)
+                    _complete(rest, hidden, path, {name: one for listed in all_files for name, one in listed.items()})
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             self._failed = not_written(path, cause, f" (rank {rank})")
@@ -115,18 +120,54 @@ class Saver:
             self._failed = error
 
 
-def _complete(rest: bytes, hidden: Path, path: Path) -> None:
+def _hashing_files() -> Any:
+    """Returns torch's access to local files, which also hashes each file as it is written: reading it again would cost
+    as much as writing it, and would not notice what the disk has damaged meanwhile."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class HashingFiles(FileSystem):
+        def __init__(self) -> None:
+            self._written: dict[str, HashingWriter] = {}
+
+        @contextmanager
+        def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+            with super().create_stream(path, mode) as file:
+                if mode == "wb":
+                    file = self._written[Path(path).name] = HashingWriter(file)  # type: ignore[assignment, arg-type]
+                yield file
+
+        def rename(self, path: Any, new_path: Any) -> None:
+            super().rename(path, new_path)
+            self._written[Path(new_path).name] = self._written.pop(Path(path).name)
+
+        def listed(self) -> dict[str, Listed]:
+            return {name: Listed(file.size, file.sha256()) for name, file in self._written.items()}
+
+    return HashingFiles()
+
+
+def _complete(rest: bytes, hidden: Path, path: Path, listed: Mapping[str, Listed]) -> None:
     """Adds the non-tensor data and the file list to a checkpoint with all tensors, then renames it to `path`."""
-    (hidden / REST).write_bytes(rest)
-    sizes = {part.name: part.stat().st_size for part in sorted(hidden.iterdir())}
-    (hidden / FILES).write_text(json.dumps(sizes, indent=2) + "\n")
+    with (hidden / REST).open("wb") as file:
+        writer = HashingWriter(file)
+        writer.write(rest)
+    listed = {**listed, REST: Listed(writer.size, writer.sha256())}
+    assert listed.keys() == {part.name for part in hidden.iterdir()}, "a file without a hash"
+    write_list(hidden, listed)
     forget(path)  # the same step may have been saved before as one file
     finish_folder(hidden, path, replace=True)
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """Reads everything except the tensors of the model and the optimizers."""
-    return read_plain(path / REST)
+    """Reads everything except the tensors of the model and the optimizers.
+
+    Raises:
+        ValueError: it is damaged, or another program wrote it.
+    """
+    rest = read_plain(path / REST)
+    if not isinstance(rest.get("optimizer_groups"), list):
+        raise ValueError(f"{path / REST} is damaged, or another program wrote it: it holds no optimizer_groups")
+    return rest
 
 
 def consolidated(path: Path) -> dict[str, Any]:
@@ -134,14 +175,15 @@ def consolidated(path: Path) -> dict[str, Any]:
     rest, tensors = read_rest(path), load_whole(path)
     groups = rest.pop("optimizer_groups")
     states = []
-    for number, of_optimizer in enumerate(groups):
-        state: dict[str, dict[str, Tensor]] = {}
-        prefix = f"{MOMENT}{number}/"
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                key, parameter = name.removeprefix(prefix).split("/", 1)
-                state.setdefault(parameter, {})[key] = tensor
-        states.append(numbered(state, of_optimizer))
+    with naming_damage(path):
+        for number, of_optimizer in enumerate(groups):
+            state: dict[str, dict[str, Tensor]] = {}
+            prefix = f"{MOMENT}{number}/"
+            for name, tensor in tensors.items():
+                if name.startswith(prefix):
+                    key, parameter = name.removeprefix(prefix).split("/", 1)
+                    state.setdefault(parameter, {})[key] = tensor
+            states.append(numbered(state, of_optimizer))
     weights = {n.removeprefix(WEIGHT): tensor for n, tensor in tensors.items() if n.startswith(WEIGHT)}
     return {**rest, "state_dict": weights, "optimizer_states": states}
 

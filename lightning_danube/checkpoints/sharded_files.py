@@ -8,43 +8,77 @@ classes that an index needs.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_danube.checkpoints.files import INDEX, one_line
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
 
-REST = "rest.pt"
 WEIGHT, MOMENT = "weight/", "optimizer/"
 """Prefixes of tensor names: `weight/<name>` and `optimizer/<number>/<key>/<name>`."""
 
 
 def load_into(tensors: dict[str, Tensor], path: Path) -> None:
-    """Fills tensors of any sharding in place. All ranks must call it."""
+    """Fills tensors of any sharding in place. All ranks must call it.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or has other tensors.
+    """
     from torch.distributed.checkpoint import load as load_together
 
-    load_together(tensors, storage_reader=_reader(path))
+    with naming_damage(path):
+        load_together(tensors, storage_reader=_reader(path))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Returns name → (shape, dtype) of every tensor in a sharded checkpoint."""
-    index: Any = _reader(path).read_metadata()
-    return {name: (entry.size, entry.properties.dtype) for name, entry in index.state_dict_metadata.items()}
+    with naming_damage(path):
+        index: Any = _reader(path).read_metadata()
+        return {name: (entry.size, entry.properties.dtype) for name, entry in index.state_dict_metadata.items()}
 
 
 def load_whole(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Reads the tensors whose names `wanted` accepts, unsharded, into the memory of this process."""
     from torch.distributed.checkpoint import load as load_together
 
-    tensors = {
-        name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(path).items() if wanted(name)
-    }
-    load_together(tensors, storage_reader=_reader(path), no_dist=True)
+    with naming_damage(path):
+        tensors = {
+            name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_shapes(path).items() if wanted(name)
+        }
+        load_together(tensors, storage_reader=_reader(path), no_dist=True)
     return tensors
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turns whatever torch raises on the bytes of a damaged checkpoint into one line.
+
+    torch's own exception for this is no `Exception`, so it would pass through every handler.
+
+    Raises:
+        ValueError: an exception left the block; names the checkpoint.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Refused, OSError):
+        raise
+    except (Exception, CheckpointException) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {}
+        cause = next((cause for cause, _ in failures.values()), error)
+        raise Refused(f"{path} is damaged, or has other tensors: {one_line(cause)}") from error
+
+
+class Refused(ValueError):
+    """A sharded checkpoint cannot be read, or asks for code."""
 
 
 def _reader(path: Path) -> FileSystemReader:
@@ -52,7 +86,7 @@ def _reader(path: Path) -> FileSystemReader:
 
     class PlainReader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (path / ".metadata").open("rb") as file:
+            with (path / INDEX).open("rb") as file:
                 index = _IndexUnpickler(file, path).load()
             index.storage_meta.load_id = self.load_id
             return index
@@ -93,6 +127,4 @@ class _IndexUnpickler(pickle.Unpickler):
             return plain
         if (module, name) in (("torch.serialization", "_get_layout"), ("collections", "OrderedDict")):
             return super().find_class(module, name)
-        raise ValueError(
-            f"{self._path}: its index asks for {module}.{name}: loading it could run code, so it is refused"
-        )
+        raise Refused(f"{self._path}: its index asks for {module}.{name}: loading it could run code, so it is refused")

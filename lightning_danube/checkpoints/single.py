@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 from torch import Tensor
 
+from lightning_danube.checkpoints.content import check_content
 from lightning_danube.checkpoints.files import (
     HashingWriter,
     read_plain,
@@ -122,12 +123,13 @@ class DurableCheckpointIO(CheckpointIO):
         """Reads tensors and plain data. Refuses a file that could run code, even if Lightning would load it.
 
         Raises:
-            ValueError: the file holds other objects, or is no checkpoint.
+            ValueError: the file holds other objects, or is no checkpoint of a run.
         """
         refuse_address(str(path))
-        if Path(path).is_dir():
-            return consolidated(Path(path))
-        return read_plain(Path(path), map_location=map_location)
+        path = Path(path)
+        content = consolidated(path) if path.is_dir() else read_plain(path, map_location=map_location)
+        check_content(content, path)
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint: now, or after the write in progress, since both change the manifest."""

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_danube.checkpoints import sharded as sharded_checkpoints
+from lightning_danube.checkpoints.content import check_content, check_plain
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import Saver, numbered
 from lightning_danube.checkpoints.sharded_files import MOMENT, WEIGHT, load_into, tensor_shapes
@@ -176,6 +177,7 @@ class ShardedStrategy(ModelParallelStrategy):
             return self._load_together(path, weights)
         # The file is memory-mapped: each rank reads only the parts that it keeps.
         checkpoint = read_plain(path, mmap=True)
+        check_content(checkpoint, path)
         self.lightning_module.on_load_checkpoint(checkpoint)
         for name, tensor in weights.items():
             take_part(tensor, checkpoint["state_dict"][name])
@@ -204,6 +206,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 value = like(parameter_of[of], size, torch.empty((), dtype=dtype))
                 optimizer.state[parameter_of[of]][key] = tensors[name] = value
         load_into(tensors, path)
+        check_plain(tensors, path, "tensor", floats=False)
         for optimizer, groups in zip(self.optimizers, rest["optimizer_groups"], strict=False):
             restore_groups(optimizer, groups)
         return rest

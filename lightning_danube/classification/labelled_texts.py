@@ -109,7 +109,7 @@ def read_labelled_texts(
 def _id_of(values: Mapping[str, Any]) -> str | int | None:
     """Returns the column `id` of a row, by which a user knows the row."""
     found = values.get("id")
-    return found if isinstance(found, str | int) else None
+    return listed([found]) if isinstance(found, str) else found if isinstance(found, int) else None
 
 
 def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:

@@ -22,7 +22,7 @@ from lightning_danube.outside.modules import let_in
 from lightning_danube.outside.names import plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
-from lightning_danube.yaml_files import DuplicateKey, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
+from lightning_danube.yaml_files import RefusedYaml, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
 """Keys of a configuration."""
@@ -103,7 +103,7 @@ def read_command_line(args: Sequence[str]) -> Stated:
     for flag, keys, value in flags(args):
         try:
             with_text_keys(value)
-        except DuplicateKey as error:
+        except RefusedYaml as error:
             raise ValueError(f"{flag}, {error}") from error
         _check_list_items(flag, keys, value, stated.tree)
         tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)

@@ -22,7 +22,7 @@ from lightning_danube.cli.command_line import (
     with_config_paths,
 )
 from lightning_danube.cli.options import Reader, Refusal, Typed
-from lightning_danube.yaml_files import DuplicateKey, load_yaml, with_text_keys
+from lightning_danube.yaml_files import load_yaml, with_text_keys
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
 
 PARSER_OPTIONS: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": "omegaconf+"}
+
+
+LARGEST_SEED = 2**32 - 1
+"""The largest that NumPy takes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ def read_configuration(args: Sequence[str]) -> Stated:
         reader.value(LightningDataModule, stated.tree["data"], ("data",))
         reader.value(LightningModule, stated.tree["model"], ("model",))
         reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
-        reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
+        seed = reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
+        if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+            raise Refusal(("seed_everything",), f"is {seed}: give a number from 0 to {LARGEST_SEED}", goes_on=True)
     stated.texts = reader.texts
     complete_mappings(stated, reader.mappings)
     return stated
@@ -127,8 +133,8 @@ def _set_loader() -> None:
     def load_with_text_keys(text: str) -> Any:
         try:
             return load(with_text_keys(text))
-        except DuplicateKey as error:
-            raise yaml.YAMLError(str(error)) from error
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+            raise yaml.YAMLError(str(error)) from error  # as `yaml_files` has it: not all texts raise the library's own
 
     set_loader(mode, load_with_text_keys, (yaml.YAMLError,))
 

@@ -12,6 +12,10 @@ from typing import Any
 from lightning_danube.cli.command_line import Stated, texts_of
 from lightning_danube.cli.options import Path
 
+_PACKAGE = FilePath(__file__).resolve().parents[1]
+OUR_FOLDERS = (_PACKAGE, (_PACKAGE / "callbacks").resolve())
+"""Folders of the code of this project; the callbacks of a clone lie outside the package."""
+
 
 def located(message: str, stated: Stated) -> str:
     """Returns the message of a class with the place that states the option at its beginning.
@@ -108,6 +112,25 @@ def _is_stated(tree: Any, keys: list[str]) -> bool:
         else:
             return False
     return True
+
+
+def while_restoring(error: BaseException, checkpoint: FilePath | None) -> ValueError | None:
+    """Returns an error for the user if a checkpoint of another layout made Lightning or PyTorch fail; None otherwise.
+
+    Lightning takes a checkpoint apart key by key, and raises whatever a missing or foreign value leads to.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    restoring = any(FilePath(frame.filename).name == "checkpoint_connector.py" for frame in frames)
+    ours = isinstance(error, ValueError) and any(
+        FilePath(frames[-1].filename).is_relative_to(folder) for folder in OUR_FOLDERS
+    )
+    if not restoring or ours or isinstance(error, OSError) or checkpoint is None:
+        return None
+    said = " ".join(str(error).split())
+    return ValueError(
+        f"{checkpoint} does not fit this run, or another program wrote it ({type(error).__name__}: {said[:200]}): name "
+        "another checkpoint, or begin a new run without --ckpt_path"
+    )
 
 
 def raised_by_a_class(error: BaseException) -> ValueError | None:

@@ -22,10 +22,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import yaml
-
 from lightning_danube.terminal import name_meant, nearest_name
-from lightning_danube.yaml_files import load_yaml
+from lightning_danube.yaml_files import NotYaml, load_yaml
 
 Path = tuple[str, ...]
 """Keys from the top of a configuration to a value, without `init_args`. Items of a list are numbered."""
@@ -465,5 +463,5 @@ def _plain(value: Any) -> Any:
         return value
     try:
         return load_yaml(value)
-    except yaml.YAMLError:
+    except NotYaml:
         return str(value)

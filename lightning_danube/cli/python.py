@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.checkpoints.runs import newest_whole_checkpoint, read_saved_config, versions_of
+from lightning_danube.files import read_json
 from lightning_danube.signals import SIGNALS, Stopped
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class Run:
         file = self.directory / "summary.json"
         if not file.is_file():
             raise ValueError(f"{file} does not exist: the run was stopped before its first validation")
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return summary
+        return read_json(file)
 
     @cached_property
     def config(self) -> dict[str, Any]:

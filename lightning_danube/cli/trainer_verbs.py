@@ -39,7 +39,7 @@ from lightning_danube.cli.configs import (
     set_parsing_rules,
     with_facts_of_weights,
 )
-from lightning_danube.cli.errors import keep_texts, located, parse, raised_by_a_class
+from lightning_danube.cli.errors import keep_texts, located, parse, raised_by_a_class, while_restoring
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
@@ -220,7 +220,10 @@ class DanubeCLI(LightningCLI):
         self.config[self.subcommand]["ckpt_path"] = None if checkpoint is None else str(checkpoint)
         saved = None
         if self.subcommand == "fit" and checkpoint is not None:
-            saved = read_saved_config(checkpoint.parent.parent / "config.yaml")
+            file = checkpoint.parent.parent / "config.yaml"
+            saved = read_saved_config(file)
+            if saved is None and file.exists() and this_rank() == 0:
+                tell(f"warning: {file} cannot be read, so what has changed since is not known")
         self.precision = self._choose_precision(saved)
         self._note_changes(saved)
         self._take_loggers()
@@ -347,8 +350,8 @@ class DanubeCLI(LightningCLI):
         kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, ImportError, MisconfigurationException) as error:
-            # Lightning raises this for an option that this machine, or every machine, does not support.
+        except (ValueError, TypeError, OverflowError, ImportError, MisconfigurationException) as error:
+            # Lightning raises these for an option that this machine, or every machine, does not support.
             raise ValueError(f"trainer: {error}") from error
         nobody_tells = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         if trainer.num_nodes > 1 and nobody_tells and "MASTER_ADDR" not in os.environ:
@@ -453,6 +456,10 @@ class DanubeCLI(LightningCLI):
             with one_line_errors(self.stated):
                 super()._run_subcommand(subcommand)
             failed = False
+        except Exception as error:
+            if (told := while_restoring(error, self.place.checkpoint)) is not None:
+                raise told from error
+            raise
         finally:
             end_of_session(self.trainer.loggers, failed)
             if (failed and self.trainer.global_step == 0) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, i
 MOST = 2**30
 """No number of a model is larger. What a damaged number asks for has to end."""
 REAL_FIELDS = frozenset({"rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout"})
+MOST_OF_A_KIND = {"num_hidden_layers": 10_000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000}
+"""Far above any model. The layers are made one by one, so a number without end would take time without end."""
 POSITIVE_FIELDS = frozenset(
     {
         "hidden_size",
@@ -139,8 +141,10 @@ class DecoderShape:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         for field in (field.name for field in dataclasses.fields(self) if field.name in POSITIVE_FIELDS):
             value = getattr(self, field)
-            if value is None or value <= 0:
+            if value is None or not value > 0:
                 raise ValueError(f"{field} is {value}; it has to be above 0")
+            if value > (most := MOST_OF_A_KIND.get(field, MOST)):
+                raise ValueError(f"{field} is {value}; it may be at most {most:,}")
         if heads % kv_heads:
             working = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(

@@ -47,8 +47,9 @@ class Stage:
                 raise ValueError(
                     f"stage {self.name!r} gives source {source!r} the share {share}: shares are finite and not negative"
                 )
-        if not sum(self.mix.values()) > 0:
-            raise ValueError(f"all shares of stage {self.name!r} are 0: at least one source needs a positive share")
+        if not 0 < (total := sum(self.mix.values())) < math.inf:
+            wrong = "too large: give percentages" if total else "0: at least one source needs a positive share"
+            raise ValueError(f"all shares of stage {self.name!r} are {wrong}")
 
     @cached_property
     def part(self) -> TokensOrShare:

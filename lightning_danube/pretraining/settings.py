@@ -166,9 +166,12 @@ class CurriculumSettings:
         sources = {name: options(Source, source, f"data.sources.{name}") for name, source in sources.items()}
         stages = [options(Stage, stage, f"data.stages[{number}]") for number, stage in enumerate(stages)]
         filters = None if filters is None else options(Filters, filters, "data.filters")
-        for name, value in {"context_length": context_length, "micro_batch_size": micro_batch_size}.items():
+        numbers = {"context_length": context_length, "micro_batch_size": micro_batch_size}
+        for name, value in {**numbers, "validation_rows": validation_rows}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be at least 1")
+        if not max_passes > 0:
+            raise ValueError(f"data.max_passes is {max_passes}: give a number above 0")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
         for name in sources:
@@ -223,7 +226,11 @@ class CurriculumSettings:
         """
         held = replicas * self.micro_batch_size
         if self.batch_samples % held:
-            fits = [size for size in range(1, self.batch_samples + 1) if self.batch_samples % (replicas * size) == 0]
+            fits = [
+                size
+                for size in range(1, min(self.batch_samples, 4096) + 1)
+                if self.batch_samples % (replicas * size) == 0
+            ]
             whole = max(1, round(self.batch_samples / replicas)) * replicas * self.context_length
             numbers = (
                 f"data.micro_batch_size = {_listed(fits)} would"

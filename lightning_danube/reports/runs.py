@@ -7,7 +7,6 @@ model is loaded. A run that is not finished, or was stopped, is read up to its l
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_danube.files import read_json, read_json_lines
 from lightning_danube.options import parse_tokens
 from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.tags import TAGS, tag_called
@@ -189,14 +189,13 @@ def read_run_of_any_task(directory: Path) -> RecordedRun:
     problems: list[str] = []
     summary, history = {}, []
     try:
-        summary = json.loads((directory / "summary.json").read_text("utf-8"))
+        summary = read_json(directory / "summary.json")
     except FileNotFoundError:
         problems.append("there is no summary.json: the run has not come to the point where it is written")
     except ValueError as error:
         problems.append(f"summary.json is damaged ({error})")
     try:
-        lines = (directory / "history.jsonl").read_text("utf-8").splitlines()
-        history = [json.loads(line) for line in lines]
+        history = read_json_lines(directory / "history.jsonl")
     except FileNotFoundError:
         pass  # only fit writes it
     except ValueError as error:

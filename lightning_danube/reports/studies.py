@@ -5,7 +5,6 @@ If the study was run here, its results are read from the runs; otherwise from th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
+from lightning_danube.files import read_json
 from lightning_danube.intervals import student
 from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.figures import (
@@ -66,8 +66,7 @@ def read_summary(runs: str | Path, name: str) -> dict[str, Any]:
     Raises:
         MissingResult: there is no such file.
     """
-    summary: dict[str, Any] = json.loads(_file(runs, name, "json").read_text("utf-8"))
-    return summary
+    return read_json(_file(runs, name, "json"))
 
 
 def _file(runs: str | Path, name: str, kind: str) -> Path:

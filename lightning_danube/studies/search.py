@@ -13,7 +13,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_danube.signals import Stopped
 from lightning_danube.studies.design import Design
-from lightning_danube.studies.trials import POLL_SECONDS, Runner, TrialFailed, minutes_of, open_study
+from lightning_danube.studies.trials import (
+    POLL_SECONDS,
+    Runner,
+    TrialFailed,
+    check_digest,
+    digest_of,
+    minutes_of,
+    open_study,
+)
 
 DONE = (TrialState.COMPLETE, TrialState.FAIL)
 
@@ -75,6 +83,7 @@ class Search:
         seconds = time.monotonic() - begin
         for key, known in {"seconds": round(seconds, 1), **self.runner.provenance}.items():
             trial.set_user_attr(key, known)
+        trial.set_user_attr("digest", digest_of(trial.user_attrs))
         value = means[self.design.metric]
         tell(f"trial {number}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}; {self._progress()}")
         return value
@@ -91,6 +100,7 @@ class Search:
         """Returns the last finished attempt of each setting."""
         last: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
+            check_digest(trial)
             last[trial.user_attrs.get("number", trial.number)] = trial
         return [trial for trial in last.values() if trial.state in DONE]
 

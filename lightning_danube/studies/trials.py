@@ -8,24 +8,30 @@ Several workers can share it, on several machines if they share the storage.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import subprocess
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import alembic
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
 from lightning_danube.checkpoints.runs import newest_checkpoint
-from lightning_danube.files import locked
+from lightning_danube.files import locked, read_json
 from lightning_danube.signals import EXIT_STOPPED, Stopped, run_child
 from lightning_danube.studies.design import Design, Overrides
 from lightning_danube.studies.facts import command_of
@@ -36,6 +42,7 @@ HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 20
 RETRIES = 3
 POLL_SECONDS = 1.0
+DAMAGED = "the study's storage is damaged; restore it from a copy, or move it away and begin again (the runs stay)"
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -69,6 +76,39 @@ class Result:
 
 class TrialFailed(Exception):
     """A run ended with an error, which is stored with its trial."""
+
+
+@contextmanager
+def naming_storage(directory: Path, storage: str | None) -> Iterator[None]:
+    """Turns whatever Optuna and the database raise on damaged or foreign content into one line.
+
+    Args:
+        directory: directory of the study.
+        storage: the URL of its storage, or None for the file in `directory`.
+
+    Raises:
+        ValueError: an exception of theirs left the block; names the storage.
+    """
+    theirs = tuple(str(Path(str(module.__file__)).parent) for module in (optuna, sqlalchemy, alembic))
+    try:
+        yield
+    except (TrialFailed, OSError):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.filename.startswith(theirs) for frame in frames) or _is_ours(error, frames[-1].filename):
+            raise
+        said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        if storage is None:
+            shown = directory / "study.sqlite3"
+            way_out = "restore the file from a copy, or move it away and begin the study again; its runs stay"
+        else:
+            shown, way_out = re.sub(r"//[^@/]*@", "//", storage), "see that the database is there, and is Optuna's"  # type: ignore[assignment]
+        raise ValueError(f"{shown} cannot be used as the storage of a study ({said}): {way_out}") from error
+
+
+def _is_ours(error: Exception, raised_in: str) -> bool:
+    return isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def open_study(
@@ -180,7 +220,7 @@ class Runner:
             raise TrialFailed((lines or ["no reason given"])[-1].removeprefix("error: ")[:300])
         where = trained if verb == "fit" else runs / f"{name}-{verb}"
         run = max(where.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(run / "summary.json")
         return run, {key: number_of(summary, key) for key in self.design.metrics}
 
 
@@ -242,6 +282,7 @@ class Trials:
         known = {"metrics": metrics, "run": str(run), "seconds": round(seconds, 1), **self.runner.provenance}
         for key, value in known.items():
             trial.set_user_attr(key, value)
+        trial.set_user_attr("digest", digest_of(trial.user_attrs))
         value = metrics[self.design.metric]
         tell(f"{name}: {self.design.metric} {value:.4f}, {minutes_of(seconds)}{self._left()}")
         return value
@@ -273,8 +314,11 @@ class Trials:
         found = []
         for variant in self.design.variants:
             for seed in self.design.seeds:
+                if (variant, seed) not in latest or latest[variant, seed].state not in names:
+                    raise ValueError(f"{variant} with seed {seed} is missing: {DAMAGED}")
                 trial = latest[variant, seed]
                 attributes = trial.user_attrs
+                check_digest(trial)
                 found.append(
                     Result(
                         variant,
@@ -336,7 +380,23 @@ def number_of(summary: dict[str, Any], key: str) -> float:
 
 def _key(trial: FrozenTrial) -> tuple[str, int] | None:
     attributes = trial.user_attrs
-    return (attributes["variant"], attributes["seed"]) if "variant" in attributes else None
+    return (attributes["variant"], attributes["seed"]) if {"variant", "seed"} <= attributes.keys() else None
+
+
+def digest_of(attributes: Mapping[str, Any]) -> str:
+    """Returns a hash of a trial's result. SQLite's file has no checksums: a flipped bit would change a number."""
+    kept = {key: attributes.get(key) for key in ("variant", "seed", "number", "metrics", "by_seed")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def check_digest(trial: FrozenTrial) -> None:
+    """
+    Raises:
+        ValueError: the result of a complete trial is not what was stored. Older storages have no digest.
+    """
+    digest = trial.user_attrs.get("digest")
+    if trial.state == TrialState.COMPLETE and digest is not None and digest != digest_of(trial.user_attrs):
+        raise ValueError(f"the result of trial {trial.number} has changed since it was stored: {DAMAGED}")
 
 
 def minutes_of(seconds: float) -> str:

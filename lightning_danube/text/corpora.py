@@ -9,7 +9,6 @@ huge data set never stores all of it on disk.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_danube.files import looks_like_path
+from lightning_danube.files import looks_like_path, read_json
 from lightning_danube.options import parse_tokens
 from lightning_danube.text.embedded.documentation import ROLES, collect_documentation
 from lightning_danube.text.embedded.world import ROLES as WORLD_ROLES
@@ -172,11 +171,13 @@ def saved_directory(name: str, source: Source) -> Path:
     path = Path(source.path).expanduser()
     if not (path / "dataset_dict.json").is_file():
         return path
-    splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+    splits = read_json(path / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list):
+        raise ValueError(f"source {name!r}: {path / 'dataset_dict.json'} is damaged: it lists no splits")
     if source.split not in splits:
         raise ValueError(
-            f"source {name!r}: {source.path} has no split {source.split!r}, only {', '.join(splits)}: name one with "
-            "split"
+            f"source {name!r}: {source.path} has no split {source.split!r}, only {', '.join(map(str, splits))}: name "
+            "one with split"
         )
     return path / source.split
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.extras import need
+from lightning_danube.files import naming_cached
 from lightning_danube.text.reading import BadRow, DamagedFile, format_of, read_rows
 
 Deduplicate = Literal["none", "exact", "near"]
@@ -232,7 +233,7 @@ class Benchmarks:
 
     @classmethod
     def load(cls, path: Path) -> Benchmarks:
-        with np.load(path) as saved:
+        with naming_cached(path), np.load(path) as saved:
             files = [BenchmarkFile(**file) for file in json.loads(str(saved["files"]))]
             return cls(files, saved["grams"], saved["rows"], saved["lengths"])
 

@@ -14,13 +14,14 @@ import io
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
+
+from lightning_danube.files import parse_json, why_not_json
 
 LONGEST_DOCUMENT = 1 << 20
 """Bytes. A longer text is cut at white space into several documents."""
@@ -456,15 +457,7 @@ def json_of(text: str, file: str, row: int, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        return BadRow(file, row, "not JSON", f"{where}: not JSON ({_why_not_json(error)}{place})")
-
-
-def _why_not_json(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return error.msg
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    return f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
+        return BadRow(file, row, "not JSON", f"{where}: not JSON ({why_not_json(error)}{place})")
 
 
 def _is_json_array(file: str) -> bool:
@@ -494,7 +487,7 @@ def _json_array_rows(span: Span) -> Iterator[tuple[int, Any]]:
             # Where the next row begins is not known behind a syntax error.
             raise _damaged_array(span.file, row, text, error.pos, error.msg) from error
         except (ValueError, RecursionError) as error:
-            message = f"{span.file}, row {row}: not JSON ({_why_not_json(error)})"
+            message = f"{span.file}, row {row}: not JSON ({why_not_json(error)})"
             values, at = BadRow(span.file, row, "not JSON", message), _end_of_element(text, at)
         yield row, values
         at = _behind_space(text, at)
@@ -664,7 +657,7 @@ def class_names_of(file: str) -> dict[str, list[str]]:
 
     try:
         described = (pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(described)["info"]["features"]
+        features = parse_json(described, file)["info"]["features"]
         return {column: list(one["names"]) for column, one in features.items() if one.get("_type") == "ClassLabel"}
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # reading the rows tells what is wrong with the file

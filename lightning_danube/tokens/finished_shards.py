@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_danube.extras import install_command
-from lightning_danube.files import finish_folder, new_file, write_text
-from lightning_danube.outside.json_files import parsed_json
+from lightning_danube.files import finish_folder, new_file, parse_json, write_text
 from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import redacted
 
@@ -54,7 +53,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     where = f"source {name!r}: {redacted(path)}"
     store, root = _open(where, path)
     try:
-        listing = parsed_json(store.cat_file(f"{root}/{LISTING}"))
+        listing = parse_json(store.cat_file(f"{root}/{LISTING}"), LISTING)
         files = [file for split in listing["splits"].values() for file in split["files"]]
         for file in files:
             plain_name(file["name"], "the name of a file")

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from lightning_danube.files import default_cache_dir
+from lightning_danube.files import default_cache_dir, read_json
 from lightning_danube.text.corpora import Source, is_streamed, read_documents
 from lightning_danube.text.quality import Benchmarks
 from lightning_danube.yaml_files import load_yaml
@@ -31,9 +29,9 @@ def training_texts(run: Path) -> TrainingTexts | None:
         if not str(config["data"]["class_path"]).endswith("CurriculumData"):
             return None
         sources = {name: Source(**options) for name, options in data["sources"].items()}
-        stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
+        stages = read_json(run / "summary.json")["stages"]
         seen = {name for stage in stages for name, tokens in stage["tokens_by_source"].items() if tokens}
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     cache = data.get("cache_dir")
     kept = {name: source for name, source in sources.items() if name in seen}

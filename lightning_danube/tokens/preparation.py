@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import locked, new_file, new_folder, write_text
+from lightning_danube.files import locked, naming_cached, new_file, new_folder, parse_json, write_text
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
@@ -240,7 +240,8 @@ class Preparation:
         """Returns the units of a source of files. The plan is saved, so it is computed once."""
         path = self.building / "plan.json"
         if path.exists():
-            return [[Span(*span) for span in unit] for unit in json.loads(path.read_text())]
+            with naming_cached(path):
+                return [[Span(*span) for span in unit] for unit in parse_json(path.read_text(), str(path))]
         files = local_files(self.name, self.source, self.cache_dir)
         sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
         size = max(UNIT_BYTES, -(-sum(sizes.values()) // MOST_UNITS))

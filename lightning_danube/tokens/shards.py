@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.outside.json_files import json_in
+from lightning_danube.files import read_json
 from lightning_danube.outside.names import plain_name
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
@@ -182,7 +182,7 @@ class TokenShards:
         self.directory, self._vocab_size = directory, tokenizer.vocab_size
         path = directory / "shards.json"
         try:
-            self.meta = json_in(path)
+            self.meta = read_json(path)
             version = self.meta["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory} is no shard directory: {path} is missing or damaged") from error

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import looks_like_path
-from lightning_danube.outside.json_files import json_in
+from lightning_danube.files import looks_like_path, read_json
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
 from lightning_danube.tokens.hub import did_you_mean, first_line
 
@@ -364,10 +363,10 @@ def _ends_in_files(directory: Path) -> object:
     """Returns the tokens that end a text by a Hugging Face directory; transformers ends at them, too."""
     for name in ("generation_config.json", "config.json"):
         try:
-            content = json_in(directory / name)
+            content = read_json(directory / name)
         except (OSError, ValueError):  # a file that the model needs is refused where the model is read
             continue
-        if isinstance(content, dict) and content.get("eos_token_id") is not None:
+        if content.get("eos_token_id") is not None:
             return content["eos_token_id"]
     return []
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import new_file
+from lightning_danube.files import naming_cached, new_file
 from lightning_danube.text.quality import Benchmarks, Filters, sketches, text_hash
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
 from lightning_danube.tokens.encoding import TextEncoder
@@ -168,7 +168,7 @@ def _removed(document: Document, cause: str) -> BadRow:
 
 
 def load_unit(path: Path) -> Unit:
-    with np.load(path) as saved:
+    with naming_cached(path), np.load(path) as saved:
         account = json.loads(str(saved["account"]))
         for key in ("rejected", "removed"):
             # A unit that an earlier version made has no list of removed documents.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.device import widest_float
-from lightning_danube.files import append_line, write_text
+from lightning_danube.files import append_line, read_json_lines, write_text
 
 
 class TrainingStopped(RuntimeError):
@@ -172,8 +172,8 @@ def append_record(path: Path, bad: BadStep, samples: Sequence[dict[str, Any]]) -
 def drop_later_records(path: Path, step: int) -> None:
     """Removes the records after `step` from the file: a resumed run repeats these steps and records them again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [record for record in read_json_lines(path) if record.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def too_many_bad_steps(in_a_row: int, step: int, run: Path | None) -> TrainingStopped:

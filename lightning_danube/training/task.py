@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_danube.checkpoints.content import check_restored
 from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
@@ -221,6 +222,7 @@ class DecoderTask(LightningModule):
         """Applies the config's optimizer settings and learning rate. A checkpoint's optimizer brings its old settings,
         and the rate of its next step from the old schedule. Prints both rates if they differ."""
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            check_restored(getattr(optimizer, "_optimizer", optimizer))
             scheduler = config.scheduler
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             before, now = optimizer.param_groups[0]["lr"], scheduler.lr_lambdas[0](scheduler.last_epoch)
@@ -394,6 +396,13 @@ class DecoderTask(LightningModule):
                 f"the run was trained with {saved_by}, model.optimizer is {mine_is}: set it back, or begin a new run "
                 "without --ckpt_path"
             )
+        # Lightning would begin with new moments, or with the learning rate of the first step, and say nothing.
+        # `optimizer_groups` stands for the states that all ranks have saved together.
+        lost = [] if checkpoint.get("optimizer_states") or checkpoint.get("optimizer_groups") else ["optimizer_states"]
+        if lost := lost + [name for name in ("lr_schedulers",) if not checkpoint.get(name)]:
+            raise ValueError(
+                f"the checkpoint has no {' and no '.join(lost)}: no run can go on from it, so begin a new run"
+            )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def _trained(self) -> list[str]:
@@ -410,8 +419,15 @@ def _restate_micro_batches(checkpoint: dict[str, Any], accumulation: int) -> Non
     The trainer derives its position in the epoch from this count. A count from another micro-batch size or number of
     devices would end the run early or late.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    done = checkpoint["global_step"] * accumulation
+    loop = checkpoint["loops"]["fit_loop"]
+    counted = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    if checkpoint["global_step"] != counted:
+        raise ValueError(
+            f"the checkpoint says that it is of step {checkpoint['global_step']}, its optimizer has done {counted}: "
+            "it was changed; name another checkpoint"
+        )
+    progress = loop["epoch_loop.batch_progress"]
+    done = counted * accumulation
     for counts in (progress["total"], progress["current"]):
         # While a batch ends, "completed" is one less than "ready": add the difference, do not set the values.
         ahead = counts["ready"]

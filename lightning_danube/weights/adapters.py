@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_danube.files import read_json
 from lightning_danube.model import Decoder
 from lightning_danube.weights.huggingface import (
     SavesPretrained,
     export_folder,
-    read_json,
     read_tensor,
     some,
     tensor_types,

@@ -7,7 +7,6 @@ safetensors is imported inside the functions, so that importing the model stays 
 import functools
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -17,12 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_danube.checkpoints.sharded_files import REST, WEIGHT, load_whole
-from lightning_danube.files import locked, make_folder, new_folder, remove_leftovers
+from lightning_danube.checkpoints.content import NOT_FINITE, all_finite, check_plain
+from lightning_danube.checkpoints.files import read_plain
+from lightning_danube.checkpoints.sharded import read_rest
+from lightning_danube.checkpoints.sharded_files import WEIGHT, load_whole
+from lightning_danube.files import locked, make_folder, new_folder, read_json, remove_leftovers
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
-from lightning_danube.outside.json_files import json_in
 from lightning_danube.outside.names import plain_name
 from lightning_danube.terminal import tell
 
@@ -187,10 +188,7 @@ def load_checkpoint(
     part of `state_dict`. The decoder is in training mode, as after load_hf."""
     file = Path(path)
     checkpoint = read_checkpoint(file)
-    try:
-        config = DecoderConfig(**checkpoint["decoder_config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: decoder_config: {error}") from None
+    config = saved_config(checkpoint, file)
     prefix = "decoder."
     tensors = {
         # Each tensor is copied, as in read_tensor. The system can drop pages of the map, so only one copy is held.
@@ -201,32 +199,46 @@ def load_checkpoint(
     return assemble(config, tensors, file).to(device)
 
 
-def read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """Reads a checkpoint of this project. Its tensors are memory-mapped, not read.
+def saved_config(checkpoint: Mapping[str, Any], file: Path) -> DecoderConfig:
+    """Returns the shape of the decoder in a checkpoint.
 
-    If many ranks wrote the checkpoint as a directory, reads the weights into memory and omits the optimizer's state.
+    Raises:
+        ValueError: it says none, or an impossible one.
+    """
+    try:
+        return DecoderConfig(**checkpoint["decoder_config"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: decoder_config: {error}") from None
+
+
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """Reads a checkpoint of this project. Its tensors are memory-mapped.
+
+    If many ranks wrote the checkpoint as a directory, reads the weights into memory. Omits the optimizer's state.
+
+    Raises:
+        ValueError: it is damaged or no checkpoint of this project, or a weight is no tensor of finite numbers.
     """
     if not file.exists():
         raise ValueError(f"{file}: no such file")
-    try:
-        if file.is_dir():
-            weights = load_whole(file, lambda name: name.startswith(WEIGHT))
-            rest = torch.load(file / REST, map_location="cpu", weights_only=True)
-            return {**rest, "state_dict": {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}}
+    if file.is_dir():
+        weights = load_whole(file, lambda name: name.startswith(WEIGHT))
+        checkpoint = {**read_rest(file), "state_dict": {n.removeprefix(WEIGHT): one for n, one in weights.items()}}
+    else:
         # With mmap the optimizer's state, which has twice the size of the weights, is never read.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{file}: truncated, or no checkpoint that holds only tensors and plain data ({reason})"
-        ) from None
-    if not isinstance(checkpoint, Mapping) or not {"decoder_config", "state_dict"} <= checkpoint.keys():
+        checkpoint = read_plain(file, mmap=True)
+    if not {"decoder_config", "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{file}: not a checkpoint of this project: no decoder_config and state_dict in it")
+    check_plain(checkpoint["state_dict"], file)
     return checkpoint
 
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:
-    """Returns a decoder made of existing tensors. `tensors` must have exactly the expected names and shapes."""
+    """Returns a decoder made of existing tensors.
+
+    Raises:
+        ValueError: they have not exactly the expected names and shapes, or not only finite numbers.
+    """
     if config.num_hidden_layers > MOST_LAYERS + len(tensors):  # a damaged number would make blocks for hours
         raise ValueError(
             f"{source}: num_hidden_layers is {config.num_hidden_layers:,}, yet there are only {len(tensors)} tensors"
@@ -245,6 +257,8 @@ def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) ->
     ]
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors have another shape than its config says: {some(wrong)}")
+    if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
+        raise ValueError(f"{source}: its weight {bad[0]} {NOT_FINITE}: take other weights")
     decoder.load_state_dict(tensors, assign=True)
     return decoder
 
@@ -372,16 +386,6 @@ def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.
 
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json_in(file)
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not an object")
-    return content
 
 
 def write_hf_json(file: Path, content: dict[str, Any]) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
+from lightning_danube.files import read_json, read_json_lines
 from lightning_danube.model.architecture import family_of
 from lightning_danube.outside.texts import in_code, in_markdown, printable
 from lightning_danube.terminal import quoted
@@ -23,6 +22,7 @@ from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import begin_token
 from lightning_danube.weights.names import Located
+from lightning_danube.yaml_files import NotYaml, load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -286,7 +286,7 @@ def _of_run(checkpoint_file: Path, decoder: Decoder) -> list[str]:
 def _validation_scores(checkpoint_file: Path) -> list[str]:
     """The scores of a finished classifier run on its validation texts."""
     try:
-        summary = json.loads((checkpoint_file.parent.parent / "summary.json").read_text("utf-8"))
+        summary = read_json(checkpoint_file.parent.parent / "summary.json")
     except (OSError, ValueError):
         return []
     # The summary has the scores of the last step, so they are wrong for an earlier checkpoint.
@@ -329,7 +329,7 @@ def _source_paths(config: Mapping[str, Any], sources: Sequence[str]) -> dict[str
 def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
     """A table of the losses after each stage that the checkpoint has finished, from the run's summary.json."""
     try:
-        summary = json.loads((run / "summary.json").read_text("utf-8"))
+        summary = read_json(run / "summary.json")
     except (OSError, ValueError):
         return ""
     # The summary may be newer than the checkpoint, which has finished a stage if it has seen all of the stage's tokens.
@@ -361,7 +361,7 @@ def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
 def _of_history(file: Path) -> list[tuple[str, str]]:
     """Time, versions and commit of the run's last session."""
     try:
-        last = json.loads(file.read_text("utf-8").strip().splitlines()[-1])
+        last = read_json_lines(file)[-1]
     except (OSError, ValueError, IndexError):
         return []
     facts = []
@@ -382,8 +382,6 @@ def _of_hub_or_directory(weights: Located) -> tuple[str, str | None, str | None]
 
 def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
     """The licence that a model card's front matter states, and the text below the front matter."""
-    from huggingface_hub import ModelCard
-
     from lightning_danube.weights.huggingface import CARD_MARK
 
     if not file.is_file():
@@ -392,15 +390,16 @@ def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
         text = file.read_text("utf-8").partition(CARD_MARK)[0]
     except (OSError, UnicodeDecodeError):
         return None, None
-    if not text.startswith("---"):
+    front = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
+    if front is None:
         return None, text.strip() or None
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
+        facts = load_yaml(front[1])
+    except NotYaml:
         return None, text.strip()
-    licence = card.data.get("license")
-    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
-    return None if licence is None else str(licence), card.text.strip() or None
+    licence = facts.get("license") if isinstance(facts, dict) else None
+    names = [str(name) for name in (licence if isinstance(licence, list) else [licence]) if isinstance(name, str | int)]
+    return ", ".join(names) or None, text[front.end() :].strip() or None
 
 
 def _of_gguf(weights: Located) -> tuple[str, str | None, None]:

@@ -23,10 +23,9 @@ def shape_of(weights: str) -> DecoderConfig:
     """
     from lightning_danube.checkpoints.files import read_plain
     from lightning_danube.checkpoints.sharded import read_rest
-    from lightning_danube.model.config import DecoderConfig
     from lightning_danube.weights.gguf.files import config_of
     from lightning_danube.weights.gguf.header import read_gguf_header
-    from lightning_danube.weights.huggingface import read_hf_config
+    from lightning_danube.weights.huggingface import read_hf_config, saved_config
 
     if weights != SMOLLM2 and not Path(weights).expanduser().exists():
         return read_hf_config(download("--weights", weights, ("config.json",), known=(SMOLLM2,)))
@@ -36,4 +35,4 @@ def shape_of(weights: str) -> DecoderConfig:
     if located.kind == "gguf":
         return config_of(read_gguf_header(located.path))
     content = read_rest(located.path) if located.path.is_dir() else read_plain(located.path, mmap=True)
-    return DecoderConfig(**content["decoder_config"])
+    return saved_config(content, located.path)

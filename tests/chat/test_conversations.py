@@ -376,6 +376,15 @@ def test_of_a_tree_the_best_ranked_replies_are_taken(tmp_path: Path) -> None:
     assert isinstance(bad, BadRow) and "message 2 of the tree is no object with" in bad.message
 
 
+def test_a_rank_may_be_larger_than_any_float(tmp_path: Path) -> None:
+    """NaN is in no order, and counts as none."""
+    path = tmp_path / "a.jsonl"
+    replies = [said("assistant", "large", rank=10**400), said("assistant", "first", rank=1)]
+    rows = [{"prompt": said("prompter", "why?", said("assistant", "none", rank=float("nan")), *replies)}]
+    (talk,) = read(write_rows(path, *rows))
+    assert contents(talk) == ["user: why?", "assistant: first"]
+
+
 @pytest.mark.parametrize(
     ("text", "messages"),
     [

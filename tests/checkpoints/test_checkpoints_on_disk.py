@@ -33,7 +33,7 @@ from tests.training.test_ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 IO = DurableCheckpointIO()
-CONTENT: dict[str, Any] = {"weights": torch.arange(250_000, dtype=torch.float32), "step": 3}
+CONTENT: dict[str, Any] = {"state_dict": {"weights": torch.arange(250_000, dtype=torch.float32)}, "step": 3}
 
 
 def flip_a_bit(path: Path) -> None:
@@ -84,9 +84,9 @@ def test_what_is_written_is_listed_whole_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "step_1.ckpt"
     IO.save_checkpoint(CONTENT, path)
     assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json", "step_1.ckpt"]
-    assert read_manifest(path.parent)["step_1.ckpt"]["bytes"] == path.stat().st_size
+    assert read_manifest(path.parent)["step_1.ckpt"].bytes == path.stat().st_size
     assert damage(path) is None
-    assert torch.equal(IO.load_checkpoint(path)["weights"], CONTENT["weights"])
+    assert torch.equal(IO.load_checkpoint(path)["state_dict"]["weights"], CONTENT["state_dict"]["weights"])
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -109,6 +109,47 @@ def test_every_bit_counts(tmp_path: Path) -> None:
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 128]) + whole[place + 1 :])
         assert damage(path) is not None, place
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/null", "directory", "nothing"])
+def test_what_is_no_regular_file_is_damage_and_is_not_read(tmp_path: Path, kind: str) -> None:
+    path, (good,) = tmp_path / "run/version_0/checkpoints/step_9.ckpt", checkpoints_of_a_run(tmp_path, 5)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    assert damage(path) is not None
+    assert resolve_checkpoint("fit", str(tmp_path), "run", "last").checkpoint == good
+
+
+def test_an_archive_that_says_it_is_encrypted_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "step_1.ckpt"
+    IO.save_checkpoint(CONTENT, path)
+    (tmp_path / "manifest.json").unlink()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # a flag of the first entry in the archive's own list
+    path.write_bytes(content)
+    assert "encrypted" in str(damage(path))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b"[" * 100_000,
+        b'{"checkpoints": {"step_1.ckpt": {"bytes": 1e400, "sha256": "x"}}}',
+        b'{"checkpoints": [1]}',
+        b"7",
+    ],
+)
+def test_a_damaged_manifest_leaves_the_judgement_to_the_archive(tmp_path: Path, entry: bytes) -> None:
+    path = tmp_path / "step_1.ckpt"
+    IO.save_checkpoint(CONTENT, path)
+    (tmp_path / "manifest.json").write_bytes(entry)
+    assert read_manifest(tmp_path) == {} and damage(path) is None
+    flip_a_bit(path)
+    assert damage(path) is not None
 
 
 def test_leftovers_of_a_killed_write_go_at_the_next(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints that ranks write together while training goes on. Whole runs: test_sharded_runs.py."""
 
 import errno
+import hashlib
+import json
 import os
 import threading
 from datetime import timedelta
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_danube.checkpoints.files import damage
+from lightning_danube.checkpoints.files import FILES, damage
 from lightning_danube.checkpoints.sharded import Saver, read_rest
 from lightning_danube.checkpoints.sharded_files import load_whole
 from lightning_danube.checkpoints.strategy import take_part
@@ -67,6 +69,22 @@ def test_each_rank_flushes_its_part_and_rank_zero_all_before_the_name(tmp_path: 
     on_ranks(work)
     assert [file.name for file in path.parent.iterdir()] == [path.name] and damage(path) is None
     assert torch.equal(load_whole(path)["weight/a"], WHOLE) and read_rest(path) == REST
+
+
+def test_every_file_is_listed_with_its_size_and_the_hash_of_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000003.ckpt"
+
+    def work(rank: int) -> None:
+        writing = saver()
+        writing.save(parts(), REST, path)
+        writing.wait()
+
+    on_ranks(work)
+    listed = json.loads((path / FILES).read_text())
+    assert listed.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp", "rest.pt"}
+    for name, one in listed.items():
+        content = (path / name).read_bytes()
+        assert one == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -172,3 +173,30 @@ def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: p
         ends.append((stopped.code, stopped.message))
     saved = "stopped after step 7, saved: go on with --ckpt_path last"
     assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == ["requeue"]
+
+
+def test_a_run_that_has_diverged_keeps_its_checkpoints(tmp_path: Path) -> None:
+    """Its weights would push out those from which it can go on. A frozen weight is not looked at: it never changes."""
+    model = torch.nn.Linear(2, 2)
+    saved: list[Path] = []
+    trainer: Any = SimpleNamespace(
+        lightning_module=model,
+        global_step=8,
+        save_checkpoint=saved.append,
+        strategy=SimpleNamespace(reduce_boolean_decision=bool),
+    )
+    path = step_checkpoint(tmp_path / "checkpoints", 8)
+    schedule.save(trainer, path, None, wait=False)
+    assert saved == [path]
+    with torch.no_grad():
+        model.bias[1] = torch.inf
+    with pytest.raises(ValueError, match=r"diverged: after step 8 its weights .* not saved; begin again with a lower"):
+        schedule.save(trainer, path, None, wait=False)
+    path.parent.mkdir()
+    (last := step_checkpoint(path.parent, 4)).touch()
+    with pytest.raises(ValueError, match=rf"; go on from {last} with a lower"):
+        schedule.save(trainer, path, None, wait=False)
+    assert saved == [path]
+    model.bias.requires_grad_(False)
+    schedule.save(trainer, path, None, wait=False)
+    assert saved == [path, path]

@@ -1,9 +1,11 @@
 """Directories of tensors: read in one piece, and nothing in them can run."""
 
+import hashlib
 import importlib
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_danube.checkpoints.files import FILES, damage, prepare_directory, remove_checkpoint
-from lightning_danube.checkpoints.sharded_files import _CLASSES_OF_AN_INDEX, REST, load_whole, tensor_shapes
+from lightning_danube.checkpoints.files import FILES, INDEX, REST, damage, prepare_directory, remove_checkpoint
+from lightning_danube.checkpoints.sharded_files import _CLASSES_OF_AN_INDEX, load_whole, tensor_shapes
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.weights.huggingface import load_checkpoint
@@ -79,7 +81,7 @@ def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
     part = next(directory.glob("*.distcp"))
     whole = part.read_bytes()
     part.write_bytes(whole[:-1])
-    assert damage(directory) == f"{part.name} has {len(whole) - 1:,} bytes, {len(whole):,} were saved"
+    assert damage(directory) == f"{part.name}: {len(whole) - 1:,} bytes, {len(whole):,} were saved"
     part.unlink()
     assert damage(directory) == f"{part.name} is missing"
     (directory / FILES).unlink()
@@ -91,6 +93,87 @@ def test_damage_is_named_and_leftovers_go(directory: Path) -> None:
     assert not leftover.exists()
     remove_checkpoint(directory)
     assert list(directory.parent.iterdir()) == []
+
+
+def hash_all(directory: Path) -> None:
+    """Lists the hashes, which a checkpoint of an older version lacks."""
+    (directory / FILES).unlink()
+    hashes = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in directory.iterdir()
+    }
+    (directory / FILES).write_text(json.dumps(hashes))
+
+
+def test_every_flipped_bit_is_noticed(directory: Path) -> None:
+    hash_all(directory)
+    assert damage(directory) is None
+    chance = random.Random(0)
+    for file in list(directory.iterdir()):
+        whole = file.read_bytes()
+        for place in chance.sample(range(len(whole)), 40):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+            assert damage(directory) is not None, (file.name, place)
+        file.write_bytes(whole)
+    assert damage(directory) is None
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        b"garbage",
+        b"",
+        b"[]",
+        b"3",
+        b"null",
+        b"{}",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 5000,
+        b'{".metadata": 1e400}',
+        b'{".metadata": "x"}',
+        b'{".metadata": {"bytes": 3}}',
+        b'{"../x": 3}',
+    ],
+)
+def test_a_damaged_list_of_files_is_damage(directory: Path, listed: bytes) -> None:
+    (directory / FILES).write_bytes(listed)
+    said = damage(directory)
+    assert said is not None and (FILES in said or "is missing" in said) and "\n" not in said
+
+
+def test_what_the_list_leaves_out_is_damage(directory: Path) -> None:
+    """A flipped bit can make two equal names of `__0_0.distcp` and `__1_0.distcp`; the first hash is then lost."""
+    hash_all(directory)
+    listed = json.loads((directory / FILES).read_text())
+    for name in list(listed):
+        (directory / FILES).write_text(json.dumps({key: value for key, value in listed.items() if key != name}))
+        assert damage(directory) == f"{name} is not in {FILES}"
+
+
+def test_a_file_that_is_a_pipe_is_damage(directory: Path) -> None:
+    hash_all(directory)
+    (directory / REST).unlink()
+    os.mkfifo(directory / REST)
+    assert damage(directory) == "not a regular file"
+
+
+def test_errors_of_torch_on_damaged_bytes_are_one_line(directory: Path) -> None:
+    """An older version listed no hashes, so what its damage leads to must end in one line, too. Torch's own exception
+    for it is no `Exception`."""
+    chance = random.Random(0)
+    refused = 0
+    for file in (directory / INDEX, directory / REST, next(directory.glob("*.distcp"))):
+        whole = file.read_bytes()
+        for place in [*range(0, 80, 8), *chance.sample(range(len(whole)), 30)]:
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+            try:
+                DurableCheckpointIO().load_checkpoint(directory)
+            except ValueError as error:
+                refused += 1
+                assert str(directory) in str(error) and "\n" not in str(error)
+        file.write_bytes(whole)
+    assert refused > 20
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.checkpoints.sharded_files import REST
+from lightning_danube.checkpoints.files import REST
 from lightning_danube.classification import ClassificationData, exported
 from lightning_danube.classification.exported import (
     Classifier,

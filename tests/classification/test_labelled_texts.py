@@ -66,6 +66,12 @@ def test_a_bad_row_says_what_is_wrong_and_where(tmp_path: Path, row: Any, cause:
     assert bad.cause == cause and message in bad.message
 
 
+def test_half_a_surrogate_pair_in_an_id_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a\ud800", "text": "x", "label": "b"}))
+    (row,) = read(tmp_path / "a.jsonl")
+    assert isinstance(row, LabelledText) and row.id == "a\\ud800"
+
+
 @pytest.mark.parametrize(
     ("text", "label", "message"),
     [

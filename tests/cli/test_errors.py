@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_danube.cli.command_line import Stated, in_one_line, read_command_line
-from lightning_danube.cli.errors import located, parse, raised_by_a_class, unresolved
+from lightning_danube.cli.errors import located, parse, raised_by_a_class, unresolved, while_restoring
 from lightning_danube.cli.options import Refusal
 from lightning_danube.model.config import DecoderShape
 
@@ -96,3 +96,25 @@ def test_references_to_items_of_a_list_are_followed(tmp_path: Path) -> None:
     config.write_text("stages: [{tokens: 5}]\ndata: {second: '${stages.1.tokens}'}\n")
     said = unresolved(read_command_line(["--config", str(config)]))
     assert said == f"{config}, line 2: ${{stages.1.tokens}} refers to a key that no config states"
+
+
+def test_what_lightning_raises_on_a_foreign_checkpoint_is_one_line(tmp_path: Path) -> None:
+    """Only where it takes the checkpoint apart, and only what is no message of our own."""
+    file, places = tmp_path / "step_1.ckpt", {"here": str(tmp_path / "checkpoint_connector.py"), "elsewhere": "loop.py"}
+
+    def raised(where: str, source: str) -> Exception:
+        try:
+            exec(compile(source, places[where], "exec"), {"located": located})
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    told = while_restoring(raised("here", "{}['loops']"), file)
+    assert str(told).startswith(f"{file} does not fit this run, or another program wrote it (KeyError: 'loops'): name")
+    assert while_restoring(raised("here", "{}['loops']"), None) is None
+    assert while_restoring(raised("elsewhere", "{}['loops']"), file) is None
+    assert while_restoring(raised("here", "open('/nowhere')"), file) is None
+    try:
+        DecoderShape(0, 1, 1, 1, 1)
+    except ValueError as error:
+        assert while_restoring(error, file) is None

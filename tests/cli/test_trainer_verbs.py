@@ -238,6 +238,9 @@ def test_wrong_configs_are_answered_in_one_line(
 def test_a_path_is_told_as_it_was_asked_for() -> None:
     error = PermissionError(13, "Permission denied", f"shared/.my-model.{'0' * 32}.partial/config.json")
     assert user_message(error) == "shared/my-model/config.json: Permission denied"
+    assert user_message(OSError(28, "No space left on device")) == (
+        "No space left on device (the system names no file; --debug shows where)"
+    )
 
 
 def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +267,20 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         ),
         (["fit", "--config", "TINY", "--trainer.precision=fp8"], "--trainer.precision is fp8: choose one of 32-true,"),
         (["fit", "--config", "TINY", "--trainer.devices", "64"], "--trainer.devices is 64, and this machine has"),
+        (["fit", "--config", "TINY", "--trainer.devices", "-1"], "trainer: `devices` selected with"),
+        (["fit", "--config", "TINY", "--trainer.devices", str(10**30)], "trainer: cannot fit 'int'"),
+        (["fit", "--config", "TINY", "--seed_everything", "-1"], "--seed_everything is -1: give a number from 0 to"),
+        (
+            ["fit", "--config", "TINY", "--seed_everything", str(2**32)],
+            "--seed_everything is 4294967296: give a number",
+        ),
+        (["fit", "--config", "TINY", "--data.batch_tokens", str(10**30)], "more than 1,000T: count again"),
+        (["fit", "--config", "TINY", "--data.validation_rows", "-1"], "validation_rows is -1: it must be at least 1"),
+        (
+            ["fit", "--config", "TINY", "--model.decoder.num_hidden_layers", str(10**9)],
+            "num_hidden_layers is 1000000000; it may be at most 10,000",
+        ),
+        (["fit", "--config", "TINY", "--name", "&a [*a]"], "--name, line 1: an alias stands inside the value"),
         (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),
         (["fit", "--config", "TINY", "--ckpt_path", "last"], "there is no checkpoint under"),
         (["fit", "--config", "TINY", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),

@@ -71,7 +71,7 @@ def test_the_text_of_a_run_stays_text(recorded: RecordedRun) -> None:
 def test_damaged_files_are_named(recorded: RecordedRun, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: mine\ndata:\nmodel:\n")
     (tmp_path / "summary.json").write_text('{"tok')
-    (tmp_path / "history.jsonl").write_text('{"step": 0}\n{"st')
+    (tmp_path / "history.jsonl").write_text('{"step": 0}\n{"st\n')
     (tmp_path / "events.out.tfevents.1.x").write_bytes(b"no events")
     run = read_run_of_any_task(tmp_path)
     assert [problem.partition(" (")[0] for problem in run.problems] == [

@@ -19,7 +19,15 @@ from lightning_danube.files import locked
 from lightning_danube.signals import Stopped
 from lightning_danube.studies import trials
 from lightning_danube.studies.design import Design
-from lightning_danube.studies.trials import Result, TrialFailed, Trials, number_of, open_study, take_turns
+from lightning_danube.studies.trials import (
+    Result,
+    TrialFailed,
+    Trials,
+    naming_storage,
+    number_of,
+    open_study,
+    take_turns,
+)
 
 WORKER = """
 import sys
@@ -223,3 +231,68 @@ def test_a_run_keeps_its_lock_when_its_worker_is_killed(monkeypatch: pytest.Monk
     with pytest.raises(Stopped):
         trials.Runner(DESIGN, tmp_path).run("a", {"rate": 3}, 7)
     assert given["saves"] and given["is the lock"] and not (tmp_path / ".a.lock").exists()
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+TWO = Design(name="small", base="quickstart", metric="loss", variants={"a": {}, "b": {}}, baseline="a", seeds=(1,))
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a study whose two trials are done."""
+    monkeypatch.setattr(trials.Runner, "run", lambda self, name, values, seed: (tmp_path / name, {"loss": 3.25}))
+    study = Trials(TWO, tmp_path)
+    study.work(lambda line: None)
+    assert [result.metrics for result in study.results()] == [{"loss": 3.25}] * 2
+    return tmp_path
+
+
+def reopened(directory: Path) -> list[Result]:
+    with naming_storage(directory, None):
+        study = Trials(TWO, directory, resume=True)
+        study.work(lambda line: None)
+        return study.results()
+
+
+@pytest.mark.parametrize("harm", ["garbage", "half", "header", "directory", "pipe"])
+def test_a_damaged_storage_is_named_in_one_line(finished: Path, harm: str) -> None:
+    file = finished / "study.sqlite3"
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "directory":
+        file.mkdir()
+    elif harm == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(
+            {"garbage": b"garbage" * 99, "half": content[: len(content) // 2], "header": b"\0" + content[1:]}[harm]
+        )
+    with pytest.raises(ValueError, match=r"study.sqlite3 cannot be used as the storage of a study \([^\n]*\): restore"):
+        reopened(finished)
+
+
+def test_a_number_that_a_flipped_bit_has_changed_is_noticed(finished: Path) -> None:
+    """SQLite has no checksums."""
+    file = finished / "study.sqlite3"
+    assert [result.metrics["loss"] for result in reopened(finished)] == [3.25, 3.25]
+    content = file.read_bytes()
+    assert content.count(b'"loss": 3.25') >= 2
+    file.write_bytes(content.replace(b'"loss": 3.25', b'"loss": 3.05'))
+    with pytest.raises(ValueError, match=r"^the result of trial \d has changed since it was stored: .* is damaged"):
+        reopened(finished)
+
+
+def test_an_error_of_this_project_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), naming_storage(tmp_path, None):
+        raise KeyError("a mistake of ours")
+    with pytest.raises(ValueError, match="there is no study small to go on with"), naming_storage(tmp_path, None):
+        Trials(TWO, tmp_path, resume=True)
+
+
+def test_the_password_of_a_storage_is_not_shown(tmp_path: Path) -> None:
+    url = "sqlite://user:secret@/nowhere/x.sqlite3"
+    with pytest.raises(ValueError, match="cannot be used as the storage") as error, naming_storage(tmp_path, url):
+        Trials(TWO, tmp_path, storage=url)
+    assert "secret" not in str(error.value)

@@ -58,7 +58,10 @@ def test_a_module_without_a_trainer_says_so_in_a_private_attribute() -> None:
 
 def test_checkpoints_count_micro_batches_where_a_resume_restates_them() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    progress = trainer.fit_loop.state_dict()["epoch_loop.batch_progress"]
+    state = trainer.fit_loop.state_dict()
+    progress = state["epoch_loop.batch_progress"]
+    steps = state["epoch_loop.automatic_optimization.optim_progress"]
+    assert steps["optimizer"]["step"]["total"]["completed"] == 0
     for counts in (progress["total"], progress["current"]):
         assert {"ready", "started", "processed", "completed"} <= counts.keys()
 
@@ -235,7 +238,10 @@ def test_a_predicted_row_has_its_mean_loss() -> None:
 
 def progress(ready: int, completed: int) -> dict[str, Any]:
     counts = {"ready": ready, "started": ready, "processed": ready, "completed": completed}
-    return {"loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": {**counts}, "current": {**counts}}}}}
+    steps = {"optimizer": {"step": {"total": {"completed": 6}}}}
+    batches = {"total": {**counts}, "current": {**counts}}
+    loop = {"epoch_loop.batch_progress": batches, "epoch_loop.automatic_optimization.optim_progress": steps}
+    return {"loops": {"fit_loop": loop}}
 
 
 def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
@@ -245,7 +251,8 @@ def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
     )
     checkpoint: dict[str, Any] = {"loggers": []}
     facts = {"decoder_config": CONFIG.facts(), "seed": task._seed, "global_step": 6}
-    checkpoint |= {**facts, **progress(12, 11), **changes}
+    states: dict[str, Any] = {"optimizer_states": [{}], "lr_schedulers": [{}]}
+    checkpoint |= {**facts, **states, **progress(12, 11), **changes}
     task.on_load_checkpoint(checkpoint)
     return checkpoint
 
@@ -254,6 +261,19 @@ def test_a_resume_counts_micro_batches_of_the_present_size() -> None:
     """Two micro-batches a step before, four now. The last batch was not over when the checkpoint was written."""
     found = resumed(task_of(CONFIG))["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert found["total"] == {"ready": 24, "started": 24, "processed": 24, "completed": 23} == found["current"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_states": []}, "the checkpoint has no optimizer_states: no run can go on from it"),
+        ({"lr_schedulers": []}, "the checkpoint has no lr_schedulers: no run can go on from it"),
+        ({"global_step": 3}, "says that it is of step 3, its optimizer has done 6"),
+    ],
+)
+def test_a_checkpoint_that_was_changed_does_not_begin_anew_in_silence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resumed(task_of(CONFIG), **changes)
 
 
 def test_a_checkpoint_of_another_seed_or_optimizer_is_refused() -> None:

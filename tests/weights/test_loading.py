@@ -159,7 +159,9 @@ def test_a_zip_archive_of_others_is_no_checkpoint(tmp_path: Path) -> None:
     for content in ({"weights": torch.zeros(1)}, torch.zeros(1)):
         torch.save(content, tmp_path / "other.ckpt")
         for load in (load_model, load_decoder):
-            with pytest.raises(ValueError, match=r"other.ckpt: not a checkpoint of this project: no decoder_config"):
+            with pytest.raises(
+                ValueError, match=r"other.ckpt(: not a checkpoint of this project| is no checkpoint: it holds a Tensor)"
+            ):
                 load(str(tmp_path / "other.ckpt"))
 
 

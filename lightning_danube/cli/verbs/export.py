@@ -59,9 +59,10 @@ def _check(arguments: Namespace) -> None:
 
 def _export_hf(arguments: Namespace) -> None:
     from lightning_danube.classification.exported import is_classifier
+    from lightning_danube.files import read_json
     from lightning_danube.tokens.chat_template import end_ids
     from lightning_danube.tokens.tokenizer import adding_bos
-    from lightning_danube.weights.huggingface import EXPORTED_FILES, check_target, read_json, save_hf
+    from lightning_danube.weights.huggingface import EXPORTED_FILES, check_target, save_hf
     from lightning_danube.weights.model_card import model_card
 
     out = Path(arguments.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from argparse import ArgumentParser, Namespace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.cli.verbs.configuration import add_configuration
+from lightning_danube.files import read_json
 from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(arguments: Namespace) -> None:
     reports = []
     for name, directory in data.shards_directories().items():
         if (directory / "report.json").exists():
-            reports.append((directory, json.loads((directory / "report.json").read_text(encoding="utf-8"))))
+            reports.append((directory, read_json(directory / "report.json")))
             if seconds[name]:
                 _open(data, directory).verify()
     if reports:

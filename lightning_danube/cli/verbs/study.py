@@ -48,16 +48,18 @@ def run(arguments: Namespace) -> None:
 
     from lightning_danube.studies.report import write_report, write_search_report
     from lightning_danube.studies.search import Search
-    from lightning_danube.studies.trials import Trials
+    from lightning_danube.studies.trials import Trials, naming_storage
 
-    study = (Search if design.search else Trials)(design, directory, storage=arguments.storage, resume=arguments.resume)
-    if arguments.retry_failed:
-        show(f"{study.retry_failed()} failed trials wait again")
-    if not arguments.report:
-        study.work(lambda line: show(f"  {line}"))
-    command = f"python -m lightning_danube study --config {arguments.config}"
-    show(
-        write_search_report(study, directory, command)
-        if isinstance(study, Search)
-        else write_report(design, study.results(), directory, command)
-    )
+    with naming_storage(directory, arguments.storage):
+        kind = Search if design.search else Trials
+        study = kind(design, directory, storage=arguments.storage, resume=arguments.resume)
+        if arguments.retry_failed:
+            show(f"{study.retry_failed()} failed trials wait again")
+        if not arguments.report:
+            study.work(lambda line: show(f"  {line}"))
+        command = f"python -m lightning_danube study --config {arguments.config}"
+        show(
+            write_search_report(study, directory, command)
+            if isinstance(study, Search)
+            else write_report(design, study.results(), directory, command)
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 
 from lightning_danube.extras import need
-from lightning_danube.files import write_json, write_text
+from lightning_danube.files import read_json, write_json, write_text
 from lightning_danube.training.trackers.kept import kept
 
 IN_RUN = ("CSVLogger", "TensorBoardLogger")
@@ -99,7 +98,7 @@ def known_id(name: str, place: LoggerPlace) -> str | None:
     if place.resumed_at is None:
         return None
     try:
-        known: dict[str, str] = json.loads((place.run / RECORD).read_text("utf-8"))
+        known: dict[str, str] = read_json(place.run / RECORD)
     except (OSError, ValueError):
         return None
     return known.get(name)
