@@ -513,7 +513,8 @@ def hold(tmp_path: Path) -> Iterator[Any]:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", HOLDER, str(tmp_path / ".a.lock"), how]
         started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes))
-        assert started[-1].stdout.readline() == "holds\n"
+        output = started[-1].stdout
+        assert output is not None and output.readline() == "holds\n"
         return started[-1]
 
     yield start
@@ -620,6 +621,7 @@ def test_a_full_disk_names_the_file(error: Exception, named: bool, tmp_path: Pat
     with pytest.raises(type(error) if not named else OSError) as raised, naming(tmp_path / "file"):
         raise error
     if named:
+        assert isinstance(raised.value, OSError)
         assert (raised.value.filename, raised.value.errno) == (str(tmp_path / "file"), errno.ENOSPC)
         assert user_message(raised.value) == f"{tmp_path / 'file'}: not written: no space left on device"
     else:
