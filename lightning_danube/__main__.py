@@ -207,12 +207,12 @@ def user_message(error: BaseException) -> str | None:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""
     if isinstance(error, ValueError) and os.path.realpath(raised_in).startswith(_OURS):
         return " ".join(str(error).split())
-    if (number := refusal_of_disk(error)) is not None and not getattr(error, "filename", None):
-        return f"a file could not be written: {os.strerror(number)}"
     if isinstance(error, OSError):
         said = " ".join(str(error.strerror or error).split()) or type(error).__name__
         # A write or a read of an open file, and many libraries, do not say which file it is.
         return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
+    if (number := refusal_of_disk(error)) is not None:  # of a library in another language
+        return f"{os.strerror(number)}{_UNNAMED}"
     return None
 
 

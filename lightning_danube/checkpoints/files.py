@@ -322,4 +322,5 @@ def _way_out(error: OSError) -> str:
         errno.EISDIR: "move what is there out of the way",
     }
     what = todo.get(error.errno or 0, "see to it")
-    return f"{(error.strerror or str(error)).lower()}; {what}"
+    said = (error.strerror or str(error)).removeprefix("not written: ")
+    return f"{said.lower()}; {what}"

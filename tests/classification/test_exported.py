@@ -90,6 +90,6 @@ def test_a_head_on_logits_is_one_layer_on_states(monkeypatch: pytest.MonkeyPatch
 def test_whether_many_ranks_wrote_a_classifier_is_asked_without_its_tensors(tmp_path: Path) -> None:
     for name, extra in (("classifier", {"classifier": {"labels": ["a", "b"]}}), ("other", {})):
         (tmp_path / name).mkdir()
-        torch.save({"decoder_config": {}, **extra}, tmp_path / name / REST)
+        torch.save({"decoder_config": {}, "optimizer_groups": [], **extra}, tmp_path / name / REST)
         assert is_classifier(Located(name, "checkpoint", tmp_path / name, None)) == bool(extra)
     assert not is_classifier(Located("x", "gguf", tmp_path, None))

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "code": (code_beside, "contains custom code which must be executed"),
     "layers": (
         edit(CONFIG, num_hidden_layers=2**29),
-        "num_hidden_layers is 536,870,912, yet there are only 21 tensors",
+        "num_hidden_layers is 536870912; it may be at most 10,000",
     ),
     "layers without end": (edit(CONFIG, num_hidden_layers=10**18), "has to be a whole number of at most"),
     "a text": (edit(CONFIG, vocab_size="\x1b[31m"), "vocab_size is .* it has to be a whole number"),
@@ -125,7 +125,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "overlap": (header("data_offsets", [4, 8]), "truncated, or no safetensors file"),
     "a name that is a code": (header("dtype", "\x1b[31m"), "truncated, or no safetensors file"),
     "complex weights": (weights(lambda one: one.to(torch.complex64)), "tensors are quantized or no floats"),
-    "weights that are no numbers": (weights(lambda one: one.fill_(float("nan"))), "logits that are no finite numbers"),
+    "weights that are no numbers": (
+        weights(lambda one: one.fill_(float("nan"))),
+        "lm_head.weight holds NaN or infinity",
+    ),
     "a slow pattern": (
         tokenizer(
             lambda one: one.update(

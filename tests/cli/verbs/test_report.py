@@ -35,5 +35,5 @@ def test_a_run_without_any_result_has_a_page(version: Path, capsys: pytest.Captu
     assert main(["report", str(version)]) == 0
     assert capsys.readouterr().out == f"written: {version / 'report.html'}\n"
     page = (version / "report.html").read_text("utf-8")
-    for missing in ("no summary.json", "no TensorBoard events", "no session is recorded"):
+    for missing in ("no summary.json", "no curves, of TensorBoardLogger or CSVLogger", "no session is recorded"):
         assert missing in page
