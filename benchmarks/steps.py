@@ -230,7 +230,7 @@ def run_steps(
                 start = time.monotonic()
                 process.begin({"step": step.name, "options": dict(options)})
                 code = process.wait(limit)
-                record = {
+                record: dict[str, Any] = {
                     "step": step.name,
                     "seconds": round(time.monotonic() - start, 1),
                     "limit": round(limit, 1),
@@ -271,7 +271,7 @@ def table_of(records: Sequence[Mapping[str, Any]], steps: Sequence[Step], about:
             record["step"],
             proves[record["step"]],
             f"{record['seconds']:.0f} of {record['limit']:.0f}",
-            "ok" if record["ok"] else f"**{record['ended']}**",
+            "ok" if record["ok"] else record["ended"],
             _cell(brief(record["measured"])),
         ]
         for record in records

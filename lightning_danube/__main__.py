@@ -17,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> int:
         # A locale may have no letter for what is printed, such as "×".
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+                with suppress(OSError):  # a named pipe refuses
+                    stream.reconfigure(errors="backslashreplace")
     with SIGNALS.listening(own_process=args is None):
         return _run(list(sys.argv[1:] if args is None else args))
 
