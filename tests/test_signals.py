@@ -438,7 +438,8 @@ class Block(Callback):
             self._block("step")
 
     def on_validation_start(self, trainer, pl_module):
-        self._block("validation")
+        if trainer.global_step:  # before the first step nothing would be saved
+            self._block("validation")
 
     def on_fit_end(self, trainer, pl_module):
         self._block("end")
