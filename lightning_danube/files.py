@@ -257,9 +257,15 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
     """The hidden path of a folder beside `target`, for large files that are needed while `target` is made. The folder
-    is removed at the end of the block, or after a kill by the next writer of `target`."""
+    is removed at the end of the block, or after a kill by the next writer of `target`. An error of the disk that names
+    a file of the folder names `target`, which the user knows."""
     with _hidden_folder(target) as partial:
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.filename is None or not str(error.filename).startswith(str(partial)):
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def finish_folder(partial: Path, target: Path, *, replace: bool = False) -> None:

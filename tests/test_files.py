@@ -695,3 +695,12 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         default_cache_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert default_cache_dir() == Path("/cache/lightning-danube")
+
+
+def test_an_error_in_a_scratch_folder_names_what_is_made(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as raised, scratch_folder(tmp_path / "model.gguf") as scratch:
+        raise OSError(errno.ENOSPC, "full", str(scratch / "whole.gguf"))
+    assert raised.value.filename == str(tmp_path / "model.gguf") and list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="full") as raised, scratch_folder(tmp_path / "model.gguf"):
+        raise OSError(errno.ENOSPC, "full", "elsewhere")
+    assert raised.value.filename == "elsewhere"
