@@ -24,19 +24,19 @@ DISTRIBUTIONS = {
     **{"absl-py": "absl", "accelerate": "accelerate", "bitsandbytes": "bitsandbytes", "datasets": "datasets"},
     **{"grpcio": "grpc", "huggingface-hub": "huggingface_hub", "jinja2": "jinja2", "joblib": "joblib"},
     **{"jsonargparse": "jsonargparse", "lightning": "lightning", "mistral-common": "mistral_common"},
-    **{"mpmath": "mpmath", "networkx": "networkx", "numpy": "numpy", "omegaconf": "omegaconf", "pandas": "pandas"},
-    **{"peft": "peft", "pillow": "PIL", "pydantic": "pydantic", "rich": "rich", "scikit-learn": "sklearn"},
-    **{"tensorboard": "tensorboard", "tokenizers": "tokenizers", "torch": "torch", "torchmetrics": "torchmetrics"},
-    **{"transformers": "transformers", "werkzeug": "werkzeug"},
+    **{"mpmath": "mpmath", "numpy": "numpy", "omegaconf": "omegaconf", "peft": "peft", "pillow": "PIL"},
+    **{"pydantic": "pydantic", "rich": "rich", "tensorboard": "tensorboard", "tokenizers": "tokenizers"},
+    **{"torch": "torch", "transformers": "transformers", "werkzeug": "werkzeug"},
 }
 """The distributions that are read, and the package of each. A plain install of this project includes all of them.
 
 No other distributions are read, so further installs do not change the text. Small packages that an extra may need in
-another version (fsspec, urllib3, packaging) are not in the list.
+another version (fsspec, urllib3, packaging) are not in the list. Nor are large packages (pandas, scikit-learn, networkx,
+torchmetrics): they would take a third of the time, and the quickstart needs no more text.
 """
 
 ACADEMIC = (
-    *("mpmath", "networkx", "numpy", "torchmetrics"),
+    *("mpmath", "numpy"),
     *("torch._linalg_utils", "torch._lobpcg", "torch._tensor_docs", "torch._torch_docs", "torch.autograd"),
     *("torch.distributions", "torch.fft", "torch.functional", "torch.func", "torch.linalg", "torch.optim"),
     *("torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.utils"),
