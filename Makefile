@@ -14,11 +14,12 @@ INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
 INSTALLED_TRACKERS := .venv/.installed-trackers
+INSTALLED_DOCS := .venv/.installed-docs
 INSTALLED_KERNELS := .venv/kernels/.installed
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(INSTALLED_EVALUATION) $(INSTALLED_S3) $(INSTALLED_GIGATOKEN) \
-	$(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2)
+	$(INSTALLED_DOCS) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2)
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
 # DISABLE_CUDA: hqq would compile a kernel for GPUs, which nothing here calls.
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
@@ -36,7 +37,7 @@ MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigat
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken test-trackers test-kernels test-faults check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks clean
+	test-s3 test-gigatoken test-trackers test-kernels test-faults check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -135,8 +136,15 @@ tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 notebooks: $(INSTALLED_DEV) ## execute the notebooks in place, on the runs and results that are here (ARGS="notebooks/lora.ipynb": that one)
 	@$(BIN)/python notebooks/execute.py $(ARGS)
 
+fill: $(INSTALLED_TEST) ## fill tables and outputs in the pages from the files that they name
+	@$(BIN)/python docs/making/fill.py
+
+docs: $(INSTALLED_DOCS) ## build the site into site/, and fail at a broken link or anchor (no network needed)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 clean: ## remove caches and build outputs; runs/ and .venv stay
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov build dist *.egg-info
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov build dist site *.egg-info
 	@find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o \
 		\( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
@@ -203,6 +211,11 @@ $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 $(INSTALLED_TRACKERS): $(INSTALLED_TEST)
 	@echo "installing MLflow and Weights & Biases into .venv (once, about 1 min)"
 	@$(PIP_INSTALL) -e '.[trackers]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "installing MkDocs into .venv (once, some seconds)"
+	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 # In a folder of their own: torchao and Triton tell on stderr what they miss on a CPU, also when PEFT asks for them. Triton has

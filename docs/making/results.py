@@ -1,0 +1,374 @@
+"""Makers of the tables of results in the pages. Each reads files under benchmarks/results and returns Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKERS = (
+    "table",
+    "joined",
+    "windows",
+    "outputs",
+    "stage_losses",
+    "run_facts",
+    "machine",
+    "training",
+    "generation",
+    "compiled_generation",
+    "gpu_training",
+    "gpu_decoding",
+    "gpu_attention",
+    "gguf_sizes",
+    "levels",
+    "academic",
+    "paper_shapes",
+    "paper_stages",
+    "paper_perplexity",
+)
+Rows = list[list[str]]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text_of(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def rows_of(file: str) -> list[dict[str, Any]]:
+    """Returns the rows of a Parquet file."""
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(ROOT / file).to_pylist()
+    return rows
+
+
+def tables_of(file: str) -> list[Rows]:
+    """Returns the Markdown tables of a file, each with its header and without the line below it."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n?)+", text_of(file), re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in block.strip().splitlines()]
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def columns(table: Rows, *names: str) -> Rows:
+    """Returns some columns of a table, with its header.
+
+    Raises:
+        ValueError: the table has no such column.
+    """
+    places = [table[0].index(name) for name in names]
+    return [[row[place] for place in places] for row in table]
+
+
+def table(file: str) -> str:
+    """Returns a table as it stands in a file."""
+    name, _, number = file.partition("#")
+    header, *rows = tables_of(name)[int(number or 1) - 1]
+    return markdown(header, rows)
+
+
+def joined(*files: str) -> str:
+    """Returns tables with the same header as one table."""
+    tables = [tables_of(file.partition("#")[0])[int(file.partition("#")[2] or 1) - 1] for file in files]
+    assert all(one[0] == tables[0][0] for one in tables), "the headers differ"
+    return markdown(tables[0][0], [row for one in tables for row in one[1:]])
+
+
+def windows(file: str) -> str:
+    """Returns what context windows cost, with the names that the page uses."""
+    found = columns(tables_of(file)[0], "window", "tokens measured", "reread", "rolling", "whole")
+    return markdown(["window", "tokens measured", "reread (`--window`)", "ring buffer", "all remembered"], found[1:])
+
+
+# --- the quickstart ---------------------------------------------------------------------------------------------------
+
+
+def outputs(file: str) -> str:
+    """Returns a printed output as a block."""
+    return f"```\n{text_of(file).strip()}\n```"
+
+
+def stage_losses(summary: str) -> str:
+    """Returns held-out losses after the last stage, and bits a byte with their mean."""
+    facts = json.loads(text_of(summary))
+    sources = list(facts["val_loss"])
+    bits = facts["val_bits_per_byte"]
+    mean = sum(bits.values()) / len(bits)
+    return markdown(
+        ["", *sources, "mean"],
+        [
+            ["held-out loss, nats/token", *(f"{facts['val_loss'][name]:.3f}" for name in sources), ""],
+            ["bits/byte (`val_bits_per_byte`)", *(f"{bits[name]:.3f}" for name in sources), f"{mean:.3f}"],
+        ],
+    )
+
+
+def run_facts(summary: str) -> str:
+    """Returns precision, steps, time, speed and mean bits per byte of a pre-training run."""
+    facts = json.loads(text_of(summary))
+    bits = facts["val_bits_per_byte"]
+    minutes, seconds = divmod(round(facts["seconds"]), 60)
+    cells = [
+        facts["precision"],
+        f"{facts['parameters']:,}",
+        f"{facts['tokens']:,}",
+        f"{facts['steps']:,}",
+        f"{minutes} min {seconds:02d} s",
+        f"{facts['tokens_per_second']:,.0f}",
+        f"{sum(bits.values()) / len(bits):.3f}",
+    ]
+    return markdown(["precision", "parameters", "tokens", "steps", "time", "tokens/s", "mean bits/byte"], [cells])
+
+
+def machine(file: str) -> str:
+    """Returns where a result was measured, as a sentence."""
+    return f"(Recorded: {text_of(file).strip()}.)"
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def training(wide: str, narrow: str) -> str:
+    """Returns training speed beside others: with AVX-512 in two precisions, and with AVX2.
+
+    Args:
+        wide, narrow: results of `benchmarks/training.py` with AVX-512 and with AVX2.
+    """
+    chosen = ("tokens/CPU s", "danube ×", "of the ceiling", "peak MiB")
+    parts = [columns(found, "", *chosen) for found in (*tables_of(wide), *tables_of(narrow))]
+    header = ["tokens/CPU s, danube ×, share of the ceiling, peak MiB"]
+    for title in ("AVX-512, bf16-mixed", "AVX-512, float32", "AVX2, float32"):
+        header += [title, "", "", ""]
+    called = {
+        "transformers": "transformers' Trainer, with our allocator settings",
+        "transformers as installed": "transformers' Trainer as installed",
+    }
+    rows = []
+    for lines in zip(*(part[1:] for part in parts), strict=True):
+        assert len({line[0] for line in lines}) == 1, "the contestants stand in another order"
+        rows.append([called.get(lines[0][0], lines[0][0]), *(cell for line in lines for cell in line[1:])])
+    return markdown(header, rows)
+
+
+CONTESTANTS = {"danube": "`generate`", "danube compiled": "`generate --compile`", "unpacked": "without packing"}
+SPEEDS = ("prefill, tokens/s", "× transformers", "decode, tokens/s", "× transformers")
+
+
+def _speeds(row: Sequence[str]) -> list[str]:
+    """Returns prefill and decoding speed, each with its factor, of a row of `benchmarks/generation.py`."""
+    prefill, decode = (float(cell.split()[0].replace(",", "")) for cell in (row[3], row[5]))
+    factors = ["1" if row[2] == "transformers" else row[place] for place in (4, 6)]
+    return [f"{int(prefill + 0.5):,}", factors[0], f"{decode:.1f}", factors[1]]
+
+
+def _generation_rows(files: Sequence[str]) -> Rows:
+    rows, last = [], ""
+    for lines in zip(*(tables_of(file)[0][1:] for file in files), strict=True):
+        weights, prompt, contestant = lines[0][:3]
+        assert all(line[:3] == lines[0][:3] for line in lines), "the contestants stand in another order"
+        group = [weights, prompt] if f"{weights} {prompt}" != last else ["", ""]
+        last = f"{weights} {prompt}"
+        called = CONTESTANTS.get(contestant, contestant)
+        rows.append([*group, called, *(cell for line in lines for cell in _speeds(line))])
+    return rows
+
+
+def generation(wide: str, narrow: str) -> str:
+    """Returns speed of generation with AVX-512 and with AVX2, in tokens per second."""
+    header = ["weights", "prompt", "", "AVX-512: prefill", "×", "decode", "×", "AVX2: prefill", "×", "decode", "×"]
+    return markdown(header, _generation_rows([wide, narrow]))
+
+
+def compiled_generation(file: str) -> str:
+    """Returns speed of generation, with compiled steps among the contestants, in tokens per second."""
+    header = ["weights", "prompt", "", "prefill", "× transformers", "decode", "× transformers"]
+    return markdown(header, _generation_rows([file]))
+
+
+def gpu_training(file: str) -> str:
+    """Returns pre-training of the 500M on one GPU beside others, from a result of `benchmarks/gpu_parts.py`."""
+    called = {
+        "danube, as configured": "`fit` as configured",
+        "danube, compiled, float8": "`fit` with `model.float8`",
+        "LitGPT, compiled": "LitGPT, compiled",
+    }
+    chosen = columns(tables_of(file)[1], "contestant", "steps", "tokens_per_second", "least", "most", "mfu", "peak_gib")
+    rows = [
+        [called[name], rate, f"{least} to {most}", f"{100 * float(mfu):.1f} %", f"{float(peak):.1f}"]
+        for name, _, rate, least, most, mfu, peak in chosen[1:]
+    ]
+    steps = chosen[1][1]
+    header = ["", f"tokens/s, median of {steps} steps", "least to most", "MFU", "peak memory, GiB"]
+    return markdown(header, rows)
+
+
+def gpu_decoding(*files: str) -> str:
+    """Returns decoding speed on one GPU: not recorded on an H100 and an H200, recorded and compiled on an H200."""
+    kinds = [("not recorded, H100", files[0], "eager"), ("not recorded, H200", files[1], "as written")]
+    kinds += [("recorded, H200", files[2], "as written"), ("recorded and compiled, H200", files[2], "compiled")]
+    rows = []
+    for title, file, kind in kinds:
+        found = next(one for one in tables_of(file) if one[0][:2] == ["generation", "run"])
+        first, second = ([float(cell) for cell in row[2:5]] for row in found[1:] if row[0] == kind)
+        rows.append(
+            [
+                title,
+                f"{first[0]:.0f} and {second[0]:.0f}",
+                f"{100 * second[1]:.1f} %",
+                f"{first[2]:.0f} and {second[2]:.0f}",
+            ]
+        )
+    header = ["", "tokens/s, first and second run", "share of the memory's speed, second run", "first token, ms"]
+    return markdown(header, rows)
+
+
+def gpu_attention(file: str) -> str:
+    """Returns milliseconds and TFLOP/s of the attention kernels on one GPU, the fastest first."""
+    found = next(one for one in tables_of(file) if one[0][:2] == ["shape", "kernel"])
+    shapes = list(dict.fromkeys(row[0] for row in found[1:]))
+    measured = {(row[0], row[1]): row[2:4] for row in found[1:] if row[2] != "–"}
+    kernels = sorted({kernel for _, kernel in measured}, key=lambda kernel: float(measured[shapes[0], kernel][0]))
+    header = ["attention, forward and backward of one row", *(f"heads {shape} tokens" for shape in shapes)]
+    rows = []
+    for kernel in kernels:
+        cells = [(float(ms), float(rate)) for ms, rate in (measured[shape, kernel] for shape in shapes)]
+        rows.append([kernel, *(f"{ms:.2f} ms, {rate:.0f} TFLOP/s" for ms, rate in cells)])
+    return markdown(header, rows)
+
+
+# --- fewer bits -------------------------------------------------------------------------------------------------------
+
+
+def gguf_sizes(file: str) -> str:
+    """Returns planned and published sizes of the paper's models, in GB of 10⁹ bytes."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows_of(file):
+        published = row["published_gigabytes"]
+        cells = [f"{row['gigabytes']:.3f}", "–" if published is None else f"{published:.2f}"]
+        found.setdefault(row["type"], {})[row["model"]] = cells
+    header = ["", "500M: planned", "published", "4B: planned", "published"]
+    return markdown(header, [[kind, *one["danube3-500m"], *one["danube3-4b"]] for kind, one in found.items()])
+
+
+def _change(row: dict[str, Any], full: float) -> str:
+    """Returns the change of perplexity, paired, with its interval. A collapse is a factor."""
+    change, low, high = (row[f"perplexity_change{end}"] for end in ("", "_low", "_high"))
+    if change is None:
+        return ""
+    if change > 100:
+        return f"× {row['perplexity'] / full:,.0f}"
+    noise = " ≈" if row["perplexity_change_is_noise"] else ""
+    return f"{100 * change:+.2f} % [{100 * low:+.2f}, {100 * high:+.2f}]{noise}"
+
+
+def _cloze(row: dict[str, Any]) -> str:
+    change = row["cloze_accuracy_change"]
+    text = f"{100 * row['cloze_accuracy']:.0f} %"
+    if change is None:
+        return text
+    noise = row["cloze_accuracy_change_low"] <= 0 <= row["cloze_accuracy_change_high"]
+    return f"{text} {round(100 * change):+d}{' ≈' if noise else ''}"
+
+
+def levels(file: str) -> str:
+    """Returns what each level of a quantization evaluation keeps and loses."""
+    found = [row for row in rows_of(file) if row["not_measured"] is None]
+    full = next(row["perplexity"] for row in found if row["level"] == "full")
+    header = ["level", "MiB", "bits", "perplexity", "change, paired [95 %]", "KL, nats", "KL, 99 %"]
+    header += ["same first", "cloze", "peak MiB"]
+    rows = []
+    for row in found:
+        size = row["perplexity"]
+        if row["level"] == "full":
+            # It has no change from itself.
+            row |= dict.fromkeys(("perplexity_change", "divergence", "divergence_99", "same_first"))
+            row["cloze_accuracy_change"] = None
+        rows.append(
+            [
+                row["level"],
+                f"{row['tensor_bytes'] / 2**20:.1f}",
+                f"{row['bits_per_weight']:.2f}",
+                f"{size:.2f}" if size < 10_000 else f"{size:,.0f}",
+                _change(row, full),
+                "" if row["divergence"] is None else f"{row['divergence']:.1e}",
+                "" if row["divergence_99"] is None else f"{row['divergence_99']:.1e}",
+                "" if row["same_first"] is None else f"{100 * row['same_first']:.1f} %",
+                _cloze(row),
+                f"{row['peak_memory_bytes'] / 2**20:.0f}",
+            ]
+        )
+    return markdown(header, rows)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def academic(file: str) -> str:
+    """Returns academic benchmarks in percent: the paper's columns, and the measured model with 95 % intervals."""
+    found = [row for row in rows_of(file) if row["table"] == "academic"]
+    ours = [row for row in found if row["measured"]]
+    stated = {(row["model"], row["title"]): row["value"] for row in found if not row["measured"]}
+    models = list(dict.fromkeys(model for model, _ in stated))
+    rows = []
+    for row in ours:
+        theirs = [f"{100 * stated[model, row['title']]:.2f}" for model in models]
+        if row["value"] is None:
+            rows.append([row["title"], row["setting"], *theirs, "not run", "–"])
+        else:
+            score = f"{100 * row['value']:.2f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            rows.append([row["title"], row["setting"], *theirs, score, f"{row['n']:.0f}"])
+    # A benchmark of which fewer questions were asked would weigh as much as the others.
+    most = max(row["n"] for row in ours if row["n"] is not None)
+    run = [row for row in ours if row["n"] == most]
+    averages = [sum(stated[model, row["title"]] for row in run) / len(run) for model in models]
+    averages.append(sum(row["value"] for row in run) / len(run))
+    rows.append([f"average of the {len(run)} with {most:.0f}", "", *(f"{100 * value:.2f}" for value in averages), ""])
+    return markdown(["", "setting", *models, ours[0]["model"], "questions"], rows)
+
+
+# --- the paper --------------------------------------------------------------------------------------------------------
+
+
+def _frame(frame: Any, digits: int = 2) -> str:
+    """Returns a pandas frame as Markdown. Titles on two levels are joined."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if value is None or value != value:
+            return "–"
+        return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 100 else f"{value:,.{digits}f}"
+
+    titles = [", ".join(filter(None, title)) if isinstance(title, tuple) else str(title) for title in frame.columns]
+    rows = [[str(name), *map(shown, values)] for name, values in zip(frame.index, frame.to_numpy(), strict=True)]
+    return markdown([str(frame.index.name or ""), *titles], rows)
+
+
+def paper_shapes(*_: str) -> str:
+    """Returns the paper's Table 1 beside the presets of this project."""
+    from lightning_danube.reports import paper
+
+    return _frame(paper.shapes(), digits=0)
+
+
+def paper_stages(*_: str) -> str:
+    """Returns tokens and web shares of the three stages, in the paper and in the configurations."""
+    from lightning_danube.reports import paper
+
+    return _frame(paper.stages(), digits=1)
+
+
+def paper_perplexity(*_: str) -> str:
+    """Returns perplexity by llama.cpp's types: the paper's models, and two that were measured here."""
+    from lightning_danube.reports import paper
+
+    return _frame(paper.quantized_perplexity())

@@ -1,0 +1,94 @@
+"""Every number of a filled block is the number of its file: pages and results cannot drift apart."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.making import fill, results
+from docs.making.pages import pages, read
+
+ROOT = Path(__file__).resolve().parents[2]
+FILLED = [page for page in pages() if "<!-- fill " in read(page)]
+
+
+def test_the_pages_with_results_are_filled_from_files() -> None:
+    expected = {"README.md", "benchmarks/README.md"}
+    expected |= {f"docs/{name}.md" for name in ("speed", "generation", "quickstart", "continue", "quantization")}
+    assert expected <= set(FILLED)
+
+
+@pytest.mark.parametrize("page", FILLED)
+def test_a_page_shows_what_its_files_hold(page: str) -> None:
+    text = read(page)
+    assert fill.filled(page, text) == text, f"{page} differs from its sources; type: {fill.COMMAND}"
+
+
+def test_a_number_that_was_changed_in_a_page_is_found() -> None:
+    text = read("docs/continue.md")
+    changed = text.replace("| before training | 3.0854 |", "| before training | 3.0853 |")
+    assert changed != text
+    assert fill.filled("docs/continue.md", changed) == text
+
+
+def test_a_number_that_was_changed_in_a_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads((ROOT / "benchmarks/results/quickstart/summary.json").read_text("utf-8"))
+    facts["val_loss"]["web"] += 1
+    (tmp_path / "summary.json").write_text(json.dumps(facts))
+    before = results.stage_losses("benchmarks/results/quickstart/summary.json")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.stage_losses("summary.json") == before.replace(
+        f"{facts['val_loss']['web'] - 1:.3f}", f"{facts['val_loss']['web']:.3f}"
+    )
+
+
+BLOCK = "<!-- fill {} -->\n\nx\n\n<!-- /fill -->\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BLOCK.format("nothing"), r"page\.md: there is no maker 'nothing'; there are .*table"),
+        (BLOCK.format("table: nowhere.md"), r"page\.md: the block 'table' reads nowhere\.md, which does not exist"),
+        ("<!-- fill table: README.md -->\nx\n", r"page\.md: a block has no end"),
+        ("x\n<!-- /fill -->\n", r"page\.md: a block has no end, or an end has no block"),
+    ],
+)
+def test_a_wrong_block_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill.filled("page.md", text)
+
+
+def test_every_maker_fills_a_block() -> None:
+    used = {match["maker"] for page in FILLED for match in fill.BLOCK.finditer(read(page))}
+    assert used == set(fill.makers())
+
+
+def test_the_check_writes_nothing_and_names_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    monkeypatch.setattr(fill, "stale_pages", lambda: {"page.md": "anew"})
+    monkeypatch.setattr("sys.argv", ["fill.py", "--check"])
+    assert fill.main() == 1
+    assert f"page.md differs from its sources; type: {fill.COMMAND}" in capsys.readouterr().out
+    assert not (tmp_path / "page.md").exists()
+    monkeypatch.setattr("sys.argv", ["fill.py"])
+    assert fill.main() == 0
+    assert (tmp_path / "page.md").read_text() == "anew"
+
+
+def test_a_table_keeps_its_empty_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.md").write_text("text\n\n|  | b |\n| --- | --- |\n| 1 |  |\n\n| c |\n|---|\n| 2 |\n")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.table("a.md") == "|  | b |\n| --- | --- |\n| 1 |  |"
+    assert results.table("a.md#2") == "| c |\n| --- |\n| 2 |"
+
+
+def test_all_pages_quote_one_run_of_the_quickstart() -> None:
+    facts = json.loads((ROOT / "benchmarks/results/quickstart/summary.json").read_text("utf-8"))
+    printed = (ROOT / "benchmarks/results/quickstart/output.txt").read_text("utf-8")
+    assert f"{facts['tokens']:,} tokens in {facts['steps']:,} steps" in printed
+    for name, loss in facts["val_loss"].items():
+        assert f"{loss:.3f}" in re.search(r"^after finish.*$", printed, re.MULTILINE)[0], name  # type: ignore[index]
