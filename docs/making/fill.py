@@ -60,9 +60,8 @@ def filled(page: str, text: str) -> str:
         begin = match[0].partition("\n")[0]
         return f"{begin}\n\n{known[name](*files).strip()}\n\n<!-- /fill -->"
 
-    if text.count("\n<!-- /fill -->") != len(BLOCK.findall(text)) or text.count("<!-- fill ") != len(
-        BLOCK.findall(text)
-    ):
+    marks = len(re.findall(r"^<!-- (?:fill |/fill)", text, re.MULTILINE))
+    if marks != 2 * len(BLOCK.findall(text)):
         raise ValueError(f"{page}: a block has no end, or an end has no block; docs/making/fill.py shows the form")
     return BLOCK.sub(made, text)
 
@@ -72,7 +71,7 @@ def stale_pages() -> dict[str, str]:
     found = {}
     for page in pages():
         text = read(page)
-        if "<!-- fill " in text and (anew := filled(page, text)) != text:
+        if re.search(r"^<!-- fill ", text, re.MULTILINE) and (anew := filled(page, text)) != text:
             found[page] = anew
     return found
 
