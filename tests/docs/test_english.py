@@ -1,0 +1,101 @@
+"""Looks for the most common relapses into hard English, in the prose of all pages. Code, outputs and filled blocks are
+left out."""
+
+import re
+
+import pytest
+
+from docs.making.fill import BLOCK
+from docs.making.pages import FENCE, pages, read
+
+BEGIN = r"(?:^|(?<=[.!?:;)] )|(?<=\| ))(?:[-*] |\d\. )?"
+"""Where a sentence, a line of a list or a cell of a table begins."""
+RELAPSES = {
+    "a sentence begins with 'Of …'": BEGIN + r"Of (?!course\b)[a-z]",
+    "a sentence begins with 'What …', and is no question": BEGIN
+    + r"What (?:is|was|were|are|a|an|the|one|it|they|each|all|has|needs|stands|differs)\b(?![^.\n]*\?)",
+    "quiet: say idle": r"\bquiet\b",
+    "passes: say epochs": r"\bpass(?:es)? over (?:the|each|all|a) (?:text|source|data|document|conversation|pair)"
+    r"|\b(?:one|two|three|\d+) pass(?:es)?\b(?! of)|\bpass\(es\)",
+    "say every n-th": r"\bso-manieth\b|\bevery so many\b",
+    "say nats/token, bits/byte, tokens/s": r"\b(?:nats|bits) a (?:token|byte|weight)\b|\btokens a second\b",
+    "say a reader that": r"\b(?:to|from|by|for) who\b",
+    "say is detected": r"\b(?:no|nothing|neither) (?:\w+ ){0,3}is (?:to be )?seen\b|\bis not to be told apart\b",
+    "say complete": r"\bwhole or not there\b",
+    "say for example": r"\bas it were\b",
+}
+# These say which words not to use, or are not sentences of this project.
+ALLOWED = {
+    "CONTRIBUTING.md": (
+        "| not |",
+        "| idle (a machine)",
+        "| no difference",
+        "| every n-th",
+        "| nats/token",
+        "| epochs",
+        "No sentence begins",
+    )
+}
+# Made by the mutants' runner, from entries that have their own review.
+NOT_READ = {"docs/mutants.md"}
+
+
+def prose_lines(text: str) -> list[str]:
+    """Returns the lines of a page, blank where they are code or filled from a file."""
+
+    def blank(match: re.Match[str]) -> str:
+        return "\n" * match[0].count("\n")
+
+    text = FENCE.sub(blank, BLOCK.sub(blank, text))
+    return [re.sub(r"`[^`]*`", "`x`", line) for line in text.splitlines()]
+
+
+def relapses(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"line {number}: {what}: {line.strip()[:120]}"
+        for number, line in enumerate(prose_lines(text), start=1)
+        if not line.startswith("#") and not (allowed and line.startswith(allowed))
+        for what, pattern in RELAPSES.items()
+        if re.search(pattern, line)
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page not in NOT_READ])
+def test_a_page_is_in_plain_english(page: str) -> None:
+    assert relapses(read(page), ALLOWED.get(page, ())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Of a run the newest checkpoint is taken.",
+        "- Of the sources two are read.",
+        "It ends. What is left goes on.",
+        "It ran on a quiet machine.",
+        "| loss | in 5 pass(es) |",
+        "It made two passes and one pass over the text.",
+        "Only every so-manieth unit is made.",
+        "The loss is 4.3 nats a token at 12 tokens a second.",
+        "At equal parameters no cost is seen.",
+        "Nothing is hidden from who counts.",
+    ],
+)
+def test_relapses_are_found(line: str) -> None:
+    assert relapses(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Of course it ends.",
+        "What is left?",
+        "## What is refused",
+        "`Of a run` and `quiet` are code.",
+        "The forward pass and the backward pass.",
+        "```\nnats a token\n```",
+        "<!-- fill outputs: x -->\nnats a token\n<!-- /fill -->",
+        "It says what was measured.",
+    ],
+)
+def test_plain_english_passes(line: str) -> None:
+    assert relapses(line) == []
