@@ -153,6 +153,16 @@ def test_the_environments_python_is_one_that_the_project_supports() -> None:
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python)
 
 
+def test_version_and_day_are_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    released = re.search(
+        r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    assert released is not None and released[1] == version
+    assert (citation.version, citation["date-released"]) == (version, released[2])
+
+
 def mentioned_paths(text: str) -> Iterator[str]:
     """Relative targets of links and images in Markdown or HTML, and paths into our folders, in code or prose."""
     targets = re.findall(r"\]\(\s*<?([^)\s>]+)", text)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 # No variable leads to the clone: pip, too, would take the project for installed.
 # Modules are compiled once, at their first import: pip would compile every file of every package, which takes a minute.
@@ -71,7 +73,7 @@ def run(programs: Path, elsewhere: Path, *command: str, code: int = 0) -> subpro
 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"lightning_danube", "lightning_danube-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"lightning_danube", f"lightning_danube-{VERSION}.dist-info"}
     assert {
         "lightning_danube/py.typed",
         "lightning_danube/callbacks/progress.py",
