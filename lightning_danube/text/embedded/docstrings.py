@@ -31,8 +31,8 @@ DISTRIBUTIONS = {
 """The distributions that are read, and the package of each. A plain install of this project includes all of them.
 
 No other distributions are read, so further installs do not change the text. Small packages that an extra may need in
-another version (fsspec, urllib3, packaging) are not in the list. Nor are large packages (pandas, scikit-learn, networkx,
-torchmetrics): they would take a third of the time, and the quickstart needs no more text.
+another version (fsspec, urllib3, packaging) are not in the list. Four large packages (pandas, scikit-learn, networkx,
+torchmetrics) are not in it either: they would take a third of the time, and the quickstart needs no more text.
 """
 
 ACADEMIC = (
