@@ -136,8 +136,9 @@ tensorboard: $(INSTALLED) ## open TensorBoard on runs/
 notebooks: $(INSTALLED_DEV) ## execute the notebooks in place, on the runs and results that are here (ARGS="notebooks/lora.ipynb": that one)
 	@$(BIN)/python notebooks/execute.py $(ARGS)
 
-fill: $(INSTALLED_TEST) ## fill tables and outputs in the pages from the files that they name
+fill: $(INSTALLED_TEST) ## fill tables and outputs in the pages from the files that they name, and draw the picture of the README
 	@$(BIN)/python docs/making/fill.py
+	@$(BIN)/python docs/making/picture.py
 
 docs: $(INSTALLED_DOCS) ## build the site into site/, and fail at a broken link or anchor (no network needed)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -47,12 +47,12 @@ PARTS = {
     "mutants-statistics": mutants("callbacks", "cli", "intervals", "planning", "reports", "studies"),
     "mutants-tasks": mutants("chat", "classification", "evaluation", "inspection", "quantization"),
     "mutants-model": mutants("checkpoints", "files", "generation", "model", "training", "weights"),
-    "mutants-data": mutants("options", "outside", "pretraining", "text", "tokens"),
+    "mutants-data": mutants("docs", "options", "outside", "pretraining", "text", "tokens"),
     "slow-checkpoints": slow("checkpoints"),
     "slow-ranks": slow("training", "model"),
     "slow-tasks": slow("chat", "classification", "evaluation", "pretraining", "quantization"),
     "slow-commands": slow(
-        "adding", "cli", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"
+        "adding", "cli", "docs", "test_configs.py", "test_portability.py", "test_signals.py", "text", "tokens"
     ),
     "slow-weights": slow("generation", "weights"),
     "slow-benchmarks": slow("benchmarks"),

@@ -16,6 +16,7 @@ MAKERS = (
     "joined",
     "windows",
     "outputs",
+    "last_outputs",
     "stage_losses",
     "run_facts",
     "machine",
@@ -95,6 +96,12 @@ def windows(file: str) -> str:
 def outputs(file: str) -> str:
     """Returns a printed output as a block."""
     return f"```\n{text_of(file).strip()}\n```"
+
+
+def last_outputs(file: str) -> str:
+    """Returns what a pre-training run prints at its end, from the table of held-out losses on."""
+    text = text_of(file)
+    return f"```\n{text[text.index('held-out loss, nats') :].strip()}\n```"
 
 
 def stage_losses(summary: str) -> str:

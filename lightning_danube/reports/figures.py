@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 from pandas.io.formats.style import Styler
 
@@ -29,6 +30,7 @@ COLOURS = {
     "social": "#F0E442",
 }
 INK, FAINT = "#222222", "#8a8a8a"
+DARK, LIGHT_INK = "#0d1117", "#e6edf3"
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 WIDTH = 9.0
 """Inches; with DPI, a figure is as wide as a notebook's column."""
@@ -151,6 +153,57 @@ def held_out_losses(run: RecordedRun) -> Figure:
     return figure
 
 
+def losses_over_mix(run: RecordedRun) -> Figure:
+    """Draws the held-out loss of each source over tokens, and below it the mix of the stages, in the same colours."""
+    seen = runs.seen_mix(run)
+    colours = source_colours(run.sources)
+    figure, (top, bottom) = new_figure(4.4, rows=2, sharex=True, heights=(3, 1))
+    handles = []
+    for source in run.sources:
+        loss = run.curve(f"held_out/{source}")
+        handles += top.plot(
+            loss.index, loss.to_numpy(), "o-", color=colours[source], linewidth=1.8, markersize=3.5, label=source
+        )
+    top.set_ylabel("held-out loss, nats/token")
+    for name, span in runs.stage_spans(run).iterrows():
+        left, width, low = span["begin"], span["end"] - span["begin"], 0.0
+        for source in run.sources:
+            share = float(seen.loc[str(name), source])
+            bottom.bar(left, share, width, low, align="edge", color=colours[source], edgecolor="white", linewidth=0.8)
+            if share >= 0.3:
+                ink = readable_on(colours[source])
+                text = f"{source} {100 * share:.0f} %"
+                bottom.text(left + width / 2, low + share / 2, text, color=ink, ha="center", va="center", fontsize=8.5)
+            low += share
+    bottom.set_ylim(0, 1)
+    bottom.yaxis.set_major_formatter(PercentFormatter(1))
+    bottom.set_ylabel("share of tokens")
+    bottom.grid(visible=False)
+    over_tokens([top, bottom], run)
+    legend(figure, handles, "Held-out loss by source over three stages, and the mix of each stage")
+    return figure
+
+
+def in_dark(figure: Figure) -> Figure:
+    """Turns a figure of this module dark, for pages on a dark ground. Colours of the data stay."""
+    figure.set_facecolor(DARK)
+    on_data = [text for ax in figure.axes for text in ax.texts if text.get_color() != INK]
+    for text in figure.findobj(Text):
+        if text not in on_data:
+            text.set_color(LIGHT_INK)
+    for ax in figure.axes:
+        ax.set_facecolor(DARK)
+        for grid in [*ax.get_xgridlines(), *ax.get_ygridlines()]:
+            grid.set_color("#30363d")
+        for drawn in ax.get_lines():
+            if drawn.get_color() == INK:
+                drawn.set_color(LIGHT_INK)
+        ax.tick_params(labelcolor=LIGHT_INK)
+        for patch in ax.patches:
+            patch.set_edgecolor(DARK)
+    return figure
+
+
 def optimization(run: RecordedRun) -> Figure:
     """Draws learning rate and gradient norm over tokens."""
     rate, norm = run.curve("optimizer/learning_rate"), run.curve("optimizer/gradient_norm")
@@ -201,10 +254,17 @@ def throughput(run: RecordedRun) -> Figure:
 
 
 def new_figure(
-    height: float, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    sharex: bool = False,
+    sharey: bool = False,
+    heights: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
+    drawn = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey, height_ratios=heights)
+    axes: list[Axes] = list(drawn.flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(FAINT)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.making import fill, results
+from docs.making import fill, picture, results
 from docs.making.pages import pages, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +92,18 @@ def test_all_pages_quote_one_run_of_the_quickstart() -> None:
     assert f"{facts['tokens']:,} tokens in {facts['steps']:,} steps" in printed
     for name, loss in facts["val_loss"].items():
         assert f"{loss:.3f}" in re.search(r"^after finish.*$", printed, re.MULTILINE)[0], name  # type: ignore[index]
+
+
+def test_the_pictures_of_the_readme_are_drawn_from_the_kept_run(tmp_path: Path) -> None:
+    """Paths of letters may differ between versions of matplotlib, so texts and curves are compared."""
+    picture.draw(tmp_path)
+    for name in ("light", "dark"):
+        kept, drawn = (
+            (folder / f"quickstart-{name}.svg").read_text("utf-8") for folder in (picture.PICTURES, tmp_path)
+        )
+        for pattern in (r"<text[^>]*>([^<]*)</text>", r'<path d="(M[^"]*)" clip-path'):
+            assert re.findall(pattern, kept) == re.findall(pattern, drawn), (
+                f"docs/pictures/quickstart-{name}.svg is old"
+            )
+        assert "foundation" in kept
+    assert "quickstart-light.svg" in read("README.md") and "quickstart-dark.svg" in read("README.md")

@@ -17,6 +17,7 @@ DRAWN = [
     figures.mix_over_tokens,
     figures.training_loss,
     figures.held_out_losses,
+    figures.losses_over_mix,
     figures.optimization,
     figures.throughput,
 ]
@@ -66,6 +67,31 @@ def test_a_panel_a_source_shows_its_losses_against_the_baseline(run: RecordedRun
     for ax, source in zip(axes, run.sources, strict=True):
         assert ax.lines[0].get_ydata()[0] == run.summary["unigram_loss"][source]  # type: ignore[index]
         assert list(ax.lines[1].get_ydata()) == [s["val_loss"][source] for s in run.summary["stages"]]  # type: ignore[arg-type]
+
+
+def test_the_mix_below_the_losses_is_the_one_that_was_seen(run: RecordedRun) -> None:
+    losses, mix = figures.losses_over_mix(run).axes
+    seen = runs.seen_mix(run)
+    bars = [bar for bar in mix.patches if bar.get_height()]  # type: ignore[attr-defined]
+    heights = [seen.loc[stage, source] for stage in seen.index for source in run.sources]
+    assert [bar.get_height() for bar in bars] == pytest.approx(heights)  # type: ignore[attr-defined]
+    drawn = {str(line.get_label()): line.get_ydata() for line in losses.get_lines()}
+    for source in run.sources:
+        np.testing.assert_allclose(drawn[source], run.curve(f"held_out/{source}"))
+
+
+def test_a_dark_figure_has_light_ink_and_the_same_colours_of_data(run: RecordedRun) -> None:
+    light, dark = figures.losses_over_mix(run), figures.in_dark(figures.losses_over_mix(run))
+    assert to_rgb(dark.get_facecolor()) == to_rgb(figures.DARK) != to_rgb(light.get_facecolor())
+    for before, after in zip(light.axes, dark.axes, strict=True):
+        assert [line.get_color() for line in before.get_lines()][:2] == [
+            line.get_color() for line in after.get_lines()
+        ][:2]
+        for label in (after.xaxis.label, after.yaxis.label, *after.get_yticklabels()):
+            assert label.get_color() == figures.LIGHT_INK
+        assert [bar.get_facecolor() for bar in before.patches] == [bar.get_facecolor() for bar in after.patches]
+    on_bars = [(text.get_text(), text.get_color()) for text in light.axes[1].texts]
+    assert on_bars == [(text.get_text(), text.get_color()) for text in dark.axes[1].texts]
 
 
 def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: RecordedRun) -> None:
