@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_danube.signals import SIGNALS
@@ -21,7 +22,8 @@ class WorkerPool(ProcessPoolExecutor):
     """
 
     def __init__(self, processes: int, initializer: Callable[[], object] | None = None) -> None:
-        super().__init__(processes, multiprocessing.get_context("spawn"), _begin, (initializer,))
+        with _silent_tracker():
+            super().__init__(processes, multiprocessing.get_context("spawn"), _begin, (initializer,))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         # Processes start here. A terminal sends Ctrl-C to them as well, and each would print a traceback.
@@ -31,6 +33,23 @@ class WorkerPool(ProcessPoolExecutor):
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # After an exception nobody reads the results, so do not wait for them.
         self.shutdown(cancel_futures=kind is not None)
+
+
+@contextmanager
+def _silent_tracker() -> Iterator[None]:
+    """Starts multiprocessing's resource tracker, a process of its own, without its warning about leaked semaphores.
+
+    After `kill -9` the tracker removes the semaphores of this process, as it should, and then warns the user of them.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker:UserWarning"]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _begin(initializer: Callable[[], object] | None) -> None:

@@ -16,6 +16,8 @@ than one sentence, of which at least `docstrings.SHORTEST` characters are prose.
 and signatures. A hash of a module's name decides which of the two gets the module. No text is in two sources.
 
 Packages are read, never imported. The same versions give the same bytes, for any number of processes.
+
+What was read of a package is kept until all packages are read. So a collection that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -24,23 +26,29 @@ import gc
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lightning_danube.files import new_folder
+from lightning_danube.files import locked, naming_cached, new_folder, read_json, write_text
 from lightning_danube.terminal import tell
 from lightning_danube.text.embedded.docstrings import (
     FORMAT,
     CollectedDocument,
+    Entry,
     Environment,
     Module,
+    Parameter,
     Reading,
     Seen,
     SourceFile,
@@ -62,7 +70,8 @@ def collect_documentation(cache_dir: Path, *, processes: int | None = None, prog
     """Collects the documentation of the running environment. Returns role → JSONL file of {"text", "origin"} rows.
 
     The documentation is collected once per combination of versions of Python and the distributions. The files and a
-    `manifest.json` are kept in `cache_dir`.
+    `manifest.json` are kept in `cache_dir`. A call after one that was stopped, also by `kill -9`, reads only the
+    packages that were not read to their end. One process collects at a time, and others wait for its files.
 
     Args:
         cache_dir: folder for the files, made if missing.
@@ -86,15 +95,30 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
     fingerprint = environment.fingerprint()
     folder = cache_dir / f"documentation-{fingerprint}"
     files = {role: folder / f"{role}.jsonl" for role in ROLES}
+    parts = folder.with_name(f".{folder.name}.parts")
     if _is_complete(files):
+        shutil.rmtree(parts, ignore_errors=True)  # a process that was killed after its last file has left them
         return files
+    with locked(folder.with_name(f".{folder.name}.lock"), f"the collected documentation ({folder})", wait=tell):
+        if not _is_complete(files):  # another process may have collected while this one waited
+            _collect_now(environment, fingerprint, files, parts, processes=processes, progress=progress)
+    return files
 
+
+def _collect_now(
+    environment: Environment,
+    fingerprint: str,
+    files: dict[str, Path],
+    parts: Path,
+    *,
+    processes: int | None,
+    progress: bool,
+) -> None:
     start = time.monotonic()
     lively = progress and sys.stderr.isatty()
     if progress and not lively:
         tell("Collecting text from the installed packages (once for their versions) ...")
-    sources = environment.sources()
-    readings = read_sources(sources, processes, lively)
+    readings = read_sources(environment.sources(), processes, lively, parts)
     documents, manifest = collected_sources(environment, readings)
     for role in ROLES:
         if not documents[role]:
@@ -103,45 +127,94 @@ def _collect(environment: Environment, cache_dir: Path, *, processes: int | None
                 f"and {environment.stdlib}: install the dependencies there as source files, or use data of your own"
             )
     manifest = {"format": FORMAT, "fingerprint": fingerprint, "python": platform.python_version(), **manifest}
-    _write(folder, files, documents, manifest)
+    _write(files, documents, manifest)
+    shutil.rmtree(parts, ignore_errors=True)
     if progress:
         counts = ", ".join(f"{role} {len(documents[role]):,}" for role in ROLES)
         tell(f"Collected documents: {counts}, in {time.monotonic() - start:.0f} s.")
-    return files
 
 
-def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: bool) -> list[Reading]:
+def read_sources(sources: Sequence[SourceFile], processes: int | None, lively: bool, parts: Path) -> list[Reading]:
     """Reads all files. Returns the results in the order of `sources`.
 
+    Args:
+        parts: folder of what was read, one file for each package. Packages that it holds are not read again.
+
     Raises:
-        ValueError: another program ended a process.
+        ValueError: another program ended a process, or a file of `parts` is damaged.
     """
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}: give at least 1, or None for one per core")
-    # Neighbours are alike (large files of one package), so each chunk takes files from the whole list.
-    n_chunks = max(1, -(-len(sources) // _FILES_PER_CHUNK))
-    chunks = [sources[number::n_chunks] for number in range(n_chunks)]
-    processes = min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), n_chunks)
-    readings: list[Reading] = [""] * len(sources)
-    with tqdm(total=len(sources), desc="Collecting text", unit=" files", disable=not lively, leave=False) as bar:
-
-        def keep(results: Iterable[list[Reading]]) -> None:
-            for number, result in enumerate(results):
-                readings[number::n_chunks] = result
+    readings: dict[str, list[Reading]] = {}
+    todo: list[tuple[str, list[SourceFile]]] = []
+    for package, group in groupby(sources, key=lambda source: source.package):
+        files = list(group)
+        known = _kept(parts / f"{package}.json")
+        readings[package] = known
+        if len(known) != len(files):
+            todo.append((package, files))
+    chunks = [chunk for _, files in todo for chunk in _chunks(files)]
+    processes = max(1, min(processes or min(os.cpu_count() or 1, _PROCESSES_WORTH_STARTING), len(chunks)))
+    with (
+        tqdm(total=len(sources), desc="Collecting text", unit=" files", disable=not lively, leave=False) as bar,
+        _read_in(processes, chunks) as results,
+    ):
+        bar.update(len(sources) - sum(map(len, chunks)))
+        for package, files in todo:
+            n_chunks = len(_chunks(files))
+            readings[package] = [""] * len(files)
+            for number in range(n_chunks):
+                result = next(results)
+                readings[package][number::n_chunks] = result
                 bar.update(len(result))
+            _keep(parts / f"{package}.json", readings[package])
+    return [reading for read in readings.values() for reading in read]
 
-        if processes == 1:
-            keep(map(read_all, chunks))
-            return readings
-        try:
-            # Syntax trees have no cycles, and the search for cycles would take a fifth of the time.
-            with WorkerPool(processes, gc.disable) as pool:
-                keep(pool.map(read_all, chunks))
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a process that collects text was ended from outside (is memory short?): run the command again"
-            ) from error
-    return readings
+
+def _chunks(files: list[SourceFile]) -> list[list[SourceFile]]:
+    # Neighbours are alike (large files of one folder), so each chunk takes files from the whole package.
+    n_chunks = -(-len(files) // _FILES_PER_CHUNK)
+    return [files[number::n_chunks] for number in range(n_chunks)]
+
+
+@contextmanager
+def _read_in(processes: int, chunks: list[list[SourceFile]]) -> Iterator[Iterator[list[Reading]]]:
+    """Yields the results of `read_all`, in the order of the chunks."""
+    if processes == 1:
+        yield map(read_all, chunks)
+        return
+    try:
+        # Syntax trees have no cycles, and the search for cycles would take a fifth of the time.
+        with WorkerPool(processes, gc.disable) as pool:
+            yield pool.map(read_all, chunks)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that collects text was ended from outside (is memory short?): run the command again, and it "
+            "goes on where it stopped"
+        ) from error
+
+
+def _keep(file: Path, readings: list[Reading]) -> None:
+    rows = [reading if isinstance(reading, str) else asdict(reading) for reading in readings]
+    write_text(file, json.dumps({"readings": rows}))
+
+
+def _kept(file: Path) -> list[Reading]:
+    """Returns what an earlier call read of a package; nothing if it was not read to its end."""
+    if not file.exists():
+        return []
+    with naming_cached(file):
+        return [row if isinstance(row, str) else _module(row) for row in read_json(file)["readings"]]
+
+
+def _module(row: dict[str, Any]) -> Module:
+    return Module(**{**row, "entries": tuple(map(_entry, row["entries"]))})
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    parameters = row["parameters"]
+    parameters = None if parameters is None else tuple(Parameter(**one) for one in parameters)
+    return Entry(**{**row, "parameters": parameters, "bases": tuple(row["bases"]), "methods": tuple(row["methods"])})
 
 
 def collected_sources(
@@ -187,9 +260,8 @@ def collected_sources(
     return documents, manifest
 
 
-def _write(
-    folder: Path, files: dict[str, Path], documents: dict[str, list[CollectedDocument]], manifest: dict[str, Any]
-) -> None:
+def _write(files: dict[str, Path], documents: dict[str, list[CollectedDocument]], manifest: dict[str, Any]) -> None:
+    folder = files["web"].parent
     # A folder that was complete may have lost a file.
     with new_folder(folder, replace=folder.is_dir() and not _is_complete(files)) as partial:
         for role, file in files.items():

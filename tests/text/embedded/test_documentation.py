@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lightning_danube.files import locked
 from lightning_danube.text.embedded import docstrings, documentation, made_text, prose
 from lightning_danube.text.embedded.docstrings import Environment, Seen
 from lightning_danube.text.embedded.documentation import ROLES
@@ -296,25 +297,83 @@ def test_another_version_or_format_is_another_environment(
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("killer", ["json.dumps", "os.replace"])
-def test_a_killed_collection_leaves_nothing(
-    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killer: str
+@pytest.mark.parametrize("whole", [0, 1, 2, 3])
+def test_a_stopped_collection_goes_on_after_the_last_package(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
 ) -> None:
-    calls = 0
+    """`whole`: packages (numpy, rich, the standard library) that are read before the stop; 3: all that is written."""
+    expected = {role: file.read_bytes() for role, file in collect(environment, tmp_path / "never stopped").items()}
+    packages = ["numpy", "rich", docstrings.STANDARD_LIBRARY]
+    read: list[str] = []
+    read_all = documentation.read_all
 
-    def die(*_: Any, **__: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 10 or killer == "os.replace":
+    def read_until(sources: list[docstrings.SourceFile]) -> list[docstrings.Reading]:
+        if sources[0].package in packages[whole:]:
             raise KeyboardInterrupt
-        return "{}"
+        return read_all(sources)
+
+    def read_again(sources: list[docstrings.SourceFile]) -> list[docstrings.Reading]:
+        read.extend(source.package for source in sources)
+        return read_all(sources)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(killer, die)
+        patch.setattr(documentation, "read_all", read_until)
+        patch.setattr(documentation, "_write", stop)
         with pytest.raises(KeyboardInterrupt):
             collect(environment, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert all(rows_of(file) for file in collect(environment, tmp_path / "cache").values())
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == whole
+    assert not list((tmp_path / "cache").rglob("*.jsonl"))
+    monkeypatch.setattr(documentation, "read_all", read_again)
+    files = collect(environment, tmp_path / "cache")
+    assert sorted(set(read), key=packages.index) == packages[whole:]
+    assert {role: file.read_bytes() for role, file in files.items()} == expected
+    assert list((tmp_path / "cache").iterdir()) == [files["web"].parent]
+
+
+def test_what_was_read_is_kept_as_it_is(environment: Environment, tmp_path: Path) -> None:
+    readings = [*docstrings.read_all(environment.sources()), "no docstring"]
+    modules = [reading for reading in readings if isinstance(reading, docstrings.Module)]
+    assert any(entry.parameters and entry.bases and entry.methods for module in modules for entry in module.entries)
+    documentation._keep(tmp_path / "part.json", readings)
+    assert documentation._kept(tmp_path / "part.json") == readings
+
+
+def test_a_package_that_has_other_files_than_were_read_is_read_again(environment: Environment, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    documentation.read_sources(environment.sources(), 1, False, parts)
+    write(environment.packages[0] / "numpy" / "zipping.py", module_source("zip"))
+    readings = documentation.read_sources(environment.sources(), 1, False, parts)
+    assert "numpy.zipping" in [reading.name for reading in readings if isinstance(reading, docstrings.Module)]
+
+
+def test_a_damaged_part_is_named(environment: Environment, tmp_path: Path) -> None:
+    documentation.read_sources(environment.sources(), 1, False, tmp_path)
+    (tmp_path / "rich.json").write_text('{"readings": [{}]}')
+    with pytest.raises(ValueError, match=r"rich\.json is damaged .*: remove it, and it is made again"):
+        documentation.read_sources(environment.sources(), 1, False, tmp_path)
+
+
+def test_two_processes_do_not_collect_at_once(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    first = collect(environment, tmp_path / "first")["web"].parent
+    lock = cache / f".{first.name}.lock"
+
+    def meanwhile(_: float) -> None:
+        """The other process writes its files and ends."""
+        shutil.copytree(first, cache / first.name)
+        other.__exit__(None, None, None)
+
+    other = locked(lock, "")
+    other.__enter__()
+    monkeypatch.setattr("lightning_danube.files.time.sleep", meanwhile)
+    monkeypatch.setattr(documentation, "read_sources", None)  # it is not called
+    assert collect(environment, cache)["web"].read_bytes() == (first / "web.jsonl").read_bytes()
+    assert f"the collected documentation ({cache / first.name}) is in use by" in capsys.readouterr().err
 
 
 @pytest.mark.medium
@@ -355,11 +414,12 @@ def test_ctrl_c_ends_a_collection_and_its_processes_and_warns_of_nothing(tmp_pat
     assert told.count("Traceback") == 1
 
 
-def test_a_process_that_is_killed_is_told(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = environment.sources()
+def test_a_process_that_is_killed_is_told(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documentation, "read_all", _die)
-    with pytest.raises(ValueError, match=r"a process that collects text was ended from outside"):
-        documentation.read_sources(sources * 9, processes=2, lively=False)
+    with pytest.raises(ValueError, match=r"a process that collects text was ended from outside .* goes on where it"):
+        documentation.read_sources(environment.sources(), processes=2, lively=False, parts=tmp_path / "parts")
 
 
 def _die(_: Any) -> None:
@@ -372,7 +432,8 @@ def test_the_slower_of_two_keeps_what_the_faster_wrote(
     replace = os.replace
 
     def race(partial: Path, folder: Path) -> None:
-        shutil.copytree(partial, folder)
+        if Path(partial).is_dir():
+            shutil.copytree(partial, folder)
         replace(partial, folder)
 
     monkeypatch.setattr("os.replace", race)
