@@ -48,6 +48,9 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
         ["--config", "quickstrat"],
         ["--config", "quickstart", "--trainerr.max_steps", "3"],
         ["--config", "quickstart", "--model.init_args.vocab_size", "3"],
+        ["--config", "quickstart", "--model.init_args.optimizer", "Muonn"],
+        ["--config", "quickstart", "--data.class_path", "lightning_danube.pretraining.CurriculumDta"],
+        ["--config", "quickstart", "--trainer.callbacks+=Progres"],
     ],
 )
 def test_a_typing_error_is_found_before_anything_heavy_is_imported(verb: str, mistake: list[str]) -> None:

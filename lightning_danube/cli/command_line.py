@@ -291,7 +291,8 @@ def check_command_line(args: Sequence[str]) -> None:
 
     Raises:
         ValueError: a configuration is missing or no YAML mapping, a section, an option of the trainer or a precision is
-            unknown, a fact of the data is stated for the model, or a class of this package does not take an option.
+            unknown, a fact of the data is stated for the model, this package has no such class, or a class of it does
+            not take an option.
     """
     if args and not args[0].startswith("-"):
         raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
@@ -381,8 +382,8 @@ def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
 
 
 def _check_classes(stated: Stated) -> None:
-    """Checks the options of this package's classes, as far as their source tells them."""
-    from lightning_danube.cli.source import SourceReader, class_as_written
+    """Checks the names and options of this package's classes, as far as their source tells them."""
+    from lightning_danube.cli.source import SourceReader
 
     reader = SourceReader(taken=FACTS_OF_DATA)
     trainer = stated.tree.get("trainer")
@@ -391,12 +392,16 @@ def _check_classes(stated: Stated) -> None:
     if continued_weights(stated) is not None and isinstance(data := stated.tree.get("data"), Mapping):
         # The weights say what the data leave open; they are read later.
         sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
-    sections += [(("trainer", "callbacks", str(n)), one) for n, one in enumerate(callbacks or ())]
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    sections += [(("trainer", "callbacks", str(n)), one) for n, one in enumerate(listed)]
     for path, section in sections:
-        named = section.get("class_path") if isinstance(section, Mapping) else None
-        written = class_as_written(named) if isinstance(named, str) else None
-        if written is not None:
-            try:
-                reader.class_options(written, section, path)
-            except Refusal as refusal:
-                raise ValueError(in_one_line(refusal, stated)) from refusal
+        named = section.get("class_path") if isinstance(section, Mapping) else section
+        if not isinstance(named, str) or named[:1] in ("", "[", "{") or "${" in named:
+            continue
+        try:
+            if "." in named:
+                reader.named_class(named, section, path)
+            else:
+                reader.short_name(named, path[min(1, len(path) - 1)], path)
+        except Refusal as refusal:
+            raise ValueError(in_one_line(refusal, stated)) from refusal

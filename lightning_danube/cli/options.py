@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -300,7 +300,7 @@ class Reader:
         if owner is None:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
-                names = [one.__name__ for one in _descendants(base)]
+                names = [one.__name__ for one in descendants(base)]
                 near = nearest_name(named, names, least=0.5)
                 hint = f"did you mean {near}?" if near else "give the whole class path"
                 reason = f"there is no {base.__name__} called {named!r}: {hint}"
@@ -336,11 +336,10 @@ class Reader:
 
     def _no_such(self, base: type, value: Any, path: Path) -> Refusal:
         """Returns the refusal of a text or a number that stands in place of an object."""
-        name, package = base.__name__, sys.modules.get(base.__module__.rpartition(".")[0])
+        name = base.__name__
         if not dataclasses.is_dataclass(base):
             return _expected((name,), value, path)
-        offered = [getattr(package, one) for one in getattr(package, "__all__", ())] if base in self.open_to else []
-        kinds = [one.__name__ for one in offered if isinstance(one, type) and issubclass(one, base)]
+        kinds = self._kinds(base)
         if len(kinds) > 1:
             named = f"{' or '.join(kinds)}, or a subclass of {name} of your own by its class path ({HOW_TO_WRITE_ONE})"
             return Refusal(path, f"expected {named}, not {value}")
@@ -349,6 +348,12 @@ class Reader:
             first = next(iter(options_of(base)[0]))
             refusal.reason += f": --{'.'.join(path)}.{first} {value} sets its {first}"
         return refusal
+
+    def _kinds(self, base: type) -> list[str]:
+        """Returns the names of a class that is open, and of its subclasses beside it."""
+        package = sys.modules.get(base.__module__.rpartition(".")[0])
+        offered = [getattr(package, one) for one in getattr(package, "__all__", ())] if base in self.open_to else []
+        return [one.__name__ for one in offered if isinstance(one, type) and issubclass(one, base)]
 
     def class_options(
         self, owner: type, value: Mapping[str, Any], path: Path, name: str | None = None
@@ -389,7 +394,7 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
         beside = getattr(package, name, None)
         if isinstance(beside, type):
             return beside
-        by_name: dict[str, type] = {one.__name__: one for one in _descendants(base)}
+        by_name: dict[str, type] = {one.__name__: one for one in descendants(base)}
         return by_name.get(name)
     try:
         module = importlib.import_module(module_name)
@@ -397,19 +402,29 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
         raise Refusal(path, f"the class {named!r} cannot be imported ({error})", shown=shown) from error
     owner: Any = getattr(module, name, None)
     if owner is None:
-        names = list(getattr(module, "__all__", ()))
-        near = nearest_name(name, names, least=0.5)
-        hint = f"did you mean {module_name}.{near}?" if near else f"there are {', '.join(names) or 'none'}"
-        raise Refusal(path, f"there is no class {name!r} in {module_name}: {hint}", shown=shown)
+        raise Refusal(path, no_class(named, getattr(module, "__all__", ())), shown=shown)
     return owner
 
 
-def _descendants(base: type) -> Iterator[type]:
+def no_class(named: str, known: Iterable[str]) -> str:
+    """Returns the message that a module has no class of this class path, with the one that was probably meant.
+
+    Args:
+        known: the module's public names.
+    """
+    module, _, name = named.rpartition(".")
+    names = list(known)
+    near = nearest_name(name, names, least=0.5)
+    hint = f"did you mean {module}.{near}?" if near else f"there are {', '.join(names) or 'none'}"
+    return f"there is no class {name!r} in {module}: {hint}"
+
+
+def descendants(base: type) -> Iterator[type]:
     """Yields a class and all its imported subclasses."""
     yield base
     subclasses: list[type] = base.__subclasses__()
     for one in subclasses:
-        yield from _descendants(one)
+        yield from descendants(one)
 
 
 def no_option(option: str, known: Collection[str], owner: str) -> str:

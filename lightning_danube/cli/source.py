@@ -1,7 +1,8 @@
-"""Reads the options of this package's classes from their source, without importing it.
+"""Reads the names and options of this package's classes from their source, without importing it.
 
-Importing PyTorch and Lightning takes seconds. A misspelled option of a class, or a text where it takes a number, can be
-found before. Whatever is not plain here is accepted: `cli.options` reads all values again with the imported classes.
+Importing PyTorch and Lightning takes seconds. A misspelled class or option, or a text where an option takes a number,
+can be found before. Whatever is not plain here is accepted: `cli.options` reads all values again with the imported
+classes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import collections.abc
 import dataclasses
 import functools
 import importlib
+import importlib.util
+import os
+import re
+import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
 import lightning_danube
-from lightning_danube.cli.options import Path, Reader
+from lightning_danube.cli.options import Path, Reader, Refusal, descendants, no_class
+from lightning_danube.terminal import name_meant, nearest_name
 
 ROOT = FilePath(lightning_danube.__file__).parent
 CHECKED = {
@@ -26,6 +32,12 @@ CHECKED = {
     "Stage": "lightning_danube.pretraining.curriculum",
 }
 """Dataclass that checks its values, and whose module imports nothing large → its module."""
+
+OPEN = ("AdamW",)
+"""Names of the dataclasses of which a configuration may name a subclass, as `cli.configs.open_classes` has them."""
+
+BASES = {"data": "LightningDataModule", "model": "LightningModule", "callbacks": "Callback"}
+"""Section → Lightning's class of which the section names a subclass."""
 
 _BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
 
@@ -47,12 +59,59 @@ class WrittenClass:
 
 
 class SourceReader(Reader):
-    """Checks values against classes as `class_as_written` gives them. Objects that are named by a path are accepted."""
+    """Checks values against classes as `class_as_written` gives them. Classes of other packages are accepted."""
 
     def _object(self, base: type, value: Any, path: Path) -> Any:
-        if isinstance(value, str) or (isinstance(value, Mapping) and "class_path" in value):
+        named = value.get("class_path") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and named is None:
+            return super()._object(base, value, path)
+        if not isinstance(named, str) or os.path.isfile(named):
             return value
-        return super()._object(base, value, path)
+        if "." not in named and named not in self._kinds(base) and named != base.__name__:
+            raise self._no_such(base, named, path)
+        self.named_class(named, value, path)
+        return value
+
+    def _kinds(self, base: type) -> list[str]:
+        source = _SOURCES.get(base)
+        if source is None or base.__name__ not in OPEN:
+            return []
+        package = source.module.with_name("__init__.py")
+        return [name for name in _public(package) if source.node in _ancestors(_defined(package, name))]
+
+    def named_class(self, named: str, section: Any, path: Path) -> None:
+        """Checks a class path, and the options that a section gives to the class.
+
+        Raises:
+            Refusal: this package has no such class, or the class does not take an option.
+        """
+        module, _, name = named.rpartition(".")
+        if module.partition(".")[0] == ROOT.name:
+            file = _file(module)
+            if file is None:
+                siblings = [f"{module.rpartition('.')[0]}.{one}" for one in _modules(module.rpartition(".")[0])]
+                reason = f"there is no module {module}: {name_meant(module, siblings)}"
+                raise Refusal((*path, "class_path"), reason, shown=path)
+            if not re.search(rf"\b{re.escape(name)}\b", file.read_text(encoding="utf-8")):
+                raise Refusal((*path, "class_path"), no_class(named, _public(file)), shown=path)
+        written = class_as_written(named)
+        if written is not None and isinstance(section, Mapping):
+            self.class_options(written, section, path)
+
+    def short_name(self, named: str, section: str, path: Path) -> None:
+        """Checks the name of a class without its module, as in `--trainer.callbacks+=Progress`.
+
+        Raises:
+            Refusal: it is nearly the name of a class that the section takes.
+        """
+        known = _classes_of(BASES[section])
+        lightning: Any = sys.modules.get("lightning.pytorch")
+        if lightning is not None:  # a program that has imported it may have classes of its own
+            known |= {one.__name__: one.__name__ for one in descendants(getattr(lightning, BASES[section]))}
+        near = nearest_name(named, known)
+        if near is not None and near != named:
+            reason = f"there is no {BASES[section]} called {named!r}: did you mean {known[near]}?"
+            raise Refusal((*path, "class_path"), reason, shown=path)
 
     def _made(self, owner: type, options: dict[str, Any], path: Path) -> Any:
         if owner.__name__ in CHECKED:
@@ -90,7 +149,12 @@ def _made(source: WrittenClass, *, required: bool) -> type | None:
     made = dataclasses.make_dataclass(source.node.name, fields, kw_only=True)
     # dataclasses names a module of Python itself, and the reader takes classes from there as they are.
     made.__module__ = __name__
+    _SOURCES[made] = source
     return made
+
+
+_SOURCES: dict[type, WrittenClass] = {}
+"""Class that `_made` has made → where it is written."""
 
 
 _Options = tuple[dict[str, tuple[Any, bool]], bool]
@@ -144,6 +208,47 @@ def _options_of_bases(source: WrittenClass) -> _Options | None:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _public(module: FilePath) -> list[str]:
+    """Returns the names in `__all__` of a module."""
+    listed = [one.value for one in _statements(module) if isinstance(one, ast.Assign) and _is_all(one)]
+    return [str(name) for value in listed for name in ast.literal_eval(value)]
+
+
+def _is_all(statement: ast.Assign) -> bool:
+    return ast.unparse(statement.targets[0]) == "__all__"
+
+
+def _modules(package: str) -> list[str]:
+    """Returns the names of the modules and packages in a package of this project."""
+    file = _file(package)
+    return [] if file is None else sorted(one.stem for one in file.parent.iterdir() if not one.name.startswith("_"))
+
+
+def _ancestors(found: Any) -> list[Any]:
+    """Returns the definitions of a class and of its bases, and the dotted names of the bases outside this package."""
+    if not isinstance(found, WrittenClass):
+        return [found]
+    bases = [_defined(found.module, base.id) for base in found.node.bases if isinstance(base, ast.Name)]
+    return [found.node, *(one for base in bases for one in _ancestors(base))]
+
+
+def _classes_of(base: str) -> dict[str, str]:
+    """Returns the subclasses of a class of Lightning, in this package and in Lightning: name → how to name it."""
+    if base == "Callback":
+        known = list(_public(ROOT / "callbacks" / "__init__.py"))
+        spec = importlib.util.find_spec("lightning")
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            known += _public(FilePath(folder, "pytorch", "callbacks", "__init__.py"))
+        return {name: name for name in known}
+    return {
+        name: f"{ROOT.name}.{package.parent.name}.{name}"
+        for package in sorted(ROOT.glob("*/__init__.py"))
+        for name in _public(package)
+        if f"lightning.pytorch.{base}" in _ancestors(_defined(package, name))
+    }
 
 
 def _file(module: str) -> FilePath | None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import LightningDataModule
 
 from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line
+from lightning_danube.cli.configs import open_classes
 from lightning_danube.cli.options import Reader, Refusal, options_of
-from lightning_danube.cli.source import SourceReader, class_as_written
+from lightning_danube.cli.source import OPEN, SourceReader, class_as_written
 
 CONFIGS = sorted((Path(__file__).parents[2] / "lightning_danube" / "configs").rglob("*.yaml"))
 CLASSES = sorted({path for one in CONFIGS for path in re.findall(r"class_path: ([\w.]+)", one.read_text("utf-8"))})
@@ -55,7 +57,7 @@ def refused(reader: Reader, owner: type, section: dict[str, Any], path: tuple[st
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
     """Each option of each shipped configuration gets wrong values, at both levels."""
-    early, late = SourceReader(taken=FACTS_OF_DATA), Reader(taken=FACTS_OF_DATA, check=True)
+    early, late = SourceReader(taken=FACTS_OF_DATA), Reader(taken=FACTS_OF_DATA, check=True, open_to=open_classes())
     for path, section in sections(yaml.safe_load(file.read_text("utf-8"))):
         section = {"class_path": section} if isinstance(section, str) else section
         written, real = class_as_written(section["class_path"]), imported(section["class_path"])
@@ -115,3 +117,81 @@ def test_nothing_large_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+OWN = "a subclass of AdamW of your own by its class path (docs/pretraining.md, An optimizer or a schedule of your own)"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.optimizer=Muonn", f"--model.optimizer: expected AdamW or Muon, or {OWN}, not Muonn"),
+        (
+            "--model.optimizer.class_path=lightning_danube.training.optim.Muno",
+            "--model.optimizer.class_path: there is no class 'Muno' in lightning_danube.training.optim: did you mean "
+            "lightning_danube.training.optim.Muon?",
+        ),
+        ("--model.optimizer.init_args.pekk=3", "'pekk' is not an option of Muon: did you mean 'peak'?"),
+        (
+            "--data=lightning_danube.pretraining.CurriculumDta",
+            "--data: there is no class 'CurriculumDta' in lightning_danube.pretraining: did you mean "
+            "lightning_danube.pretraining.CurriculumData?",
+        ),
+        (
+            "--data.class_path=lightning_danube.pretrainin.CurriculumData",
+            "--data.class_path: there is no module lightning_danube.pretrainin: did you mean "
+            "'lightning_danube.pretraining'?",
+        ),
+        (
+            "--data=CurriculumDta",
+            "--data: there is no LightningDataModule called 'CurriculumDta': did you mean "
+            "lightning_danube.pretraining.CurriculumData?",
+        ),
+        (
+            "--model=Pretrainin",
+            "--model: there is no LightningModule called 'Pretrainin': did you mean "
+            "lightning_danube.pretraining.Pretraining?",
+        ),
+        (
+            "--trainer.callbacks+=Progres",
+            "--trainer.callbacks+: trainer.callbacks.7: there is no Callback called 'Progres': did you mean Progress?",
+        ),
+        (
+            "--trainer.callbacks=lightning_danube.callbacks.Progres",
+            "--trainer.callbacks: trainer.callbacks.0: there is no class 'Progres' in lightning_danube.callbacks: did "
+            "you mean lightning_danube.callbacks.Progress?",
+        ),
+    ],
+)
+def test_a_misspelt_class_is_found_early(flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_command_line(["--config", "quickstart", flag])
+
+
+class UsersDataModules(LightningDataModule):
+    """A class that a program defines beside its call of `fit`."""
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model.optimizer=Muon",
+        "--model.optimizer=AdamW",
+        "--model.optimizer=my.own.Optimizer",
+        "--model.optimizer=lightning_danube.training.optim.muon.Muon",
+        "--data=CurriculumData",
+        "--data=UsersDataModules",
+        "--data=my.own.CurriculumDta",
+        "--data=lightning_danube.pretraining.data.CurriculumData",
+        "--trainer.callbacks+=Progress",
+        "--trainer.callbacks+=ModelCheckpoint",  # nearly `Checkpoints`, but Lightning's
+        "--trainer.callbacks=null",
+        "--trainer.callbacks=[]",
+    ],
+)
+def test_a_class_that_may_exist_passes(flag: str) -> None:
+    check_command_line(["--config", "quickstart", flag])
+
+
+def test_the_open_classes_are_those_of_the_reader() -> None:
+    assert tuple(one.__name__ for one in open_classes()) == OPEN
