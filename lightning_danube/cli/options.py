@@ -300,11 +300,7 @@ class Reader:
         if owner is None:
             option = next((key for key in value if key not in CLASS_KEYS), None)
             if option is None:
-                names = [one.__name__ for one in descendants(base)]
-                near = nearest_name(named, names, least=0.5)
-                hint = f"did you mean {near}?" if near else "give the whole class path"
-                reason = f"there is no {base.__name__} called {named!r}: {hint}"
-                raise Refusal((*path, "class_path"), reason, shown=path)
+                raise no_subclass(base.__name__, named, [one.__name__ for one in descendants(base)], path)
             raise Refusal(
                 (*path, option),
                 f"{option!r} is an option of a class, and none is named: give --{'.'.join(path)} with a class first",
@@ -404,6 +400,13 @@ def class_of(named: str, base: type, path: Path, shown: Path) -> Any:
     if owner is None:
         raise Refusal(path, no_class(named, getattr(module, "__all__", ())), shown=shown)
     return owner
+
+
+def no_subclass(base: str, named: object, known: Iterable[str], path: Path) -> Refusal:
+    """Returns the refusal of a class path that is the name of no subclass."""
+    near = nearest_name(named, known, least=0.5)
+    hint = f"did you mean {near}?" if near else "give the whole class path"
+    return Refusal((*path, "class_path"), f"there is no {base} called {named!r}: {hint}", shown=path)
 
 
 def no_class(named: str, known: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import lightning_danube
-from lightning_danube.cli.options import Path, Reader, Refusal, descendants, no_class
+from lightning_danube.cli.options import Path, Reader, Refusal, descendants, no_class, no_subclass
 from lightning_danube.terminal import name_meant, nearest_name
 
 ROOT = FilePath(lightning_danube.__file__).parent
@@ -68,6 +68,8 @@ class SourceReader(Reader):
         if not isinstance(named, str) or os.path.isfile(named):
             return value
         if "." not in named and named not in self._kinds(base) and named != base.__name__:
+            if isinstance(value, Mapping):
+                raise no_subclass(base.__name__, named, self._kinds(base) or [base.__name__], path)
             raise self._no_such(base, named, path)
         self.named_class(named, value, path)
         return value
@@ -107,7 +109,7 @@ class SourceReader(Reader):
         known = _classes_of(BASES[section])
         lightning: Any = sys.modules.get("lightning.pytorch")
         if lightning is not None:  # a program that has imported it may have classes of its own
-            known |= {one.__name__: one.__name__ for one in descendants(getattr(lightning, BASES[section]))}
+            known = {one.__name__: one.__name__ for one in descendants(getattr(lightning, BASES[section]))} | known
         near = nearest_name(named, known)
         if near is not None and near != named:
             reason = f"there is no {BASES[section]} called {named!r}: did you mean {known[near]}?"
