@@ -23,6 +23,7 @@ from lightning_danube.chat.summary import model_line, source_lines
 from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import steps_ahead
 from lightning_danube.training.run_facts import run_facts_of
+from lightning_danube.training.trackers.loss_curve import curve_of
 
 
 class PreferenceSummary(RunSummary):
@@ -52,6 +53,8 @@ class PreferenceSummary(RunSummary):
         say(trainer, "\n".join(lines))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if curve_of(pl_module).is_brief:
+            return
         if trainer.sanity_checking:
             self._before = pair_results(trainer.callback_metrics)
         elif trainer.state.fn == "fit":

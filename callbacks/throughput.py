@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_danube.training.planned_data import tokens_of_steps
 from lightning_danube.training.position import at_logged_step, training_data_of
 from lightning_danube.training.run_facts import run_facts_of
 from lightning_danube.training.task import DecoderTask
@@ -15,8 +16,9 @@ from lightning_danube.training.task import DecoderTask
 class Throughput(Callback):
     """Logs `throughput/tokens_per_second` and, if the peak is given, `throughput/mfu` (model FLOPs utilisation).
 
-    Time spent in validation, samples and checkpoints does not count. The first interval after a start is not logged,
-    because it includes compilation and warm-up.
+    Padding does not count, and a token has the FLOPs of a token in a whole context. Time spent in validation, samples
+    and checkpoints does not count. The first interval after a start is not logged, because it includes compilation and
+    warm-up.
 
     Args:
         peak_flops: dense peak of one device in FLOP/s at the precision used, for example 989e12 for bf16 on H100 and
@@ -57,7 +59,7 @@ class Throughput(Callback):
         data = training_data_of(trainer)
         if self._interval is not None and trainer.global_step > self._interval[1]:
             seconds, step = self._interval
-            rate = (trainer.global_step - step) * data.batch_tokens / (self.seconds - seconds)
+            rate = tokens_of_steps(data, step, trainer.global_step) / (self.seconds - seconds)
             values = {"throughput/tokens_per_second": rate}
             if self.peak_flops is not None:
                 assert isinstance(pl_module, DecoderTask)

@@ -459,6 +459,14 @@ class ConversationData(PlannedData):
         """Returns the places of one optimizer step."""
         return self.batch_rows * self.chats_each * self.context_length
 
+    def tokens_of_examples(self) -> NDArray[np.int64]:
+        tokens: NDArray[np.int64] = self.train_chats.places.reshape(-1, self.chats_each).sum(1)
+        return tokens
+
+    @property
+    def held_out_sets(self) -> int:
+        return len(self.sources)
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def tokenizer_facts(self) -> dict[str, Any]:

@@ -24,8 +24,6 @@ class SupervisedFineTuning(TuningTask):
         ValueError: the weights cannot be read.
     """
 
-    has_loss_curve = True
-
     def __init__(
         self,
         weights: str,

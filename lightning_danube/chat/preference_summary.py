@@ -94,7 +94,7 @@ def preference_fit_summary(
     return {
         "weights": getattr(task, "weights", None),
         "beta": getattr(task, "beta", None),
-        **training_summary(task, facts, data.batch_tokens, trained),
+        **training_summary(task, facts, data, trained),
         "sources": data.reports(),
         "val_pairs": pairs,
         **{f"{name}_before": values for name, values in with_intervals(before, pairs).items()},

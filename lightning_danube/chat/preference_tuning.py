@@ -126,6 +126,8 @@ class PreferenceTuning(TuningTask):
 
     def validation_step(self, batch: HeldOutPairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         super().validation_step(batch, batch_idx, dataloader_idx)
+        if self.curve.is_brief:
+            return  # rewards are those of all held-out pairs
         source, (*sums, pairs) = batch["source"], self._sums
         for name, total in zip(REWARDS, sums, strict=True):
             self.update_mean(f"rewards/{name}_held_out_{source}", total, pairs)

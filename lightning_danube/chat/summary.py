@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedTokenizerBase
 
-from lightning_danube.chat.data import ChatData
+from lightning_danube.chat.data import ChatData, ConversationData
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder
 from lightning_danube.outside.texts import in_markdown
@@ -146,12 +146,10 @@ def chat_length_line(data: ChatData, steps: str, run: str) -> str:
 # --- the result of `fit` ----------------------------------------------------------------------------------------------
 
 
-def training_summary(task: LightningModule, facts: RunFacts, batch_tokens: int, trained: Trained) -> dict[str, Any]:
-    """Returns the part of `summary.json` that fine-tuning and preference tuning share.
-
-    Args:
-        batch_tokens: places of an optimizer step.
-    """
+def training_summary(
+    task: LightningModule, facts: RunFacts, data: ConversationData, trained: Trained
+) -> dict[str, Any]:
+    """Returns the part of `summary.json` that fine-tuning and preference tuning share."""
     config: Any = task.config
     return {
         "steps": trained.steps,
@@ -159,7 +157,7 @@ def training_summary(task: LightningModule, facts: RunFacts, batch_tokens: int, 
         "trained_parameters": trained_parameters(task),
         "precision": trained.precision,
         "seconds": round(trained.seconds, 3),
-        "places_per_second": rate(trained.steps * batch_tokens, facts.training_seconds),
+        "tokens_per_second": rate(data.tokens_of_steps(0, trained.steps), facts.training_seconds),
     }
 
 
@@ -174,7 +172,7 @@ def chat_fit_summary(
     """Returns the content of `summary.json` of `fit`."""
     return {
         "weights": getattr(task, "weights", None),
-        **training_summary(task, facts, data.batch_tokens, trained),
+        **training_summary(task, facts, data, trained),
         "fill": round(data.fill(), 4),
         "sources": data.reports(),
         "val_loss_before": losses.before,

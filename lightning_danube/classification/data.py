@@ -420,6 +420,9 @@ class ClassificationData(PlannedData):
         steps = self.total_steps
         return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
 
+    def tokens_of_examples(self) -> NDArray[np.int64]:
+        return self.encoded["train"].lengths
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def order(self) -> dict[str, Any]:

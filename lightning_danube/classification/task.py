@@ -157,8 +157,7 @@ class TextClassification(TuningTask):
     def sum_of_losses(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Returns the sum of the losses in nats, and the number of texts."""
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
-        total = F.cross_entropy(logits_BC, batch["classes"], ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, (batch["classes"] != IGNORE_INDEX).sum()
+        return _sum_of_losses(logits_BC, batch["classes"])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -174,14 +173,23 @@ class TextClassification(TuningTask):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        in_curve = batch_idx < self.curve.batches
+        if self.curve.is_brief and not in_curve:
+            return
         logits_BC = self.class_logits(batch["input_ids"], batch["attention_mask"])
-        self.classified.update(batch["rows"], batch["classes"], logits_BC.log_softmax(1))
+        if in_curve:
+            self.update_mean("held_out/validation", *_sum_of_losses(logits_BC, batch["classes"]))
+        if not self.curve.is_brief:
+            self.classified.update(batch["rows"], batch["classes"], logits_BC.log_softmax(1))
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self.classified.reset()
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("validation")
+        super().on_validation_epoch_end()
+        if not self.curve.is_brief:
+            self._log_scores("validation")
 
     def on_test_epoch_start(self) -> None:
         self.classified.reset()
@@ -233,6 +241,20 @@ class TextClassification(TuningTask):
             "begin": self._data.begin,
         }
 
+    def _check_texts(self, saved: dict[str, Any]) -> None:
+        """Checks that texts are cut as in training. Checkpoints of earlier versions do not say how they were.
+
+        Raises:
+            ValueError: an option of the data differs.
+        """
+        for name in _OF_TEXTS if self._trainer is not None else ():
+            now = getattr(self._data, name)
+            if saved.get(name, now) != now:
+                raise ValueError(
+                    f"data.{name} is {_written(now)}, the classifier was trained with {_written(saved[name])}: set it "
+                    "back"
+                )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("classifier")
         if saved is None:
@@ -241,6 +263,7 @@ class TextClassification(TuningTask):
             raise ValueError(
                 f"the checkpoint has model.head {saved['head']!r}, the config {self.head_sees!r}: set it back"
             )
+        self._check_texts(saved)
         if "head" not in dict(self.named_children()):
             self._make_head(saved["labels"])
         if saved["labels"] != self.labels:
@@ -249,6 +272,20 @@ class TextClassification(TuningTask):
                 "data it was trained on"
             )
         super().on_load_checkpoint(checkpoint)
+
+
+_OF_TEXTS = ("context_length", "keep", "begin")
+"""Options of the data that decide which tokens of a text a classifier sees."""
+
+
+def _sum_of_losses(logits_BC: Tensor, classes_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the losses in nats, and the number of texts whose class is known."""
+    total = F.cross_entropy(logits_BC, classes_B, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total, (classes_B != IGNORE_INDEX).sum()
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _shown(labels: list[str]) -> str:

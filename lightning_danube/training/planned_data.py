@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from lightning_danube.tokens.tokenizer import fingerprint_of, new_token_facts
-from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, trains_on_gpu
+from lightning_danube.training.contract import TrainingData
+from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, steps_of, trains_on_gpu
 from lightning_danube.training.position import replicas_of
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch.utils.data import DataLoader, Dataset
     from transformers import PreTrainedTokenizerFast
@@ -75,6 +77,26 @@ class PlannedData(LightningDataModule):
     def total_tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
+    @abstractmethod
+    def tokens_of_examples(self) -> NDArray[np.int64]:
+        """Returns the tokens of each training example that the model reads, without padding: (examples,)."""
+
+    @cached_property
+    def _tokens_before(self) -> NDArray[np.int64]:
+        """Returns the tokens that the run has read before each step, and at its end: (steps + 1,)."""
+        tokens = self.tokens_of_examples()
+        steps = [[example for row in rows for example in row] for one in self.passes for rows in steps_of(one)]
+        return np.cumsum([0, *(int(tokens[examples].sum()) for examples in steps)], dtype=np.int64)
+
+    def tokens_of_steps(self, first: int, behind: int) -> int:
+        """Returns the tokens of the steps from `first`, counted from 0, to the one before `behind`, without padding."""
+        return int(self._tokens_before[behind] - self._tokens_before[first])
+
+    @property
+    def held_out_sets(self) -> int:
+        """Returns the number of sets of held-out rows that have a loss each."""
+        return 1
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -123,3 +145,13 @@ class PlannedData(LightningDataModule):
             start=self.steps_done,
         )
         return ResumableLoader(rows, sampler, self.workers, on_gpu=trains_on_gpu(self.trainer))
+
+
+def tokens_of_steps(data: TrainingData, first: int, behind: int) -> int:
+    """Returns the tokens that the steps from `first` to the one before `behind` train on, without padding.
+
+    Only rows of planned data have padding.
+    """
+    return (
+        data.tokens_of_steps(first, behind) if isinstance(data, PlannedData) else (behind - first) * data.batch_tokens
+    )

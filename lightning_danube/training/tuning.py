@@ -40,6 +40,8 @@ class TuningTask(DecoderTask):
         ValueError: the weights cannot be read, or the optimizer is only for training from random weights.
     """
 
+    has_loss_curve = True
+
     def __init__(
         self,
         weights: str,

@@ -14,6 +14,7 @@ from lightning_danube.chat.rows import FittedChat
 from lightning_danube.model import Decoder, DecoderConfig, next_token_loss
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, ChatEncoder
 from lightning_danube.training.loaders import StepSampler
+from lightning_danube.training.planned_data import tokens_of_steps
 from tests.rows import write_rows
 
 
@@ -349,6 +350,19 @@ def test_the_fill_is_the_share_of_places_with_a_token(tmp_path: Path, layout: st
             tokens += sum(map(sum, lengths))
             places += 4 * (96 if layout == "packed" else max(map(sum, lengths)))
     assert module.fill() == pytest.approx(tokens / places)
+
+
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+def test_the_tokens_of_steps_are_the_places_of_their_batches_without_padding(tmp_path: Path, layout: str) -> None:
+    module = data(tmp_path, layout=layout, epochs=2)
+    # No text of these has the id of padding, 0. Two micro-batches make a step.
+    tokens = [int((batch["input_ids"] != 0).sum()) for batch in batches(module)]
+    steps = [sum(tokens[n : n + 2]) for n in range(0, len(tokens), 2)]
+    assert len(steps) == module.total_steps and len(set(steps)) > 3
+    for first, behind in ((0, 0), (0, 1), (2, 5), (0, len(steps))):
+        assert tokens_of_steps(module, first, behind) == sum(steps[first:behind])
+    padded = sum(batch["input_ids"].numel() for batch in batches(module))
+    assert sum(steps) < padded <= module.total_tokens
 
 
 def test_a_limit_takes_the_first_held_out_conversations(tmp_path: Path) -> None:

@@ -102,11 +102,19 @@ def test_a_run_learns_what_is_preferred_and_says_so(talk: Path, capsys: pytest.C
         assert len(values_of(run, tag)) == summary["steps"] > 10, tag
     for tag in ("rewards/margin_held_out_talk", "rewards/accuracy_held_out_talk", "ranking/accuracy_held_out_talk"):
         assert values_of(run, tag)[-1] == pytest.approx(summary[_key(tag)]["talk"])
+    # All held-out pairs before training and at the end; a few of them at each tenth of the run as well.
+    assert len(values_of(run, "rewards/margin_held_out_talk")) == len(values_of(run, "loss/held_out_talk")) == 2
+    assert list(scalars(run, "held_out/talk")) == [0, *tenths(summary["steps"])]
     last = {tag: values_of(run, f"rewards/{tag}")[-1] for tag in ("chosen", "rejected", "margin")}
     assert last["margin"] == pytest.approx(last["chosen"] - last["rejected"], abs=1e-5)
     # The run is a model like any other, with the tokenizer that its base had.
     question = ["--chat", "--prompt", "river?", "--temperature", "0", "--max-new-tokens", "4"]
     assert main(["generate", "--weights", str(run), *question]) == 0
+
+
+def tenths(steps: int) -> list[int]:
+    """The steps that end a tenth of a run."""
+    return [math.ceil(part * steps / 10) for part in range(1, 11)]
 
 
 def _key(tag: str) -> str:
@@ -136,8 +144,10 @@ def test_going_on_equals_never_having_stopped(talk: Path, options: tuple[str, ..
         file.unlink()
     assert fit(talk, *options, "--name", "stopped", "--ckpt_path", "last") == 0
     assert same_weights(run_directory(talk), run_directory(talk, "stopped"))
+    curves = [scalars(run_directory(talk, name), "held_out/talk") for name in ("talk", "stopped")]
+    assert curves[0] == curves[1] and len(curves[0]) == 11
     full, stopped = summary_of(talk), summary_of(talk, "stopped")
-    for key in full.keys() - {"seconds", "places_per_second"}:
+    for key in full.keys() - {"seconds", "tokens_per_second"}:
         assert full[key] == stopped[key], key
 
 

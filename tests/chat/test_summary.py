@@ -102,7 +102,8 @@ def a_run() -> tuple[Any, Any, Trained]:
     task.weights, task.beta, task.config = "base", 0.25, SimpleNamespace(parameters=8)
     counts = {5: {"web": 50}, None: {"web": 500}}
     data = SimpleNamespace(
-        batch_tokens=64, reports=dict, fill=lambda: 0.98765, validation_conversations=5, validation_examples=5,
+        tokens_of_steps=lambda first, behind: 64 * (behind - first), reports=dict, fill=lambda: 0.98765,
+        validation_conversations=5, validation_examples=5,
         evaluation_tokens=counts.__getitem__, evaluation_pairs=counts.__getitem__,
     )  # fmt: skip
     return task, data, Trained(10, "32-true", 12.3456)
@@ -118,7 +119,7 @@ def test_a_summary_of_fine_tuning_tells_before_from_after() -> None:
     )  # fmt: skip
     assert summary == {
         "weights": "base", "steps": 10, "parameters": 8, "trained_parameters": 6, "precision": "32-true",
-        "seconds": 12.346, "places_per_second": 160.0, "fill": 0.9877, "sources": {}, "val_loss_before": {"web": 3.0},
+        "seconds": 12.346, "tokens_per_second": 160.0, "fill": 0.9877, "sources": {}, "val_loss_before": {"web": 3.0},
         "val_loss": {"web": 2.0}, "val_step": 9, "val_tokens": {"web": 50},
         "answers": [{"question": "why?", "before": "no", "after": "so"}],
     }  # fmt: skip
@@ -129,7 +130,7 @@ def test_a_summary_of_preference_tuning_tells_before_from_after() -> None:
     before, after = ({"val_loss": {"web": loss}, "val_ranking_accuracy": {"web": loss / 4}} for loss in (3.0, 2.0))
     summary = preference_fit_summary(task, RunFacts(training_seconds=4.0), data, trained, before=before, after=after)
     assert (summary["val_loss_before"], summary["val_loss"]) == ({"web": 3.0}, {"web": 2.0})
-    assert (summary["beta"], summary["val_pairs"], summary["places_per_second"]) == (0.25, {"web": 50}, 160.0)
+    assert (summary["beta"], summary["val_pairs"], summary["tokens_per_second"]) == (0.25, {"web": 50}, 160.0)
     # Wilson's interval of 50 %: half of the normal one's width √(1 / (n + z²)) z.
     half = 1.959964 / (50 + 1.959964**2) ** 0.5 / 2
     ends = summary["val_ranking_accuracy_interval"]["web"]

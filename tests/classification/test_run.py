@@ -20,6 +20,7 @@ from lightning_danube.weights.loading import load_decoder
 from tests.chat.test_fine_tuning import CONFIG as CHAT
 from tests.chat.test_fine_tuning import LORA
 from tests.commands import run
+from tests.pretraining.test_run import scalars
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
 from tests.training.test_world_size import run_in_ranks
@@ -101,6 +102,10 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
     fitted, tested = summary_of(words), summary_of(words, "words-test")
     assert fitted["classes"]["wet"] == {"train": 27, "validation": 3, "test": 10}
     assert fitted["validation"]["n"] == 9 and tested["test"]["n"] == 30
+    # The few texts of the curve are all of these, and so is its last point their loss; TensorBoard keeps float32.
+    curve, losses = (scalars(directory(words), tag) for tag in ("held_out/validation", "loss/validation"))
+    assert list(curve) == [0, 4, 7, 10, 14, 17, 20, 24, 27, 30, 33] and list(losses) == [33]
+    assert curve[33] == pytest.approx(fitted["validation"]["loss"], rel=1e-6) and curve[33] < curve[0]
     result = tested["test"]
     assert result["accuracy"] > 0.9 > 0.34 > result["baselines"]["majority"]["accuracy"]
     assert result["baselines"]["tfidf"]["accuracy"] > 0.9
@@ -180,6 +185,8 @@ def test_going_on_equals_never_having_stopped(words: Path, options: tuple[str, .
     assert full["state_dict"].keys() == stopped["state_dict"].keys()
     assert all(torch.equal(full["state_dict"][name], stopped["state_dict"][name]) for name in full["state_dict"])
     assert summary_of(words)["validation"] == summary_of(words, "stopped")["validation"]
+    curves = [scalars(directory(words, name), "held_out/validation") for name in ("words", "stopped")]
+    assert curves[0] == curves[1] and len(curves[0]) == 11
 
 
 @pytest.mark.medium
@@ -275,6 +282,13 @@ def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: py
 
     refused("--data.init_args.seed is 9, the run began with 0", "--data.init_args.seed", "9")
     refused("data.train is ", "--data.init_args.context_length", "8")
+    for option, given, stated in (
+        ("context_length", "8", "8, the classifier was trained with 32"),
+        ("keep", "end", "end, the classifier was trained with start"),
+        ("begin", "false", "false, the classifier was trained with true"),
+    ):
+        message = f"--data.init_args.{option} is {stated}: set it back"
+        refused(message, f"--data.init_args.{option}", given, verb="test")
     refused("the checkpoint has model.head 'hidden', the config 'logits': set", "--model.init_args.head", "logits")
     refused("the checkpoint was trained with lora {'rank': 8", "--model.init_args.lora.rank", "4")
     write(words / "other.csv", 0, 30, labels=("wet", "hard"))

@@ -36,6 +36,7 @@ class LossCurve:
 
         Args:
             run_rows: rows that the run trains on.
+            sources: sets of rows that have a held-out loss each.
             batch_rows: rows of a held-out batch, over all replicas.
         """
         self.batches = batches_within_budget(run_rows, sources, batch_rows)
@@ -80,7 +81,8 @@ class HeldOutCurve(Callback):
         if plans_curve(trainer, pl_module):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             rows = data.total_steps * data.batch_rows
-            curve_of(pl_module).begin(trainer, rows, len(data.sources), data.micro_batch_size * trainer.world_size)
+            batch_rows = data.micro_batch_size * trainer.world_size
+            curve_of(pl_module).begin(trainer, rows, data.held_out_sets, batch_rows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._plan(trainer, pl_module)

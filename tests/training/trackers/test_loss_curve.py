@@ -41,7 +41,7 @@ def test_all_points_together_cost_at_most_a_hundredth_of_the_run() -> None:
 def trainer() -> Any:
     """A run of 30 steps of two micro-batches, on data without stages."""
     return SimpleNamespace(
-        datamodule=SimpleNamespace(total_steps=30, batch_rows=16, sources={"a": 1, "b": 2}, micro_batch_size=8),
+        datamodule=SimpleNamespace(total_steps=30, batch_rows=16, held_out_sets=2, micro_batch_size=8),
         val_check_interval=1.0,
         enable_validation=True,
         num_sanity_val_steps=0,
