@@ -136,10 +136,28 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ValueError(f"{source}: not JSON ({why_not_json(error)})") from error
 
 
+class RepeatedKey(ValueError):
+    """A key stands twice in an object of JSON. Python's reader would keep the last value, other readers the first."""
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} stands twice")
+    return values
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_with_each_key_once)
+"""Reads JSON that people wrote as data. Raises `RepeatedKey`."""
+
+
 def why_not_json(error: Exception) -> str:
-    """Says why Python's reader of JSON refused a text. Its reasons have four types."""
+    """Says why a reader of JSON refused a text. The reasons have five types."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
+    if isinstance(error, RepeatedKey):
+        return str(error)
     if isinstance(error, RecursionError):
         return "nested too deep"
     if isinstance(error, UnicodeDecodeError):

@@ -23,6 +23,8 @@ from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
 from lightning_danube.pretraining.settings import CurriculumSettings
+from lightning_danube.terminal import tell
+from lightning_danube.text.corpora import separator_warning
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.preparation import Sample, WorkPart, open_or_prepare, prepare, prepare_sample
 from lightning_danube.tokens.shards import SPLITS, TokenSequence, TokenShards
@@ -57,6 +59,13 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
 
     def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
         """Makes the missing shards, or one part of them. Returns the seconds that each source took."""
+        for name, source in self.sources.items():
+            if is_finished(source.path) or source.separator is None:
+                continue
+            if not self.shards_directory(name).exists():
+                warning = separator_warning(name, source, self.cache_dir)
+                if warning is not None and (part is None or part[0] == 1):
+                    tell(f"warning: {warning}")
         return prepare(
             self.sources,
             self.tokenizer,
@@ -116,6 +125,8 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
             shown.left_out[f"duplicates ({self.quality.deduplicate})"] = sample.duplicates
         if account["cut"]:
             shown.notes.append(f"long documents were cut: {account['cut']:,} more pieces")
+        if (warning := separator_warning(name, self.sources[name], self.cache_dir)) is not None:
+            shown.warnings.append(warning)
         if rejected and self.sources[name].on_bad_row == "error":
             option = f"data.sources.{name}.on_bad_row"
             shown.warnings.append(fit_stops_at(rejected[0], option, shown.kept))

@@ -18,10 +18,20 @@ from typing import Any, Literal
 
 from lightning_danube.files import looks_like_path, read_json
 from lightning_danube.options import parse_tokens
+from lightning_danube.terminal import tell
 from lightning_danube.text.embedded.documentation import ROLES, collect_documentation
 from lightning_danube.text.embedded.world import ROLES as WORLD_ROLES
 from lightning_danube.text.embedded.world import WORLD, write_world
-from lightning_danube.text.reading import FORMATS, BadRow, DamagedFile, Document, documents_of, format_of, read_file
+from lightning_danube.text.reading import (
+    FORMATS,
+    BadRow,
+    DamagedFile,
+    Document,
+    documents_of,
+    format_of,
+    has_separator,
+    read_file,
+)
 
 DOCUMENTATION = "documentation:"
 NOT_DATA = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -182,6 +192,23 @@ def saved_directory(name: str, source: Source) -> Path:
     return path / source.split
 
 
+def separator_warning(name: str, source: Source, cache_dir: Path) -> str | None:
+    """Returns a warning if the separator of a source is in none of its plain text files.
+
+    Raises:
+        ValueError: the source has no file, or a file cannot be read.
+    """
+    if source.separator is None or is_streamed(source):
+        return None
+    files = [file for file in local_files(name, source, cache_dir) if format_of(file) == "text"]
+    if not files or any(has_separator(file, source.separator) for file in files):
+        return None
+    return (
+        f"source {name!r}: the separator {source.separator!r} occurs nowhere in {source.path}, so each file is one "
+        "document: correct the separator, or leave it out"
+    )
+
+
 def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Document]:
     """Yields all documents of a source in a fixed order. Rows whose text is null or blank are left out.
 
@@ -189,6 +216,8 @@ def read_documents(name: str, source: Source, cache_dir: Path) -> Iterator[Docum
         ValueError: bytes are not UTF-8, a row does not parse, or a text is missing or no string. Names file and row.
         ValueError: the source cannot be opened. Names the source.
     """
+    if (warning := separator_warning(name, source, cache_dir)) is not None:
+        tell(f"warning: {warning}")
     for row in documents_and_bad_rows(name, source, cache_dir):
         if isinstance(row, BadRow):
             raise DamagedFile(row.message)

@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from lightning_danube.files import parse_json, why_not_json
+from lightning_danube.files import STRICT_JSON, parse_json, why_not_json
 
 LONGEST_DOCUMENT = 1 << 20
 """Bytes. A longer text is cut at white space into several documents."""
@@ -129,6 +129,17 @@ def read_rows(file: str) -> Iterator[tuple[int, Any]]:
         raise DamagedFile(f"{file} is plain text, which has no columns: give jsonl, csv, tsv or parquet")
     for span in spans(file, None, 1 << 62):
         yield from _rows_of_span(span, None)
+
+
+def has_separator(file: str, separator: str) -> bool:
+    """Returns whether a separator ends a document of a plain text file. Reads up to the first one.
+
+    Raises:
+        DamagedFile: the file cannot be read.
+    """
+    with open_bytes(file) as content:
+        pieces = _pieces(content, separator, 1)
+        return any(following > position + len(data) for position, _, data, following in pieces)
 
 
 def read_lines(file: str) -> Iterator[str]:
@@ -454,7 +465,7 @@ def _jsonl_rows(span: Span) -> Iterator[tuple[int, Any]]:
 def json_of(text: str, file: str, row: int, where: str) -> Any:
     """Returns the value of a row of JSON, or a `BadRow`."""
     try:
-        return json.loads(text)
+        return STRICT_JSON.decode(text)
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         return BadRow(file, row, "not JSON", f"{where}: not JSON ({why_not_json(error)}{place})")
@@ -477,7 +488,7 @@ def _json_array_rows(span: Span) -> Iterator[tuple[int, Any]]:
     text = _decode(data, span.file)
     if text is None:
         raise DamagedFile(_not_utf8(data, f"{span.file}, row 1"))
-    at, row, decode = text.index("[") + 1, 0, json.JSONDecoder().raw_decode
+    at, row, decode = text.index("[") + 1, 0, STRICT_JSON.raw_decode
     while (at := _behind_space(text, at)) < len(text) and (row or text[at] != "]"):
         row += 1
         values: Any

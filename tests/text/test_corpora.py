@@ -74,6 +74,29 @@ def test_text_files_are_one_document_or_split(tmp_path: Path) -> None:
     assert [(d.text, d.row) for d in read(path, separator="\n")][:2] == [("One", 1), ("Two", 3)]
 
 
+@pytest.mark.parametrize(
+    ("content", "separator", "is_there"),
+    [
+        ("one<end>two", "<end>", True),
+        ("one<end>", "<end>", True),  # also where no second document follows
+        ("one\r\n\r\ntwo", "\n\n", True),
+        ("one\ntwo", "\n\n", False),
+        ("one\ntwo", "\\n", False),  # a backslash and an n, as a shell passes them
+        ("a" * (1 << 20) + "|||", "|||", True),
+    ],
+)
+def test_a_separator_that_occurs_nowhere_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, separator: str, is_there: bool
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    read(tmp_path, separator=separator)
+    told = f"source 'src': the separator {separator!r} occurs nowhere in {tmp_path}, so each file is one document"
+    assert capsys.readouterr().err.count(told) == (not is_there)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(f"three{separator}four".encode()))
+    read(tmp_path, separator=separator)
+    assert capsys.readouterr().err == "", "one file that has it is enough"
+
+
 def test_separators_and_characters_may_lie_across_pieces(tmp_path: Path) -> None:
     """Files are read in pieces of 512 KiB; this one has a two-byte character and a separator on the border."""
     path = tmp_path / "a.txt"
@@ -159,6 +182,9 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, row 1: column 'text' holds int, not text"),
         ("a.jsonl", b'"text"\n', r"a\.jsonl, row 1: expected an object with the column 'text', found str"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, row 2: byte 11 of the row \(0xff\) is not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"a\.jsonl, row 1: not JSON \(the key 'text' stands twice\)"),
+        ("a.jsonl", b'{"text": "a", "m": [{"k": 1, "k": 1}]}\n', r"row 1: not JSON \(the key 'k' stands twice\)"),
+        ("a.json", b'[{"text": "a"}, {"text": "b", "x": 1, "x": 2}]', r"a\.json, row 2: not JSON \(the key 'x' stands"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json, row 2: not JSON \(.* at line 2, column 9\)"),
         ("a.json", b'[{"text": "a"}, {"text": "b"}', r"a\.json, row 2: not JSON \(Expecting ',' or '\]' at line 1"),
         ("a.json", b'[{"text": "a"},]', r"a\.json, row 2: not JSON \(Expecting value"),
