@@ -24,7 +24,7 @@ from lightning_danube.device import widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
-from lightning_danube.terminal import show
+from lightning_danube.terminal import show, tell
 from lightning_danube.training.contract import TokenBatch, TrainingData
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
@@ -390,8 +390,10 @@ class DecoderTask(LightningModule):
                 "new run without --ckpt_path"
             )
         mine_is = type(self.optimizer_settings).__name__
-        saved_by = checkpoint.get("optimizer", mine_is)
-        if saved_by != mine_is:
+        saved_by = checkpoint.get("optimizer")
+        if saved_by is None and self.trainer.is_global_zero:
+            tell(f"warning: the checkpoint does not say which optimizer it is of, so {mine_is} could not be compared")
+        if saved_by not in (None, mine_is):
             raise ValueError(
                 f"the run was trained with {saved_by}, model.optimizer is {mine_is}: set it back, or begin a new run "
                 "without --ckpt_path"

@@ -247,7 +247,11 @@ def progress(ready: int, completed: int) -> dict[str, Any]:
 def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
     """The task goes on from a checkpoint of its own, apart from the changes."""
     task._trainer = trainer(
-        precision_plugin=None, state=SimpleNamespace(fn="fit"), accumulate_grad_batches=4, global_step=0
+        precision_plugin=None,
+        state=SimpleNamespace(fn="fit"),
+        accumulate_grad_batches=4,
+        global_step=0,
+        is_global_zero=True,
     )
     checkpoint: dict[str, Any] = {"loggers": []}
     facts = {"decoder_config": CONFIG.facts(), "seed": task._seed, "global_step": 6}
@@ -288,3 +292,13 @@ def test_a_checkpoint_of_another_seed_or_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trained with Muon, model\.optimizer is AdamW"):
         resumed(task, optimizer=saved["optimizer"])
     resumed(task, optimizer="AdamW")
+
+
+def test_a_checkpoint_that_does_not_name_its_optimizer_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints of earlier versions do not."""
+    task = task_of(CONFIG)
+    resumed(task, optimizer="AdamW")
+    assert capsys.readouterr().err == ""
+    resumed(task, optimizer=None)
+    told = "warning: the checkpoint does not say which optimizer it is of, so AdamW could not be compared\n"
+    assert capsys.readouterr().err == told
