@@ -249,6 +249,16 @@ def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the ids of a text of others, without special tokens. Text that spells a special token stays text."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    finally:
+        backend.encode_special_tokens = False
+
+
 def encode_documents(
     backend: Tokenizer, texts: Sequence[str], bos_id: int | None, eos_id: int, dtype: np.dtype[Any]
 ) -> list[NDArray[Any]]:
@@ -329,15 +339,14 @@ def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     transformers 5 makes some tokenizers anew from the name of their class, and takes only the pieces from the file.
     Class names are often wrong, and the ids then differ from those that the model was trained on.
     """
-    from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     named: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
-    file: Any = Path(place) / "tokenizer.json"
-    if isinstance(place, str):
-        file = try_to_load_from_cache(place, "tokenizer.json", **options)  # transformers has just downloaded it
-    if type(named) is PreTrainedTokenizerFast or not named.is_fast or not (file and Path(str(file)).is_file()):
+    file, pieces = (_file_of(place, name, **options) for name in ("tokenizer.json", "tokenizer.model"))
+    if file is None and pieces is not None:
+        return _as_sentencepiece(named, pieces)
+    if type(named) is PreTrainedTokenizerFast or not named.is_fast or file is None:
         return named
     backend = Tokenizer.from_file(str(file))
     if _encodes_alike(backend, named.backend_tokenizer):
@@ -347,6 +356,71 @@ def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
         # The class has special tokens of its own, which the files may lack.
         if isinstance(token, str) and getattr(tokenizer, role, None) is None and backend.token_to_id(token) is not None:
             setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _file_of(place: str | Path, name: str, **options: Any) -> Path | None:
+    """Returns a file of a directory, or of a repository that transformers has just downloaded; None if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file: Any = Path(place) / name if isinstance(place, Path) else try_to_load_from_cache(place, name, **options)
+    return Path(file) if isinstance(file, str | Path) and Path(file).is_file() else None
+
+
+_SPACED = ("A text", " one space", "  two", "a  b", "\n x", "   ", "tab\tx", "é 好 \U0001f600", "1234 don't")
+"""Texts that conversions of a SentencePiece model encode otherwise than the model itself."""
+
+
+def _as_sentencepiece(named: PreTrainedTokenizerFast, file: Path) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer that gives the ids of a SentencePiece model, with the special tokens of `named`.
+
+    Args:
+        named: what transformers has made of the model. transformers 5.23 puts no "▁" before a text that begins with a
+            space, or before any text, and merges pieces by id.
+
+    Raises:
+        ValueError: no conversion gives the model's ids.
+    """
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    ids = [model.encode(text) for text in _SPACED]
+
+    def agrees(backend: Tokenizer) -> bool:
+        backend.encode_special_tokens = True
+        try:
+            return [backend.encode(text, add_special_tokens=False).ids for text in _SPACED] == ids
+        finally:
+            backend.encode_special_tokens = False
+
+    if named.is_fast and agrees(named.backend_tokenizer):
+        return named
+    numbers = range(model.vocab_size())
+    control = [model.id_to_piece(n) for n in numbers if model.is_control(n) or model.is_unknown(n)]
+    for add_space_prefix in (True, False):
+        backend = sentencepiece_backend(
+            {model.id_to_piece(n): n for n in numbers},
+            [model.get_score(n) for n in numbers],
+            unknown=model.id_to_piece(model.unk_id()),
+            add_space_prefix=add_space_prefix,
+            never_merged=control,
+        )
+        if agrees(backend):
+            break
+    else:
+        raise ValueError(f"{file.name} is converted to other ids than its own: add a tokenizer.json of the model")
+    for _, token in sorted(named.added_tokens_decoder.items()):
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    if named.is_fast:
+        backend.post_processor = named.backend_tokenizer.post_processor
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=named.chat_template,
+        model_max_length=named.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **named.special_tokens_map,
+    )
     return tokenizer
 
 

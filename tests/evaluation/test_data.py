@@ -13,6 +13,7 @@ from lightning_danube.evaluation.parts.passages import (
     PassageQuestions,
     RetrievalOptions,
     passage_questions,
+    prompt_ids,
     retrieved,
     says,
 )
@@ -44,6 +45,18 @@ def test_rows_of_text_are_the_documents_one_after_the_other(texts: Source, tmp_p
 def test_positions_share_a_figure_up_to_powers_of_two() -> None:
     assert position_buckets(300) == [(0, 64), (64, 128), (128, 256), (256, 300)]
     assert position_buckets(64) == [(0, 64)] and position_buckets(40) == [(0, 40)]
+
+
+def test_a_haystack_and_passages_spell_no_special_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    hay = Source(str(write_rows(tmp_path / "hay.jsonl", {"text": "a <bos> b <eos> c " * 200})))
+    options = NeedleOptions([200], haystack=hay, trials=1)
+    (part,) = make_needles(options, 300, 1, tokenizer, tmp_path)
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for needle in part.needles:
+        assert not special & set(needle.prompt_ids[1:])
+    assert not special & set(prompt_ids(tokenizer, "who <eos>?", ["he <bos> said"])[1:])
 
 
 def test_a_needle_stands_where_it_should(texts: Source, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import transformers
 from lightning_danube.generation.text import encode_prompt
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.tokens.tokenizer import (
+    DANUBE_SMALL,
     DocumentTokenizer,
     adding_bos,
     begin_token,
     beginning_texts,
+    encode_text,
     fingerprint_of,
     load_hf_tokenizer,
     mistral_model_file,
@@ -376,3 +379,46 @@ def test_a_wrong_new_token_is_refused(tokens: list[str], message: str) -> None:
 def test_a_new_token_that_would_not_be_decoded_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'größe' would be decoded to .* by the tokenizer 'tiny'"):
         with_new_tokens(tiny_tokenizer(), "tiny", ["größe"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    ],
+)
+def test_a_directory_with_a_sentencepiece_model_alone_gives_the_models_ids(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """transformers puts no space before some texts, and merges spaces otherwise."""
+    shutil.copy(mistral_model_file(), tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = DocumentTokenizer(str(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (32000, 2)
+    assert tokenizer.bos_id == (1 if config.get("add_bos_token") else None)
+    texts = [
+        "A text",
+        " one",
+        "  two  spaces ",
+        "a  b",
+        "\n x",
+        "<s> spelled </s>",
+        "é 好 \U0001f600",
+        "\tx",
+        "   ",
+        "1,234",
+    ]
+    head = [] if tokenizer.bos_id is None else [1]
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        assert ids.tolist() == [*head, *model.encode(text), 2], text
+
+
+def test_texts_of_others_spell_no_special_tokens() -> None:
+    tokenizer = load_hf_tokenizer(DANUBE_SMALL)
+    ids = encode_text(tokenizer, "a <s> b </s> c")
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+    assert tokenizer.decode(ids) == "a <s> b </s> c"
+    assert tokenizer.eos_token_id in tokenizer("b </s>").input_ids, "the tokenizer itself is as before"

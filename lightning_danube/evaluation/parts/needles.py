@@ -12,7 +12,7 @@ from lightning_danube.evaluation.asking import AskedModel, Part, shown_prompts
 from lightning_danube.evaluation.results import Measured, mean_of
 from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import Source, read_documents
-from lightning_danube.tokens.tokenizer import begin_token
+from lightning_danube.tokens.tokenizer import begin_token, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def make_needles(
         raise ValueError(f"data.needle.lengths has {lengths[-1]:,}, beyond data.context_length of {context:,}")
     hay: list[int] = []
     for document in read_documents("haystack", options.haystack, cache_dir):
-        hay += tokenizer.backend_tokenizer.encode(document.text + "\n\n", add_special_tokens=False).ids
+        hay += encode_text(tokenizer, document.text + "\n\n")
         if len(hay) >= lengths[-1]:
             break
     else:
@@ -137,11 +137,8 @@ def _needle(
     city, number = draw.choice(CITIES), str(draw.randrange(1000, 10000))
     begin = begin_token(tokenizer)
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    sentence = ids(f"\n\nThe secret number of {city} is {number}.\n\n")
-    question = ids(f"\n\nWhat is the secret number of {city}? The secret number of {city} is")
+    sentence = encode_text(tokenizer, f"\n\nThe secret number of {city} is {number}.\n\n")
+    question = encode_text(tokenizer, f"\n\nWhat is the secret number of {city}? The secret number of {city} is")
     head = [] if begin is None else [begin]
     room = length - ANSWER_TOKENS - len(head) - len(sentence) - len(question)
     if room < 1:

@@ -20,7 +20,7 @@ from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.reading import BadRow, read_rows
 from lightning_danube.tokens.chat_template import encode_chat
-from lightning_danube.tokens.tokenizer import begin_token
+from lightning_danube.tokens.tokenizer import begin_token, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,7 +177,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, passages: Sequ
     if tokenizer.chat_template is not None:
         return encode_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
     begin = begin_token(tokenizer)
-    ids = list(tokenizer(f"{text}\nAnswer:", add_special_tokens=False).input_ids)
+    ids = encode_text(tokenizer, f"{text}\nAnswer:")
     return ids if begin is None else [begin, *ids]
 
 
