@@ -247,6 +247,15 @@ time.sleep(600)
 """
 
 
+def with_saving_child(program: Any, seconds: float) -> Busy:
+    """Returns a program that has started another one, which saves for some seconds when it is told to stop."""
+    child = SAVING_CHILD.replace("SECONDS", str(seconds))
+    start = "from lightning_danube import signals; signals.run_child([sys.executable, '-c', CHILD], saves=True)"
+    busy: Busy = program(verb(start).replace("if __name__", f"CHILD = {child!r}\nif __name__", 1))
+    busy.wait_for("child")
+    return busy
+
+
 @pytest.mark.parametrize(
     ("number", "line", "code"),
     [
@@ -256,13 +265,7 @@ time.sleep(600)
 )
 def test_a_run_that_was_started_saves_first(program: Any, number: int, line: str, code: int) -> None:
     """Also where a terminal sends Ctrl-C to both, and no time limit ends the parent before."""
-    child = SAVING_CHILD.replace("SECONDS", "0.5")
-    busy = program(
-        verb(
-            "from lightning_danube import signals; signals.run_child([sys.executable, '-c', CHILD], saves=True)"
-        ).replace("if __name__", f"CHILD = {child!r}\nif __name__", 1)
-    )
-    busy.wait_for("child")
+    busy = with_saving_child(program, seconds=0.5)
     os.killpg(busy.process.pid, number)
     ended, lines = busy.end()
     # Two processes print; only the last line has its place.
@@ -270,13 +273,7 @@ def test_a_run_that_was_started_saves_first(program: Any, number: int, line: str
 
 
 def test_a_second_interrupt_ends_a_run_that_was_started(program: Any) -> None:
-    child = SAVING_CHILD.replace("SECONDS", "600")
-    busy = program(
-        verb(
-            "from lightning_danube import signals; signals.run_child([sys.executable, '-c', CHILD], saves=True)"
-        ).replace("if __name__", f"CHILD = {child!r}\nif __name__", 1)
-    )
-    busy.wait_for("child")
+    busy = with_saving_child(program, seconds=600)
     busy.process.send_signal(signal.SIGINT)
     busy.wait_for("SIGINT: the run saves")
     busy.wait_for("saves")

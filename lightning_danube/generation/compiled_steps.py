@@ -74,17 +74,6 @@ class CompiledStep:
                 del block.forward
 
 
-class PlainStep:
-    """`next_logits` of one decoder, as it is written."""
-
-    def __init__(self, decoder: "Decoder") -> None:
-        self.decoder = decoder
-
-    def __call__(self, ids_B: Tensor, cache: "KVCache") -> Tensor:
-        """The logits after one more token in each row, (B, V)."""
-        return next_logits(self.decoder, ids_B, cache)
-
-
 def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -108,9 +97,13 @@ class StepsOfCache:
 
     A cache for compiled steps needs one slot that is never filled. A step that read all slots would see a contiguous
     tensor, and would be compiled again for it.
+
+    Args:
+        step: the new ids (B,) and the cache → the logits after them, (B, V); a `CompiledStep`, or `next_logits` of a
+            decoder.
     """
 
-    def __init__(self, step: "CompiledStep | PlainStep", cache: "KVCache") -> None:
+    def __init__(self, step: Callable[[Tensor, "KVCache"], Tensor], cache: "KVCache") -> None:
         self.step, self.cache = step, cache
         self.most_slots = cache.capacity - (1 if isinstance(step, CompiledStep) else 0)
         self.records = has_graphs(cache.device)

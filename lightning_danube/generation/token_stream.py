@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V vocabulary, D hidden size, N new tokens, E tokens t
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from lightning_danube.generation.compiled_steps import (
     FEWEST_RECORDED,
     CompiledStep,
-    PlainStep,
     StepsOfCache,
     can_be_recorded,
     next_logits,
@@ -88,7 +88,7 @@ class TokenStream(Iterator[Tensor]):
         if compiled is not None:
             self._fixed = StepsOfCache(compiled, self.cache)
         elif max_new_tokens >= FEWEST_RECORDED and can_be_recorded(decoder):
-            self._fixed = StepsOfCache(PlainStep(decoder), self.cache)
+            self._fixed = StepsOfCache(partial(next_logits, decoder), self.cache)
 
         self.eos_ids_E = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(self.prompts), dtype=torch.bool, device=device)
