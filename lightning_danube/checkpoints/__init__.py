@@ -35,3 +35,25 @@ class SaveInterval:
         if self.save_every is not None:
             return TokensOrShare.parse(self.save_every, "save_every").steps(total_tokens, batch_tokens)
         return EVERY_N_STEPS if self.every_n_steps is None else self.every_n_steps
+
+
+# --- how ShardedStrategy spreads a run --------------------------------------------------------------------------------
+# Here, because `plan` reads it without PyTorch.
+
+
+def parallel_sizes(data: int | str, tensor: int | str, *, nodes: int, devices: int) -> tuple[int, int]:
+    """Returns the replicas of a run, and the devices of a replica.
+
+    Args:
+        data: replicas; "auto": as many as there are devices for, or one for each node if `tensor` is "auto", too.
+        tensor: devices of a replica; "auto": all of a node.
+        nodes, devices: nodes of the run, and devices of a node.
+    """
+    if tensor == "auto":
+        return nodes if data == "auto" else int(data), devices
+    return max(1, nodes * devices // int(tensor)) if data == "auto" else int(data), int(tensor)
+
+
+def replicas_of_a_node(data: int, tensor: int, devices: int) -> int:
+    """Returns how many of the `data` replicas are in one node."""
+    return min(data, max(1, devices // tensor))

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_danube.checkpoints import parallel_sizes, replicas_of_a_node
 from lightning_danube.checkpoints import sharded as sharded_checkpoints
 from lightning_danube.checkpoints.content import check_content, check_plain
 from lightning_danube.checkpoints.files import read_plain
@@ -40,10 +41,12 @@ class ShardedStrategy(ModelParallelStrategy):
     parameters, so Lightning's numbers would assign moments to the wrong weights.
 
     Args:
-        data_parallel_size: number of replicas; "auto": one for each node.
+        data_parallel_size: number of replicas; "auto": one for each node if tensor_parallel_size is "auto", too, else
+            as many as there are devices for.
         tensor_parallel_size: number of devices of a replica; "auto": all devices of a node.
-        shard_size: number of replicas that share one copy of weights, gradients and optimizer state; "auto": all
-            replicas. With fewer, each group of so many replicas has a copy (HSDP), and gathers inside the group only.
+        shard_size: number of replicas that share one copy of weights, gradients and optimizer state; "node": those of a
+            node; "auto": all. With fewer, each group of so many replicas has a copy (HSDP), and gathers inside the
+            group only.
         gather_again: free the weights of a block after its forward pass, and gather them again for the backward pass.
             False: less communication, and the weights of all blocks in memory.
         reduce_once: with several micro-batches in an optimizer step, sum the gradients over the replicas after the last
@@ -59,7 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = "auto",
         *,
-        shard_size: Literal["auto"] | int = "auto",
+        shard_size: Literal["auto", "node"] | int = "auto",
         gather_again: bool = True,
         reduce_once: bool = True,
         save_distributed_checkpoint: bool = True,
@@ -91,11 +94,16 @@ class ShardedStrategy(ModelParallelStrategy):
         return self._meshes
 
     def setup_environment(self) -> None:
+        sizes = self._data_parallel_size, self._tensor_parallel_size
+        nodes, of_a_node = self.num_nodes, self.num_processes
+        self._data_parallel_size, self._tensor_parallel_size = parallel_sizes(*sizes, nodes=nodes, devices=of_a_node)
         super().setup_environment()
         mesh = self.device_mesh
         self._meshes = mesh["data_parallel"], mesh["tensor_parallel"]
         replicas, devices = (one.size() for one in self._meshes)
         shared = replicas if self.shard_size == "auto" else self.shard_size
+        if shared == "node":
+            shared = replicas_of_a_node(replicas, devices, of_a_node)
         if not 1 <= shared <= replicas or replicas % shared:
             fits = ", ".join(str(n) for n in range(1, replicas + 1) if replicas % n == 0)
             raise ValueError(

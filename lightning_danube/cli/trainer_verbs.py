@@ -347,7 +347,9 @@ class DanubeCLI(LightningCLI):
         kwargs["logger"] = self._make_loggers()
         kwargs["plugins"] = self._plugins()
         kwargs["callbacks"] = [*self._callbacks(), FastProducts(), RunLogs(), HeldOutCurve()]
-        kwargs["strategy"] = own_strategy(self._get(self.config_init, "trainer")["strategy"])
+        given = self._get(self.config_init, "trainer")
+        kind = kind_of_device(given["accelerator"])
+        kwargs["strategy"] = own_strategy(given["strategy"], kind, given["devices"], given["num_nodes"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, OverflowError, ImportError, MisconfigurationException) as error:

@@ -1,25 +1,26 @@
-"""Computes what a pre-training run will cost: its layout, what fits, how long it takes, when to save."""
+"""Computes what a pre-training run will cost: its layout, what fits, how long it takes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_danube.checkpoints import SaveInterval
+from lightning_danube.checkpoints import SaveInterval, parallel_sizes, replicas_of_a_node
 from lightning_danube.planning.accelerators import Accelerator
-from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
+from lightning_danube.planning.network import Network
+from lightning_danube.planning.step_time import MEAN_DOCUMENT, StepTime, step_time
+from lightning_danube.pretraining.curriculum import stage_samples
 from lightning_danube.pretraining.settings import CurriculumSettings
+from lightning_danube.pretraining.supply import Supply
 
 USABLE = 0.9
 """Share of a device's memory for tensors. The rest is for its context, its libraries and fragmentation."""
 
-HOURS_BETWEEN_FAILURES = 50_000.0
-"""Mean time between failures of one device: training Llama 3 on 16,384 devices had 419 unexpected interruptions in 54
-days (arXiv 2407.21783, section 3)."""
-
 MOST_DEVICES = 4096
+
+SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,17 @@ class TrainerSection:
     num_nodes: int = 1
     precision: int | str | None = None
     callbacks: list[str | dict[str, Any]] | dict[str, Any] | str | None = None
+
+    @property
+    def devices_of_a_node(self) -> int:
+        """Returns the devices of a node, 1 if they are not stated."""
+        return _devices(self.devices) or 1
+
+    @property
+    def saves_in_background(self) -> bool:
+        """Returns whether training goes on while a checkpoint is written."""
+        several = self.num_nodes * self.devices_of_a_node > 1
+        return self.accelerator != "cpu" or (several and _class_name(self.strategy) in SHARDED)
 
     @property
     def save_interval(self) -> SaveInterval | None:
@@ -63,22 +75,23 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
         ValueError: the memory of the strategy is not known, or sizes do not fit together.
     """
     notes = []
-    nodes, devices = trainer.num_nodes, _devices(trainer.devices)
-    if devices is None:
+    nodes, devices = trainer.num_nodes, trainer.devices_of_a_node
+    if _devices(trainer.devices) is None:
         notes.append("trainer.devices is auto: counted as 1; say how many with --trainer.devices N")
-        devices = 1
     name, world = _class_name(trainer.strategy), nodes * devices
-    if name in ("ModelParallelStrategy", "ShardedStrategy"):
-        # The strategy's set-up resolves "auto" from the number of devices.
+    if name in SHARDED:
         sizes = _arguments(trainer.strategy)
-        data, tensor = (sizes.get(f"{kind}_parallel_size", "auto") for kind in ("data", "tensor"))
-        data, tensor = nodes if data == "auto" else int(data), devices if tensor == "auto" else int(tensor)
+        data, tensor = parallel_sizes(
+            *(sizes.get(f"{kind}_parallel_size", "auto") for kind in ("data", "tensor")), nodes=nodes, devices=devices
+        )
         if data * tensor != world:
             raise ValueError(
                 f"trainer.strategy: data_parallel_size {data} × tensor_parallel_size {tensor} is not {world}, the "
                 f"devices of {nodes} node(s) × {devices}"
             )
         shared = sizes.get("shard_size", "auto")
+        if shared == "node":
+            shared = replicas_of_a_node(data, tensor, devices)
         if shared != "auto" and (int(shared) < 1 or data % int(shared)):
             raise ValueError(f"trainer.strategy.shard_size {shared} does not divide data_parallel_size {data}")
         return Layout(
@@ -110,18 +123,27 @@ def _devices(devices: Any) -> int | None:
     return len(text.split(",")) if "," in text else int(text)
 
 
-def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: float, *, sharded: bool) -> int | None:
+def fewest_devices(
+    memory: TrainingMemory, data: CurriculumSettings, capacity: float, *, sharded: bool, least: int = 1
+) -> int | None:
     """Returns the smallest number of devices on which the run fits, each with `capacity` bytes for tensors.
 
     Returns None if the run fits on no number up to MOST_DEVICES. Tensor parallelism does not change, and the number of
-    replicas must divide an optimizer step.
+    replicas must divide an optimizer step. The groups of a hybrid layout keep their size, unless there are fewer
+    replicas.
+
+    Args:
+        least: replicas to begin with.
     """
-    tensor = memory.layout.tensor_parallel
-    for replicas in range(1, MOST_DEVICES // tensor + 1):
+    tensor, group = memory.layout.tensor_parallel, memory.layout.shard_size if memory.layout.sharded else None
+    for replicas in range(least, MOST_DEVICES // tensor + 1):
         if data.batch_samples % (replicas * memory.rows):
             continue
+        together = group if sharded and group is not None and replicas > group else None
+        if together is not None and replicas % together:
+            continue
         accumulate = data.batch_samples > replicas * memory.rows
-        layout = dataclasses.replace(memory.layout, replicas=replicas, sharded=sharded, shard_size=None)
+        layout = dataclasses.replace(memory.layout, replicas=replicas, sharded=sharded, shard_size=together)
         if dataclasses.replace(memory, layout=layout, accumulate=accumulate).peak().total <= capacity:
             return replicas * tensor
         if not sharded and replicas > 1 and not accumulate:
@@ -129,40 +151,79 @@ def fewest_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: f
     return None
 
 
-def seconds_of(flops: float, devices: int, accelerator: Accelerator, utilisation: float) -> float:
-    """Returns the seconds for a number of model FLOPs. Utilisation does not count recomputed blocks as work."""
-    return flops / (devices * accelerator.flops * utilisation)
+def fitting_devices(memory: TrainingMemory, data: CurriculumSettings, capacity: float, *, sharded: bool) -> str:
+    """Returns in words on how many devices the run fits at least.
+
+    One device may hold what two do not: it needs no buffers for communication, and DDP keeps all gradients.
+    """
+    fewest = fewest_devices(memory, data, capacity, sharded=sharded)
+    alone = memory.layout.tensor_parallel
+    if fewest is None:
+        return "none"
+    if fewest > alone or data.batch_samples == memory.rows:
+        return f"{fewest:,}"
+    several = fewest_devices(memory, data, capacity, sharded=sharded, least=2)
+    if several is None:
+        return f"only {alone:,}"
+    fits_next = several == alone * next(
+        n for n in range(2, MOST_DEVICES) if data.batch_samples % (n * memory.rows) == 0
+    )
+    return f"{alone:,}" if fits_next else f"{alone:,} or {several:,}"
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointAdvice:
-    """How often to save, by Young's first-order approximation (1974): every sqrt(2 × write × mean time between
-    failures).
+class Pace:
+    """How fast a run is on one kind of device.
 
     Args:
-        size: bytes of one checkpoint.
-        write: seconds to write one checkpoint.
-        between_failures: mean seconds between two failures of the whole job.
+        seconds: seconds of an optimizer step.
+        parts: what they are spent on; None if the time is a stated or assumed share of the peak.
     """
 
-    size: int
-    write: float
-    between_failures: float
-
-    @property
-    def interval(self) -> float:
-        """Returns the seconds between two checkpoints at which the least time is lost."""
-        return math.sqrt(2 * self.write * self.between_failures)
-
-    def lost(self, interval: float) -> float:
-        """Returns the share of the time spent on saving and on repeating the steps that a failure lost."""
-        return self.write / interval + interval / (2 * self.between_failures)
+    seconds: float
+    parts: StepTime | None = None
 
 
-def checkpoint_bytes(memory: TrainingMemory) -> int:
-    """Returns bytes of the weights that train and of the optimizer's averages, all in the weights' type.
+def mean_document(data: CurriculumSettings, supply: Mapping[str, Supply]) -> float:
+    """Returns the mean tokens of a document in the mixture of a run, as far as prepared shards say it."""
+    taken: dict[str, float] = dict.fromkeys(data.sources, 0.0)
+    for stage in data.stages:
+        whole = sum(stage.mix.values())
+        for name, share in stage.mix.items():
+            taken[name] += share / whole * stage_samples(stage, data.context_length, data.batch_samples)
+    # A token's document is of its source's mean length: the mixture takes so many documents of each source.
+    documents = sum(tokens / (supply[name].document_tokens or MEAN_DOCUMENT) for name, tokens in taken.items())
+    return sum(taken.values()) / documents
 
-    The rest is a few KB.
+
+def pace_of(
+    memory: TrainingMemory,
+    data: CurriculumSettings,
+    accelerator: Accelerator,
+    network: Network,
+    *,
+    utilisation: float | None = None,
+    document: float | None = None,
+) -> Pace:
+    """Returns the time of an optimizer step.
+
+    Args:
+        network: the links between devices; that of the accelerator takes the place of `link`.
+        utilisation: share of the dense 16-bit peak that the model's own arithmetic reaches, if it is known.
+        document: mean tokens of a document, if documents are masked.
     """
-    alone = dataclasses.replace(memory, layout=Layout())
-    return (alone.trained_parameters + alone.optimizer_values) * memory.weight_bytes
+    layout = memory.layout
+    if utilisation is None and memory.gpu and BYTES[memory.precision][1] == 2 and accelerator.bandwidth is not None:
+        network = dataclasses.replace(network, link=accelerator.link)
+        parts = step_time(memory, accelerator, data.accumulation(layout.replicas), network, document=document)
+        return Pace(parts.total, parts)
+    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
+    return Pace(seconds_of(flops, layout.devices, accelerator, utilisation or accelerator.share))
+
+
+def seconds_of(flops: float, devices: int, accelerator: Accelerator, utilisation: float) -> float:
+    """Returns the seconds for a number of model FLOPs. Utilisation does not count recomputed blocks as work."""
+    return flops / (devices * accelerator.flops * utilisation)

@@ -10,7 +10,7 @@ from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import name_meant
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
-from lightning_danube.tokens.shards import TokenShards
+from lightning_danube.tokens.shards import ShardCounts, TokenShards
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Supply:
-    """Tokens of training text in one pass over a source, None if unknown, and the origin of this number."""
+    """Tokens of training text in one pass over a source, None if unknown, and the origin of this number.
+
+    `document_tokens`: mean tokens of a document, None if unknown.
+    """
 
     tokens: int | None
     said_by: str
+    document_tokens: float | None = None
 
     def rows(self, context_length: int) -> int | None:
         """Returns the rows in one pass, counted as in shards; None if unknown."""
@@ -53,10 +57,12 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
     """
     found = {}
     for name, source in data.sources.items():
+        prepared = _prepared(data, name)
+        document = None if prepared is None else prepared.tokens / max(1, prepared.documents)
         if name in stated:
-            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens")
-        elif (tokens := _prepared_tokens(data, name)) is not None:
-            found[name] = Supply(tokens, "its shards")
+            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens", document)
+        elif prepared is not None:
+            found[name] = Supply(prepared.tokens, "its shards", document)
         elif source.max_tokens is not None:
             found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
         else:
@@ -64,7 +70,7 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
     return found
 
 
-def _prepared_tokens(data: CurriculumSettings, name: str) -> int | None:
+def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
     if data.sources[name].is_documentation and not is_collected(data.cache_dir):
         return None  # reading its list of files would collect the documentation
     if not is_finished(data.sources[name].path) and not any((data.cache_dir / "shards").glob(f"{name}-*")):
@@ -73,4 +79,4 @@ def _prepared_tokens(data: CurriculumSettings, name: str) -> int | None:
         directory = data.shards_directory(name)
     except ValueError:  # the source's files are elsewhere, or do not exist yet
         return None
-    return TokenShards(directory, data.tokenizer).counts("train").tokens if directory.exists() else None
+    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None

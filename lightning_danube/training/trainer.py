@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -33,9 +34,29 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-def own_strategy(strategy: Any) -> Any:
-    """Returns our strategy in place of Lightning's ModelParallelStrategy, and any other strategy as it is."""
+def own_strategy(strategy: Any, kind: str, devices: Any = "auto", nodes: int = 1) -> Any:
+    """Returns our strategy in place of Lightning's ModelParallelStrategy, and any other strategy as it is.
+
+    On one device there is nothing to share, so a strategy that shards becomes "auto": a configuration for a cluster
+    then trains there as one without a strategy does.
+
+    Args:
+        kind: kind of device, as from `kind_of_device`.
+        devices, nodes: the trainer's `devices` and `num_nodes`.
+    """
+    if isinstance(strategy, ModelParallelStrategy) and nodes * device_count(kind, devices) == 1:
+        return "auto"
     return ShardedStrategy.like(strategy) if type(strategy) is ModelParallelStrategy else strategy
+
+
+def device_count(kind: str, devices: Any) -> int:
+    """Returns how many devices the trainer's option `devices` stands for on this machine."""
+    if devices in ("auto", -1, "-1"):
+        return torch.cuda.device_count() if kind == "cuda" else 1
+    if isinstance(devices, str):
+        named = devices.strip(", ").split(",")
+        return len(named) if "," in devices else int(devices) if devices.isdigit() else 0  # Lightning refuses others
+    return devices if isinstance(devices, int) else len(devices)
 
 
 def share_buckets(strategy: Strategy) -> None:
@@ -91,7 +112,8 @@ def make_trainer(
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         **options,
     }
-    given["strategy"] = own_strategy(given.get("strategy", "auto"))
+    spread = given.get("devices", "auto"), given.get("num_nodes", 1)
+    given["strategy"] = own_strategy(given.get("strategy", "auto"), kind, *spread)
     trainer = RunTrainer(callbacks=[*callbacks, FastProducts(), RunLogs(), HeldOutCurve()], **given)
     share_buckets(trainer.strategy)
     return trainer

@@ -13,7 +13,7 @@ from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
-    from lightning_danube.planning.run import TrainerSection
+    from lightning_danube.planning.run import Pace, TrainerSection
     from lightning_danube.pretraining.curriculum import Curriculum
     from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
     from lightning_danube.pretraining.supply import Supply
@@ -39,9 +39,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--utilisation",
         type=float,
-        default=0.4,
         metavar="SHARE",
-        help="share of the peak that the model's own arithmetic reaches (0.4, an assumption: measure it)",
+        help="share of the peak that the model's own arithmetic reaches, if you have measured it; without it the time is "
+        "predicted from arithmetic, memory traffic and network",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        default=400.0,
+        metavar="GB/S",
+        help="that a node sends to the others, in one direction, by all its adapters (400: eight of 400 Gb/s; one "
+        "Ethernet adapter of 100 Gb/s is 12.5)",
     )
     parser.add_argument(
         "--source-tokens",
@@ -58,15 +66,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    if not 0 < arguments.utilisation <= 1:
+    if arguments.utilisation is not None and not 0 < arguments.utilisation <= 1:
         raise ValueError(f"--utilisation is {arguments.utilisation}: a share of the peak, above 0 and at most 1")
     if not arguments.write_speed > 0:
         raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
+    if not arguments.network > 0:
+        raise ValueError(f"--network is {arguments.network}: give GB a second of a node, above 0")
     accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
     every_known = not arguments.accelerator
 
     from lightning_danube.cli.configs import planned_run
     from lightning_danube.planning.memory import BYTES
+    from lightning_danube.planning.network import Network
+    from lightning_danube.planning.run import mean_document, pace_of
     from lightning_danube.pretraining.supply import parse_source_tokens, supplies
 
     planned = planned_run(arguments.config, arguments.overrides)
@@ -76,15 +88,23 @@ def run(arguments: Namespace) -> None:
     if every_known and planned.trainer.accelerator == "cpu":
         accelerators.insert(0, this_cpu(memory.precision, memory.layout.devices))
         notes.append(f"{accelerators[0].name}: the rate is that of its matrix products, just measured, not a peak")
+    of_a_node = planned.trainer.devices_of_a_node
+    network = Network(0, min(of_a_node, memory.layout.devices), arguments.network * 1e9)
+    document = mean_document(data, supply) if data.document_masks else None
+    paces = [
+        pace_of(memory, data, one, network, utilisation=arguments.utilisation, document=document)
+        for one in accelerators
+    ]
     sections = [
         _model(planned.name, model, data, memory),
         _stages(data, supply),
         _texts(data, supply),
         _parts(memory),
-        _accelerators(accelerators, memory, data, arguments.utilisation),
-        _checkpoints(accelerators, memory, data, planned.trainer, arguments),
+        _accelerators(accelerators, paces, memory, data, arguments.utilisation),
+        _steps(accelerators, paces, memory, data, arguments.network, document),
+        _checkpoints(accelerators, paces, memory, data, planned.trainer, arguments.write_speed),
     ]
-    show("\n\n".join(sections))
+    show("\n\n".join(section for section in sections if section))
     if BYTES[memory.precision][1] != 2:
         why = "" if planned.trainer.precision is not None else ", the fastest on this CPU"
         notes.append(
@@ -261,25 +281,27 @@ def _parts(memory: TrainingMemory) -> str:
 
 
 def _accelerators(
-    accelerators: Sequence[Accelerator], memory: TrainingMemory, data: CurriculumSettings, utilisation: float
+    accelerators: Sequence[Accelerator],
+    paces: Sequence[Pace],
+    memory: TrainingMemory,
+    data: CurriculumSettings,
+    utilisation: float | None,
 ) -> str:
-    from lightning_danube.planning.run import USABLE, fewest_devices, seconds_of
+    """Returns a table of the accelerators: whether the run fits, on how few, how long it takes and what it costs."""
+    from lightning_danube.planning.run import USABLE, fitting_devices
 
     devices = memory.layout.devices
-    flops = memory.config.flops_per_token(data.context_length) * data.total_tokens
     peak, rows = memory.peak().total, []
-    unit, seconds_of_unit = _unit([seconds_of(flops, devices, one, utilisation) for one in accelerators])
-    for accelerator in accelerators:
+    unit, seconds_of_unit = _unit([data.total_steps * pace.seconds for pace in paces])
+    for accelerator, pace in zip(accelerators, paces, strict=True):
         capacity = USABLE * accelerator.memory
-        fewest = [fewest_devices(memory, data, capacity, sharded=sharded) for sharded in (False, True)]
-        seconds = seconds_of(flops, devices, accelerator, utilisation)
-        hours = seconds / 3600
+        hours = data.total_steps * pace.seconds / 3600
         times = [
-            _rounded(seconds / seconds_of_unit),
+            _rounded(3600 * hours / seconds_of_unit),
             _rounded(hours * devices),
             "" if accelerator.price is None else _rounded(hours * devices * accelerator.price),
         ]
-        if _is_too_short(memory, data, accelerator, utilisation):
+        if pace.seconds < SHORTEST_STEP:
             times = [UNKNOWN, UNKNOWN, ""]
         rows.append(
             [
@@ -287,7 +309,7 @@ def _accelerators(
                 f"{accelerator.flops / 1e12:,.0f}" if accelerator.flops >= 1e13 else f"{accelerator.flops / 1e12:.2g}",
                 f"{accelerator.memory / GIB:.0f}",
                 "yes" if peak <= capacity else "no",
-                *(f"{n:,}" if n else "none" for n in fewest),
+                *(fitting_devices(memory, data, capacity, sharded=sharded) for sharded in (False, True)),
                 *times,
             ]
         )
@@ -306,27 +328,62 @@ def _accelerators(
         f"\n{UNKNOWN}: the arithmetic of a step takes less than {1000 * SHORTEST_STEP:g} ms there: it takes longer to "
         "start the kernels of the step, and how long is not known here; measure it with fit"
     )
+    shares = sorted({accelerator.share for accelerator, pace in zip(accelerators, paces, strict=True) if not pace.parts})
+    if utilisation is not None:
+        time = f"at {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), "
+    elif shares:
+        time = f"at {' and '.join(f'{100 * share:g} %' for share in shares)} of the peak where no step is predicted, "
+    else:
+        time = ""
     return text_table(header, rows) + (
-        f"\nat {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), {100 * USABLE:g} % of the memory for "
-        "tensors; prices are those you gave, in their money"
+        f"\n{time}{100 * USABLE:g} % of the memory for tensors; prices are those you gave, in their money"
         + (too_short if any(UNKNOWN in row for row in rows) else "")
     )
+
+
+def _steps(
+    accelerators: Sequence[Accelerator],
+    paces: Sequence[Pace],
+    memory: TrainingMemory,
+    data: CurriculumSettings,
+    network: float,
+    document: float | None,
+) -> str:
+    """Returns a table of the predicted parts of a step; empty if no step is predicted."""
+    from lightning_danube.planning.step_time import StepTime
+
+    layout, rows = memory.layout, []
+    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens / layout.devices
+    for accelerator, pace in zip(accelerators, paces, strict=True):
+        if pace.parts is None or pace.seconds < SHORTEST_STEP:
+            continue
+        parts = [f"{100 * getattr(pace.parts, part) / pace.seconds:.1f} %" for part in StepTime.PARTS]
+        done = [flops, flops + pace.parts.recomputed_flops]
+        rows.append(
+            [
+                accelerator.name,
+                f"{pace.seconds:,.2f}",
+                *parts,
+                f"{data.batch_tokens / layout.devices / pace.seconds:,.0f}",
+                *(f"{100 * one / pace.seconds / accelerator.flops:.1f} %" for one in done),
+            ]
+        )
+    if not rows:
+        return ""
+    header = ["a step", "seconds", *StepTime.PARTS, "tokens/s a device", "MFU", "HFU"]
+    lines = [text_table(header, rows)]
+    lines.append("MFU: the model's own FLOPs as a share of the dense 16-bit peak; HFU: with what is computed again")
+    if layout.devices > 1:
+        lines.append(f"network: a node sends {network:g} GB/s to the others (--network)")
+    if document is not None:
+        lines.append(f"documents are masked from each other: taken as {document:,.0f} tokens long on average")
+    return "\n".join(lines)
 
 
 def _unit(seconds: Sequence[float]) -> tuple[str, int]:
     """Returns the largest unit of time in which the longest time is at least one."""
     units = {"days": 86400, "hours": 3600, "minutes": 60}
     return next((one for one in units.items() if max(seconds) >= one[1]), ("minutes", 60))
-
-
-def _is_too_short(
-    memory: TrainingMemory, data: CurriculumSettings, accelerator: Accelerator, utilisation: float
-) -> bool:
-    """Returns whether a step is too short for its arithmetic to predict its time."""
-    from lightning_danube.planning.run import seconds_of
-
-    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
-    return seconds_of(flops, memory.layout.devices, accelerator, utilisation) < SHORTEST_STEP
 
 
 def _rounded(number: float) -> str:
@@ -337,31 +394,51 @@ def _rounded(number: float) -> str:
 
 def _checkpoints(
     accelerators: Sequence[Accelerator],
+    paces: Sequence[Pace],
     memory: TrainingMemory,
     data: CurriculumSettings,
     trainer: TrainerSection,
-    arguments: Namespace,
+    write_speed: float,
 ) -> str:
-    from lightning_danube.planning.run import HOURS_BETWEEN_FAILURES, CheckpointAdvice, checkpoint_bytes, seconds_of
+    """Returns when the run starts, what a checkpoint takes, and a table of how often to save one."""
+    from lightning_danube.planning.saving import (
+        HOURS_BETWEEN_FAILURES,
+        CheckpointAdvice,
+        checkpoint_bytes,
+        seconds_of_copy,
+        seconds_to_start,
+    )
 
     size, devices = checkpoint_bytes(memory), memory.layout.devices
-    advice = CheckpointAdvice(size, size / (arguments.write_speed * 1e9), HOURS_BETWEEN_FAILURES * 3600 / devices)
-    flops = memory.config.flops_per_token(data.context_length) * data.batch_tokens
+    advice = CheckpointAdvice(
+        size,
+        size / (write_speed * 1e9),
+        HOURS_BETWEEN_FAILURES * 3600 / devices,
+        seconds_of_copy(memory) if trainer.saves_in_background else None,
+        seconds_to_start(memory) if memory.gpu else 0.0,
+    )
     interval = trainer.save_interval
     every = None if interval is None else interval.steps(data.total_tokens, data.batch_tokens)
     what = "weights" if memory.lora is None else "the adapter"
     written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    waits = "" if advice.copy is None else f"; training waits {advice.waits:,.1f} s for a copy and goes on"
     lines = [
-        f"checkpoint: {written} ({what} and the optimizer's averages), {advice.write:,.1f} s at "
-        f"{arguments.write_speed:g} GB/s (--write-speed)",
+        f"checkpoint: {written} ({what} and the optimizer's averages), {advice.write:,.1f} s at {write_speed:g} GB/s "
+        f"(--write-speed){waits}",
         f"a failure about every {advice.between_failures / 3600:,.0f} h: one in {HOURS_BETWEEN_FAILURES:,.0f} h of a "
         "device, as in the training of Llama 3 (arXiv 2407.21783)",
     ]
+    if memory.gpu:
+        compiled = "with nothing compiled before" if memory.compiled else "without compiled blocks"
+        lines.append(
+            f"start: about {advice.start:,.0f} s until the first step {compiled}, and what the data take; a thread reads "
+            f"{2 * data.batch_tokens * trainer.devices_of_a_node / devices / 1e6:,.2f} MB of token ids a step on a node"
+        )
     rows = []
-    for accelerator in accelerators:
-        if _is_too_short(memory, data, accelerator, arguments.utilisation):
+    for accelerator, pace in zip(accelerators, paces, strict=True):
+        seconds = pace.seconds
+        if seconds < SHORTEST_STEP:
             continue
-        seconds = seconds_of(flops, devices, accelerator, arguments.utilisation)
         steps = max(1, round(advice.interval / seconds))
         if steps >= data.total_steps:
             row = [accelerator.name, f"{seconds:,.2f}", "at its end", ""]
