@@ -25,6 +25,7 @@ from machine import described, write_result
 
 from lightning_danube.model import DecoderShape
 from lightning_danube.planning.memory import TrainingMemory
+from lightning_danube.training.optim import AdamW, Muon
 
 MiB = 2**20
 SHAPES = {
@@ -32,7 +33,7 @@ SHAPES = {
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
 CASES: list[tuple[str, int, int, int, int, str, bool]] = [
-    # shape, vocabulary, context, rows, micro-batches, precision, activation checkpointing
+    # shape (with " by Muon", or tied), vocabulary, context, rows, micro-batches, precision, activation checkpointing
     ("deep", 8192, 512, 2, 1, "32-true", False),
     ("deep", 8192, 512, 2, 2, "32-true", True),
     ("deep", 8192, 512, 2, 2, "bf16-mixed", False),
@@ -46,6 +47,9 @@ CASES: list[tuple[str, int, int, int, int, str, bool]] = [
     ("deep", 512, 1024, 2, 2, "bf16-mixed", False),
     ("deep", 512, 1024, 2, 2, "32-true", True),
     ("deep", 512, 1024, 4, 2, "bf16-true", True),
+    # Few tokens: the optimizer's step needs most.
+    ("deep, Muon", 512, 64, 1, 1, "32-true", False),
+    ("tied", 8192, 512, 2, 1, "32-true", False),
 ]
 
 
@@ -88,13 +92,20 @@ def main() -> None:
 
 
 def shape_of(case: tuple[Any, ...]) -> DecoderShape:
-    return DecoderShape(**SHAPES[case[0]], num_key_value_heads=2)
+    name = "deep" if case[0] == "tied" else case[0].partition(",")[0]
+    return DecoderShape(**SHAPES[name], num_key_value_heads=2, tie_word_embeddings=case[0] == "tied")
+
+
+def optimizer_of(case: tuple[Any, ...]) -> AdamW:
+    return Muon() if case[0].endswith("Muon") else AdamW()
 
 
 def planned(case: tuple[Any, ...]) -> TrainingMemory:
     _, vocabulary, context, rows, micro_batches, precision, recompute = case
     config = shape_of(case).with_data(vocabulary, context)
-    return TrainingMemory(config, rows, context, precision, recompute=recompute, accumulate=micro_batches > 1)
+    averages = optimizer_of(case).averages
+    accumulate = micro_batches > 1
+    return TrainingMemory(config, rows, context, precision, recompute, accumulate, averages=averages)
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -108,15 +119,15 @@ def measured(case: tuple[Any, ...]) -> dict[str, int]:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     _, vocabulary, context, rows, micro_batches, precision, recompute = case
-    train(DecoderShape(32, 64, 1, 2, 1), 64, 16, 2, 1, precision, recompute)
+    train(DecoderShape(32, 64, 1, 2, 1), 64, 16, 2, 1, precision, recompute, optimizer_of(case))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute)
+    train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute, optimizer_of(case))
     process = status("VmHWM") - before
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute)
+        train(shape_of(case), vocabulary, context, rows, micro_batches, precision, recompute, optimizer_of(case))
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = tensors = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -126,10 +137,17 @@ def measured(case: tuple[Any, ...]) -> dict[str, int]:
 
 
 def train(
-    shape: DecoderShape, vocabulary: int, context: int, rows: int, micro_batches: int, precision: Any, recompute: bool
+    shape: DecoderShape,
+    vocabulary: int,
+    context: int,
+    rows: int,
+    micro_batches: int,
+    precision: Any,
+    recompute: bool,
+    optimizer: AdamW,
 ) -> None:
     """Two optimizer steps: in the second, moments and the gradients of the first are there."""
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningDataModule, Trainer
     from torch.utils.data import DataLoader
 
     from lightning_danube.pretraining.task import Pretraining
@@ -140,13 +158,13 @@ def train(
     task = Pretraining(
         LearningRate(1e-4, 1e-5, 0), decoder=shape, vocab_size=vocabulary, context_length=context,
         batch_tokens=batch_tokens, total_tokens=2 * batch_tokens, activation_checkpointing=recompute,
+        optimizer=optimizer,
     )  # fmt: skip
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         precision=precision,
         max_epochs=1,
-        accumulate_grad_batches=micro_batches,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
@@ -154,8 +172,25 @@ def train(
         enable_model_summary=False,
     )
     ids = torch.randint(0, vocabulary, (2 * micro_batches, rows, context + 1))
-    loader = DataLoader([{"input_ids": both[:, :-1], "labels": both[:, 1:]} for both in ids], batch_size=None)
-    trainer.fit(task, loader)
+    batches = [
+        {"input_ids": both[:, :-1], "labels": both[:, 1:], "step_labels": batch_tokens} for both in ids
+    ]
+
+    class Rows(LightningDataModule):
+        """What a task asks of its data, see training/contract.py."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vocab_size, self.context_length = vocabulary, context
+            self.batch_tokens, self.total_tokens, self.total_steps = batch_tokens, 2 * batch_tokens, 2
+
+        def accumulation(self, replicas: int) -> int:
+            return micro_batches
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(batches, batch_size=None)
+
+    trainer.fit(task, datamodule=Rows())
 
 
 def status(key: str) -> int:

@@ -109,7 +109,10 @@ class TrainingMemory:
         layout: how training is spread over devices.
         compiled: the blocks are compiled for a GPU. The compiler keeps the result of attention's last product in place
             of the second norm's input, and computes the activated gate again.
-        float8: the blocks' matrices are multiplied in FP8, so no 16-bit copies of them are kept.
+        float8: the blocks' matrices are multiplied in FP8, so no 16-bit copies of them are kept. Compiled blocks then
+            keep no inputs of products that they can compute again from what they keep anyway: the normed residual
+            stream, and the product of gate and up. A product in FP8 reads copies in 8 bits, which the backward pass
+            makes anew.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
             kept; flash attention needs 16 bits, and reads no dense mask; the loss takes larger chunks, and no wider
             copy of their logits.
@@ -283,6 +286,8 @@ class TrainingMemory:
         per_token = a * c.hidden_size * queries_and_feed_forward + (attention + feed_forward) // tp
         if self.gpu and self.compiled:
             per_token -= c.hidden_size * (self.weight_bytes - a) + a * c.intermediate_size // tp
+            if self.float8:
+                per_token -= 2 * a * c.hidden_size + a * c.intermediate_size // tp
         per_token += self._more_bytes_with_lora()
         return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
@@ -489,8 +494,26 @@ class TrainingMemory:
         ahead = 2 * self.block_parameters if self.layout.gather_again else 0
         return a * (2 * ends + (blocks or ahead)) + (a + sent) * self.block_parameters
 
+    def optimizer_phase(self) -> DeviceMemory:
+        """Returns the memory while Muon orthogonalizes. AdamW's fused kernel makes no tensors of its own.
+
+        Muon holds new averages and directions of all matrices of the blocks, the results of the shapes that it has done,
+        and of the last shape, that of the feed-forward, a stack, its product and three square matrices.
+        """
+        made = 0
+        if self.averages[0] == 1 and self.lora is None:
+            c = self.config
+            matrices = c.num_hidden_layers * self.block_matrices
+            last = 3 * c.num_hidden_layers * c.hidden_size * c.intermediate_size
+            squares = 3 * 3 * c.num_hidden_layers * min(c.hidden_size, c.intermediate_size) ** 2
+            made = 2 * self.weight_bytes * matrices + self._wide * (matrices - last + 2 * last + squares)
+        kept = self._device("the optimizer", casts=0, activations=0, logits=0, gradients=self.trained_parameters)
+        communication = DDP_BUCKET if kept.communication == DDP_BUCKET else 0
+        return dataclasses.replace(kept, optimizer=kept.optimizer + made, communication=communication)
+
     def peak(self) -> DeviceMemory:
-        return max(self.loss_phase(), self.backward_phase(), key=lambda memory: memory.total)
+        phases = self.loss_phase(), self.backward_phase(), self.optimizer_phase()
+        return max(phases, key=lambda memory: memory.total)
 
 
 def _cpu_multiplies_bfloat16() -> bool:

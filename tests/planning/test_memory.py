@@ -136,6 +136,25 @@ def test_what_compiled_blocks_keep_is_counted_to_the_byte(recompute: ActivationC
     assert memory.kept_bytes() + copies == kept
 
 
+@pytest.mark.kernels
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiled_blocks_in_float8_keep_no_inputs_of_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's partitioner, with torchao's emulated products. Scales and a few sums come on top."""
+    from lightning_danube.pretraining.float8 import multiply_in_float8
+
+    config = dataclasses.replace(TINY, intermediate_size=64, head_dim=16)
+    decoder = Decoder(config)
+    multiply_in_float8(decoder, emulate=True)
+    monkeypatch.setattr(f"{__name__}.Decoder", lambda config: decoder)
+    torch.compiler.reset()
+    kept = kept_for_backward(config, "bf16-mixed", False, 2, 64, compiled=True)
+    torch.compiler.reset()
+    in_16_bits = TrainingMemory(config, 2, 64, "bf16-mixed", gpu=True, compiled=True)
+    in_8_bits = dataclasses.replace(in_16_bits, float8=True)
+    assert kept == pytest.approx(in_8_bits.kept_bytes(), rel=0.02)
+    assert in_8_bits.kept_bytes() < 0.75 * in_16_bits.kept_bytes()
+
+
 @pytest.mark.parametrize("changes", [{"qkv_bias": True}, {"qk_norm": True}, {"nope_interval": 2}])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_what_variants_keep_is_counted(precision: str, changes: dict[str, Any]) -> None:
