@@ -67,7 +67,7 @@ def peak_of(name: str) -> float | None:
     """Returns the dense bf16 peak of a GPU by the name that its driver tells; None if it is not known."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     # a100-40gb and a100-80gb are the same chip. The longest name: an L40S is no L4.
-    known = {key.partition("-")[0]: flops for key, (flops, _) in ACCELERATORS.items()}
+    known = {key.partition("-")[0]: one.flops for key, one in ACCELERATORS.items()}
     fitting = [key for key in known if key in plain]
     return known[max(fitting, key=len)] if fitting else None
 

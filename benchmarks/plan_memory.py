@@ -172,9 +172,7 @@ def train(
         enable_model_summary=False,
     )
     ids = torch.randint(0, vocabulary, (2 * micro_batches, rows, context + 1))
-    batches = [
-        {"input_ids": both[:, :-1], "labels": both[:, 1:], "step_labels": batch_tokens} for both in ids
-    ]
+    batches = [{"input_ids": both[:, :-1], "labels": both[:, 1:], "step_labels": batch_tokens} for both in ids]
 
     class Rows(LightningDataModule):
         """What a task asks of its data, see training/contract.py."""

@@ -497,8 +497,8 @@ class TrainingMemory:
     def optimizer_phase(self) -> DeviceMemory:
         """Returns the memory while Muon orthogonalizes. AdamW's fused kernel makes no tensors of its own.
 
-        Muon holds new averages and directions of all matrices of the blocks, the results of the shapes that it has done,
-        and of the last shape, that of the feed-forward, a stack, its product and three square matrices.
+        Muon holds new averages and directions of all matrices of the blocks, and the results of the shapes that it has
+        done. Of the last shape, that of the feed-forward, it holds a stack, its product and three square matrices.
         """
         made = 0
         if self.averages[0] == 1 and self.lora is None:

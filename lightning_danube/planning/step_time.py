@@ -223,7 +223,7 @@ class _Step:
         return seen_tokens(self.run.context, self.run.config.sliding_window, self.document)
 
     def of_attention(self, products: float) -> float:
-        """Returns the seconds of a block's attention. Forward has 2 products, backward 5 (scores are computed again)."""
+        """Returns the seconds of a block's attention. Forward has 2 products, backward 5 (one is computed again)."""
         c = self.run.config
         channels = c.num_attention_heads * head_dim(c) // self.run.layout.tensor_parallel
         return 2 * products * self.seen * channels * self.run.tokens / self.attention_rate

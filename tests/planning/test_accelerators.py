@@ -13,8 +13,15 @@ def test_peaks_are_those_of_dense_products() -> None:
     """Data sheets of the makers give twice as much for products "with sparsity"."""
     with_sparsity = {"a100-80gb": 624e12, "h100": 1979e12, "h200": 1979e12, "l4": 242e12, "b200": 4500e12}
     for name, flops in with_sparsity.items():
-        assert ACCELERATORS[name][0] == pytest.approx(flops / 2, rel=1e-3)
-    assert ACCELERATORS["h200"][0] == ACCELERATORS["h100"][0]
+        assert ACCELERATORS[name].flops == pytest.approx(flops / 2, rel=1e-3)
+    assert ACCELERATORS["h200"].flops == ACCELERATORS["h100"].flops
+
+
+def test_products_in_8_bits_are_twice_as_fast_where_there_are_any() -> None:
+    for name, one in ACCELERATORS.items():
+        assert one.name == name and one.bandwidth is not None and one.link > 0
+        assert one.float8 is None or one.float8 == pytest.approx(2 * one.flops, rel=0.03)
+    assert {name for name, one in ACCELERATORS.items() if one.float8 is None} == {"a100-40gb", "a100-80gb"}
 
 
 @pytest.mark.parametrize(
@@ -31,4 +38,4 @@ def test_processes_share_the_cores_and_the_memory(
     monkeypatch.setattr(accelerators, "_memory_of_this_machine", lambda: 2**36)
     found = this_cpu(precision, processes)
     assert (found.flops, found.memory) == (8 * rate / processes, 2**36 // processes)
-    assert found.name == "this CPU, 8 cores"
+    assert found.name == "this CPU, 8 cores" and found.bandwidth is None and found.share == 0.74

@@ -40,8 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--utilisation",
         type=float,
         metavar="SHARE",
-        help="share of the peak that the model's own arithmetic reaches, if you have measured it; without it the time is "
-        "predicted from arithmetic, memory traffic and network",
+        help="share of the peak that the model's own arithmetic reaches, if you have measured it; without it the time "
+        "is predicted from arithmetic, memory traffic and network",
     )
     parser.add_argument(
         "--network",
@@ -328,7 +328,7 @@ def _accelerators(
         f"\n{UNKNOWN}: the arithmetic of a step takes less than {1000 * SHORTEST_STEP:g} ms there: it takes longer to "
         "start the kernels of the step, and how long is not known here; measure it with fit"
     )
-    shares = sorted({accelerator.share for accelerator, pace in zip(accelerators, paces, strict=True) if not pace.parts})
+    shares = sorted({one.share for one, pace in zip(accelerators, paces, strict=True) if pace.parts is None})
     if utilisation is not None:
         time = f"at {100 * utilisation:g} % of the dense 16-bit peak (--utilisation), "
     elif shares:
@@ -431,8 +431,8 @@ def _checkpoints(
     if memory.gpu:
         compiled = "with nothing compiled before" if memory.compiled else "without compiled blocks"
         lines.append(
-            f"start: about {advice.start:,.0f} s until the first step {compiled}, and what the data take; a thread reads "
-            f"{2 * data.batch_tokens * trainer.devices_of_a_node / devices / 1e6:,.2f} MB of token ids a step on a node"
+            f"start: about {advice.start:,.0f} s until the first step {compiled}, and what the data take; a thread "
+            f"reads {2 * data.batch_tokens * trainer.devices_of_a_node / devices / 1e6:,.2f} MB of token ids a step on a node"
         )
     rows = []
     for accelerator, pace in zip(accelerators, paces, strict=True):

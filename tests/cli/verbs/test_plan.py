@@ -17,7 +17,8 @@ from lightning_danube.cli.verbs.plan import _accelerators, _engine, _rounded, _u
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.planning.accelerators import Accelerator, parse_accelerator
 from lightning_danube.planning.memory import Layout, TrainingMemory
-from lightning_danube.planning.run import CheckpointAdvice, TrainerSection, checkpoint_bytes, layout_of, seconds_of
+from lightning_danube.planning.run import Pace, TrainerSection, layout_of, seconds_of
+from lightning_danube.planning.saving import CheckpointAdvice, checkpoint_bytes
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,6 +130,7 @@ def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.Captur
         (["--accelerator", "h10"], "--accelerator is 'h10': did you mean 'h100', or state peak and memory"),
         (["--accelerator", "h100=cheap"], "the price of one device for an hour is a number, such as 2.50"),
         (["--utilisation", "40"], "--utilisation is 40.0: a share of the peak, above 0 and at most 1"),
+        (["--network", "0"], "--network is 0.0: give GB a second of a node, above 0"),
         (["--write-speed", "0"], "--write-speed is 0.0: give GB a second, above 0"),
         (["--source-tokens", "web"], "--source-tokens has 'web': write source=tokens, such as web=10T,wiki=6B"),
         (["--source-tokens", "wbe=1B"], "--source-tokens names the unknown source 'wbe': did you mean 'web'?"),
@@ -178,6 +180,24 @@ def test_the_options_of_the_sharded_strategy_are_part_of_a_plan() -> None:
         layout(shard_size=3)
 
 
+@pytest.mark.parametrize(
+    ("devices", "nodes", "tensor", "expected"),
+    [(8, 4, 1, Layout(32, 1, True, 8)), (8, 1, 1, Layout(8, 1, True, 8)), (8, 2, 2, Layout(8, 2, True, 4))],
+)
+def test_the_replicas_of_a_node_share_a_copy(devices: int, nodes: int, tensor: int, expected: Layout) -> None:
+    sizes = {"tensor_parallel_size": tensor, "shard_size": "node"}
+    strategy = {"class_path": "lightning_danube.checkpoints.strategy.ShardedStrategy", "init_args": sizes}
+    assert layout_of(TrainerSection(devices=devices, num_nodes=nodes, strategy=strategy))[0] == expected
+
+
+def test_training_waits_for_a_copy_where_checkpoints_are_written_meanwhile() -> None:
+    sharded = {"class_path": "lightning_danube.checkpoints.strategy.ShardedStrategy"}
+    assert TrainerSection().saves_in_background, "on a GPU"
+    assert not TrainerSection(accelerator="cpu").saves_in_background
+    assert TrainerSection(accelerator="cpu", devices=2, strategy=sharded).saves_in_background
+    assert not TrainerSection(accelerator="cpu", devices=1, strategy=sharded).saves_in_background
+
+
 def test_the_settings_have_the_options_and_the_defaults_of_what_they_stand_for() -> None:
     from lightning.pytorch import Trainer
 
@@ -220,6 +240,10 @@ def test_time_and_advice_by_hand() -> None:
     advice = CheckpointAdvice(size=0, write=50, between_failures=10_000)
     assert advice.interval == 1000 and advice.lost(1000) == 0.05 + 0.05
     assert min(range(100, 5000, 100), key=advice.lost) == 1000
+    # With a copy of two seconds, training waits for it alone, but loses more to a failure while the file is written.
+    behind = CheckpointAdvice(size=0, write=50, between_failures=10_000, copy=2, start=30)
+    assert behind.interval == 200 and behind.lost(200) == pytest.approx(2 / 200 + (100 + 50 + 30) / 10_000)
+    assert CheckpointAdvice(size=0, write=500, between_failures=10_000, copy=2).interval == 500, "one at a time"
 
 
 def test_a_checkpoint_has_the_size_that_is_told(tiny_run: Path) -> None:
@@ -239,13 +263,15 @@ def test_checkpoints_are_advised_by_hand(capsys: pytest.CaptureFixture[str]) -> 
         *("--utilisation", "0.5"),
     )
     size = 3 * 4 * 3_961_839_360  # weights and two averages
-    write, between = size / 2e9, 50_000 * 3600 / 512
+    # Each of the 8 devices of a node copies its share, over PCIe at 14.2 GB/s.
+    write, copy, between = size / 2e9, size / 8 / 14.2e9, 50_000 * 3600 / 512
     assert f"checkpoint: {size / 1e9:.2f} GB" in printed and f", {write:.1f} s at 2 GB/s" in printed
+    assert f"training waits {copy:.1f} s for a copy and goes on" in printed
     assert f"a failure about every {between / 3600:.0f} h" in printed
     seconds = DecoderConfig.preset("danube3-4b").flops_per_token(8192) * 1024 * 8192 / (512 * 0.5 * 989e12)
-    steps = round(math.sqrt(2 * write * between) / seconds)
+    steps = round(math.sqrt(2 * copy * between) / seconds)
     (every,) = map(int, re.findall(r"lost with ([\d,]+)", printed.replace(",", "")))
-    lost = [100 * (write / (n * seconds) + n * seconds / (2 * between)) for n in (steps, every)]
+    lost = [100 * (copy / (n * seconds) + (n * seconds / 2 + write + 26.9) / between) for n in (steps, every)]
     found = [line.split() for line in printed.splitlines() if line.startswith("h100  ")][-1]
     assert found[1:] == [f"{seconds:,.2f}", f"{steps:,}", f"{lost[0]:.2f}", "%", f"{lost[1]:.2f}", "%"]
     assert every != steps
@@ -253,12 +279,14 @@ def test_checkpoints_are_advised_by_hand(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_run_fits_if_it_leaves_a_tenth_of_the_memory() -> None:
     memory = TrainingMemory(DecoderConfig(64, 96, 2, 4, 2, vocab_size=272), 1, 64)
-    data: Any = SimpleNamespace(context_length=64, total_tokens=10**12, batch_tokens=64 * 24, batch_samples=24)
+    data: Any = SimpleNamespace(
+        context_length=64, total_tokens=10**12, batch_tokens=64 * 24, batch_samples=24, total_steps=10
+    )
     peak = memory.peak().total
     devices = [Accelerator("tight", 1e8, math.ceil(peak / 0.9)), Accelerator("less", 1e8, int(peak / 0.95))]
-    printed = _accelerators(devices, memory, data, 0.5)
+    printed = _accelerators(devices, [Pace(1.0)] * 2, memory, data, 0.5)
     # A replica of DDP holds more than one device alone; shards of FSDP2 hold less.
-    assert cells(printed, "tight")[3:6] == ["yes", "1", "1"]
+    assert cells(printed, "tight")[3:6] == ["yes", "only 1", "1"]
     fits, ddp, fsdp = cells(printed, "less")[3:6]
     assert (fits, ddp) == ("no", "none") and int(fsdp) in (2, 3, 4)
 
