@@ -103,7 +103,12 @@ def ours() -> list[Row]:
     without = Kernels(updates=False)
     seconds = {name: measured(h100, "documents", "ms", masks=name) / 1e3 for name in ("none", "as configured")}
     return [
-        Row("500M, compiled", H200, measured(series, part, "tokens_per_second", contestant=configured), fit(compiled=True)),
+        Row(
+            "500M, compiled",
+            H200,
+            measured(series, part, "tokens_per_second", contestant=configured),
+            fit(compiled=True),
+        ),
         Row("500M, compiled, another run", H200, measured(h200, "fit", "tokens_per_second"), fit(compiled=True)),
         Row(
             "500M, compiled, FP8",
@@ -136,7 +141,9 @@ def torchtitan() -> list[Row]:
             memory = TrainingMemory(LLAMA, 2, 8192, "bf16-mixed", "selective", layout=layout, gpu=True, **options)
             # Its residual stream has 16 bits. It compiles its loss, too.
             kernels = Kernels("flash", "compiled" in way, EVERY_SECOND, residual=2)
-            rows.append(Row(f"torchtitan, Llama 3.1 8B, {devices} GPUs, {way}", LIMITED, number, {memory: 1.0}, 1, kernels))
+            rows.append(
+                Row(f"torchtitan, Llama 3.1 8B, {devices} GPUs, {way}", LIMITED, number, {memory: 1.0}, 1, kernels)
+            )
     return rows
 
 

@@ -430,9 +430,10 @@ def _checkpoints(
     ]
     if memory.gpu:
         compiled = "with nothing compiled before" if memory.compiled else "without compiled blocks"
+        ids = 2 * data.batch_tokens * trainer.devices_of_a_node / devices
         lines.append(
-            f"start: about {advice.start:,.0f} s until the first step {compiled}, and what the data take; a thread "
-            f"reads {2 * data.batch_tokens * trainer.devices_of_a_node / devices / 1e6:,.2f} MB of token ids a step on a node"
+            f"start: about {advice.start:,.0f} s until the first step {compiled}, and what the data take; in a step a "
+            f"thread reads {ids / 1e6:,.2f} MB of token ids on a node"
         )
     rows = []
     for accelerator, pace in zip(accelerators, paces, strict=True):
