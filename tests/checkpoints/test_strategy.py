@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_danube.checkpoints import parallel_sizes, replicas_of_a_node
 from lightning_danube.checkpoints import strategy as strategy_module
 from lightning_danube.checkpoints.strategy import ShardedStrategy, restore_groups, take_part
 
@@ -104,6 +105,25 @@ def test_groups_of_replicas_and_their_devices_are_one_mesh(four_by_two: list[Any
     meshes: Any = strategy.meshes
     assert meshes == ("grid", "devices")
     assert four_by_two == [("cpu", (2, 2, 2), ("groups", "shards", "tensor_parallel"))]
+
+
+def test_the_replicas_of_a_node_share_a_copy(four_by_two: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardedStrategy, "num_processes", property(lambda self: 4))
+    strategy = ShardedStrategy(tensor_parallel_size=2, shard_size="node")
+    strategy.num_nodes = 2
+    strategy.setup_environment()
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (4, 2)
+    assert four_by_two == [("cpu", (2, 2, 2), ("groups", "shards", "tensor_parallel"))]
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "expected"),
+    [("auto", "auto", (4, 8)), ("auto", 1, (32, 1)), ("auto", 4, (8, 4)), (16, 2, (16, 2)), (4, "auto", (4, 8))],
+)
+def test_the_number_of_replicas_follows_from_the_devices(data: Any, tensor: Any, expected: tuple[int, int]) -> None:
+    assert parallel_sizes(data, tensor, nodes=4, devices=8) == expected
+    replicas, devices = expected
+    assert replicas_of_a_node(replicas, devices, 8) == min(replicas, 8 // devices)
 
 
 @pytest.mark.parametrize("shared", [0, 3, 8, -2])

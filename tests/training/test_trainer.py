@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_danube import device
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.checkpoints.strategy import ShardedStrategy
-from lightning_danube.training.trainer import FastProducts, check_trainer, make_trainer, share_buckets
+from lightning_danube.training.trainer import (
+    FastProducts,
+    check_trainer,
+    device_count,
+    make_trainer,
+    own_strategy,
+    share_buckets,
+)
 from tests.ranks import on_ranks
 
 
@@ -53,6 +60,22 @@ def test_lightnings_sharded_strategy_is_replaced_or_refused(tmp_path: Path) -> N
     theirs = Trainer(strategy=ModelParallelStrategy(), logger=False, gradient_clip_val=1.0, **options)
     with pytest.raises(ValueError, match=r"ModelParallelStrategy shards no weights here: make the trainer with"):
         check_trainer(theirs)
+
+
+def test_on_one_device_nothing_is_sharded(tmp_path: Path) -> None:
+    strategy = ShardedStrategy(tensor_parallel_size=1, shard_size="node")
+    made = make_trainer(runs=tmp_path, strategy=strategy, accelerator="cpu", precision="32-true")
+    assert isinstance(made.strategy, SingleDeviceStrategy)
+    assert own_strategy(strategy, "cpu", 2) is strategy and own_strategy(strategy, "cpu", 1, nodes=2) is strategy
+    assert own_strategy("ddp", "cpu", 1) == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [("auto", 1), (-1, 1), ("-1", 1), (3, 3), ("3", 3), ([0, 2], 2), ("0,2", 2), ("0,", 1), ("many", 0)],
+)
+def test_devices_are_counted_as_the_trainer_counts_them(devices: Any, count: int) -> None:
+    assert device_count("cpu", devices) == count
 
 
 def test_gradients_lie_in_the_buckets_of_ddp(tmp_path: Path) -> None:
