@@ -73,8 +73,8 @@ def test_seen_tokens_are_those_of_a_simulation(mean: int) -> None:
     for _ in range(rows):
         for place in range(context):
             age = 0 if chance.random() < 1 / mean else age + 1
-            seen += min(age, place)
-    # The formula has documents without a smallest unit, so it is half a token off for the shortest.
+            seen += min(age, place) + 1  # a token sees itself, too
+    # The formula has documents without a smallest unit, so it is off by parts of a token for the shortest.
     assert seen / rows / context == pytest.approx(seen_tokens(context, document=mean), rel=0.03, abs=0.6)
 
 
@@ -142,9 +142,9 @@ def test_an_uncompiled_block_passes_over_its_gate_and_rotary_positions_as_often_
         # The same widths less give the difference of the gate's part, or of the heads', without norms and residuals.
         more = counted(width, channels)[direction] - counted(64, 8)[direction]
         weights = 3 * 32 * (width - 64) + 2 * 32 * 6 * (channels - 8)  # their casts, and those of their gradients
-        assert (more - 6 * weights / 64) == pytest.approx(
-            planned(width, channels)[direction] - planned(64, 8)[direction], rel=0.05
-        )
+        tables = 4 * 4 * (channels - 8)  # cosines and sines, of queries and of keys, which all heads share
+        expected = planned(width, channels)[direction] - planned(64, 8)[direction] + tables
+        assert more - 6 * weights / 64 == pytest.approx(expected, rel=0.05)
 
 
 def test_compiled_kernels_and_faster_memory_save_time_where_the_memory_is_waited_for() -> None:
@@ -186,7 +186,7 @@ def test_layouts_differ_in_what_they_wait_for() -> None:
         return step(of_rows(layout=layout, accumulate=micro_batches > 1), micro_batches, on).network
 
     over_nodes, hybrid = Layout(64, sharded=True), Layout(64, sharded=True, shard_size=8)
-    assert network(hybrid, slow) < network(over_nodes, slow) / 5, "weights are gathered inside the node"
+    assert network(hybrid, slow) < network(over_nodes, slow) / 2, "weights are gathered inside the node"
     assert network(Layout(8), slow) == network(Layout(8)), "one node needs no network"
     assert network(Layout(64)) < network(Layout(64), slow)
     each = dataclasses.replace(over_nodes, reduce_once=False)
