@@ -498,15 +498,16 @@ class TrainingMemory:
         """Returns the memory while Muon orthogonalizes. AdamW's fused kernel makes no tensors of its own.
 
         Muon holds new averages and directions of all matrices of the blocks, and the results of the shapes that it has
-        done. Of the last shape, that of the feed-forward, it holds a stack, its product and three square matrices.
+        done. Of the last shape, that of the feed-forward, it holds a stack, its scaled copy, the result and four square
+        matrices each.
         """
         made = 0
         if self.averages[0] == 1 and self.lora is None:
             c = self.config
             matrices = c.num_hidden_layers * self.block_matrices
             last = 3 * c.num_hidden_layers * c.hidden_size * c.intermediate_size
-            squares = 3 * 3 * c.num_hidden_layers * min(c.hidden_size, c.intermediate_size) ** 2
-            made = 2 * self.weight_bytes * matrices + self._wide * (matrices - last + 2 * last + squares)
+            squares = 4 * 3 * c.num_hidden_layers * min(c.hidden_size, c.intermediate_size) ** 2
+            made = 2 * self.weight_bytes * matrices + self._wide * (matrices - last + 3 * last + squares)
         kept = self._device("the optimizer", casts=0, activations=0, logits=0, gradients=self.trained_parameters)
         communication = DDP_BUCKET if kept.communication == DDP_BUCKET else 0
         return dataclasses.replace(kept, optimizer=kept.optimizer + made, communication=communication)

@@ -284,7 +284,7 @@ def test_muons_step_makes_what_is_counted() -> None:
     most = max(itertools.accumulate(changes))
     memory = TrainingMemory(config, 1, 4, averages=(1, 2))
     kept = memory.loss_phase().optimizer
-    assert memory.optimizer_phase().optimizer - kept == pytest.approx(most, rel=0.1)
+    assert memory.optimizer_phase().optimizer - kept == pytest.approx(most, rel=1e-3)
     assert memory.peak().moment == "the optimizer"
     assert dataclasses.replace(memory, averages=(2, 2)).peak().moment != "the optimizer"
 
