@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_danube import device
+from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.checkpoints.strategy import ShardedStrategy
 from lightning_danube.training.trainer import (
@@ -68,6 +69,16 @@ def test_on_one_device_nothing_is_sharded(tmp_path: Path) -> None:
     assert isinstance(made.strategy, SingleDeviceStrategy)
     assert own_strategy(strategy, "cpu", 2) is strategy and own_strategy(strategy, "cpu", 1, nodes=2) is strategy
     assert own_strategy("ddp", "cpu", 1) == "ddp"
+
+
+@pytest.mark.medium
+def test_a_configuration_for_a_cluster_trains_on_one_device(tiny: Path) -> None:
+    """The strategy of the paper's configurations. The checkpoint is the file of a run without a strategy."""
+    strategy = ("--trainer.strategy", "lightning_danube.checkpoints.strategy.ShardedStrategy")
+    sizes = ("--trainer.strategy.tensor_parallel_size", "1", "--trainer.strategy.shard_size", "node")
+    assert main(["fit", "--config", str(tiny / "tiny.yaml"), *strategy, *sizes]) == 0
+    checkpoints = list((tiny / "runs").rglob("*.ckpt"))
+    assert checkpoints and all(path.is_file() for path in checkpoints)
 
 
 @pytest.mark.parametrize(
