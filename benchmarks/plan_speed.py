@@ -176,7 +176,10 @@ def rows() -> list[Row]:
 
 
 def table(of: list[Row]) -> str:
-    lines = ["| run | on | measured tokens/s a GPU | predicted | difference | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| run | on | measured tokens/s a GPU | predicted | difference | within 15 % |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     missed = 0
     for row in of:
         predicted = row.predicted()
@@ -185,7 +188,7 @@ def table(of: list[Row]) -> str:
         missed += misses
         lines.append(
             f"| {row.name} | {row.on.name} | {row.measured:,.0f} | {predicted:,.0f} | {100 * difference:+.1f} % | "
-            f"{'**missed**' if misses else ''} |"
+            f"{'**no**' if misses else 'yes'} |"
         )
     lines += ["", f"{len(of) - missed} of {len(of)} rows are within {100 * BOUND:.0f} %."]
     limited = [row for row in of if row.on == LIMITED]
