@@ -42,6 +42,10 @@ SECONDS_UNTIL_ABANDONED = 24 * 3600
 """Where the file system has no locks, a hidden file that was not changed for this time is a leftover."""
 
 
+SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors by which the system refuses a file that may be in order: memory, maps or descriptors are short."""
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     with new_file(path) as partial:
         partial.write_bytes(content)
@@ -115,9 +119,13 @@ def naming_cached(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:
+        raise
     except OSError as error:
         if error.filename is not None:
             raise
+        if error.errno in SHORTAGES:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
     except Exception as error:
         said = str(error).partition("\n")[0] or type(error).__name__

@@ -27,7 +27,8 @@ from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import separator_warning
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.preparation import Sample, WorkPart, open_or_prepare, prepare, prepare_sample
-from lightning_danube.tokens.shards import SPLITS, TokenSequence, TokenShards
+from lightning_danube.tokens.shards import SPLITS, TokenShards
+from lightning_danube.tokens.token_sequence import TokenSequence
 from lightning_danube.tokens.units import CONTAMINATED
 from lightning_danube.training.contract import IGNORE_INDEX
 from lightning_danube.training.loaders import ResumableLoader, trains_on_gpu
@@ -44,18 +45,25 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
     seconds_to_prepare: Mapping[str, float] = MappingProxyType({})
     """Source → seconds to make its shards, 0 for existing shards."""
 
+    _identities: dict[str, dict[str, Any]]
+
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Checks the trainer, then makes the shards that are missing.
+        """Checks the trainer, makes the shards that are missing, and compares their sizes with their listings.
+
+        One process of each node does this.
 
         Raises:
-            ValueError: the trainer has an option that the curriculum decides, or the batch does not divide.
+            ValueError: the trainer has an option that the curriculum decides, the batch does not divide, or a shard is
+                damaged.
         """
         # Before the shards, because collecting text can take minutes.
         if self.trainer is not None and self.trainer.state.fn == "fit":
             self._check_trainer()
         self.seconds_to_prepare = self.prepare()
+        for directory in self.shards_directories().values():
+            TokenShards(directory, self.tokenizer).check_sizes()
 
     def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
         """Makes the missing shards, or one part of them. Returns the seconds that each source took."""
@@ -192,7 +200,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
                     f"source {name!r} has {len(stream)} tokens of training text, fewer than one row of "
                     f"data.context_length + 1 = {self.context_length + 1}"
                 )
-        self.train_streams = train
+        self.train_streams, self._identities = train, {}
         self.curriculum = Curriculum(
             self.stages,
             {name: stream.rows(self.context_length) for name, stream in train.items()},
@@ -240,6 +248,10 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
 
     def order_facts(self) -> OrderFacts:
         """Returns the facts that decide which tokens are at each position of the run."""
+        # Read once, because every checkpoint holds them.
+        self._identities = self._identities or {
+            name: stream_identity(stream) for name, stream in self.train_streams.items()
+        }
         return OrderFacts(
             seed=self.seed,
             context_length=self.context_length,
@@ -249,7 +261,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
                 (stage.name, span.samples, whole_counts({name: stage.mix.get(name, 0.0) for name in self.sources}))
                 for stage, span in zip(self.stages, self.curriculum.spans, strict=True)
             ],
-            sources={name: stream_identity(stream) for name, stream in self.train_streams.items()},
+            sources=self._identities,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,7 +343,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         """
         losses = {}
         for name, stream in self._validation.items():
-            counts = self.shards[name].tokens("train").token_counts(self.vocab_size) + 1
+            counts = self.shards[name].token_counts("train") + 1
             nats = np.log(counts.sum()) - np.log(counts)
             rows = evaluation_rows(stream, self.context_length, self.validation_rows)
             labels = stream.read(1, min(rows * self.context_length + 1, len(stream)))
@@ -408,7 +420,7 @@ class TrainingRows(Dataset[Any]):
         """Returns input_ids and labels, (rows, context), int64, and the keys.
 
         Raises:
-            ValueError: an id is not in the vocabulary, see `TokenStream.row`.
+            ValueError: an id is not in the vocabulary, see `TokenSequence.row`.
         """
         if isinstance(rows, ValueError):
             raise rows

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_danube.tokens.shards import TokenSequence
+from lightning_danube.tokens.token_sequence import TokenSequence
 
 _WINDOWS, _WINDOW = 256, 1024
 _WAY_OUT = "or begin a new run without --ckpt_path"

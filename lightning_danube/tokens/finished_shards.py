@@ -19,6 +19,8 @@ from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import redacted
 
 LISTING = "shards.json"
+FORMAT = 3
+"""Of the listing and the files beside it. Shards of another format are refused."""
 
 
 def is_address(path: str) -> bool:
@@ -54,7 +56,8 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     store, root = _open(where, path)
     try:
         listing = parse_json(store.cat_file(f"{root}/{LISTING}"), LISTING)
-        files = [file for split in listing["splits"].values() for file in split["files"]]
+        version = listing["format"]
+        files = listed_files(listing) if version == FORMAT else []
         for file in files:
             plain_name(file["name"], "the name of a file")
             if missing := {"bytes", "sha256"} - file.keys():
@@ -67,6 +70,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
         raise ValueError(f"{where}/{LISTING} is damaged ({error}): copy the shards there again") from error
     except Exception as error:
         raise _unreachable(where, error) from error
+    check_format(where, version)
     # The folder keeps the files of an earlier attempt, so it has a fixed name.
     hidden = directory.with_name(f".{directory.name}.fetching")
     for file in files:
@@ -79,6 +83,22 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
         if not (directory / LISTING).is_file():
             raise
     return directory
+
+
+def listed_files(listing: Any) -> list[dict[str, Any]]:
+    """Returns what a `shards.json` says of each file beside it: name, bytes, sha256.
+
+    Raises:
+        KeyError, TypeError: the listing is damaged, or of an older format.
+    """
+    splits = listing["splits"].values()
+    return [file for split in splits for file in (*split["files"], split["token_counts"])]
+
+
+def check_format(where: str, version: object) -> None:
+    """Raises ValueError if shards have another format than this version reads."""
+    if version != FORMAT:
+        raise ValueError(f"{where} has the shard format {version}, this version reads {FORMAT}: make it again")
 
 
 def _open(where: str, path: str) -> tuple[Any, str]:

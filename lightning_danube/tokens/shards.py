@@ -1,9 +1,13 @@
 """Token shards: the tokens of one source, made once and memory-mapped from then on.
 
 A shard directory holds Arrow files for each split, in the stream format of `datasets`: one row per document, column
-`input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's identity, counts, and every
-file's size and checksum. The directory gets its name by a rename when it is complete, so a visible directory is
-complete. Sizes are checked when the directory is opened, ids when a row is read, checksums on `prepare --verify`.
+`input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's identity, counts, and for every
+file its size, its checksum, and the places of its tokens. A file beside them holds how often each id occurs in the
+split. The directory gets its name by a rename when it is complete, so a visible directory is complete.
+
+`shards.json` alone is read when the directory is opened. One process of each node compares the sizes of the files with
+it. A file is opened when one of its tokens is read. Ids are checked when a row is read, checksums on `prepare
+--verify`.
 
 A training row is a window of `context_length` tokens over the concatenated documents, so the context length can change
 without new shards.
@@ -15,11 +19,10 @@ import hashlib
 import json
 import math
 import os
-from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +32,13 @@ from lightning_danube.outside.names import plain_name
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
 from lightning_danube.text.reading import READ_AS, format_of
-from lightning_danube.tokens.finished_shards import finished_directory, is_finished
+from lightning_danube.tokens.finished_shards import FORMAT, check_format, finished_directory, is_finished, listed_files
+from lightning_danube.tokens.token_sequence import TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
-FORMAT = 2
 SPLITS = ("train", "validation")
-SHARD_TOKENS = 1 << 26
-"""Tokens after which a new file starts (128 MiB of uint16)."""
+SHARD_TOKENS = 1 << 32
+"""Tokens after which a new file starts (8 GiB of uint16)."""
 BATCH_TOKENS = 1 << 24
 """Tokens that are held in memory before they are written (32 MiB of uint16)."""
 
@@ -86,8 +89,10 @@ class SplitWriter:
         self._directory, self._split, self._dtype, self._shard_tokens = directory, split, dtype, shard_tokens
         self._pending: list[NDArray[Any]] = []
         self._pending_tokens = 0
+        self._sink: _HashedFile | None = None
         self._writer: Any = None
         self._files: list[dict[str, Any]] = []
+        self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, ids: NDArray[Any]) -> None:
         self._pending.append(ids)
@@ -99,11 +104,13 @@ class SplitWriter:
             self._close_file()
 
     def close(self) -> dict[str, Any]:
+        """Ends the last file. Returns what `shards.json` says of the split."""
         self._flush()
         self._close_file()
         return {
             "documents": sum(file["documents"] for file in self._files),
             "tokens": sum(file["tokens"] for file in self._files),
+            "token_counts": write_token_counts(self._directory, self._split, self._counts),
             "files": self._files,
         }
 
@@ -121,8 +128,11 @@ class SplitWriter:
             name = f"{self._split}-{len(self._files):05d}.arrow"
             self._files.append({"name": name, "bytes": 0, "documents": 0, "tokens": 0})
             features = Features({"input_ids": List(Value(self._dtype.name))})
-            self._writer = ArrowWriter(path=str(self._directory / name), features=features)
-        values = pa.array(np.concatenate(self._pending))
+            self._sink = _HashedFile(self._directory / name)
+            self._writer = ArrowWriter(stream=pa.PythonFile(self._sink, mode="w"), features=features)
+        ids = np.concatenate(self._pending)
+        self._counts = _sum(self._counts, np.bincount(ids))
+        values = pa.array(ids)
         ends = np.cumsum([0, *map(len, self._pending)])
         column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), values).cast(pa.list_(values.type))
         self._writer.write_table(pa.table({"input_ids": column}), writer_batch_size=len(self._pending))
@@ -131,35 +141,64 @@ class SplitWriter:
         self._pending, self._pending_tokens = [], 0
 
     def _close_file(self) -> None:
-        if self._writer is None:
+        if self._writer is None or self._sink is None:
             return
         self._writer.finalize()
-        self._writer = None
-        path = self._directory / self._files[-1]["name"]
-        with open(path, "rb") as file:
-            self._files[-1]["bytes"] = os.fstat(file.fileno()).st_size
-            self._files[-1]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        self._files[-1]["edges"] = _edges(_map_tokens(path))
+        self._sink.close()
+        file = self._files[-1]
+        file |= {"bytes": self._sink.size, "sha256": self._sink.digest.hexdigest()}
+        file["segments"] = _segments(self._directory / file["name"])
+        self._writer = self._sink = None
 
 
-def _map_tokens(path: Path) -> list[NDArray[Any]]:
-    """Memory-maps the tokens of a file: the raw values, without the documents' offsets."""
+class _HashedFile:
+    """A new file that hashes what is written into it, so that it need not be read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115
+        self.size, self.digest = 0, hashlib.sha256()
+        self.closed = False
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        written = self._file.write(content)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
+
+
+def _sum(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Adds counts of which one has fewer ids."""
+    short, long = sorted((a, b), key=len)
+    total = long.copy()
+    total[: len(short)] += short
+    return total
+
+
+def _segments(path: Path) -> list[list[int]]:
+    """Returns [bytes before the first token, tokens] of each batch of a file, whose layout alone is read."""
     import pyarrow as pa
 
-    column = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column("input_ids")
-    column.validate()
-    return [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+    content = pa.memory_map(str(path)).read_buffer()
+    found = []
+    for batch in pa.ipc.open_stream(content):
+        values = batch.column("input_ids").values
+        found.append([values.buffers()[1].address - content.address, len(values)])
+    return found
 
 
-def _edges(chunks: list[NDArray[Any]]) -> str:
-    """Returns a hash of the first and last 64 tokens of every chunk, to detect damage that shifts the tokens."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk[:64].tobytes() + chunk[-64:].tobytes())
-    return digest.hexdigest()[:16]
-
-
-_REMEDY = "delete {} and it will be made again"
+def write_token_counts(directory: Path, split: str, counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Writes how often each id occurs in a split. Returns what `shards.json` says of the file."""
+    path = directory / f"{split}-token-counts.npy"
+    np.save(path, counts)
+    content = path.read_bytes()
+    return {"name": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -171,11 +210,10 @@ class ShardCounts:
 
 
 class TokenShards:
-    """One source's shard directory, opened and checked.
+    """One source's shard directory. Only its `shards.json` is read when it is opened.
 
     Raises:
-        ValueError: the directory is missing, has another format or another tokenizer, or a file is missing or has
-            another size than when it was written.
+        ValueError: the directory is missing, has another format or another tokenizer, or its `shards.json` is damaged.
     """
 
     def __init__(self, directory: Path, tokenizer: DocumentTokenizer) -> None:
@@ -184,39 +222,63 @@ class TokenShards:
         try:
             self.meta = read_json(path)
             version = self.meta["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory} is no shard directory: {path} is missing or damaged") from error
-        if version != FORMAT:
-            raise ValueError(f"{directory} has the shard format {version}, this version reads {FORMAT}: make it again")
+        check_format(str(directory), version)
         try:
             made_with = self.meta["tokenizer"]
             another = made_with["fingerprint"] != tokenizer.fingerprint
-            files = [file for split in SPLITS for file in self._files(split)]
-            expected = {plain_name(file["name"], "the name of a file"): file["bytes"] for file in files}
-            if not all(file.keys() >= {"tokens", "sha256", "edges"} for file in files):
-                raise KeyError("sha256")
+            for file in self._listed():
+                plain_name(file["name"], "the name of a file")
+                if missing := {"bytes", "sha256"} - file.keys():
+                    raise KeyError(min(missing))
             self._dtype = np.dtype(self.meta["dtype"])
+            self._segments = {split: list(self._listed_segments(split)) for split in SPLITS}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): {_REMEDY.format(directory)}") from error
+            raise ValueError(f"{path} is damaged ({error}): {self._remedy}") from error
         if another:
             raise ValueError(
                 f"{directory} was made with the tokenizer {made_with['name']!r} ({made_with['fingerprint']}), "
                 f"the run uses {tokenizer.name!r} ({tokenizer.fingerprint}): make the shards again"
             )
-        for name, size in expected.items():
-            shard = directory / name
-            found = shard.stat().st_size if shard.exists() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise ValueError(f"{shard} {what}: {_REMEDY.format(directory)}")
 
-    def _files(self, split: str) -> list[dict[str, Any]]:
-        files: list[dict[str, Any]] = self.meta["splits"][split]["files"]
-        return files
+    @property
+    def _remedy(self) -> str:
+        return f"delete {self.directory} and it will be made again"
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return listed_files(self.meta)
+
+    def _listed_segments(self, split: str) -> Iterator[TokenSegment]:
+        total = 0
+        for file in self.meta["splits"][split]["files"]:
+            path = self.directory / file["name"]
+            for offset, tokens in file["segments"]:
+                if not 0 <= offset <= offset + tokens * self._dtype.itemsize <= file["bytes"]:
+                    raise ValueError(f"{path.name} has no place for {tokens} tokens at {offset}")
+                total += tokens
+                yield TokenSegment(path, offset, tokens)
+        if total != self.meta["splits"][split]["tokens"]:
+            raise ValueError(f"the files of {split} have {total:,} tokens")
 
     def counts(self, split: str) -> ShardCounts:
         meta = self.meta["splits"][split]
         return ShardCounts(meta["documents"], meta["tokens"])
+
+    def check_sizes(self) -> None:
+        """Compares the size of each file with the listing.
+
+        Raises:
+            ValueError: a file is missing, or has another size than when it was written.
+        """
+        for file in self._listed():
+            path, size = self.directory / file["name"], file["bytes"]
+            try:
+                found = path.stat().st_size
+            except FileNotFoundError:
+                raise ValueError(f"{path} is missing: {self._remedy}") from None
+            if found != size:
+                raise ValueError(f"{path} has {found} bytes instead of {size}: {self._remedy}")
 
     def verify(self) -> None:
         """Reads every file and compares its checksum.
@@ -224,109 +286,37 @@ class TokenShards:
         Raises:
             ValueError: the content of a file has changed.
         """
-        for split in SPLITS:
-            for file in self._files(split):
-                path = self.directory / file["name"]
-                with open(path, "rb") as content:
-                    digest = hashlib.file_digest(content, "sha256").hexdigest()
-                if digest != file["sha256"]:
-                    raise ValueError(
-                        f"{path} does not hold what was written (sha256 {digest[:12]}… instead of "
-                        f"{file['sha256'][:12]}…): {_REMEDY.format(self.directory)}"
-                    )
+        self.check_sizes()
+        for file in self._listed():
+            path = self.directory / file["name"]
+            with open(path, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            if digest != file["sha256"]:
+                raise ValueError(
+                    f"{path} does not hold what was written (sha256 {digest[:12]}… instead of "
+                    f"{file['sha256'][:12]}…): {self._remedy}"
+                )
 
     def tokens(self, split: str) -> TokenSequence:
-        """Returns the concatenated documents of a split.
+        """Returns the concatenated documents of a split. No file is opened before it is read."""
+        return TokenSequence(self._segments[split], self._dtype, self._vocab_size, remedy=self._remedy)
+
+    def token_counts(self, split: str) -> NDArray[np.int64]:
+        """Returns how often each id occurs in a split, (vocab_size,), as it was counted when the split was written.
 
         Raises:
-            ValueError: a file's layout is damaged, or its number, type or edges of tokens differ from `shards.json`.
+            ValueError: the file of the counts is missing or damaged.
         """
-        import pyarrow as pa
-
-        segments, files = [], []
-        for file in self._files(split):
-            path = self.directory / file["name"]
-            try:
-                chunks = _map_tokens(path)
-            except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError, MemoryError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({str(error).strip()}): {_REMEDY.format(self.directory)}"
-                ) from error
-            same = sum(map(len, chunks)) == file["tokens"] and all(chunk.dtype == self._dtype for chunk in chunks)
-            if not same or _edges(chunks) != file["edges"]:
-                raise ValueError(
-                    f"{path} is damaged (it does not hold the {file['tokens']:,} tokens that were written): "
-                    f"{_REMEDY.format(self.directory)}"
-                )
-            segments += chunks
-            files += [path] * len(chunks)
-        return TokenSequence(segments, self._dtype, self._vocab_size, files)
-
-
-class TokenSequence:
-    """Tokens of many memory-mapped segments as one sequence. Reading a window touches only the pages of that window."""
-
-    def __init__(self, segments: list[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int, files: list[Path]) -> None:
-        self._segments, self.vocab_size, self._files = segments, vocab_size, files
-        self._ends = list(accumulate(map(len, segments), initial=0))
-        self.dtype = dtype
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Returns tokens [start, stop)."""
-        assert 0 <= start <= stop <= len(self)
-        first = bisect_right(self._ends, start) - 1
-        if first < len(self._segments) and stop <= self._ends[first + 1]:
-            offset = self._ends[first]
-            return self._segments[first][start - offset : stop - offset]
-        pieces = []
-        while start < stop:
-            offset, end = self._ends[first], min(stop, self._ends[first + 1])
-            pieces.append(self._segments[first][start - offset : end - offset])
-            start, first = end, first + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.dtype)
-
-    def rows(self, context_length: int) -> int:
-        """Returns the number of full training rows.
-
-        Each row predicts `context_length` tokens and shares one token with the next row.
-        """
-        return max(0, len(self) - 1) // context_length
-
-    def row(self, number: int, context_length: int) -> NDArray[Any]:
-        """Returns row `number`, (context_length + 1,): inputs and, shifted by one, labels. The last row may be shorter.
-
-        Raises:
-            ValueError: an id is outside the vocabulary, so the file is damaged. An embedding must never see such an id.
-        """
-        start = number * context_length
-        row = self.read(start, min(start + context_length + 1, len(self)))
-        if len(row) and row.max() >= self.vocab_size:
-            self._refuse(start + int(np.argmax(row >= self.vocab_size)))
-        return row
-
-    def _refuse(self, position: int) -> NoReturn:
-        segment = bisect_right(self._ends, position) - 1
-        value, path = self.read(position, position + 1)[0], self._files[segment]
-        place = position - self._ends[self._files.index(path)]
-        raise ValueError(
-            f"{path} is damaged: token {place:,} of it is {value}, the vocabulary has "
-            f"{self.vocab_size}: {_REMEDY.format(path.parent)}"
-        )
-
-    def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """Returns how often each id occurs, (vocab_size,)."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        for number, segment in enumerate(self._segments):
-            for begin in range(0, len(segment), 1 << 24):
-                part = segment[begin : begin + (1 << 24)]
-                if part.max() >= self.vocab_size:
-                    place = int(np.argmax(part >= self.vocab_size))
-                    self._refuse(self._ends[number] + begin + place)
-                counts += np.bincount(part, minlength=vocab_size)
-        return counts
+        path = self.directory / self.meta["splits"][split]["token_counts"]["name"]
+        try:
+            found = np.load(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: {self._remedy}") from None
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {self._remedy}") from error
+        if len(found) > self._vocab_size or found.sum() != self.counts(split).tokens:
+            raise ValueError(f"{path} is damaged (its counts are not those of {split}): {self._remedy}")
+        return np.pad(found, (0, self._vocab_size - len(found)))
 
 
 def shards_directory(

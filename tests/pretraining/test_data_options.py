@@ -16,7 +16,8 @@ from lightning_danube.pretraining.curriculum import Stage
 from lightning_danube.pretraining.data import CurriculumData, TrainingRows
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Filters, Quality
-from lightning_danube.tokens.shards import TokenSequence
+from lightning_danube.tokens.token_sequence import TokenSequence
+from tests.token_files import sequence_in_memory
 
 MakeData = Callable[..., CurriculumData]
 
@@ -67,14 +68,14 @@ def test_text_is_tokenized_by_as_many_processes_as_asked_for(
 def test_an_id_of_the_vocabularys_size_is_refused_and_the_one_below_is_read() -> None:
     tokens = np.full(40, 99, dtype=np.uint16)
     keys = np.array([[0, 0, 0, 1]])
-    stream = TokenSequence([tokens], tokens.dtype, 100, [Path("shards/web.arrow")])
+    stream = sequence_in_memory([tokens], 100, ["web.arrow"])
     rows = TrainingRows([stream], 8, None)
     assert rows.batch(rows.__getitems__(keys))["input_ids"].tolist() == [[99] * 8]
     tokens[16] = 100  # the last label of row 1
     with pytest.raises(ValueError, match="token 16 of it is 100, the vocabulary has 100"):
         rows.batch(rows.__getitems__(keys))
     # The damaged token may be in a source that is not the batch's first.
-    fine = TokenSequence([np.zeros(40, dtype=np.uint16)], tokens.dtype, 100, [Path("shards/wiki.arrow")])
+    fine = sequence_in_memory([np.zeros(40, dtype=np.uint16)], 100, ["wiki.arrow"])
     rows = TrainingRows([fine, stream], 8, None)
     with pytest.raises(ValueError, match=r"web\.arrow is damaged"):
         rows.batch(rows.__getitems__(np.array([[0, 0, 0, 1], [0, 1, 0, 1]])))

@@ -1,6 +1,5 @@
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from lightning_danube.pretraining.curriculum import Curriculum, Stage
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
-from lightning_danube.tokens.shards import TokenSequence
+from lightning_danube.tokens.token_sequence import TokenSequence
+from tests.token_files import sequence_in_memory
 
 STAGES = [Stage("first", 40_960, {"web": 75, "wiki": 25}), Stage("second", 20_480, {"web": 50, "wiki": 50})]
 ROWS = {"web": 300, "wiki": 90, "code": 70}
@@ -110,7 +110,7 @@ def test_a_changed_past_is_refused_with_its_key(changed: OrderFacts, done: int, 
 
 
 def stream(*segments: Any) -> TokenSequence:
-    return TokenSequence(list(segments), segments[0].dtype, 977, [Path(f"{n}.arrow") for n in range(len(segments))])
+    return sequence_in_memory(segments, 977)
 
 
 def test_a_source_is_told_by_its_tokens_not_by_its_files() -> None:

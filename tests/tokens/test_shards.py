@@ -128,10 +128,10 @@ def test_truncated_and_missing_shards_are_named(make: Make, source: Source, toke
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=rf"train-00000\.arrow has {len(whole) - 10} bytes instead of {len(whole)}"):
-        TokenShards(directory, tokenizer)
+        TokenShards(directory, tokenizer).check_sizes()
     shard.unlink()
     with pytest.raises(ValueError, match=r"train-00000\.arrow is missing: delete .* and it will be made again"):
-        TokenShards(directory, tokenizer)
+        TokenShards(directory, tokenizer).check_sizes()
 
 
 def test_a_flipped_byte_is_found_by_verify(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
@@ -164,13 +164,13 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(
     with pytest.raises(ValueError, match=message):
         stream.row(1, 64)
     with pytest.raises(ValueError, match=message):
-        stream.token_counts(32_000)
+        stream.token_counts()
 
 
-def test_a_flipped_byte_anywhere_in_the_layout_is_refused_or_harmless(
+def test_a_flipped_byte_in_the_layout_changes_no_token(
     make: Make, source: Source, tokenizer: DocumentTokenizer
 ) -> None:
-    """Not one of them may crash, shorten an epoch, or give other tokens without a word; --verify finds them all."""
+    """The places of the tokens are in shards.json, so the layout of a file is not read. --verify finds the damage."""
     shards = make(source)
     shard = shards.directory / "train-00000.arrow"
     whole = shard.read_bytes()
@@ -178,22 +178,15 @@ def test_a_flipped_byte_anywhere_in_the_layout_is_refused_or_harmless(
     expected = stream.read(0, len(stream)).copy()
     begin = whole.find(expected.tobytes())
     layout = [*range(0, begin, 7), *range(begin + 2 * len(expected), len(whole))]
-    refused = 0
+    assert len(layout) > 100
     for place in layout:
         data = bytearray(whole)
         data[place] ^= 0xFF
         shard.write_bytes(data)
-        try:
-            stream = TokenShards(shards.directory, tokenizer).tokens("train")
-            assert len(stream) == len(expected)
-            found = stream.read(0, len(stream))
-        except ValueError as error:
-            assert "train-00000.arrow is damaged" in str(error)
-            refused += 1
-            continue
-        # What may be damaged without harm: names and padding, and the documents' offsets, which training does not read.
-        assert np.array_equal(found, expected), place
-    assert refused > 10
+        stream = TokenShards(shards.directory, tokenizer).tokens("train")
+        assert np.array_equal(stream.read(0, len(stream)), expected), place
+    with pytest.raises(ValueError, match=r"train-00000\.arrow does not hold what was written"):
+        shards.verify()
 
 
 def test_shards_of_another_tokenizer_or_format_are_refused(
@@ -205,7 +198,7 @@ def test_shards_of_another_tokenizer_or_format_are_refused(
     with pytest.raises(ValueError, match=r"was made with the tokenizer 'mistral' \(0\), the run uses 'mistral'"):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(ValueError, match="has the shard format 99, this version reads 2"):
+    with pytest.raises(ValueError, match="has the shard format 99, this version reads 3: make it again"):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text(json.dumps(meta | {"splits": {}}))
     with pytest.raises(ValueError, match=r"shards\.json is damaged \('train'\): delete"):
@@ -216,7 +209,8 @@ def test_shards_of_another_tokenizer_or_format_are_refused(
 
 
 def test_token_counts_are_those_of_the_stream(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
-    stream = make(source, shard_tokens=500).tokens("train")
-    counts = stream.token_counts(tokenizer.vocab_size)
-    assert counts.sum() == len(stream)
+    shards = make(source, shard_tokens=500)
+    stream, counts = shards.tokens("train"), shards.token_counts("train")
+    assert counts.tolist() == stream.token_counts().tolist()
+    assert counts.sum() == len(stream) and counts.shape == (tokenizer.vocab_size,)
     assert counts[tokenizer.eos_id] == sum(not is_held_out(text, 0.1) for text in TEXTS)

@@ -1,5 +1,10 @@
 """Tokens of several segments as one sequence: its rows, and ids that the vocabulary does not have."""
 
+import errno
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,19 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.tokens.shards import SplitWriter, TokenSequence, TokenShards, _edges, _map_tokens
+from lightning_danube.tokens import token_sequence
+from lightning_danube.tokens.finished_shards import FORMAT
+from lightning_danube.tokens.shards import SPLITS, SplitWriter, TokenShards, write_token_counts
+from lightning_danube.tokens.token_sequence import MappedFiles, TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from tests.token_files import sequence_of
 
 VOCABULARY = 100
+Make = Callable[..., TokenSequence]
 
 
-def sequence(*segments: list[int], files: list[str] | None = None) -> TokenSequence:
-    names = files or [f"{number}.arrow" for number in range(len(segments))]
-    arrays = [np.array(segment, dtype=np.uint16) for segment in segments]
-    return TokenSequence(arrays, np.dtype(np.uint16), VOCABULARY, [Path("shards") / name for name in names])
+@pytest.fixture
+def sequence(tmp_path: Path) -> Make:
+    def make(*segments: list[int], **options: Any) -> TokenSequence:
+        arrays = [np.array(segment, dtype=np.uint16) for segment in segments]
+        return sequence_of(tmp_path / "shards", arrays, VOCABULARY, **options)
+
+    return make
 
 
-def test_any_window_is_that_of_the_joined_segments() -> None:
+def test_any_window_is_that_of_the_joined_segments(sequence: Make) -> None:
     tokens = list(range(40))
     whole = sequence(tokens[:7], tokens[7:8], tokens[8:30], tokens[30:])
     for start in range(41):
@@ -29,47 +42,89 @@ def test_any_window_is_that_of_the_joined_segments() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (1, 0), (8, 0), (9, 1), (16, 1), (17, 2), (18, 2), (25, 3)])
-def test_a_row_has_a_token_more_than_it_predicts(tokens: int, rows: int) -> None:
+def test_a_row_has_a_token_more_than_it_predicts(sequence: Make, tokens: int, rows: int) -> None:
     stream = sequence(list(range(tokens)))
     assert stream.rows(8) == rows
     assert all(stream.row(number, 8).tolist() == list(range(8 * number, 8 * number + 9)) for number in range(rows))
 
 
-def test_the_largest_id_is_read_and_the_vocabularys_size_is_refused() -> None:
+def test_the_largest_id_is_read_and_the_vocabularys_size_is_refused(sequence: Make) -> None:
     fine = sequence([VOCABULARY - 1] * 9)
     assert fine.row(0, 8).max() == VOCABULARY - 1
-    assert fine.token_counts(VOCABULARY)[-1] == 9
+    assert fine.token_counts()[-1] == 9
     damaged = sequence([1, 2, 3], [4, 5, VOCABULARY, 7, 8, 9])
-    message = r"^shards/1\.arrow is damaged: token 2 of it is 100, the vocabulary has 100: delete shards and"
+    message = r"shards/1\.arrow is damaged: token 2 of it is 100, the vocabulary has 100: delete \S+shards and it"
     with pytest.raises(ValueError, match=message):
         damaged.row(0, 8)
     with pytest.raises(ValueError, match=message):
-        damaged.token_counts(VOCABULARY)
+        damaged.token_counts()
 
 
-def test_a_damaged_token_is_counted_from_the_start_of_its_file() -> None:
+def test_a_damaged_token_is_counted_from_the_start_of_its_file(sequence: Make) -> None:
     """A file of several batches is several segments."""
-    damaged = sequence([1, 2], [3, 4, 5], [6, 500, 8, 9], files=["a.arrow", "b.arrow", "b.arrow"])
-    for call in (lambda: damaged.row(0, 8), lambda: damaged.token_counts(VOCABULARY)):
+    damaged = sequence([1, 2], [3, 4, 5], [6, 500, 8, 9], names=["a.arrow", "b.arrow", "b.arrow"])
+    for call in (lambda: damaged.row(0, 8), lambda: damaged.token_counts()):
         with pytest.raises(ValueError, match=r"b\.arrow is damaged: token 4 of it is 500"):
             call()
 
 
-def test_counts_are_those_of_each_id() -> None:
+def test_counts_are_those_of_each_id(sequence: Make) -> None:
     stream = sequence([5, 5, 7], [5, 0])
-    counts = stream.token_counts(VOCABULARY)
+    counts = stream.token_counts()
     assert counts.shape == (VOCABULARY,) and counts.dtype == np.int64
     assert {number: int(count) for number, count in enumerate(counts) if count} == {0: 1, 5: 3, 7: 1}
 
 
-def test_edges_change_with_the_first_and_the_last_token_of_each_chunk() -> None:
-    chunks = [np.arange(200, dtype=np.uint16), np.arange(300, dtype=np.uint16)]
-    before = _edges(chunks)
-    for number, place in ((0, 0), (0, -1), (1, 0), (1, -1), (1, 63), (1, -64)):
-        changed = [chunk.copy() for chunk in chunks]
-        changed[number][place] += 1
-        assert _edges(changed) != before, (number, place)
-    assert _edges([np.roll(chunk, 1) for chunk in chunks]) != before
+def test_a_file_is_opened_when_it_is_read_and_the_one_read_longest_ago_is_closed(
+    sequence: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    mapped = token_sequence._mapped
+    monkeypatch.setattr(token_sequence, "_mapped", lambda path: opened.append(path.stem) or mapped(path))
+    stream = sequence([0] * 10, [1] * 10, [2] * 10, [3] * 10, files=MappedFiles(2))
+    assert len(stream) == 40 and not opened
+    for place, expected in ((5, "0"), (25, "02"), (6, "02"), (35, "023"), (7, "023"), (26, "0232")):
+        assert stream.read(place, place + 1) == [place // 10]
+        assert "".join(opened) == expected
+    copy = pickle.loads(pickle.dumps(stream))
+    assert len(opened) == 4 and copy.read(39, 40) == [3] and len(opened) == 5
+
+
+def test_what_is_wrong_with_a_file_is_told_when_it_is_read(sequence: Make, tmp_path: Path) -> None:
+    stream = sequence([0] * 10, [1] * 10)
+    (tmp_path / "shards" / "1.arrow").write_bytes(b"123456")
+    assert stream.read(0, 13).tolist() == [0] * 10 + np.frombuffer(b"123456", np.uint16).tolist()
+    with pytest.raises(ValueError, match=r"1\.arrow ends at byte 6, before its tokens: delete \S+shards and it"):
+        stream.read(0, 14)
+    (tmp_path / "shards" / "0.arrow").unlink()
+    assert stream.read(0, 10).tolist() == [0] * 10  # it is mapped
+    with pytest.raises(ValueError, match=r"0\.arrow is missing: delete \S+shards and it will be made again"):
+        pickle.loads(pickle.dumps(stream)).read(0, 1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_a_machine_without_room_for_a_map_is_not_called_a_damaged_file(
+    sequence: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(number, "Memory mapping file failed")
+
+    stream = sequence([0] * 10)
+    monkeypatch.setattr("pyarrow.memory_map", refuse)
+    with pytest.raises(OSError, match=r"the file is not the cause: raise vm\.max_map_count and ulimit -n") as error:
+        stream.read(0, 1)
+    assert error.value.errno == number and str(error.value.filename).endswith("0.arrow")
+    assert "damaged" not in str(error.value) and "delete" not in str(error.value)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1 << 24])
+def test_counts_do_not_depend_on_how_many_tokens_are_read_at_once(
+    sequence: Make, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(token_sequence, "COUNTED_AT_ONCE", at_once)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 50).tolist()
+    counts = sequence(tokens[:7], tokens[7:20], tokens[20:]).token_counts()
+    assert counts.tolist() == [tokens.count(number) for number in range(VOCABULARY)]
 
 
 def test_a_new_file_begins_behind_the_document_that_fills_one(tmp_path: Path) -> None:
@@ -80,32 +135,87 @@ def test_a_new_file_begins_behind_the_document_that_fills_one(tmp_path: Path) ->
     written = writer.close()
     assert (written["documents"], written["tokens"]) == (6, 25)
     assert [(file["documents"], file["tokens"]) for file in written["files"]] == [(3, 10), (2, 13), (1, 2)]
+    places = []
     for file in written["files"]:
         path = tmp_path / file["name"]
-        assert path.stat().st_size == file["bytes"] and _edges(_map_tokens(path)) == file["edges"]
-    tokens = [token for file in written["files"] for chunk in _map_tokens(tmp_path / file["name"]) for token in chunk]
-    assert tokens == np.concatenate(documents).tolist()
+        assert path.stat().st_size == file["bytes"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
+        places += [TokenSegment(path, *segment) for segment in file["segments"]]
+    stream = TokenSequence(places, np.dtype(np.uint16), VOCABULARY, remedy="")
+    assert stream.read(0, len(stream)).tolist() == np.concatenate(documents).tolist()
+    counts = written["token_counts"]
+    assert np.load(tmp_path / counts["name"]).tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 10]
+    assert hashlib.sha256((tmp_path / counts["name"]).read_bytes()).hexdigest() == counts["sha256"]
+
+
+def shards_of_two_splits(directory: Path) -> TokenShards:
+    """Shards with the tokens 0 to 199 twice in each split."""
+    tokenizer = DocumentTokenizer("danube-small")
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        writer = SplitWriter(directory, split, np.dtype(np.uint16), shard_tokens=3)
+        for _ in range(2):
+            writer.add(np.arange(200, dtype=np.uint16))
+        splits[split] = writer.close()
+    meta = {"format": FORMAT, "dtype": "uint16", "tokenizer": tokenizer.identity(), "splits": splits}
+    (directory / "shards.json").write_text(json.dumps(meta))
+    return TokenShards(directory, tokenizer)
 
 
 def test_every_file_of_every_split_is_verified(tmp_path: Path) -> None:
-    tokenizer = DocumentTokenizer("danube-small")
-    files: dict[str, Any] = {}
-    for split in ("train", "validation"):
-        writer = SplitWriter(tmp_path, split, np.dtype(np.uint16), shard_tokens=3)
-        for _ in range(2):
-            writer.add(np.arange(200, dtype=np.uint16))
-        files[split] = writer.close()
-    shards = TokenShards.__new__(TokenShards)
-    shards.directory, shards.meta, shards._vocab_size = tmp_path, {"splits": files}, tokenizer.vocab_size
+    shards = shards_of_two_splits(tmp_path)
     shards.verify()
-    for split in files:
-        for file in files[split]["files"]:
-            path = tmp_path / file["name"]
-            whole = path.read_bytes()
-            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-            with pytest.raises(ValueError, match=f"{file['name']} does not hold what was written"):
-                shards.verify()
-            path.write_bytes(whole)
+    files = [path for path in tmp_path.iterdir() if path.name != "shards.json"]
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        shards.check_sizes()
+        with pytest.raises(ValueError, match=f"{path.name} does not hold what was written"):
+            shards.verify()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(ValueError, match=f"{path.name} has {len(whole) - 1} bytes instead of {len(whole)}: delete"):
+            shards.check_sizes()
+        path.write_bytes(whole)
+
+
+def test_counts_are_read_and_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = shards_of_two_splits(tmp_path)
+    monkeypatch.setattr(token_sequence, "_mapped", lambda path: pytest.fail(f"{path} is opened"))
+    counts = shards.token_counts("train")
+    assert counts.tolist() == [2] * 200 + [0] * (DocumentTokenizer("danube-small").vocab_size - 200)
+    path = tmp_path / "train-token-counts.npy"
+    for wrong in (np.full(200, 3), np.full(100, 2), np.zeros(100_000, dtype=np.int64)):
+        write_token_counts(tmp_path, "train", wrong)
+        with pytest.raises(ValueError, match=r"counts\.npy is damaged \(its counts are not those of train\): delete"):
+            shards.token_counts("train")
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"train-token-counts\.npy is damaged \(.*\): delete"):
+        shards.token_counts("train")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train-token-counts\.npy is missing: delete"):
+        shards.token_counts("train")
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        ([-2, 200], "has no place for 200 tokens at -2"),
+        ([10**9, 200], "has no place for 200 tokens at 1000000000"),
+        ([0, 10**9], "has no place for 1000000000 tokens at 0"),
+        ([8, -3], "has no place for -3 tokens at 8"),
+        ([8, 199], "the files of train have 399 tokens"),
+        ([8], "not enough values"),
+        (None, "NoneType"),
+        (["a", "b"], "not supported"),
+    ],
+)
+def test_places_outside_a_file_are_refused(tmp_path: Path, segment: Any, message: str) -> None:
+    shards = shards_of_two_splits(tmp_path)
+    shards.meta["splits"]["train"]["files"][1]["segments"] = [segment]
+    (tmp_path / "shards.json").write_text(json.dumps(shards.meta))
+    with pytest.raises(ValueError, match=rf"shards\.json is damaged \(.*{message}.*\): delete"):
+        TokenShards(tmp_path, DocumentTokenizer("danube-small"))
 
 
 @pytest.mark.parametrize(("pieces", "expected"), [(4096, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
