@@ -32,7 +32,7 @@ SHORTEST_TEXT = 8
 
 NEAR = 0.8
 """Lowest estimated Jaccard similarity of five-word shingles at which two documents are near-duplicates."""
-_PERMUTATIONS, _BANDS, _SHINGLE = 128, 16, 5
+PERMUTATIONS, BANDS, _SHINGLE = 128, 16, 5
 # Two documents are compared if all 8 values of at least one of 16 bands agree. This holds for 95 % of the pairs with
 # similarity 0.8, for more than 99.9 % at 0.9, and for 6 % at 0.5.
 
@@ -121,44 +121,13 @@ def sketches(texts: Sequence[str]) -> NDArray[np.uint32]:
     """Returns the MinHash of each text's five-word shingles, (texts, permutations)."""
     from rensa import RMinHash
 
-    rows = RMinHash.digests_from_token_sets([_shingles(text) for text in texts], _PERMUTATIONS, 0)
-    return np.array(rows, dtype=np.uint32).reshape(len(texts), _PERMUTATIONS)
+    rows = RMinHash.digests_from_token_sets([_shingles(text) for text in texts], PERMUTATIONS, 0)
+    return np.array(rows, dtype=np.uint32).reshape(len(texts), PERMUTATIONS)
 
 
 def _shingles(text: str) -> list[str]:
     words = WORDS.findall(text.lower())
     return list({" ".join(words[at : at + _SHINGLE]) for at in range(max(1, len(words) - _SHINGLE + 1))})
-
-
-def first_of_each(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Returns a mask of the values that occur for the first time, in the order of `hashes`."""
-    first = np.zeros(len(hashes), dtype=bool)
-    first[np.unique(hashes, return_index=True)[1]] = True
-    return first
-
-
-class NearDuplicates:
-    """Finds near-duplicates of earlier documents by their sketches. Takes about 2 kB of memory per document."""
-
-    # rensa.RMinHashLSH is not used: it takes texts only, and these sketches come from files. It returns every document
-    # of a bucket instead of the first, so new shards would hold other documents than existing shards.
-
-    def __init__(self) -> None:
-        self._kept: list[NDArray[np.uint32]] = []
-        self._bands: list[dict[int, int]] = [{} for _ in range(_BANDS)]
-        self._weights = np.random.default_rng(0).integers(1, 2**63, _PERMUTATIONS // _BANDS, dtype=np.uint64) | 1
-
-    def repeats(self, sketch: NDArray[np.uint32]) -> bool:
-        """Returns whether a document is a near-duplicate of an earlier kept document. If not, keeps it."""
-        rows = sketch.reshape(_BANDS, -1).astype(np.uint64)
-        keys = (rows * self._weights).sum(axis=1, dtype=np.uint64).tolist()
-        candidates = {band[key] for band, key in zip(self._bands, keys, strict=True) if key in band}
-        if any(np.mean(self._kept[candidate] == sketch) >= NEAR for candidate in sorted(candidates)):
-            return True
-        for band, key in zip(self._bands, keys, strict=True):
-            band.setdefault(key, len(self._kept))
-        self._kept.append(sketch.copy())
-        return False
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from lightning_danube.files import locked, naming_cached, new_file, new_folder, parse_json, write_text
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
-from lightning_danube.text.quality import BenchmarkFile, Benchmarks, NearDuplicates, Quality, first_of_each
+from lightning_danube.text.duplicates import drop_exact, drop_near
+from lightning_danube.text.quality import BenchmarkFile, Benchmarks, Quality
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.encoding import can_encode_in_parts
@@ -49,6 +50,10 @@ from lightning_danube.tokens.units import Job, Unit, load_part, load_unit, make_
 UNIT_BYTES = 1 << 22
 """Bytes of text of a unit, about a second of work. A source of more than `MOST_UNITS` such units has larger units."""
 MOST_UNITS = 1 << 16
+MOST_TOKENS = 10**12
+"""Tokens of a source that this engine prepares. Joining them takes one process about 4 hours."""
+BYTES_PER_TOKEN = 4
+"""Estimate, before a text is tokenized."""
 STREAMED_DOCUMENTS = 2048
 """Documents in a unit of a streamed source."""
 WORTH_PROCESSES = 1 << 23
@@ -218,7 +223,7 @@ class Preparation:
         )
         self.units: int | None = None  # number of units; for a streamed source known at its end
         self.weight = 0
-        self.tokens = 0
+        self._tokens: dict[int, int] = {}  # unit → its tokens, of the units that are known to be made
         self.began, self.seconds = time.monotonic(), 0.0
 
     # --- units --------------------------------------------------------------------------------------------------------
@@ -244,6 +249,7 @@ class Preparation:
                 return [[Span(*span) for span in unit] for unit in parse_json(path.read_text(), str(path))]
         files = local_files(self.name, self.source, self.cache_dir)
         sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
+        self._check_size(sum(sizes.values()) // BYTES_PER_TOKEN)
         size = max(UNIT_BYTES, -(-sum(sizes.values()) // MOST_UNITS))
         separators, limits = [self.source.separator] * len(files), [size] * len(files)
         # Lines are counted at the speed of the disk; other formats must be parsed.
@@ -258,49 +264,97 @@ class Preparation:
         write_text(path, json.dumps(units))
         return units
 
+    def _check_size(self, tokens: float) -> None:
+        """Refuses a source that is too large for this engine.
+
+        Args:
+            tokens: what it holds, infinite if that is not known.
+        """
+        tokens = min(tokens, self.limit)
+        if MOST_TOKENS < tokens < math.inf:
+            raise ValueError(
+                f"source {self.name!r} has about {tokens:,.0f} tokens, more than the {MOST_TOKENS:,} of a source that "
+                "this engine prepares: use prepare --engine datatrove, or set its max_tokens"
+            )
+
     def work(self, pool: Callable[[], Executor]) -> Iterator[tuple[int, list[Span] | list[Document | BadRow], int]]:
         """Yields (number, rows, weight) of the missing units, in order."""
         self.began = time.monotonic()
         numbered: Iterator[tuple[int, Any]]
         if is_streamed(self.source):
+            self._check_size(math.inf)
             rows = read_stream(self.name, self.source)
             numbered = enumerate(iter(lambda: list(islice(rows, STREAMED_DOCUMENTS)), []))
         else:
             units = self.plan(pool)
             self.units, self.weight = len(units), sum(span.weight for unit in units for span in unit)
             numbered = enumerate(units)
-        number, whole_so_far = -1, True
+        number = -1
         for number, unit in numbered:
-            if self.tokens >= self.limit:
-                return
             if self.part is not None and number % self.part[1] != self.part[0] - 1:
                 continue
+            if self.is_enough_before(number):
+                return
             weight = sum(span.weight for span in unit) if self.units is not None else 0
             if self.job.path(number).exists():
                 self.weight -= weight
-                if whole_so_far and self.limit < math.inf:
-                    self.tokens += int(load_part(self.job.path(number), "lengths").sum())
                 continue
-            whole_so_far = False
             yield number, unit, weight
         if self.units is None:
             self.units = number + 1
             write_text(self.building / "units.json", str(self.units))
 
+    def note(self, number: int, tokens: int) -> None:
+        """Takes down that a unit is made."""
+        self._tokens[number] = tokens
+
+    def is_enough_before(self, number: int) -> bool:
+        """Returns whether the units before this one hold `max_tokens`, those of all parts together.
+
+        Units that other parts have not made yet count as much as the known ones. They are estimates, so there must be a
+        tenth more than asked for.
+        """
+        if self.limit == math.inf:
+            return False
+        self._look_for_units()
+        known = [tokens for unit, tokens in self._tokens.items() if unit < number]
+        if sum(known) >= self.limit:
+            return True
+        if self.part is None or not known:
+            return False
+        mine, parts = self.part
+        others = sum(unit % parts != mine - 1 and unit not in self._tokens for unit in range(number))
+        return others > 0 and sum(known) * (1 + others / len(known)) >= 1.1 * self.limit
+
+    def _look_for_units(self) -> None:
+        """Takes down the units that other processes, or an earlier run, have made."""
+        for name in os.listdir(self.building / "units"):
+            number, _, kind = name.partition(".")
+            if kind == "npz" and int(number) not in self._tokens:
+                self._tokens[int(number)] = int(load_part(self.job.path(int(number)), "lengths").sum())
+
     # --- joining ------------------------------------------------------------------------------------------------------
 
-    def missing(self) -> int | None:
-        """Returns how many units other machines must still make: 0 if all exist, None if the number is unknown."""
+    def missing(self) -> list[int]:
+        """Returns the units that must still be made before the units can be joined.
+
+        Of a streamed source whose end is not known, and with `max_tokens`, some of them are an estimate.
+        """
         counted = self.building / "units.json"
         units = self.units if self.units is not None else int(counted.read_text()) if counted.exists() else None
-        missing, tokens, number = 0, 0, 0
+        if self.limit < math.inf:
+            self._look_for_units()
+        missing: list[int] = []
+        tokens, number = 0.0, 0
         while number != units and tokens < self.limit:
-            if not self.job.path(number).exists():
-                if units is None:
-                    return None
-                missing += 1
-            elif not missing and self.limit < math.inf:
-                tokens += int(load_part(self.job.path(number), "lengths").sum())
+            found = number - len(missing)
+            if self.job.path(number).exists():
+                tokens += self._tokens.get(number, 0)
+            else:
+                missing.append(number)
+                tokens += tokens / found if found else 0
+                if units is None and not tokens:
+                    break
             number += 1
         self.used = number
         return missing
@@ -388,40 +442,35 @@ class Preparation:
             "seconds": round(self.seconds, 3),
             "seconds_of_all_processes": round(seconds, 3),
         }
-        _write_json(building / "shards.json", meta)
-        _write_json(building / "report.json", report)
+        _write_json(building / "shards.json", meta, indent=None)
+        _write_json(building / "report.json", report, indent=1)
 
     def _kept(self) -> tuple[list[NDArray[np.bool_]], dict[str, int]]:
         """Returns for each unit which documents are kept, and the number of removed duplicates."""
         paths = [self.job.path(number) for number in range(self.used)]
-        lengths = [load_part(path, "lengths") for path in paths]
-        if self.limit < math.inf:
-            before = 0
-            for number, unit in enumerate(lengths):
+        keep = []
+        before = 0
+        for path in paths:
+            lengths = load_part(path, "lengths")
+            wanted = np.ones(len(lengths), dtype=bool)
+            if self.limit < math.inf:
                 # The document that reaches the token limit is the last document that is kept.
-                lengths[number] = unit[: int(np.searchsorted(before + np.cumsum(unit), self.limit)) + 1]
-                before += int(lengths[number].sum())
-        counts = [load_part(path, "lengths").size for path in paths]
-        keep = [np.arange(count) < len(unit) for count, unit in zip(counts, lengths, strict=True)]
+                within = int(np.searchsorted(before + np.cumsum(lengths), self.limit)) + 1
+                wanted[within:] = False
+                before += int(lengths[:within].sum())
+            keep.append(wanted)
         gone = {"exact": 0, "near": 0}
         if self.quality.deduplicate == "none":
             return keep, gone
-        here = np.concatenate(keep)
-        hashes = np.concatenate([load_part(path, "hashes") for path in paths])
-        first = np.zeros(len(here), dtype=bool)
-        first[here] = first_of_each(hashes[here])
-        gone["exact"] = int(here.sum() - first.sum())
-        borders = np.cumsum(counts)[:-1]
-        keep = np.split(first, borders)
+        every = np.concatenate(keep)
+        borders = np.cumsum([len(wanted) for wanted in keep])[:-1]
+        # The folder of the units is removed after the join.
+        folder = self.building / "duplicates"
+        folder.mkdir(exist_ok=True)
+        gone["exact"] = drop_exact(every, (load_part(path, "hashes") for path in paths), folder)
         if self.quality.deduplicate == "near":
-            seen = NearDuplicates()
-            for path, wanted in zip(paths, keep, strict=True):
-                drawn = load_part(path, "sketches")
-                for document in np.flatnonzero(wanted).tolist():
-                    if seen.repeats(drawn[document]):
-                        wanted[document] = False
-                        gone["near"] += 1
-        return keep, gone
+            gone["near"] = drop_near(every, lambda: (load_part(path, "sketches") for path in paths), folder)
+        return np.split(every, borders), gone
 
     def _contamination(self, rows: set[int], documents: Counter[str]) -> list[dict[str, Any]]:
         """Returns for each benchmark file how many rows the source contained, and in how many documents.
@@ -492,7 +541,7 @@ class _Workshop:
     def _hand_out(self, held: list[tuple[Preparation, int, Any, int]], waiting: deque[Any]) -> None:
         for preparation, number, rows, size in held:
             future: Any = None
-            if number >= 0 and preparation.tokens < preparation.limit:
+            if number >= 0 and not preparation.is_enough_before(number):
                 if self._pool is not None:
                     future = self._pool.submit(make_unit, preparation.job, number, rows)
                 else:
@@ -506,23 +555,25 @@ class _Workshop:
         preparation, number, size, future = waiting.popleft()
         if future is not None:
             documents, tokens = self._guarded(preparation, lambda _: future.result()) or (0, 0)
-            preparation.tokens += tokens
+            preparation.note(number, tokens)
             self._progress.add(preparation, documents, tokens, size)
         elif number < 0:
             self._guarded(preparation, self._finish)
 
     def _finish(self, preparation: Preparation) -> None:
         missing = preparation.missing()
-        if missing == 0:
+        if not missing:
             preparation.join()
             return
         if (preparation.directory / "shards.json").exists():
             return  # another process has joined the source and removed its units
-        assert preparation.part is not None and preparation.units is not None
+        assert preparation.part is not None
         number, of = preparation.part
+        parts = sorted({unit % of + 1 for unit in missing})
+        named = ", ".join(f"{part}/{of}" for part in parts[:8]) + (" and others" if len(parts) > 8 else "")
         tell(
-            f"{preparation.name}: part {number} of {of} is made; "
-            f"{missing:,} of {preparation.units:,} units are left to the other parts"
+            f"{preparation.name}: part {number} of {of} is made; {len(missing):,} of {preparation.used:,} units are "
+            f"left to --shard {named}"
         )
 
     def _guarded(self, preparation: Preparation, do: Callable[[Preparation], Any]) -> Any:
@@ -604,8 +655,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+def _write_json(path: Path, content: Any, indent: int | None) -> None:
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def open_or_prepare(

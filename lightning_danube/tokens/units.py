@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import naming_cached, new_file
-from lightning_danube.text.quality import Benchmarks, Filters, sketches, text_hash
+from lightning_danube.text.quality import PERMUTATIONS, Benchmarks, Filters, sketches, text_hash
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
 from lightning_danube.tokens.encoding import TextEncoder
 
@@ -157,7 +157,7 @@ def make_unit(job: Job, number: int, rows: Sequence[Span] | Sequence[Document | 
             lengths=np.array(lengths, dtype=np.int64),
             sizes=np.array(sizes, dtype=np.int64),
             hashes=np.array(hashes, dtype=np.uint64),
-            sketches=np.concatenate(drawn) if drawn else np.empty((0, 0), dtype=np.uint32),
+            sketches=np.concatenate(drawn) if drawn else np.empty((0, PERMUTATIONS), dtype=np.uint32),
             account=np.array(json.dumps(account)),
         )
     return len(lengths), sum(lengths)

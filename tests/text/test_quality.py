@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_danube.text.corpora import Source
-from lightning_danube.text.quality import NEAR, Benchmarks, Filters, NearDuplicates, Quality, first_of_each, sketches
+from lightning_danube.text.duplicates import drop_near
+from lightning_danube.text.quality import NEAR, Benchmarks, Filters, Quality, sketches
 from lightning_danube.tokens import preparation
 from lightning_danube.tokens.preparation import open_or_prepare
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -69,11 +70,6 @@ def test_filters_are_off_by_default_and_for_sources_that_say_so(tmp_path: Path) 
         assert report["filtered"] == ({"too few words": 20} if left == 20 else {})
 
 
-def test_first_of_each_keeps_the_first() -> None:
-    hashes = np.array([5, 3, 5, 7, 3, 5], dtype=np.uint64)
-    assert first_of_each(hashes).tolist() == [True, True, False, True, False, False]
-
-
 @pytest.mark.medium
 def test_exact_and_near_duplicates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "UNIT_BYTES", 5_000)  # copies lie in other units
@@ -92,13 +88,14 @@ def test_exact_and_near_duplicates_are_counted(tmp_path: Path, monkeypatch: pyte
         assert report["duplicates"] == gone
 
 
-def test_near_duplicates_are_those_of_all_pairs() -> None:
+def test_near_duplicates_are_those_of_all_pairs(tmp_path: Path) -> None:
     """Against comparing every document with every one kept before; bands may miss one pair in twenty at the border."""
     words = prose(1, 300)
     texts = [" ".join([*words[: 300 - n], *prose(n, n)]) for n in range(0, 200, 2)]
     drawn = sketches(texts)
-    seen = NearDuplicates()
-    found = [seen.repeats(sketch) for sketch in drawn]
+    keep = np.ones(len(texts), dtype=bool)
+    drop_near(keep, lambda: [drawn], tmp_path)
+    found = (~keep).tolist()
     kept: list[int] = []
     for n in range(len(texts)):
         if all(np.mean(drawn[n] == drawn[k]) < NEAR for k in kept):

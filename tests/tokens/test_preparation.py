@@ -514,7 +514,7 @@ def test_prepare_then_fit_starts_at_once(tiny: Path, capsys: pytest.CaptureFixtu
 
 def test_the_command_says_what_the_other_parts_have_to_do(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--config", str(tiny / "tiny.yaml"), "--shard", "2/2"]) == 0
-    assert "web: part 2 of 2 is made; 1 of 1 units are left to the other parts" in capsys.readouterr().err
+    assert "web: part 2 of 2 is made; 1 of 1 units are left to --shard 1/2" in capsys.readouterr().err
     assert main(["prepare", "--config", str(tiny / "tiny.yaml"), "--shard", "1/2"]) == 0
     assert "wiki" in capsys.readouterr().out
 
