@@ -259,17 +259,18 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
-def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False, clear: bool = True) -> Iterator[Path]:
     """The hidden path of an empty folder to write into. At the end of the block the folder is `target`.
 
     Args:
         replace: replace what has the name. Otherwise a folder that appears meanwhile stays, and the new one is
             discarded: for content that every process makes alike.
+        clear: see `new_file`.
 
     Raises:
         OSError: the folder cannot be written; names `target` and the reason.
     """
-    with _hidden_folder(target) as partial:
+    with _hidden_folder(target, clear) as partial:
         try:
             yield partial
             finish_folder(partial, target, replace=replace)
@@ -433,9 +434,10 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _hidden_folder(target: Path) -> Iterator[Path]:
+def _hidden_folder(target: Path, clear: bool = True) -> Iterator[Path]:
     make_folder(target.parent)
-    remove_leftovers(target.parent)
+    if clear:
+        remove_leftovers(target.parent)
     with _claimed(target, is_folder=True) as partial:
         yield partial
 

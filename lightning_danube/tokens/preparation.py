@@ -1,11 +1,15 @@
 """Makes token shards from texts: cuts sources into units, lets processes or machines make them, and joins the units.
 
+The files of the units are the shards, so joining copies nothing: the shard directory gets links to them. Only units
+that lose documents (duplicates, or those behind `max_tokens`) are written a second time, by all processes.
+
 The bytes of a shard directory depend only on the texts and the options. They do not depend on which process made which
 unit, or on interruptions. The exception is report.json, which also holds times.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,7 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -37,21 +41,19 @@ from lightning_danube.tokens.encoding import can_encode_in_parts
 from lightning_danube.tokens.finished_shards import fetch, is_finished
 from lightning_danube.tokens.shards import (
     FORMAT,
-    SHARD_TOKENS,
     SPLITS,
-    SplitWriter,
     TokenShards,
-    held_out_below,
+    joined_splits,
     shards_directory,
 )
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
-from lightning_danube.tokens.units import Job, Unit, load_part, load_unit, make_unit
+from lightning_danube.tokens.units import Job, Unit, kept_splits, load_part, load_unit, make_unit, write_kept
 
 UNIT_BYTES = 1 << 22
 """Bytes of text of a unit, about a second of work. A source of more than `MOST_UNITS` such units has larger units."""
-MOST_UNITS = 1 << 16
+MOST_UNITS = 1 << 12
 MOST_TOKENS = 10**12
-"""Tokens of a source that this engine prepares. Joining them takes one process about 4 hours."""
+"""Tokens of a source that this engine prepares: about a billion documents, and shards of 0.5 GB."""
 BYTES_PER_TOKEN = 4
 """Estimate, before a text is tokenized."""
 STREAMED_DOCUMENTS = 2048
@@ -60,6 +62,7 @@ WORTH_PROCESSES = 1 << 23
 """Bytes of text below which starting processes costs more than it saves."""
 SHOWN_REJECTIONS = 5
 
+ForEach = Callable[..., Iterable[Any]]
 WorkPart = tuple[int, int]
 """(number of the part, from 1; number of parts). Each machine does one part of the work."""
 
@@ -217,6 +220,7 @@ class Preparation:
             eos_id=tokenizer.eos_id,
             dtype=tokenizer.dtype.name,
             in_parts=can_encode_in_parts(self.tokenizer_json()),
+            held_out=held_out,
             filters=quality.filters if source.filters else None,
             near=quality.deduplicate == "near",
             benchmarks=bool(quality.decontaminate),
@@ -329,9 +333,8 @@ class Preparation:
     def _look_for_units(self) -> None:
         """Takes down the units that other processes, or an earlier run, have made."""
         for name in os.listdir(self.building / "units"):
-            number, _, kind = name.partition(".")
-            if kind == "npz" and int(number) not in self._tokens:
-                self._tokens[int(number)] = int(load_part(self.job.path(int(number)), "lengths").sum())
+            if name.isdigit() and int(name) not in self._tokens:  # not one that is being written
+                self._tokens[int(name)] = int(load_part(self.job.path(int(name)), "lengths").sum())
 
     # --- joining ------------------------------------------------------------------------------------------------------
 
@@ -359,20 +362,25 @@ class Preparation:
         self.used = number
         return missing
 
-    def join(self) -> None:
+    def join(self, for_each: ForEach = map) -> None:
         """Joins the units into the shard directory.
+
+        Args:
+            for_each: calls a function with arguments, as `map` does, perhaps in other processes.
 
         Raises:
             ValueError: no text is left.
         """
+        kept, duplicates = self._kept()
+        # Written beside the units, so that a killed join goes on with those that are missing.
+        changed = [number for number, keep in enumerate(kept) if not keep.all()]
+        for _ in for_each(partial(write_kept, self.job), changed, [kept[number] for number in changed]):
+            pass
         with new_folder(self.directory) as building:
-            self._join_into(building)
+            self._join_into(building, kept, duplicates)
         shutil.rmtree(self.building, ignore_errors=True)
 
-    def _join_into(self, building: Path) -> None:
-        kept, duplicates = self._kept()
-        writers = {split: SplitWriter(building, split, self.tokenizer.dtype, SHARD_TOKENS) for split in SPLITS}
-        border = held_out_below(self.held_out)
+    def _join_into(self, building: Path, kept: list[NDArray[np.bool_]], duplicates: dict[str, int]) -> None:
         total: Counter[str] = Counter()
         filtered: Counter[str] = Counter()
         rejected: Counter[str] = Counter()
@@ -381,16 +389,19 @@ class Preparation:
         first: list[BadRow] = []
         last: list[Any] | None = None  # file and row where the unit before ended
         seconds = 0.0
+        parts: dict[str, list[tuple[Path, dict[str, Any]]]] = {split: [] for split in SPLITS}
         rejections = open(building / "rejected.jsonl", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
         with rejections:
             for number, keep in enumerate(kept):
                 unit = load_unit(self.job.path(number))
-                at = 0
-                for length, hashed, wanted in zip(unit.lengths.tolist(), unit.hashes.tolist(), keep, strict=True):
-                    if wanted:
-                        writers["validation" if hashed < border else "train"].add(unit.ids[at : at + length])
-                    at += length
                 account = unit.account
+                folder, own = self.job.path(number), account["splits"]
+                if not keep.all():
+                    folder, own = self.job.path_of_kept(number), kept_splits(self.job, number)
+                for split in SPLITS:
+                    parts[split].append((folder, own[split]))
+                    for file in own[split]["files"]:
+                        _link(folder / file["name"], building / file["name"])
                 total["bytes"] += int(unit.sizes[keep].sum())
                 for name in ("read", "cut", "contaminated"):
                     total[name] += account[name]
@@ -406,7 +417,7 @@ class Preparation:
                 first += account["rejected"][: SHOWN_REJECTIONS - len(first)]
         if not first:
             os.remove(building / "rejected.jsonl")
-        splits = {split: writer.close() for split, writer in writers.items()}
+        splits = {split: joined_splits(building, split, parts[split]) for split in SPLITS}
         documents, tokens = (sum(split[what] for split in splits.values()) for what in ("documents", "tokens"))
         if not tokens:
             lost = sum(rejected.values()) + sum(filtered.values()) + total["contaminated"]
@@ -563,7 +574,7 @@ class _Workshop:
     def _finish(self, preparation: Preparation) -> None:
         missing = preparation.missing()
         if not missing:
-            preparation.join()
+            preparation.join(map if self._pool is None else self._pool.map)
             return
         if (preparation.directory / "shards.json").exists():
             return  # another process has joined the source and removed its units
@@ -653,6 +664,16 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _link(path: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no links."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            raise
+        shutil.copyfile(path, target)
 
 
 def _write_json(path: Path, content: Any, indent: int | None) -> None:

@@ -1,9 +1,10 @@
 """Token shards: the tokens of one source, made once and memory-mapped from then on.
 
-A shard directory holds Arrow files for each split, in the stream format of `datasets`: one row per document, column
-`input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's identity, counts, and for every
-file its size, its checksum, and the places of its tokens. A file beside them holds how often each id occurs in the
-split. The directory gets its name by a rename when it is complete, so a visible directory is complete.
+A shard directory holds Arrow files in the stream format of `datasets`, one for each unit of the source and each split:
+one row per document, column `input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's
+identity, counts, and for every file its size, its checksum, and the places of its tokens. A file beside them holds how
+often each id occurs in the split. The directory gets its name by a rename when it is complete, so a visible directory
+is complete.
 
 `shards.json` alone is read when the directory is opened. One process of each node compares the sizes of the files with
 it. A file is opened when one of its tokens is read. Ids are checked when a row is read, checksums on `prepare
@@ -19,7 +20,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ from lightning_danube.tokens.token_sequence import TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 SPLITS = ("train", "validation")
-SHARD_TOKENS = 1 << 32
-"""Tokens after which a new file starts (8 GiB of uint16)."""
 BATCH_TOKENS = 1 << 24
 """Tokens that are held in memory before they are written (32 MiB of uint16)."""
 
@@ -78,77 +77,89 @@ def held_out_below(share: float) -> int:
     return math.ceil(share * 2**64)
 
 
+def split_of(hashed: int, border: int) -> str:
+    """Returns the split of a document.
+
+    Args:
+        hashed: `text_hash` of its text.
+        border: see `held_out_below`.
+    """
+    return "validation" if hashed < border else "train"
+
+
 def is_held_out(text: str, share: float) -> bool:
     return text_hash(text) < held_out_below(share)
 
 
 class SplitWriter:
-    """Writes the documents of one split, a new Arrow file every `shard_tokens` tokens."""
+    """Writes documents of one split into a new Arrow file. Without a document there is no file.
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
-        self._directory, self._split, self._dtype, self._shard_tokens = directory, split, dtype, shard_tokens
+    Args:
+        name: of the file, without `.arrow`.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self._directory, self._name, self._dtype = directory, name, dtype
         self._pending: list[NDArray[Any]] = []
         self._pending_tokens = 0
         self._sink: _HashedFile | None = None
         self._writer: Any = None
-        self._files: list[dict[str, Any]] = []
+        self._schema: Any = None
+        self._documents = self._tokens = 0
         self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, ids: NDArray[Any]) -> None:
         self._pending.append(ids)
         self._pending_tokens += len(ids)
-        full = self._in_file("tokens") + self._pending_tokens >= self._shard_tokens
-        if full or self._pending_tokens >= BATCH_TOKENS:
+        if self._pending_tokens >= BATCH_TOKENS:
             self._flush()
-        if full:
-            self._close_file()
 
     def close(self) -> dict[str, Any]:
-        """Ends the last file. Returns what `shards.json` says of the split."""
+        """Ends the file. Returns what `shards.json` says of it as of a whole split: see `joined_splits`."""
         self._flush()
-        self._close_file()
+        files = []
+        if self._sink is not None:
+            self._writer.close()
+            self._sink.close()
+            name = f"{self._name}.arrow"
+            files.append(
+                {
+                    "name": name,
+                    "bytes": self._sink.size,
+                    "sha256": self._sink.digest.hexdigest(),
+                    "documents": self._documents,
+                    "tokens": self._tokens,
+                    "segments": _segments(self._directory / name),
+                }
+            )
         return {
-            "documents": sum(file["documents"] for file in self._files),
-            "tokens": sum(file["tokens"] for file in self._files),
-            "token_counts": write_token_counts(self._directory, self._split, self._counts),
-            "files": self._files,
+            "documents": self._documents,
+            "tokens": self._tokens,
+            "token_counts": write_token_counts(self._directory, self._name, self._counts),
+            "files": files,
         }
-
-    def _in_file(self, what: str) -> int:
-        return int(self._files[-1][what]) if self._writer is not None else 0
 
     def _flush(self) -> None:
         if not self._pending:
             return
         import pyarrow as pa
-        from datasets import Features, List, Value
-        from datasets.arrow_writer import ArrowWriter
 
-        if self._writer is None:
-            name = f"{self._split}-{len(self._files):05d}.arrow"
-            self._files.append({"name": name, "bytes": 0, "documents": 0, "tokens": 0})
-            features = Features({"input_ids": List(Value(self._dtype.name))})
-            self._sink = _HashedFile(self._directory / name)
-            self._writer = ArrowWriter(stream=pa.PythonFile(self._sink, mode="w"), features=features)
+        column_type = pa.list_(pa.from_numpy_dtype(self._dtype))
+        if self._sink is None:
+            self._sink = _HashedFile(self._directory / f"{self._name}.arrow")
+            # What `datasets` reads in a file of its own. The library itself takes a process seconds to import.
+            value = {"dtype": self._dtype.name, "_type": "Value"}
+            info = {"info": {"features": {"input_ids": {"feature": value, "_type": "List"}}}}
+            self._schema = pa.schema({"input_ids": column_type}, {"huggingface": json.dumps(info)})
+            self._writer = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), self._schema)
         ids = np.concatenate(self._pending)
         self._counts = _sum(self._counts, np.bincount(ids))
-        values = pa.array(ids)
         ends = np.cumsum([0, *map(len, self._pending)])
-        column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), values).cast(pa.list_(values.type))
-        self._writer.write_table(pa.table({"input_ids": column}), writer_batch_size=len(self._pending))
-        self._files[-1]["documents"] += len(self._pending)
-        self._files[-1]["tokens"] += self._pending_tokens
+        column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pa.array(ids)).cast(column_type)
+        self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+        self._documents += len(self._pending)
+        self._tokens += self._pending_tokens
         self._pending, self._pending_tokens = [], 0
-
-    def _close_file(self) -> None:
-        if self._writer is None or self._sink is None:
-            return
-        self._writer.finalize()
-        self._sink.close()
-        file = self._files[-1]
-        file |= {"bytes": self._sink.size, "sha256": self._sink.digest.hexdigest()}
-        file["segments"] = _segments(self._directory / file["name"])
-        self._writer = self._sink = None
 
 
 class _HashedFile:
@@ -191,6 +202,23 @@ def _segments(path: Path) -> list[list[int]]:
         values = batch.column("input_ids").values
         found.append([values.buffers()[1].address - content.address, len(values)])
     return found
+
+
+def joined_splits(directory: Path, split: str, parts: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Returns what `shards.json` says of a split whose files several writers have written.
+
+    Args:
+        directory: of the shards, which gets the counts of the whole split.
+        parts: in order: where each writer wrote, and what its `close` returned.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    joined: dict[str, Any] = {"documents": 0, "tokens": 0, "token_counts": {}, "files": []}
+    for folder, part in parts:
+        counts = _sum(counts, np.load(folder / part["token_counts"]["name"]))
+        for what in ("documents", "tokens", "files"):
+            joined[what] += part[what]
+    joined["token_counts"] = write_token_counts(directory, split, counts)
+    return joined
 
 
 def write_token_counts(directory: Path, split: str, counts: NDArray[np.int64]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.text.corpora import Source
 from lightning_danube.tokens import token_sequence
 from lightning_danube.tokens.finished_shards import FORMAT
-from lightning_danube.tokens.shards import BATCH_TOKENS, SHARD_TOKENS, write_token_counts
+from lightning_danube.tokens.shards import BATCH_TOKENS, write_token_counts
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.conftest import write_tiny
 
@@ -114,7 +114,7 @@ def test_a_run_over_12_terabytes_starts_in_less_than_a_gibibyte(tmp_path: Path) 
     run = write_tiny(tmp_path) / "tiny.yaml"
     text = run.read_text()
     for name in ("web", "wiki"):
-        write_sparse_shards(tmp_path / name, {"train": 744, "validation": 6}, SHARD_TOKENS, BATCH_TOKENS)
+        write_sparse_shards(tmp_path / name, {"train": 744, "validation": 6}, 1 << 32, BATCH_TOKENS)
         text = text.replace(f"{tmp_path}/{name}.jsonl", f"{tmp_path}/{name}")
     run.write_text(text)
     watched = (

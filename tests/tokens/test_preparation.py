@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL_UNITS = """
 import sys
 from lightning_danube.tokens import preparation
-preparation.UNIT_BYTES, preparation.WORTH_PROCESSES, preparation.SHARD_TOKENS = 20_000, 1, 30_000
+preparation.UNIT_BYTES, preparation.WORTH_PROCESSES = 20_000, 1
 from lightning_danube.__main__ import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
@@ -48,10 +48,9 @@ def tokenizer() -> DocumentTokenizer:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units and files so small that a little text has many."""
+    """Units so small that a little text has many."""
     monkeypatch.setattr(preparation, "UNIT_BYTES", 20_000)
     monkeypatch.setattr(preparation, "WORTH_PROCESSES", 1)
-    monkeypatch.setattr(preparation, "SHARD_TOKENS", 30_000)
     monkeypatch.setattr(preparation, "STREAMED_DOCUMENTS", 100)
 
 
@@ -144,7 +143,7 @@ def prepare_small(source: Source, tokenizer: DocumentTokenizer, cache: Path, **o
 
 @pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
-def test_bytes_do_not_depend_on_processes_units_or_parts(
+def test_bytes_do_not_depend_on_processes_or_parts(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = write_many_kinds(tmp_path / "texts")
@@ -165,7 +164,8 @@ def test_bytes_do_not_depend_on_processes_units_or_parts(
     assert content(made(tmp_path / "parts")) == content(one)
 
     monkeypatch.setattr(preparation, "UNIT_BYTES", 1 << 22)
-    assert content(prepare_small(source, tokenizer, tmp_path / "large", quality=quality)) == content(one)
+    large = prepare_small(source, tokenizer, tmp_path / "large", quality=quality)
+    assert documents(large, tokenizer) == expected and len(list(large.glob("train-*.arrow"))) == 1
 
 
 @pytest.mark.medium
@@ -209,13 +209,13 @@ def start(tmp_path: Path, *arguments: str) -> Forked:
 def kill_when(process: Forked, units: Path, count: int) -> int:
     """kill -9 once so many units are there; how many there were."""
     deadline = time.monotonic() + 120
-    while len(list(units.glob("*.npz"))) < count:
+    while len(list(units.glob("*/unit.npz"))) < count:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
     process.wait()
-    return len(list(units.glob("*.npz")))
+    return len(list(units.glob("*/unit.npz")))
 
 
 @pytest.mark.medium
@@ -238,7 +238,7 @@ def test_kill_9_and_start_again_gives_the_same_bytes(
             time.sleep(0.001)
         kept = kill_when(process, found[0], moment)
         assert not list((tmp_path / "cache").glob("shards/src-*")), "it was killed too late to prove anything"
-    before = {file: file.stat().st_mtime_ns for file in found[0].glob("*.npz")}
+    before = {file: file.stat().st_mtime_ns for file in found[0].glob("*/unit.npz")}
     assert len(before) >= kept >= moments[-1]
     process = start(tmp_path, *arguments)
     assert process.wait(timeout=120) == 0, (tmp_path / "output.txt").read_text()

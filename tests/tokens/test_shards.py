@@ -33,8 +33,8 @@ def source(tmp_path: Path) -> Source:
 def make(tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes the shards of a source in a cache of its own."""
 
-    def made(source: Source, cache: str = "cache", *, shard_tokens: int = 1 << 26, processes: int = 1) -> TokenShards:
-        monkeypatch.setattr(preparation, "SHARD_TOKENS", shard_tokens)
+    def made(source: Source, cache: str = "cache", *, unit_bytes: int = 1 << 22, processes: int = 1) -> TokenShards:
+        monkeypatch.setattr(preparation, "UNIT_BYTES", unit_bytes)
         monkeypatch.setattr(preparation, "WORTH_PROCESSES", 1)
         options = {"held_out": 0.1, "cache_dir": tmp_path / cache, "processes": processes}
         return open_or_prepare("src", source, tokenizer, **options)[0]  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_they_are_ordinary_files_of_datasets_in_16_bit(
 
 @pytest.mark.parametrize("context_length", [7, 64, 1000])
 def test_rows_cover_the_stream_across_files(make: Make, source: Source, context_length: int) -> None:
-    shards = make(source, shard_tokens=500)
+    shards = make(source, unit_bytes=2000)
     stream = shards.tokens("train")
     assert len(list(shards.directory.glob("train-*.arrow"))) > 3
     everything = stream.read(0, len(stream))
@@ -209,7 +209,7 @@ def test_shards_of_another_tokenizer_or_format_are_refused(
 
 
 def test_token_counts_are_those_of_the_stream(make: Make, source: Source, tokenizer: DocumentTokenizer) -> None:
-    shards = make(source, shard_tokens=500)
+    shards = make(source, unit_bytes=2000)
     stream, counts = shards.tokens("train"), shards.token_counts("train")
     assert counts.tolist() == stream.token_counts().tolist()
     assert counts.sum() == len(stream) and counts.shape == (tokenizer.vocab_size,)

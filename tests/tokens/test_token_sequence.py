@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_danube.tokens import token_sequence
+from lightning_danube.tokens import shards, token_sequence
 from lightning_danube.tokens.finished_shards import FORMAT
-from lightning_danube.tokens.shards import SPLITS, SplitWriter, TokenShards, write_token_counts
+from lightning_danube.tokens.shards import SPLITS, SplitWriter, TokenShards, joined_splits, write_token_counts
 from lightning_danube.tokens.token_sequence import MappedFiles, TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.token_files import sequence_of
@@ -127,20 +127,20 @@ def test_counts_do_not_depend_on_how_many_tokens_are_read_at_once(
     assert counts.tolist() == [tokens.count(number) for number in range(VOCABULARY)]
 
 
-def test_a_new_file_begins_behind_the_document_that_fills_one(tmp_path: Path) -> None:
-    writer = SplitWriter(tmp_path, "train", np.dtype(np.uint16), shard_tokens=10)
+def test_the_places_of_all_batches_of_a_file_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BATCH_TOKENS", 10)
+    writer = SplitWriter(tmp_path, "train-00003", np.dtype(np.uint16))
     documents = [np.full(size, size, dtype=np.uint16) for size in (4, 5, 1, 3, 10, 2)]
     for document in documents:
         writer.add(document)
     written = writer.close()
     assert (written["documents"], written["tokens"]) == (6, 25)
-    assert [(file["documents"], file["tokens"]) for file in written["files"]] == [(3, 10), (2, 13), (1, 2)]
-    places = []
-    for file in written["files"]:
-        path = tmp_path / file["name"]
-        assert path.stat().st_size == file["bytes"]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
-        places += [TokenSegment(path, *segment) for segment in file["segments"]]
+    (file,) = written["files"]
+    path = tmp_path / file["name"]
+    assert path.name == "train-00003.arrow" and path.stat().st_size == file["bytes"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
+    assert [tokens for _, tokens in file["segments"]] == [10, 13, 2]
+    places = [TokenSegment(path, *segment) for segment in file["segments"]]
     stream = TokenSequence(places, np.dtype(np.uint16), VOCABULARY, remedy="")
     assert stream.read(0, len(stream)).tolist() == np.concatenate(documents).tolist()
     counts = written["token_counts"]
@@ -148,53 +148,72 @@ def test_a_new_file_begins_behind_the_document_that_fills_one(tmp_path: Path) ->
     assert hashlib.sha256((tmp_path / counts["name"]).read_bytes()).hexdigest() == counts["sha256"]
 
 
+def test_a_split_is_joined_from_what_several_writers_wrote(tmp_path: Path) -> None:
+    parts = []
+    for number, documents in enumerate(([3, 5], [], [7])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        writer = SplitWriter(folder, f"train-{number:05d}", np.dtype(np.uint16))
+        for size in documents:
+            writer.add(np.full(size, size, dtype=np.uint16))
+        parts.append((folder, writer.close()))
+    joined = joined_splits(tmp_path, "train", parts)
+    assert [file["name"] for file in joined["files"]] == ["train-00000.arrow", "train-00002.arrow"]
+    assert (joined["documents"], joined["tokens"]) == (3, 15)
+    assert np.load(tmp_path / joined["token_counts"]["name"]).tolist() == [0, 0, 0, 3, 0, 5, 0, 7]
+
+
 def shards_of_two_splits(directory: Path) -> TokenShards:
     """Shards with the tokens 0 to 199 twice in each split."""
     tokenizer = DocumentTokenizer("danube-small")
     splits: dict[str, Any] = {}
     for split in SPLITS:
-        writer = SplitWriter(directory, split, np.dtype(np.uint16), shard_tokens=3)
-        for _ in range(2):
+        parts = []
+        for number in range(2):
+            writer = SplitWriter(directory, f"{split}-{number:05d}", np.dtype(np.uint16))
             writer.add(np.arange(200, dtype=np.uint16))
-        splits[split] = writer.close()
+            parts.append((directory, writer.close()))
+        splits[split] = joined_splits(directory, split, parts)
+        for _, part in parts:
+            (directory / part["token_counts"]["name"]).unlink()
     meta = {"format": FORMAT, "dtype": "uint16", "tokenizer": tokenizer.identity(), "splits": splits}
     (directory / "shards.json").write_text(json.dumps(meta))
     return TokenShards(directory, tokenizer)
 
 
 def test_every_file_of_every_split_is_verified(tmp_path: Path) -> None:
-    shards = shards_of_two_splits(tmp_path)
-    shards.verify()
+    made = shards_of_two_splits(tmp_path)
+    made.verify()
     files = [path for path in tmp_path.iterdir() if path.name != "shards.json"]
     assert len(files) == 6
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        shards.check_sizes()
+        made.check_sizes()
         with pytest.raises(ValueError, match=f"{path.name} does not hold what was written"):
-            shards.verify()
+            made.verify()
         path.write_bytes(whole[:-1])
         with pytest.raises(ValueError, match=f"{path.name} has {len(whole) - 1} bytes instead of {len(whole)}: delete"):
-            shards.check_sizes()
+            made.check_sizes()
         path.write_bytes(whole)
 
 
 def test_counts_are_read_and_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = shards_of_two_splits(tmp_path)
+    made = shards_of_two_splits(tmp_path)
     monkeypatch.setattr(token_sequence, "_mapped", lambda path: pytest.fail(f"{path} is opened"))
-    counts = shards.token_counts("train")
+    counts = made.token_counts("train")
     assert counts.tolist() == [2] * 200 + [0] * (DocumentTokenizer("danube-small").vocab_size - 200)
     path = tmp_path / "train-token-counts.npy"
     for wrong in (np.full(200, 3), np.full(100, 2), np.zeros(100_000, dtype=np.int64)):
         write_token_counts(tmp_path, "train", wrong)
         with pytest.raises(ValueError, match=r"counts\.npy is damaged \(its counts are not those of train\): delete"):
-            shards.token_counts("train")
+            made.token_counts("train")
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"train-token-counts\.npy is damaged \(.*\): delete"):
-        shards.token_counts("train")
+        made.token_counts("train")
     path.unlink()
     with pytest.raises(ValueError, match=r"train-token-counts\.npy is missing: delete"):
-        shards.token_counts("train")
+        made.token_counts("train")
 
 
 @pytest.mark.parametrize(
@@ -211,9 +230,9 @@ def test_counts_are_read_and_not_counted(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_places_outside_a_file_are_refused(tmp_path: Path, segment: Any, message: str) -> None:
-    shards = shards_of_two_splits(tmp_path)
-    shards.meta["splits"]["train"]["files"][1]["segments"] = [segment]
-    (tmp_path / "shards.json").write_text(json.dumps(shards.meta))
+    made = shards_of_two_splits(tmp_path)
+    made.meta["splits"]["train"]["files"][1]["segments"] = [segment]
+    (tmp_path / "shards.json").write_text(json.dumps(made.meta))
     with pytest.raises(ValueError, match=rf"shards\.json is damaged \(.*{message}.*\): delete"):
         TokenShards(tmp_path, DocumentTokenizer("danube-small"))
 

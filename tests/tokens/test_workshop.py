@@ -58,6 +58,9 @@ class Pool:
         value = function(*args)
         return SimpleNamespace(result=lambda: value)
 
+    def map(self, *arguments: Any) -> Any:
+        return map(*arguments)
+
     def shutdown(self, **_: Any) -> None:
         pass
 
