@@ -684,6 +684,15 @@ def test_a_damaged_file_of_the_cache_is_named_with_the_way_out(tmp_path: Path) -
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_a_machine_without_room_does_not_make_a_file_of_the_cache_a_damaged_one(tmp_path: Path, number: int) -> None:
+    with pytest.raises(OSError, match=os.strerror(number)) as error, naming_cached(tmp_path / "unit.npz"):
+        raise OSError(number, "no file is named")
+    assert error.value.filename == str(tmp_path / "unit.npz")
+    with pytest.raises(MemoryError), naming_cached(tmp_path / "unit.npz"):
+        raise MemoryError
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")

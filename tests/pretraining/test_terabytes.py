@@ -121,7 +121,7 @@ def test_a_run_over_12_terabytes_starts_in_less_than_a_gibibyte(tmp_path: Path) 
         "import re, sys, time; from lightning_danube.__main__ import main; began = time.monotonic();"
         "code = main(sys.argv[1:]); seconds = time.monotonic() - began;"
         "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10;"
-        "print(f'seconds {seconds:.1f} MiB {peak}');"
+        "print(f'seconds {seconds:.1f} of the processor {time.process_time():.1f} MiB {peak}');"
         "sys.exit(code)"
     )
     done = subprocess.run(
@@ -132,7 +132,7 @@ def test_a_run_over_12_terabytes_starts_in_less_than_a_gibibyte(tmp_path: Path) 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = re.search(r"seconds (\S+) MiB (\d+)", done.stdout)
+    found = re.search(r"seconds \S+ of the processor \S+ MiB (\d+)", done.stdout)
     assert found is not None, done.stdout
     print(found[0])
-    assert int(found[2]) < 1024
+    assert int(found[1]) < 1024

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Quality
-from lightning_danube.tokens import preparation
+from lightning_danube.tokens import preparation, units
 from lightning_danube.tokens.preparation import open_or_prepare, prepare
 from lightning_danube.tokens.shards import SPLITS, TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -108,15 +108,19 @@ def test_a_killed_join_goes_on_where_it_was(
     monkeypatch.setattr(preparation, "write_kept", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make(source, "two", quality=quality)
-    (units,) = (tmp_path / "two" / "shards").glob(".src-*.building")
-    before = {path: path.stat().st_ino for path in units.glob("kept/*/*")}
+    (building,) = (tmp_path / "two" / "shards").glob(".src-*.building")
+    before = {path: path.stat().st_ino for path in building.glob("kept/*/*")}
     assert len({path.parent for path in before}) == 2
     inodes = []
     link = preparation._link
     monkeypatch.setattr(preparation, "_link", lambda path, to: inodes.append(path.stat().st_ino) or link(path, to))
     monkeypatch.setattr(preparation, "make_unit", lambda *_: pytest.fail("a unit is made again"))
+    written = []
+    writers = units._writers
+    monkeypatch.setattr(units, "_writers", lambda job, number, to: written.append(number) or writers(job, number, to))
     shards = make(source, "two", quality=quality)
     assert content(shards.directory) == content(undisturbed.directory)
+    assert written and not {int(path.parent.name) for path in before} & set(written)
     assert {ino for path, ino in before.items() if path.suffix == ".arrow"} <= set(inodes)
 
 
