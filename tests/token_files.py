@@ -1,6 +1,6 @@
 """Sequences of made-up tokens in files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +40,13 @@ def sequence_in_memory(segments: Sequence[Any], vocab_size: int, names: Sequence
     places = [TokenSegment(path, 0, len(tokens)) for path, tokens in zip(paths, segments, strict=True)]
     files = HeldFiles(dict(zip(paths, segments, strict=True)))
     return TokenSequence(places, segments[0].dtype, vocab_size, remedy="delete shards", files=files)
+
+
+def noting(function: Callable[..., Any], note: Callable[..., object]) -> Callable[..., Any]:
+    """Returns the function, which first calls another one with its arguments."""
+
+    def call(*arguments: Any) -> Any:
+        note(*arguments)
+        return function(*arguments)
+
+    return call

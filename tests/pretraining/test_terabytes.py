@@ -20,6 +20,7 @@ from lightning_danube.tokens.finished_shards import FORMAT
 from lightning_danube.tokens.shards import BATCH_TOKENS, write_token_counts
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.conftest import write_tiny
+from tests.token_files import noting
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,13 +50,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were mapped, in order."""
     names: list[str] = []
     mapped = token_sequence._mapped
-    monkeypatch.setattr(token_sequence, "_mapped", lambda path: names.append(path.name) or mapped(path))
+    monkeypatch.setattr(token_sequence, "_mapped", noting(mapped, lambda path: names.append(path.name)))
     return names
 
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    sizes = []
+    sizes: list[int] = []
     read = token_sequence.MappedFiles.read
 
     def counted(self: Any, path: Path, begin: int, end: int) -> Any:

@@ -17,6 +17,7 @@ from lightning_danube.tokens import preparation, units
 from lightning_danube.tokens.preparation import open_or_prepare, prepare
 from lightning_danube.tokens.shards import SPLITS, TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from tests.token_files import noting
 
 TEXTS = [f"text {number} of many, with some words in it" for number in range(80)]
 Make = Callable[..., TokenShards]
@@ -62,9 +63,9 @@ def check(shards: TokenShards, texts: list[str], tokenizer: DocumentTokenizer) -
 def test_the_files_of_the_units_are_the_shards(
     make: Make, tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linked = set()
+    linked: set[int] = set()
     link = preparation._link
-    monkeypatch.setattr(preparation, "_link", lambda path, to: linked.add(path.stat().st_ino) or link(path, to))
+    monkeypatch.setattr(preparation, "_link", noting(link, lambda path, to: linked.add(path.stat().st_ino)))
     shards = make(write(tmp_path / "a.jsonl", TEXTS), "one")
     check(shards, TEXTS, tokenizer)
     files = sorted(shards.directory.glob("*.arrow"))
@@ -97,7 +98,7 @@ def test_a_killed_join_goes_on_where_it_was(
     undisturbed = make(source, "one", quality=quality)
     check(undisturbed, TEXTS, tokenizer)
     assert undisturbed.meta["counts"]["duplicates"] == {"exact": 80, "near": 0}
-    write_kept, asked = preparation.write_kept, []
+    write_kept, asked = preparation.write_kept, list[int]()
 
     def fails_at_the_third(job: Any, number: int, keep: Any) -> None:
         asked.append(number)
@@ -111,13 +112,13 @@ def test_a_killed_join_goes_on_where_it_was(
     (building,) = (tmp_path / "two" / "shards").glob(".src-*.building")
     before = {path: path.stat().st_ino for path in building.glob("kept/*/*")}
     assert len({path.parent for path in before}) == 2
-    inodes = []
+    inodes: list[int] = []
     link = preparation._link
-    monkeypatch.setattr(preparation, "_link", lambda path, to: inodes.append(path.stat().st_ino) or link(path, to))
+    monkeypatch.setattr(preparation, "_link", noting(link, lambda path, to: inodes.append(path.stat().st_ino)))
     monkeypatch.setattr(preparation, "make_unit", lambda *_: pytest.fail("a unit is made again"))
-    written = []
+    written: list[int] = []
     writers = units._writers
-    monkeypatch.setattr(units, "_writers", lambda job, number, to: written.append(number) or writers(job, number, to))
+    monkeypatch.setattr(units, "_writers", noting(writers, lambda job, number, to: written.append(number)))
     shards = make(source, "two", quality=quality)
     assert content(shards.directory) == content(undisturbed.directory)
     assert written and not {int(path.parent.name) for path in before} & set(written)

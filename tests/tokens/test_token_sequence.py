@@ -17,7 +17,7 @@ from lightning_danube.tokens.finished_shards import FORMAT
 from lightning_danube.tokens.shards import SPLITS, SplitWriter, TokenShards, joined_splits, write_token_counts
 from lightning_danube.tokens.token_sequence import MappedFiles, TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
-from tests.token_files import sequence_of
+from tests.token_files import noting, sequence_of
 
 VOCABULARY = 100
 Make = Callable[..., TokenSequence]
@@ -78,9 +78,9 @@ def test_counts_are_those_of_each_id(sequence: Make) -> None:
 def test_a_file_is_opened_when_it_is_read_and_the_one_read_longest_ago_is_closed(
     sequence: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = []
+    opened: list[str] = []
     mapped = token_sequence._mapped
-    monkeypatch.setattr(token_sequence, "_mapped", lambda path: opened.append(path.stem) or mapped(path))
+    monkeypatch.setattr(token_sequence, "_mapped", noting(mapped, lambda path: opened.append(path.stem)))
     stream = sequence([0] * 10, [1] * 10, [2] * 10, [3] * 10, files=MappedFiles(2))
     assert len(stream) == 40 and not opened
     for place, expected in ((5, "0"), (25, "02"), (6, "02"), (35, "023"), (7, "023"), (26, "0232")):
