@@ -158,7 +158,7 @@ def test_version_and_day_are_the_same_everywhere() -> None:
     released = re.search(
         r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
     )
-    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    citation: Any = OmegaConf.load(ROOT / "CITATION.cff")
     assert released is not None and released[1] == version
     assert (citation.version, citation["date-released"]) == (version, released[2])
 

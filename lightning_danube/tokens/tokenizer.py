@@ -17,7 +17,8 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,10 +252,16 @@ def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of a text of others, without special tokens. Text that spells a special token stays text."""
-    backend = tokenizer.backend_tokenizer
+    with special_tokens_as_text(tokenizer.backend_tokenizer) as backend:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+
+@contextmanager
+def special_tokens_as_text(backend: Tokenizer) -> Iterator[Tokenizer]:
+    """Lets a tokenizer encode text that spells a special token as any other text."""
     backend.encode_special_tokens = True
     try:
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        yield backend
     finally:
         backend.encode_special_tokens = False
 
@@ -263,11 +270,8 @@ def encode_documents(
     backend: Tokenizer, texts: Sequence[str], bos_id: int | None, eos_id: int, dtype: np.dtype[Any]
 ) -> list[NDArray[Any]]:
     """Returns the ids of whole documents from a tokenizer of `tokenizers`, without loading transformers."""
-    backend.encode_special_tokens = True
-    try:
+    with special_tokens_as_text(backend):
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    finally:
-        backend.encode_special_tokens = False
     head = [] if bos_id is None else [bos_id]
     return [np.array([*head, *encoding.ids, eos_id], dtype=dtype) for encoding in encodings]
 
@@ -388,11 +392,8 @@ def _as_sentencepiece(named: PreTrainedTokenizerFast, file: Path) -> PreTrainedT
     ids = [model.encode(text) for text in _SPACED]
 
     def agrees(backend: Tokenizer) -> bool:
-        backend.encode_special_tokens = True
-        try:
+        with special_tokens_as_text(backend):
             return [backend.encode(text, add_special_tokens=False).ids for text in _SPACED] == ids
-        finally:
-            backend.encode_special_tokens = False
 
     if named.is_fast and agrees(named.backend_tokenizer):
         return named

@@ -181,6 +181,7 @@ def chat_data(kind: type = ChatData) -> Any:
     answers: dict[str, Any] = {
         "fill": lambda: 0.5,
         "reports": lambda: {"web": report},
+        "tokens_of_steps": lambda first, behind: 64 * (behind - first),
         "evaluation_pairs": lambda rows: {"web": 20},
         "evaluation_tokens": lambda rows: {"web": 7 if rows else 70},
     }

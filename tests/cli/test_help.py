@@ -37,7 +37,7 @@ def test_values_types_and_explanations_are_told(capsys: pytest.CaptureFixture[st
         r"--model.optimizer.momentum NUMBER .*\(0.95\)", said
     )
     assert re.search(r"--model.decoder.num_hidden_layers INT +\(3\)", said)
-    assert re.search(r"Checkpoints +every_n_steps 500, keep 2", said)
+    assert re.search(r"Checkpoints +every_n_steps 200, keep 2", said)
     assert "--model.vocab_size" not in said  # follows from the data
     assert not list(tmp_path.iterdir())
 
