@@ -32,6 +32,10 @@ MAKERS = (
     "paper_shapes",
     "paper_stages",
     "paper_perplexity",
+    "study",
+    "trained_longer",
+    "rank_and_rate",
+    "ladder",
 )
 Rows = list[list[str]]
 
@@ -379,3 +383,143 @@ def paper_perplexity(*_: str) -> str:
     from lightning_danube.reports import paper
 
     return _frame(paper.quantized_perplexity())
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def _mean(rows: Sequence[dict[str, Any]], metric: str) -> float:
+    values = [row[metric] for row in rows]
+    return float(sum(values) / len(values))
+
+
+def _half(values: Sequence[float]) -> str:
+    """Returns a mean with half of Student's 95 % interval."""
+    from lightning_danube.intervals import student
+
+    found = student(values)
+    assert found.high is not None
+    return f"{found.value:.3f} ± {found.high - found.value:.3f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.5f}" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def study(summary: str, runs: str) -> str:
+    """Returns the baseline's means and the paired differences of each variant, with 95 % intervals.
+
+    Shares of known facts are in percent, and their differences in points.
+
+    Args:
+        summary, runs: the study's `.json` and `.parquet`.
+    """
+    facts = json.loads(text_of(summary))
+    rows = [row for row in rows_of(runs) if row["error"] is None]
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_variant.setdefault(row["variant"], []).append(row)
+    baseline, metrics = facts["baseline"], [facts["metric"], *(name for name in facts["also"] if name != "parameters")]
+    found = {facts["metric"]: facts["comparisons"], **facts["also"]}
+    differences = {name: {one["variant"]: one for one in found[name]} for name in metrics}
+    counts = "parameters" in facts["also"]
+
+    def scaled(name: str) -> tuple[float, int]:
+        return (100, 1) if name.startswith("recall.") else (1, 3)
+
+    def title(name: str) -> str:
+        if name == "val_loss":
+            return "mean of sources"
+        if name.startswith("recall."):
+            return f"{name.removeprefix('recall.')}, %"
+        source = name.removeprefix("val_loss.")
+        return f"loss of {source} text" if facts["metric"].startswith("recall.") else source
+
+    header = [
+        "variant",
+        *(["parameters"] if counts else []),
+        title(metrics[0]),
+        f"against {baseline} (95 %)",
+        "p, Holm",
+    ]
+    lines = []
+    for variant, group in by_variant.items():
+        times, digits = scaled(metrics[0])
+        cells = [variant, *([f"{_mean(group, 'parameters'):,.0f}"] if counts else [])]
+        cells.append(f"{times * _mean(group, metrics[0]):.{digits}f}")
+        if variant == baseline:
+            cells += ["", ""]
+        else:
+            one = differences[metrics[0]][variant]
+            ends = f"{times * one['low']:+.{digits}f} to {times * one['high']:+.{digits}f}"
+            cells += [f"{times * one['mean']:+.{digits}f} ({ends})", _p(one["p"])]
+        for name in metrics[1:]:
+            times, digits = scaled(name)
+            if variant == baseline:
+                cells.append(f"{times * _mean(group, name):.{digits}f}")
+            else:
+                one = differences[name][variant]
+                half = times * (one["high"] - one["low"]) / 2
+                cells.append(f"{times * one['mean']:+.{digits}f} ± {half:.{digits}f}")
+        lines.append(cells)
+    return markdown([*header, *map(title, metrics[1:])], lines)
+
+
+def trained_longer(summary: str, runs: str) -> str:
+    """Returns divergence by level after short, middle and long training, with paired differences from the short one."""
+    facts = json.loads(text_of(summary))
+    rows = rows_of(runs)
+    groups = {name: [row for row in rows if row["variant"] == name] for name in ("short", "middle", "long")}
+    found = {facts["metric"]: facts["comparisons"], **facts["also"]}
+    names = {
+        "levels.full.perplexity": "full model's perplexity",
+        "levels.hqq:2/64+embeddings.divergence": "hqq, 2 bits",
+        "levels.hqq:3/64+embeddings.divergence": "hqq, 3 bits",
+        "levels.hqq:4/64+embeddings.divergence": "hqq, 4 bits",
+        "levels.bitsandbytes:nf4+embeddings.divergence": "bitsandbytes NF4",
+        "levels.rounding:2/64+embeddings.divergence": "plain rounding, 2 bits",
+        "levels.hqq:2/64+embeddings.perplexity_change": "hqq, 2 bits: perplexity",
+    }
+    lines = []
+    for metric, called in names.items():
+        cells = [called]
+        for name, group in groups.items():
+            mean = _mean(group, metric)
+            if metric.endswith("perplexity"):
+                cells.append(f"{mean:.0f}")
+            elif metric.endswith("change"):
+                cells.append(f"{100 * mean:+.1f} %")
+            elif name == "short":
+                cells.append(f"{mean:.4f}")
+            else:
+                one = next(one for one in found[metric] if one["variant"] == name)
+                cells.append(f"{mean:.4f} ({one['mean']:+.4f}, {one['low']:.4f} to {one['high']:.4f})")
+        lines.append(cells)
+    return markdown(["", *groups], lines)
+
+
+def rank_and_rate(runs: str) -> str:
+    """Returns accuracy by LoRA's rank and peak learning rate: means over seeds with half their 95 % interval."""
+    rows = [row for row in rows_of(runs) if row["error"] is None]
+    rank, peak = "model.init_args.lora.rank", "model.init_args.learning_rate.peak"
+    peaks = sorted({row[peak] for row in rows})
+    lines = []
+    for one in sorted({row[rank] for row in rows}):
+        values = [[row["validation.accuracy"] for row in rows if (row[rank], row[peak]) == (one, at)] for at in peaks]
+        lines.append([str(one), *map(_half, values)])
+    return markdown(["rank", *(f"peak {at:g}" for at in peaks)], lines)
+
+
+def ladder(runs: str) -> str:
+    """Returns the held-out web loss by width and training tokens, for widths that have every number of tokens."""
+    rows = [row for row in rows_of(runs) if row["error"] is None]
+    widths = sorted({int(row["variant"].partition("-")[0]) for row in rows})
+    lengths = sorted({int(row["tokens"]) for row in rows})
+    lines = []
+    for width in widths:
+        group = [row for row in rows if row["variant"].startswith(f"{width}-")]
+        values = [[row["val_loss.web"] for row in group if row["tokens"] == length] for length in lengths]
+        size = f"{group[0]['parameters_without_embedding'] / 1e6:.2f}M"
+        lines.append([str(width), size, *map(_half, values)])
+    header = ["width", "parameters without embedding", *(f"{length / 1000:,.0f}K tokens" for length in lengths)]
+    return markdown(header, lines)
