@@ -94,16 +94,17 @@ def test_all_pages_quote_one_run_of_the_quickstart() -> None:
         assert f"{loss:.3f}" in re.search(r"^after finish.*$", printed, re.MULTILINE)[0], name  # type: ignore[index]
 
 
+TEXTS, CURVES, MAKER = r"<text[^>]*>([^<]*)</text>", r'<path d="(M[^"]*)" clip-path', r"Matplotlib v[\d.]+"
+
+
 def test_the_pictures_of_the_readme_are_drawn_from_the_kept_run(tmp_path: Path) -> None:
-    """Paths of letters may differ between versions of matplotlib, so texts and curves are compared."""
     picture.draw(tmp_path)
     for name in ("light", "dark"):
-        kept, drawn = (
-            (folder / f"quickstart-{name}.svg").read_text("utf-8") for folder in (picture.PICTURES, tmp_path)
-        )
-        for pattern in (r"<text[^>]*>([^<]*)</text>", r'<path d="(M[^"]*)" clip-path'):
-            assert re.findall(pattern, kept) == re.findall(pattern, drawn), (
-                f"docs/pictures/quickstart-{name}.svg is old"
-            )
-        assert "foundation" in kept
-    assert "quickstart-light.svg" in read("README.md") and "quickstart-dark.svg" in read("README.md")
+        file = f"quickstart-{name}.svg"
+        kept, drawn = ((folder / file).read_text("utf-8") for folder in (picture.PICTURES, tmp_path))
+        # Another version of matplotlib may place a curve a hair further.
+        same = re.findall(MAKER, kept)[0] == re.findall(MAKER, drawn)[0]
+        for pattern in (TEXTS, CURVES) if same else (TEXTS,):
+            found = re.findall(pattern, kept)
+            assert found and found == re.findall(pattern, drawn), f"docs/pictures/{file} is old; type: {fill.COMMAND}"
+        assert f"docs/pictures/{file}" in read("README.md")
