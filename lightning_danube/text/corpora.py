@@ -36,6 +36,10 @@ from lightning_danube.text.reading import (
 DOCUMENTATION = "documentation:"
 NOT_DATA = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Names of files that describe a data set. They are no documents of a directory; a path or a glob may name them."""
+TOKEN_FILES = (".ds", ".bin", ".idx", ".npy")
+"""Endings of files that hold token ids: of datatrove, of Megatron (two of them), and of OLMo."""
+MOSAIC = "index.json"
+"""The file that lists the token files of MosaicML, with the ending .mds, in its directory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Source:
         path: "documentation:web" (or wiki, academic, synthetic, instruct: the embedded texts), "world:clean" or
             "world:noisy" (a made-up world with countable facts), a file, a directory or a glob of files, a directory
             written by `save_to_disk` of `datasets` (of one split or of several), or a hub id such as
-            "HuggingFaceFW/fineweb-edu".
+            "HuggingFaceFW/fineweb-edu". In pre-training also token files of other tools, such as "tokens/*.ds"
+            (docs/token-files.md).
         text: the column that holds the text, or a pattern of several columns, such as "{question} {answer}"; ignored
             for plain text files.
         name: configuration of a hub data set, for example "sample-10BT".
@@ -82,12 +87,36 @@ class Source:
         return self.path.startswith(DOCUMENTATION)
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether the path names token files that another tool wrote, instead of texts."""
+        return names_token_files(self.path)
+
+    @property
     def is_hub(self) -> bool:
         """Whether the path is a hub id like owner/name. A path that exists, or is meant as a path or file, is local."""
-        if self.is_documentation or os.path.exists(self.path):
+        if self.is_documentation or self.has_tokens or os.path.exists(self.path):
             return False
         is_local = looks_like_path(self.path) or format_of(self.path) or glob.has_magic(self.path)
         return not is_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path) is not None
+
+
+def names_token_files(path: str) -> bool:
+    """Returns whether a source's path, a glob or an address names token files by its ending, or lists those of MDS."""
+    return path.endswith(TOKEN_FILES) or is_mosaic(path)
+
+
+def is_mosaic(path: str) -> bool:
+    """Returns whether a path names `index.json` beside MosaicML's token files, or a directory with both.
+
+    At an address, `index.json` is always MosaicML's. On this machine, a file of texts may have this name.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*://", path):
+        return path.endswith(f"/{MOSAIC}")
+    path = os.path.expanduser(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    if folder != path and os.path.basename(path) != MOSAIC:
+        return False
+    return bool(glob.glob(os.path.join(pattern_of(folder), MOSAIC)) and glob.glob(os.path.join(pattern_of(folder), "*.mds*")))
 
 
 def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
@@ -121,7 +150,7 @@ def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:
                 f"({', '.join(sorted(FORMATS))}, plain or with .gz or .zst)"
             )
         return files
-    files = [path] if os.path.exists(path) else sorted(glob.glob(_pattern(path), recursive=True))
+    files = [path] if os.path.exists(path) else sorted(glob.glob(pattern_of(path), recursive=True))
     files = [file for file in files if os.path.isfile(file)]
     if not files:
         raise ValueError(f"source {name!r}: there is no file {source.path}")
@@ -157,7 +186,7 @@ def _data_files(name: str, directory: str, above: tuple[str, ...] = ()) -> Itera
                 raise ValueError(f"source {name!r}: {path} is a link to a file that is not there: remove or mend it")
 
 
-def _pattern(path: str) -> str:
+def pattern_of(path: str) -> str:
     """Returns a glob in which the directories that exist are names, even if they hold "[", "*" or "?"."""
     parts = path.split("/")
     known = 0

@@ -17,6 +17,7 @@ from lightning_danube.extras import install_command
 from lightning_danube.files import finish_folder, new_file, parse_json, write_text
 from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import redacted
+from lightning_danube.text.corpora import names_token_files
 
 LISTING = "shards.json"
 FORMAT = 3
@@ -29,6 +30,8 @@ def is_address(path: str) -> bool:
 
 def is_finished(path: str) -> bool:
     """Returns whether a source's path names shards instead of texts."""
+    if names_token_files(path):
+        return False
     return is_address(path) or os.path.isfile(os.path.join(os.path.expanduser(path), LISTING))
 
 
@@ -53,7 +56,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     if not is_address(path) or (directory / LISTING).is_file():
         return directory
     where = f"source {name!r}: {redacted(path)}"
-    store, root = _open(where, path)
+    store, root = open_store(where, path)
     try:
         listing = parse_json(store.cat_file(f"{root}/{LISTING}"), LISTING)
         version = listing["format"]
@@ -69,7 +72,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}/{LISTING} is damaged ({error}): copy the shards there again") from error
     except Exception as error:
-        raise _unreachable(where, error) from error
+        raise unreachable(where, error) from error
     check_format(where, version)
     # The folder keeps the files of an earlier attempt, so it has a fixed name.
     hidden = directory.with_name(f".{directory.name}.fetching")
@@ -101,7 +104,12 @@ def check_format(where: str, version: object) -> None:
         raise ValueError(f"{where} has the shard format {version}, this version reads {FORMAT}: make it again")
 
 
-def _open(where: str, path: str) -> tuple[Any, str]:
+def open_store(where: str, path: str) -> tuple[Any, str]:
+    """Returns the store of an address, and the address's path in it.
+
+    Raises:
+        ValueError: fsspec does not know the store, or needs a package.
+    """
     import fsspec
 
     try:
@@ -125,7 +133,7 @@ def _fetch_file(where: str, store: Any, remote: str, target: Path, expected: dic
                 f"{where} lacks {target.name}, which its {LISTING} names: copy the shards there again"
             ) from None
         except Exception as error:
-            raise _unreachable(where, error) from error
+            raise unreachable(where, error) from error
         found = _digest(partial)
         if found != expected["sha256"]:
             raise ValueError(
@@ -140,7 +148,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unreachable(where: str, error: Exception) -> Exception:
+def unreachable(where: str, error: Exception) -> Exception:
     """Returns the error to raise. An error of a local file, such as a full disk, is returned unchanged."""
     if isinstance(error, OSError) and error.filename is not None:
         return error

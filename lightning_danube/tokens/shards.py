@@ -231,9 +231,9 @@ def write_token_counts(directory: Path, split: str, counts: NDArray[np.int64]) -
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """Number of documents and tokens in one split of a source."""
+    """Number of documents and tokens in one split of a source. Some token files of other tools list no documents."""
 
-    documents: int
+    documents: int | None
     tokens: int
 
 

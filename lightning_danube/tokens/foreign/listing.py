@@ -1,0 +1,389 @@
+"""What is known of a source's token files: made once, kept in the cache, and read at every start.
+
+Making it reads the sizes of the files, their indexes in part, and at most `COUNTED` ids. It chooses the held-out part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_danube.files import naming_cached, new_folder, read_json, write_json
+from lightning_danube.outside.secrets import redacted
+from lightning_danube.text.corpora import Source, is_mosaic
+from lightning_danube.tokens.foreign.datatrove import Datatrove
+from lightning_danube.tokens.foreign.layout import TokenFormat, TokenGroup
+from lightning_danube.tokens.foreign.megatron import Megatron
+from lightning_danube.tokens.foreign.mosaic import Mosaic
+from lightning_danube.tokens.foreign.olmo import Olmo
+from lightning_danube.tokens.foreign.ranges import ByteRanges, FoundFile
+from lightning_danube.tokens.foreign.sequence import ForeignSequence, Piece, counted_windows
+from lightning_danube.tokens.shards import SPLITS, ShardCounts
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
+
+FORMAT = 1
+LISTING, COUNTS = "listing.json", "token-counts.npy"
+AGREES = 0.9
+"""Least share of ids that the tokenizer gives again to the text of sampled documents. Below, it is another tokenizer."""
+_ENDS_AT_ONCE = 4096
+_SCANNED_AT_ONCE = 1 << 16
+_MOST_SCANNED = 1 << 26
+_CHECKED_ENDS = 64
+_READ_AT_ONCE = 1 << 22
+_COMPARED_DOCUMENTS, _COMPARED_IDS, _COMPARED_WINDOW = 32, 256, 2048
+
+
+def format_named(path: str) -> TokenFormat:
+    """Returns the reader of the files that a source's path names."""
+    suffix = os.path.splitext(path)[1]
+    kinds: dict[str, type[TokenFormat]] = {".ds": Datatrove, ".bin": Megatron, ".idx": Megatron, ".npy": Olmo}
+    return Mosaic() if is_mosaic(path) else kinds[suffix]()
+
+
+def listing_directory(
+    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, cache_dir: Path
+) -> Path:
+    """Returns the folder of a source's listing, which is there after `list_token_files`.
+
+    Its name changes with the files' sizes and times, with the tokenizer, and with the held-out share.
+
+    Raises:
+        ValueError: there is no file, or the store is out of reach.
+    """
+    found = _found(name, source, cache_dir)
+    facts = [FORMAT, source.path, tokenizer.fingerprint, held_out, [list(vars(file).values()) for file in found]]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return cache_dir / "token-files" / f"{name}-{digest}"
+
+
+def _found(name: str, source: Source, cache_dir: Path) -> list[FoundFile]:
+    with _naming(name):
+        found = format_named(source.path).find(ByteRanges(source.path, cache_dir), source.path)
+        if not found:
+            raise ValueError(f"there is no file {redacted(source.path)}")
+    return found
+
+
+def list_token_files(
+    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, cache_dir: Path
+) -> Path:
+    """Returns the folder of a source's listing. If it is missing, checks the files and makes it.
+
+    Raises:
+        ValueError: a file is missing, damaged, or was made with another tokenizer; or an option of the source has no
+            effect on token files.
+    """
+    directory = listing_directory(name, source, tokenizer, held_out, cache_dir)
+    if directory.is_dir():
+        return directory
+    with _naming(name):
+        _check_options(source)
+        ranges, kind = ByteRanges(source.path, cache_dir), format_named(source.path)
+        groups = kind.groups(ranges, kind.find(ranges, source.path), tokenizer)
+        groups = list(_divided(kind, ranges, groups, tokenizer, held_out))
+        facts = _checked_facts(kind, ranges, groups, tokenizer)
+        counts = facts.pop("counts")
+    with new_folder(directory) as partial:
+        np.save(partial / COUNTS, counts)
+        write_json(partial / LISTING, {"format": kind.title, **facts, "groups": [group.as_json() for group in groups]})
+    return directory
+
+
+class _naming:
+    """Puts the name of the source before a message."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"source {self._name!r}: {error}") from error
+
+
+def _check_options(source: Source) -> None:
+    for field in fields(Source):
+        value = getattr(source, field.name)
+        if field.name not in ("path", "filters") and value != field.default:
+            raise ValueError(f"{field.name} is {value!r}, which has no effect on token files: leave it out")
+
+
+# --- the held-out part ------------------------------------------------------------------------------------------------
+
+
+def _divided(
+    kind: TokenFormat, ranges: ByteRanges, groups: Sequence[TokenGroup], tokenizer: DocumentTokenizer, held_out: float
+) -> Iterator[TokenGroup]:
+    """Yields the groups with their cuts.
+
+    In the order of the files, each group gives its last documents: as many as are needed for the share of all tokens so
+    far, none if the groups before have given enough.
+    """
+    seen = given = 0
+    for group in groups:
+        seen += group.tokens
+        wanted = math.ceil(held_out * seen) - given
+        cut = group.tokens
+        documents = 0
+        if wanted > 0:
+            latest = max(0, group.tokens - wanted)
+            if group.documents is None:
+                cut = _end_token_before(kind, ranges, group, latest, tokenizer)
+            else:
+                first, cut = _document_at(kind, ranges, group, latest)
+                documents = group.documents - first
+        given += group.tokens - cut
+        yield replace(group, cut=cut, held_out_documents=documents)
+
+
+def _document_at(kind: TokenFormat, ranges: ByteRanges, group: TokenGroup, latest: int) -> tuple[int, int]:
+    """Returns the number of the last document that begins at or before token `latest`, and its first token."""
+    assert group.documents is not None
+    low, high = 0, (group.documents - 1) // _ENDS_AT_ONCE  # blocks of ends
+    while low < high:  # the first block whose last document ends behind `latest`
+        middle = (low + high) // 2
+        last = min((middle + 1) * _ENDS_AT_ONCE, group.documents)
+        if int(kind.document_ends(ranges, group, last - 1, last)[0]) > latest:
+            high = middle
+        else:
+            low = middle + 1
+    begin = max(0, low * _ENDS_AT_ONCE - 1)
+    ends = kind.document_ends(ranges, group, begin, min((low + 1) * _ENDS_AT_ONCE, group.documents))
+    starts = ends if low else np.concatenate([[0], ends])  # starts[n] belongs to document n + first
+    first = begin + 1 if low else 0
+    place = int(np.searchsorted(starts, latest, side="right")) - 1
+    return first + place, int(starts[place])
+
+
+def _end_token_before(
+    kind: TokenFormat, ranges: ByteRanges, group: TokenGroup, latest: int, tokenizer: DocumentTokenizer
+) -> int:
+    """Returns the last place at or before token `latest` where a document begins, by the end token before it."""
+    tokens = ForeignSequence(kind, ranges, _pieces(group, 0, group.tokens), tokenizer)
+    stop = latest
+    while stop > max(0, latest - _MOST_SCANNED):
+        start = max(0, stop - _SCANNED_AT_ONCE)
+        places = np.flatnonzero(tokens.read(start, stop) == tokenizer.eos_id)
+        if len(places):
+            return start + int(places[-1]) + 1
+        stop = start
+    if stop:
+        raise ValueError(
+            f"{redacted(group.files[0].path)} has no end token {tokenizer.eos_id} among {_MOST_SCANNED:,} tokens: "
+            "documents have to end with it, or the held-out part would share a document with training"
+        )
+    return 0
+
+
+def _pieces(group: TokenGroup, start: int, stop: int) -> list[Piece]:
+    """Returns the ids [start, stop) of a group as pieces of its files."""
+    ends = list(accumulate((file.tokens for file in group.files), initial=0))
+    pieces = [
+        Piece(file, max(start - first, 0), min(stop - first, file.tokens))
+        for file, first in zip(group.files, ends, strict=False)
+    ]
+    return [piece for piece in pieces if piece.start < piece.stop]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _checked_facts(
+    kind: TokenFormat, ranges: ByteRanges, groups: Sequence[TokenGroup], tokenizer: DocumentTokenizer
+) -> dict[str, Any]:
+    """Checks a sample of the ids and of the ends of documents. Returns what is kept in the listing.
+
+    Raises:
+        ValueError: an id is not in the vocabulary, a document does not end with the end token, or the ids are those of
+            another tokenizer.
+    """
+    pieces = [piece for group in groups for piece in _pieces(group, 0, group.cut)]
+    train = ForeignSequence(kind, ranges, pieces, tokenizer)
+    counts = train.token_counts(tokenizer.vocab_size)
+    checked = 0
+    for group in groups:
+        if group.documents is not None:
+            share = max(1, _CHECKED_ENDS // len(groups))
+            checked += _check_ends(kind, ranges, group, tokenizer, share)
+    if len(train) and groups[0].documents is None and not counts[tokenizer.eos_id]:
+        raise ValueError(
+            f"none of {int(counts.sum()):,} tokens is the end token {tokenizer.eos_id} of the tokenizer "
+            f"{tokenizer.name!r}: the documents have no ends, or another tokenizer made them"
+        )
+    named = sorted({group.tokenizer for group in groups if group.tokenizer is not None})
+    agreement = _agreement(train, tokenizer)
+    for other in named:
+        if other != tokenizer.name and agreement is not None and agreement < AGREES:
+            raise ValueError(
+                f"the files name the tokenizer {other!r}, and {tokenizer.name!r} gives only {agreement:.0%} of the same "
+                "ids to the text of sampled documents: set data.tokenizer to the one that made the files"
+            )
+    return {
+        "files": sum(len(group.files) for group in groups),
+        "tokenizers": named,
+        "agreement": agreement,
+        "ends_checked": checked,
+        "counted": int(counts.sum()),
+        "counts": counts,
+    }
+
+
+def _check_ends(
+    kind: TokenFormat, ranges: ByteRanges, group: TokenGroup, tokenizer: DocumentTokenizer, most: int
+) -> int:
+    """Checks that evenly spread documents of a group end with the end token. Returns their number."""
+    assert group.documents is not None
+    (file,) = group.files
+    numbers = sorted({(group.documents - 1) * number // max(1, most - 1) for number in range(most)})
+    for number in numbers:
+        end = int(kind.document_ends(ranges, group, number, number + 1)[0])
+        _check_end(kind, ranges, group, tokenizer, number, end)
+    return len(numbers)
+
+
+def _check_end(
+    kind: TokenFormat, ranges: ByteRanges, group: TokenGroup, tokenizer: DocumentTokenizer, number: int, end: int
+) -> None:
+    (file,) = group.files
+    if not 0 <= end <= file.tokens:
+        raise ValueError(f"{redacted(file.path)}: the index is damaged, document {number + 1:,} ends at token {end:,}")
+    last = int(kind.read(ranges, file, end - 1, end)[0]) if end else None
+    if last != tokenizer.eos_id:
+        raise ValueError(
+            f"{redacted(file.path)}: document {number + 1:,} ends with token {last}, not with the end token "
+            f"{tokenizer.eos_id} of the tokenizer {tokenizer.name!r}: make the files with an end token (datatrove "
+            "eos_token, Megatron --append-eod), or name their tokenizer"
+        )
+
+
+def _agreement(train: ForeignSequence, tokenizer: DocumentTokenizer) -> float | None:
+    """Returns the share of ids that the tokenizer gives again to the text of sampled documents; None without text."""
+    own = expected = 0
+    for number in range(_COMPARED_DOCUMENTS):
+        last = max(0, len(train) - _COMPARED_WINDOW)
+        start = last * number // (_COMPARED_DOCUMENTS - 1)
+        window = train.read(start, min(start + _COMPARED_WINDOW, len(train)))
+        ends = np.flatnonzero(window == tokenizer.eos_id)
+        if len(ends):  # the first document that begins in the window
+            following = ends[1] if len(ends) > 1 else len(window)
+            window = window[ends[0] + 1 : following]
+        ids = [int(index) for index in window[:_COMPARED_IDS] if index not in (tokenizer.eos_id, tokenizer.bos_id)]
+        if not ids:
+            continue
+        (again,) = tokenizer.encode_documents([tokenizer.text(np.array(ids))])
+        found = Counter(again.tolist())
+        del found[tokenizer.eos_id]
+        if tokenizer.bos_id is not None:
+            del found[tokenizer.bos_id]
+        expected += max(len(ids), found.total())
+        own += (Counter(ids) & found).total()
+    return own / expected if expected else None
+
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a listing says of a source.
+
+    Args:
+        title: name of the tool that writes the format.
+        files: number of files.
+        tokenizers: names of tokenizers that the files give.
+        agreement: share of ids that the run's tokenizer gives again to the text of sampled documents.
+        ends_checked: documents whose end token was looked at.
+        counted: ids that were read, compared with the vocabulary, and counted.
+    """
+
+    title: str
+    files: int
+    tokenizers: tuple[str, ...]
+    agreement: float | None
+    ends_checked: int
+    counted: int
+
+
+class ForeignTokens:
+    """The token files of one source, opened by their listing. No file is opened before its tokens are read.
+
+    Args:
+        directory: the folder of the listing.
+    """
+
+    def __init__(self, directory: Path, source: Source, tokenizer: DocumentTokenizer, cache_dir: Path) -> None:
+        self.directory, self._tokenizer = directory, tokenizer
+        with naming_cached(directory / LISTING):
+            listing = read_json(directory / LISTING)
+            self._groups = [TokenGroup.of_json(group) for group in listing["groups"]]
+            self.facts = TokenFacts(
+                listing["format"],
+                listing["files"],
+                tuple(listing["tokenizers"]),
+                listing["agreement"],
+                listing["ends_checked"],
+                listing["counted"],
+            )
+        self._kind, self._ranges = format_named(source.path), ByteRanges(source.path, cache_dir)
+
+    def counts(self, split: str) -> ShardCounts:
+        held_out = split == SPLITS[1]
+        tokens = sum(group.tokens - group.cut if held_out else group.cut for group in self._groups)
+        documents = 0
+        for group in self._groups:
+            if group.documents is None:
+                return ShardCounts(None, tokens)
+            documents += group.held_out_documents if held_out else group.documents - group.held_out_documents
+        return ShardCounts(documents, tokens)
+
+    def tokens(self, split: str) -> ForeignSequence:
+        """Returns the ids of a split as one sequence."""
+        pieces: list[Piece] = []
+        for group in self._groups:
+            start, stop = (group.cut, group.tokens) if split == SPLITS[1] else (0, group.cut)
+            pieces += _pieces(group, start, stop)
+        return ForeignSequence(self._kind, self._ranges, pieces, self._tokenizer)
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """Returns how often each id occurs in the training tokens that were counted, (vocab_size,)."""
+        path = self.directory / COUNTS
+        with naming_cached(path):
+            counts: NDArray[np.int64] = np.load(path)
+        return counts
+
+    def verify(self) -> None:
+        """Reads all files. Compares every id with the vocabulary, and the last token of every document that an index
+        lists with the end token.
+
+        Raises:
+            ValueError: an id, an end or an index is wrong; names file and place.
+        """
+        for group in self._groups:
+            tokens = ForeignSequence(self._kind, self._ranges, _pieces(group, 0, group.tokens), self._tokenizer)
+            for start in range(0, len(tokens), _READ_AT_ONCE):
+                tokens.read(start, min(start + _READ_AT_ONCE, len(tokens)))
+            before = 0
+            for first in range(0, group.documents or 0, _ENDS_AT_ONCE):
+                stop = min(first + _ENDS_AT_ONCE, group.documents or 0)
+                ends = self._kind.document_ends(self._ranges, group, first, stop)
+                if (np.diff(ends, prepend=before) <= 0).any():
+                    number = first + int(np.argmax(np.diff(ends, prepend=before) <= 0))
+                    raise ValueError(
+                        f"{redacted(group.files[0].path)}: the index is damaged, document {number + 1:,} ends before it "
+                        "begins: copy it again"
+                    )
+                for number, end in enumerate(ends.tolist(), start=first):
+                    _check_end(self._kind, self._ranges, group, self._tokenizer, number, end)
+                before = int(ends[-1])

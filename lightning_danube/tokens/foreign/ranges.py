@@ -1,0 +1,133 @@
+"""Reads ranges of bytes: of local files through memory maps, of files in object storage by requests for the range."""
+
+from __future__ import annotations
+
+import glob
+import mmap
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_danube.outside.secrets import redacted
+from lightning_danube.text.corpora import pattern_of
+from lightning_danube.tokens.finished_shards import is_address, open_store, unreachable
+from lightning_danube.tokens.foreign.range_cache import RangeCache
+
+MOST_MAPS = 1024
+"""Files of one source that a process keeps mapped. Linux allows a process 65,530 maps in all."""
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file, its size, and a text that changes when its content changes."""
+
+    path: str
+    bytes: int
+    stamp: str
+
+
+class ByteRanges:
+    """The files of one source. A file is opened when it is first read, in each process.
+
+    Args:
+        path: the source's path: a file, a glob, or an address of either.
+        cache_dir: holds the ranges that were read from object storage.
+    """
+
+    def __init__(self, path: str, cache_dir: Path) -> None:
+        self._path = path
+        self._cache = RangeCache(cache_dir / "token-ranges") if is_address(path) else None
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._opened: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for another process, which opens the files itself."""
+        return {**vars(self), "_maps": OrderedDict(), "_opened": None}
+
+    def find(self, pattern: str) -> list[FoundFile]:
+        """Returns the files that a path or a glob names, in the order of their names.
+
+        Raises:
+            ValueError: the store is out of reach.
+        """
+        if not is_address(self._path):
+            path = os.path.expanduser(pattern)
+            named = [path] if os.path.exists(path) else glob.glob(pattern_of(path), recursive=True)
+            files = [(file, os.stat(file)) for file in sorted(named) if os.path.isfile(file)]
+            return [FoundFile(file, state.st_size, str(state.st_mtime_ns)) for file, state in files]
+        protocol = pattern.partition("://")[0]
+        store = self._store()
+        try:
+            store.invalidate_cache()
+            listed = store.glob(pattern.partition("://")[2], detail=True)
+        except Exception as error:
+            raise unreachable(redacted(self._path), error) from error
+        return [
+            FoundFile(f"{protocol}://{name.lstrip('/')}", int(facts["size"]), _stamp(facts))
+            for name, facts in sorted(listed.items())
+            if facts["type"] == "file"
+        ]
+
+    def read(self, path: str, start: int, stop: int, stamp: str = "") -> memoryview:
+        """Returns the bytes [start, stop) of a file.
+
+        Args:
+            stamp: of `FoundFile`; a range of a file that has changed is not taken from the cache.
+
+        Raises:
+            ValueError: the file is missing, ends before `stop`, or cannot be read.
+        """
+        found = self._local(path, start, stop) if self._cache is None else self._remote(path, start, stop, stamp)
+        if len(found) != stop - start:
+            raise ValueError(
+                f"{redacted(path)} ends at byte {start + len(found):,}, and byte {stop:,} was asked for: the file "
+                "was cut off; copy it again"
+            )
+        return found
+
+    def _local(self, path: str, start: int, stop: int) -> memoryview:
+        mapped = self._maps.get(path)
+        if mapped is None:
+            try:
+                with open(path, "rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                raise ValueError(f"{path} is missing: put it back, or name other files") from None
+            except ValueError as error:
+                raise ValueError(f"{path} is empty: remove it, or copy it again") from error
+            self._maps[path] = mapped
+            if len(self._maps) > MOST_MAPS:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(path)
+        return memoryview(mapped)[start:stop]
+
+    def _remote(self, path: str, start: int, stop: int, stamp: str) -> memoryview:
+        assert self._cache is not None
+        key = f"{path} {stamp} {start} {stop}"
+        content = self._cache.get(key) if stamp else None
+        if content is None:
+            try:
+                content = self._store().cat_file(path, start=start, end=stop) if stop > start else b""
+            except FileNotFoundError:
+                raise ValueError(f"{redacted(path)} is missing: copy it there again, or name other files") from None
+            except Exception as error:
+                raise unreachable(redacted(path), error) from error
+            if stamp and len(content) == stop - start:
+                self._cache.put(key, content)
+        return memoryview(content)
+
+    def _store(self) -> Any:
+        # A store belongs to the process that opened it: its connections do not survive a fork.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), open_store(redacted(self._path), self._path)[0])
+        return self._opened[1]
+
+
+def _stamp(facts: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
+        if facts.get(key):
+            return str(facts[key])
+    return str(facts["size"])
