@@ -40,11 +40,13 @@ class PretrainingSummary(RunSummary):
         self._stage_losses: list[Losses] = []
         self._before: Losses = {}
         self._unigram: dict[str, float] = {}
+        self._counted: dict[str, int] = {}
         self._held_out = HeldOutText({}, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, _ = curriculum_of(trainer)
-        self._unigram, self._held_out = data.unigram_losses(), HeldOutText.of(data, data.validation_rows)
+        self._unigram, self._counted = data.unigram_losses(), data.counted_tokens()
+        self._held_out = HeldOutText.of(data, data.validation_rows)
         decoder: Any = pl_module.decoder
         plan = pretraining_plan_text(trainer, decoder)
         say(trainer, plan)
@@ -84,7 +86,7 @@ class PretrainingSummary(RunSummary):
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         facts, (_, curriculum) = run_facts_of(task), curriculum_of(trainer)
         measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
-        return fit_summary(task, facts, curriculum, *measured, before=self._before)
+        return fit_summary(task, facts, curriculum, *measured, before=self._before, counted=self._counted)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage_losses": self._stage_losses, "before": self._before, **super().state_dict()}

@@ -26,6 +26,7 @@ from lightning_danube.pretraining.settings import CurriculumSettings
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import separator_warning
 from lightning_danube.tokens.finished_shards import is_finished
+from lightning_danube.tokens.foreign.listing import ForeignTokens
 from lightning_danube.tokens.preparation import Sample, WorkPart, open_or_prepare, prepare, prepare_sample
 from lightning_danube.tokens.shards import SPLITS, TokenShards
 from lightning_danube.tokens.token_sequence import TokenSequence
@@ -84,7 +85,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
             part=part,
         )
 
-    def _open(self, name: str) -> TokenShards:
+    def _open(self, name: str) -> TokenShards | ForeignTokens:
         shards, _ = open_or_prepare(
             name,
             self.sources[name],
@@ -100,6 +101,9 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
         for name, source in self.sources.items():
+            if source.has_tokens:
+                yield self._shown_token_files(name, examples)
+                continue
             if is_finished(source.path):
                 shown = self._shown_source(name, self._open(name), examples)
                 shown.notes.append("finished shards: what was left out when they were made is in their report.json")
@@ -151,16 +155,32 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
                 )
         return shown
 
-    def _shown_source(self, name: str, shards: TokenShards | None, examples: int) -> ShownSource:
+    def _shown_token_files(self, name: str, examples: int) -> ShownSource:
+        files = self._open(name)
+        assert isinstance(files, ForeignTokens)
+        shown = self._shown_source(name, files, examples)
+        shown.notes.append(files.described())
+        shown.notes.append("rules for documents (data.filters, deduplicate, decontaminate) do not apply to token files")
+        if self.tokenizer.bos_id is not None and not files.facts.begin_token:
+            shown.notes.append("documents begin without the begin token, which documents of text sources have")
+        if (doubt := files.doubt()) is not None:
+            shown.warnings.append(doubt)
+        return shown
+
+    def _shown_source(self, name: str, shards: TokenShards | ForeignTokens | None, examples: int) -> ShownSource:
         """Returns the first training rows of a source. `limit` and `lengths` are those of the documents."""
         shown = ShownSource(name, "documents", self.sources[name].path, limit=self.context_length + 1)
         if shards is None:
             return shown
-        documents = {split: shards.counts(split).documents for split in SPLITS}
-        shown.kept = shown.read = sum(documents.values())
+        documents = [shards.counts(split).documents for split in SPLITS]
+        known = [number for number in documents if number is not None]
         shown.tokens = sum(shards.counts(split).tokens for split in SPLITS)
         shown.marked_tokens = max(0, shards.counts("train").tokens - 1)
-        shown.notes = [f"held out for validation: {documents['validation']:,} of {shown.kept:,}"]
+        if len(known) == len(SPLITS):
+            shown.kept = shown.read = sum(known)
+            shown.notes = [f"held out for validation: {known[-1]:,} of {shown.kept:,}"]
+        else:  # token files that list no documents
+            shown.unit, shown.kept = "", 1
         stream = shards.tokens("train")
         for row in range(min(examples, -(-len(stream) // self.context_length))):
             ids = stream.row(row, self.context_length)
@@ -186,10 +206,10 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         self._validation = {name: shards.tokens("validation") for name, shards in self.shards.items()}
         for name, stream in self._validation.items():
             if len(stream) < 2:
-                documents = self.shards[name].counts("train").documents
+                counts = self.shards[name].counts("train")
+                has = f"{counts.tokens} tokens" if counts.documents is None else f"{counts.documents} documents"
                 raise ValueError(
-                    f"source {name!r} has {documents} documents, none of them held out: raise data.held_out "
-                    f"(now {self.held_out})"
+                    f"source {name!r} has {has}, none of them held out: raise data.held_out (now {self.held_out})"
                 )
         if stage != "fit":
             return
@@ -335,6 +355,11 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
             name: len(self.tokenizer.text(self._validation[name].read(1, n + 1)).encode())
             for name, n in self.evaluation_tokens(limit).items()
         }
+
+    def counted_tokens(self) -> dict[str, int]:
+        """Returns the number of training tokens behind the unigram loss of a source, for sources that have more."""
+        files = {name: shards.facts for name, shards in self.shards.items() if isinstance(shards, ForeignTokens)}
+        return {name: facts.counted for name, facts in files.items() if facts.counted < len(self.train_streams[name])}
 
     def unigram_losses(self) -> dict[str, float]:
         """Returns the loss of a unigram model (training counts plus one) on each source's validation rows.

@@ -17,6 +17,7 @@ from lightning_danube.pretraining.continued_weights import ContinuedWeights
 from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples, stages_in_tokens
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
+from lightning_danube.tokens.foreign.listing import listing_directory
 from lightning_danube.tokens.shards import shards_directory
 from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.optim import AdamW, LearningRate
@@ -215,8 +216,11 @@ class CurriculumSettings:
         return {name: self.shards_directory(name) for name in self.sources}
 
     def shards_directory(self, name: str) -> Path:
-        """Returns the directory of one source's shards, which may not exist yet."""
-        return shards_directory(name, self.sources[name], self.tokenizer, self.held_out, self.quality, self.cache_dir)
+        """Returns the directory of one source's shards, or of the listing of its token files. It may not exist yet."""
+        source = self.sources[name]
+        if source.has_tokens:
+            return listing_directory(name, source, self.tokenizer, self.held_out, self.cache_dir)
+        return shards_directory(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
 
     def accumulation(self, replicas: int) -> int:
         """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.

@@ -89,7 +89,8 @@ def source_table(data: CurriculumData) -> str:
     rows = []
     for name, shards in data.shards.items():
         train, held_out = shards.counts("train"), shards.counts("validation")
-        rows.append([name, f"{train.documents:,}", f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"])
+        documents = "not listed" if train.documents is None else f"{train.documents:,}"
+        rows.append([name, documents, f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"])
     return text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows)
 
 
@@ -149,6 +150,7 @@ def fit_summary(
     trained: Trained,
     *,
     before: Losses,
+    counted: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of `summary.json` of `fit`. A collective call: every rank must make it.
 
@@ -160,6 +162,7 @@ def fit_summary(
     Args:
         losses: held-out losses at the end of each finished stage.
         unigram: losses of a model that knows only the frequency of each token.
+        counted: training tokens in which the frequencies were counted, for sources that have more.
         before: held-out losses before the first step; empty if they were not measured.
 
     Raises:
@@ -193,6 +196,7 @@ def fit_summary(
         "val_bits_per_byte": held_out.bits_per_byte(last),
         "val_tokens": held_out.tokens,
         "unigram_loss": unigram,
+        **({"unigram_counted_tokens": dict(counted)} if counted else {}),
         **({} if facts.recall is None else {"recall": facts.recall}),
     }
 
@@ -224,7 +228,9 @@ def result_text(
         samples: prompt → the prompt and its continuation.
         in_tensorboard: whether the run has curves in TensorBoard.
     """
-    lines = ["", _loss_table(summary, sources), "", _share_table(summary, sources), ""]
+    counted = summary.get("unigram_counted_tokens", {})
+    notes = [f"unigram baseline of {name}: counted in {n:,} of its training tokens" for name, n in counted.items()]
+    lines = ["", _loss_table(summary, sources), *notes, "", _share_table(summary, sources), ""]
     prompt = next(iter(samples), None)
     if prompt is not None:
         lines += ["sample: " + " ".join(samples[prompt].split()), ""]

@@ -10,7 +10,9 @@ from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import name_meant
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
-from lightning_danube.tokens.shards import ShardCounts, TokenShards
+            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens", document)
+        elif prepared is not None:
+            found[name] = Supply(prepared.tokens, "its token files" if source.has_tokens else "its shards", document)
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings
@@ -51,18 +53,20 @@ def parse_source_tokens(text: str | None, sources: Mapping[str, object]) -> dict
 
 
 def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, Supply]:
-    """Returns the supply of each source: the stated tokens, else its prepared shards, else its `max_tokens`.
+    """Returns the supply of each source: the stated tokens, else its shards or token files, else its `max_tokens`.
 
     Stated tokens and `max_tokens` are reduced by the held-out share.
     """
     found = {}
     for name, source in data.sources.items():
         prepared = _prepared(data, name)
-        document = None if prepared is None else prepared.tokens / max(1, prepared.documents)
+        document = None
+        if prepared is not None and prepared.documents is not None:
+            document = prepared.tokens / max(1, prepared.documents)
         if name in stated:
-            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens", document)
-        elif prepared is not None:
-            found[name] = Supply(prepared.tokens, "its shards", document)
+def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
+    source = data.sources[name]
+    if source.is_documentation and not is_collected(data.cache_dir):
         elif source.max_tokens is not None:
             found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
         else:
@@ -70,13 +74,18 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
     return found
 
 
-def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
-    if data.sources[name].is_documentation and not is_collected(data.cache_dir):
+    if source.has_tokens:
+        directory, _ = list_token_files(name, source, data.tokenizer, data.held_out, data.cache_dir)
+        return ForeignTokens(directory, source, data.tokenizer, data.cache_dir).counts("train")
+    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None
         return None  # reading its list of files would collect the documentation
-    if not is_finished(data.sources[name].path) and not any((data.cache_dir / "shards").glob(f"{name}-*")):
+    if (
+        not is_finished(source.path)
+        and not source.has_tokens
+        and not any((data.cache_dir / "shards").glob(f"{name}-*"))
+    ):
         return None  # the name of a directory needs the tokenizer's fingerprint, which takes a second
     try:
         directory = data.shards_directory(name)
     except ValueError:  # the source's files are elsewhere, or do not exist yet
         return None
-    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None

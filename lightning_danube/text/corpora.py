@@ -116,7 +116,9 @@ def is_mosaic(path: str) -> bool:
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     if folder != path and os.path.basename(path) != MOSAIC:
         return False
-    return bool(glob.glob(os.path.join(pattern_of(folder), MOSAIC)) and glob.glob(os.path.join(pattern_of(folder), "*.mds*")))
+    return bool(
+        glob.glob(os.path.join(pattern_of(folder), MOSAIC)) and glob.glob(os.path.join(pattern_of(folder), "*.mds*"))
+    )
 
 
 def local_files(name: str, source: Source, cache_dir: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lightning_danube.files import default_cache_dir, read_json
 from lightning_danube.text.corpora import Source, is_streamed, read_documents
 from lightning_danube.text.quality import Benchmarks
+from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.yaml_files import load_yaml
 
 
@@ -62,7 +63,7 @@ def overlap(rows: Sequence[Mapping[str, Any]], texts: TrainingTexts) -> Overlap:
     found: set[int] = set()
     not_read = []
     for name, source in texts.sources.items():
-        if is_streamed(source):
+        if is_streamed(source) or source.has_tokens or is_finished(source.path):
             not_read.append(name)
             continue
         for document in read_documents(name, source, texts.cache_dir):

@@ -39,6 +39,7 @@ from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, f
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.encoding import can_encode_in_parts
 from lightning_danube.tokens.finished_shards import fetch, is_finished
+from lightning_danube.tokens.foreign.listing import ForeignTokens, list_token_files
 from lightning_danube.tokens.shards import (
     FORMAT,
     SPLITS,
@@ -79,6 +80,8 @@ def prepare(
 ) -> dict[str, float]:
     """Makes the missing shards of all sources. Returns source → seconds, 0 for shards that existed already.
 
+    Token files of other tools are checked and listed; nothing else is made of them.
+
     With `part`, makes every n-th unit, where n is the number of parts. The machine that makes the last missing unit
     joins all units. Without `part`, one process at a time prepares a source, and the others wait for its shards.
 
@@ -88,7 +91,11 @@ def prepare(
     seconds = dict.fromkeys(sources, 0.0)
     places = {}
     for name, source in sources.items():
-        if is_finished(source.path):
+        if source.has_tokens:
+            directory, seconds[name] = list_token_files(name, source, tokenizer, held_out, cache_dir)
+            if (doubt := ForeignTokens(directory, source, tokenizer, cache_dir).doubt()) is not None:
+                tell(f"source {name!r}: {doubt}")
+        elif is_finished(source.path):
             began = time.monotonic()
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
@@ -689,14 +696,18 @@ def open_or_prepare(
     cache_dir: Path,
     processes: int,
     quality: Quality | None = None,
-) -> tuple[TokenShards, float]:
-    """Returns the shards of a source, and the seconds that making them took (0 if they existed).
+) -> tuple[TokenShards | ForeignTokens, float]:
+    """Returns the shards or token files of a source, and the seconds that making or checking them took, 0 if that was
+    done before.
 
     New shards are checked against their checksums.
 
     Raises:
         ValueError: see `prepare` and `TokenShards`.
     """
+    if source.has_tokens:
+        directory, seconds = list_token_files(name, source, tokenizer, held_out, cache_dir)
+        return ForeignTokens(directory, source, tokenizer, cache_dir), seconds
     quality = quality or Quality()
     options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
     seconds = prepare({name: source}, tokenizer, processes=processes, **options)[name]

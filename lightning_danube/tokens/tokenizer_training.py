@@ -166,7 +166,7 @@ class TextSample:
 
 
 def _rows(name: str, source: Source, cache_dir: Path) -> Iterator[Document | BadRow]:
-    if is_finished(source.path):
+    if source.has_tokens or is_finished(source.path):
         raise ValueError(f"source {name!r}: {source.path} holds token ids, not text: name the texts they were made of")
     if is_streamed(source):
         yield from read_stream(name, source)

@@ -14,6 +14,7 @@ from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.tokens.foreign.listing import ForeignTokens
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,6 +43,9 @@ def run(arguments: Namespace) -> None:
     seconds = data.prepare(part)
     reports = []
     for name, directory in data.shards_directories().items():
+        if data.sources[name].has_tokens:
+            _show_token_files(data, name, directory)
+            continue
         if (directory / "report.json").exists():
             reports.append((directory, read_json(directory / "report.json")))
             if seconds[name]:
@@ -77,8 +81,24 @@ def _open(data: CurriculumData, directory: Path) -> Any:
     return TokenShards(directory, data.tokenizer)
 
 
+def _open_token_files(data: CurriculumData, name: str, directory: Path) -> ForeignTokens:
+    from lightning_danube.tokens.foreign.listing import ForeignTokens
+
+    return ForeignTokens(directory, data.sources[name], data.tokenizer, data.cache_dir)
+
+
+def _show_token_files(data: CurriculumData, name: str, directory: Path) -> None:
+    files = _open_token_files(data, name, directory)
+    show(f"{name}: nothing to make, the token files are read where they are: {files.described()}")
+
+
 def _verify(data: CurriculumData) -> None:
     for name, directory in data.shards_directories().items():
+        if data.sources[name].has_tokens:
+            data.prepare()
+            files = _open_token_files(data, name, directory)
+            show(f"{name}: {files.verify()}")
+            continue
         if not directory.exists():
             raise ValueError(f"source {name!r} has no shards at {directory}: make them with prepare, without --verify")
         shards = _open(data, directory)

@@ -26,9 +26,7 @@ class Datatrove(TokenFormat):
     def find(self, ranges: ByteRanges, path: str) -> list[FoundFile]:
         return [file for beside in ("", *_BESIDE) for file in ranges.find(path + beside)]
 
-    def groups(
-        self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer
-    ) -> list[TokenGroup]:
+    def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         named = {file.path: file for file in found}
         return [self._group(ranges, file, named) for file in with_suffix(found, SUFFIX)]
 

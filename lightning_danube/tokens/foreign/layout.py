@@ -81,9 +81,7 @@ class TokenFormat:
         """Returns all files that a source's path names, with the files beside them that belong to the format."""
         raise NotImplementedError
 
-    def groups(
-        self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer
-    ) -> list[TokenGroup]:
+    def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         """Returns the groups of the files that `find` returned, whose sizes and types were checked.
 
         Raises:

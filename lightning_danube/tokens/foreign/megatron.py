@@ -31,9 +31,7 @@ class Megatron(TokenFormat):
         stem = path.removesuffix(TOKENS).removesuffix(INDEX)
         return [*ranges.find(stem + TOKENS), *ranges.find(stem + INDEX)]
 
-    def groups(
-        self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer
-    ) -> list[TokenGroup]:
+    def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         content = {file.path: file for file in with_suffix(found, TOKENS)}
         indexes = {file.path: file for file in with_suffix(found, INDEX)}
         for index in indexes:
@@ -50,9 +48,7 @@ class Megatron(TokenFormat):
             raise ValueError(f"{file.path} is empty: remove it and its index, or make both again")
         magic, version, code, sequences, entries = (b"", 0, 0, 0, 0)
         if index.bytes >= _HEADER.size:
-            magic, version, code, sequences, entries = _HEADER.unpack(
-                ranges.read(path, 0, _HEADER.size, index.stamp)
-            )
+            magic, version, code, sequences, entries = _HEADER.unpack(ranges.read(path, 0, _HEADER.size, index.stamp))
         if magic != _MAGIC or version != 1:
             raise ValueError(f"{path} is no index of Megatron (version 1), or was cut off: copy it again")
         dtype = _TYPES.get(code, f"the unknown type {code}")

@@ -62,9 +62,7 @@ class Mosaic(TokenFormat):
         folder = os.path.dirname(path) if path.endswith(INDEX) else path.rstrip("/")
         return [*ranges.find(os.path.join(folder, INDEX)), *ranges.find(os.path.join(folder, f"*{SUFFIX}"))]
 
-    def groups(
-        self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer
-    ) -> list[TokenGroup]:
+    def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         shards = {file.path: file for file in with_suffix(found, SUFFIX)}
         return [self._group(ranges, index, shards, tokenizer) for index in with_suffix(found, INDEX)]
 
@@ -78,7 +76,9 @@ class Mosaic(TokenFormat):
                 for shard in listing["shards"]
             ]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{index.path} is no listing of MDS shards, or is damaged ({error}): copy it again") from error
+            raise ValueError(
+                f"{index.path} is no listing of MDS shards, or is damaged ({error}): copy it again"
+            ) from error
         if not listed:
             raise ValueError(f"{index.path} lists no shards: remove it, or make it again")
         return TokenGroup(tuple(_described(ranges, *shard, tokenizer) for shard in listed))
@@ -177,7 +177,9 @@ def _described(
     offsets = _offsets(ranges, file.path, file.stamp)
     sizes = np.diff(offsets)
     if len(sizes) != samples or not samples or offsets[-1] != file.bytes:
-        raise ValueError(f"{file.path} is empty or damaged: its samples are not those that {INDEX} lists; copy it again")
+        raise ValueError(
+            f"{file.path} is empty or damaged: its samples are not those that {INDEX} lists; copy it again"
+        )
     dtype = column.dtype or dtype_of_content(
         ranges, file.path, file.stamp, int(offsets[0]) + column.before, int(offsets[1]) - column.after, tokenizer
     )

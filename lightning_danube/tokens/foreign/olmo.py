@@ -27,9 +27,7 @@ class Olmo(TokenFormat):
     def find(self, ranges: ByteRanges, path: str) -> list[FoundFile]:
         return ranges.find(path)
 
-    def groups(
-        self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer
-    ) -> list[TokenGroup]:
+    def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         return [TokenGroup((self._file(ranges, file, tokenizer),)) for file in found]
 
     def _file(self, ranges: ByteRanges, file: FoundFile, tokenizer: DocumentTokenizer) -> TokenFile:
@@ -57,8 +55,8 @@ def _with_header(file: FoundFile, head: bytes) -> TokenFile:
     start = stream.tell()
     if file.bytes != start + shape[0] * dtype.itemsize:
         raise ValueError(
-            f"{file.path} has {file.bytes:,} bytes, and its header lists {shape[0]:,} ids of {dtype.itemsize} bytes: it "
-            "was cut off; copy it again"
+            f"{file.path} has {file.bytes:,} bytes, and its header lists {shape[0]:,} ids of {dtype.itemsize} bytes: "
+            "it was cut off; copy it again"
         )
     if not shape[0]:
         raise ValueError(f"{file.path} is empty: remove it, or make it again")

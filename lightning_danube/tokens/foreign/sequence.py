@@ -30,9 +30,9 @@ class Piece(NamedTuple):
 
 
 class ForeignSequence(TokenSequence):
-    """Ids of pieces of foreign files as one sequence, in the type of the tokenizer's ids. A read touches only its bytes.
+    """Ids of pieces of foreign files as one sequence, in the type of the tokenizer's ids.
 
-    Every id is compared with the vocabulary when it is read.
+    A read touches only its bytes. Every id is compared with the vocabulary when it is read.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ForeignSequence(TokenSequence):
         return ids.astype(self.dtype, copy=False)
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """Returns how often each id occurs, (vocab_size,), in at most `COUNTED` ids: `WINDOWS` windows, evenly spread."""
+        """Returns how often each id occurs, (vocab_size,), in at most `COUNTED` ids, evenly spread."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for start, stop in counted_windows(len(self)):
             counts += np.bincount(self.read(start, stop), minlength=vocab_size)
@@ -83,7 +83,7 @@ class ForeignSequence(TokenSequence):
 
 
 def counted_windows(tokens: int) -> list[tuple[int, int]]:
-    """Returns the windows [start, stop) of a sequence in which ids are counted: all of them, or `WINDOWS` of one size."""
+    """Returns the windows [start, stop) of a sequence in which ids are counted, `WINDOWS` or the whole sequence."""
     size = COUNTED // WINDOWS
     if tokens <= COUNTED:
         return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -28,7 +28,8 @@ _VERBS = ("passes", "measures", "remembers", "leaves")
 _OBJECTS = ("the quiet town", "every signal twice", "what the morning brought", "a long row of numbers")
 DOCUMENTS = tuple(
     " ".join(
-        f"{_SUBJECTS[(number + sentence) % 5]} {_VERBS[(number * 3 + sentence) % 4]} {_OBJECTS[(number // 2 + sentence) % 4]}."
+        f"{_SUBJECTS[(number + sentence) % 5]} {_VERBS[(number * 3 + sentence) % 4]} "
+        f"{_OBJECTS[(number // 2 + sentence) % 4]}."
         for sentence in range(1 + number * 7 % 11)
     )
     + f" This is document {number}."
@@ -41,7 +42,9 @@ def ids_of_documents() -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(__file__).parents[3] / TOKENIZER_FILE))
-    return [[*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")] for text in DOCUMENTS]
+    return [
+        [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")] for text in DOCUMENTS
+    ]
 
 
 def write_datatrove() -> None:
