@@ -221,9 +221,13 @@ def _checked_facts(
         if group.documents is not None:
             share = max(1, _CHECKED_ENDS // len(groups))
             checked += _check_ends(kind, ranges, group, tokenizer, share)
-    if len(train) and groups[0].documents is None and not counts[tokenizer.eos_id]:
+    if (
+        groups[0].documents is None
+        and not counts[tokenizer.eos_id]
+        and not _ends_whole(kind, ranges, groups, tokenizer)
+    ):
         raise ValueError(
-            f"none of {int(counts.sum()):,} tokens is the end token {tokenizer.eos_id} of the tokenizer "
+            f"none of {sum(group.tokens for group in groups):,} tokens that were looked at is the end token {tokenizer.eos_id} of the tokenizer "
             f"{tokenizer.name!r}: the documents have no ends, or another tokenizer made them"
         )
     named = sorted({group.tokenizer for group in groups if group.tokenizer is not None})
@@ -243,6 +247,14 @@ def _checked_facts(
         "counted": int(counts.sum()),
         "counts": counts,
     }
+
+
+def _ends_whole(
+    kind: TokenFormat, ranges: ByteRanges, groups: Sequence[TokenGroup], tokenizer: DocumentTokenizer
+) -> bool:
+    """Returns whether the last token of each group is the end token."""
+    last = (group.files[-1] for group in groups)
+    return all(kind.read(ranges, file, file.tokens - 1, file.tokens)[0] == tokenizer.eos_id for file in last)
 
 
 def _check_ends(

@@ -104,7 +104,9 @@ def write_mosaic() -> None:
 
     stream = np.array(list(chain.from_iterable(ids_of_documents())))
     rows = np.split(stream, range(64, len(stream), 64))
-    ragged = np.split(stream, [255, 511, 1500, 1501])  # around the lengths at which the header grows
+    ragged = np.split(
+        stream, [255, 511, 1000, 1001, 1500, 1700, 2400, 2500, 3300, 3400]
+    )  # 255 ids have the shorter header
     kinds = {
         "fixed": ({"tokens": "ndarray:uint16:64"}, [row.astype(np.uint16) for row in rows[:-1]]),
         "ragged": ({"tokens": "ndarray:int32", "number": "int"}, [row.astype(np.int32) for row in ragged]),
