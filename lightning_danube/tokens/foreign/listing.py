@@ -221,14 +221,11 @@ def _checked_facts(
         if group.documents is not None:
             share = max(1, _CHECKED_ENDS // len(groups))
             checked += _check_ends(kind, ranges, group, tokenizer, share)
-    if (
-        groups[0].documents is None
-        and not counts[tokenizer.eos_id]
-        and not _ends_whole(kind, ranges, groups, tokenizer)
-    ):
+    if groups[0].documents is None and not (counts[tokenizer.eos_id] or _end_whole(kind, ranges, groups, tokenizer)):
         raise ValueError(
-            f"none of {sum(group.tokens for group in groups):,} tokens that were looked at is the end token {tokenizer.eos_id} of the tokenizer "
-            f"{tokenizer.name!r}: the documents have no ends, or another tokenizer made them"
+            f"none of {sum(group.tokens for group in groups):,} tokens that were looked at is the end token "
+            f"{tokenizer.eos_id} of the tokenizer {tokenizer.name!r}: the documents have no ends, or another tokenizer "
+            "made them"
         )
     named = sorted({group.tokenizer for group in groups if group.tokenizer is not None})
     agreement, begun = _agreement(train, tokenizer)
@@ -249,7 +246,7 @@ def _checked_facts(
     }
 
 
-def _ends_whole(
+def _end_whole(
     kind: TokenFormat, ranges: ByteRanges, groups: Sequence[TokenGroup], tokenizer: DocumentTokenizer
 ) -> bool:
     """Returns whether the last token of each group is the end token."""
