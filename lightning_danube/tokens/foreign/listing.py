@@ -398,9 +398,13 @@ class ForeignTokens:
         if facts.agreement is not None:
             checked.append("the tokenizer")
         return (
-            f"{facts.files:,} {facts.title} file{'s' * (facts.files > 1)}, {tokens:,} tokens{documents}, of which "
+            f"{self._files}, {tokens:,} tokens{documents}, of which "
             f"{held_out.tokens:,} are held out; checked: {_listed(checked)}"
         )
+
+    @property
+    def _files(self) -> str:
+        return f"{self.facts.files:,} {self.facts.title} file{'s' * (self.facts.files > 1)}"
 
     def doubt(self) -> str | None:
         """Returns a doubt about the tokenizer, which the format does not name, or None."""
@@ -439,7 +443,7 @@ class ForeignTokens:
         tokens = sum(group.tokens for group in self._groups)
         documents = sum(group.documents or 0 for group in self._groups)
         of_documents = f" and the ends of all {documents:,} documents" if documents else ""
-        return f"all {tokens:,} ids{of_documents} are right, in {self.facts.files:,} {self.facts.title} files"
+        return f"all {tokens:,} ids{of_documents} are right, in {self._files}"
 
 
 def _listed(parts: list[str]) -> str:
