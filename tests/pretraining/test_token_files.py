@@ -32,6 +32,7 @@ def data_of(config: Path, *overrides: str) -> CurriculumData:
     return data
 
 
+@pytest.mark.medium
 def test_the_verbs_say_what_they_found(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--config", str(config)]) == 0
     said = capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_the_verbs_say_what_they_found(config: Path, capsys: pytest.CaptureFixtu
     assert "its token files" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_files_without_a_list_of_documents_are_shown_and_planned(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +84,7 @@ def test_a_damaged_listing_is_named(config: Path) -> None:
 
 
 def test_a_tokenizer_is_not_trained_on_token_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tokenizer", "--config", str(config), "--pieces", "400", "--out", str(config.parent / "t")]) == 2
+    assert main(["tokenizer", "--config", str(config), "--vocab-size", "400", "--out", str(config.parent / "t")]) == 2
     assert "holds token ids, not text: name the texts they were made of" in capsys.readouterr().err
 
 
@@ -92,6 +94,7 @@ def test_token_files_are_not_searched_for_questions(config: Path) -> None:
     assert found.not_read == ["web"] and not found.found
 
 
+@pytest.mark.medium
 def test_damage_stops_fit_in_one_line(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.ds").write_bytes(b"12345")
     config.write_text(config.read_text().replace(str(FILES / "datatrove" / "*.ds"), str(tmp_path / "x.ds")))
@@ -102,8 +105,8 @@ def test_damage_stops_fit_in_one_line(config: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("path", ["datatrove/*.ds", "mosaic/ragged"])
-def test_a_stopped_run_goes_on_as_the_uninterrupted_one(path: str, config: Path) -> None:
+@pytest.mark.parametrize(("path", "other"), [("datatrove/*.ds", "olmo/wide.npy"), ("mosaic/ragged", "datatrove/*.ds")])
+def test_a_stopped_run_goes_on_as_the_uninterrupted_one(path: str, other: str, config: Path) -> None:
     config.write_text(config.read_text().replace("datatrove/*.ds", path))
 
     def fit(name: str, *overrides: str) -> int:
@@ -124,6 +127,6 @@ def test_a_stopped_run_goes_on_as_the_uninterrupted_one(path: str, config: Path)
     weights = [DurableCheckpointIO().load_checkpoint(run / name)["state_dict"] for run in runs]
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
     # Other tokens than those of the checkpoint are refused.
-    config.write_text(config.read_text().replace(path, "megatron/narrow.bin"))
+    config.write_text(config.read_text().replace(path, other))
     assert fit("other", "--ckpt_path", str(last)) == 2
     assert main(["report", str(runs[0])]) == 0
