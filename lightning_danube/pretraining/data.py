@@ -63,8 +63,9 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == "fit":
             self._check_trainer()
         self.seconds_to_prepare = self.prepare()
-        for directory in self.shards_directories().values():
-            TokenShards(directory, self.tokenizer).check_sizes()
+        for name, directory in self.shards_directories().items():
+            if not self.sources[name].has_tokens:
+                TokenShards(directory, self.tokenizer).check_sizes()
 
     def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
         """Makes the missing shards, or one part of them. Returns the seconds that each source took."""

@@ -32,8 +32,8 @@ from lightning_danube.tokens.foreign.sequence import ForeignSequence, Piece
 from lightning_danube.tokens.shards import SPLITS, ShardCounts
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
-FORMAT = 1
-LISTING, COUNTS = "listing.json", "token-counts.npy"
+_FORMAT = 1
+_LISTING, _COUNTS = "listing.json", "token-counts.npy"
 AGREES = 0.8
 """Least share of sampled documents to whose text the run's tokenizer gives the same ids; else it is another tokenizer.
 With the right tokenizer the share is 1, or a little less for texts that decoding changes; with others it is about 0."""
@@ -63,7 +63,7 @@ def listing_directory(
         ValueError: there is no file, or the store is out of reach.
     """
     found = _found(name, source, cache_dir)
-    facts = [FORMAT, source.path, tokenizer.fingerprint, held_out, [list(vars(file).values()) for file in found]]
+    facts = [_FORMAT, source.path, tokenizer.fingerprint, held_out, [list(vars(file).values()) for file in found]]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return cache_dir / "token-files" / f"{name}-{digest}"
 
@@ -99,8 +99,8 @@ def list_token_files(
         facts = _checked_facts(kind, ranges, groups, tokenizer)
         counts = facts.pop("counts")
     with new_folder(directory) as partial:
-        np.save(partial / COUNTS, counts)
-        write_json(partial / LISTING, {"format": kind.title, **facts, "groups": [group.as_json() for group in groups]})
+        np.save(partial / _COUNTS, counts)
+        write_json(partial / _LISTING, {"format": kind.title, **facts, "groups": [group.as_json() for group in groups]})
     return directory, time.monotonic() - began
 
 
@@ -215,7 +215,7 @@ def _checked_facts(
     """
     pieces = [piece for group in groups for piece in _pieces(group, 0, group.cut)]
     train = ForeignSequence(kind, ranges, pieces, tokenizer)
-    counts = train.token_counts(tokenizer.vocab_size)
+    counts = train.token_counts()
     checked = 0
     for group in groups:
         if group.documents is not None:
@@ -345,8 +345,8 @@ class ForeignTokens:
 
     def __init__(self, directory: Path, source: Source, tokenizer: DocumentTokenizer, cache_dir: Path) -> None:
         self.directory, self._tokenizer = directory, tokenizer
-        with naming_cached(directory / LISTING):
-            listing = read_json(directory / LISTING)
+        with naming_cached(directory / _LISTING):
+            listing = read_json(directory / _LISTING)
             self._groups = [TokenGroup.of_json(group) for group in listing["groups"]]
             self.facts = TokenFacts(
                 listing["format"],
@@ -380,7 +380,7 @@ class ForeignTokens:
     def token_counts(self, split: str) -> NDArray[np.int64]:
         """Returns how often each id occurs in the training tokens that were counted, (vocab_size,)."""
         assert split == SPLITS[0], "held-out tokens are not counted"
-        path = self.directory / COUNTS
+        path = self.directory / _COUNTS
         with naming_cached(path):
             counts: NDArray[np.int64] = np.load(path)
         return counts

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_danube.outside.secrets import redacted
 from lightning_danube.tokens.foreign.layout import TokenFile, TokenFormat
 from lightning_danube.tokens.foreign.ranges import ByteRanges
-from lightning_danube.tokens.shards import TokenSequence
+from lightning_danube.tokens.token_sequence import TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 WINDOWS = 256
@@ -74,11 +74,11 @@ class ForeignSequence(TokenSequence):
             )
         return ids.astype(self.dtype, copy=False)
 
-    def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
+    def token_counts(self) -> NDArray[np.int64]:
         """Returns how often each id occurs, (vocab_size,), in at most `COUNTED` ids, evenly spread."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
         for start, stop in counted_windows(len(self)):
-            counts += np.bincount(self.read(start, stop), minlength=vocab_size)
+            counts += np.bincount(self.read(start, stop), minlength=self.vocab_size)
         return counts
 
 
