@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Collection, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest

@@ -10,9 +10,8 @@ from lightning_danube.options import parse_tokens
 from lightning_danube.terminal import name_meant
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
-            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens", document)
-        elif prepared is not None:
-            found[name] = Supply(prepared.tokens, "its token files" if source.has_tokens else "its shards", document)
+from lightning_danube.tokens.foreign.listing import ForeignTokens, list_token_files
+from lightning_danube.tokens.shards import ShardCounts, TokenShards
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings
@@ -64,9 +63,9 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
         if prepared is not None and prepared.documents is not None:
             document = prepared.tokens / max(1, prepared.documents)
         if name in stated:
-def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
-    source = data.sources[name]
-    if source.is_documentation and not is_collected(data.cache_dir):
+            found[name] = Supply(round(stated[name] * (1 - data.held_out)), "--source-tokens", document)
+        elif prepared is not None:
+            found[name] = Supply(prepared.tokens, "its token files" if source.has_tokens else "its shards", document)
         elif source.max_tokens is not None:
             found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
         else:
@@ -74,10 +73,9 @@ def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
     return found
 
 
-    if source.has_tokens:
-        directory, _ = list_token_files(name, source, data.tokenizer, data.held_out, data.cache_dir)
-        return ForeignTokens(directory, source, data.tokenizer, data.cache_dir).counts("train")
-    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None
+def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
+    source = data.sources[name]
+    if source.is_documentation and not is_collected(data.cache_dir):
         return None  # reading its list of files would collect the documentation
     if (
         not is_finished(source.path)
@@ -89,3 +87,7 @@ def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
         directory = data.shards_directory(name)
     except ValueError:  # the source's files are elsewhere, or do not exist yet
         return None
+    if source.has_tokens:
+        directory, _ = list_token_files(name, source, data.tokenizer, data.held_out, data.cache_dir)
+        return ForeignTokens(directory, source, data.tokenizer, data.cache_dir).counts("train")
+    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None

@@ -30,12 +30,8 @@ def fields(file: str, functions: list[str]) -> set[str]:
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions]
     assert {node.name for node in found} == set(functions)
     dictionaries = [part for node in found for part in ast.walk(node) if isinstance(part, ast.Dict)]
-    return {
-        key.value
-        for one in dictionaries
-        for key in one.keys
-        if isinstance(key, ast.Constant) and isinstance(key.value, str)
-    } - INSIDE
+    keys = [key for one in dictionaries for key in one.keys]
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)} - INSIDE
 
 
 @pytest.mark.parametrize(("file", "functions"), SUMMARIES.items())

@@ -1,7 +1,7 @@
 """Keeps a run of the quickstart as the source of every number and picture that pages give of it.
 
     make quickstart 2>&1 | tee quickstart.log
-    python benchmarks/quickstart_record.py runs/quickstart/version_0 quickstart.log
+    python docs/making/record.py runs/quickstart/version_0 quickstart.log
     python docs/making/fill.py && python docs/making/picture.py
 
 results/quickstart then holds the printed output, the curves of the held-out loss and of the mix, and the run's
