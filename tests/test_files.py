@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from lightning_danube.__main__ import user_message
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.files import (
+    SECONDS_BETWEEN_LOOKS,
     InUse,
     append_line,
     default_cache_dir,
@@ -549,6 +551,9 @@ def test_a_process_may_wait_for_a_lock(hold: Any, tmp_path: Path) -> None:
 
     def tell(line: str) -> None:
         told.append(line)
+        threading.Timer(2.5 * SECONDS_BETWEEN_LOOKS, end).start()  # this process looks again, and says nothing
+
+    def end() -> None:
         holder.stdin.write("x")
         holder.stdin.flush()
 
@@ -598,6 +603,47 @@ def test_without_locks_the_process_that_is_named_decides(tmp_path: Path, monkeyp
             with pytest.raises(InUse, match=f"process {os.getppid()} on"), locked(file, "a run"):
                 pass
         assert file.exists() != free
+
+
+def test_without_locks_only_another_process_of_this_host_holds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number may be that of this process after a restart of the machine, or that of a process of another machine."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    file, host = tmp_path / ".a.lock", socket.gethostname()
+    for holder in (f"{host} {os.getpid()}\n", f"not-{host} {os.getppid()}\n"):
+        file.write_text(holder)
+        with locked(file, "a run"):
+            assert file.read_text() == f"{host} {os.getpid()}\n"
+
+    def not_allowed(process: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", not_allowed)  # a process of another user
+    file.write_text(f"{host} {os.getppid()}\n")
+    with pytest.raises(InUse), locked(file, "a run"):
+        pass
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder removes its file between this process's open and its lock. A third process has made the file anew."""
+    file, flock, first = tmp_path / ".a.lock", fcntl.flock, [True]
+
+    def removed_before(handle: int, how: int) -> None:
+        if first.pop() if first else False:
+            file.rename(tmp_path / "removed")
+            file.touch()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with locked(file, "a run") as handle:
+        assert os.path.samestat(os.fstat(handle), os.stat(file))
 
 
 def test_a_refused_lock_leaves_no_folder(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_bytes_that_are_no_character_have_no_text_of_their_own() -> None:
     assert [token.text for token in shown_tokens(tokenizer, ids)] == [*[""] * (len(ids) - 1), "🙂"]
 
 
+def test_a_special_token_ends_a_character_that_is_not_complete() -> None:
+    tokenizer = load_hf_tokenizer("danube-small")
+    encode = tokenizer.backend_tokenizer.encode
+    begun = encode("🙂", add_special_tokens=False).ids[:2]
+    after = encode("stones", add_special_tokens=False).ids
+    shown = shown_tokens(tokenizer, [*begun, tokenizer.eos_token_id, *after])
+    assert [token.text for token in shown[:3]] == ["", "", "</s>"]
+    assert "".join(token.text for token in shown[3:]).strip() == "stones"
+
+
 def tokens(*stretches: tuple[int, bool]) -> list[ShownToken]:
     return [ShownToken(number, "x", marked, False) for count, marked in stretches for number in range(count)]
 
