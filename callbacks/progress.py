@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lightning_danube.extras import install_command, missing_module
+from lightning_danube.outside.texts import printable
 from lightning_danube.pretraining.position import finished_stage, stage_name
 from lightning_danube.terminal import show
 from lightning_danube.training.position import end_of_run, tokens_done
@@ -162,7 +163,8 @@ class LiveLine:
         self._draw(f"evaluating, batch {self.evaluated}" + ("" if batches is None else f" of {batches}"), "")
 
     def _draw(self, does: str, rest: str) -> None:
-        self._bar.set_description(does, refresh=False)
+        # Names of stages are texts of a configuration. A line end would leave lines that are never removed.
+        self._bar.set_description(printable(" ".join(does.split())), refresh=False)
         self._bar.set_postfix_str(rest, refresh=False)
         self._bar.refresh()
 

@@ -213,9 +213,21 @@ def user_message(error: BaseException) -> str | None:
         said = " ".join(str(error.strerror or error).split()) or type(error).__name__
         # A write or a read of an open file, and many libraries, do not say which file it is.
         return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
+    if is_out_of_memory(error):
+        said = " ".join(str(error).partition("\n")[0].split())[:160] or type(error).__name__
+        return (
+            f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
+            "`plan` shows what a pre-training run takes"
+        )
     if (number := refusal_of_disk(error)) is not None:  # of a library in another language
         return f"{os.strerror(number)}{_UNNAMED}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether Python, PyTorch's allocator of the host or that of a GPU got no memory."""
+    is_pytorchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_pytorchs or type(error).__name__ == "OutOfMemoryError"
 
 
 _UNNAMED = " (the system names no file; --debug shows where)"

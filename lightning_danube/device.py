@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -254,6 +255,70 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_memory() -> int:
+    """Returns the bytes of memory and swap that this process may use; the largest address if no limit is known.
+
+    This is the least of the machine's memory and swap, the limits of its control groups (containers, SLURM), and the
+    limit on its address space (`ulimit -v`).
+    """
+    limits = [sys.maxsize]
+    with suppress(OSError, KeyError, ValueError):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        kibibytes = {line[0]: int(line[1]) for line in lines}
+        limits.append(1024 * (kibibytes["MemTotal:"] + kibibytes["SwapTotal:"]))
+    if len(limits) == 1:  # not Linux
+        with suppress(AttributeError, ValueError, OSError):
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits += _limits_of_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limits += [] if soft == resource.RLIM_INFINITY else [soft]
+    return min(limits)
+
+
+def _limits_of_groups(groups: Path, mounted: Path) -> list[int]:
+    """Returns the limits on memory of this process's control groups and of the groups above them.
+
+    Args:
+        groups: /proc/self/cgroup, with lines such as "0::/user.slice/job" (version 2) or "9:memory:/job" (version 1).
+        mounted: where the control groups are mounted.
+    """
+    limits = []
+    with suppress(OSError, ValueError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root, name = (mounted, "memory.max") if not controllers else (mounted / "memory", "memory.limit_in_bytes")
+            group = root / path.strip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # "max", or outside what a container sees
+                    limits.append(int((folder / name).read_text()))
+                if folder == root:
+                    break
+    return limits
+
+
+def check_memory(what: str, needed: int) -> None:
+    """Checks that weights fit into the memory. The system ends a process that takes more, and no line says why.
+
+    Args:
+        what: the model, for the message.
+        needed: bytes of its weights.
+
+    Raises:
+        ValueError: they are larger than the memory.
+    """
+    there = usable_memory()
+    if needed > there:
+        raise ValueError(
+            f"{what} has {needed / 1e9:,.1f} GB of weights, more than the {there / 1e9:,.1f} GB of memory that this "
+            "process may use: take a smaller model, or a machine with more memory"
+        )
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -54,6 +55,21 @@ def parse_tokens(value: int | float | str, what: str = "tokens") -> int:
     if tokens > MOST_TOKENS:
         raise TooManyTokens(f"{what} is {value!r}, more than {MOST_TOKENS // 10**12:,}T: count again")
     return round(tokens)
+
+
+def check_processes(number: int, key: str, *, least: int = 0) -> None:
+    """Checks a number of processes, which would otherwise be started one after the other until the memory is full.
+
+    Args:
+        key: name of the option in messages.
+
+    Raises:
+        ValueError: the number is below `least`, or far above the cores of this machine.
+    """
+    cores = os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if not least <= number <= most:
+        raise ValueError(f"{key} is {number}: give {least} to {most}, as this machine has {cores} cores")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from lightning_danube import device
 from lightning_danube.device import (
     ProductRate,
+    check_memory,
     exact_products_by_onednn,
     fastest_type,
     keep_freed_memory,
@@ -21,6 +24,7 @@ from lightning_danube.device import (
     onednn_stays_exact,
     product_rate,
     usable_cores,
+    usable_memory,
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -247,3 +251,36 @@ def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch)
 def test_sums_are_as_wide_as_the_device_allows() -> None:
     widths = [device.widest_float(torch.device(name)) for name in ("cpu", "cuda", "mps")]
     assert widths == [torch.float64, torch.float64, torch.float32]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    machine = Path("/proc/meminfo").read_text()
+    total = sum(int(re.search(rf"^{name}: +(\d+) kB", machine, re.MULTILINE)[1]) for name in ("MemTotal", "SwapTotal"))  # type: ignore[index]
+    monkeypatch.setattr(device, "_limits_of_groups", lambda *_: [])
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert usable_memory() == 1024 * total
+    monkeypatch.setattr(device, "_limits_of_groups", lambda *_: [3_000_000, 2_000_000])
+    assert usable_memory() == 2_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1_000_000 if which == resource.RLIMIT_AS else 1, 1))
+    assert usable_memory() == 1_000_000
+    check_memory("model.decoder", 1_000_000)
+    with pytest.raises(ValueError, match=r"^model.decoder has 2.5 GB of weights, more than the 0.0 GB of memory that"):
+        check_memory("model.decoder", 2_500_000_000)
+
+
+def test_limits_of_control_groups_and_of_those_above_them(tmp_path: Path) -> None:
+    groups, mounted = tmp_path / "cgroup", tmp_path / "fs"
+    (mounted / "user" / "job").mkdir(parents=True)
+    (mounted / "user" / "job" / "memory.max").write_text("max\n")
+    (mounted / "user" / "memory.max").write_text("5000\n")
+    (mounted / "memory" / "job").mkdir(parents=True)
+    (mounted / "memory" / "job" / "memory.limit_in_bytes").write_text("7000\n")
+    (tmp_path / "memory.max").write_text("1\n")  # above the root
+    groups.write_text("9:cpu,cpuacct:/user\n8:memory:/job\n0::/user/job\n")
+    assert sorted(device._limits_of_groups(groups, mounted)) == [5000, 7000]
+    groups.write_text("damaged\n")
+    assert device._limits_of_groups(groups, mounted) == []
+    assert device._limits_of_groups(tmp_path / "nothing", mounted) == []

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
-from lightning_danube.options import FULL_NAMES, PRECISIONS, TokensOrShare, full_name, options, parse_tokens
+from lightning_danube.options import (
+    FULL_NAMES,
+    PRECISIONS,
+    TokensOrShare,
+    check_processes,
+    full_name,
+    options,
+    parse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +139,16 @@ def test_precisions_have_lightnings_full_names(precision: Any) -> None:
     assert full_name(precision) == _convert_precision_to_unified_args(precision)
     assert full_name(full_name(precision)) == full_name(precision)
     assert str(precision) not in FULL_NAMES or full_name(precision) in PRECISIONS
+
+
+def test_more_processes_than_the_cores_can_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, most in ((2, 64), (64, 256), (None, 64)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        for number in (0, 1, most):
+            check_processes(number, "data.workers")
+        for number in (-1, most + 1, 10**30):
+            shown = rf"^data.workers is {number}: give 0 to {most}, as this machine has {cores or 1} cores$"
+            with pytest.raises(ValueError, match=shown):
+                check_processes(number, "data.workers")
+    with pytest.raises(ValueError, match=r"^data.processes is 0: give 1 to 64"):
+        check_processes(0, "data.processes", least=1)

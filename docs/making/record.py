@@ -14,12 +14,16 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from pathlib import Path
 
-from machine import ROOT, described
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from lightning_danube.files import read_json_lines, write_text
-from lightning_danube.reports.runs import read_run
+from machine import described  # noqa: E402
+
+from lightning_danube.files import read_json_lines, write_text  # noqa: E402
+from lightning_danube.reports.runs import read_run  # noqa: E402
 
 FOLDER = ROOT / "benchmarks" / "results" / "quickstart"
 

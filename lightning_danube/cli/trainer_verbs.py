@@ -267,6 +267,11 @@ class DanubeCLI(LightningCLI):
             if trainer[name] == 0:
                 said = f"trainer.{name} is 0, so {self.subcommand} would do nothing: leave it out, or raise it"
                 raise ValueError(located(said, self.stated))
+        if self.subcommand == "fit" and trainer.fast_dev_run and self._get(self.config, "ckpt_path") is not None:
+            raise ValueError(
+                "trainer.fast_dev_run tries the first steps of a run, and --ckpt_path names a run that has done them: "
+                "leave one of them out"
+            )
 
     def _on_cpu(self) -> bool:
         return kind_of_device(self._get(self.config, "trainer").accelerator) == "cpu"

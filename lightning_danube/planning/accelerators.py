@@ -6,9 +6,7 @@ The figures are from data sheets; figures "with sparsity" are halved. A device s
 from __future__ import annotations
 
 import math
-import os
 import re
-import sys
 from dataclasses import dataclass, replace
 
 from lightning_danube.terminal import name_meant
@@ -98,21 +96,13 @@ def this_cpu(precision: str, processes: int = 1) -> Accelerator:
     """
     import torch
 
-    from lightning_danube.device import product_rate, usable_cores
+    from lightning_danube.device import product_rate, usable_cores, usable_memory
 
     types = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     rate = product_rate(types.get(precision.partition("-")[0], torch.float32)).training
     cores = usable_cores()
-    memory = _memory_of_this_machine() // processes
+    memory = usable_memory() // processes
     return Accelerator(f"this CPU, {cores} cores", cores * rate / processes, memory, share=CPU_SHARE)
-
-
-def _memory_of_this_machine() -> int:
-    """Returns the memory in bytes, or the size of the address space if the system does not report it (Windows)."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):
-        return sys.maxsize
 
 
 def _positive(text: str) -> float | None:

@@ -256,16 +256,25 @@ def stage_samples(stage: Stage, context_length: int, batch_samples: int) -> int:
     return -(-int(stage.tokens) // batch_tokens) * batch_samples
 
 
+LONGEST_NAME = 100
+"""Bytes of the name of a stage or a source. File systems allow 255, for the whole name of a file."""
+
+
 def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
     """Checks the stages as far as possible before a source is opened.
 
     Raises:
-        ValueError: there is no stage, two stages have one name, or a mix names an unknown source.
+        ValueError: there is no stage, two stages have one name, a name is too long, or a mix names an unknown source.
     """
     if not stages:
         raise ValueError("data.stages is empty: a run needs at least one stage")
     names = [stage.name for stage in stages]
     for name in names:
+        if len(str(name).encode("utf-8", "replace")) > LONGEST_NAME:  # of a file: found when the stage ends otherwise
+            raise ValueError(
+                f"a stage is called {str(name)[:20]!r}… ({len(str(name))} letters): its checkpoint has the name of the "
+                f"stage, so give at most {LONGEST_NAME} letters"
+            )
         if names.count(name) > 1:
             raise ValueError(f"two stages are called {name!r}: every stage needs a name of its own")
     for stage in stages:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lightning_danube.files import default_cache_dir
 from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig, DecoderShape
-from lightning_danube.options import Length, options, parse_tokens
+from lightning_danube.options import Length, check_processes, options, parse_tokens
 from lightning_danube.pretraining.continued_weights import ContinuedWeights
-from lightning_danube.pretraining.curriculum import Stage, check_stages, stage_samples, stages_in_tokens
+from lightning_danube.pretraining.curriculum import LONGEST_NAME, Stage, check_stages, stage_samples, stages_in_tokens
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.foreign.listing import listing_directory
@@ -178,6 +178,11 @@ class CurriculumSettings:
         for name in sources:
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"a source is called {name!r}: use letters, digits, - and _")
+            if len(name.encode()) > LONGEST_NAME:
+                raise ValueError(
+                    f"a source is called {name[:20]!r}… ({len(name)} letters): its folders have that name, "
+                    f"so give at most {LONGEST_NAME} letters"
+                )
         check_stages(stages, list(sources))
         stages = stages_in_tokens(stages, tokens)
         self.sources, self.stages = sources, stages
@@ -195,8 +200,9 @@ class CurriculumSettings:
         self.validation_rows, self.max_passes = validation_rows, max_passes
         self.document_masks, self.workers = document_masks, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        if processes is not None and processes < 1:
-            raise ValueError(f"data.processes is {processes}: it must be at least 1")
+        if processes is not None:
+            check_processes(processes, "data.processes", least=1)
+        check_processes(workers, "data.workers")
         self.processes = processes
         self.quality = Quality(deduplicate, filters, tuple(decontaminate or ()))
         self.tokenizer = document_tokenizer(tokenizer, new_tokens or ())

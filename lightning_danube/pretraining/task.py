@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.checkpoints.strategy import ShardedStrategy
+from lightning_danube.device import check_memory
 from lightning_danube.model import Decoder, DecoderShape
 from lightning_danube.model.compilation import check_compiler, missing_for_gpu_code
 from lightning_danube.model.config import ActivationCheckpointing
@@ -82,6 +83,7 @@ class Pretraining(DecoderTask):
         )
         continued = settings.continuation
         if continued is None:
+            check_memory("model.decoder", settings.config.parameters * torch.float32.itemsize)
             model = Decoder(settings.config)
         else:
             assert weights is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
+from lightning_danube.options import check_processes
 from lightning_danube.tokens.tokenizer import fingerprint_of, new_token_facts
 from lightning_danube.training.contract import TrainingData
 from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, steps_of, trains_on_gpu
@@ -50,6 +51,7 @@ class PlannedData(LightningDataModule):
         workers: int,
     ) -> None:
         super().__init__()
+        check_processes(workers, "data.workers")
         self.tokenizer_name, self.tokenizer = tokenizer_name, tokenizer
         self.batch_rows, self.micro_batch_size, self.workers = batch_rows, micro_batch_size, workers
         self.steps_done = 0

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from lightning_danube.checkpoints.content import check_restored
 from lightning_danube.checkpoints.strategy import ShardedStrategy
-from lightning_danube.device import widest_float
+from lightning_danube.device import usable_memory, widest_float
 from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
@@ -106,6 +106,24 @@ class DecoderTask(LightningModule):
         if stage == "fit":
             check_trainer(self.trainer)
             self.trainer.accumulate_grad_batches = self.training_data.accumulation(replicas_of(self.trainer)[0])
+            self._warn_of_memory()
+
+    def _warn_of_memory(self) -> None:
+        """Warns of a run on a CPU whose weights, gradients and optimizer do not fit into the memory of the machine.
+
+        The system ends a process that takes more memory than there is, and no line says why.
+        """
+        strategy = self.trainer.strategy
+        if strategy.root_device.type != "cpu" or isinstance(strategy, ShardedStrategy) or self.trainer.local_rank:
+            return
+        trained = sum(one.nbytes for one in self.parameters() if one.requires_grad)
+        needed = sum(one.nbytes for one in self.parameters()) + trained * (1 + min(self.optimizer_settings.averages))
+        needed, there = needed * self.trainer.num_devices, usable_memory()
+        if needed > there:
+            tell(
+                f"warning: weights, gradients and optimizer take {needed / 1e9:,.1f} GB, more than the "
+                f"{there / 1e9:,.1f} GB of memory here: the system may end this run without a line (see `plan`)"
+            )
 
     @property
     def training_data(self) -> TrainingData:

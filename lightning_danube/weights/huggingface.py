@@ -20,6 +20,7 @@ from lightning_danube.checkpoints.content import NOT_FINITE, all_finite, check_p
 from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import read_rest
 from lightning_danube.checkpoints.sharded_files import WEIGHT, load_whole
+from lightning_danube.device import check_memory
 from lightning_danube.files import locked, make_folder, new_folder, read_json, remove_leftovers
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
@@ -166,6 +167,8 @@ def load_hf(
         stored |= {name: (file, stored_as) for name, stored_as in types.items()}
     if dtype is None and stored:
         dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
+    if dtype is not None and is_host(device):
+        check_memory(str(source), config.parameters * dtype.itemsize)
     tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in stored.items()}
     # transformers up to 4.31 also saved these tables.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -189,6 +192,9 @@ def load_checkpoint(
     checkpoint = read_checkpoint(file)
     config = saved_config(checkpoint, file)
     prefix = "decoder."
+    stored = {tensor.dtype for name, tensor in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    if stored and is_host(device):
+        check_memory(str(file), config.parameters * (dtype or max(stored, key=lambda one: one.itemsize)).itemsize)
     tensors = {
         # Each tensor is copied, as in read_tensor. The system can drop pages of the map, so only one copy is held.
         name.removeprefix(prefix): tensor.to(device=device, dtype=dtype, copy=True)
@@ -230,6 +236,11 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file}: not a checkpoint of this project: no decoder_config and state_dict in it")
     check_plain(checkpoint["state_dict"], file)
     return checkpoint
+
+
+def is_host(device: torch.device | str | None) -> bool:
+    """Returns whether a device is this machine's memory, which is also the default."""
+    return device is None or torch.device(device).type == "cpu"
 
 
 def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) -> Decoder:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -174,6 +175,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "a source is called 'a/b': use letters, digits, - and _",
         ),
         (
+            f"data: {{init_args: {{sources: {{{'s' * 300}: {{path: x.txt}}}}}}}}",
+            "a source is called 'ssssssssssssssssssss'… (300 letters)",
+        ),
+        (
             "data: {init_args: {stages: [{nam: x, tokens: 5, mix: {web: 1}}]}}",
             "data.stages.0: 'nam' is not an option of Stage: did you mean 'name'?",
         ),
@@ -243,6 +248,24 @@ def test_a_path_is_told_as_it_was_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory (MemoryError): "),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.\nmore"),
+            "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.): ",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "out of memory (CUDA out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_the_way_out(error: Exception, said: str) -> None:
+    message = user_message(error)
+    assert message is not None and message.startswith(said) and "\n" not in message
+    assert message.endswith("needs less; `plan` shows what a pre-training run takes")
+    assert user_message(RuntimeError("a fault of ours")) is None
+
+
 def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (tiny / "tiny.yaml").read_text()
     without = re.sub(r"(learning_rate: \{peak: [^,]+), final: [^,}]+", r"\1", config)
@@ -279,6 +302,31 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         (
             ["fit", "--config", "TINY", "--model.decoder.num_hidden_layers", str(10**9)],
             "num_hidden_layers is 1000000000; it may be at most 10,000",
+        ),
+        (
+            ["fit", "--config", "TINY", "--data.workers", str(10**9)],
+            "data.workers is 1000000000: give 0 to ",
+        ),
+        (
+            ["fit", "--config", "TINY", "--data.processes", str(10**9)],
+            "data.processes is 1000000000: give 1 to ",
+        ),
+        (["prepare", "--config", "TINY", "--processes", str(10**12)], "--processes is 1000000000000: give 1 to "),
+        (  # before 13 TB are asked for
+            [
+                "fit",
+                "--config",
+                "TINY",
+                "--model.decoder.hidden_size",
+                "16384",
+                "--model.decoder.num_hidden_layers",
+                "9999",
+            ],
+            "model.decoder has 32,",
+        ),
+        (
+            ["fit", "--config", "TINY", "--ckpt_path", "last", "--trainer.fast_dev_run", "true"],
+            "trainer.fast_dev_run tries the first steps of a run, and --ckpt_path names a run that has done them",
         ),
         (["fit", "--config", "TINY", "--name", "&a [*a]"], "--name, line 1: an alias stands inside the value"),
         (["fit", "--config", "TINY", "--model.vocab_size", "7"], "--model.vocab_size is taken from data.tokenizer"),

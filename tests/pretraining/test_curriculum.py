@@ -172,6 +172,9 @@ def test_stage_lists_that_make_no_run_are_refused() -> None:
         Curriculum([], ROWS, context_length=64, batch_samples=1, seed=0)
     with pytest.raises(ValueError, match="two stages are called 'first'"):
         Curriculum([STAGES[0], STAGES[0]], ROWS, context_length=64, batch_samples=1, seed=0)
+    # A file system would refuse the checkpoint at the end of the stage.
+    with pytest.raises(ValueError, match=r"^a stage is called 'ssssssssssssssssssss'… \(300 letters\)"):
+        Curriculum([Stage("s" * 300, 1000, {"web": 1})], ROWS, context_length=64, batch_samples=1, seed=0)
 
 
 def orders(run: Curriculum) -> dict[tuple[str, int], list[int]]:

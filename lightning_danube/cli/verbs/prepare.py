@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.files import read_json
+from lightning_danube.options import check_processes
 from lightning_danube.terminal import show, text_table
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError("--verify checks whole shards: leave out --shard")
     data = _data(arguments.config, arguments.overrides)
     if arguments.processes is not None:
-        if arguments.processes < 1:
-            raise ValueError(f"--processes is {arguments.processes}: it must be at least 1")
+        check_processes(arguments.processes, "--processes", least=1)
         data.processes = arguments.processes
     if arguments.verify:
         _verify(data)

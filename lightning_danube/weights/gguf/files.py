@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_danube.device import check_memory
 from lightning_danube.files import new_file
 from lightning_danube.model.architecture import (
     EMBEDDING,
@@ -36,7 +37,7 @@ from lightning_danube.model.attention import inverse_frequencies
 from lightning_danube.model.config import DecoderConfig, RopeScaling
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
-from lightning_danube.weights.huggingface import assemble, plain_tensors, some
+from lightning_danube.weights.huggingface import assemble, is_host, plain_tensors, some
 
 if TYPE_CHECKING:
     import gguf
@@ -98,6 +99,8 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: torch.
     config = config_of(header)
     check_tensors(header, config)
     dtype = dtype or natural_type(header)
+    if is_host(device):
+        check_memory(str(header.path), config.parameters * dtype.itemsize)
 
     import numpy as np
 
