@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
@@ -38,7 +39,9 @@ class KeptLogger(Logger):
     @property
     def experiment(self) -> Any:
         found = self._try(lambda: super(KeptLogger, self).experiment)  # type: ignore[misc]
-        return DummyLogger().experiment if self.failed else found
+        if self.failed:
+            return DummyLogger().experiment
+        return KeptWriter(self, found) if isinstance(self, TensorBoardLogger) else found
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if step is None:
@@ -97,8 +100,26 @@ class KeptLogger(Logger):
             return None
 
 
+class KeptWriter:
+    """A writer of TensorBoard events, or its file writer. Callbacks call it, and a failure costs one line here too.
+
+    A thread writes the events. So a full disk fails a later call than the one whose events it refused.
+    """
+
+    def __init__(self, logger: KeptLogger, writer: Any) -> None:
+        self._logger, self._writer = logger, writer
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._writer, name)
+        if name == "file_writer":
+            return KeptWriter(self._logger, found)
+        return (lambda *args, **kwargs: self._logger._try(lambda: found(*args, **kwargs))) if callable(found) else found
+
+
 def kept(logger: Logger) -> Logger:
     """Returns the logger, changed in place to a `KeptLogger` that is still a logger of its own class."""
+    if isinstance(logger, TensorBoardLogger):
+        _leave_errors_to_calls()
     if not isinstance(logger, KeptLogger):
         logger.__class__ = _kept_class(type(logger))
     return logger
@@ -108,6 +129,18 @@ def kept(logger: Logger) -> Logger:
 def _kept_class(kind: type[Logger]) -> type[Logger]:
     # With the underscore, the parser of configurations does not offer the class beside the one that it is made from.
     return type(f"{_PREFIX}{kind.__name__}", (KeptLogger, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+@cache
+def _leave_errors_to_calls() -> None:
+    """Prints no traceback of TensorBoard's thread: its next call raises the same error, and `KeptLogger` tells it."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def count_tokens(loggers: list[Logger], tokens_per_step: int) -> None:

@@ -1,13 +1,19 @@
 """A logger that cannot stop a run, and what it adds to the values."""
 
 import csv
+import errno
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
 
+from lightning_danube.training.trackers import kept as module
 from lightning_danube.training.trackers.kept import KeptLogger, count_tokens, kept
 
 
@@ -106,3 +112,41 @@ def test_a_table_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
     logger.log_metrics({"loss": 2.0}, 20)
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
     assert rows == [{"loss": "3.0", "step": "10", "tokens": "1000.0"}]
+
+
+def test_a_full_disk_costs_tensorboard_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A thread of TensorBoard writes. Its traceback is not shown, and no call of a callback raises."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shown: list[Any] = []
+    monkeypatch.setattr("threading.excepthook", shown.append)
+    module._leave_errors_to_calls.cache_clear()
+    logger = kept(TensorBoardLogger(str(tmp_path)))
+    writer = logger.experiment
+    writer.add_text("before", "text")
+    writer.flush()
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    for number in range(100):
+        writer.add_text("after", "text", number)
+        writer.file_writer.add_event(Event(step=number))
+        logger.log_metrics({"loss": 3.0}, number)
+        logger.save()
+        if logger.failed:
+            break
+        time.sleep(0.05)
+    logger.experiment.add_figure("nothing", None)  # nothing is tried any more
+    logger.finalize("success")
+    assert capfd.readouterr().err == (
+        "warning: TensorBoardLogger logs nothing more in this session, and the run goes on: "
+        "[Errno 28] No space left on device\n"
+    )
+    assert shown == []
+    thread = threading.Thread(target=full)  # any other thread
+    thread.start()
+    thread.join()
+    assert len(shown) == 1
+    module._leave_errors_to_calls.cache_clear()
