@@ -18,6 +18,8 @@ from lightning_danube.outside.secrets import redacted
 from lightning_danube.outside.texts import in_markdown, printable
 
 SCRIPT = "lightning-danube"
+MOST_NAMES = 60
+"""Names that a message lists. A directory may have thousands of runs."""
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows."""
 
@@ -121,10 +123,13 @@ def nearest_name(name: object, known: Iterable[str], least: float = 0.6) -> str 
 
 
 def name_meant(name: object, known: Iterable[str], otherwise: str = "there are", least: float = 0.6) -> str:
-    """Returns "did you mean 'x'?" for the nearest known name. If none is near: `otherwise`, then all known names."""
+    """Returns "did you mean 'x'?" for the nearest known name. If none is near: `otherwise`, then the known names."""
     known = list(known)
     near = nearest_name(name, known, least)
-    return f"{otherwise} {', '.join(known)}" if near is None else f"did you mean {near!r}?"
+    if near is not None:
+        return f"did you mean {near!r}?"
+    more = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
+    return f"{otherwise} {', '.join(known[:MOST_NAMES])}{more}"
 
 
 def minutes_and_seconds(seconds: float) -> str:

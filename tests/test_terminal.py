@@ -146,3 +146,5 @@ def test_the_nearest_known_name_is_meant() -> None:
     assert nearest_name("light", known) is None and nearest_name("ston", known, least=0.95) is None
     assert name_meant("rivr", known) == "did you mean 'river'?"
     assert name_meant("light", dict.fromkeys(known), "it has") == "it has river, stone, stones"
+    many = name_meant("light", [f"run{n}" for n in range(10_000)])
+    assert many.startswith("there are run0, run1, ") and many.endswith(", run59 and 9,940 more")

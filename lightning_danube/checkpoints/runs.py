@@ -96,8 +96,7 @@ def resolve_checkpoint(
             )
         last = with_checkpoint[0]
         checkpoint, warnings = newest_whole_checkpoint(last)
-        for version in versions[: versions.index(last)]:
-            warnings.insert(0, f"{version} has no checkpoint yet: taking {last}, which began before it")
+        warnings = [*_without_checkpoint(versions[: versions.index(last)], last), *warnings]
         return RunPlace(place, checkpoint, verb == "fit", warnings)
     refuse_address(ckpt_path)
     path = Path(ckpt_path)
@@ -114,6 +113,16 @@ def resolve_checkpoint(
             "newest that is whole"
         )
     return RunPlace(place, path, continues=False)
+
+
+def _without_checkpoint(skipped: Sequence[Path], taken: Path) -> list[str]:
+    """Returns the warnings about newer versions without a checkpoint. Thousands of versions are one line."""
+    if len(skipped) > 3:
+        return [
+            f"{len(skipped):,} versions up to {skipped[0].name} have no checkpoint yet: taking {taken}, which began "
+            "before them"
+        ]
+    return [f"{version} has no checkpoint yet: taking {taken}, which began before it" for version in reversed(skipped)]
 
 
 def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:

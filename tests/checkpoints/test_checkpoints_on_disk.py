@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_danube.__main__ import main
+from lightning_danube.__main__ import main, user_message
 from lightning_danube.callbacks import Checkpoints
 from lightning_danube.checkpoints.files import (
     HashingWriter,
@@ -122,6 +122,28 @@ def test_what_is_no_regular_file_is_damage_and_is_not_read(tmp_path: Path, kind:
         path.symlink_to(kind)
     assert damage(path) is not None
     assert resolve_checkpoint("fit", str(tmp_path), "run", "last").checkpoint == good
+
+
+@pytest.mark.parametrize("typed", ["/dev/zero", "/dev/null", "PIPE", "/proc/self/mem", "a\0b", "x" * 5000, "a\nb"])
+def test_a_checkpoint_that_is_named_and_no_file_is_refused_in_one_line(tmp_path: Path, typed: str) -> None:
+    if typed == "PIPE":
+        os.mkfifo(tmp_path / "pipe")
+        typed = str(tmp_path / "pipe")
+    with pytest.raises((ValueError, OSError)) as refused:
+        resolve_checkpoint("fit", str(tmp_path), "run", typed)
+    said = user_message(refused.value)
+    assert said is not None and "\n" not in said
+
+
+def test_a_thousand_versions_without_a_checkpoint_are_one_line(tmp_path: Path) -> None:
+    (good,) = checkpoints_of_a_run(tmp_path, 5)
+    for number in range(1, 1000):
+        (tmp_path / "run" / f"version_{number}").mkdir()
+    found = resolve_checkpoint("fit", str(tmp_path), "run", "last")
+    assert found.checkpoint == good
+    assert found.warnings == [
+        f"999 versions up to version_999 have no checkpoint yet: taking {good.parents[1]}, which began before them"
+    ]
 
 
 def test_an_archive_that_says_it_is_encrypted_is_damage(tmp_path: Path) -> None:

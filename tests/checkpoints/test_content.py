@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_danube.checkpoints.content import all_finite, check_content, check_plain, check_restored
+from lightning_danube.checkpoints.files import read_plain
 
 FILE = Path("step_00000003.ckpt")
 
@@ -52,6 +53,14 @@ def test_a_content_of_another_layout_is_refused(content: dict[str, Any]) -> None
         ValueError, match=r"^step_00000003.ckpt:? (is no checkpoint of a run|its optimizer_states|the state)"
     ):
         check_content(content, FILE)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), (1, 2), 3, None, {1: torch.ones(2)}, "text"])
+def test_a_file_that_holds_no_mapping_of_names_is_refused(content: Any, tmp_path: Path) -> None:
+    file = tmp_path / "step_1.ckpt"
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"step_1.ckpt is no checkpoint: it holds a \w+, not a mapping of names$"):
+        read_plain(file)
 
 
 def test_an_optimizer_takes_only_a_state_of_the_shapes_of_its_parameters() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from lightning_danube.checkpoints.runs import versions_of
 from lightning_danube.terminal import name_meant, show
 
 
@@ -51,7 +52,7 @@ def _directory(text: str) -> Path:
         near = [str(one) for one in sorted(path.parent.glob("*/"))]
         hint = f": {name_meant(text, near)}" if near else ""
         raise ValueError(f"there is no run {text}{hint}")
-    versions = [one for one in path.glob("version_*/") if (one / "config.yaml").is_file()]
+    versions = [one for one in versions_of(path) if (one / "config.yaml").is_file()]
     if not versions:
         raise ValueError(f"{text} is no run: neither it nor a version_<n> in it has a config.yaml")
-    return max(versions, key=lambda one: int(one.name.removeprefix("version_")))
+    return versions[0]
