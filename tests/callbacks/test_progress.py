@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_danube.callbacks import Progress
-from lightning_danube.callbacks.progress import plain_line
+from lightning_danube.callbacks.progress import LiveLine, plain_line
 from lightning_danube.training.task import DecoderTask
 from tests.callbacks.conftest import Clock
 
@@ -78,6 +78,17 @@ def test_a_terminal_has_one_line_that_says_when_the_run_evaluates(
     trainer.global_step = 6
     progress.on_train_end(trainer, task)
     assert drawn().startswith("training: 100 %") and "384/384" in drawn()
+
+
+def test_a_name_of_a_configuration_is_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    line = LiveLine(0, 100)
+    line.train(10, "one\x1b[2J\ntwo\r\u202e", 2.0)
+    line.close()
+    drawn = terminal.getvalue()
+    assert "stage one\\x1b[2J two \\u202e" in drawn or "stage one\\x1b[2J two\\u202e" in drawn
+    assert "\x1b[2J" not in drawn and "\u202e" not in drawn and "one\n" not in drawn
 
 
 def test_a_progress_that_is_disabled_is_silent(

@@ -49,6 +49,26 @@ def test_the_only_step_of_a_run_has_the_peak_rate(monkeypatch: pytest.MonkeyPatc
         assert [task._rate_of_step(step) for step in range(total // batch)] == pytest.approx(rates)
 
 
+def test_a_run_that_does_not_fit_into_the_memory_is_warned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, gradients and the two moments of AdamW, for each process of the machine."""
+    task = task_of(CONFIG)
+    needed = 2 * 4 * 4 * CONFIG.parameters
+    root, gpu = SimpleNamespace(root_device=torch.device("cpu")), SimpleNamespace(root_device=torch.device("cuda"))
+    for there, strategy, local_rank, warns in (
+        (needed - 1, root, 0, True),
+        (needed, root, 0, False),
+        (1, root, 1, False),  # rank zero has said it
+        (1, gpu, 0, False),
+    ):
+        monkeypatch.setattr("lightning_danube.training.task.usable_memory", lambda there=there: there)
+        task._trainer = SimpleNamespace(strategy=strategy, local_rank=local_rank, num_devices=2)  # type: ignore[assignment]
+        task._warn_of_memory()
+        said = capsys.readouterr().err
+        assert said.startswith("warning: weights, gradients and optimizer take ") == warns == bool(said)
+
+
 # --- private parts of Lightning ---------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_danube.files import InUse
 from lightning_danube.model import Decoder, DecoderConfig
-from lightning_danube.weights.huggingface import exporting, load_checkpoint, load_hf, save_hf
+from lightning_danube.weights.gguf.files import load_gguf, save_gguf
+from lightning_danube.weights.huggingface import assemble, exporting, is_host, load_checkpoint, load_hf, save_hf
 from tests.tiny_models import tiny_decoder
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)
@@ -108,6 +109,32 @@ def test_of_several_types_the_one_that_holds_them_all(exported: Path, decoder: D
     loaded = load_hf(exported)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded(IDS), decoder.float()(IDS))
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
+    exported: Path, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From each kind of file, in the type that is asked for. A GPU has a memory of its own."""
+    checkpoint, file = tmp_path / "step_1.ckpt", tmp_path / "model.gguf"
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    torch.save({"decoder_config": decoder.config.facts(), "state_dict": state}, checkpoint)
+    save_gguf(decoder, file, dtype=torch.float32)
+    needed = 4 * decoder.config.parameters
+    for load, source in ((load_hf, exported), (load_checkpoint, checkpoint), (load_gguf, file)):
+        monkeypatch.setattr("lightning_danube.device.usable_memory", lambda: needed)
+        load(source, dtype=torch.float32)
+        monkeypatch.setattr("lightning_danube.device.usable_memory", lambda: needed - 1)
+        load(source, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(source))} has [\d.]+ GB of weights, more than the"):
+            load(source, dtype=torch.float32)
+    assert [is_host(device) for device in (None, "cpu", torch.device("cpu"), "cuda:1")] == [True, True, True, False]
+
+
+def test_weights_that_are_no_numbers_are_refused_whatever_file_holds_them(decoder: Decoder) -> None:
+    tensors = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    tensors["model.norm.weight"][3] = torch.nan
+    with pytest.raises(ValueError, match=r"^x.gguf: its weight model.norm.weight holds NaN or infinity"):
+        assemble(decoder.config, tensors, Path("x.gguf"))
 
 
 def test_the_model_does_not_live_on_the_files(exported: Path, decoder: Decoder) -> None:
