@@ -2,6 +2,8 @@ import csv
 import gzip
 import itertools
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -327,3 +329,20 @@ def test_a_row_that_is_no_text_is_refused_also_from_a_stream(tmp_path: Path) -> 
     datasets.Dataset.from_list([{"n": 1}, {"n": 2}]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"source 'src': .*saved, row 1: column 'n' holds int, not text"):
         read(tmp_path / "saved", text="n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
+    import resource
+
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"text {number}\n")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handle = os.dup(0)  # the lowest number that is free
+    os.close(handle)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (handle + 20, before[1]))
+    try:
+        documents = list(read_documents("src", Source(str(tmp_path)), tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [document.text for document in documents] == [f"text {number}\n" for number in range(300)]
