@@ -1,6 +1,7 @@
 """Whole runs on full disks and beside each other: one line, no traceback, and what was saved stays."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,8 @@ from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.files import damage
 from lightning_danube.checkpoints.runs import LOCK, newest_checkpoint
 from tests.forked import Forked
+from tests.quantization.test_run import CONFIG as QUANTIZATION
+from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.faults
 
@@ -117,7 +120,7 @@ def test_of_two_resumes_one_trains_the_run(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("verb", ["test", "export", "generate", "prepare"])
+@pytest.mark.parametrize("verb", ["test", "quantization", "export", "generate", "prepare"])
 def test_a_verb_that_has_nothing_to_save_ends_and_leaves_nothing(
     tiny_run: Path, tmp_path: Path, verb: str, number: int
 ) -> None:
@@ -134,6 +137,12 @@ def test_a_verb_that_has_nothing_to_save_ends_and_leaves_nothing(
             str(tmp_path / "c"),
         ],
     }
+    if verb == "quantization":
+        levels = re.sub(r"levels: .*", "levels: [rounding:4/64, rounding:2/64]", QUANTIZATION)
+        save_tiny(tmp_path / "model")
+        (tmp_path / "text.txt").write_text(" ".join(f"the {number} things of them" for number in range(300)))
+        (tmp_path / "bits.yaml").write_text(levels.replace("TMP", str(tmp_path)))
+        commands[verb] = ["test", "--config", str(tmp_path / "bits.yaml")]
     for moment in range(12):
         output = tmp_path / f"said-{moment}.txt"
         process = Forked(commands[verb], output, tmp_path)
