@@ -146,8 +146,10 @@ class StopSignals:
             yield
         finally:
             self._listening = self._threaded = False
-            # While Python shuts down, nothing can catch an exception: let the system end the process.
-            _restore(dict.fromkeys(numbers, signal.SIG_DFL) if own_process else before)
+            # While Python shuts down, nothing can catch an exception: let the system end the process. Rank zero would
+            # take such an end of another rank for a failure, and end itself, perhaps within a save.
+            at_end = signal.SIG_DFL if _local_rank() == "0" else signal.SIG_IGN
+            _restore(dict.fromkeys(numbers, at_end) if own_process else before)
             if close is not None:
                 close()
 
@@ -169,6 +171,11 @@ class StopSignals:
                 self._forget()
             self._held = self._handle_all(numbers)
         self._phase = SAVING
+
+    def stop_with_others(self) -> None:
+        """Says that this process leaves because another rank got a signal. A signal of its own changes nothing now."""
+        if self.received is None:
+            self.received = signal.SIGTERM
 
     def all_done(self) -> None:
         """Says that all work is saved. Signals are still held, because the process will soon end by itself."""
@@ -397,8 +404,12 @@ def _restore(handlers: dict[int, Any]) -> None:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def _local_rank() -> str:
+    return os.environ.get("LOCAL_RANK", "0")
+
+
 def _say(number: int, phase: Phase) -> None:
-    rank = os.environ.get("LOCAL_RANK", "0")
+    rank = _local_rank()
     if rank != "0" and number == signal.SIGINT:
         return  # a terminal sends SIGINT to all ranks, and rank zero answers
     who = f"{signal.Signals(number).name}{'' if rank == '0' else f' on local rank {rank}'}"

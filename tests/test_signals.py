@@ -318,6 +318,18 @@ def test_an_ignored_signal_stays_ignored(program: Any) -> None:
     assert busy.end() == (0, ["returned"])
 
 
+@pytest.mark.parametrize(("rank", "code", "said"), [("0", -signal.SIGINT, ["ends"]), ("1", 0, ["ends", "ended"])])
+def test_a_signal_while_a_rank_shuts_down_is_no_failure(program: Any, rank: str, code: int, said: list[str]) -> None:
+    """Rank zero would end itself because of another rank that a signal ended, perhaps within a save."""
+    at_end = (
+        "lambda: (say('ends'), os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGTERM), say('ended'))"
+    )
+    busy = program(
+        f"import atexit; os.environ['LOCAL_RANK'] = '{rank}'; atexit.register({at_end})\n" + verb("return 0")
+    )
+    assert busy.end() == (code, said)
+
+
 def test_another_listener_keeps_its_descriptor(program: Any) -> None:
     """Without a thread the answer waits for the call, but comes."""
     text = "ours, theirs = os.pipe(); os.set_blocking(theirs, False); signal.set_wakeup_fd(theirs)\n"

@@ -259,7 +259,9 @@ class RunSignals:
         """
         if self.stop_run:
             wait_for_checkpoint(trainer.strategy)
-            raise self._stopped(trainer)
+            stopped = self._stopped(trainer)
+            SIGNALS.stop_with_others()
+            raise stopped
 
     def _stopped(self, trainer: Trainer) -> Stopped:
         """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""

@@ -22,7 +22,7 @@ from lightning_danube.checkpoints.schedule import (
     stage_checkpoint,
     step_checkpoint,
 )
-from lightning_danube.signals import SIGNALS
+from lightning_danube.signals import SIGNALS, Stopped
 from tests.ranks import on_ranks
 
 
@@ -173,6 +173,20 @@ def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: p
         ends.append((stopped.code, stopped.message))
     saved = "stopped after step 7, saved: go on with --ckpt_path last"
     assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, saved)] and asked == ["requeue"]
+
+
+def test_a_rank_that_stops_because_of_another_takes_no_signal_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after SIGTERM to rank zero alone: the other rank would end with 130 while rank zero still saves."""
+    monkeypatch.setattr(SIGNALS, "received", None)
+    monkeypatch.setattr(schedule, "wait_for_checkpoint", lambda strategy: None)
+    trainer: Any = SimpleNamespace(global_step=7, is_global_zero=False, local_rank=1, strategy=None)
+    signals = RunSignals()
+    signals.stop(trainer)  # nobody was told to stop
+    signals.stop_run = True
+    with pytest.raises(Stopped) as stopped:
+        signals.stop(trainer)
+    assert stopped.value.code == 0 and SIGNALS.received is not None
+    SIGNALS._handle(signal.SIGINT, None)  # raises nothing
 
 
 def test_a_run_that_has_diverged_keeps_its_checkpoints(tmp_path: Path) -> None:

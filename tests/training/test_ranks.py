@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,13 @@ class TwoRanks:
         command = [sys.executable, "-m", "lightning_danube", "fit", "--config", str(self.tiny / "two.yaml")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILL_TEST": self.mark}
         with (self.tiny / "stderr.txt").open("w") as stderr:
-            process = subprocess.Popen(
+            process = self.process = subprocess.Popen(
                 [*command, "--trainer.devices", "2", "--trainer.strategy", "ddp", *options],
                 env=environment,
                 cwd=self.tiny,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
+                process_group=0,
             )
         try:
             code = process.wait(SECONDS)
@@ -149,6 +152,27 @@ def test_a_fault_of_ours_on_one_rank_shows_one_traceback(two: TwoRanks, rank: in
     assert code == 1
     assert said.count("Traceback") == 1 and "RuntimeError: a fault of ours" in said
     assert ("on rank 1" in said) == (rank == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_sigterm_and_then_ctrl_c_save_the_run(two: TwoRanks, whom: str) -> None:
+    """SIGTERM to rank zero alone (`kill`) or to all (`timeout`), and a second later Ctrl-C, which a terminal sends to
+    all: the ranks may then train, save or shut down. The run is saved, and no rank is said to have failed."""
+    two.config = two.config.replace("tokens: 3K", "tokens: 4M")
+    run = two.tiny / "runs" / "tiny" / "version_0"
+
+    def stop() -> None:
+        while not list(run.glob("checkpoints/*.ckpt")):
+            time.sleep(0.05)
+        (os.killpg if whom == "all" else os.kill)(two.process.pid, signal.SIGTERM)
+        time.sleep(1.0)
+        with suppress(ProcessLookupError):
+            os.killpg(two.process.pid, signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    code, said = two.fit("--data.init_args.max_passes", "10000")
+    assert code == 75 and "saved: go on with --ckpt_path last" in said and "error" not in said
 
 
 @pytest.mark.slow
