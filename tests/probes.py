@@ -1,6 +1,7 @@
 """Callbacks that only tests name: they write down what was trained on and what came of it, or spoil a step."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -39,6 +40,19 @@ def samples_of_steps(directory: Path) -> list[list[list[int]]]:
     for step, _, _, keys in sorted(lines, key=lambda line: line[:3]):
         steps.setdefault(step, []).extend(keys)
     return [steps[step] for step in sorted(steps)]
+
+
+class BatchesOfSteps(Callback):
+    """Appends the step, the number and the hash of each micro-batch to `<directory>/batches.jsonl`. For any task."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()[:16]
+        with (self.directory / "batches.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.global_step, batch_idx, digest]) + "\n")
 
 
 class StopAt(Callback):
