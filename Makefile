@@ -32,12 +32,12 @@ GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_2
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
-MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or trackers or faults or wheel)"
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or trackers or faults or slurm or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken test-trackers test-kernels test-faults check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
+	test-s3 test-gigatoken test-trackers test-kernels test-faults test-slurm check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -87,6 +87,9 @@ test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpret
 
 test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and beside each other (needs the right to mount)
 	@$(BIN)/python -m pytest -q -m faults $(ARGS)
+
+test-slurm: $(INSTALLED_TEST) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
+	@$(BIN)/python -m pytest -q -m slurm $(ARGS)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)

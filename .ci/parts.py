@@ -58,6 +58,7 @@ PARTS = {
     "slow-benchmarks": slow("benchmarks"),
     "faults": ["make", "--no-print-directory", "test-faults"],
     "kernels": ["make", "--no-print-directory", "test-kernels"],
+    "slurm": [".ci/slurm"],
     "notebooks": slow("test_notebooks.py"),
     "newest": [".ci/newest"],
     "lowest": ["make", "--no-print-directory", "test-lowest"],

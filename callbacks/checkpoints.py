@@ -30,7 +30,8 @@ class Checkpoints(Checkpoint):
 
     A run is saved only at optimizer steps, so a checkpoint holds no half-accumulated gradient. On SIGTERM, SIGUSR1 and
     Ctrl-C the run saves at the next step, several ranks at the one after it, and ends with exit code 75. Under SLURM,
-    SIGUSR1 requeues the job. A run that `trainer.max_steps`, `trainer.max_time` or a callback ends is saved, too.
+    SIGUSR1 requeues the job. A run that `trainer.max_steps`, `trainer.max_time` or a callback ends is saved, too. Five
+    minutes after each start, a run that was not saved since is saved once.
 
     Args:
         every_n_steps: optimizer steps between two step checkpoints; 1,000 by default.
@@ -84,6 +85,7 @@ class Checkpoints(Checkpoint):
         else:
             name, is_last = curriculum_of(trainer)[1].stages[stage].name, is_done(trainer)
             save_stage(trainer, self._directory, stage, name, is_last=is_last)
+            self._signals.saved = True
             if not is_last:
                 self._signals.ask(at_once=True)
 

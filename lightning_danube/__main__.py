@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
 from lightning_danube.files import refusal_of_disk
-from lightning_danube.signals import SIGNALS, Stopped
+from lightning_danube.signals import SIGNALS, Stopped, requeued
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
 TRAINER_VERBS = {
@@ -79,7 +79,7 @@ def _run(args: list[str]) -> int:
     except Stopped as stop:
         if stop.message:
             tell(stop.message)
-        return int(stop.code or 0)
+        return requeued(int(stop.code or 0))
 
 
 def _report(error: BaseException, debug: bool) -> int:

@@ -8,6 +8,7 @@ A call into C that holds Python's global lock (loading torch's libraries takes a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -27,6 +28,9 @@ EXIT_STOPPED = 75
 
 It is not 0, because the run is not finished, and not 128 + signal, the code of a process that could not save.
 """
+
+USR1: signal.Signals | None = getattr(signal, "SIGUSR1", None)
+"""The signal by which SLURM says that a job's time is nearly over. Windows has none."""
 
 SECONDS_OF_ONE_STOP = 0.2
 """Two SIGINTs within this time count as one Ctrl-C: `timeout -s INT` signals both the child and its group."""
@@ -64,7 +68,7 @@ class Phase:
         raises: the exception that SIGINT raises in the main thread; None: the main thread checks `received` itself.
         handles_interrupts: the verb handles Ctrl-C itself and continues. The thread answers only if that takes too
             long.
-        seconds: how long the process may take to end after SIGTERM; None: as long as it needs.
+        seconds: how long the process may take to end after SIGTERM or SIGUSR1; None: as long as it needs.
     """
 
     answer: str
@@ -125,7 +129,7 @@ class StopSignals:
 
     @contextmanager
     def listening(self, *, own_process: bool) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM while a command line runs. Does nothing outside the main thread.
+        """Takes SIGINT, SIGTERM and SIGUSR1 while a command line runs. Does nothing outside the main thread.
 
         Args:
             own_process: the process runs only this command line, so a second Ctrl-C may end it, and a thread may watch.
@@ -134,7 +138,8 @@ class StopSignals:
             yield
             return
         # A signal that the parent process ignores (nohup, a shell's background job) stays ignored.
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        taken = [n for n in (signal.SIGINT, signal.SIGTERM, USR1) if n is not None]
+        numbers = [n for n in taken if signal.getsignal(n) != signal.SIG_IGN]
         self._forget()
         self._phase, self._listening = ENDING, True
         before = self._handle_all(numbers)
@@ -147,9 +152,11 @@ class StopSignals:
         finally:
             self._listening = self._threaded = False
             # While Python shuts down, nothing can catch an exception: let the system end the process. Rank zero would
-            # take such an end of another rank for a failure, and end itself, perhaps within a save.
-            at_end = signal.SIG_DFL if _local_rank() == "0" else signal.SIG_IGN
-            _restore(dict.fromkeys(numbers, at_end) if own_process else before)
+            # take such an end of another rank for a failure, and end itself, perhaps within a save. SIGUSR1 does not
+            # ask a process to end, and the exit code is decided.
+            ending = signal.SIG_DFL if _local_rank() == "0" else signal.SIG_IGN
+            at_end = {n: signal.SIG_IGN if n == USR1 else ending for n in numbers}
+            _restore(at_end if own_process else before)
             if close is not None:
                 close()
 
@@ -182,8 +189,8 @@ class StopSignals:
         self._phase = DONE
 
     def release(self) -> None:
-        """Ends `hold`."""
-        if self._phase in (SAVING, DONE):
+        """Ends `hold`. A run that is done stays done: what is left of it takes no signal."""
+        if self._phase is SAVING:
             self._phase = LEAVING_TRAINER
         _restore(self._held)
         self._held = {}
@@ -222,7 +229,7 @@ class StopSignals:
     def _answer(self, number: int) -> None:
         """Tells the user once what the process does now."""
         phase = self._phase
-        if number == signal.SIGTERM and phase.handles_interrupts:
+        if number != signal.SIGINT and phase.handles_interrupts:
             phase = ENDING
         # Do not wait for the lock: the handler may have interrupted this function while it held the lock.
         if phase is PROMPTING or not self._answering.acquire(blocking=False):
@@ -244,8 +251,8 @@ class StopSignals:
             _later(SECONDS_OF_PATIENCE, say_if_unanswered)
             return
         _say(number, phase)
-        if number == signal.SIGTERM and phase.raises is not None and phase.seconds is not None and self._threaded:
-            _later(phase.seconds, lambda: self._end_now(128 + number))
+        if number != signal.SIGINT and phase.raises is not None and phase.seconds is not None and self._threaded:
+            _later(phase.seconds, lambda: self._end_now(requeued(128 + number)))
 
     def _is_second_interrupt(self, number: int) -> bool:
         now = time.monotonic()
@@ -319,14 +326,15 @@ class StopSignals:
 
     @contextmanager
     def starting_processes(self) -> Iterator[None]:
-        """Blocks SIGINT from the first instruction on in processes that are started inside this context.
+        """Blocks SIGINT and SIGUSR1 from the first instruction on in processes that are started inside this context.
 
-        A terminal also sends Ctrl-C to them, and while they import, their own handler is not yet installed. In this
-        process the exception waits until they are started: an interrupted start prints the new process's traceback.
+        A terminal and SLURM also send these to them, and while they import, their own handler is not yet installed. In
+        this process the exception waits until they are started: an interrupted start prints the new process's
+        traceback.
         """
         before = None
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
         waits = threading.current_thread() is threading.main_thread()
         if waits:
             self._waiting = []
@@ -346,13 +354,16 @@ class StopSignals:
         self._forks_known = True
 
     def _forget_in_child(self) -> None:
-        """Ignores Ctrl-C in a forked child: a terminal also sends it to children, and the parent answers for them."""
+        """Ignores Ctrl-C and SIGUSR1 in a forked child: a terminal and SLURM also send them to children, and the parent
+        answers for them."""
         if not self._listening:
             return
         self._listening = self._threaded = False
         signal.set_wakeup_fd(-1)  # the pipe is the parent's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if USR1 is not None:
+            signal.signal(USR1, signal.SIG_IGN)
 
 
 SIGNALS = StopSignals()
@@ -427,16 +438,52 @@ def _later(seconds: float, do: Callable[[], object]) -> None:
     timer.start()
 
 
-def requeue_slurm_job() -> str:
-    """Asks SLURM to put this process's job back into the queue. Returns a message for the user."""
+def requeued(code: int) -> int:
+    """Returns the exit code of a process that a signal ends before there is anything to save.
+
+    SIGUSR1 inside a SLURM job says that the job's time is nearly over. Then the first task puts the job back into the
+    queue, where it begins again.
+
+    Args:
+        code: 128 + the number of the signal.
+    """
+    if USR1 is None or code != 128 + USR1 or "SLURM_JOB_ID" not in os.environ:
+        return code
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"{requeue_slurm_job()}\n".encode())  # not print: see `_say`
+    return EXIT_STOPPED
+
+
+def slurm_job() -> str | None:
+    """Returns the number of the SLURM job that this process belongs to, as scontrol takes it; None outside a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
-        return f"no SLURM job to requeue: SLURM_JOB_ID is {job!r}"
+    return job if re.fullmatch(r"[0-9]+(_[0-9]+)?", job) else None
+
+
+def ask_slurm(*command: str) -> str:
+    """Runs a command of SLURM, and returns what it prints.
+
+    Raises:
+        OSError: it failed; `strerror` says why.
+    """
     try:
-        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        return f"SLURM job {job} was not requeued: scontrol: {error.strerror}"
+        raise OSError(error.errno, f"{command[0]}: {error.strerror}") from error
     if result.returncode:
-        return f"SLURM job {job} was not requeued: {' '.join(result.stderr.split()) or f'exit {result.returncode}'}"
+        raise OSError(errno.EIO, " ".join(result.stderr.split()) or f"exit {result.returncode}")
+    return result.stdout
+
+
+def requeue_slurm_job() -> str:
+    """Asks SLURM to put this process's job back into the queue. Returns a message for the user."""
+    job = slurm_job()
+    if job is None:
+        return f"no SLURM job to requeue: SLURM_JOB_ID is {os.environ.get('SLURM_JOB_ID', '')!r}"
+    try:
+        ask_slurm("scontrol", "requeue", job)
+    except OSError as error:
+        return f"SLURM job {job} was not requeued: {error.strerror}"
     return f"SLURM job {job} requeued"

@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-CONDITIONS = ("no GPU", "no 16-bit products here")
+CONDITIONS = ("no GPU", "no 16-bit products here", "network namespaces are not permitted")
 """What a machine of CI may lack. A test that is skipped for another reason fails there."""
 
 

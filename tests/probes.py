@@ -6,11 +6,15 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_danube.signals import SIGNALS
 
 
 class KeysOfSteps(Callback):
@@ -229,3 +233,42 @@ class HoldSave(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step >= self.until:
             self._reached.set()
+
+
+class Halt(Checkpoint):
+    """Has each rank wait once until a signal or the file "go" comes. Writes `halted-<rank>`: its process and its node.
+
+    Lightning calls it after `Checkpoints`, if it stands behind that.
+
+    Args:
+        directory: for the files. A run that goes on later does not wait again.
+        where: name of the hook: "setup", "on_train_batch_start", "on_train_end" or "teardown".
+        step: of "on_train_batch_start", the number of optimizer steps that are done.
+    """
+
+    def __init__(self, directory: str, where: str = "on_train_batch_start", step: int = 0) -> None:
+        self.directory, self.where, self.step = Path(directory), where, step
+
+    def _wait(self, trainer: Trainer, where: str) -> None:
+        mark = self.directory / f"halted-{trainer.global_rank}"
+        if where != self.where or mark.exists():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        hidden = mark.with_name(f".{mark.name}")
+        hidden.write_text(f"{os.getpid()} {os.environ.get('SLURMD_NODENAME', '')}")
+        hidden.rename(mark)
+        while not SIGNALS.answered and not (self.directory / "go").exists():
+            time.sleep(0.05)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._wait(trainer, "setup")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            self._wait(trainer, "on_train_batch_start")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait(trainer, "on_train_end")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._wait(trainer, "teardown")

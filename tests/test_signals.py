@@ -124,6 +124,7 @@ def verb(work: str) -> str:
     [
         (signal.SIGINT, "SIGINT: stopping; once more ends at once", 130),
         (signal.SIGTERM, "SIGTERM: stopping", 143),
+        (signal.SIGUSR1, "SIGUSR1: stopping", 138),
     ],
 )
 def test_the_answer_comes_before_the_call_returns(program: Any, number: int, answer: str, code: int) -> None:
@@ -133,6 +134,41 @@ def test_the_answer_comes_before_the_call_returns(program: Any, number: int, ans
     assert busy.wait_for("SIG") == [answer]
     # It ends as soon as the first call has returned, and does not begin the second.
     assert busy.end() == (code, [])
+
+
+@pytest.mark.parametrize(("task", "lines"), [("0", ["SLURM job 4711 requeued"]), ("1", [])])
+def test_the_time_limit_of_slurm_requeues_what_has_not_begun(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, lines: list[str]
+) -> None:
+    """Whatever the verb: only the first task of a step asks, and no task counts as failed."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\n[ \"$*\" = 'requeue 4711' ]\n")
+    (programs / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_PROCID", task)
+    busy = program(verb("busy(3_000_000); busy(10**9)"))
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGUSR1)
+    assert busy.wait_for("SIG") == ["SIGUSR1: stopping"]
+    assert busy.end() == (75, lines)
+
+
+def test_the_time_limit_of_slurm_does_not_change_an_exit_code_that_is_decided(program: Any) -> None:
+    busy = program(verb("return 0").replace("sys.exit(__main__.main())", "__main__.main(); busy(3_000_000)"))
+    busy.wait_for("busy")
+    busy.process.send_signal(signal.SIGUSR1)
+    assert busy.end() == (0, ["returned"])
+
+
+def test_the_time_limit_of_slurm_is_nothing_to_a_run_that_is_done() -> None:
+    with SIGNALS.listening(own_process=False):
+        SIGNALS.hold([signal.SIGUSR1])
+        SIGNALS.all_done()
+        SIGNALS.release()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert SIGNALS.received == signal.SIGUSR1
 
 
 def test_a_second_interrupt_ends_the_process_in_the_midst_of_a_call(program: Any) -> None:
@@ -164,19 +200,27 @@ POOL = """
 """
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_a_pool_leaves_the_answer_to_its_parent(program: Any, early: bool) -> None:
-    """A terminal sends Ctrl-C to all processes of a command; here also while the pool's processes still import."""
+@pytest.mark.parametrize(
+    ("early", "number", "line"),
+    [
+        (True, signal.SIGINT, "SIGINT: stopping; once more ends at once"),
+        (False, signal.SIGINT, "SIGINT: stopping; once more ends at once"),
+        (True, signal.SIGUSR1, "SIGUSR1: stopping"),
+        (False, signal.SIGUSR1, "SIGUSR1: stopping"),
+    ],
+)
+def test_a_pool_leaves_the_answer_to_its_parent(program: Any, early: bool, number: int, line: str) -> None:
+    """A terminal sends Ctrl-C to all processes of a command, SLURM its signal; here also while they still import."""
     busy = program(verb(POOL.replace("ROUNDS", "300_000")))
     busy.wait_for("begin" if early else "busy")
     if early:
         time.sleep(0.05)
-    os.killpg(busy.process.pid, signal.SIGINT)
+    os.killpg(busy.process.pid, number)
     code, rest = busy.end()
-    assert code == 130
+    assert code == 128 + number
     # No traceback, no warning about semaphores; what had begun was finished, what waited was not begun.
-    assert rest.count("SIGINT: stopping; once more ends at once") == 1
-    assert set(rest) <= {"SIGINT: stopping; once more ends at once", "busy", "made"}
+    assert rest.count(line) == 1
+    assert set(rest) <= {line, "busy", "made"}
     assert rest.count("made") < 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,12 @@ from lightning_danube.checkpoints.files import prepare_directory
 from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
 from lightning_danube.checkpoints.strategy import checkpoint_in_progress, wait_for_checkpoint
 from lightning_danube.signals import EXIT_STOPPED, SIGNALS, Stopped, requeue_slurm_job
+
+SECONDS_TO_FIRST_SAVE = 300.0
+"""After a start or a resume, a run is saved once when so much time has passed, unless it was saved before.
+
+An interval of steps can last for hours, and a run that fails before its first checkpoint has made no progress.
+"""
 
 
 class RunLength(Protocol):
@@ -178,7 +185,8 @@ class StopAtStep:
 
 
 class Votes:
-    """Agrees over all ranks whether one of them was told to stop. The ranks do not wait for each other's steps.
+    """Agrees over all ranks on questions to which one rank may know the answer. The ranks do not wait for each other's
+    steps.
 
     A vote is an asynchronous sum over the ranks' hosts. It does not pass through the devices, so no host waits for its
     device, which may be a step behind.
@@ -191,39 +199,54 @@ class Votes:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._open: tuple[Tensor, dist.Work] | None = None
 
-    def cast(self, told: bool, *, at_once: bool) -> bool:
+    def cast(self, stop: bool, save: bool, *, at_once: bool) -> tuple[bool, bool]:
         """Casts this rank's vote, and returns the result of the vote before it. Collective: every rank must call it.
 
         No vote is cast if the result is that the run stops.
 
         Args:
+            stop: whether this rank was told to stop.
+            save: whether this rank's clock says that the run is to be saved.
             at_once: wait for the result of this vote, too.
+
+        Returns:
+            For both, whether any rank says so.
         """
-        if self._result():
-            return True
-        counts = torch.tensor([int(told)])
+        stops, saves = self._result()
+        if stops:
+            return True, saves
+        counts = torch.tensor([int(stop), int(save)])
         work = dist.all_reduce(counts, group=self._group, async_op=True)
         assert work is not None
         self._open = counts, work
-        return at_once and self._result()
+        if at_once:
+            stops, saves = (before or now for before, now in zip((stops, saves), self._result(), strict=True))
+        return stops, saves
 
-    def _result(self) -> bool:
+    def _result(self) -> tuple[bool, bool]:
         if self._open is None:
-            return False
+            return False, False
         (counts, work), self._open = self._open, None
         work.wait()
-        return bool(counts)
+        stop, save = counts.tolist()
+        return stop > 0, save > 0
 
 
 class RunSignals:
-    """The signals that end a run after an optimizer step: SIGTERM, SIGUSR1, Ctrl-C and SLURM's requeue signal.
+    """What ends or saves a run after an optimizer step that no schedule knows: a signal, and the time since the start.
 
-    With several ranks, the run ends one step later than with one: see `Votes`.
+    The signals are SIGTERM, SIGUSR1, Ctrl-C and SLURM's requeue signal. With several ranks, the run ends one step later
+    than with one: see `Votes`.
     """
 
     def __init__(self) -> None:
         self.stop_run = False
         """Whether the run ends before its next step, as of the last call of `ask`."""
+        self.first_save = False
+        """Whether the run's first save since its start is due by the time, as of the last call of `ask`."""
+        self.saved = False
+        """Whether the run was saved since its start."""
+        self._began = time.monotonic()
         self._requeue: int | None = None
         self._votes: Votes | None = None
 
@@ -233,7 +256,8 @@ class RunSignals:
         This replaces Lightning's handlers if a user's program has a trainer of its own. Lightning's SIGTERM handler
         ends the run within an accumulation and saves nothing. Its SLURM handler saves in the middle of a step.
         """
-        self.stop_run, self._requeue = False, None
+        self.stop_run = self.first_save = self.saved = False
+        self._requeue, self._began = None, time.monotonic()
         self._votes = Votes(getattr(trainer.strategy, "_timeout", None)) if trainer.world_size > 1 else None
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -243,13 +267,18 @@ class RunSignals:
         SIGNALS.hold(number for number in numbers if number is not None)
 
     def ask(self, *, at_once: bool = False) -> None:
-        """Sets `stop_run` to whether any rank has received a signal. Collective: every rank must call it.
+        """Sets `stop_run` to whether any rank has received a signal, and `first_save`. Collective: every rank must call
+        it.
 
         Args:
             at_once: with several ranks, also count signals since the last call. Waits for the other ranks.
         """
         told = SIGNALS.received is not None
-        self.stop_run = told if self._votes is None else self._votes.cast(told, at_once=at_once)
+        late = not self.saved and time.monotonic() - self._began >= SECONDS_TO_FIRST_SAVE
+        if self._votes is not None:
+            told, late = self._votes.cast(told, late, at_once=at_once)
+        # A vote may be as old as the step before the last save, in which all ranks took part.
+        self.stop_run, self.first_save = told, late and not self.saved
 
     def stop(self, trainer: Trainer) -> None:
         """Ends the run, if `ask` has heard of a signal, when its last checkpoint is on disk.
@@ -281,7 +310,8 @@ def save_if_due(
     ends_here: bool,
     at_once: bool = False,
 ) -> None:
-    """Saves a run after this step if the schedule says so, if the run ends here, or if a signal ends it.
+    """Saves a run after this step if the schedule or the time since its start says so, if it ends here, or if a signal
+    ends it.
 
     Args:
         at_once: see `RunSignals.ask`.
@@ -290,7 +320,8 @@ def save_if_due(
     due = ends_here or schedule.is_due(step)
     # A validation and a save have waited, or will wait, for the device in any case.
     signals.ask(at_once=at_once or due)
-    if signals.stop_run or due:
+    if signals.stop_run or signals.first_save or due:
+        signals.saved = True
         save(trainer, step_checkpoint(directory, step), schedule.keep, wait=ends_here or signals.stop_run)
 
 

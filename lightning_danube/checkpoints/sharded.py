@@ -50,6 +50,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
+    def open(self) -> None:
+        """Makes the process group of the threads, if there is none. All ranks call it.
+
+        It is called when a run is set up: nodes that cannot reach each other by gloo then fail at the start, and not
+        at the first save.
+        """
+        import torch.distributed as dist
+
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+
     def save(self, tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
         """Starts saving a checkpoint. All ranks call it, each with its part of the tensors.
 
@@ -62,8 +73,7 @@ class Saver:
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
         self.wait()
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        self.open()
         folder = ExitStack()
         plain = io.BytesIO()
         hidden = [Path()]

@@ -114,6 +114,8 @@ class ShardedStrategy(ModelParallelStrategy):
             names = ("groups", "shards", "tensor_parallel")
             grid = init_device_mesh(self.root_device.type, (replicas // shared, shared, devices), mesh_dim_names=names)
             self._meshes = grid["groups", "shards"], grid["tensor_parallel"]
+        if self._save_distributed_checkpoint:
+            self._saver.open()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

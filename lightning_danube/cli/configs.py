@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -22,6 +23,7 @@ from lightning_danube.cli.command_line import (
     with_config_paths,
 )
 from lightning_danube.cli.options import Reader, Refusal, Typed
+from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml, with_text_keys
 
 if TYPE_CHECKING:
@@ -184,6 +186,17 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
             PretrainingSettings(**options, **facts),
             TrainerSection(**reader.options(TrainerSection, trainer, ("trainer",), "Trainer")),
         )
+
+
+def place_of_runs(configs: Sequence[str], overrides: Sequence[str]) -> Path:
+    """Returns `<runs>/<name>` of a configuration. Reads nothing else of it.
+
+    Raises:
+        ValueError: the configuration is missing or no YAML, or the name is a path.
+    """
+    args = [flag for config in configs for flag in ("--config", config)]
+    tree = resolved_tree(read_command_line(with_config_paths([*args, *overrides])))
+    return inside(Path(str(tree.get("runs") or "runs")), tree.get("name") or "run", "--name")
 
 
 def _class_name(section: Any) -> str:

@@ -55,7 +55,13 @@ from lightning_danube.training.precision import (
     kind_of_device,
 )
 from lightning_danube.training.precision import warning_of as precision_warning
-from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak, this_rank
+from lightning_danube.training.ranks import (
+    RankLauncher,
+    check_host_name,
+    end_with_launcher,
+    let_rank_zero_speak,
+    this_rank,
+)
 from lightning_danube.training.trackers.kept import end_of_session
 from lightning_danube.training.trackers.loss_curve import HeldOutCurve
 from lightning_danube.training.trackers.places import LoggerPlace, make_logger, record_ids
@@ -366,6 +372,7 @@ class DanubeCLI(LightningCLI):
                 f"trainer.num_nodes is {trainer.num_nodes}, and nothing tells the machines of each other: start the "
                 "run by torchrun or SLURM (docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
             )
+        check_host_name(trainer.num_nodes)
         cores = usable_cores()
         if self._on_cpu() and nobody_tells and trainer.num_devices > max(MOST_PROCESSES, cores):
             raise ValueError(

@@ -6,9 +6,11 @@ there with a network error that does not name the cause.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -175,6 +177,31 @@ def explain_silence(error: BaseException) -> None:
             "what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; go on from the last "
             "checkpoint with --ckpt_path last"
         )
+
+
+def check_host_name(nodes: int) -> None:
+    """Checks, for a run on several nodes, that the others can reach this one under the address that gloo takes.
+
+    gloo takes the first address of the host's name, and 127.0.0.1 if there is none. Debian maps the name of a host to
+    127.0.1.1. Ranks of other nodes would then connect to themselves, and wait.
+
+    Raises:
+        ValueError: no other node can reach that address.
+    """
+    if nodes < 2 or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    name = socket.gethostname()
+    try:
+        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        address = ""
+    if address and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return
+    raise ValueError(
+        f"trainer.num_nodes is {nodes}, and {name}, the name of this machine, stands for {address or 'no address'}: no "
+        "other node can reach it there. Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the network "
+        "between the nodes, such as eth0, or mend the name in /etc/hosts"
+    )
 
 
 def this_rank() -> int:

@@ -141,6 +141,53 @@ def test_one_rank_stops_at_once(received: signal.Signals | None, monkeypatch: py
     assert signals.stop_run == (received is not None)
 
 
+def test_the_first_save_after_a_start_is_due_by_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(SIGNALS, "received", None)
+    signals = RunSignals()
+    found = []
+    for clock["now"] in (1000.0, 1299.0, 1300.0, 1900.0):
+        signals.ask()
+        found.append(signals.first_save)
+    assert found == [False, False, True, True]
+    signals.saved = True
+    signals.ask()
+    assert not signals.first_save and not signals.stop_run
+
+
+def test_ranks_agree_on_the_first_save_though_their_clocks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank one's time is over before step 3: both save after step 4, once."""
+
+    def work(rank: int) -> None:
+        SIGNALS.received = None
+        signals = signals_of(2)
+        saves = []
+        for step in range(1, 9):
+            if rank and step == 3:
+                signals._began -= schedule.SECONDS_TO_FIRST_SAVE
+            signals.ask(at_once=step == 1)
+            assert not signals.stop_run
+            if signals.first_save:
+                saves.append(step)
+                signals.saved = True
+        assert saves == [4]
+
+    on_ranks(work)
+
+
+def test_a_run_is_saved_when_the_first_save_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "SECONDS_TO_FIRST_SAVE", 0.0)
+    monkeypatch.setattr(SIGNALS, "received", None)
+    saved: list[str] = []
+    monkeypatch.setattr(schedule, "save", lambda trainer, path, keep, *, wait: saved.append(f"{path.name} {wait}"))
+    signals = RunSignals()
+    for step in (1, 2, 3, 4):
+        trainer: Any = SimpleNamespace(global_step=step)
+        schedule.save_if_due(trainer, tmp_path, CheckpointSchedule(SaveInterval(3), 2, 3), signals, ends_here=False)
+    assert saved == ["step_00000001.ckpt False", "step_00000003.ckpt False"]
+
+
 def signals_of(world_size: int) -> RunSignals:
     signals = RunSignals()
     connector = SimpleNamespace(cluster_environment=None)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_danube.signals import Stopped
 from lightning_danube.training import ranks
-from lightning_danube.training.ranks import RankLauncher, end_with_launcher, let_rank_zero_speak
+from lightning_danube.training.ranks import RankLauncher, check_host_name, end_with_launcher, let_rank_zero_speak
 from tests.probes import samples_of_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -408,3 +409,37 @@ def test_silence_is_told_in_seconds() -> None:
         ranks.explain_silence(error)
     assert silence.user_message.startswith("waited 15.5 s for another rank, which hangs")  # type: ignore[attr-defined]
     assert not hasattr(other, "user_message")
+
+
+# --- the name of a node -----------------------------------------------------------------------------------------------
+
+
+def name_stands_for(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    def getaddrinfo(host: str, *_: Any, **__: Any) -> list[Any]:
+        assert host == "node7"
+        if address is None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(ranks.socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1", None])
+def test_a_name_by_which_no_other_node_finds_this_one_is_refused(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name_stands_for(monkeypatch, address)
+    said = rf"num_nodes is 2, and node7, the name of this machine, stands for {address or 'no address'}: no other node"
+    with pytest.raises(ValueError, match=f"{said} .* Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface"):
+        check_host_name(2)
+    check_host_name(1)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    check_host_name(2)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7", "fe80::1%eth0"])
+def test_a_name_by_which_other_nodes_find_this_one_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_stands_for(monkeypatch, address)
+    check_host_name(2)

@@ -34,18 +34,19 @@ class Nodes:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             **{"HEAD": "127.0.0.1", "PORT": str(port), "NODES": "2", "DEVICES": "1"},
+            "GLOO_SOCKET_IFNAME": "lo",  # on one machine, its name may be mapped to it
         }
         self.logs = [directory / f"node-{number}.log" for number in range(2)]
         self.agents = [
             subprocess.Popen(
                 ["docs/cluster/torchrun.sh", *arguments],
                 cwd=ROOT,
-                env=environment,
+                env={**environment, "NODE": str(number)},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            for log in self.logs
+            for number, log in enumerate(self.logs)
         ]
 
     def wait(self, seconds: float) -> list[int]:

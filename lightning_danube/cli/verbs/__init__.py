@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "write an HTML page about a run, or about several runs side by side",
     "export": "write a trained model for other programs",
     "configs": "list the configurations that come with the package, or copy one for editing",
+    "requeue": "in a SLURM job: put the job of a failed run back into the queue (docs/cluster.md)",
     "study": "run a controlled experiment: variants and seeds of one configuration, and a verdict",
 }
 """Verb → what it does. A verb's module has the verb's name."""

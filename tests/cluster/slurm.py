@@ -1,0 +1,212 @@
+"""A real SLURM on this machine: munged, slurmctld and a slurmd for each node, all on the loopback interface."""
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+BINARIES = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+# Times are short: a node counts as dead after 8 s, and a requeued job may start when its credentials have expired.
+SETTINGS = """
+ClusterName=danube
+SlurmctldHost=HOST(127.0.0.1)
+SlurmctldPort=CONTROL
+SlurmUser=USER
+SlurmdUser=USER
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket=DIR/munge.socket,cred_expire=5
+StateSaveLocation=DIR/state
+SlurmdSpoolDir=DIR/%n
+SlurmctldPidFile=DIR/slurmctld.pid
+SlurmdPidFile=DIR/%n.pid
+SlurmctldLogFile=DIR/slurmctld.log
+SlurmdLogFile=DIR/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/builtin
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=1000000
+SlurmdParameters=config_overrides
+SwitchType=switch/none
+MpiDefault=none
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=8
+SlurmctldTimeout=8
+KillWait=20
+JobRequeue=1
+MinJobAge=3600
+NODES
+PartitionName=all Nodes=NAMES Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> list[str]:
+    """Returns the programs that this machine lacks."""
+    return [program for program in PROGRAMS if shutil.which(program, path=BINARIES) is None]
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.create_server(("127.0.0.1", 0)))) for _ in range(number)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Returns the first value that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        time.sleep(0.2)
+    return value
+
+
+class Slurm:
+    """A cluster of some nodes, each a slurmd of its own. Use as a context.
+
+    Args:
+        directory: its files. The path is short: it holds a Unix socket.
+        nodes: names of the nodes.
+    """
+
+    def __init__(self, directory: Path, nodes: tuple[str, ...] = ("node1", "node2", "node3")) -> None:
+        self.directory, self.nodes = directory, nodes
+        self.environment = {
+            **{
+                name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+            },
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{BINARIES}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            # All nodes are this machine, and their names are known to SLURM only.
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "Slurm":
+        control, *ports = free_ports(1 + len(self.nodes))
+        same = "NodeHostname=HOST NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:2"
+        lines = [f"NodeName={name} Port={port} {same}" for name, port in zip(self.nodes, ports, strict=True)]
+        text = SETTINGS.replace("NODES", "\n".join(lines)).replace("NAMES", ",".join(self.nodes))
+        user = pwd.getpwuid(os.getuid()).pw_name
+        for word, value in {
+            "DIR": str(self.directory),
+            "HOST": socket.gethostname(),
+            "CONTROL": str(control),
+            "USER": user,
+        }.items():
+            text = re.sub(rf"\b{word}\b", value, text)
+        (self.directory / "slurm.conf").write_text(text)
+        # Two GPUs for SLURM to count. A GPU has to have a file.
+        (self.directory / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+        (self.directory / "state").mkdir()
+        key = self.directory / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        try:
+            self._start(
+                "munged", "munged", "--foreground", "--force", f"--socket={self.directory}/munge.socket",
+                f"--key-file={key}", f"--pid-file={self.directory}/munged.pid",
+                f"--seed-file={self.directory}/munged.seed", f"--log-file={self.directory}/munged.log",
+            )  # fmt: skip
+            wait_until((self.directory / "munge.socket").exists, "munged")
+            self._start("slurmctld", "slurmctld", "-D")
+            for node in self.nodes:
+                self.start_node(node)
+            wait_until(lambda: all(self.state_of_node(node) == "IDLE" for node in self.nodes), "idle nodes", 60)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(reversed(self._daemons)):
+            self._stop(name)
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.directory / f"{name}.out").open("ab") as out:
+            self._daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _stop(self, name: str, number: int = signal.SIGKILL) -> None:
+        daemon = self._daemons.pop(name)
+        daemon.send_signal(number)
+        daemon.wait()
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def start_node(self, node: str) -> None:
+        (self.directory / node).mkdir(exist_ok=True)
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kills a node's slurmd and all that it has started, as a power cut does."""
+        self._stop(node)
+        for process in self.processes(f"SLURMD_NODENAME={node}"):
+            os.kill(process, signal.SIGKILL)
+
+    def processes(self, variable: str = "") -> Iterator[int]:
+        """Yields the processes that belong to this cluster, and have a variable in their environment."""
+        wanted = {f"SLURM_CONF={self.directory / 'slurm.conf'}".encode(), *([variable.encode()] if variable else [])}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = set((entry / "environ").read_bytes().split(b"\0"))
+                except OSError:
+                    continue
+                if wanted <= environment:
+                    yield int(entry.name)
+
+    def state_of_node(self, node: str) -> str:
+        return self._shown("node", node).get("State", "")
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def call(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 or not check, done.stderr
+        return done.stdout
+
+    def _shown(self, what: str, name: str) -> dict[str, str]:
+        said = self.call("scontrol", "show", "--oneliner", what, name, check=False)
+        return {key: value for key, _, value in (word.partition("=") for word in said.split())}
+
+    def job(self, job: str) -> dict[str, str]:
+        """Returns what SLURM knows of a job, by its own names, such as "JobState" and "ExitCode"."""
+        return self._shown("job", job)
+
+    def submit(self, *arguments: str, directory: Path, **variables: str) -> str:
+        """Submits a batch script, and returns the job's number."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *arguments],
+            env={**self.environment, **variables}, cwd=directory, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def wait(self, job: str, *states: str, seconds: float = 240) -> dict[str, str]:
+        """Returns what SLURM knows of a job as soon as it is in one of the states, or in any in which it has ended."""
+        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        return wait_until(
+            lambda: (shown := self.job(job)).get("JobState") in wanted and shown, f"job {job} {' or '.join(wanted)}",
+            seconds,
+        )  # fmt: skip

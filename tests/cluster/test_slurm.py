@@ -1,0 +1,266 @@
+"""docs/cluster/slurm.sbatch on a real SLURM: whatever ends a job, the run goes on to the losses of an undisturbed one.
+
+All nodes are this machine: see tests/cluster/slurm.py.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
+from lightning_danube.checkpoints.sharded import consolidated
+from lightning_danube.checkpoints.single import DurableCheckpointIO
+from tests.cluster.runs import TinyRun
+from tests.cluster.slurm import ROOT, Slurm, missing, wait_until
+from tests.conftest import write_tiny
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=f"SLURM is not installed: {', '.join(missing())}"),
+]
+
+SHARDED = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+)
+DDP = ("--trainer.strategy=ddp",)
+LAST_STEP = 26
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    # Not in pytest's directory: the path of a Unix socket has at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    try:
+        with Slurm(directory) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Cluster:
+    """Jobs of tiny runs, one rank on each of two nodes."""
+
+    def __init__(self, slurm: Slurm, texts: Path, directory: Path) -> None:
+        self.slurm, self.directory, self.run = slurm, directory, TinyRun(texts, directory)
+        self.run.add("LossesOfSteps", directory=str(directory / "notes"))
+        self.strategy: tuple[str, ...] = DDP
+        self.job = ""
+
+    def submit(self, *options: str, **variables: str) -> None:
+        resources = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=10")
+        self.job = self.slurm.submit(
+            *options, *resources, "--output=job.log",
+            str(ROOT / "docs/cluster/slurm.sbatch"), str(self.run.config), *self.strategy,
+            directory=self.directory, **variables,
+        )  # fmt: skip
+
+    def halted(self) -> dict[int, tuple[int, str]]:
+        """Waits until both ranks wait. Returns rank → its process and node."""
+        marks = self.run.marks()
+        self._until(lambda: all(mark.exists() for mark in marks), "halted ranks")
+        found = {}
+        for rank, mark in enumerate(marks):
+            process, node = mark.read_text().split()
+            found[rank] = int(process), node
+        return found
+
+    def _until(self, holds: object, what: str) -> None:
+        try:
+            wait_until(holds, what)  # type: ignore[arg-type]
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+
+    def ends(self, state: str, restarts: int) -> dict[str, str]:
+        """Waits until the job has ended in this state, after so many restarts."""
+        shown = self.slurm.wait(self.job)
+        assert (shown["JobState"], shown["Restarts"]) == (state, str(restarts)), (shown, self.said())
+        return shown
+
+    def said(self) -> str:
+        log = self.directory / "job.log"
+        return log.read_text() if log.exists() else ""
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and loss, also of steps that were repeated."""
+        return [tuple(json.loads(line)) for line in (self.directory / "notes" / "losses.jsonl").open()]
+
+    def version(self, number: int = 0) -> Path:
+        return self.directory / "runs" / "tiny" / f"version_{number}"
+
+    def weights(self, version: int = 0) -> dict[str, torch.Tensor]:
+        path = newest_checkpoint(self.version(version))
+        assert path is not None and read_step(path) == LAST_STEP
+        loaded = consolidated(path) if path.is_dir() else DurableCheckpointIO().load_checkpoint(path)
+        state: dict[str, torch.Tensor] = loaded["state_dict"]
+        return state
+
+    def equals(self, undisturbed: "Cluster", version: int = 0) -> None:
+        expected = dict(undisturbed.losses())
+        assert len(expected) == LAST_STEP
+        found = self.losses()
+        assert {step for step, _ in found} == set(expected), "every step"
+        assert all(loss == expected[step] for step, loss in found), "bit by bit"
+        mine, theirs = self.weights(version), undisturbed.weights()
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture
+def cluster(slurm: Slurm, texts: Path, tmp_path: Path) -> Cluster:
+    return Cluster(slurm, texts, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Slurm, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    one = Cluster(slurm, texts, tmp_path_factory.mktemp("undisturbed"))
+    one.submit()
+    one.ends("COMPLETED", 0)
+    return one
+
+
+def test_a_job_whose_time_is_over_goes_on_where_it_was(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt(step=7)
+    cluster.submit()
+    cluster.halted()
+    # srun has taken --cpus-per-task: two for each of two ranks.
+    assert re.search(r"\bCPUs=4 Tasks=2\b", cluster.slurm.call("scontrol", "show", "step", f"{cluster.job}.0"))
+    # SLURM sends its signal two minutes before the end: now.
+    cluster.slurm.call("scontrol", "update", f"JobId={cluster.job}", "TimeLimit=2")
+    cluster.ends("COMPLETED", 1)
+    said = cluster.said()
+    assert "SIGUSR1: saving after this optimizer step, then stopping" in said
+    step = int(re.findall(r"^stopped after step (\d+), saved", said, re.MULTILINE)[0])
+    assert step in (8, 9) and said.count(f"SLURM job {cluster.job} requeued") == 1
+    assert [read[0] for read in cluster.losses()] == list(range(1, LAST_STEP + 1)), "no step was done twice"
+    cluster.equals(undisturbed)
+
+
+def test_a_node_that_dies_is_replaced(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt(step=7)
+    cluster.submit()
+    _, (_, node) = cluster.halted().values()
+    cluster.slurm.kill_node(node)
+    try:
+        shown = cluster.ends("COMPLETED", 1)
+        assert node not in cluster.slurm.call("scontrol", "show", "hostnames", shown["NodeList"]).split()
+        assert "step_00000005.ckpt; the run goes on in the same version" in cluster.said()
+        cluster.equals(undisturbed)
+    finally:
+        cluster.slurm.start_node(node)
+        wait_until(lambda: cluster.slurm.state_of_node(node) == "IDLE", "the node again")
+
+
+def test_a_node_that_dies_before_the_first_checkpoint(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.save_every(1000)
+    cluster.run.halt(step=3)
+    cluster.submit()
+    _, (_, node) = cluster.halted().values()
+    cluster.slurm.kill_node(node)
+    try:
+        cluster.ends("COMPLETED", 1)
+        assert "tiny: the run begins anew" in cluster.said()
+        cluster.equals(undisturbed, version=1)
+    finally:
+        cluster.slurm.start_node(node)
+        wait_until(lambda: cluster.slurm.state_of_node(node) == "IDLE", "the node again")
+
+
+def test_a_rank_that_dies_puts_the_job_into_the_queue_without_its_node(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt(step=7)
+    cluster.submit()
+    process, node = cluster.halted()[1]
+    os.kill(process, signal.SIGKILL)
+    shown = cluster.ends("COMPLETED", 1)
+    line = f"SLURM job {cluster.job} requeued after failure 1 of at most 10; {node} has failed, and is left out"
+    assert line in cluster.said()
+    assert shown["ExcNodeList"] == node
+    cluster.equals(undisturbed)
+    (failure,) = (cluster.directory / "runs" / "tiny").glob("failures_*.jsonl")
+    assert json.loads(failure.read_text())["checkpoint"].endswith("version_0/checkpoints/step_00000005.ckpt")
+
+
+def test_a_rank_that_dies_at_the_same_step_again_ends_the_job(cluster: Cluster) -> None:
+    cluster.run.add("Fail", what="kill", micro_batch=7, rank=1)
+    cluster.submit()
+    cluster.ends("FAILED", 1)
+    said = cluster.said()
+    assert said.count("requeued after failure 1 of at most 10") == 1
+    last = cluster.version() / "checkpoints" / "step_00000005.ckpt"
+    assert f"SLURM job {cluster.job} is not requeued: its run has made no progress since {last}" in said
+
+
+def test_a_mistake_ends_the_job(cluster: Cluster) -> None:
+    cluster.strategy = (*DDP, "--data.init_args.batch_tokens=32")
+    cluster.submit()
+    cluster.ends("FAILED", 0)
+    said = cluster.said()
+    assert "error: a step of 1 rows" in said
+    assert f"is not requeued: its run has no checkpoint under {cluster.directory / 'runs' / 'tiny'} yet" in said
+
+
+def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt(step=7)
+    cluster.submit()
+    cluster.halted()
+    cluster.slurm.call("scancel", cluster.job)
+    cluster.ends("CANCELLED", 0)
+    wait_until(lambda: re.search(r"^stopped after step [89], saved", cluster.said(), re.MULTILINE), "the last line")
+    wait_until(lambda: all(cluster.slurm.state_of_node(node) == "IDLE" for node in cluster.slurm.nodes), "idle nodes")
+    cluster.submit(RESUME="1")
+    cluster.ends("COMPLETED", 0)
+    cluster.equals(undisturbed)
+
+
+def test_the_signal_during_the_start_requeues(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt("setup")
+    cluster.submit()
+    cluster.halted()
+    cluster.slurm.call("scontrol", "update", f"JobId={cluster.job}", "TimeLimit=2")
+    cluster.ends("COMPLETED", 1)
+    assert cluster.said().count(f"SLURM job {cluster.job} requeued") == 1
+    newest = max(int(path.name.removeprefix("version_")) for path in cluster.version().parent.glob("version_*"))
+    cluster.equals(undisturbed, newest)
+
+
+@pytest.mark.parametrize("where", ["on_train_end", "teardown"])
+def test_the_signal_after_the_last_step_changes_nothing(cluster: Cluster, undisturbed: Cluster, where: str) -> None:
+    cluster.run.halt(where)
+    cluster.submit()
+    cluster.halted()
+    cluster.slurm.call("scancel", "--signal=USR1", cluster.job)
+    cluster.ends("COMPLETED", 0)
+    assert "SIGUSR1: all steps are done and saved, the run ends by itself soon" in cluster.said()
+    cluster.equals(undisturbed)
+
+
+def test_an_array_prepares_and_two_nodes_share_the_weights(slurm: Slurm, tmp_path: Path) -> None:
+    texts = write_tiny(tmp_path)
+    command = f"python -m lightning_danube prepare --config {texts}/tiny.yaml --shard $SLURM_ARRAY_TASK_ID/2"
+    array = slurm.submit("--array=1-2", "--output=array-%a.log", "--wrap", command, directory=tmp_path)
+    for task in ("1", "2"):
+        shown = slurm.wait(f"{array}_{task}")
+        assert shown["JobState"] == "COMPLETED", (tmp_path / f"array-{task}.log").read_text()
+    runs = []
+    for name in ("undisturbed", "disturbed"):
+        (tmp_path / name).mkdir()
+        runs.append(Cluster(slurm, texts, tmp_path / name))
+        runs[-1].strategy = SHARDED
+    undisturbed, disturbed = runs
+    undisturbed.submit()
+    undisturbed.ends("COMPLETED", 0)
+    disturbed.run.halt(step=7)
+    disturbed.submit()
+    disturbed.halted()
+    slurm.call("scontrol", "update", f"JobId={disturbed.job}", "TimeLimit=2")
+    disturbed.ends("COMPLETED", 1)
+    assert (disturbed.version() / "checkpoints" / "stage_3_finish_step_00000026.ckpt").is_dir()
+    disturbed.equals(undisturbed)
