@@ -169,13 +169,26 @@ def _watch_launcher(launcher: int) -> NoReturn:
 
 
 def explain_silence(error: BaseException) -> None:
-    """Adds a clear message to the error of a collective operation that timed out; gloo's error is about sockets."""
-    found = re.search(r"Timed out waiting (\d+)ms", str(error))
-    if isinstance(error, RuntimeError) and found:
+    """Adds a clear message to the error of a rank that waited in vain for another, or lost the connection to it.
+
+    The errors of torch.distributed name sockets and keys of its store.
+    """
+    if not isinstance(error, RuntimeError):
+        return
+    waited = re.search(r"Timed out waiting (\d+)ms|wait timeout after (\d+)ms", str(error))
+    # TCP gives up a connection by itself, after about 15 minutes without an answer.
+    lost = re.search(r"Connection timed out|No route to host|Network is unreachable", str(error))
+    go_on = "go on from the last checkpoint with --ckpt_path last"
+    if waited:
         error.user_message = (  # type: ignore[attr-defined]
-            f"waited {int(found[1]) / 1000:g} s for another rank, which hangs or is much slower, and ended all: see "
-            "what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; go on from the last "
-            "checkpoint with --ckpt_path last"
+            f"waited {int(waited[1] or waited[2]) / 1000:g} s for another rank, which hangs, is much slower or is cut "
+            "off, and ended all: see what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; "
+            f"{go_on}"
+        )
+    elif lost and _is_of_the_network(error):
+        error.user_message = (  # type: ignore[attr-defined]
+            f"lost the connection to another rank ({lost[0]}), and ended all: see whether its node and the network are "
+            f"there; {go_on}"
         )
 
 

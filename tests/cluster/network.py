@@ -102,6 +102,14 @@ class Nodes:
             nobody = ("lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent")
             ip("-n", self.spaces[node], "neighbour", "replace", ADDRESSES[other], *nobody)
 
+    def give_up_soon(self) -> None:
+        """Has TCP give up a connection after some seconds without an answer, and not after 15 minutes."""
+        for space in self.spaces.values():
+            ip("netns", "exec", space, "sh", "-c", "echo 3 > /proc/sys/net/ipv4/tcp_retries2")
+
+    def has_ended(self) -> bool:
+        return not list(self.processes())
+
     def processes(self) -> Iterator[int]:
         """Yields what is left of the agents and their ranks."""
         wanted = f"NETWORK_TEST={self.mark}".encode()

@@ -28,11 +28,14 @@ class TinyRun:
             file.write(f"    - class_path: tests.probes.{probe}\n      init_args: {json.dumps(arguments)}\n")
 
     def halt(self, where: str = "on_train_batch_start", step: int = 0) -> None:
-        self.add("Halt", directory=str(self.directory / "halts"), where=where, step=step)
+        self.add("Halt", directory=str(self.halts(where, step)), where=where, step=step)
+
+    def halts(self, where: str = "on_train_batch_start", step: int = 0) -> Path:
+        """Returns where both ranks say that they wait, and look for the file "go"."""
+        return self.directory / f"halt-{where}-{step}"
+
+    def has_halted(self, where: str = "on_train_batch_start", step: int = 0) -> bool:
+        return all((self.halts(where, step) / f"halted-{rank}").exists() for rank in (0, 1))
 
     def save_every(self, steps: int) -> None:
         self.config.write_text(self.config.read_text().replace("every_n_steps: 5", f"every_n_steps: {steps}"))
-
-    def marks(self) -> list[Path]:
-        """Returns the files that the two ranks write when they wait."""
-        return [self.directory / "halts" / f"halted-{rank}" for rank in (0, 1)]

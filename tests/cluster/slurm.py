@@ -55,6 +55,10 @@ PartitionName=all Nodes=NAMES Default=YES MaxTime=INFINITE State=UP
 """
 
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+"""States of a job that does not go on."""
+
+
 def missing() -> list[str]:
     """Returns the programs that this machine lacks."""
     return [program for program in PROGRAMS if shutil.which(program, path=BINARIES) is None]
@@ -83,7 +87,7 @@ class Slurm:
         nodes: names of the nodes.
     """
 
-    def __init__(self, directory: Path, nodes: tuple[str, ...] = ("node1", "node2", "node3")) -> None:
+    def __init__(self, directory: Path, nodes: tuple[str, ...] = ("node1", "node2", "node3", "node4")) -> None:
         self.directory, self.nodes = directory, nodes
         self.environment = {
             **{
@@ -203,9 +207,18 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
+    def has_ended(self, job: str) -> bool:
+        return self.job(job).get("JobState") in ENDED
+
+    def end_time_of(self, job: str) -> None:
+        """Has SLURM send the signal of a job's time limit, as the batch script asks for: two minutes before the end."""
+        self.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        self.wait(job, "PENDING")
+        self.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
     def wait(self, job: str, *states: str, seconds: float = 240) -> dict[str, str]:
         """Returns what SLURM knows of a job as soon as it is in one of the states, or in any in which it has ended."""
-        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        wanted = states or ENDED
         return wait_until(
             lambda: (shown := self.job(job)).get("JobState") in wanted and shown, f"job {job} {' or '.join(wanted)}",
             seconds,

@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,21 +65,18 @@ class Cluster:
             directory=self.directory, **variables,
         )  # fmt: skip
 
-    def halted(self) -> dict[int, tuple[int, str]]:
+    def halted(self, where: str = "on_train_batch_start", step: int = 0) -> dict[int, tuple[int, str]]:
         """Waits until both ranks wait. Returns rank → its process and node."""
-        marks = self.run.marks()
-        self._until(lambda: all(mark.exists() for mark in marks), "halted ranks")
-        found = {}
-        for rank, mark in enumerate(marks):
-            process, node = mark.read_text().split()
-            found[rank] = int(process), node
-        return found
-
-    def _until(self, holds: object, what: str) -> None:
         try:
-            wait_until(holds, what)  # type: ignore[arg-type]
+            wait_until(lambda: self.run.has_halted(where, step) or self.slurm.has_ended(self.job), f"halt in {where}")
+            assert self.run.has_halted(where, step), "the job has ended"
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
+        found = {}
+        for rank in (0, 1):
+            process, node = (self.run.halts(where, step) / f"halted-{rank}").read_text().split()
+            found[rank] = int(process), node
+        return found
 
     def ends(self, state: str, restarts: int) -> dict[str, str]:
         """Waits until the job has ended in this state, after so many restarts."""
@@ -97,6 +95,10 @@ class Cluster:
     def version(self, number: int = 0) -> Path:
         return self.directory / "runs" / "tiny" / f"version_{number}"
 
+    def newest(self) -> int:
+        """Returns the number of the newest version."""
+        return max(int(path.name.removeprefix("version_")) for path in self.version().parent.glob("version_*"))
+
     def weights(self, version: int = 0) -> dict[str, torch.Tensor]:
         path = newest_checkpoint(self.version(version))
         assert path is not None and read_step(path) == LAST_STEP
@@ -114,6 +116,17 @@ class Cluster:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@contextmanager
+def dead(slurm: Slurm, node: str) -> Iterator[str]:
+    """Kills a node, and starts it again at the end."""
+    slurm.kill_node(node)
+    try:
+        yield node
+    finally:
+        slurm.start_node(node)
+        wait_until(lambda: slurm.state_of_node(node) == "IDLE", "the node again")
+
+
 @pytest.fixture
 def cluster(slurm: Slurm, texts: Path, tmp_path: Path) -> Cluster:
     return Cluster(slurm, texts, tmp_path)
@@ -127,65 +140,64 @@ def undisturbed(slurm: Slurm, texts: Path, tmp_path_factory: pytest.TempPathFact
     return one
 
 
-def test_a_job_whose_time_is_over_goes_on_where_it_was(cluster: Cluster, undisturbed: Cluster) -> None:
-    cluster.run.halt(step=7)
+def test_a_run_survives_whatever_ends_its_job(cluster: Cluster, undisturbed: Cluster) -> None:
+    slurm = cluster.slurm
+    cluster.run.halt("setup")
+    for step in (7, 12, 17):
+        cluster.run.halt(step=step)
+    cluster.run.halt("on_train_end")
+    cluster.run.halt("teardown")
     cluster.submit()
-    cluster.halted()
+
+    # 1. The time is over before the first step.
+    cluster.halted("setup")
     # srun has taken --cpus-per-task: two for each of two ranks.
-    assert re.search(r"\bCPUs=4 Tasks=2\b", cluster.slurm.call("scontrol", "show", "step", f"{cluster.job}.0"))
-    # SLURM sends its signal two minutes before the end: now.
-    cluster.slurm.call("scontrol", "update", f"JobId={cluster.job}", "TimeLimit=2")
-    cluster.ends("COMPLETED", 1)
+    assert re.search(r"\bCPUs=4 Tasks=2\b", slurm.call("scontrol", "show", "--oneliner", "step", f"{cluster.job}.0"))
+    slurm.end_time_of(cluster.job)
+    assert cluster.said().count(f"SLURM job {cluster.job} requeued") == 1
+
+    # 2. It is over at step 7: nothing is done twice.
+    cluster.halted(step=7)
+    slurm.end_time_of(cluster.job)
     said = cluster.said()
     assert "SIGUSR1: saving after this optimizer step, then stopping" in said
-    step = int(re.findall(r"^stopped after step (\d+), saved", said, re.MULTILINE)[0])
-    assert step in (8, 9) and said.count(f"SLURM job {cluster.job} requeued") == 1
-    assert [read[0] for read in cluster.losses()] == list(range(1, LAST_STEP + 1)), "no step was done twice"
-    cluster.equals(undisturbed)
+    (stopped,) = re.findall(r"^stopped after step (\d+), saved: go on with --ckpt_path last$", said, re.MULTILINE)
+    assert stopped in ("8", "9") and said.count(f"SLURM job {cluster.job} requeued") == 2
+    assert [step for step, _ in cluster.losses()] == list(range(1, int(stopped) + 1))
 
+    # 3. A rank dies, and its node is left out from then on.
+    process, failed = cluster.halted(step=12)[1]
+    os.kill(process, signal.SIGKILL)
+    slurm.wait(cluster.job, "PENDING")
+    line = f"SLURM job {cluster.job} requeued after failure 1 of at most 10; {failed} has failed, and is left out"
+    wait_until(lambda: line in cluster.said(), "the line of the failure")
+    (record,) = (cluster.directory / "runs" / "tiny").glob("failures_*.jsonl")
+    assert json.loads(record.read_text())["checkpoint"].endswith("/checkpoints/step_00000010.ckpt")
 
-def test_a_node_that_dies_is_replaced(cluster: Cluster, undisturbed: Cluster) -> None:
-    cluster.run.halt(step=7)
-    cluster.submit()
-    _, (_, node) = cluster.halted().values()
-    cluster.slurm.kill_node(node)
-    try:
-        shown = cluster.ends("COMPLETED", 1)
-        assert node not in cluster.slurm.call("scontrol", "show", "hostnames", shown["NodeList"]).split()
-        assert "step_00000005.ckpt; the run goes on in the same version" in cluster.said()
-        cluster.equals(undisturbed)
-    finally:
-        cluster.slurm.start_node(node)
-        wait_until(lambda: cluster.slurm.state_of_node(node) == "IDLE", "the node again")
+    # 4. A node dies.
+    nodes = cluster.halted(step=17)
+    assert failed not in [node for _, node in nodes.values()]
+    with dead(slurm, nodes[1][1]) as node:
+        # 5. The signal comes after the last step, and when all is done.
+        after = cluster.halted("on_train_end")
+        assert not {failed, node} & {node for _, node in after.values()}
+        slurm.call("scancel", "--signal=USR1", cluster.job)
+        cluster.halted("teardown")
+        slurm.call("scancel", "--signal=USR1", cluster.job)
+        shown = cluster.ends("COMPLETED", 4)
+    assert shown["ExcNodeList"] == failed
+    assert "step_00000015.ckpt; the run goes on in the same version" in cluster.said()
+    cluster.equals(undisturbed, cluster.newest())
 
 
 def test_a_node_that_dies_before_the_first_checkpoint(cluster: Cluster, undisturbed: Cluster) -> None:
     cluster.run.save_every(1000)
     cluster.run.halt(step=3)
     cluster.submit()
-    _, (_, node) = cluster.halted().values()
-    cluster.slurm.kill_node(node)
-    try:
+    with dead(cluster.slurm, cluster.halted(step=3)[1][1]):
         cluster.ends("COMPLETED", 1)
-        assert "tiny: the run begins anew" in cluster.said()
-        cluster.equals(undisturbed, version=1)
-    finally:
-        cluster.slurm.start_node(node)
-        wait_until(lambda: cluster.slurm.state_of_node(node) == "IDLE", "the node again")
-
-
-def test_a_rank_that_dies_puts_the_job_into_the_queue_without_its_node(cluster: Cluster, undisturbed: Cluster) -> None:
-    cluster.run.halt(step=7)
-    cluster.submit()
-    process, node = cluster.halted()[1]
-    os.kill(process, signal.SIGKILL)
-    shown = cluster.ends("COMPLETED", 1)
-    line = f"SLURM job {cluster.job} requeued after failure 1 of at most 10; {node} has failed, and is left out"
-    assert line in cluster.said()
-    assert shown["ExcNodeList"] == node
-    cluster.equals(undisturbed)
-    (failure,) = (cluster.directory / "runs" / "tiny").glob("failures_*.jsonl")
-    assert json.loads(failure.read_text())["checkpoint"].endswith("version_0/checkpoints/step_00000005.ckpt")
+    assert "tiny: the run begins anew" in cluster.said()
+    cluster.equals(undisturbed, version=1)
 
 
 def test_a_rank_that_dies_at_the_same_step_again_ends_the_job(cluster: Cluster) -> None:
@@ -210,35 +222,13 @@ def test_a_mistake_ends_the_job(cluster: Cluster) -> None:
 def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster: Cluster, undisturbed: Cluster) -> None:
     cluster.run.halt(step=7)
     cluster.submit()
-    cluster.halted()
+    cluster.halted(step=7)
     cluster.slurm.call("scancel", cluster.job)
     cluster.ends("CANCELLED", 0)
     wait_until(lambda: re.search(r"^stopped after step [89], saved", cluster.said(), re.MULTILINE), "the last line")
     wait_until(lambda: all(cluster.slurm.state_of_node(node) == "IDLE" for node in cluster.slurm.nodes), "idle nodes")
     cluster.submit(RESUME="1")
     cluster.ends("COMPLETED", 0)
-    cluster.equals(undisturbed)
-
-
-def test_the_signal_during_the_start_requeues(cluster: Cluster, undisturbed: Cluster) -> None:
-    cluster.run.halt("setup")
-    cluster.submit()
-    cluster.halted()
-    cluster.slurm.call("scontrol", "update", f"JobId={cluster.job}", "TimeLimit=2")
-    cluster.ends("COMPLETED", 1)
-    assert cluster.said().count(f"SLURM job {cluster.job} requeued") == 1
-    newest = max(int(path.name.removeprefix("version_")) for path in cluster.version().parent.glob("version_*"))
-    cluster.equals(undisturbed, newest)
-
-
-@pytest.mark.parametrize("where", ["on_train_end", "teardown"])
-def test_the_signal_after_the_last_step_changes_nothing(cluster: Cluster, undisturbed: Cluster, where: str) -> None:
-    cluster.run.halt(where)
-    cluster.submit()
-    cluster.halted()
-    cluster.slurm.call("scancel", "--signal=USR1", cluster.job)
-    cluster.ends("COMPLETED", 0)
-    assert "SIGUSR1: all steps are done and saved, the run ends by itself soon" in cluster.said()
     cluster.equals(undisturbed)
 
 
@@ -259,8 +249,8 @@ def test_an_array_prepares_and_two_nodes_share_the_weights(slurm: Slurm, tmp_pat
     undisturbed.ends("COMPLETED", 0)
     disturbed.run.halt(step=7)
     disturbed.submit()
-    disturbed.halted()
-    slurm.call("scontrol", "update", f"JobId={disturbed.job}", "TimeLimit=2")
+    disturbed.halted(step=7)
+    slurm.end_time_of(disturbed.job)
     disturbed.ends("COMPLETED", 1)
     assert (disturbed.version() / "checkpoints" / "stage_3_finish_step_00000026.ckpt").is_dir()
     disturbed.equals(undisturbed)

@@ -24,7 +24,13 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_danube.signals import Stopped
 from lightning_danube.training import ranks
-from lightning_danube.training.ranks import RankLauncher, check_host_name, end_with_launcher, let_rank_zero_speak
+from lightning_danube.training.ranks import (
+    RankLauncher,
+    check_host_name,
+    end_with_launcher,
+    explain_silence,
+    let_rank_zero_speak,
+)
 from tests.probes import samples_of_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -443,3 +449,35 @@ def test_a_name_by_which_no_other_node_finds_this_one_is_refused(
 def test_a_name_by_which_other_nodes_find_this_one_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name_stands_for(monkeypatch, address)
     check_host_name(2)
+
+
+# --- what a rank says that waits in vain ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation", "waited 15 s for"),
+        ("wait timeout after 40000ms, keys: /default_pg/0//cpu//0/rank_1", "waited 40 s for another rank, which hangs"),
+        (
+            "[gloo/transport/tcp/pair.cc:534] Read error [10.77.0.2]:48512: Connection timed out",
+            "lost the connection to another rank (Connection timed out), and ended all: see whether its node",
+        ),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1", None),
+        ("https://host: Connection timed out", None),
+    ],
+)
+def test_a_rank_says_that_it_has_waited_in_vain(raised: str, said: str | None) -> None:
+    error = RuntimeError(raised)
+    explain_silence(error)
+    message = getattr(error, "user_message", None)
+    if said is None:
+        assert message is None
+    else:
+        assert message.startswith(said) and message.endswith("go on from the last checkpoint with --ckpt_path last")
+
+
+def test_only_errors_of_torch_are_explained() -> None:
+    error = ValueError("Timed out waiting 15000ms")
+    explain_silence(error)
+    assert not hasattr(error, "user_message")
