@@ -38,10 +38,15 @@ def requeue_after_failure(directory: Path, code: int, errors: str) -> str:
         raise ValueError("requeue is for the batch script of a SLURM job, and SLURM_JOB_ID names none")
     if USR1 is not None and code == 128 + USR1:
         return requeue_slurm_job()  # the job's time is nearly over, and a rank had not begun to listen
+    state = _word("JobState", ask_slurm("scontrol", "show", "--oneliner", "job", job))
+    if state != "RUNNING":
+        raise ValueError(f"SLURM job {job} is left alone: SLURM has ended it, and says {state}")
     record = directory / f"failures_{job}.jsonl"
     failures = _lines(record)
     newest = _newest(directory)
-    stays = _why_it_stays(job, directory, failures, newest)
+    # SLURM may fail to start the ranks after a node has died. That says nothing about the run.
+    began = re.search(r"^srun: error: Unable to create step", errors, re.MULTILINE) is None
+    stays = _why_it_stays(directory, failures, newest, began)
     node = failed_node(errors)
     append_line(
         record,
@@ -74,17 +79,16 @@ def failed_node(errors: str) -> str | None:
     return first[1]
 
 
-def _why_it_stays(job: str, directory: Path, failures: list[dict[str, Any]], newest: Path | None) -> str | None:
-    state = _word("JobState", ask_slurm("scontrol", "show", "--oneliner", "job", job))
-    if state != "RUNNING":
-        return f"it is {state} already"
+def _why_it_stays(directory: Path, failures: list[dict[str, Any]], newest: Path | None, began: bool) -> str | None:
+    if len(failures) >= MOST_FAILURES:
+        return f"it has failed {len(failures) + 1} times"
+    if not began:
+        return None
     if newest is None:
         return f"its run has no checkpoint under {directory} yet"
     starts = _lines(newest.parent.parent / "history.jsonl")
     if str(newest) in [line["checkpoint"] for line in (*failures[-1:], *starts[-1:])]:
         return f"its run has made no progress since {newest}"
-    if len(failures) >= MOST_FAILURES:
-        return f"it has failed {len(failures) + 1} times"
     return None
 
 

@@ -121,9 +121,18 @@ def test_the_number_of_failures_is_bounded(job: Job) -> None:
 def test_a_job_that_has_ended_or_waits_is_left_alone(job: Job) -> None:
     job.save(5)
     job.show("CANCELLED")
-    with pytest.raises(ValueError, match="SLURM job 7 is not requeued: it is CANCELLED already"):
+    with pytest.raises(ValueError, match="SLURM job 7 is left alone: SLURM has ended it, and says CANCELLED"):
         job.fails()
-    assert job.requests() == []
+    assert job.requests() == [] and not (job.runs / "failures_7.jsonl").exists()
+
+
+def test_ranks_that_slurm_could_not_start_need_no_progress_and_are_counted(job: Job) -> None:
+    errors = "srun: error: Unable to create step for job 1: Invalid generic resource (gres) specification\n"
+    job.start(job.save(5))
+    for failure in range(1, MOST_FAILURES + 1):
+        assert job.fails(errors, code=1) == f"SLURM job 7 requeued after failure {failure} of at most 10"
+    with pytest.raises(ValueError, match="is not requeued: it has failed 11 times"):
+        job.fails(errors, code=1)
 
 
 def test_the_signal_of_the_time_limit_is_no_failure(job: Job) -> None:

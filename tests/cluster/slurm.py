@@ -55,6 +55,7 @@ PartitionName=all Nodes=NAMES Default=YES MaxTime=INFINITE State=UP
 """
 
 
+MARK = "DANUBE_TEST_DAEMON"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 """States of a job that does not go on."""
 
@@ -146,9 +147,11 @@ class Slurm:
             os.kill(process, signal.SIGKILL)
 
     def _start(self, name: str, *command: str) -> None:
+        # SLURM's own processes of a node inherit the mark, and those of a job have SLURMD_NODENAME.
+        environment = {**self.environment, MARK: name}
         with (self.directory / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def _stop(self, name: str, number: int = signal.SIGKILL) -> None:
@@ -163,10 +166,11 @@ class Slurm:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Kills a node's slurmd and all that it has started, as a power cut does."""
-        self._stop(node)
-        for process in self.processes(f"SLURMD_NODENAME={node}"):
-            os.kill(process, signal.SIGKILL)
+        """Kills a node's slurmd and all that it has started, as a power cut does: nobody reports what has ended."""
+        for variable in (f"{MARK}={node}", f"SLURMD_NODENAME={node}"):
+            for process in self.processes(variable):
+                os.kill(process, signal.SIGKILL)
+        self._daemons.pop(node).wait()
 
     def processes(self, variable: str = "") -> Iterator[int]:
         """Yields the processes that belong to this cluster, and have a variable in their environment."""

@@ -140,54 +140,56 @@ def undisturbed(slurm: Slurm, texts: Path, tmp_path_factory: pytest.TempPathFact
     return one
 
 
-def test_a_run_survives_whatever_ends_its_job(cluster: Cluster, undisturbed: Cluster) -> None:
+def test_a_run_goes_on_when_its_time_is_over(cluster: Cluster, undisturbed: Cluster) -> None:
+    """Before the first step, between two steps, after the last step, and when all is done."""
     slurm = cluster.slurm
     cluster.run.halt("setup")
-    for step in (7, 12, 17):
-        cluster.run.halt(step=step)
+    cluster.run.halt(step=7)
     cluster.run.halt("on_train_end")
     cluster.run.halt("teardown")
     cluster.submit()
 
-    # 1. The time is over before the first step.
     cluster.halted("setup")
     # srun has taken --cpus-per-task: two for each of two ranks.
     assert re.search(r"\bCPUs=4 Tasks=2\b", slurm.call("scontrol", "show", "--oneliner", "step", f"{cluster.job}.0"))
     slurm.end_time_of(cluster.job)
     assert cluster.said().count(f"SLURM job {cluster.job} requeued") == 1
 
-    # 2. It is over at step 7: nothing is done twice.
     cluster.halted(step=7)
     slurm.end_time_of(cluster.job)
     said = cluster.said()
     assert "SIGUSR1: saving after this optimizer step, then stopping" in said
     (stopped,) = re.findall(r"^stopped after step (\d+), saved: go on with --ckpt_path last$", said, re.MULTILINE)
     assert stopped in ("8", "9") and said.count(f"SLURM job {cluster.job} requeued") == 2
-    assert [step for step, _ in cluster.losses()] == list(range(1, int(stopped) + 1))
 
-    # 3. A rank dies, and its node is left out from then on.
-    process, failed = cluster.halted(step=12)[1]
+    for where in ("on_train_end", "teardown"):
+        cluster.halted(where)
+        slurm.call("scancel", "--signal=USR1", cluster.job)
+    cluster.ends("COMPLETED", 2)
+    assert [step for step, _ in cluster.losses()] == list(range(1, LAST_STEP + 1)), "nothing was done twice"
+    cluster.equals(undisturbed, cluster.newest())
+
+
+def test_a_run_goes_on_when_a_rank_and_then_a_node_dies(cluster: Cluster, undisturbed: Cluster) -> None:
+    cluster.run.halt(step=7)
+    cluster.run.halt(step=12)
+    cluster.submit()
+
+    process, failed = cluster.halted(step=7)[1]
     os.kill(process, signal.SIGKILL)
-    slurm.wait(cluster.job, "PENDING")
+    cluster.slurm.wait(cluster.job, "PENDING")
     line = f"SLURM job {cluster.job} requeued after failure 1 of at most 10; {failed} has failed, and is left out"
     wait_until(lambda: line in cluster.said(), "the line of the failure")
     (record,) = (cluster.directory / "runs" / "tiny").glob("failures_*.jsonl")
-    assert json.loads(record.read_text())["checkpoint"].endswith("/checkpoints/step_00000010.ckpt")
+    assert json.loads(record.read_text())["checkpoint"].endswith("/checkpoints/step_00000005.ckpt")
 
-    # 4. A node dies.
-    nodes = cluster.halted(step=17)
-    assert failed not in [node for _, node in nodes.values()]
-    with dead(slurm, nodes[1][1]) as node:
-        # 5. The signal comes after the last step, and when all is done.
-        after = cluster.halted("on_train_end")
-        assert not {failed, node} & {node for _, node in after.values()}
-        slurm.call("scancel", "--signal=USR1", cluster.job)
-        cluster.halted("teardown")
-        slurm.call("scancel", "--signal=USR1", cluster.job)
-        shown = cluster.ends("COMPLETED", 4)
-    assert shown["ExcNodeList"] == failed
-    assert "step_00000015.ckpt; the run goes on in the same version" in cluster.said()
-    cluster.equals(undisturbed, cluster.newest())
+    with dead(cluster.slurm, cluster.halted(step=12)[1][1]) as node:
+        shown = cluster.ends("COMPLETED", 2)
+        assert shown["ExcNodeList"] == failed
+        last = cluster.slurm.call("scontrol", "show", "hostnames", shown["NodeList"]).split()
+        assert not {failed, node} & set(last)
+    assert "step_00000010.ckpt; the run goes on in the same version" in cluster.said()
+    cluster.equals(undisturbed)
 
 
 def test_a_node_that_dies_before_the_first_checkpoint(cluster: Cluster, undisturbed: Cluster) -> None:
