@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_danube.checkpoints import parallel_sizes, replicas_of_a_node
 from lightning_danube.checkpoints import strategy as strategy_module
+from lightning_danube.checkpoints.sharded import Saver
 from lightning_danube.checkpoints.strategy import ShardedStrategy, restore_groups, take_part
 
 
@@ -88,6 +89,7 @@ def four_by_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ModelParallelStrategy, "device_mesh", property(lambda self: mesh))
     monkeypatch.setattr(ModelParallelStrategy, "root_device", property(lambda self: torch.device("cpu")))
     monkeypatch.setattr(strategy_module, "init_device_mesh", make)
+    monkeypatch.setattr(Saver, "open", lambda self: None)  # there is no process group
     return made
 
 
@@ -131,6 +133,17 @@ def test_groups_that_do_not_divide_the_replicas_are_refused(four_by_two: list[An
     message = f"shard_size {shared} does not divide data_parallel_size 4: 1, 2, 4 would work"
     with pytest.raises(ValueError, match=message):
         ShardedStrategy(shard_size=shared).setup_environment()
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_group_of_the_checkpoints_is_made_at_the_start(
+    four_by_two: list[Any], monkeypatch: pytest.MonkeyPatch, distributed: bool
+) -> None:
+    """Nodes that cannot reach each other by gloo fail before the first step, and not at the first save."""
+    opened: list[Any] = []
+    monkeypatch.setattr(Saver, "open", lambda self: opened.append(self))
+    ShardedStrategy(save_distributed_checkpoint=distributed).setup_environment()
+    assert len(opened) == int(distributed)
 
 
 def test_a_run_waits_for_its_checkpoint_unless_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
