@@ -83,11 +83,8 @@ class Checkpoints(Checkpoint):
         if (stage := finished_stage(trainer)) is None:
             self._save_if_due(trainer, self._directory, at_once=True)
         else:
-            name, is_last = curriculum_of(trainer)[1].stages[stage].name, is_done(trainer)
-            save_stage(trainer, self._directory, stage, name, is_last=is_last)
-            self._signals.saved = True
-            if not is_last:
-                self._signals.ask(at_once=True)
+            name = curriculum_of(trainer)[1].stages[stage].name
+            save_stage(trainer, self._directory, self._signals, stage, name, is_last=is_done(trainer))
 
     def _save_if_due(self, trainer: Trainer, directory: Path, *, at_once: bool = False) -> None:
         ends = ends_after_this_step(trainer)

@@ -155,16 +155,6 @@ def checkpoint_directory(trainer: Trainer) -> Path | None:
     return directory
 
 
-def save_stage(trainer: Trainer, directory: Path, stage: int, name: str, *, is_last: bool) -> None:
-    """Saves a run at the end of a stage. No step checkpoint stays beside the checkpoint of the last stage.
-
-    Args:
-        stage: the stage's number, from 0.
-    """
-    path = stage_checkpoint(directory, stage, name, trainer.global_step)
-    save(trainer, path, keep=0 if is_last else None, wait=is_last)
-
-
 class StopAtStep:
     """Delays a stop inside a gradient accumulation to the end of the optimizer step.
 
@@ -323,6 +313,20 @@ def save_if_due(
     if signals.stop_run or signals.first_save or due:
         signals.saved = True
         save(trainer, step_checkpoint(directory, step), schedule.keep, wait=ends_here or signals.stop_run)
+
+
+def save_stage(trainer: Trainer, directory: Path, signals: RunSignals, stage: int, name: str, *, is_last: bool) -> None:
+    """Saves a run at the end of a stage. No step checkpoint stays beside the checkpoint of the last stage.
+
+    Args:
+        signals: asked afterwards, unless the run is done.
+        stage: the stage's number, from 0.
+    """
+    path = stage_checkpoint(directory, stage, name, trainer.global_step)
+    signals.saved = True
+    save(trainer, path, keep=0 if is_last else None, wait=is_last)
+    if not is_last:
+        signals.ask(at_once=True)
 
 
 def validation_follows(trainer: Trainer) -> bool:
