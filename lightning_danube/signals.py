@@ -8,7 +8,6 @@ A call into C that holds Python's global lock (loading torch's libraries takes a
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -466,14 +465,14 @@ def ask_slurm(*command: str) -> str:
     """Runs a command of SLURM, and returns what it prints.
 
     Raises:
-        OSError: it failed; `strerror` says why.
+        ValueError: it failed, and why.
     """
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise OSError(error.errno, f"{command[0]}: {error.strerror}") from error
+        raise ValueError(f"{command[0]}: {error.strerror}") from error
     if result.returncode:
-        raise OSError(errno.EIO, " ".join(result.stderr.split()) or f"exit {result.returncode}")
+        raise ValueError(" ".join(result.stderr.split()) or f"exit {result.returncode}")
     return result.stdout
 
 
@@ -484,6 +483,6 @@ def requeue_slurm_job() -> str:
         return f"no SLURM job to requeue: SLURM_JOB_ID is {os.environ.get('SLURM_JOB_ID', '')!r}"
     try:
         ask_slurm("scontrol", "requeue", job)
-    except OSError as error:
-        return f"SLURM job {job} was not requeued: {error.strerror}"
+    except ValueError as error:
+        return f"SLURM job {job} was not requeued: {error}"
     return f"SLURM job {job} requeued"

@@ -106,7 +106,10 @@ def _exclude(job: str, node: str) -> str:
     left = there - set(ask_slurm("scontrol", "show", "hostnames", excluded).split())
     if len(left) < int(number.partition("-")[0]):
         return f"{node} has failed, and stays: the partition has no other node for it"
-    ask_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}")
+    try:
+        ask_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}")
+    except ValueError as error:
+        return f"{node} has failed, and SLURM does not leave it out: {error}"
     return f"{node} has failed, and is left out from now on"
 
 

@@ -95,6 +95,13 @@ def test_nodes_that_were_left_out_stay_out_as_long_as_enough_are_there(job: Job)
     assert job.requests()[2:] == ["requeue 7"]
 
 
+def test_a_node_that_slurm_does_not_leave_out_is_told(job: Job, tmp_path: Path) -> None:
+    job.save(5)
+    program = tmp_path / "bin" / "scontrol"
+    program.write_text(program.read_text().replace("*) echo", "update*) echo no such list >&2; exit 1;;\n*) echo"))
+    assert job.fails().endswith("; node2 has failed, and SLURM does not leave it out: no such list")
+
+
 def test_without_progress_the_job_ends(job: Job) -> None:
     with pytest.raises(ValueError, match=r"SLURM job 7 is not requeued: its run has no checkpoint under .*tiny yet"):
         job.fails()

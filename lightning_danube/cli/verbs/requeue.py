@@ -5,7 +5,6 @@ The job's batch script calls it.
 
 from __future__ import annotations
 
-import signal
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -25,6 +24,4 @@ def run(arguments: Namespace) -> None:
 
     directory = place_of_runs(arguments.config, arguments.overrides)
     errors = Path(arguments.errors).read_text(encoding="utf-8", errors="replace")
-    # SLURM ends the batch script of a job that it takes back, and a node is excluded after that.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     tell(requeue_after_failure(directory, arguments.code, errors))
