@@ -22,7 +22,8 @@ class WorkerPool(ProcessPoolExecutor):
     """
 
     def __init__(self, processes: int, initializer: Callable[[], object] | None = None) -> None:
-        with _silent_tracker():
+        # Python starts a process that counts semaphores. SLURM's signal would end it, too.
+        with SIGNALS.starting_processes(), _silent_tracker():
             super().__init__(processes, multiprocessing.get_context("spawn"), _begin, (initializer,))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
