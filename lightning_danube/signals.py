@@ -154,7 +154,7 @@ class StopSignals:
             # take such an end of another rank for a failure, and end itself, perhaps within a save. SIGUSR1 does not
             # ask a process to end, and the exit code is decided.
             ending = signal.SIG_DFL if _local_rank() == "0" else signal.SIG_IGN
-            at_end = {n: signal.SIG_IGN if n == USR1 else ending for n in numbers}
+            at_end: dict[int, Any] = {n: signal.SIG_IGN if n == USR1 else ending for n in numbers}
             _restore(at_end if own_process else before)
             if close is not None:
                 close()

@@ -503,6 +503,8 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # Predicted rows carry their own positions.
     warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
+    # SLURM is installed, and this run is no job step: docs/cluster.md says how to start one.
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # Lightning 2.6 calls torch >= 2.12 in a deprecated way.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 

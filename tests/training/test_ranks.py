@@ -470,9 +470,9 @@ def test_a_name_by_which_other_nodes_find_this_one_is_taken(address: str, monkey
 def test_a_rank_says_that_it_has_waited_in_vain(raised: str, said: str | None) -> None:
     error = RuntimeError(raised)
     explain_silence(error)
-    message = getattr(error, "user_message", None)
+    message: str = getattr(error, "user_message", "")
     if said is None:
-        assert message is None
+        assert message == ""
     else:
         assert message.startswith(said) and message.endswith("go on from the last checkpoint with --ckpt_path last")
 
