@@ -40,12 +40,11 @@ class PretrainingSummary(RunSummary):
         self._stage_losses: list[Losses] = []
         self._before: Losses = {}
         self._unigram: dict[str, float] = {}
-        self._counted: dict[str, int] = {}
         self._held_out = HeldOutText({}, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, _ = curriculum_of(trainer)
-        self._unigram, self._counted = data.unigram_losses(), data.counted_tokens()
+        self._unigram = data.unigram_losses()
         self._held_out = HeldOutText.of(data, data.validation_rows)
         decoder: Any = pl_module.decoder
         plan = pretraining_plan_text(trainer, decoder)
@@ -84,9 +83,9 @@ class PretrainingSummary(RunSummary):
         _evaluated(trainer, pl_module, None)
 
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
-        facts, (_, curriculum) = run_facts_of(task), curriculum_of(trainer)
+        facts, (data, curriculum) = run_facts_of(task), curriculum_of(trainer)
         measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
-        return fit_summary(task, facts, curriculum, *measured, before=self._before, counted=self._counted)
+        return fit_summary(task, facts, curriculum, *measured, before=self._before, counted=data.counted_tokens())
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage_losses": self._stage_losses, "before": self._before, **super().state_dict()}

@@ -258,7 +258,8 @@ def test_memory_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> N
     import resource
 
     machine = Path("/proc/meminfo").read_text()
-    total = sum(int(re.search(rf"^{name}: +(\d+) kB", machine, re.MULTILINE)[1]) for name in ("MemTotal", "SwapTotal"))  # type: ignore[index]
+    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB", machine, re.MULTILINE))
+    total = int(kilobytes["MemTotal"]) + int(kilobytes["SwapTotal"])
     monkeypatch.setattr(device, "_limits_of_groups", lambda *_: [])
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert usable_memory() == 1024 * total

@@ -34,7 +34,8 @@ def ids(command: Command) -> str:
 
 def test_the_pages_show_commands() -> None:
     assert len(SHOWN) > 150 and len(OURS) > 100
-    assert {command.arguments[0] for command in OURS if command.arguments} >= {"fit", "test", *COMMANDS}
+    typed = {"fit", "test", *COMMANDS} - {"requeue"}  # a batch script calls requeue
+    assert {command.arguments[0] for command in OURS if command.arguments} >= typed
 
 
 def test_make_targets_exist() -> None:

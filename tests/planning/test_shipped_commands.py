@@ -24,7 +24,8 @@ def kubernetes() -> list[str]:
     given = {one["name"]: one["value"] for one in container["env"]}
     assert job["spec"]["completions"] == int(given["NODES"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(given["DEVICES"])
-    program, *arguments = [*container["command"], *container["args"]]
+    words: list[str] = container["command"] + container["args"]
+    program, *arguments = words
     assert program == "docs/cluster/torchrun.sh"
     return [*arguments, "--trainer.num_nodes", given["NODES"], "--trainer.devices", given["DEVICES"]]
 

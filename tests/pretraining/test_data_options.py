@@ -16,6 +16,7 @@ from lightning_danube.pretraining.curriculum import Stage
 from lightning_danube.pretraining.data import CurriculumData, TrainingRows
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Filters, Quality
+from lightning_danube.tokens.shards import TokenShards
 from lightning_danube.tokens.token_sequence import TokenSequence
 from tests.token_files import sequence_in_memory
 
@@ -150,8 +151,9 @@ def test_rules_for_the_text_reach_the_shards(small_data: MakeData, tmp_path: Pat
     assert {len({str(one[name]) for one in (module.shards_directories(), small_data().shards_directories())})
             for name in module.sources} == {2}  # fmt: skip
     for name, directory in module.shards_directories().items():
-        assert module.shards[name].directory == directory
-        assert module.shards[name].meta["quality"]["deduplicate"] == "exact"
+        shards = module.shards[name]
+        assert isinstance(shards, TokenShards) and shards.directory == directory
+        assert shards.meta["quality"]["deduplicate"] == "exact"
 
 
 def test_micro_batches_of_a_step_follow_from_its_rows(small_data: MakeData) -> None:

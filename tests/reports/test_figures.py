@@ -77,7 +77,7 @@ def test_the_mix_below_the_losses_is_the_one_that_was_seen(run: RecordedRun) -> 
     assert [bar.get_height() for bar in bars] == pytest.approx(heights)  # type: ignore[attr-defined]
     drawn = {str(line.get_label()): line.get_ydata() for line in losses.get_lines()}
     for source in run.sources:
-        np.testing.assert_allclose(drawn[source], run.curve(f"held_out/{source}"))
+        np.testing.assert_allclose(np.asarray(drawn[source]), run.curve(f"held_out/{source}").to_numpy())
 
 
 def test_a_dark_figure_has_light_ink_and_the_same_colours_of_data(run: RecordedRun) -> None:

@@ -13,6 +13,7 @@ from lightning_danube.text.duplicates import drop_near
 from lightning_danube.text.quality import NEAR, Benchmarks, Filters, Quality, sketches
 from lightning_danube.tokens import preparation
 from lightning_danube.tokens.preparation import open_or_prepare
+from lightning_danube.tokens.shards import TokenShards
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 VOCABULARY = [f"{a}{b}" for a in "bcdfghklm" for b in ("an", "el", "ir", "os", "ut", "ay")]
@@ -36,6 +37,7 @@ def report_of(tmp_path: Path, texts: list[str], source: dict[str, Any] | None = 
         processes=1,
         quality=Quality(**quality),
     )
+    assert isinstance(shards, TokenShards)
     read: dict[str, Any] = json.loads((shards.directory / "report.json").read_text())
     assert shards.meta["counts"] == {key: read[key] for key in shards.meta["counts"]}
     return read

@@ -28,6 +28,7 @@ def made(tmp_path: Path, tokenizer: DocumentTokenizer) -> TokenShards:
     text = tmp_path / "texts.jsonl"
     text.write_text("".join(json.dumps({"text": f"the river {n} walks slowly"}) + "\n" for n in range(60)))
     shards, _ = open_or_prepare("web", Source(str(text)), tokenizer, cache_dir=tmp_path / "there", **OPTIONS)
+    assert isinstance(shards, TokenShards)
     return shards
 
 
@@ -40,7 +41,8 @@ def address(made: TokenShards) -> str:
     return "memory://bucket/web"
 
 
-def same(a: TokenShards, b: TokenShards) -> bool:
+def same(a: TokenShards, b: object) -> bool:
+    assert isinstance(b, TokenShards)
     streams = [(one.tokens(split), two.tokens(split)) for one, two in [(a, b)] for split in ("train", "validation")]
     return all(np.array_equal(x.read(0, len(x)), y.read(0, len(y))) and len(x) > 0 for x, y in streams)
 

@@ -40,7 +40,9 @@ def make(tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.Monke
 
     def made(source: Source, cache: str, **changes: Any) -> TokenShards:
         options: dict[str, Any] = {"held_out": 0.2, "cache_dir": tmp_path / cache, "processes": 1, **changes}
-        return open_or_prepare("src", source, tokenizer, **options)[0]
+        shards, _ = open_or_prepare("src", source, tokenizer, **options)
+        assert isinstance(shards, TokenShards)
+        return shards
 
     return made
 

@@ -96,8 +96,7 @@ def _verify(data: CurriculumData) -> None:
     for name, directory in data.shards_directories().items():
         if data.sources[name].has_tokens:
             data.prepare()
-            files = _open_token_files(data, name, directory)
-            show(f"{name}: {files.verify()}")
+            show(f"{name}: {_open_token_files(data, name, directory).verify()}")
             continue
         if not directory.exists():
             raise ValueError(f"source {name!r} has no shards at {directory}: make them with prepare, without --verify")

@@ -47,13 +47,14 @@ def test_an_address_holds_the_ids_of_the_files(path: str, store: Any, opened: Op
 
 def test_a_range_is_asked_for_once(store: Any, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = opened("memory://bucket/megatron/narrow.bin").tokens("train")
-    asked = []
+    asked: list[Any] = []
     real = type(store).cat_file
-    monkeypatch.setattr(
-        type(store),
-        "cat_file",
-        lambda self, path, start=None, end=None: asked.append((start, end)) or real(self, path, start=start, end=end),
-    )
+
+    def noted(self: Any, path: str, start: int | None = None, end: int | None = None) -> Any:
+        asked.append((start, end))
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(store), "cat_file", noted)
     for _ in range(2):
         assert tokens.read(50, 83).tolist() == IDS[50:83]
     assert asked == [(100, 166)]

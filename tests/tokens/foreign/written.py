@@ -17,6 +17,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,9 @@ def ids_of_documents() -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(__file__).parents[3] / TOKENIZER_FILE))
-    return [
-        [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")] for text in DOCUMENTS
-    ]
+    end = tokenizer.token_to_id("</s>")
+    assert end is not None
+    return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in DOCUMENTS]
 
 
 def write_datatrove() -> None:
@@ -107,7 +108,7 @@ def write_mosaic() -> None:
     ragged = np.split(
         stream, [255, 511, 1000, 1001, 1500, 1700, 2400, 2500, 3300, 3400]
     )  # 255 ids have the shorter header
-    kinds = {
+    kinds: dict[str, tuple[dict[str, str], list[Any]]] = {
         "fixed": ({"tokens": "ndarray:uint16:64"}, [row.astype(np.uint16) for row in rows[:-1]]),
         "ragged": ({"tokens": "ndarray:int32", "number": "int"}, [row.astype(np.int32) for row in ragged]),
         "bytes": ({"tokens": "bytes"}, [row.astype(np.int64).tobytes() for row in rows]),

@@ -125,7 +125,7 @@ def test_a_full_disk_costs_tensorboard_one_line(
     shown: list[Any] = []
     monkeypatch.setattr("threading.excepthook", shown.append)
     module._leave_errors_to_calls.cache_clear()
-    logger = kept(TensorBoardLogger(str(tmp_path)))
+    logger: Any = kept(TensorBoardLogger(str(tmp_path)))
     writer = logger.experiment
     writer.add_text("before", "text")
     writer.flush()
