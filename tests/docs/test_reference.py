@@ -49,7 +49,7 @@ def test_the_fields_of_the_kept_run_are_explained() -> None:
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", read("docs/errors.md"), re.MULTILINE))
-    assert {"0", "1", "2", "130", "143"} | {str(EXIT_STOPPED)} == set(rows)
+    assert {"0", "1", "2", "130", "138", "143"} | {str(EXIT_STOPPED)} == set(rows)
     assert "--ckpt_path last" in rows[str(EXIT_STOPPED)]
 
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_danube.planning import accelerators
 from lightning_danube.planning.accelerators import ACCELERATORS, this_cpu
 
 
@@ -35,7 +34,7 @@ def test_processes_share_the_cores_and_the_memory(
     rates = {torch.float32: 3e9, torch.bfloat16: 5e9, torch.float16: 7e9, torch.float64: 1e9}
     monkeypatch.setattr("lightning_danube.device.product_rate", lambda dtype: SimpleNamespace(training=rates[dtype]))
     monkeypatch.setattr("lightning_danube.device.usable_cores", lambda: 8)
-    monkeypatch.setattr(accelerators, "_memory_of_this_machine", lambda: 2**36)
+    monkeypatch.setattr("lightning_danube.device.usable_memory", lambda: 2**36)
     found = this_cpu(precision, processes)
     assert (found.flops, found.memory) == (8 * rate / processes, 2**36 // processes)
     assert found.name == "this CPU, 8 cores" and found.bandwidth is None and found.share == 0.74

@@ -29,8 +29,10 @@ def test_shards_say_how_much_there_is_and_a_statement_goes_first(tiny: Path) -> 
     data.prepare()
     data.setup("fit")
     train = {name: len(stream) for name, stream in data.train_streams.items()}
-    assert supplies(data, {}) == {name: Supply(train[name], "its shards") for name in ("web", "wiki")}
-    assert supplies(data, {"wiki": 100})["wiki"] == Supply(80, "--source-tokens")
+    documents = {name: data.shards[name].counts("train").documents or 0 for name in train}
+    mean = {name: train[name] / documents[name] for name in train}
+    assert supplies(data, {}) == {name: Supply(train[name], "its shards", mean[name]) for name in ("web", "wiki")}
+    assert supplies(data, {"wiki": 100})["wiki"] == Supply(80, "--source-tokens", mean["wiki"])
     for name, supply in supplies(data, {}).items():
         assert supply.rows(32) == data.train_streams[name].rows(32)
 

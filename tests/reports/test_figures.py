@@ -84,9 +84,9 @@ def test_a_dark_figure_has_light_ink_and_the_same_colours_of_data(run: RecordedR
     light, dark = figures.losses_over_mix(run), figures.in_dark(figures.losses_over_mix(run))
     assert to_rgb(dark.get_facecolor()) == to_rgb(figures.DARK) != to_rgb(light.get_facecolor())
     for before, after in zip(light.axes, dark.axes, strict=True):
-        assert [line.get_color() for line in before.get_lines()][:2] == [
-            line.get_color() for line in after.get_lines()
-        ][:2]
+        ink = {figures.INK: figures.LIGHT_INK}
+        colours = [line.get_color() for line in before.get_lines()]
+        assert [line.get_color() for line in after.get_lines()] == [ink.get(str(one), one) for one in colours]
         for label in (after.xaxis.label, after.yaxis.label, *after.get_yticklabels()):
             assert label.get_color() == figures.LIGHT_INK
         assert [bar.get_facecolor() for bar in before.patches] == [bar.get_facecolor() for bar in after.patches]

@@ -113,10 +113,10 @@ def test_facts_of_a_config() -> None:
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     facts = facts_of(config)
     assert facts["parameters"] == 1_115_008
-    # Stages end at whole batches of 1,024.
-    assert facts["tokens"] == 1_601_536
-    assert sum(facts["tokens_by_source"].values()) == pytest.approx(1_601_536)
-    assert facts["tokens_by_source"]["web"] == pytest.approx(960_512 * 0.906 + 430_080 * 0.817 + 210_944 * 0.516)
+    # Stages end at whole batches of 2,048.
+    assert facts["tokens"] == 1_001_472
+    assert sum(facts["tokens_by_source"].values()) == pytest.approx(1_001_472)
+    assert facts["tokens_by_source"]["web"] == pytest.approx(600_064 * 0.906 + 270_336 * 0.817 + 131_072 * 0.516)
     assert facts_of({"data": {}, "model": {}}) == {"parameters": None, "tokens": None, "tokens_by_source": None}
     table = facts_table({"one": facts, "two": facts_of({"data": {}, "model": {}})})
     assert "1,115,008" in table and "–" in table

@@ -527,8 +527,8 @@ def test_the_command_says_what_the_other_parts_have_to_do(tiny: Path, capsys: py
         (["--shard", "half"], "--shard is 'half'"),
         (["--verify", "--shard", "1/2"], "--verify checks whole shards: leave out --shard"),
         (["--verify"], "source 'web' has no shards at "),
-        (["--processes", "0"], "--processes is 0: it must be at least 1"),
-        (["--data.init_args.processes", "0"], "--data.init_args.processes is 0: it must be at least 1"),
+        (["--processes", "0"], "--processes is 0: give 1 to "),
+        (["--data.init_args.processes", "0"], "--data.init_args.processes is 0: give 1 to "),
         (
             ["--data.init_args.helt_out", "0.1"],
             "'helt_out' is not an option of CurriculumData: did you mean 'held_out'?",
