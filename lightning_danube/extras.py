@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_danube.terminal import program
 
 MODULES = {
+    "datatrove": ("datatrove",),
     "dedup": ("rensa",),
     "evaluation": ("lm_eval",),
     "figures": ("matplotlib",),
@@ -18,6 +19,7 @@ MODULES = {
     "mlflow": ("mlflow", "alembic", "sqlalchemy"),
     "notebooks": ("jinja2", "matplotlib", "pandas", "statsmodels"),
     "quantization": ("hqq",),
+    "ray": ("ray",),
     "s3": ("s3fs",),
     "study": ("optuna", "sqlalchemy", "statsmodels"),
     "wandb": ("wandb",),

@@ -42,6 +42,7 @@ OTHERS = ("benchmarks", "notebooks")
 # Libraries that one place of the package deals with, for all others. Most come with an extra (tests/test_extras.py).
 IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "bitsandbytes": "lightning_danube/weights/quantized_linear.py",
+    "datatrove": "lightning_danube/tokens/engines/datatrove_engine.py",
     "gigatoken": "lightning_danube/tokens/encoding.py",
     "hqq": "lightning_danube/quantization/grouped.py",
     "llama_cpp": "lightning_danube/weights/llama_cpp.py",
@@ -55,6 +56,7 @@ IN_ONE_FILE: dict[str, str | tuple[str, ...]] = {
     "optuna": "lightning_danube/studies/",
     "pandas": "lightning_danube/reports/",
     "peft": "lightning_danube/weights/adapters.py",
+    "ray": "lightning_danube/tokens/engines/datatrove_engine.py",
     "rensa": "lightning_danube/text/quality.py",
     "sqlalchemy": "lightning_danube/studies/",
     "statsmodels": "lightning_danube/studies/",

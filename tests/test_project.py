@@ -132,9 +132,10 @@ def test_every_package_has_one_pin_in_constraints_or_in_the_benchmarks_peers() -
 
 def test_the_environment_lists_what_pyproject_declares_at_the_pinned_versions() -> None:
     # The first two compile llama.cpp: no environment should take minutes, and a compiler, for what few need. Peers are
-    # for one test; object storage and gigatoken are for large corpora,
+    # for one test; object storage, gigatoken and Ray are for large corpora,
     # FP8 for GPUs, and trackers for those who have one.
-    few = ("llama-cpp", "smollm2", "peers", "s3", "s3-server", "gigatoken", "float8", "mlflow", "wandb", "trackers")
+    large = ("s3", "s3-server", "gigatoken", "ray")
+    few = ("llama-cpp", "smollm2", "peers", *large, "float8", "mlflow", "wandb", "trackers")
     pins, listed, wanted = pinned(), environment(), declared(without=few)
     assert listed.keys() >= STACK
     assert listed.keys() == wanted.keys()

@@ -310,6 +310,32 @@ def open_stream(name: str, source: Source) -> Iterable[Any]:
         raise ValueError(f"source {name!r}: {stream_name(source)} cannot be loaded ({reason})") from error
 
 
+def hub_files(name: str, source: Source) -> list[str]:
+    """Returns the addresses of the files of a hub data set's split, in the order in which `datasets` streams them.
+
+    Raises:
+        ValueError: the data set cannot be loaded, has no such split, or its files have another format.
+    """
+    import datasets
+
+    try:
+        ask_hub(source)
+        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
+        splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+        raise ValueError(f"source {name!r}: {stream_name(source)} cannot be loaded ({reason})") from error
+    if source.split not in splits:
+        raise ValueError(
+            f"source {name!r}: {stream_name(source)} has no split {source.split!r}, only "
+            f"{', '.join(splits) or 'a program that makes its rows'}"
+        )
+    for file in splits[source.split]:
+        if not format_of(file):
+            raise ValueError(f"source {name!r}: {file} has no known format ({', '.join(sorted(FORMATS))})")
+    return splits[source.split]
+
+
 def ask_hub(source: Source) -> None:
     """Asks the hub once for a data set. If the hub is out of reach, `datasets` would try again for half a minute.
 

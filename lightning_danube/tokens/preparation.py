@@ -213,10 +213,11 @@ class Preparation:
         quality: Quality,
         cache_dir: Path,
         part: WorkPart | None = None,
+        building: Path | None = None,
     ) -> None:
         self.directory, self.name, self.source, self.tokenizer = directory, name, source, tokenizer
         self.held_out, self.quality, self.cache_dir, self.part = held_out, quality, cache_dir, part
-        self.building = building_directory(directory)
+        self.building = building or building_directory(directory)
         self.limit = math.inf if source.max_tokens is None else int(source.max_tokens)
         self.job = Job(
             building=self.building,
@@ -428,8 +429,7 @@ class Preparation:
         documents, tokens = (sum(split[what] for split in splits.values()) for what in ("documents", "tokens"))
         if not tokens:
             lost = sum(rejected.values()) + sum(filtered.values()) + total["contaminated"]
-            reason = f" that may be kept: {lost:,} rows were rejected or removed" if lost else ""
-            raise DamagedFile(f"source {self.name!r} ({self.source.path}) holds no text{reason}")
+            raise nothing_left(self.name, self.source.path, lost)
         counts = {
             "documents": documents,
             "tokens": tokens,
@@ -440,7 +440,7 @@ class Preparation:
             "filtered": dict(sorted(filtered.items())),
             "contaminated": total["contaminated"],
             "duplicates": duplicates,
-            "benchmarks": self._contamination(found_rows, found_in),
+            "benchmarks": contamination(self.job, found_rows, found_in),
         }
         meta = {
             "format": FORMAT,
@@ -490,20 +490,31 @@ class Preparation:
             gone["near"] = drop_near(every, lambda: (load_part(path, "sketches") for path in paths), folder)
         return np.split(every, borders), gone
 
-    def _contamination(self, rows: set[int], documents: Counter[str]) -> list[dict[str, Any]]:
-        """Returns for each benchmark file how many rows the source contained, and in how many documents.
 
-        These documents were all removed.
-        """
-        if not self.job.benchmarks:
-            return []
-        benchmarks = Benchmarks.load(self.job.benchmarks_file)
-        found = Counter(benchmarks.place_of(row)[0] for row in rows)
+def contamination(job: Job, rows: set[int], documents: Counter[str]) -> list[dict[str, Any]]:
+    """Returns for each benchmark file how many of its rows a source contained, and in how many documents.
 
-        def line(number: int, file: BenchmarkFile) -> dict[str, Any]:
-            return {**vars(file), "rows_found": found[number], "documents": documents[str(number)]}
+    These documents were all removed.
 
-        return [line(number, file) for number, file in enumerate(benchmarks.files)]
+    Args:
+        rows: numbers of the rows that were found.
+        documents: number of a benchmark file, as text → documents that contain its text.
+    """
+    if not job.benchmarks:
+        return []
+    benchmarks = Benchmarks.load(job.benchmarks_file)
+    found = Counter(benchmarks.place_of(row)[0] for row in rows)
+
+    def line(number: int, file: BenchmarkFile) -> dict[str, Any]:
+        return {**vars(file), "rows_found": found[number], "documents": documents[str(number)]}
+
+    return [line(number, file) for number, file in enumerate(benchmarks.files)]
+
+
+def nothing_left(name: str, path: str, lost: int) -> DamagedFile:
+    """Returns the error of a source without a document that may be kept. `lost` counts the rows that were left out."""
+    reason = f" that may be kept: {lost:,} rows were rejected or removed" if lost else ""
+    return DamagedFile(f"source {name!r} ({path}) holds no text{reason}")
 
 
 class _Workshop:

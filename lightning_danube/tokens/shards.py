@@ -33,6 +33,7 @@ from lightning_danube.outside.names import plain_name
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
 from lightning_danube.text.reading import READ_AS, format_of
+from lightning_danube.tokens.engines import ENGINES, Engine
 from lightning_danube.tokens.finished_shards import FORMAT, check_format, finished_directory, is_finished, listed_files
 from lightning_danube.tokens.token_sequence import TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -43,13 +44,22 @@ BATCH_TOKENS = 1 << 24
 
 
 def source_fingerprint(
-    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache: Path
+    name: str,
+    source: Source,
+    tokenizer: DocumentTokenizer,
+    held_out: float,
+    quality: Quality,
+    cache: Path,
+    engine: Engine = "own",
 ) -> str:
     """Returns a hash of everything that determines the tokens.
 
-    A changed file, tokenizer, split or quality rule leads to new shards.
+    A changed file, tokenizer, split or quality rule leads to new shards. So does the engine where it matters: both find
+    the same equal texts, and other near-duplicates.
     """
     facts = [FORMAT, asdict(source), tokenizer.fingerprint, held_out, quality.identity(source.filters)]
+    if engine != "own" and quality.deduplicate == "near":
+        facts.append(engine)
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(files_identity(name, source, cache))
     return digest.hexdigest()[:12]
@@ -348,10 +358,24 @@ class TokenShards:
 
 
 def shards_directory(
-    name: str, source: Source, tokenizer: DocumentTokenizer, held_out: float, quality: Quality, cache_dir: Path
+    name: str,
+    source: Source,
+    tokenizer: DocumentTokenizer,
+    held_out: float,
+    quality: Quality,
+    cache_dir: Path,
+    engine: Engine | None = None,
 ) -> Path:
-    """Returns the directory where the shards of a source are, or will be."""
+    """Returns the directory where the shards of a source are, or will be.
+
+    Args:
+        engine: which engine makes them. None: the directory that is complete, or else that of the own engine.
+    """
     if is_finished(source.path):
         return finished_directory(source.path, cache_dir)
-    fingerprint = source_fingerprint(name, source, tokenizer, held_out, quality, cache_dir)
-    return cache_dir / "shards" / f"{name}-{fingerprint}"
+    facts = (name, source, tokenizer, held_out, quality, cache_dir)
+    directories = {one: cache_dir / "shards" / f"{name}-{source_fingerprint(*facts, one)}" for one in ENGINES}
+    if engine is not None:
+        return directories[engine]
+    complete = (directory for directory in directories.values() if (directory / "shards.json").exists())
+    return next(complete, directories["own"])

@@ -12,6 +12,7 @@ from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.files import read_json
 from lightning_danube.options import check_processes
 from lightning_danube.terminal import show, text_table
+from lightning_danube.tokens.engines import ENGINES, EXECUTORS
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.data import CurriculumData
@@ -27,10 +28,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="how many tokenize (data.processes, all cores)")
     parser.add_argument("--verify", action="store_true", help="read shards that are there and compare their checksums")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="own",
+        help="own: for what one machine holds. datatrove: for more, on one machine or a cluster",
+    )
+    parser.add_argument("--executor", choices=EXECUTORS, help="where the tasks of datatrove run (local)")
+    parser.add_argument(
+        "--tasks", type=int, metavar="N", help="tasks of datatrove for each source, at most one a file (up to 1,000)"
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of sbatch; partition and time are needed, such as --slurm partition=cpu --slurm time=12:00:00",
+    )
 
 
 def run(arguments: Namespace) -> None:
     part = _part(arguments.shard)
+    _check_engine(arguments)
     if arguments.verify and part is not None:
         raise ValueError("--verify checks whole shards: leave out --shard")
     data = _data(arguments.config, arguments.overrides)
@@ -40,7 +58,7 @@ def run(arguments: Namespace) -> None:
     if arguments.verify:
         _verify(data)
         return
-    seconds = data.prepare(part)
+    seconds = data.prepare(part) if arguments.engine == "own" else _with_datatrove(data, arguments)
     reports = []
     for name, directory in data.shards_directories().items():
         if data.sources[name].has_tokens:
@@ -52,6 +70,43 @@ def run(arguments: Namespace) -> None:
                 _open(data, directory).verify()
     if reports:
         show(_summary(reports, seconds))
+
+
+def _check_engine(arguments: Namespace) -> None:
+    if arguments.engine == "own":
+        for option in ("executor", "tasks", "slurm"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"--{option} is for --engine datatrove: add it, or leave --{option} out")
+    elif arguments.shard is not None:
+        raise ValueError("--shard is for the own engine: datatrove deals out its tasks itself, see --tasks")
+
+
+def _with_datatrove(data: CurriculumData, arguments: Namespace) -> dict[str, float]:
+    from lightning_danube.device import usable_cores
+    from lightning_danube.tokens.engines.datatrove_engine import prepare_with_datatrove
+    from lightning_danube.tokens.engines.source_work import Cluster
+
+    where = arguments.executor or "local"
+    return prepare_with_datatrove(
+        data.sources,
+        data.tokenizer,
+        held_out=data.held_out,
+        quality=data.quality,
+        cache_dir=data.cache_dir,
+        cluster=Cluster(
+            where=where,
+            tasks=arguments.tasks,
+            workers=data.processes or (usable_cores() if where == "local" else None),
+            slurm=dict(map(_key_and_value, arguments.slurm or ())),
+        ),
+    )
+
+
+def _key_and_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ValueError(f"--slurm is {text!r}: give an option of sbatch and its value, such as partition=cpu")
+    return key.removeprefix("--"), value
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -119,7 +174,7 @@ def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, floa
                 f"{report['bytes_per_token']:.2f}",
                 f"{sum(report['rejected'].values()):,}",
                 f"{sum(report['filtered'].values()):,}",
-                f"{duplicates['exact'] + duplicates['near']:,}",
+                f"{sum(duplicates.values()):,}",
                 f"{report['contaminated']:,}",
                 f"{report['seconds']:.1f}" if made else "there",
                 # Sources are processed in parallel, so a source's speed follows from its processes' own time.
