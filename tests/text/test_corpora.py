@@ -346,3 +346,32 @@ def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert [document.text for document in documents] == [f"text {number}\n" for number in range(300)]
+
+
+def test_hub_files_are_those_of_the_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local directory with the layout of a hub data set: configurations in the card, parquet files below it."""
+    monkeypatch.setattr(corpora, "ask_hub", lambda source: None)
+    for name in ("a/train-0", "a/train-1", "a/test-0", "b/train-0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": [name]}), tmp_path / f"{name}.parquet")
+    card = "\n".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        + (f"  - split: test\n    path: {name}/test-*" if name == "a" else "")
+        for name in ("a", "b")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
+
+    def found(**options: str) -> list[str]:
+        files = corpora.hub_files("web", Source(str(tmp_path), **options))
+        return [str(Path(file).relative_to(tmp_path)) for file in files]
+
+    assert found(name="a") == ["a/train-0.parquet", "a/train-1.parquet"]
+    assert found(name="a", split="test") == ["a/test-0.parquet"]
+    assert found(name="b") == ["b/train-0.parquet"]
+    with pytest.raises(ValueError, match=r"source 'web': .* \(b\) has no split 'test', only train"):
+        found(name="b", split="test")
+    (tmp_path / "b" / "train-0.parquet").rename(tmp_path / "b" / "train-0.arrow")
+    with pytest.raises(ValueError, match=r"source 'web': .*train-0.arrow has no known format \(.csv, "):
+        found(name="b")
+    with pytest.raises(ValueError, match=r"source 'web': .* \(c\) cannot be loaded \(.*'c' not found"):
+        found(name="c")

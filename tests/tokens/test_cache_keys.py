@@ -12,8 +12,9 @@ from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Filters, Quality
 from lightning_danube.tokens import shards
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, ChatEncoder
+from lightning_danube.tokens.engines import Engine
 from lightning_danube.tokens.finished_shards import finished_directory
-from lightning_danube.tokens.shards import files_identity, source_fingerprint
+from lightning_danube.tokens.shards import files_identity, shards_directory, source_fingerprint
 from lightning_danube.tokens.tokenizer import DocumentTokenizer, fingerprint_of, load_hf_tokenizer
 
 
@@ -52,6 +53,24 @@ def fingerprint(path: Path, /, **changes: Any) -> str:
 def test_shards_are_named_after_each_fact_that_decides_their_tokens(text: Path, change: dict[str, Any]) -> None:
     assert fingerprint(text) == fingerprint(text)
     assert fingerprint(text, **change) != fingerprint(text)
+
+
+def test_near_duplicates_of_each_engine_have_a_directory_and_the_complete_one_is_found(text: Path) -> None:
+    """The engines find other near-duplicates, and the same equal texts."""
+    tokenizer = DocumentTokenizer("danube-small")
+
+    def directory(quality: Quality, engine: Engine | None = None) -> Path:
+        return shards_directory("src", Source(str(text)), tokenizer, 0.1, quality, text.parent, engine)
+
+    for quality in (Quality(), Quality(deduplicate="exact")):
+        assert directory(quality) == directory(quality, "own") == directory(quality, "datatrove")
+    near = Quality(deduplicate="near")
+    own, datatrove = directory(near, "own"), directory(near, "datatrove")
+    assert own != datatrove and directory(near) == own
+    for complete in (datatrove, own):
+        complete.mkdir(parents=True)
+        (complete / "shards.json").touch()
+        assert directory(near) == complete
 
 
 def test_shards_of_another_format_have_another_name(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

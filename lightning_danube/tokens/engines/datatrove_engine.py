@@ -18,6 +18,7 @@ no completion marker.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -530,7 +531,7 @@ def _run_on_ray(work: SourceWork, executor: PipelineExecutor) -> None:
     import ray
 
     with _quietly():
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         executor.run()
     if left := executor.get_incomplete_ranks():
         work.raise_refusal()

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_danube.__main__ import main
-from lightning_danube.text import corpora
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import BANDS, Filters, Quality, sketches
 from lightning_danube.tokens.engines.source_work import Cluster
@@ -401,29 +400,3 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules, "lightning_danube.tokens.engines.datatrove_engine", raising=False)
     with pytest.raises(ValueError, match=r"prepare --engine datatrove needs datatrove, .*\[datatrove\]'"):
         import lightning_danube.tokens.engines.datatrove_engine  # noqa: F401
-
-
-def test_hub_files_are_those_of_the_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local directory with the layout of a hub data set: configurations in the card, parquet files below it."""
-    monkeypatch.setattr(corpora, "ask_hub", lambda source: None)
-    for name in ("a/train-0", "a/train-1", "a/test-0", "b/train-0"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"text": [name]}), tmp_path / f"{name}.parquet")
-    card = "\n".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
-        + (f"  - split: test\n    path: {name}/test-*" if name == "a" else "")
-        for name in ("a", "b")
-    )
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
-
-    def found(**options: Any) -> list[str]:
-        files = corpora.hub_files("web", Source(str(tmp_path), **options))
-        return [str(Path(file).relative_to(tmp_path)) for file in files]
-
-    assert found(name="a") == ["a/train-0.parquet", "a/train-1.parquet"]
-    assert found(name="a", split="test") == ["a/test-0.parquet"]
-    assert found(name="b") == ["b/train-0.parquet"]
-    with pytest.raises(ValueError, match=r"source 'web': .* \(b\) has no split 'test', only train"):
-        found(name="b", split="test")
-    with pytest.raises(ValueError, match=r"source 'web': .* \(c\) cannot be loaded \(.*'c' not found"):
-        found(name="c")
