@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -441,9 +443,16 @@ class _LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
             for rank in ranks:
                 _run_rank(deepcopy(self), rank)
             return
+        others = set(multiprocessing.active_children())
         with WorkerPool(min(self.workers, len(ranks))) as pool:
-            for _ in pool.map(partial(_run_rank, self), ranks):
-                pass
+            try:
+                for _ in pool.map(partial(_run_rank, self), ranks):
+                    pass
+            except BaseException:
+                # A task may take hours, and the next start makes what is missing.
+                for process in set(multiprocessing.active_children()) - others:
+                    process.kill()
+                raise
 
 
 def _run_rank(executor: PipelineExecutor, rank: int) -> None:
@@ -556,7 +565,10 @@ def _submit(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
         for stage in _stages(work, quality):
             executor = _executor(work, stage, cluster, executor)
         assert executor is not None
-        executor.run()
+        try:
+            executor.run()
+        except (subprocess.CalledProcessError, FileNotFoundError):
+            raise ValueError("sbatch took no job: see its own message above, and --slurm") from None
     tell(
         f"{work.name}: {work.tasks} tasks are submitted, the last job is {executor.job_id}: run the same command when "
         "it is over; it shows the result, or submits what is missing"

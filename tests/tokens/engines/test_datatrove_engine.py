@@ -218,7 +218,7 @@ data:
 
 
 def test_kill_9_leaves_no_process_and_the_next_start_continues(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
-    folder = write_rows(tmp_path / "texts", texts(4000, words=400), files=8)
+    folder = write_rows(tmp_path / "texts", texts(1600, words=200), files=8)
     command = [*config(tmp_path, f"{{path: {folder}}}"), "--processes", "2"]
     script = [sys.executable, "-m", "lightning_danube", *command]
     process = subprocess.Popen(script, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -233,7 +233,7 @@ def test_kill_9_leaves_no_process_and_the_next_start_continues(tmp_path: Path, t
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(f"{working}/tasks/*.json")}
     assert main(command) == 0
     shards = TokenShards(next(tmp_path.glob("cache/shards/src-*")), tokenizer)
-    assert before and shards.meta["counts"]["documents"] == 4000
+    assert before and shards.meta["counts"]["documents"] == 1600
     ours = by_own(Source(str(folder)), tokenizer, tmp_path / "own")
     assert ids(shards) == ids(ours)
 
@@ -347,7 +347,7 @@ def test_jobs_of_slurm_make_the_shards(
     """With stand-ins of SLURM's commands, which run a job at once."""
     source = Source(str(write_rows(tmp_path / "texts", texts(20), files=2)))
     slurm = {"partition": "cpu", "time": "1:00:00", "account": "us"}
-    shards = by_datatrove(source, tokenizer, tmp_path / "cache", where="slurm", workers=1, slurm=slurm)
+    shards = by_datatrove(source, tokenizer, tmp_path / "cache", where="slurm", workers=1, tasks=2, slurm=slurm)
     assert ids(shards) == ids(by_own(source, tokenizer, tmp_path / "own"))
     assert "2 tasks are submitted, the last job is 7: run the same command when it is over" in capsys.readouterr().err
     submitted = Path(f"{stand_ins}.submitted").read_text()
@@ -380,6 +380,10 @@ def test_a_source_whose_jobs_are_in_the_queue_is_not_submitted_again(
     with pytest.raises(
         ValueError, match=f"source 'src': the job {name}-write of an earlier call is still in the queue"
     ):
+        by_datatrove(source, tokenizer, tmp_path / "cache", where="slurm", slurm=slurm)
+    stand_ins.write_text("")
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    with pytest.raises(ValueError, match="sbatch took no job: see its own message above, and --slurm"):
         by_datatrove(source, tokenizer, tmp_path / "cache", where="slurm", slurm=slurm)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="--executor slurm: there is no squeue here: use a machine that can submit"):
