@@ -409,7 +409,7 @@ class Preparation:
                 for split in SPLITS:
                     parts[split].append((folder, own[split]))
                     for file in own[split]["files"]:
-                        _link(folder / file["name"], building / file["name"])
+                        link_or_copy(folder / file["name"], building / file["name"])
                 total["bytes"] += int(unit.sizes[keep].sum())
                 for name in ("read", "cut", "contaminated"):
                     total[name] += account[name]
@@ -684,7 +684,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _link(path: Path, target: Path) -> None:
+def link_or_copy(path: Path, target: Path) -> None:
     """Gives a file a second name, or copies it where the file system has no links."""
     try:
         os.link(path, target)

@@ -8,7 +8,7 @@ duplicates with memory that does not grow with the corpus. A source passes throu
     exact      T tasks     finds documents with equal hashes                        (deduplicate: exact)
     buckets    16 K tasks  finds sketches that agree in a band                      (deduplicate: near)
     clusters   1 task      joins the pairs to clusters and keeps one document each  (deduplicate: near)
-    write      N tasks     writes the documents that stay, one file for each split
+    write      N tasks     writes the units that lose documents again, without them
     join       1 task      writes shards.json and report.json, and names the directory
 
 What a task writes does not depend on when or where it runs. After a kill, a stage continues with the tasks that have
@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
@@ -37,6 +37,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_danube.extras import need
 from lightning_danube.files import finish_folder, locked, new_file, read_json, write_json
@@ -47,10 +48,10 @@ from lightning_danube.text.reading import BadRow, DamagedFile, Span, spans
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.engines.source_work import MOST_TASKS, Cluster, SourceWork
 from lightning_danube.tokens.finished_shards import fetch, is_finished
-from lightning_danube.tokens.preparation import SHOWN_REJECTIONS, contamination, nothing_left
-from lightning_danube.tokens.shards import SPLITS, SplitWriter, shards_directory
+from lightning_danube.tokens.preparation import SHOWN_REJECTIONS, contamination, link_or_copy, nothing_left
+from lightning_danube.tokens.shards import SPLITS, joined_splits, shards_directory
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
-from lightning_danube.tokens.units import load_part, load_unit, make_unit
+from lightning_danube.tokens.units import kept_splits, load_part, load_unit, make_unit, write_kept
 
 try:
     from datatrove.data import Document as TroveDocument
@@ -76,10 +77,9 @@ except ModuleNotFoundError:
     need("datatrove", "prepare --engine datatrove")
     raise
 
-TASK_UNIT_BYTES = 1 << 27
-"""Bytes of text of a unit. A process holds the ids of one unit in memory."""
+TASK_UNIT_BYTES = 1 << 30
+"""Bytes of text of a unit. A unit becomes one file of each split."""
 _EXACT_TASKS = 64
-_ENDLESS = 1 << 62
 
 
 def prepare_with_datatrove(
@@ -160,7 +160,7 @@ class _Stage:
 def _stages(work: SourceWork, quality: Quality) -> list[_Stage]:
     """Returns the pipelines of a source, in order."""
     between = work.building / "between"
-    made, read, write = MakeUnits(work), ReadUnits(work), WriteShards(work)
+    made, read, write = MakeUnits(work), ReadUnits(work), WriteKept(work)
     join = _Stage("join", 1, [JoinShards(work)])
     match quality.deduplicate:
         case "none":
@@ -279,11 +279,9 @@ class ReadUnits(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[TroveDocument]:
         if data is not None:
             deque(data, maxlen=0)
-        for number, path in enumerate(self.work.units(rank)):
-            unit = load_unit(path)
-            ids = np.split(unit.ids, np.cumsum(unit.lengths)[:-1])
-            for place, (size, hashed) in enumerate(zip(unit.sizes.tolist(), unit.hashes.tolist(), strict=True)):
-                metadata = {"task": rank, "ids": ids[place], "bytes": size, "hash": hashed}
+        for number, unit in enumerate(self.work.units(rank)):
+            for place, hashed in enumerate(load_part(self.work.job.path(unit), "hashes").tolist()):
+                metadata = {"task": rank, "unit": number, "place": place}
                 yield TroveDocument(text=f"{hashed:016x}", id=f"{rank}/{number}/{place}", metadata=metadata)
 
 
@@ -298,7 +296,7 @@ class WriteSketches(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         deque(data, maxlen=0)
-        parts = [load_part(path, "sketches").reshape(-1, PERMUTATIONS) for path in self.work.units(rank)]
+        parts = [load_part(self.work.job.path(unit), "sketches") for unit in self.work.units(rank)]
         sketches = np.concatenate([np.empty((0, PERMUTATIONS), np.uint32), *parts])
         self.stat_update("documents", value=len(sketches), unit="task")
         for band, values in enumerate(np.split(sketches, BANDS, axis=1)):
@@ -308,8 +306,8 @@ class WriteSketches(PipelineStep):
                 records.tofile(partial)
 
 
-class WriteShards(PipelineStep):
-    """Writes the documents that stay as one file for each split, and a summary of the task. Then removes its units."""
+class WriteKept(PipelineStep):
+    """Writes the units that lose documents again, without them, and a summary of the task."""
 
     type, name = "🔢 - WRITER", "shards"
 
@@ -318,45 +316,55 @@ class WriteShards(PipelineStep):
         self.work = work
 
     def run(self, data: Iterable[TroveDocument], rank: int = 0, world_size: int = 1) -> None:
-        work, summary = self.work, self.work.summary(rank)
-        if not summary.exists():
-            folder = work.building / "shards"
-            folder.mkdir(exist_ok=True)
-            dtype = np.dtype(work.job.dtype)
-            writers = {split: SplitWriter(folder, f"{split}-{rank:05d}", dtype, _ENDLESS) for split in SPLITS}
-            kept_bytes = 0
-            for document in data:
-                about = document.metadata
-                writers["validation" if about["hash"] < work.border else "train"].add(about["ids"])
-                kept_bytes += about["bytes"]
-            splits = {split: writer.close() for split, writer in writers.items()}
-            self.stat_update("tokens", value=sum(split["tokens"] for split in splits.values()), unit="task")
-            write_json(summary, {"splits": splits, "bytes": kept_bytes, **self._account(rank)})
-        # With the summary, a start after a kill does not need the units.
-        for path in list(work.units(rank))[::-1]:
-            os.remove(path)
+        if self.work.summary(rank).exists():
+            return
+        places: dict[int, list[int]] = defaultdict(list)  # number of the unit in the task → its documents that stay
+        for document in data:
+            places[document.metadata["unit"]].append(document.metadata["place"])
+        # Only now, because the steps before may have made the units.
+        job, units = self.work.job, list(self.work.units(rank))
+        kept = [np.zeros(len(load_part(job.path(unit), "hashes")), dtype=bool) for unit in units]
+        for number, keep in enumerate(kept):
+            keep[places[number]] = True
+        for unit, keep in zip(units, kept, strict=True):
+            if not keep.all():
+                write_kept(job, unit, keep)
+        write_json(self.work.summary(rank), self._account(rank, units, kept))
 
-    def _account(self, task: int) -> dict[str, Any]:
-        """Returns the sums of the units' accounts."""
+    def _account(self, task: int, units: list[int], kept: list[NDArray[np.bool_]]) -> dict[str, Any]:
+        """Returns the sums of the units' accounts, and where the shards of each unit are."""
+        job = self.work.job
         sums: Counter[str] = Counter()
         counters: dict[str, Counter[str]] = {"filtered": Counter(), "found_in": Counter()}
         rejected: list[BadRow] = []
         found_rows: set[int] = set()
+        parts = []
         last: Any = None
-        for path in self.work.units(task):
-            unit = load_unit(path)
+        for number, keep in zip(units, kept, strict=True):
+            unit = load_unit(job.path(number))
             account = unit.account
+            folder, splits = job.path(number), account["splits"]
+            if not keep.all():
+                folder, splits = job.path_of_kept(number), kept_splits(job, number)
+            parts.append({"folder": str(folder.relative_to(self.work.building)), "splits": splits})
             sums.update({name: account[name] for name in ("read", "cut", "contaminated", "seconds")})
-            sums["documents"] += len(unit.lengths)
+            sums["documents"] += len(keep)
+            sums["bytes"] += int(unit.sizes[keep].sum())
             sums["cut"] += account["first"] is not None and account["first"] == last
             last = account["last"] or last
             for name, counter in counters.items():
                 counter.update(account[name])
             rejected += account["rejected"]
             found_rows.update(account["found_rows"])
-        folder = f"{self.work.fetched(task)}{os.sep}"
-        rows = [BadRow(*(one.replace(folder, "") if isinstance(one, str) else one for one in row)) for row in rejected]
-        return {**sums, **counters, "rejected": [row._asdict() for row in rows], "found_rows": sorted(found_rows)}
+        fetched = f"{self.work.fetched(task)}{os.sep}"
+        rows = [BadRow(*(one.replace(fetched, "") if isinstance(one, str) else one for one in row)) for row in rejected]
+        return {
+            **sums,
+            **counters,
+            "rejected": [row._asdict() for row in rows],
+            "found_rows": sorted(found_rows),
+            "parts": parts,
+        }
 
 
 class JoinShards(PipelineStep):
@@ -379,13 +387,17 @@ class JoinShards(PipelineStep):
         counters: dict[str, Counter[str]] = {name: Counter() for name in ("filtered", "rejected", "found_in")}
         found_rows: set[int] = set()
         first: list[str] = []
-        splits: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "files": []} for split in SPLITS}
+        parts: dict[str, list[tuple[Path, dict[str, Any]]]] = {split: [] for split in SPLITS}
+        shutil.rmtree(folder, ignore_errors=True)  # of a join that was killed
+        folder.mkdir()
         with new_file(folder / "rejected.jsonl") as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
             for task in range(work.tasks):
                 summary = read_json(work.summary(task))
-                for split, there in summary["splits"].items():
-                    for what, value in there.items():
-                        splits[split][what] += value
+                for part in summary["parts"]:
+                    for split, there in part["splits"].items():
+                        parts[split].append((work.building / part["folder"], there))
+                        for file in there["files"]:
+                            link_or_copy(work.building / part["folder"] / file["name"], folder / file["name"])
                 names = ("bytes", "read", "cut", "contaminated", "documents", "seconds")
                 sums.update({name: summary.get(name, 0) for name in names})
                 counters["filtered"].update(summary["filtered"])
@@ -396,6 +408,7 @@ class JoinShards(PipelineStep):
                 first += [row["message"] for row in summary["rejected"][: SHOWN_REJECTIONS - len(first)]]
         if not first:
             os.remove(folder / "rejected.jsonl")
+        splits = {split: joined_splits(folder, split, parts[split]) for split in SPLITS}
         documents, tokens = (sum(split[what] for split in splits.values()) for what in ("documents", "tokens"))
         duplicates = {"exact": sums["documents"] - documents, "near": 0}
         if work.meta["quality"]["deduplicate"] == "near":

@@ -22,7 +22,7 @@ from lightning_danube.text.quality import Benchmarks, Quality
 from lightning_danube.text.reading import DamagedFile
 from lightning_danube.tokens.engines import Executor
 from lightning_danube.tokens.preparation import Preparation
-from lightning_danube.tokens.shards import FORMAT, held_out_below
+from lightning_danube.tokens.shards import FORMAT
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.tokens.units import Job
 
@@ -85,7 +85,6 @@ class SourceWork:
     files: list[list[str]]
     began: float
     job: Job
-    border: int
     meta: dict[str, Any]
 
     @classmethod
@@ -127,7 +126,6 @@ class SourceWork:
             files=plan["files"],
             began=plan["began"],
             job=preparation.job,
-            border=held_out_below(held_out),
             meta={
                 "format": FORMAT,
                 "source": asdict(source),
@@ -147,11 +145,11 @@ class SourceWork:
         assert number < _UNITS_OF_A_TASK
         return task * _UNITS_OF_A_TASK + number
 
-    def units(self, task: int) -> Iterator[Path]:
-        """Yields the files of a task's units, in order."""
+    def units(self, task: int) -> Iterator[int]:
+        """Yields the numbers of a task's units that are made, in order."""
         number = 0
-        while (path := self.job.path(self.unit(task, number))).exists():
-            yield path
+        while self.job.path(self.unit(task, number)).exists():
+            yield self.unit(task, number)
             number += 1
 
     def summary(self, task: int) -> Path:
