@@ -4,7 +4,8 @@
 
 `FOLDER` holds files that `prepare` reads. The stages that read and write texts are measured on them, with rules,
 without benchmarks, and with `deduplicate: near`. The stages that compare documents are measured on random sketches of
-`--documents` documents, of which three in ten are copies of an earlier one. All in one process, one after the other.
+`--documents` documents, of which three in ten are copies of an earlier one. Everything runs in one process.
+The own engine is measured without its search for duplicates.
 
 The extrapolation is linear in tokens and in documents, with `TOKENS_A_DOCUMENT` tokens a document.
 """
@@ -27,7 +28,7 @@ import numpy as np
 from machine import described, write_result
 
 from lightning_danube.text.corpora import Source
-from lightning_danube.text.quality import BANDS, PERMUTATIONS, Filters, NearDuplicates, Quality
+from lightning_danube.text.quality import BANDS, PERMUTATIONS, Filters, Quality
 from lightning_danube.tokens.engines.datatrove_engine import _executor, _quietly, _run_rank, _stages
 from lightning_danube.tokens.engines.source_work import Cluster, SourceWork
 from lightning_danube.tokens.preparation import Preparation
@@ -127,7 +128,7 @@ def compared_stages(folder: Path, documents: int) -> dict[str, tuple[float, int]
     """Returns stage → CPU seconds and bytes of memory. Each stage has a process of its own."""
     context = multiprocessing.get_context("spawn")
     found = {}
-    for name in ("own, near-duplicates", "datatrove, buckets", "datatrove, clusters"):
+    for name in ("datatrove, buckets", "datatrove, clusters"):
         with context.Pool(1) as pool:
             found[name] = pool.apply(compared, (name, str(folder), documents))
     shutil.rmtree(folder)
@@ -151,11 +152,7 @@ def compared(name: str, folder: str, documents: int) -> tuple[float, int]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     with _quietly():
-        if name == "own, near-duplicates":
-            seen = NearDuplicates()
-            for sketch in drawn:
-                seen.repeats(sketch)
-        elif name == "datatrove, buckets":
+        if name == "datatrove, buckets":
             for band in range(BANDS):
                 step = MinhashDedupBuckets(f"{folder}/sketches", f"{folder}/pairs", config=config, lines_to_buffer=1000)
                 step.run(None, band, BANDS)
@@ -173,28 +170,24 @@ def extrapolated(
         "Core hours = (tokens × CPU s a token + documents × CPU s a document) / 3600, with "
         f"{TOKENS_A_DOCUMENT} tokens a document. A core hour costs {DOLLARS_A_CORE_HOUR} dollars.",
         "",
-        "| tokens | engine | core hours | of them in one process | dollars | memory of one process | "
-        "disk beside the texts |",
+        "| tokens | engine | core hours | dollars | of them in one process | its memory | disk beside the texts |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, total in (("4T", 4e12), ("6T", 6e12)):
         documents = total / TOKENS_A_DOCUMENT
-        for engine, alone_a_token, alone in (
-            ("own", ("own, join without duplicates",), ("own, near-duplicates",)),
-            ("datatrove", (), ("datatrove, clusters",)),
-        ):
+        shards = 2 * total + 4 * documents
+        for engine in ("own", "datatrove"):
             hours = {key: seconds / tokens * total / 3600 for key, seconds in a_token.items() if key.startswith(engine)}
-            hours |= {
-                key: seconds / sketched * documents / 3600
-                for key, (seconds, _) in compared.items()
-                if key.startswith(engine)
-            }
-            in_one = sum(hours[key] for key in (*alone_a_token, *alone))
-            memory = compared[alone[0]][1] / sketched * documents
-            disk = 2 * total + documents * left if engine == "datatrove" else 4 * total + documents * 536
+            memory, disk, alone = "", 2 * total + shards, hours.get("own, join without duplicates", 0.0)
+            if engine == "datatrove":
+                hours |= {key: one / sketched * documents / 3600 for key, (one, _) in compared.items()}
+                alone = hours["datatrove, clusters"]
+                memory = f"{compared['datatrove, clusters'][1] / sketched * documents / 1e12:.1f} TB"
+                disk = documents * left + shards
+            every = sum(hours.values())
             lines.append(
-                f"| {name} | {engine} | {sum(hours.values()):,.0f} | {in_one:,.0f} | "
-                f"{sum(hours.values()) * DOLLARS_A_CORE_HOUR:,.0f} | {memory / 1e12:.1f} TB | {disk / 1e12:.0f} TB |"
+                f"| {name} | {engine} | {every:,.0f} | {every * DOLLARS_A_CORE_HOUR:,.0f} | {alone:,.1f} | {memory} "
+                f"| {disk / 1e12:.1f} TB |"
             )
     return lines
 
