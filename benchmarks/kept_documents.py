@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_danube.cli.configs import configured_data
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.text.corpora import documents_and_bad_rows
 from lightning_danube.text.quality import BANDS, NEAR, Benchmarks, sketches
@@ -24,6 +23,7 @@ from lightning_danube.text.reading import Document
 from lightning_danube.tokens.encoding import TextEncoder, can_encode_in_parts
 from lightning_danube.tokens.shards import SPLITS, TokenShards, shards_directory
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.yaml_files import load_yaml
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--own", required=True, type=Path, help="cache directory of the own engine's shards")
     parser.add_argument("--datatrove", required=True, type=Path, help="cache directory of datatrove's shards")
     arguments = parser.parse_args()
-    data = configured_data([arguments.config], [])
-    assert isinstance(data, CurriculumData)
+    options = load_yaml(Path(arguments.config).read_text(encoding="utf-8"))["data"]["init_args"]
+    data = CurriculumData(**options)
     benchmarks = Benchmarks.read(data.quality.decontaminate) if data.quality.decontaminate else None
     for name in data.sources:
         kept = [kept_documents(data, name, cache) for cache in (arguments.own, arguments.datatrove)]
