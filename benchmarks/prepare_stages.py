@@ -93,9 +93,11 @@ def own_stages(folder: Path, source: Source, tokenizer: DocumentTokenizer) -> di
 def trove_stages(folder: Path, source: Source, tokenizer: DocumentTokenizer) -> tuple[dict[str, float], int, int, int]:
     """Returns stage → CPU seconds, tokens, documents, and the most bytes on disk beside the shards."""
     quality = Quality(deduplicate="near", filters=Filters(min_words=5))
-    facts: tuple[Any, ...] = ("texts", source, tokenizer, 0.001, quality, folder)
+    options: dict[str, Any] = {"held_out": 0.001, "quality": quality, "cache_dir": folder}
     building = folder / ".texts.datatrove"
-    work = SourceWork.begin(folder / "texts", building, *facts, benchmarks=None, tasks=None)
+    work = SourceWork.begin(
+        folder / "texts", building, "texts", source, tokenizer, benchmarks=None, tasks=None, **options
+    )
     (building / "tasks").mkdir()
     seconds, most = {}, 0
     with _quietly():

@@ -119,7 +119,9 @@ def prepare_with_datatrove(
                 if quality.decontaminate and benchmarks is None:
                     benchmarks = Benchmarks.read(quality.decontaminate)
                 began = time.monotonic()
-                work = SourceWork.begin(directory, building, *facts, benchmarks=benchmarks, tasks=cluster.tasks)
+                options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
+                options |= {"benchmarks": benchmarks, "tasks": cluster.tasks}
+                work = SourceWork.begin(directory, building, name, source, tokenizer, **options)
                 _run(work, quality, cluster)
                 if (directory / "shards.json").exists():
                     seconds[name] = time.monotonic() - began

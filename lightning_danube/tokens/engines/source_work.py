@@ -95,10 +95,10 @@ class SourceWork:
         name: str,
         source: Source,
         tokenizer: DocumentTokenizer,
+        *,
         held_out: float,
         quality: Quality,
         cache_dir: Path,
-        *,
         benchmarks: Benchmarks | None,
         tasks: int | None,
     ) -> SourceWork:
