@@ -12,7 +12,7 @@ from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.files import read_json
 from lightning_danube.options import check_processes
 from lightning_danube.terminal import show, text_table
-from lightning_danube.tokens.engines import ENGINES, EXECUTORS
+from lightning_danube.tokens.engines import ENGINES, EXECUTORS, Executor
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.data import CurriculumData
@@ -86,7 +86,7 @@ def _with_datatrove(data: CurriculumData, arguments: Namespace) -> dict[str, flo
     from lightning_danube.tokens.engines.datatrove_engine import prepare_with_datatrove
     from lightning_danube.tokens.engines.source_work import Cluster
 
-    where = arguments.executor or "local"
+    where: Executor = arguments.executor or "local"
     return prepare_with_datatrove(
         data.sources,
         data.tokenizer,

@@ -358,8 +358,10 @@ class WriteKept(PipelineStep):
                 counter.update(account[name])
             rejected += account["rejected"]
             found_rows.update(account["found_rows"])
-        fetched = f"{self.work.fetched(task)}{os.sep}"
-        rows = [BadRow(*(one.replace(fetched, "") if isinstance(one, str) else one for one in row)) for row in rejected]
+        folder = f"{self.work.fetched(task)}{os.sep}"
+        rows = [
+            row._replace(file=row.file.replace(folder, ""), message=row.message.replace(folder, "")) for row in rejected
+        ]
         return {
             **sums,
             **counters,
@@ -446,7 +448,7 @@ class JoinShards(PipelineStep):
 # --- executors --------------------------------------------------------------------------------------------------------
 
 
-class _LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
+class _LocalExecutor(LocalPipelineExecutor):
     """Runs the tasks in processes that end with this one, and leaves Ctrl-C to this process.
 
     datatrove's own pool goes on after a kill of the process that started it, and prints a traceback for each process.

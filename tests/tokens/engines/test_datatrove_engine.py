@@ -166,7 +166,7 @@ def test_near_shards_have_a_directory_of_their_own_that_is_found(tmp_path: Path,
     source, quality = Source(str(write_rows(tmp_path / "texts", texts(30)))), Quality(deduplicate="near")
     shards = by_datatrove(source, tokenizer, tmp_path / "cache", quality)
     facts: tuple[Any, ...] = ("src", source, tokenizer, HELD_OUT, quality, tmp_path / "cache")
-    assert shards.directory == shards_directory(*facts, engine="datatrove") != shards_directory(*facts, engine="own")
+    assert shards.directory == shards_directory(*facts, "datatrove") != shards_directory(*facts, "own")
     assert shards.meta["engine"]["name"] == "datatrove"
     assert prepare({"src": source}, tokenizer, held_out=HELD_OUT, quality=quality, cache_dir=facts[5], processes=1) == {
         "src": 0.0
