@@ -19,6 +19,7 @@ import pytest
 from lightning_danube.__main__ import main
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import BANDS, Filters, Quality, sketches
+from lightning_danube.tokens.engines import ENGINES
 from lightning_danube.tokens.engines.source_work import Cluster
 from lightning_danube.tokens.preparation import prepare
 from lightning_danube.tokens.shards import TokenShards, shards_directory
@@ -165,8 +166,9 @@ def test_one_document_of_each_cluster_of_near_duplicates_stays(tmp_path: Path, t
 def test_near_shards_have_a_directory_of_their_own_that_is_found(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     source, quality = Source(str(write_rows(tmp_path / "texts", texts(30)))), Quality(deduplicate="near")
     shards = by_datatrove(source, tokenizer, tmp_path / "cache", quality)
-    facts: tuple[Any, ...] = ("src", source, tokenizer, HELD_OUT, quality, tmp_path / "cache")
-    assert shards.directory == shards_directory(*facts, "datatrove") != shards_directory(*facts, "own")
+    facts = ("src", source, tokenizer, HELD_OUT, quality, tmp_path / "cache")
+    places: dict[str, Path] = {engine: shards_directory(*facts, engine=engine) for engine in ENGINES}
+    assert shards.directory == places["datatrove"] != places["own"]
     assert shards.meta["engine"]["name"] == "datatrove"
     assert prepare({"src": source}, tokenizer, held_out=HELD_OUT, quality=quality, cache_dir=facts[5], processes=1) == {
         "src": 0.0
