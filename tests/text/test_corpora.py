@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -361,7 +362,7 @@ def test_hub_files_are_those_of_the_configuration_and_split(tmp_path: Path, monk
     )
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
 
-    def found(**options: str) -> list[str]:
+    def found(**options: Any) -> list[str]:
         files = corpora.hub_files("web", Source(str(tmp_path), **options))
         return [str(Path(file).relative_to(tmp_path)) for file in files]
 

@@ -66,8 +66,8 @@ def test_the_files_of_the_units_are_the_shards(
     make: Make, tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linked: set[int] = set()
-    link = preparation._link
-    monkeypatch.setattr(preparation, "_link", noting(link, lambda path, to: linked.add(path.stat().st_ino)))
+    link = preparation.link_or_copy
+    monkeypatch.setattr(preparation, "link_or_copy", noting(link, lambda path, to: linked.add(path.stat().st_ino)))
     shards = make(write(tmp_path / "a.jsonl", TEXTS), "one")
     check(shards, TEXTS, tokenizer)
     files = sorted(shards.directory.glob("*.arrow"))
@@ -115,8 +115,8 @@ def test_a_killed_join_goes_on_where_it_was(
     before = {path: path.stat().st_ino for path in building.glob("kept/*/*")}
     assert len({path.parent for path in before}) == 2
     inodes: list[int] = []
-    link = preparation._link
-    monkeypatch.setattr(preparation, "_link", noting(link, lambda path, to: inodes.append(path.stat().st_ino)))
+    link = preparation.link_or_copy
+    monkeypatch.setattr(preparation, "link_or_copy", noting(link, lambda path, to: inodes.append(path.stat().st_ino)))
     monkeypatch.setattr(preparation, "make_unit", lambda *_: pytest.fail("a unit is made again"))
     written: list[int] = []
     writers = units._writers

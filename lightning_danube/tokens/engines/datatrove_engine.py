@@ -358,9 +358,10 @@ class WriteKept(PipelineStep):
                 counter.update(account[name])
             rejected += account["rejected"]
             found_rows.update(account["found_rows"])
-        folder = f"{self.work.fetched(task)}{os.sep}"
+        fetched = f"{self.work.fetched(task)}{os.sep}"
         rows = [
-            row._replace(file=row.file.replace(folder, ""), message=row.message.replace(folder, "")) for row in rejected
+            row._replace(file=row.file.replace(fetched, ""), message=row.message.replace(fetched, ""))
+            for row in rejected
         ]
         return {
             **sums,

@@ -126,7 +126,7 @@ def test_the_tokens_and_counts_are_those_of_the_own_engine(
     rejected = "rejected.jsonl"
     assert (shards.directory / rejected).read_text() == (ours.directory / rejected).read_text()
     files = [file["name"] for file in shards.meta["splits"]["train"]["files"]]
-    assert files == [f"train-{task << 20:05d}-00000.arrow" for task in range(tasks or 4)]
+    assert files == [f"train-{task << 20:05d}.arrow" for task in range(tasks or 4)]
 
 
 def components(found: list[str]) -> list[set[str]]:
