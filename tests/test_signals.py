@@ -281,6 +281,8 @@ SAVING_CHILD = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 def save(*_):
+    # As a run does: it is told once by the terminal, and once by the process that started it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("saves", flush=True)
     time.sleep(SECONDS)
     print("saved", flush=True)
