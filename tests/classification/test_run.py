@@ -281,7 +281,11 @@ def test_another_run_is_not_gone_on_with(words: Path, tmp_path: Path, capsys: py
         assert message in error, error
 
     refused("--data.init_args.seed is 9, the run began with 0", "--data.init_args.seed", "9")
-    refused("data.train is ", "--data.init_args.context_length", "8")
+    refused(
+        "--data.init_args.context_length is 8, the classifier was trained with 32",
+        "--data.init_args.context_length",
+        "8",
+    )
     for option, given, stated in (
         ("context_length", "8", "8, the classifier was trained with 32"),
         ("keep", "end", "end, the classifier was trained with start"),
