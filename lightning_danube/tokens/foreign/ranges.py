@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import glob
-import mmap
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from lightning_danube.outside.secrets import redacted
 from lightning_danube.text.corpora import pattern_of
 from lightning_danube.tokens.finished_shards import is_address, open_store, unreachable
 from lightning_danube.tokens.foreign.range_cache import RangeCache
+from lightning_danube.tokens.token_sequence import MappedFiles
 
 MOST_MAPS = 1024
 """Files of one source that a process keeps mapped. Linux allows a process 65,530 maps in all."""
@@ -39,12 +38,12 @@ class ByteRanges:
     def __init__(self, path: str, cache_dir: Path) -> None:
         self._path = path
         self._cache = RangeCache(cache_dir / "token-ranges") if is_address(path) else None
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._maps = MappedFiles(MOST_MAPS)
         self._opened: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for another process, which opens the files itself."""
-        return {**vars(self), "_maps": OrderedDict(), "_opened": None}
+        return {**vars(self), "_opened": None}
 
     def find(self, pattern: str) -> list[FoundFile]:
         """Returns the files that a path or a glob names, in the order of their names.
@@ -88,21 +87,13 @@ class ByteRanges:
         return found
 
     def _local(self, path: str, start: int, stop: int) -> memoryview:
-        mapped = self._maps.get(path)
-        if mapped is None:
-            try:
-                with open(path, "rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except FileNotFoundError:
-                raise ValueError(f"{path} is missing: put it back, or name other files") from None
-            except ValueError as error:
-                raise ValueError(f"{path} is empty: remove it, or copy it again") from error
-            self._maps[path] = mapped
-            if len(self._maps) > MOST_MAPS:
-                self._maps.popitem(last=False)
-        else:
-            self._maps.move_to_end(path)
-        return memoryview(mapped)[start:stop]
+        try:
+            found = self._maps.read(Path(path), start, stop)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: put it back, or name other files") from None
+        if not len(found) and not os.path.getsize(path):
+            raise ValueError(f"{path} is empty: remove it, or copy it again")
+        return found.data
 
     def _remote(self, path: str, start: int, stop: int, stamp: str) -> memoryview:
         assert self._cache is not None
