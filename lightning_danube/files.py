@@ -43,7 +43,7 @@ SECONDS_UNTIL_ABANDONED = 24 * 3600
 
 
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""Errors by which the system refuses a file that may be in order: memory, maps or descriptors are short."""
+"""Error numbers that mean the system lacks memory, maps or descriptors. The file itself may be intact."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -36,7 +36,7 @@ def makers() -> dict[str, Callable[..., str]]:
     """Returns name → maker. Imports torch and pandas, because reports read some of the results."""
     from docs.making import reference, results
 
-    found = {}
+    found: dict[str, Callable[..., str]] = {}
     for module in (results, reference):
         found |= {name: getattr(module, name) for name in module.MAKERS}
     return found

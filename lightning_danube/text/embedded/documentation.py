@@ -17,7 +17,7 @@ and signatures. A hash of a module's name decides which of the two gets the modu
 
 Packages are read, never imported. The same versions give the same bytes, for any number of processes.
 
-What was read of a package is kept until all packages are read. So a collection that was stopped goes on.
+The readings of each finished package stay on disk until all packages are read. A stopped collection resumes from them.
 """
 
 from __future__ import annotations
