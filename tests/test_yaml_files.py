@@ -15,6 +15,7 @@ from lightning_danube.cli.command_line import with_config_paths
 from lightning_danube.yaml_files import (
     FOLDER,
     NotYaml,
+    _loaders,
     config_file,
     config_names,
     description,
@@ -299,3 +300,40 @@ def test_names_without_a_folder_come_first() -> None:
     for own in (False, True):
         names = [name for name in config_names() if ("/" in name) is own]
         assert names == sorted(names)
+
+
+ODD = [
+    "{no: 1, 2024: 2, 1e3: 3, yes: {a: ~}}",
+    "- 'a: b'\n- \"c\\n\"\n- |\n  two\n  lines\n- >-\n  one\n  line",
+    "a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}",
+    "a: 2024-01-01\nb: 1_000\nc: 0x10\nd: 0o7\ne: .inf\nf: 1:30",
+    "é: 你好 😀  # a comment",
+    "",
+    "a: 'x",
+    "a: [1",
+    "a: 1\n b: 2",
+    "a: *unknown",
+    "--- a\n--- b",
+    "a: !!int x",
+    "\ud800: 1",
+    "\x00",
+]
+
+
+@pytest.mark.parametrize("text", [*ODD, *config_names()])
+def test_a_text_means_the_same_without_the_reader_in_c(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> list[Any]:
+        found: list[Any] = []
+        for reader in (load_yaml, with_text_keys):
+            try:
+                found.append(reader(text))
+            except NotYaml as error:
+                found.append(str(error))
+        return found
+
+    if text in config_names():
+        text = Path(config_file(text)).read_text("utf-8")
+    fast = read()
+    monkeypatch.setattr("lightning_danube.yaml_files._loaders", lambda: _loaders()[-1:])
+    assert read() == fast
+    assert yaml.__with_libyaml__  # otherwise both were the same
