@@ -31,6 +31,11 @@ GPU_PYTHON = $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON))
 GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 	--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
 
+# The files of the tests with a marker. Importing all 250 files of tests takes half a minute.
+marked = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py')
+# Compiled files of tests and of this package are kept, whatever the shell says: each process would compile them again.
+export PYTHONDONTWRITEBYTECODE =
+
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
 MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or datatrove or kernels or trackers or faults or slurm or wheel)"
@@ -54,7 +59,7 @@ test: $(INSTALLED_TEST) ## run the fast tests (ARGS="…" goes to pytest)
 	@$(BIN)/python -m pytest -q $(IN_PARALLEL) $(ARGS)
 
 test-medium: $(INSTALLED_TEST) ## run the tests of some seconds each: whole runs, kills, resumes
-	@$(BIN)/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
+	@$(BIN)/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(or $(ARGS),$(call marked,medium))
 
 test-all: test test-medium ## run the tests of each commit and all parts that CI takes in turn, about 2 hours (.ci/record.md says when each ran)
 	@$(BIN)/python .ci/parts.py --all
@@ -66,48 +71,48 @@ test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run t
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 test-llama-cpp: $(INSTALLED_TEST) $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
-	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(or $(ARGS),$(call marked,llama_cpp))
 
 test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
-	@$(BIN)/python -m pytest -q -m trl $(ARGS)
+	@$(BIN)/python -m pytest -q -m trl $(or $(ARGS),$(call marked,trl))
 
 test-evaluation: $(INSTALLED_EVALUATION) ## run the tests with the lm-evaluation-harness
-	@$(BIN)/python -m pytest -q -m evaluation $(ARGS)
+	@$(BIN)/python -m pytest -q -m evaluation $(or $(ARGS),$(call marked,evaluation))
 
 test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 interface
-	@$(BIN)/python -m pytest -q -m s3 $(ARGS)
+	@$(BIN)/python -m pytest -q -m s3 $(or $(ARGS),$(call marked,s3))
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
-	@$(BIN)/python -m pytest -q -m gigatoken $(ARGS)
+	@$(BIN)/python -m pytest -q -m gigatoken $(or $(ARGS),$(call marked,gigatoken))
 
 test-datatrove: $(INSTALLED_DATATROVE) ## run the tests that prepare with datatrove
-	@$(BIN)/python -m pytest -q -m datatrove $(ARGS)
+	@$(BIN)/python -m pytest -q -m datatrove $(or $(ARGS),$(call marked,datatrove))
 
 test-trackers: $(INSTALLED_TRACKERS) ## run the tests that log to MLflow and to Weights & Biases
-	@$(BIN)/python -m pytest -q -m trackers $(ARGS)
+	@$(BIN)/python -m pytest -q -m trackers $(or $(ARGS),$(call marked,trackers))
 
 test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpreter and torchao's emulation, and compile them (no GPU needed)
-	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(ARGS)
+	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(or $(ARGS),$(call marked,kernels))
 
 test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and beside each other (needs the right to mount)
-	@$(BIN)/python -m pytest -q -m faults $(ARGS)
+	@$(BIN)/python -m pytest -q -m faults $(or $(ARGS),$(call marked,faults))
 
 test-slurm: $(INSTALLED_TEST) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
-	@$(BIN)/python -m pytest -q -m slurm $(ARGS)
+	@$(BIN)/python -m pytest -q -m slurm $(or $(ARGS),$(call marked,slurm))
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and run its commands from an empty directory
-	@$(BIN)/python -m pytest -q -m wheel $(ARGS)
+	@$(BIN)/python -m pytest -q -m wheel $(or $(ARGS),$(call marked,wheel))
 
 test-newest: .venv-newest/.installed ## run the fast tests with the newest version of every dependency (.venv-newest)
 	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
-	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
+	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(or $(ARGS),$(call marked,medium))
 
 test-lowest: .venv-lowest/.installed ## run the fast tests with the lowest versions of pyproject.toml (.venv-lowest)
 	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
-	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(ARGS)
+	@.venv-lowest/bin/python -m pytest -q $(IN_PARALLEL) -m $(MEDIUM) $(or $(ARGS),$(call marked,medium))
 
 check: format-check lint types ## check format, lint and types
 

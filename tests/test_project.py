@@ -329,3 +329,19 @@ def test_no_function_takes_more_than_seven_positional_arguments() -> None:
             if isinstance(node, ast.FunctionDef) and node.name not in fixed and len(node.args.args) > 8:
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name} takes {len(node.args.args)}")
     assert not found, "\n".join(found)
+
+
+def test_make_finds_the_files_of_each_marker() -> None:
+    """A target imports only the files that name its marker, so no other module may set one."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    markers = set(re.findall(r"\$\(call marked,(\w+)\)", makefile))
+    named = {
+        line.partition(":")[0]
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"][
+            "markers"
+        ]
+    }
+    assert markers == named - {"slow"}
+    pattern = re.compile(rf"\bmark\.({'|'.join(markers)})\b")
+    elsewhere = [file for file in (ROOT / "tests").rglob("*.py") if not file.name.startswith("test_")]
+    assert [file.name for file in elsewhere if pattern.search(file.read_text("utf-8"))] == []
