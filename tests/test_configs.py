@@ -39,6 +39,7 @@ def test_there_are_configs() -> None:
     assert {"quickstart.yaml", "danube3-500m.yaml", "danube3-4b.yaml"} <= {path.name for path in CONFIGS}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_is_instantiated(config: Path, tmp_path: Path, tiny_run: Path) -> None:
     # What begins with the result of another run gets one here.

@@ -184,6 +184,7 @@ print(before - resident())
 """
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_large_blocks_are_kept_when_they_are_freed() -> None:
     given_back = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout

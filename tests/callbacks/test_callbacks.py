@@ -92,6 +92,7 @@ def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pyt
     assert "name lightning_danube.callbacks.TokenLedger in trainer.callbacks" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_sample_prompt_longer_than_the_context_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     config.write_text(config.read_text().replace("The river", "The river " * 40))
@@ -99,6 +100,7 @@ def test_a_sample_prompt_longer_than_the_context_is_named(tiny: Path, capsys: py
     assert "tokens, the context 32" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_old_checkpoints_go_and_stage_ends_stay(tiny: Path) -> None:
     config = tiny / "tiny.yaml"
     config.write_text(config.read_text().replace("every_n_steps: 5", "every_n_steps: 2, keep: 2"))

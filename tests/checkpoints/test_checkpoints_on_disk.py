@@ -273,6 +273,7 @@ def test_the_temporary_directory_plays_no_part(
     assert damage(tmp_path / "step_1.ckpt") is None
 
 
+@pytest.mark.medium
 def test_a_full_disk_keeps_the_old_checkpoint(tiny: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny, "--runs", str(small_disk), "--data.init_args.tokenizer", "mistral") == 2
     checkpoints = small_disk / "tiny" / "version_0" / "checkpoints"
@@ -451,6 +452,7 @@ def signalled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("number", "moment", "saved"),
     [

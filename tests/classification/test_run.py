@@ -136,6 +136,7 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
     assert main([*again.split(), "--runs", str(words / "elsewhere")]) == 0
 
 
+@pytest.mark.medium
 def test_pictures_of_two_classes(words: Path) -> None:
     for name, first in (("train", 0), ("test", 200)):
         write(words / f"{name}.csv", first, 40, labels=("wet", "hard"))

@@ -484,6 +484,7 @@ TEXTS = {"separator": "\n## ", "name": "# 1", "split": "it's \\n", "revision": N
 """Texts that jsonargparse alone would change: it reads them twice, and writes mappings of flags as Python does."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "flags",
     [
@@ -515,6 +516,7 @@ def test_small_files_compose(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (decoder["num_key_value_heads"], decoder["num_attention_heads"], config["name"]) == (1, 4, "other")
 
 
+@pytest.mark.medium
 def test_files_may_each_state_a_source(tiny: Path) -> None:
     more = "data: {init_args: {sources: {books: {path: b.txt, separator: '# '}, web: {on_bad_row: skip}}}}"
     (tiny / "more.yaml").write_text(more)
@@ -695,6 +697,7 @@ def test_a_users_checkpoint_plugin_stays_alone() -> None:
     assert [plugins(None, accelerator=kind)[0].background for kind in ("cpu", "cuda")] == [False, True]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("verb", "option"),
     [
@@ -714,6 +717,7 @@ def test_a_verb_that_would_do_nothing_is_refused(
     assert error_of(capsys, *arguments) == message
 
 
+@pytest.mark.medium
 def test_a_run_that_is_being_trained_is_not_trained_by_a_second_process(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         CompiledStep(decoder_of(torch.float32))
 
 
+@pytest.mark.medium
 def test_layers_that_can_not_be_compiled_are_refused() -> None:
     class Opaque(torch.nn.Linear):
         @torch.compiler.disable

@@ -181,6 +181,7 @@ def test_it_compiles_into_one_graph() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:Detected that context_fn")
 @pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1]])])
 @pytest.mark.parametrize("recompute", [False, True, "selective"])

@@ -124,6 +124,7 @@ def test_what_a_gpu_keeps_under_autocast_is_counted_to_the_byte(recompute: Activ
     assert memory.kept_bytes() + copies == kept
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:Detected that context_fn")
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("recompute", [False, True, "selective"])

@@ -185,6 +185,7 @@ def test_a_resumed_run_reads_like_one_that_never_stopped(tmp_path: Path, capfd: 
     assert spans.to_dict("index") == {"foundation": {"begin": 0, "end": 120}, "refinement": {"begin": 120, "end": 180}}
 
 
+@pytest.mark.medium
 def test_a_run_that_stopped_early_reads_as_far_as_it_came(tiny: Path) -> None:
     assert main(["fit", "--config", str(tiny / "tiny.yaml"), "--trainer.max_steps", "14"]) == 0
     run = runs.read_run(runs.newest_run(tiny / "runs", "tiny"))

@@ -43,6 +43,7 @@ def test_complete_runs_are_read_with_their_origin(heads: pd.DataFrame) -> None:
     assert studies.means(heads, ["loss"]).loc["mha"].tolist() == [3, 5.0]
 
 
+@pytest.mark.medium
 def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None:
     found = studies.paired_differences(heads, ["loss"], "mha")
     assert list(found.index) == [("loss", "gqa"), ("loss", "mqa")]

@@ -54,6 +54,7 @@ def test_a_runs_model_has_its_pieces(road: Path) -> None:
     assert "tokenizer: danube-small" in config
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("run", ["tiny", "talk"])
 def test_exports_keep_the_ids_and_the_words(run: str, road: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, hf, gguf = road / "runs" / run / "version_0", road / f"{run}-hf", road / f"{run}.gguf"

@@ -586,6 +586,7 @@ def test_mistakes_in_the_file_are_told_in_one_line(tiny: Path, capsys: pytest.Ca
     assert "data is BoringDataModule, which reads its files when it runs" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("small_units")
 def test_a_process_ended_from_outside_is_named(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     from concurrent.futures.process import BrokenProcessPool

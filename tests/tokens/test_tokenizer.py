@@ -210,8 +210,21 @@ def save(backend: Any, directory: Path, **config: Any) -> str:
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast"])
-@pytest.mark.parametrize("legacy", [{}, {"legacy": False}, {"legacy": True}], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaTokenizer",
+        *(
+            pytest.param(name, marks=pytest.mark.medium)
+            for name in ("LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast")
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "legacy",
+    [{}, *(pytest.param({"legacy": legacy}, marks=pytest.mark.medium) for legacy in (False, True))],
+    ids=str,
+)
 def test_ids_are_those_of_the_file_whatever_the_class_is_called(
     name: str, legacy: dict[str, bool], mistral: DocumentTokenizer, tmp_path: Path
 ) -> None:
@@ -333,6 +346,7 @@ def test_danubes_markers_begin_without_a_space_in_its_chat_tokenizer() -> None:
 # --- new tokens -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["danube-small", "mistral"])
 def test_new_tokens_are_found_in_texts_and_nothing_else_changes(name: str) -> None:
     plain, tokens = load_hf_tokenizer(name), ["<protein>", "river stone", "白血病"]
@@ -381,6 +395,7 @@ def test_a_new_token_that_would_not_be_decoded_is_refused() -> None:
         with_new_tokens(tiny_tokenizer(), "tiny", ["größe"])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "config",
     [

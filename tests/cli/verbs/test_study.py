@@ -84,6 +84,7 @@ def results(study: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.medium
 def test_a_study_ends_in_a_table_and_a_verdict(
     study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ variants:
 """
 
 
+@pytest.mark.medium
 def test_a_ladder_ends_in_a_law(
     study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +280,7 @@ search:
 """
 
 
+@pytest.mark.medium
 def test_a_grid_is_every_setting_once(study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]) -> None:
     (study / "study.yaml").write_text(GRID.format(base=study / "base.yaml"))
     assert run(study) == 0

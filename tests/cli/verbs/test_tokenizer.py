@@ -47,6 +47,7 @@ def test_the_configuration_may_name_the_tokenizer_that_is_to_be_made(tiny: Path)
     assert main(["prepare", "--config", str(tiny / "tiny.yaml"), *map(str, name)]) == 0
 
 
+@pytest.mark.medium
 def test_paths_are_enough(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "note.txt").write_text("a note a note a note")
     sources = ["--source", tiny / "web.jsonl", "--source", tiny / "note.txt"]
