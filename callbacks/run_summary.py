@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
+from lightning_danube.checkpoints.schedule import is_trial
 from lightning_danube.files import write_json
 from lightning_danube.training.position import run_directory
 from lightning_danube.training.run_facts import RunClock, Trained
@@ -35,7 +36,7 @@ class RunSummary(Callback):
 
 def reports_fit(trainer: Trainer) -> bool:
     """Whether this rank writes the result of the run: rank zero does, except in a fast_dev_run."""
-    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    return trainer.is_global_zero and not is_trial(trainer)
 
 
 def write_summary(trainer: Trainer, summary: Mapping[str, Any]) -> Path:

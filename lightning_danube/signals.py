@@ -301,7 +301,9 @@ class StopSignals:
 
         def repeat_if_not_taken() -> None:
             if self._phase is PROMPTING and self._at_prompt < came - SECONDS_OF_ONE_STOP:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+                main = threading.main_thread().ident
+                assert main is not None, "the main thread runs"
+                signal.pthread_kill(main, signal.SIGINT)
 
         if hasattr(signal, "pthread_kill"):  # not on Windows
             _later(SECONDS_OF_PATIENCE, repeat_if_not_taken)

@@ -108,6 +108,11 @@ class ConversationSource:
                 raise ValueError(f"columns names the part {part!r}: the parts{of} are {', '.join(known)}")
 
     @property
+    def limit(self) -> int | None:
+        """Returns the most examples that are read of the source."""
+        return self.max_conversations
+
+    @property
     def texts(self) -> Source:
         """Returns this place as a source of documents, which finds and identifies the files."""
         return Source(self.path, name=self.name, split=self.split, revision=self.revision)

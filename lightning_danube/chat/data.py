@@ -459,6 +459,13 @@ class ConversationData(PlannedData):
         """Returns the places of one optimizer step."""
         return self.batch_rows * self.chats_each * self.context_length
 
+    def most_tokens(self) -> int | None:
+        limits = [source.limit for source in self.sources.values() if source.limit is not None]
+        if len(limits) < len(self.sources):
+            return None
+        # A row holds at least one example, and the last step of a pass may have empty rows.
+        return -(-sum(limits) // self.batch_rows) * self.epochs * self.batch_tokens
+
     def tokens_of_examples(self) -> NDArray[np.int64]:
         tokens: NDArray[np.int64] = self.train_chats.places.reshape(-1, self.chats_each).sum(1)
         return tokens

@@ -79,6 +79,11 @@ class PreferenceSource:
                 raise ValueError(f"columns names the part {part!r}: the parts are {', '.join(COLUMNS)}")
 
     @property
+    def limit(self) -> int | None:
+        """Returns the most examples that are read of the source."""
+        return self.max_pairs
+
+    @property
     def texts(self) -> Source:
         """Returns this place as a source of documents, which finds and identifies the files."""
         return Source(self.path, name=self.name, split=self.split, revision=self.revision)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -141,12 +141,25 @@ def _check_finite(trainer: Trainer, path: Path) -> None:
     )
 
 
+@runtime_checkable
+class MayBeATrial(Protocol):
+    """What Lightning's connectors set on a trainer; its class does not declare it."""
+
+    fast_dev_run: bool | int
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Returns whether this is a fast_dev_run, which tries the first steps of a run and writes no result."""
+    assert isinstance(trainer, MayBeATrial)
+    return bool(trainer.fast_dev_run)
+
+
 def checkpoint_directory(trainer: Trainer) -> Path | None:
     """Returns where a run saves its checkpoints; None in a fast_dev_run, which saves nothing.
 
     Rank zero makes the directory. So one that cannot be written is refused now, and not after the first hours.
     """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if is_trial(trainer):
         return None
     assert trainer.log_dir is not None
     directory = Path(trainer.log_dir) / "checkpoints"

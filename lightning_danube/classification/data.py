@@ -254,30 +254,33 @@ class ClassificationData(PlannedData):
     def _read(self, role: str) -> list[LabelledText]:
         label_column = None if role == "predict" else self.label_column
         found = read_labelled_texts(role, self.sources[role], self.text_column, label_column, self.cache_dir)
-        texts = [text for text in found if not self._is_rejected(text)]
+        texts = []
+        for row in found:
+            if isinstance(row, BadRow):
+                self._reject(row)
+            else:
+                texts.append(row)
         if not texts:
             raise ValueError(f"data.{role}: {self.sources[role].path} holds no text to use")
-        return texts  # type: ignore[return-value]  # the list has no bad rows
+        return texts
 
-    def _is_rejected(self, row: LabelledText | BadRow) -> bool:
-        """Returns whether a row is bad. A bad row is recorded as left out.
+    def _reject(self, row: BadRow) -> None:
+        """Records a bad row as left out.
 
         Raises:
             ValueError: the row is bad, and the user has not chosen to skip bad rows.
         """
-        if not isinstance(row, BadRow):
-            return False
         if self.on_bad_row == "error":
             raise ValueError(f"{row.message}; data.on_bad_row: skip leaves such rows out")
         self.rejected.append(row)
-        return True
 
     def _is_known(self, text: LabelledText) -> bool:
         if text.label in self._numbers:
             return True
         known = ", ".join(self.labels[:8]) + (" …" if len(self.labels) > 8 else "")
         message = f"{text.place}: the label {text.label!r} does not occur in training, where there are {known}"
-        return not self._is_rejected(BadRow(text.file, text.row, "unknown label", message))
+        self._reject(BadRow(text.file, text.row, "unknown label", message))
+        return False
 
     def _keep_apart(self, splits: dict[str, list[LabelledText]]) -> None:
         """Removes from training the texts that are also in another split, and from validation those also in test.
@@ -297,7 +300,8 @@ class ClassificationData(PlannedData):
         if copy is None:
             return False
         message = f"{text.place}: the same text stands in {copy.place}, so a score on it would be too good"
-        return self._is_rejected(BadRow(text.file, text.row, "stands in another split", message))
+        self._reject(BadRow(text.file, text.row, "stands in another split", message))
+        return True
 
     @property
     def _numbers(self) -> dict[str | None, int]:
@@ -419,6 +423,11 @@ class ClassificationData(PlannedData):
         # unknown.
         steps = self.total_steps
         return -(-int(self.encoded["train"].ends[-1]) * self.epochs // steps)
+
+    def most_tokens(self) -> int | None:
+        texts = self.max_texts.get("train")
+        # The mean tokens of a step are rounded up.
+        return None if texts is None else self.epochs * texts * (self.context_length + 1)
 
     def tokens_of_examples(self) -> NDArray[np.int64]:
         return self.encoded["train"].lengths

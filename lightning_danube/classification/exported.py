@@ -93,12 +93,12 @@ def _as_in_training(
     Raises:
         ValueError: the copy still adds other tokens to a text than training did.
     """
-    from lightning_danube.tokens.tokenizer import BEGINS_TEXTS, begin_token
+    from lightning_danube.tokens.tokenizer import BEGINS_TEXTS, begin_token, with_bos
 
     bos = begin_token(tokenizer) if begin else None
     tokenizer = copy.deepcopy(tokenizer)
     if list(tokenizer("").input_ids) != ([] if bos is None else [bos]):
-        tokenizer.add_bos_token = bos is not None  # type: ignore[misc]  # its setter is not next to its getter
+        tokenizer = with_bos(tokenizer, adds=bos is not None)
     tokenizer.init_kwargs.pop(BEGINS_TEXTS, None)
     tokenizer.model_max_length = context_length
     # Named in `init_kwargs`, an option is saved with the tokenizer.

@@ -29,6 +29,7 @@ from lightning_danube.checkpoints.runs import (
     remove_if_unused,
     resolve_checkpoint,
 )
+from lightning_danube.checkpoints.schedule import is_trial
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli.command_line import check_command_line, with_config_paths
 from lightning_danube.cli.configs import (
@@ -67,6 +68,7 @@ from lightning_danube.training.trackers.loss_curve import HeldOutCurve
 from lightning_danube.training.trackers.places import LoggerPlace, make_logger, record_ids
 from lightning_danube.training.trackers.run_logs import RunLogs, log_settings
 from lightning_danube.training.trainer import TRAINER_DEFAULTS, FastProducts, own_strategy, share_buckets
+from lightning_danube.training.tuning import TuningTask
 from lightning_danube.yaml_files import load_yaml
 
 MOST_PROCESSES = 8
@@ -342,6 +344,8 @@ class DanubeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            if self.subcommand == "fit" and isinstance(self.model, TuningTask):
+                self.model.check_ahead(self.datamodule)
         except BaseException as error:
             self._leave_unused()
             if not isinstance(error, ValueError):
@@ -476,7 +480,7 @@ class DanubeCLI(LightningCLI):
             raise
         finally:
             end_of_session(self.trainer.loggers, failed)
-            if (failed and self.trainer.global_step == 0) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if (failed and self.trainer.global_step == 0) or is_trial(self.trainer):
                 self._leave_unused()
 
     def _leave_unused(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_danube.evaluation.academic_tasks import AcademicTask, academic_tasks
 from lightning_danube.evaluation.asking import Part
@@ -128,4 +129,17 @@ class EvaluationData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         """Returns a loader of part numbers. Lightning would convert and move the contents of the parts themselves."""
-        return DataLoader(range(len(self.parts)), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(PartNumbers(len(self.parts)), batch_size=None)
+
+
+@dataclass(frozen=True)
+class PartNumbers(Dataset[int]):
+    """The numbers of the parts of an evaluation, from 0."""
+
+    parts: int
+
+    def __len__(self) -> int:
+        return self.parts
+
+    def __getitem__(self, number: int) -> int:
+        return number

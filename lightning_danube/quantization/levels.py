@@ -11,7 +11,7 @@ from lightning_danube.terminal import nearest_name
 from lightning_danube.weights.llama_cpp import check_file_type, import_llama_cpp
 
 Method = Literal["full", "gguf", "bitsandbytes", "hqq", "rounding"]
-METHODS = ("gguf", "bitsandbytes", "hqq", "rounding")
+METHODS: tuple[Method, ...] = ("gguf", "bitsandbytes", "hqq", "rounding")
 BITSANDBYTES_TYPES = ("int8", "nf4", "fp4")
 GROUP_BITS = (2, 3, 4, 8)
 CACHE_TYPES = ("q8_0", "q4_0")
@@ -67,9 +67,10 @@ def parse_level(text: str) -> Level:
         ValueError: an unknown method, type or option; the message lists the known ones.
     """
     head, *options = text.strip().split("+")
-    method, colon, kind = head.partition(":")
-    if not colon or method not in METHODS:
-        near = nearest_name(method, METHODS)
+    name, colon, kind = head.partition(":")
+    method = next((one for one in METHODS if one == name), None)
+    if not colon or method is None:
+        near = nearest_name(name, METHODS)
         hint = f"did you mean {near}:…? " if near and colon else ""
         raise ValueError(f"level {text!r}: {hint}a level is <method>:<type>, such as {EXAMPLES}")
     level = _parse_options(text, method, _parse_type(text, method, kind), options)
@@ -125,7 +126,7 @@ def _parse_type(text: str, method: str, kind: str) -> str:
     return kind
 
 
-def _parse_options(text: str, method: str, kind: str, options: list[str]) -> Level:
+def _parse_options(text: str, method: Method, kind: str, options: list[str]) -> Level:
     allowed = {
         "gguf": ("linear", "imatrix", *(f"cache-{name}" for name in CACHE_TYPES)),
         "bitsandbytes": ("embeddings",) if kind == "int8" else ("embeddings", "double"),
@@ -139,7 +140,7 @@ def _parse_options(text: str, method: str, kind: str, options: list[str]) -> Lev
     if len(caches) > 1 or len(set(options)) < len(options):
         raise ValueError(f"level {text!r}: an option is there twice")
     return Level(
-        method,  # type: ignore[arg-type]  # one of METHODS
+        method,
         kind,
         embeddings="embeddings" in options or (method == "gguf" and "linear" not in options),
         double="double" in options,

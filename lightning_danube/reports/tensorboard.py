@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_danube.reports import runs
@@ -105,7 +106,9 @@ def compared_group(compared: Sequence[RecordedRun], name: str) -> Figure:
     rows = -(-len(found) // columns)
     titles = [run.title for run in compared]
     figure, axes = new_figure(0.5 + 0.22 * len(titles) + 2.2 * rows, rows, columns)
-    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr, call-arg]  # a constrained layout
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, ConstrainedLayoutEngine)
+    layout.set(hspace=0.08)
     handles: dict[str, Any] = {}
     for ax, tag in zip(axes, found, strict=False):
         for number, run in enumerate(compared):

@@ -99,11 +99,13 @@ def naming_storage(directory: Path, storage: str | None) -> Iterator[None]:
         if not any(frame.filename.startswith(theirs) for frame in frames) or _is_ours(error, frames[-1].filename):
             raise
         said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        shown: Path | str
         if storage is None:
             shown = directory / "study.sqlite3"
             way_out = "restore the file from a copy, or move it away and begin the study again; its runs stay"
         else:
-            shown, way_out = re.sub(r"//[^@/]*@", "//", storage), "see that the database is there, and is Optuna's"  # type: ignore[assignment]
+            shown = re.sub(r"//[^@/]*@", "//", storage)
+            way_out = "see that the database is there, and is Optuna's"
         raise ValueError(f"{shown} cannot be used as the storage of a study ({said}): {way_out}") from error
 
 

@@ -159,7 +159,8 @@ class ChatEncoder:
         self._backend = tokenizer.backend_tokenizer
         self._added = {str(token): (int(i), token) for i, token in self._backend.get_added_tokens_decoder().items()}
         longest_first = sorted(self._added, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special_pattern = _one_of(longest_first)
+        self._spelled_pattern = _one_of([mark for mark in longest_first if self._added[mark][1].special])
         self._around: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self._openings: dict[tuple[str, bool], list[int]] = {}
 
@@ -243,9 +244,38 @@ class ChatEncoder:
             parts = self._parts(messages, text, add_generation_prompt, answers)
         except NotLearnable:
             # A template that leaves out messages can still give a prompt.
+            return self._encode_whole(messages, text, add_generation_prompt)
+        return self._encode_parts(parts)
+
+    def _encode_whole(self, messages: Sequence[Message], text: str, add_generation_prompt: bool) -> EncodedChat:
+        """Encodes a rendered conversation whose contents cannot be located. No token is learned.
+
+        Special tokens that a message spells are hidden from the template by placeholders, so they stay text.
+
+        Raises:
+            ValueError: the template writes other text for the placeholders.
+        """
+        spelled: list[str] = []
+
+        def hide(mark: re.Match[str]) -> str:
+            spelled.append(mark[0])
+            return f"{_MARK}{len(spelled) - 1}{_MARK}"
+
+        hidden = [{**message, "content": self._spelled_pattern.sub(hide, message["content"])} for message in messages]
+        rendered = render_chat(self.tokenizer, hidden, add_generation_prompt) if spelled else text
+        if self._spelled_pattern.findall(rendered) == self._spelled_pattern.findall(text):
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return EncodedChat(ids, [False] * len(ids))
-        return self._encode_parts(parts)
+        texts = _HIDDEN.split(rendered)
+        # The numbers of placeholders have odd places.
+        texts[1::2] = [spelled[int(number)] if int(number) < len(spelled) else "" for number in texts[1::2]]
+        if "".join(texts) != text:
+            number = next(number for number, one in enumerate(messages) if self._spelled_pattern.search(one["content"]))
+            raise ValueError(
+                f"message {number + 1} spells the special token {spelled[0]!r}, and the chat template rewrites the "
+                "messages so that it cannot be kept apart from the template's own: remove it from the message"
+            )
+        return self._encode_parts([_Part(piece, is_literal=place % 2 == 0) for place, piece in enumerate(texts)])
 
     def unlearned(self, messages: Sequence[Message]) -> str:
         """Returns why an answer of these messages is not learned: the last of the reasons."""
@@ -418,6 +448,7 @@ class ChatEncoder:
 
 _MARK = "\ue000"
 """A placeholder from Unicode's private use area, which no template and no tokenizer uses."""
+_HIDDEN = re.compile(f"{_MARK}([0-9]+){_MARK}")
 
 
 PROBES = (
@@ -441,6 +472,11 @@ _OPENINGS_KEPT = 64
 def _asked(question: str, *answer: str) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": question}]
     return messages + [{"role": "assistant", "content": text} for text in answer]
+
+
+def _one_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Returns a pattern that finds any of the texts, the first of them where several begin at one place."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
 @lru_cache(maxsize=2)

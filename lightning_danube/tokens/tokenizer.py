@@ -79,7 +79,7 @@ class DocumentTokenizer:
             )
         self.vocab_size = len(self.hf)
         self.eos_id = int(self.hf.eos_token_id)
-        self.bos_id = begin_token(self.hf)
+        self.bos_id = document_begin(self.hf)
 
     @cached_property
     def hf(self) -> PreTrainedTokenizerFast:
@@ -130,18 +130,27 @@ def _id_of(token: str, backend: Tokenizer) -> int:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the token that begins a document, or None.
+    """Returns the token that begins a text, or None.
 
     A bos token that is only named begins nothing: the tokenizer has to add it to a text. This project's own tokenizers
     have a mark instead (`BEGINS_TEXTS`), because this project adds their token.
+    """
+    bos = tokenizer.bos_token_id
+    if tokenizer.init_kwargs.get(BEGINS_TEXTS) or _is_of_an_earlier_version(tokenizer):
+        return None if bos is None else int(bos)
+    # The empty text would not show whether a token is put before a text or after it.
+    whole = list(tokenizer("a").input_ids)
+    own = list(tokenizer("a", add_special_tokens=False).input_ids)
+    return int(whole[0]) if whole[: len(own)] != own else None
+
+
+def document_begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the token that begins a document among others, or None.
 
     GPT-type tokenizers use one token as bos and eos. Then the end token of one document also begins the next document.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if tokenizer.init_kwargs.get(BEGINS_TEXTS) or _is_of_an_earlier_version(tokenizer):
-        return int(bos) if bos is not None and bos != eos else None
-    added = list(tokenizer("").input_ids)
-    return int(added[0]) if added and added[0] != eos else None
+    begin = begin_token(tokenizer)
+    return None if begin == tokenizer.eos_token_id else begin
 
 
 def _is_of_an_earlier_version(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -165,8 +174,13 @@ def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     begin = begin_token(tokenizer)
     if begin is None or list(tokenizer("").input_ids)[:1] == [begin]:
         return tokenizer
+    return with_bos(tokenizer, adds=True)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast, *, adds: bool) -> PreTrainedTokenizerFast:
+    """Returns a copy of a tokenizer that adds its bos token before a text, or does not."""
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_bos_token = True  # type: ignore[misc]  # the setter is not defined directly after the property
+    tokenizer.add_bos_token = adds  # type: ignore[misc]  # the setter is not defined directly after the property
     return tokenizer
 
 
@@ -241,7 +255,7 @@ def tokens_beyond(own: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of everything that determines the ids of a text."""
-    return _fingerprint(tokenizer.backend_tokenizer, begin_token(tokenizer), tokenizer.eos_token_id)
+    return _fingerprint(tokenizer.backend_tokenizer, document_begin(tokenizer), tokenizer.eos_token_id)
 
 
 def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:

@@ -9,12 +9,17 @@ Shapes: B rows of a micro-batch, T positions of a row, P pairs, C choices of a q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_danube.model.masks import Runs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 IGNORE_INDEX = -100
 """The label of a token, or the class of a text, that the loss ignores."""
@@ -109,6 +114,32 @@ class TrainingData(TokenizedData, Protocol):
         Raises:
             ValueError: the step does not divide evenly.
         """
+
+
+@runtime_checkable
+class CurveData(Protocol):
+    """Training data without stages, whose held-out loss has a curve (training/trackers/loss_curve.py)."""
+
+    batch_rows: int
+    """Rows of one optimizer step over all devices."""
+    micro_batch_size: int
+    """Rows that one device processes at once."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def held_out_sets(self) -> int:
+        """Sets of rows that have a held-out loss each."""
+
+
+@runtime_checkable
+class DataWithTokenizer(Protocol):
+    """Data that keep the tokenizer that made their tokens."""
+
+    @property
+    def tokenizer(self) -> DocumentTokenizer | PreTrainedTokenizerBase: ...
 
 
 @runtime_checkable

@@ -79,6 +79,10 @@ class PlannedData(LightningDataModule):
     def total_tokens(self) -> int:
         return self.total_steps * self.batch_tokens
 
+    def most_tokens(self) -> int | None:
+        """Returns the most tokens that the run can have, from the options alone; None if no option limits them."""
+        return None
+
     @abstractmethod
     def tokens_of_examples(self) -> NDArray[np.int64]:
         """Returns the tokens of each training example that the model reads, without padding: (examples,)."""

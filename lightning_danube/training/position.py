@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -104,10 +104,23 @@ def run_directory(trainer: Trainer) -> Path:
     return logged_directory(trainer)
 
 
+@runtime_checkable
+class HasLogInterval(Protocol):
+    """What Lightning's logger connector sets on a trainer; its class does not declare it."""
+
+    log_every_n_steps: int
+
+
 def log_interval(trainer: Trainer) -> int:
     """Returns every how many optimizer steps the trainer logs; 0 means never."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
-    return every
+    assert isinstance(trainer, HasLogInterval)
+    return trainer.log_every_n_steps
+
+
+def limit_log_interval(trainer: Trainer, steps: int) -> None:
+    """Has the trainer log at least every `steps` optimizer steps. It warns if a run is shorter than its interval."""
+    assert isinstance(trainer, HasLogInterval)
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
 
 
 def at_logged_step(trainer: Trainer, batch_idx: int) -> bool:

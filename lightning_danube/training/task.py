@@ -25,7 +25,8 @@ from lightning_danube.model import Decoder, next_token_loss, token_losses
 from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
 from lightning_danube.terminal import show, tell
-from lightning_danube.training.contract import TokenBatch, TrainingData
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.training.contract import DataWithTokenizer, TokenBatch, TrainingData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
@@ -324,12 +325,14 @@ class DecoderTask(LightningModule):
 
     def texts_of(self, batch: TokenBatch) -> list[str]:
         """Returns the text of each row, from its first token to the last one that is predicted."""
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        tokenizer = getattr(tokenizer, "hf", tokenizer)
-        texts = []
+        data = data_of(self.trainer, DataWithTokenizer, "{data} has no tokenizer to write the texts of rows")
+        tokenizer = data.tokenizer.hf if isinstance(data.tokenizer, DocumentTokenizer) else data.tokenizer
+        texts: list[str] = []
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
             end = max((place for place, label in enumerate(labels) if label >= 0), default=-1) + 1
-            texts.append(tokenizer.decode([*ids[:end], *labels[end - 1 : end]]))
+            text = tokenizer.decode([*ids[:end], *labels[end - 1 : end]])
+            assert isinstance(text, str)
+            texts.append(text)
         return texts
 
     def update_mean(self, name: str, total: Tensor, count: Tensor) -> None:

@@ -12,7 +12,8 @@ from lightning_danube.options import options
 from lightning_danube.terminal import tell
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate, Muon
-from lightning_danube.training.position import log_interval, replicas_of
+from lightning_danube.training.planned_data import PlannedData
+from lightning_danube.training.position import limit_log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
 from lightning_danube.weights.loading import load_decoder
 from lightning_danube.weights.lora import Lora
@@ -78,14 +79,22 @@ class TuningTask(DecoderTask):
         super().setup(stage)
         if stage == "fit":
             self.learning_rate.check(self.training_data.total_tokens)
-            # The trainer warns if a run on few examples is shorter than its log interval.
-            steps = min(log_interval(self.trainer), self.training_data.total_steps)
-            self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning's, see log_interval
-            if (total := self.training_data.total_steps) < FEW_STEPS and self.trainer.is_global_zero:
+            total = self.training_data.total_steps
+            limit_log_interval(self.trainer, total)
+            if total < FEW_STEPS and self.trainer.is_global_zero:
                 tell(
                     f"the run has only {total} optimizer step(s): more passes, by data.epochs, or fewer examples a "
                     "step train more"
                 )
+
+    def check_ahead(self, data: object) -> None:
+        """Checks the learning rate before the data are prepared, where their options limit the length of the run.
+
+        Raises:
+            ValueError: the learning rate does not fit even the longest run.
+        """
+        if isinstance(data, PlannedData) and (most := data.most_tokens()) is not None:
+            self.learning_rate.check(most, is_limit=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.has_dropout:

@@ -57,6 +57,24 @@ def test_each_answer_is_learned_once_in_a_pass(tmp_path: Path, layout: str) -> N
     assert "answer" in text and "question" not in text and "<|prompt|>" not in text
 
 
+@pytest.mark.parametrize("layout", ["packed", "bucketed"])
+def test_limits_of_the_sources_limit_the_tokens_of_a_run_before_they_are_read(tmp_path: Path, layout: Any) -> None:
+    path = str(write(tmp_path / "talk.jsonl", 60))
+    limited = {
+        "one": ConversationSource(path, max_conversations=9),
+        "two": ConversationSource(path, max_conversations=5),
+    }
+    options: dict[str, Any] = {"context_length": 96, "batch_rows": 4, "micro_batch_size": 2, "epochs": 3}
+    module = ChatData(limited, cache_dir=str(tmp_path / "cache"), layout=layout, **options)
+    # 14 conversations are at most 4 steps of 4 rows in each of 3 epochs.
+    assert module.most_tokens() == 3 * 4 * 4 * 96 and not (tmp_path / "cache").exists()
+    module.prepare_data()
+    module.setup("fit")
+    assert 0 < module.total_tokens <= 3 * 4 * 4 * 96
+    unlimited = limited | {"three": ConversationSource(path)}
+    assert ChatData(unlimited, cache_dir=str(tmp_path / "cache"), **options).most_tokens() is None
+
+
 def test_files_that_change_while_a_run_reads_them_are_those_it_began_with(tmp_path: Path) -> None:
     module = data(tmp_path)
     before, directory = module.reports(), module._directory("talk")

@@ -114,8 +114,12 @@ def test_few_conversations_train_with_a_warm_up_that_is_a_share(talk: Path, caps
     file.write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
     few = ("--config", str(file), "--data.init_args.sources.talk.max_conversations", "6")
     share = ("--model.init_args.learning_rate.warmup", "8 %")
+    # Six conversations are at most two steps: this is known before they are read.
     assert fit(talk, *few, "--model.init_args.learning_rate.warmup", "1K", "--name", "long") == 2
-    assert "learning_rate.warmup is 1K, and the whole run has 128 tokens: give a share" in capsys.readouterr().err
+    assert "learning_rate.warmup is 1K, and the whole run has at most 256 tokens" in capsys.readouterr().err
+    assert not (talk / "cache" / "conversations").exists() and not (talk / "runs").exists()
+    assert fit(talk, *few, "--model.init_args.learning_rate.warmup", "200", "--name", "long") == 2
+    assert "learning_rate.warmup is 200, and the whole run has 128 tokens: give a share" in capsys.readouterr().err
     assert fit(talk, *few, *share, "--name", "one") == 0
     assert "the run has only 1 optimizer step(s): more passes, by data.epochs" in capsys.readouterr().err
     summary = json.loads((run_directory(talk, "one") / "summary.json").read_text())

@@ -46,6 +46,17 @@ def length_of_answers(batch: Any) -> Tensor:
     return (batch["labels"].clamp(min=0) * (1 + batch["input_ids"] % 7)).sum(1).view(-1, 2).double() / 1000
 
 
+def test_a_limit_of_pairs_limits_the_tokens_of_a_run(tmp_path: Path) -> None:
+    limited = {"pairs": PreferenceSource(str(write(tmp_path / "pairs.jsonl", 20)), max_pairs=7)}
+    module = PreferenceData(limited, 96, batch_pairs=4, micro_batch_size=2, cache_dir=str(tmp_path / "cache"))
+    # 7 pairs are 2 steps of 4 pairs, each of two answers with their prompt.
+    assert module.most_tokens() == 2 * 4 * 2 * 96
+    module.prepare_data()
+    module.setup("fit")
+    assert 0 < module.total_tokens <= 2 * 4 * 2 * 96
+    assert data(tmp_path).most_tokens() is None
+
+
 def test_each_pair_comes_once_in_a_pass_with_its_reference(tmp_path: Path) -> None:
     module = data(tmp_path)
     module.prepare_reference("a", length_of_answers)

@@ -118,6 +118,10 @@ def test_fewer_texts_of_each_class_alike(tmp_path: Path) -> None:
     assert [one["train"] for one in counts.values()] == [4, 4, 4] and [one["test"] for one in counts.values()] == [
         1
     ] * 3
+    # Known before any text is read: 12 texts of at most a context each, and less than a token for rounding.
+    limit = module.most_tokens()
+    assert limit == module.epochs * 12 * (module.context_length + 1) and 0 < module.total_tokens <= limit
+    assert data(tmp_path).most_tokens() is None
     few = data(tmp_path, most_frequent_classes=2, test=write(tmp_path / "test.csv", 9, first=100))
     assert few.labels == ["far", "hard"] and few.other_classes == 23 and len(few.splits["test"]) == 6
 

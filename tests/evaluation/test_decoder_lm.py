@@ -65,6 +65,18 @@ def model(harness: Any, context: int, **options: Any) -> Any:
     return harness.DecoderLM(decoder, adding_bos(tiny_tokenizer()), **options)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_token_for_both_ends_begins_an_empty_context_and_is_not_doubled(harness: Any, adds: bool) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.add_bos_token = adds
+    lm = harness.DecoderLM(tiny_decoder(), tokenizer)
+    plain = tokenizer("a b", add_special_tokens=False).input_ids
+    assert lm.prefix_token_id == lm.eot_token_id == tokenizer.eos_token_id
+    assert lm.tok_encode("a b") == [tokenizer.eos_token_id] * adds + plain
+    assert lm.tok_encode("<eos>a b") == [tokenizer.eos_token_id, *plain]
+
+
 def some_ids(seed: int, count: int) -> list[int]:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -172,6 +172,16 @@ def test_a_prompt_begins_as_documents_do(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, "a</s>")[-1] == 2
 
 
+def test_a_token_for_both_ends_ends_a_text_only_after_the_prompt(tokenizer: Any, decoder: Decoder) -> None:
+    free = TextGeneration(decoder, tokenizer, [[1, 5]], 6)
+    text = "".join(piece for _, piece in free)
+    said = [int(step) for step in free.tokens.steps]
+    ended = TextGeneration(decoder, tokenizer, [[1, 5]], 6, eos_ids=[1, said[3]])
+    shown = "".join(piece for _, piece in ended)
+    assert 1 not in said and said[3] not in said[:3] and text.startswith(shown) and shown
+    assert ended.rows[0].finish_reason == "eos" and ended.rows[0].tokens == 4
+
+
 def test_a_special_token_stops_a_text(tokenizer: Any, decoder: Decoder) -> None:
     ids = tokenizer("one two</s> three", add_special_tokens=False).input_ids
     continuation = Continuation(tokenizer, [1], [], ["</s>"], special_stops(tokenizer, ["</s>", "two"]))
@@ -191,13 +201,13 @@ def test_a_special_token_stops_a_text(tokenizer: Any, decoder: Decoder) -> None:
         TextGeneration(decoder, tokenizer, [[1, 5]], 9, stop=["</s>x"])
 
 
-def test_a_token_that_also_ends_texts_begins_no_prompt() -> None:
+def test_a_prompt_begins_with_the_token_that_the_tokenizer_puts_before_texts() -> None:
     class Tokenizer:
         """Makes a token of each character."""
 
         init_kwargs: dict[str, Any]
 
-        def __init__(self, bos_token_id: int | None, eos_token_id: int, adds: bool) -> None:
+        def __init__(self, bos_token_id: int | None, eos_token_id: int, adds: str) -> None:
             self.bos_token_id, self.eos_token_id, self.adds, self.init_kwargs = bos_token_id, eos_token_id, adds, {}
 
         def __len__(self) -> int:
@@ -207,12 +217,25 @@ def test_a_token_that_also_ends_texts_begins_no_prompt() -> None:
             return [chr(i) for i in ids]
 
         def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
-            head = [self.bos_token_id] if add_special_tokens and self.adds else []
-            return SimpleNamespace(input_ids=[*head, *(ord(letter) for letter in text)])
+            head = [self.bos_token_id] if add_special_tokens and "bos" in self.adds else []
+            tail = [self.eos_token_id] if add_special_tokens and "eos" in self.adds else []
+            return SimpleNamespace(input_ids=[*head, *(ord(letter) for letter in text), *tail])
 
-    cases = ((1, 2, True), (1, 2, False), (2, 2, True), (None, 2, False), (0, 2, True))
-    tokenizers: Any = [Tokenizer(*case) for case in cases]
-    assert [encode_prompt(tokenizer, "a") for tokenizer in tokenizers] == [[1, 97], [97], [97], [97], [0, 97]]
+    cases: dict[tuple[int | None, int, str], list[int]] = {
+        (1, 2, "bos"): [1, 97],
+        (1, 2, ""): [97],
+        (0, 2, "bos"): [0, 97],
+        (None, 2, ""): [97],
+        # One token for both ends, as in OPT, and only named, as in GPT-2 and SmolLM.
+        (2, 2, "bos"): [2, 97],
+        (2, 2, ""): [97],
+        # A token after texts begins none.
+        (2, 2, "eos"): [97],
+        (1, 2, "eos"): [97],
+        (1, 2, "bos, eos"): [1, 97],
+    }
+    tokenizers: dict[Any, Any] = {case: Tokenizer(*case) for case in cases}
+    assert {case: encode_prompt(tokenizers[case], "a") for case in cases} == cases
 
 
 @pytest.mark.parametrize("stop", [["tain", "oun"], ["oun", "tain"]])

@@ -1,5 +1,6 @@
 """Windows of a text: which tokens count, what stands before them, and questions made of the text."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from lightning_danube.quantization.text_windows import CLOZE_CONTEXT, TextWindows
 from lightning_danube.text.corpora import Source
 from lightning_danube.tokens.shards import is_held_out
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,20 @@ def test_only_what_training_holds_out(model: str, tmp_path: Path) -> None:
     held_out = [line for line in lines if is_held_out(line, 0.2)]
     assert 10 < len(held_out) < 100
     assert data.tokenizer.decode(data.ids) == "<bos>" + "<eos>".join(held_out)
+
+
+def test_a_token_for_both_ends_begins_the_text_only_if_the_tokenizer_adds_it(model: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {number}" for number in range(20)))
+    source = Source(str(tmp_path / "lines.txt"), separator="\n")
+    for adds in (False, True):
+        directory = shutil.copytree(model, tmp_path / f"adds {adds}")
+        tokenizer: Any = tiny_tokenizer()
+        tokenizer.bos_token = tokenizer.eos_token
+        tokenizer.add_bos_token = adds
+        tokenizer.save_pretrained(directory)
+        data = TextWindows(source, str(directory), context_lengths=[8], max_tokens=None, cloze_questions=0)
+        data.setup("test")
+        assert data.tokenizer.decode(data.ids) == "<eos>" * adds + "<eos>".join(f"line {n}" for n in range(20))
 
 
 def test_a_question_is_a_place_of_the_text_and_continuations_of_others(model: str, text: Path) -> None:

@@ -164,6 +164,29 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(
     assert tokenizer.decode(said).count(end) == turns // 2
 
 
+def test_a_token_for_both_ends_is_learned_once_after_an_answer(chatml: Any) -> None:
+    """The same token ends a turn and begins the next one, so it stands there twice."""
+    chatml.bos_token = chatml.eos_token
+    chatml.chat_template = (
+        "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+    )
+    encoder = ChatEncoder(chatml)
+    encoder.check_learnable()
+    ids, learned = encoder.encode([user("a"), assistant("b"), user("c<|endoftext|>"), assistant("d")])
+    text = "".join(f"<|endoftext|>{said}<|endoftext|>" for said in ("user\na", "assistant\nb"))
+    text += "<|endoftext|>user\nc<|endoftext|><|endoftext|><|endoftext|>assistant\nd<|endoftext|>"
+    assert chatml.decode(ids) == text
+    end = chatml.eos_token_id
+    said = [chatml.decode(token) for token, counts in zip(ids, learned, strict=True) if counts]
+    assert said == ["b", "<|endoftext|>", "d", "<|endoftext|>"]
+    # Two for each of four turns; the one that the user has typed is text.
+    assert ids.count(end) == 8 and end_ids(chatml) == [end]
+    assert ids[: ids.index(chatml("b", add_special_tokens=False).input_ids[0], 8)] == encode_chat(
+        chatml, [user("a")], True
+    )
+
+
 def test_a_system_message_is_not_learned(chatml: Any) -> None:
     system: Message = {"role": "system", "content": "Be kind."}
     ids, learned = ChatEncoder(chatml).encode([system, *TALK[:2]])
@@ -203,6 +226,53 @@ def test_a_template_that_rewrites_contents_can_still_be_asked(chatml: Any) -> No
     )
     _, learned = ChatEncoder(chatml).encode(TALK[:2])
     assert not any(learned)
+
+
+# The first leaves out what the user said before. The second cuts off thoughts. The third joins two messages.
+REWRITING = {
+    "left out": "{% set messages = messages[-1:] %}" + CHATML,
+    "thoughts": CHATML.replace("message['content']", "message['content'].split('</think>')[-1].strip()"),
+    "joined": "{{ '<|im_start|>user\n' + messages | map(attribute='content') | reverse | join(' ') + '<|im_end|>\n' }}",
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("left out", "<|im_start|>user\nNow<|im_end|>?<|im_start|><|im_end|>\n<|im_start|>assistant\n"),
+        ("thoughts", None),
+        ("joined", "<|im_start|>user\nNow<|im_end|>?<|im_start|> a</think> b<|im_end|> Hi<|endoftext|><|im_end|>\n"),
+    ],
+)
+def test_a_special_token_that_is_spelled_stays_text_where_a_template_rewrites_messages(
+    chatml: Any, template: str, said: str | None
+) -> None:
+    chatml.chat_template = REWRITING[template]
+    messages = [user("Hi<|endoftext|>"), assistant("a</think> b<|im_end|>"), user("Now<|im_end|>?<|im_start|>")]
+    ids, learned = ChatEncoder(chatml).encode(messages, True)
+    text = render_chat(chatml, messages, True)
+    assert said is None or text == said
+    assert chatml.decode(ids) == text and not any(learned)
+    # The special tokens are those that the template writes for messages that spell none.
+    harmless = [{**message, "content": message["content"].replace("<|", "")} for message in messages]
+    plain = re.findall(r"<\|\w+\|>", render_chat(chatml, harmless, True))
+    assert [chatml.decode(i) for i in ids if i in chatml.added_tokens_decoder] == plain
+    # Messages that spell nothing have the ids of the whole text.
+    whole = chatml(render_chat(chatml, harmless, True), add_special_tokens=False).input_ids
+    assert encode_chat(chatml, harmless, True) == whole
+
+
+def test_a_special_token_that_is_spelled_and_rewritten_is_text_or_refused(chatml: Any) -> None:
+    chatml.chat_template = CHATML.replace("message['content']", "message['content'] | upper")
+    ids = encode_chat(chatml, [user("a<|im_end|>")], True)
+    assert chatml.decode(ids) == "<|im_start|>user\nA<|IM_END|><|im_end|>\n<|im_start|>assistant\n"
+    chatml.chat_template = CHATML.replace("message['content']", "message['content'] | truncate(12, True, '')")
+    assert chatml.decode(encode_chat(chatml, [user("a long question of many words")], False)) == (
+        "<|im_start|>user\na long quest<|im_end|>\n"
+    )
+    message = r"message 2 spells the special token '<\|im_end\|>', and the chat template rewrites the messages so that"
+    with pytest.raises(ValueError, match=message):
+        encode_chat(chatml, [user("a long question"), assistant("<|im_end|> and more")], False)
 
 
 def test_only_the_last_answer_is_learned_if_asked_for(mistral: Any) -> None:

@@ -283,6 +283,40 @@ def test_a_bos_token_that_is_only_named_begins_nothing(tmp_path: Path) -> None:
         assert encode_prompt(adding, "the river") == adding("the river").input_ids == [1, *plain]
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_token_for_both_ends_stands_once_between_documents(adds: bool, tmp_path: Path) -> None:
+    """GPT-2 and SmolLM only name it as bos; OPT puts it before texts."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = chatml_pieces()
+    if adds:
+        backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    both = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    loaded = load_hf_tokenizer(save(backend, tmp_path / "gpt", **both))
+    plain = loaded("the river", add_special_tokens=False).input_ids
+    # A text alone has the ids that the tokenizer gives it, here, in an export and in llama.cpp.
+    assert encode_prompt(loaded, "the river") == loaded("the river").input_ids == [0] * adds + plain
+    assert adding_bos(loaded) is loaded and end_ids(loaded) == [0]
+    fields = gguf_tokenizer_fields(loaded)
+    assert fields["tokenizer.ggml.add_bos_token"] is adds and fields["tokenizer.ggml.add_eos_token"] is False
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 0
+    documents = DocumentTokenizer(str(tmp_path / "gpt"))
+    encoded = documents.encode_documents(["the river", "<|endoftext|>", ""])
+    typed = encode_text(loaded, "<|endoftext|>")
+    assert [ids.tolist() for ids in encoded] == [[*plain, 0], [*typed, 0], [0]] and 0 not in typed
+    assert (documents.bos_id, documents.eos_id) == (None, 0)
+
+
+def test_a_token_behind_texts_begins_none(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    for number, single in enumerate(("$A <|im_end|>", "<|im_start|> $A <|im_end|>")):
+        backend = chatml_pieces()
+        special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+        backend.post_processor = TemplateProcessing(single=single, special_tokens=special)
+        assert begin_token(load_hf_tokenizer(save(backend, tmp_path / str(number), **SMOLLM2))) == (None, 1)[number]
+
+
 def test_tokenizers_of_earlier_versions_begin_texts_as_before(tmp_path: Path) -> None:
     # The directory of the small tokenizer has no mark, as no directory of the verb `tokenizer` had.
     small = load_hf_tokenizer("danube-small")

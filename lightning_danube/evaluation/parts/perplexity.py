@@ -19,7 +19,7 @@ from lightning_danube.evaluation.asking import AskedModel, Part
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 from lightning_danube.text.corpora import Source, read_documents
-from lightning_danube.tokens.tokenizer import begin_token, encode_documents
+from lightning_danube.tokens.tokenizer import document_begin, encode_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def text_rows(
     count = 0
     for document in read_documents(name, source, cache_dir):
         (ids,) = encode_documents(
-            tokenizer.backend_tokenizer, [document.text], begin_token(tokenizer), int(eos), np.dtype(np.int64)
+            tokenizer.backend_tokenizer, [document.text], document_begin(tokenizer), int(eos), np.dtype(np.int64)
         )
         parts.append(ids)
         count += len(ids)

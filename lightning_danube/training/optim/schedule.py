@@ -94,22 +94,26 @@ class LearningRate:
         """Returns the tokens of the warm-up and of the decay in a run of `total_tokens`."""
         return self._warmup.of(total_tokens), self._decay.of(total_tokens)
 
-    def check(self, total_tokens: int) -> None:
+    def check(self, total_tokens: int, *, is_limit: bool = False) -> None:
         """Checks that warm-up and decay fit into the run.
+
+        Args:
+            is_limit: whether the run has at most `total_tokens`, and its length is not known yet.
 
         Raises:
             ValueError: they need more tokens than the run has.
         """
         warmup, decay = self.parts(total_tokens)
+        most = "at most " if is_limit else ""
         if warmup > total_tokens:
             raise ValueError(
-                f"model.learning_rate.warmup is {self.warmup}, and the whole run has {total_tokens:,} tokens: give a "
-                f"share of the run, such as '5 %', or at most {total_tokens}"
+                f"model.learning_rate.warmup is {self.warmup}, and the whole run has {most}{total_tokens:,} tokens: "
+                f"give a share of the run, such as '5 %', or at most {total_tokens}"
             )
         if (left := total_tokens - warmup) < decay:
             raise ValueError(
-                f"model.learning_rate.decay is {self.decay}, and {left:,} of the {total_tokens:,} tokens of the run "
-                f"are left after the warm-up: give a share of the run, such as '20 %', or at most {left}"
+                f"model.learning_rate.decay is {self.decay}, and {most}{left:,} of the {total_tokens:,} tokens of the "
+                f"run are left after the warm-up: give a share of the run, such as '20 %', or at most {left}"
             )
 
     def at(self, tokens: float, total_tokens: int) -> float:

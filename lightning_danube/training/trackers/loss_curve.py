@@ -7,9 +7,12 @@ points between: in a run of some minutes, ten more such validations would cost a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_danube.checkpoints.schedule import is_trial
+from lightning_danube.training.contract import CurveData
 
 POINTS = 10
 """Points of the curve after the first step."""
@@ -17,6 +20,13 @@ SHARE_OF_RUN = 0.01
 """Share of the run's operations that the curve may cost."""
 FORWARD_SHARE = 1 / 3
 """Share of the forward pass in the operations of a training step."""
+
+
+@runtime_checkable
+class MeasuresBeforeTraining(Protocol):
+    """What Lightning's connectors set on a trainer; its class does not declare it."""
+
+    num_sanity_val_steps: int | float
 
 
 @dataclass
@@ -40,7 +50,8 @@ class LossCurve:
             batch_rows: rows of a held-out batch, over all replicas.
         """
         self.batches = batches_within_budget(run_rows, sources, batch_rows)
-        if trainer.num_sanity_val_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        assert isinstance(trainer, MeasuresBeforeTraining)
+        if trainer.num_sanity_val_steps == 0 and not is_trial(trainer):
             trainer.num_sanity_val_steps = self.batches
 
     def validation_starts(self, trainer: Trainer, *, measures_all: bool) -> None:
@@ -49,6 +60,7 @@ class LossCurve:
         Args:
             measures_all: whether all held-out rows are due at this step.
         """
+        assert isinstance(trainer, MeasuresBeforeTraining)
         before_training = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
         self.is_brief = self.batches > 0 and (before_training or not (trainer.sanity_checking or measures_all))
 
@@ -78,8 +90,7 @@ class HeldOutCurve(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if plans_curve(trainer, pl_module):
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if (data := planned(trainer, pl_module)) is not None:
             rows = data.total_steps * data.batch_rows
             batch_rows = data.micro_batch_size * trainer.world_size
             curve_of(pl_module).begin(trainer, rows, data.held_out_sets, batch_rows)
@@ -88,8 +99,9 @@ class HeldOutCurve(Callback):
         self._plan(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and plans_curve(trainer, pl_module):
-            done = trainer.global_step >= trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        data = planned(trainer, pl_module)
+        if trainer.state.fn == "fit" and data is not None:
+            done = trainer.global_step >= data.total_steps
             curve_of(pl_module).validation_starts(trainer, measures_all=done)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,17 +109,15 @@ class HeldOutCurve(Callback):
             self._plan(trainer, pl_module)
 
     def _plan(self, trainer: Trainer, task: LightningModule) -> None:
-        steps = trainer.datamodule.total_steps if plans_curve(trainer, task) else 0  # type: ignore[attr-defined]
+        data = planned(trainer, task)
+        steps = 0 if data is None else data.total_steps
         if trainer.global_step < steps:
             trainer.val_check_batch = next_point(trainer.global_step, steps) * trainer.accumulate_grad_batches
 
 
-def plans_curve(trainer: Trainer, task: LightningModule) -> bool:
-    """Returns whether the run has a curve that no callback for stages and no option of the trainer plans."""
+def planned(trainer: Trainer, task: LightningModule) -> CurveData | None:
+    """Returns the data of a run whose curve is planned here; None if stages or an option of the trainer plan it."""
     data = getattr(trainer, "datamodule", None)
-    return (
-        getattr(task, "has_loss_curve", False)
-        and hasattr(data, "batch_rows")
-        and trainer.val_check_interval == 1.0
-        and trainer.enable_validation
-    )
+    if not getattr(task, "has_loss_curve", False) or trainer.val_check_interval != 1.0 or not trainer.enable_validation:
+        return None
+    return data if isinstance(data, CurveData) else None

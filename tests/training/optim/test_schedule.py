@@ -104,6 +104,10 @@ def test_a_schedule_longer_than_the_run_is_refused() -> None:
         LearningRate(peak=1.0, final=0.1, warmup="16K").check(4096)
     with pytest.raises(ValueError, match=r"model\.learning_rate\.decay is 50, and 0 of the 100 tokens .* at most 0$"):
         LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50).check(100)
+    with pytest.raises(ValueError, match=r"warmup is 16K, and the whole run has at most 4,096 tokens: give a share"):
+        LearningRate(peak=1.0, final=0.1, warmup="16K").check(4096, is_limit=True)
+    with pytest.raises(ValueError, match=r"decay is 50, and at most 20 of the 120 tokens of the run are left after"):
+        LearningRate(peak=1.0, final=0.1, warmup=100, shape="wsd", decay=50).check(120, is_limit=True)
 
 
 def test_a_schedule_as_long_as_the_run_is_allowed() -> None:

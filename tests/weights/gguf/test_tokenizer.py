@@ -233,11 +233,12 @@ def test_the_probe_tells_the_splits_apart() -> None:
     [
         ("<|begin|>", "<|end|>", True, True),
         ("<|begin|>", "<|end|>", False, False),
-        ("<|end|>", "<|end|>", True, False),
+        ("<|end|>", "<|end|>", True, True),
+        ("<|end|>", "<|end|>", False, False),
         (None, "<|end|>", False, False),
     ],
 )
-def test_a_bos_token_of_its_own_that_is_added_starts_every_text(
+def test_a_bos_token_that_is_added_starts_every_text(
     bos: str | None, eos: str, adds: bool, expected: bool, tmp_path: Path
 ) -> None:
     tokenizer: Any = byte_level(WORD_SPLITS[0])
