@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from lightning_danube.text.corpora import documents_and_bad_rows
 from lightning_danube.text.quality import BANDS, NEAR, Benchmarks, sketches
 from lightning_danube.text.reading import Document
 from lightning_danube.tokens.encoding import TextEncoder, can_encode_in_parts
-from lightning_danube.tokens.shards import SPLITS, TokenShards, shards_directory
+from lightning_danube.tokens.shards import SPLITS, TokenShards
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.yaml_files import load_yaml
 
@@ -42,7 +43,7 @@ def main() -> None:
 
 def kept_documents(data: CurriculumData, name: str, cache: Path) -> Counter[bytes]:
     """Returns the ids of each document in the shards of a source → how often it is there."""
-    directory = shards_directory(name, data.sources[name], data.tokenizer, data.held_out, data.quality, cache)
+    directory = replace(data.shard_facts(name), cache_dir=cache).directory()
     shards = TokenShards(directory, data.tokenizer)
     found: Counter[bytes] = Counter()
     for split in SPLITS:

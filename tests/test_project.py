@@ -4,6 +4,7 @@ import ast
 import pkgutil
 import re
 import socket
+import subprocess
 import tomllib
 from collections.abc import Collection, Iterator
 from importlib.metadata import distribution
@@ -345,3 +346,11 @@ def test_make_finds_the_files_of_each_marker() -> None:
     pattern = re.compile(rf"\bmark\.({'|'.join(markers)})\b")
     elsewhere = [file for file in (ROOT / "tests").rglob("*.py") if not file.name.startswith("test_")]
     assert [file.name for file in elsewhere if pattern.search(file.read_text("utf-8"))] == []
+
+
+def test_make_lists_every_target_that_says_what_it_does() -> None:
+    """Names may hold digits and hyphens, such as `smollm2` and `test-s3`."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    described = re.findall(r"^([^\s:#]+):.*## ", makefile, re.MULTILINE)
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  make (\S+)", listed, re.MULTILINE) == described and {"smollm2", "test-s3"} <= {*described}

@@ -26,6 +26,10 @@ BYTES: dict[str, tuple[int, int]] = {
 BYTES_IN_4_BITS = 0.5 + 1 / 64
 """Bytes of a weight in 4 bits, with an 8-bit scale for each 64 weights."""
 
+IMPORTS, KERNELS = 450 * 2**20, 100 * 2**20
+"""Bytes of a process on a CPU beside its tensors: its libraries, and what kernels, mapped files and the allocator keep.
+Measured by benchmarks/plan_process.py."""
+
 DDP_BUCKET = 25 * 2**20
 """Bytes of one of DDP's buckets, its default."""
 

@@ -111,16 +111,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
                 yield shown
                 continue
             with tempfile.TemporaryDirectory() as directory:
-                sample = prepare_sample(
-                    Path(directory) / name,
-                    name,
-                    source,
-                    self.tokenizer,
-                    held_out=self.held_out,
-                    quality=self.quality,
-                    cache_dir=self.cache_dir,
-                    rows=rows,
-                )
+                sample = prepare_sample(Path(directory) / name, self.shard_facts(name), rows=rows)
                 yield self._shown_sample(name, sample, examples)
 
     def _shown_sample(self, name: str, sample: Sample, examples: int) -> ShownSource:

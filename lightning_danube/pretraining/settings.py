@@ -18,7 +18,7 @@ from lightning_danube.pretraining.curriculum import LONGEST_NAME, Stage, check_s
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.foreign.listing import listing_directory
-from lightning_danube.tokens.shards import shards_directory
+from lightning_danube.tokens.shards import ShardFacts
 from lightning_danube.tokens.tokenizer import MISTRAL, DocumentTokenizer
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.weights.lora import Lora
@@ -226,7 +226,12 @@ class CurriculumSettings:
         source = self.sources[name]
         if source.has_tokens:
             return listing_directory(name, source, self.tokenizer, self.held_out, self.cache_dir)
-        return shards_directory(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
+        return self.shard_facts(name).directory()
+
+    def shard_facts(self, name: str) -> ShardFacts:
+        """Returns what decides the shards of one source."""
+        source = self.sources[name]
+        return ShardFacts(name, source, self.tokenizer, self.held_out, self.quality, self.cache_dir)
 
     def accumulation(self, replicas: int) -> int:
         """Returns the micro-batches of one optimizer step on each of `replicas` data-parallel replicas.

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,13 +40,7 @@ from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.encoding import can_encode_in_parts
 from lightning_danube.tokens.finished_shards import fetch, is_finished
 from lightning_danube.tokens.foreign.listing import ForeignTokens, list_token_files
-from lightning_danube.tokens.shards import (
-    FORMAT,
-    SPLITS,
-    TokenShards,
-    joined_splits,
-    shards_directory,
-)
+from lightning_danube.tokens.shards import SPLITS, ShardFacts, TokenShards, joined_splits
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.tokens.units import Job, Unit, kept_splits, load_part, load_unit, make_unit, write_kept
 
@@ -89,7 +83,7 @@ def prepare(
         ValueError: a source cannot be read or holds no text, or another program ended a process.
     """
     seconds = dict.fromkeys(sources, 0.0)
-    places = {}
+    found: dict[str, ShardFacts] = {}
     for name, source in sources.items():
         if source.has_tokens:
             directory, seconds[name] = list_token_files(name, source, tokenizer, held_out, cache_dir)
@@ -100,7 +94,8 @@ def prepare(
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
         else:
-            places[name] = shards_directory(name, source, tokenizer, held_out, quality, cache_dir)
+            found[name] = ShardFacts(name, source, tokenizer, held_out, quality, cache_dir)
+    places = {name: facts.directory() for name, facts in found.items()}
     with ExitStack() as locks:
         # In one order in all processes, so that two of them never wait for each other.
         for name in sorted(places, key=lambda name: places[name]):
@@ -108,23 +103,14 @@ def prepare(
                 lock = places[name].with_name(f".{places[name].name}.lock")
                 locks.enter_context(locked(lock, f"source {name!r} ({lock})", wait=tell, shared=part is not None))
         todo = [
-            Preparation(
-                places[name],
-                name,
-                sources[name],
-                tokenizer,
-                held_out=held_out,
-                quality=quality,
-                cache_dir=cache_dir,
-                part=part,
-            )
-            for name in places
+            Preparation(places[name], facts, part=part)
+            for name, facts in found.items()
             if not _is_made(places[name])  # another process may have made it while this one waited
         ]
         if todo:
             benchmarks = Benchmarks.read(quality.decontaminate) if quality.decontaminate else None
             _Workshop(todo, benchmarks, processes).run()
-            seconds |= {preparation.name: preparation.seconds for preparation in todo}
+            seconds |= {preparation.facts.name: preparation.seconds for preparation in todo}
     return seconds
 
 
@@ -153,17 +139,7 @@ class Sample:
     complete: bool
 
 
-def prepare_sample(
-    directory: Path,
-    name: str,
-    source: Source,
-    tokenizer: DocumentTokenizer,
-    *,
-    held_out: float,
-    quality: Quality,
-    cache_dir: Path,
-    rows: int,
-) -> Sample:
+def prepare_sample(directory: Path, facts: ShardFacts, *, rows: int) -> Sample:
     """Makes shards of the first rows of a source, as `prepare` does. Rows that cannot be read are left out.
 
     Args:
@@ -173,12 +149,12 @@ def prepare_sample(
     Raises:
         ValueError: the source cannot be opened, or a file cannot be read as a whole.
     """
-    options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
-    preparation = Preparation(directory, name, replace(source, on_bad_row="skip"), tokenizer, **options)
-    preparation.open(Benchmarks.read(quality.decontaminate) if quality.decontaminate else None)
+    decontaminate = facts.quality.decontaminate
+    preparation = Preparation(directory, replace(facts, source=replace(facts.source, on_bad_row="skip")))
+    preparation.open(Benchmarks.read(decontaminate) if decontaminate else None)
     taken: list[Document | BadRow] = []
     characters, complete = 0, True
-    for row in documents_and_bad_rows(name, source, cache_dir):
+    for row in documents_and_bad_rows(facts.name, facts.source, facts.cache_dir):
         if len(taken) == rows or characters >= UNIT_BYTES:
             complete = False
             break
@@ -190,7 +166,7 @@ def prepare_sample(
     if not len(unit.lengths):
         return Sample(None, unit, 0, complete)
     preparation.join()
-    shards = TokenShards(directory, tokenizer)
+    shards = TokenShards(directory, facts.tokenizer)
     return Sample(shards, unit, sum(shards.meta["counts"]["duplicates"].values()), complete)
 
 
@@ -203,20 +179,10 @@ class Preparation:
     """Turns one source into a shard directory: plans its units, and joins the units."""
 
     def __init__(
-        self,
-        directory: Path,
-        name: str,
-        source: Source,
-        tokenizer: DocumentTokenizer,
-        *,
-        held_out: float,
-        quality: Quality,
-        cache_dir: Path,
-        part: WorkPart | None = None,
-        building: Path | None = None,
+        self, directory: Path, facts: ShardFacts, *, part: WorkPart | None = None, building: Path | None = None
     ) -> None:
-        self.directory, self.name, self.source, self.tokenizer = directory, name, source, tokenizer
-        self.held_out, self.quality, self.cache_dir, self.part = held_out, quality, cache_dir, part
+        self.directory, self.facts, self.part = directory, facts, part
+        source, tokenizer, quality = facts.source, facts.tokenizer, facts.quality
         self.building = building or building_directory(directory)
         self.limit = math.inf if source.max_tokens is None else int(source.max_tokens)
         self.job = Job(
@@ -228,7 +194,7 @@ class Preparation:
             eos_id=tokenizer.eos_id,
             dtype=tokenizer.dtype.name,
             in_parts=can_encode_in_parts(self.tokenizer_json()),
-            held_out=held_out,
+            held_out=facts.held_out,
             filters=quality.filters if source.filters else None,
             near=quality.deduplicate == "near",
             benchmarks=bool(quality.decontaminate),
@@ -250,7 +216,7 @@ class Preparation:
                 benchmarks.save(partial)
 
     def tokenizer_json(self) -> str:
-        text: str = self.tokenizer.hf.backend_tokenizer.to_str()
+        text: str = self.facts.tokenizer.hf.backend_tokenizer.to_str()
         return text
 
     def plan(self, pool: Callable[[], Executor]) -> list[list[Span]]:
@@ -259,11 +225,12 @@ class Preparation:
         if path.exists():
             with naming_cached(path):
                 return [[Span(*span) for span in unit] for unit in parse_json(path.read_text(), str(path))]
-        files = local_files(self.name, self.source, self.cache_dir)
+        source = self.facts.source
+        files = local_files(self.facts.name, source, self.facts.cache_dir)
         sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
         self._check_size(sum(sizes.values()) // BYTES_PER_TOKEN)
         size = max(UNIT_BYTES, -(-sum(sizes.values()) // MOST_UNITS))
-        separators, limits = [self.source.separator] * len(files), [size] * len(files)
+        separators, limits = [source.separator] * len(files), [size] * len(files)
         # Lines are counted at the speed of the disk; other formats must be parsed.
         slow = sum(size for file, size in sizes.items() if format_of(file) != "parquet")
         found = pool().map(spans, files, separators, limits) if len(files) > 1 and slow > 1 << 28 else None
@@ -285,17 +252,17 @@ class Preparation:
         tokens = min(tokens, self.limit)
         if MOST_TOKENS < tokens < math.inf:
             raise ValueError(
-                f"source {self.name!r} has about {tokens:,.0f} tokens, more than the {MOST_TOKENS:,} of a source that "
-                "this engine prepares: use prepare --engine datatrove, or set its max_tokens"
+                f"source {self.facts.name!r} has about {tokens:,.0f} tokens, more than the {MOST_TOKENS:,} of a source "
+                "that this engine prepares: use prepare --engine datatrove, or set its max_tokens"
             )
 
     def work(self, pool: Callable[[], Executor]) -> Iterator[tuple[int, list[Span] | list[Document | BadRow], int]]:
         """Yields (number, rows, weight) of the missing units, in order."""
         self.began = time.monotonic()
         numbered: Iterator[tuple[int, Any]]
-        if is_streamed(self.source):
+        if is_streamed(self.facts.source):
             self._check_size(math.inf)
-            rows = read_stream(self.name, self.source)
+            rows = read_stream(self.facts.name, self.facts.source)
             numbered = enumerate(iter(lambda: list(islice(rows, STREAMED_DOCUMENTS)), []))
         else:
             units = self.plan(pool)
@@ -429,7 +396,7 @@ class Preparation:
         documents, tokens = (sum(split[what] for split in splits.values()) for what in ("documents", "tokens"))
         if not tokens:
             lost = sum(rejected.values()) + sum(filtered.values()) + total["contaminated"]
-            raise nothing_left(self.name, self.source.path, lost)
+            raise nothing_left(self.facts.name, self.facts.source.path, lost)
         counts = {
             "documents": documents,
             "tokens": tokens,
@@ -443,18 +410,13 @@ class Preparation:
             "benchmarks": contamination(self.job, found_rows, found_in),
         }
         meta = {
-            "format": FORMAT,
-            "source": asdict(self.source),
-            "held_out": self.held_out,
-            "dtype": self.tokenizer.dtype.name,
-            "tokenizer": self.tokenizer.identity(),
-            "quality": asdict(self.quality),
+            **self.facts.meta(),
             "counts": counts,
             "splits": splits,
         }
         self.seconds = time.monotonic() - self.began
         report = {
-            "source": self.name,
+            "source": self.facts.name,
             **counts,
             "first_rejected": [row.message for row in first],
             "seconds": round(self.seconds, 3),
@@ -478,7 +440,7 @@ class Preparation:
                 before += int(lengths[:within].sum())
             keep.append(wanted)
         gone = {"exact": 0, "near": 0}
-        if self.quality.deduplicate == "none":
+        if self.facts.quality.deduplicate == "none":
             return keep, gone
         every = np.concatenate(keep)
         borders = np.cumsum([len(wanted) for wanted in keep])[:-1]
@@ -486,7 +448,7 @@ class Preparation:
         folder = self.building / "duplicates"
         folder.mkdir(exist_ok=True)
         gone["exact"] = drop_exact(every, (load_part(path, "hashes") for path in paths), folder)
-        if self.quality.deduplicate == "near":
+        if self.facts.quality.deduplicate == "near":
             gone["near"] = drop_near(every, lambda: (load_part(path, "sketches") for path in paths), folder)
         return np.split(every, borders), gone
 
@@ -601,8 +563,8 @@ class _Workshop:
         parts = sorted({unit % of + 1 for unit in missing})
         named = ", ".join(f"{part}/{of}" for part in parts[:8]) + (" and others" if len(parts) > 8 else "")
         tell(
-            f"{preparation.name}: part {number} of {of} is made; {len(missing):,} of {preparation.used:,} units are "
-            f"left to --shard {named}"
+            f"{preparation.facts.name}: part {number} of {of} is made; {len(missing):,} of {preparation.used:,} units "
+            f"are left to --shard {named}"
         )
 
     def _guarded(self, preparation: Preparation, do: Callable[[Preparation], Any]) -> Any:
@@ -659,7 +621,7 @@ class _Progress:
         seconds = max(now - self._began, 1e-9)
         rates = f"{self._documents / seconds:,.0f} documents/s, {self._tokens / seconds:,.0f} tokens/s"
         self._bar.total = sum(p.weight for p in self._preparations) or None
-        self._bar.set_description(f"tokenizing {preparation.name}", refresh=False)
+        self._bar.set_description(f"tokenizing {preparation.facts.name}", refresh=False)
         self._bar.set_postfix_str(rates, refresh=False)
         self._bar.update(size)
         if self._bar.disable and now - self._said >= self.EVERY:
@@ -670,7 +632,7 @@ class _Progress:
                 share = f" {self._bytes / total:.0%},"
                 left = f", {_duration(seconds * max(0, total - self._bytes) / self._bytes)} left"
             tell(
-                f"tokenizing {preparation.name}:{share} {self._documents:,} documents, {self._tokens:,} tokens "
+                f"tokenizing {preparation.facts.name}:{share} {self._documents:,} documents, {self._tokens:,} tokens "
                 f"({rates}){left}"
             )
 
@@ -719,10 +681,10 @@ def open_or_prepare(
     if source.has_tokens:
         directory, seconds = list_token_files(name, source, tokenizer, held_out, cache_dir)
         return ForeignTokens(directory, source, tokenizer, cache_dir), seconds
-    quality = quality or Quality()
-    options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
+    facts = ShardFacts(name, source, tokenizer, held_out, quality or Quality(), cache_dir)
+    options: dict[str, Any] = {"held_out": held_out, "quality": facts.quality, "cache_dir": cache_dir}
     seconds = prepare({name: source}, tokenizer, processes=processes, **options)[name]
-    shards = TokenShards(shards_directory(name, source, tokenizer, held_out, quality, cache_dir), tokenizer)
+    shards = TokenShards(facts.directory(), tokenizer)
     if seconds and not is_finished(source.path):
         shards.verify()
     return shards, seconds

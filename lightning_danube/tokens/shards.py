@@ -43,26 +43,62 @@ BATCH_TOKENS = 1 << 24
 """Tokens that are held in memory before they are written (32 MiB of uint16)."""
 
 
-def source_fingerprint(
-    name: str,
-    source: Source,
-    tokenizer: DocumentTokenizer,
-    held_out: float,
-    quality: Quality,
-    cache: Path,
-    engine: Engine = "own",
-) -> str:
-    """Returns a hash of everything that determines the tokens.
+@dataclass(frozen=True)
+class ShardFacts:
+    """What decides the shards of a source, and where they are.
 
-    A changed file, tokenizer, split or quality rule leads to new shards. So does the engine where it matters: both find
-    the same equal texts, and other near-duplicates.
+    Args:
+        name: name of the source.
+        held_out: share of the documents that are held out.
+        cache_dir: the directory that holds the shards of all sources.
     """
-    facts = [FORMAT, asdict(source), tokenizer.fingerprint, held_out, quality.identity(source.filters)]
-    if engine != "own" and quality.deduplicate == "near":
-        facts.append(engine)
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    digest.update(files_identity(name, source, cache))
-    return digest.hexdigest()[:12]
+
+    name: str
+    source: Source
+    tokenizer: DocumentTokenizer
+    held_out: float
+    quality: Quality
+    cache_dir: Path
+
+    def fingerprint(self, engine: Engine = "own") -> str:
+        """Returns a hash of everything that determines the tokens.
+
+        A changed file, tokenizer, split or quality rule leads to new shards. So does the engine where it matters: both
+        find the same equal texts, and other near-duplicates.
+        """
+        rules = self.quality.identity(self.source.filters)
+        facts = [FORMAT, asdict(self.source), self.tokenizer.fingerprint, self.held_out, rules]
+        if engine != "own" and self.quality.deduplicate == "near":
+            facts.append(engine)
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(files_identity(self.name, self.source, self.cache_dir))
+        return digest.hexdigest()[:12]
+
+    def directory(self, engine: Engine | None = None) -> Path:
+        """Returns the directory where the shards are, or will be.
+
+        Args:
+            engine: which engine makes them. None: the directory that is complete, or else that of the own engine.
+        """
+        if is_finished(self.source.path):
+            return finished_directory(self.source.path, self.cache_dir)
+        shards = self.cache_dir / "shards"
+        directories = {one: shards / f"{self.name}-{self.fingerprint(one)}" for one in ENGINES}
+        if engine is not None:
+            return directories[engine]
+        complete = (directory for directory in directories.values() if (directory / "shards.json").exists())
+        return next(complete, directories["own"])
+
+    def meta(self) -> dict[str, Any]:
+        """Returns the entries of shards.json that are known before the work."""
+        return {
+            "format": FORMAT,
+            "source": asdict(self.source),
+            "held_out": self.held_out,
+            "dtype": self.tokenizer.dtype.name,
+            "tokenizer": self.tokenizer.identity(),
+            "quality": asdict(self.quality),
+        }
 
 
 def files_identity(name: str, source: Source, cache: Path) -> bytes:
@@ -355,27 +391,3 @@ class TokenShards:
         if len(found) > self._vocab_size or found.sum() != self.counts(split).tokens:
             raise ValueError(f"{path} is damaged (its counts are not those of {split}): {self._remedy}")
         return np.pad(found, (0, self._vocab_size - len(found)))
-
-
-def shards_directory(
-    name: str,
-    source: Source,
-    tokenizer: DocumentTokenizer,
-    held_out: float,
-    quality: Quality,
-    cache_dir: Path,
-    engine: Engine | None = None,
-) -> Path:
-    """Returns the directory where the shards of a source are, or will be.
-
-    Args:
-        engine: which engine makes them. None: the directory that is complete, or else that of the own engine.
-    """
-    if is_finished(source.path):
-        return finished_directory(source.path, cache_dir)
-    facts = (name, source, tokenizer, held_out, quality, cache_dir)
-    directories = {one: cache_dir / "shards" / f"{name}-{source_fingerprint(*facts, one)}" for one in ENGINES}
-    if engine is not None:
-        return directories[engine]
-    complete = (directory for directory in directories.values() if (directory / "shards.json").exists())
-    return next(complete, directories["own"])

@@ -14,7 +14,7 @@ from lightning_danube.tokens import shards
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, ChatEncoder
 from lightning_danube.tokens.engines import Engine
 from lightning_danube.tokens.finished_shards import finished_directory
-from lightning_danube.tokens.shards import files_identity, shards_directory, source_fingerprint
+from lightning_danube.tokens.shards import ShardFacts, files_identity
 from lightning_danube.tokens.tokenizer import DocumentTokenizer, fingerprint_of, load_hf_tokenizer
 
 
@@ -30,7 +30,7 @@ def fingerprint(path: Path, /, **changes: Any) -> str:
     facts |= changes
     source = Source(**{name: facts.pop(name) for name in list(facts) if name in Source.__dataclass_fields__})
     tokenizer = DocumentTokenizer(facts["tokenizer"])
-    return source_fingerprint("src", source, tokenizer, facts["held_out"], facts["quality"], path.parent)
+    return ShardFacts("src", source, tokenizer, facts["held_out"], facts["quality"], path.parent).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_near_duplicates_of_each_engine_have_a_directory_and_the_complete_one_is
     tokenizer = DocumentTokenizer("danube-small")
 
     def directory(quality: Quality, engine: Engine | None = None) -> Path:
-        return shards_directory("src", Source(str(text)), tokenizer, 0.1, quality, text.parent, engine)
+        return ShardFacts("src", Source(str(text)), tokenizer, 0.1, quality, text.parent).directory(engine)
 
     for quality in (Quality(), Quality(deduplicate="exact")):
         assert directory(quality) == directory(quality, "own") == directory(quality, "datatrove")

@@ -26,7 +26,7 @@ from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Filters, Quality
 from lightning_danube.tokens import encoding, preparation
 from lightning_danube.tokens.preparation import Preparation, open_or_prepare, prepare
-from lightning_danube.tokens.shards import TokenShards, is_held_out
+from lightning_danube.tokens.shards import ShardFacts, TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.forked import Forked
 
@@ -417,9 +417,8 @@ def test_long_texts_are_encoded_in_parts_without_a_trace(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "_PART_CHARACTERS", 7)
-    preparation = Preparation(
-        tmp_path / "shards", "src", Source("x.txt"), tokenizer, held_out=0.1, quality=Quality(), cache_dir=tmp_path
-    )
+    facts = ShardFacts("src", Source("x.txt"), tokenizer, 0.1, Quality(), tmp_path)
+    preparation = Preparation(tmp_path / "shards", facts)
     preparation.open(None)
     job = preparation.job
     assert job.in_parts

@@ -14,7 +14,7 @@ from lightning_danube.text.quality import Quality
 from lightning_danube.tokens import preparation
 from lightning_danube.tokens.finished_shards import fetch, finished_directory
 from lightning_danube.tokens.preparation import Preparation, _duration, _Progress, open_or_prepare, prepare
-from lightning_danube.tokens.shards import TokenShards, is_held_out
+from lightning_danube.tokens.shards import ShardFacts, TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 TEXTS = [f"dücument {number} of many, with some words in it" for number in range(60)]
@@ -202,15 +202,8 @@ def test_compressed_files_have_units_of_their_uncompressed_size(
     monkeypatch.setattr(preparation, "UNIT_BYTES", 1000)
     content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
-    made = Preparation(
-        tmp_path / "shards/x",
-        "src",
-        Source(str(tmp_path / "a.jsonl.gz")),
-        tokenizer,
-        held_out=0.1,
-        quality=Quality(),
-        cache_dir=tmp_path,
-    )
+    facts = ShardFacts("src", Source(str(tmp_path / "a.jsonl.gz")), tokenizer, 0.1, Quality(), tmp_path)
+    made = Preparation(tmp_path / "shards/x", facts)
     made.open(None)
 
     def no_pool() -> Any:

@@ -251,7 +251,7 @@ def _engine(memory: TrainingMemory) -> str:
 
 def _parts(memory: TrainingMemory) -> str:
     """Returns a table of the memory of one device by part, for the configured trainer and for alternatives."""
-    from lightning_danube.planning.memory import DeviceMemory, Layout
+    from lightning_danube.planning.memory import IMPORTS, KERNELS, DeviceMemory, Layout
 
     columns: list[tuple[str, DeviceMemory]] = [(_engine(memory), memory.peak())]
     devices = memory.layout.devices
@@ -276,6 +276,11 @@ def _parts(memory: TrainingMemory) -> str:
         lines.append(
             f"model.init_args.activation_checkpointing: true would take {whole / size:.2f} {unit} in all, selective "
             f"{selective / size:.2f}"
+        )
+    if not memory.gpu:
+        lines.append(
+            f"not counted: a process on a CPU also holds about {IMPORTS // MIB} MiB of libraries, and about "
+            f"{KERNELS // MIB} MiB for kernels, mapped files and the allocator"
         )
     return "\n".join(lines)
 

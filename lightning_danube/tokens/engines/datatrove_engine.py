@@ -49,7 +49,7 @@ from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.engines.source_work import MOST_TASKS, Cluster, SourceWork
 from lightning_danube.tokens.finished_shards import fetch, is_finished
 from lightning_danube.tokens.preparation import SHOWN_REJECTIONS, contamination, link_or_copy, nothing_left
-from lightning_danube.tokens.shards import SPLITS, joined_splits, shards_directory
+from lightning_danube.tokens.shards import SPLITS, ShardFacts, joined_splits
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.tokens.units import kept_splits, load_part, load_unit, make_unit, write_kept
 
@@ -108,10 +108,10 @@ def prepare_with_datatrove(
             fetch(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
             continue
-        facts = (name, source, tokenizer, held_out, quality, cache_dir)
-        directory = shards_directory(*facts)
+        facts = ShardFacts(name, source, tokenizer, held_out, quality, cache_dir)
+        directory = facts.directory()
         if not (directory / "shards.json").exists():
-            directory = shards_directory(*facts, engine="datatrove")
+            directory = facts.directory("datatrove")
         building = _working_directory(directory)
         lock = directory.with_name(f".{directory.name}.lock")
         with locked(lock, f"source {name!r} ({lock})", wait=tell):
@@ -119,9 +119,7 @@ def prepare_with_datatrove(
                 if quality.decontaminate and benchmarks is None:
                     benchmarks = Benchmarks.read(quality.decontaminate)
                 began = time.monotonic()
-                options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
-                options |= {"benchmarks": benchmarks, "tasks": cluster.tasks}
-                work = SourceWork.begin(directory, building, name, source, tokenizer, **options)
+                work = SourceWork.begin(directory, building, facts, benchmarks=benchmarks, tasks=cluster.tasks)
                 _run(work, quality, cluster)
                 if (directory / "shards.json").exists():
                     seconds[name] = time.monotonic() - began

@@ -10,20 +10,19 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_danube.extras import need
 from lightning_danube.files import read_json, write_json
-from lightning_danube.text.corpora import Source, hub_files, local_files
-from lightning_danube.text.quality import Benchmarks, Quality
+from lightning_danube.text.corpora import hub_files, local_files
+from lightning_danube.text.quality import Benchmarks
 from lightning_danube.text.reading import DamagedFile
 from lightning_danube.tokens.engines import Executor
 from lightning_danube.tokens.preparation import Preparation
-from lightning_danube.tokens.shards import FORMAT
-from lightning_danube.tokens.tokenizer import DocumentTokenizer
+from lightning_danube.tokens.shards import ShardFacts
 from lightning_danube.tokens.units import Job
 
 MOST_TASKS = 1000
@@ -92,23 +91,18 @@ class SourceWork:
         cls,
         directory: Path,
         building: Path,
-        name: str,
-        source: Source,
-        tokenizer: DocumentTokenizer,
+        facts: ShardFacts,
         *,
-        held_out: float,
-        quality: Quality,
-        cache_dir: Path,
         benchmarks: Benchmarks | None,
         tasks: int | None,
     ) -> SourceWork:
         """Plans the tasks, or reads the plan of an earlier start."""
-        options: dict[str, Any] = {"held_out": held_out, "quality": quality, "cache_dir": cache_dir}
-        preparation = Preparation(directory, name, source, tokenizer, building=building, **options)
+        name, source = facts.name, facts.source
+        preparation = Preparation(directory, facts, building=building)
         preparation.open(benchmarks)
         path = building / "plan.json"
         if not path.exists():
-            files = hub_files(name, source) if source.is_hub else local_files(name, source, cache_dir)
+            files = hub_files(name, source) if source.is_hub else local_files(name, source, facts.cache_dir)
             count = min(tasks or MOST_TASKS, len(files))
             write_json(path, {"began": time.time(), "files": dealt(files, count)})
         plan = read_json(path)
@@ -127,12 +121,7 @@ class SourceWork:
             began=plan["began"],
             job=preparation.job,
             meta={
-                "format": FORMAT,
-                "source": asdict(source),
-                "held_out": held_out,
-                "dtype": tokenizer.dtype.name,
-                "tokenizer": tokenizer.identity(),
-                "quality": asdict(quality),
+                **facts.meta(),
                 "engine": {"name": "datatrove", "version": version("datatrove"), "tasks": planned},
             },
         )

@@ -114,6 +114,16 @@ def test_a_toy_is_told_in_units_that_fit_it(tiny: Path, capsys: pytest.CaptureFi
     assert "at its end" in printed
 
 
+def test_what_a_process_on_a_cpu_holds_beside_tensors_is_told(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a tiny model it is most of the memory. A GPU's tensors have the device for themselves."""
+    config = ("--config", str(tiny / "tiny.yaml"), "--accelerator", "h100")
+    said = (
+        "not counted: a process on a CPU also holds about 450 MiB of libraries, and about 100 MiB for kernels, mapped"
+    )
+    assert said in planned(capsys, *config, "--trainer.accelerator", "cpu")
+    assert "not counted" not in planned(capsys, *config, "--trainer.accelerator", "gpu")
+
+
 def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", str(tiny / "tiny.yaml"))
     assert main(["prepare", *config]) == 0

@@ -22,7 +22,7 @@ from lightning_danube.text.quality import BANDS, Filters, Quality, sketches
 from lightning_danube.tokens.engines import ENGINES
 from lightning_danube.tokens.engines.source_work import Cluster
 from lightning_danube.tokens.preparation import prepare
-from lightning_danube.tokens.shards import TokenShards, shards_directory
+from lightning_danube.tokens.shards import ShardFacts, TokenShards
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.weights.tokenizers import document_tokenizer
 
@@ -66,7 +66,7 @@ def by_datatrove(
     options: dict[str, Any] = {"held_out": HELD_OUT, "quality": quality, "cache_dir": cache}
     where = Cluster(**{"workers": 1, **cluster})
     seconds = prepare_with_datatrove({"src": source}, tokenizer, cluster=where, **options)
-    directory = shards_directory("src", source, tokenizer, HELD_OUT, quality, cache)
+    directory = ShardFacts("src", source, tokenizer, HELD_OUT, quality, cache).directory()
     assert seconds["src"] > 0 and sorted(os.listdir(directory.parent)) == [directory.name]
     shards = TokenShards(directory, tokenizer)
     shards.verify()
@@ -77,7 +77,7 @@ def by_own(source: Source, tokenizer: DocumentTokenizer, cache: Path, quality: Q
     quality = quality or Quality()
     options: dict[str, Any] = {"held_out": HELD_OUT, "quality": quality, "cache_dir": cache}
     prepare({"src": source}, tokenizer, processes=1, **options)
-    return TokenShards(shards_directory("src", source, tokenizer, HELD_OUT, quality, cache), tokenizer)
+    return TokenShards(ShardFacts("src", source, tokenizer, HELD_OUT, quality, cache).directory(), tokenizer)
 
 
 def ids(shards: TokenShards) -> dict[str, list[int]]:
@@ -166,13 +166,12 @@ def test_one_document_of_each_cluster_of_near_duplicates_stays(tmp_path: Path, t
 def test_near_shards_have_a_directory_of_their_own_that_is_found(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     source, quality = Source(str(write_rows(tmp_path / "texts", texts(30)))), Quality(deduplicate="near")
     shards = by_datatrove(source, tokenizer, tmp_path / "cache", quality)
-    facts = ("src", source, tokenizer, HELD_OUT, quality, tmp_path / "cache")
-    places: dict[str, Path] = {engine: shards_directory(*facts, engine=engine) for engine in ENGINES}
+    facts = ShardFacts("src", source, tokenizer, HELD_OUT, quality, tmp_path / "cache")
+    places: dict[str, Path] = {engine: facts.directory(engine) for engine in ENGINES}
     assert shards.directory == places["datatrove"] != places["own"]
     assert shards.meta["engine"]["name"] == "datatrove"
-    assert prepare({"src": source}, tokenizer, held_out=HELD_OUT, quality=quality, cache_dir=facts[5], processes=1) == {
-        "src": 0.0
-    }
+    options: dict[str, Any] = {"held_out": HELD_OUT, "quality": quality, "cache_dir": facts.cache_dir}
+    assert prepare({"src": source}, tokenizer, processes=1, **options) == {"src": 0.0}
 
 
 def test_a_stage_that_ended_early_continues_with_the_tasks_that_are_missing(
@@ -377,7 +376,7 @@ def test_a_source_whose_jobs_are_in_the_queue_is_not_submitted_again(
     tmp_path: Path, tokenizer: DocumentTokenizer, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source(str(write_rows(tmp_path / "texts", texts(8))))
-    name = shards_directory("src", source, tokenizer, HELD_OUT, Quality(), tmp_path / "cache").name
+    name = ShardFacts("src", source, tokenizer, HELD_OUT, Quality(), tmp_path / "cache").directory().name
     slurm = {"partition": "cpu", "time": "1:00:00"}
     stand_ins.write_text(f"another\n{name}-write\n")
     with pytest.raises(
