@@ -28,7 +28,7 @@ BYTES_IN_4_BITS = 0.5 + 1 / 64
 
 IMPORTS, KERNELS = 450 * 2**20, 100 * 2**20
 """Bytes of a process on a CPU beside its tensors: its libraries, and what kernels, mapped files and the allocator keep.
-Measured by benchmarks/plan_process.py."""
+docs/plan.md has the measurement."""
 
 DDP_BUCKET = 25 * 2**20
 """Bytes of one of DDP's buckets, its default."""
