@@ -60,7 +60,7 @@ def loss_of(decoder: Decoder, rows_BT: Tensor) -> Tensor:
 
 
 def train(arm: str, seed: int, steps: int) -> tuple[float, float]:
-    """Returns nats per token: the training loss of the last tenth of the steps, and the held-out loss."""
+    """Returns nats/token: the training loss of the last tenth of the steps, and the held-out loss."""
     torch.manual_seed(seed)
     decoder = Decoder(SHAPE).train()
     if arm == "float8":
@@ -106,7 +106,7 @@ def main() -> None:
     where = described("torch", "torchao")
     what = (
         f"{arguments.steps} steps of {ROWS} × {CONTEXT} tokens, {arguments.seeds} seeds, {SHAPE.parameters:,} "
-        f"parameters ({SHAPE.num_hidden_layers} layers × {SHAPE.hidden_size}), nats per token; 95 % intervals "
+        f"parameters ({SHAPE.num_hidden_layers} layers × {SHAPE.hidden_size}), nats/token; 95 % intervals "
         "over the seeds' differences; FP8 by emulation"
     )
     write_result("float8", f"# FP8 products in a short run\n\n{where}\n\n{what}\n\n{markdown_table(header, rows)}")

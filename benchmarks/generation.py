@@ -1,4 +1,4 @@
-"""Tokens a second of generation beside transformers and llama.cpp, and what grouped queries save.
+"""Tokens/s of generation beside transformers and llama.cpp, and what grouped queries save.
 
     python benchmarks/generation.py [--weights smollm2] [--compiled] [--rounds 5] [--threads 2]
     python benchmarks/generation.py --device cuda --shape danube3-500m --compiled --dtypes bfloat16
@@ -38,7 +38,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ def llamas(llama: Any, prompt: list[int], new_tokens: int) -> Times:
 def measured(
     contestants: Mapping[str, Callable[[list[int], int], Times]], prompt: list[int], arguments: argparse.Namespace
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Name → for each round tokens a second of prefill and decode, and CPU seconds."""
+    """Name → for each round tokens/s of prefill and decode, and CPU seconds."""
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contestants}
     for number in range(arguments.rounds + 1):
         for name in in_turn(list(contestants), number):
@@ -291,7 +291,7 @@ def rows_of(
 ) -> list[str]:
     """
     Args:
-        limit: tokens a second of decoding at which as much is read as in a sum.
+        limit: tokens/s of decoding at which as much is read as in a sum.
     """
     rows = []
     for name, rounds in results.items():
@@ -300,7 +300,7 @@ def rows_of(
             values = [values[place] for values in rounds]
             pairs = zip(rounds, results["transformers"], strict=True)
             ratio = statistics.median(mine[place] / theirs[place] for mine, theirs in pairs)
-            cells += [f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})", f"{ratio:.2f}"]
+            cells += [with_ends(values), f"{ratio:.2f}"]
         share, cpu = (statistics.median(values[place] for values in rounds) for place in (1, 2))
         cells.append(f"{share / limit:.0%}")
         rows.append(f"| {dtype} | {prompt_tokens:,} | {name} | {' | '.join(cells)} | {cpu:.2f} |")
@@ -343,8 +343,8 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
             ratios = [statistics.median(mine[place] / multi[place] for mine, multi in pairs) for place in range(2)]
             size = configs[kv_heads].cache_bytes(context)
             table.append(
-                f"| {context:,} | {kv_heads} | {size / 2**20:,.0f} | {prefill:,.0f} | {ratios[0]:.2f} | {decode:.1f} | "
-                f"{ratios[1]:.2f} |"
+                f"| {context:,} | {kv_heads} | {size / 2**20:,.0f} | {with_ends(one[0] for one in rounds)} | "
+                f"{ratios[0]:.2f} | {with_ends(one[1] for one in rounds)} | {ratios[1]:.2f} |"
             )
             rows.append(
                 {
@@ -357,6 +357,11 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
                     "prefill_ratio": ratios[0],
                     "decode_tokens_per_second": decode,
                     "decode_ratio": ratios[1],
+                    **{
+                        f"{part}_tokens_per_second_{end}": least_or_most(values)
+                        for part, values in zip(("prefill", "decode"), zip(*rounds, strict=True), strict=True)
+                        for end, least_or_most in (("low", min), ("high", max))
+                    },
                     "rounds": arguments.rounds,
                     "threads": arguments.threads,
                 }
@@ -376,8 +381,14 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
     write_result("grouped-queries", "\n".join(lines), rows)
 
 
+def with_ends(values: Iterable[float]) -> str:
+    """Returns the median of the rounds, and the lowest and highest round."""
+    values = list(values)
+    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+
+
 def prefill_and_decode(decoder: Decoder, context: int, new_tokens: int) -> tuple[float, float]:
-    """Tokens a second of reading a context, and of the last `new_tokens` steps of one that gets so long."""
+    """Tokens/s of reading a context, and of the last `new_tokens` steps of one that gets so long."""
     cache = KVCache.for_decoder(decoder, 1, context)
     ids = torch.randint(0, decoder.config.vocab_size, (1, context))
     began = time.perf_counter()

@@ -42,7 +42,7 @@ def main() -> None:
     lines = [
         described("llama-cpp-python"),
         "",
-        "| model | type | planned, GB | bits a weight | published, GB | apart |",
+        "| model | type | planned, GB | bits/weight | published, GB | apart |",
         "|---|---|---|---|---|---|",
     ]
     rows = []

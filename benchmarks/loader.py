@@ -1,4 +1,4 @@
-"""Tokens a second of the training loader beside litdata, MosaicML streaming and `datasets`, on the same tokens.
+"""Tokens/s of the training loader beside litdata, MosaicML streaming and `datasets`, on the same tokens.
 
     python benchmarks/loader.py [--tokens 200M] [--contexts 2048 8192] [--workers 0 1 2] [--rounds 5] [--seconds 2]
 

@@ -118,7 +118,7 @@ def configuration(
         "batch_tokens": batch,
         "sources": {"words": {"path": str(texts)}},
         "stages": [{"name": "all", "tokens": steps * batch, "mix": {"words": 1}}],
-        "max_passes": 1000.0,
+        "max_epochs": 1000.0,
         "held_out": 0.1,
         "validation_rows": 2,
     }

@@ -1,4 +1,4 @@
-"""Whether `plan`'s time is what training takes: predicted tokens a second beside those of runs.
+"""Whether `plan`'s time is what training takes: predicted tokens/s beside those of runs.
 
     python benchmarks/plan_speed.py [--keep]
 
@@ -51,7 +51,7 @@ class Row:
     """A run, and what is predicted for it.
 
     Args:
-        measured: tokens a second of one device.
+        measured: tokens/s of one device.
         memory: shape, precision and layout; several with their shares of the tokens, if the run changed its context.
         micro_batches: of an optimizer step.
         document: mean tokens of a masked document.
@@ -66,7 +66,7 @@ class Row:
     document: float | None = None
 
     def predicted(self, on: Accelerator | None = None) -> float:
-        """Returns tokens a second of one device."""
+        """Returns tokens/s of one device."""
         on, seconds = on or self.on, 0.0
         for memory, share in self.memory.items():
             network = Network(on.link)

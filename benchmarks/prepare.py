@@ -1,4 +1,4 @@
-"""Tokens a second of `prepare` beside `datasets.map` and datatrove, with one tokenizer on the same texts.
+"""Tokens/s of `prepare` beside `datasets.map` and datatrove, with one tokenizer on the same texts.
 
     python benchmarks/prepare.py [--texts FILE.jsonl] [--processes 2] [--rounds 3]
 

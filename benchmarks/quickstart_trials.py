@@ -1,4 +1,4 @@
-"""Trials of the quickstart's settings: real runs of `fit` that have equal CPU time, compared by bits a byte.
+"""Trials of the quickstart's settings: real runs of `fit` that have equal CPU time, compared by bits/byte.
 
     python benchmarks/quickstart_trials.py                    all trials, 480 CPU seconds of training each
     python benchmarks/quickstart_trials.py --seconds 120 --only chosen "8 rows"
@@ -231,7 +231,7 @@ def scaled_schedule(tokens: int, options: list[str]) -> list[str]:
 def report(seconds: float) -> None:
     results = sorted(finished(seconds), key=lambda one: one["mean_bits_per_byte"])
     sources = list(results[0]["bits_per_byte"])
-    header = ["trial", "parameters", "tokens", "steps", "s/step", "mean bits a byte", *sources]
+    header = ["trial", "parameters", "tokens", "steps", "s/step", "mean bits/byte", *sources]
     rows = [
         [
             one["trial"],

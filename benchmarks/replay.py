@@ -183,7 +183,7 @@ def report(arguments: argparse.Namespace) -> None:
     results = kept(arguments)
     losses = {(one["arm"], one["seed"]): one["val_loss"] for one in results}
     before = losses[BEFORE, 0]
-    header = ["held-out loss, nats a token", *SOURCES]
+    header = ["held-out loss, nats/token", *SOURCES]
     rows = [["before training", *(f"{before[source]:.4f}" for source in SOURCES)]]
     for arm in ARMS:
         changes = [[losses[arm, seed][source] - before[source] for seed in arguments.seeds] for source in SOURCES]

@@ -1,4 +1,4 @@
-"""Tokens a second of training beside transformers' Trainer, LitGPT and a plain PyTorch loop.
+"""Tokens/s of training beside transformers' Trainer, LitGPT and a plain PyTorch loop.
 
     python benchmarks/training.py [--rounds 2] [--threads 1] [--precision bf16 fp32] [--compiled]
     python benchmarks/training.py --overhead
@@ -398,7 +398,7 @@ def run_danube(work: Work, precision: str, clock: Clock, arguments: argparse.Nam
             file.write(json.dumps({"text": " ".join(rng.choices(words, k=300))}) + "\n")
     data, model, trainer = config["data"]["init_args"], config["model"]["init_args"], config["trainer"]
     data |= {"context_length": work.context, "batch_tokens": work.tokens, "micro_batch_size": work.rows}
-    data |= {"sources": {"words": {"path": str(texts.resolve())}}, "max_passes": 100.0}
+    data |= {"sources": {"words": {"path": str(texts.resolve())}}, "max_epochs": 100.0}
     data |= {"stages": [{"name": "all", "tokens": max(needed, 200_000), "mix": {"words": 1}}]}
     fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     model |= {

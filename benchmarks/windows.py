@@ -1,4 +1,4 @@
-"""What forgetting costs: nats a token beyond a window, by two ways to go on when it is full.
+"""What forgetting costs: nats/token beyond a window, by two ways to go on when it is full.
 
     python benchmarks/windows.py --weights smollm2 --text wiki.test.raw
 

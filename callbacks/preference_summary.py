@@ -65,7 +65,7 @@ class PreferenceSummary(RunSummary):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if reports_fit(trainer):
             data, facts = preference_data_of(trainer), run_facts_of(pl_module)
-            # A run that stops within a pass is not validated at its end: older results are not the result of the run.
+            # A run that stops within an epoch is not validated at its end: older results are not the result of the run.
             step, measured = self._measured
             after = measured if step == trainer.global_step else {}
             trained = self._trained(trainer)

@@ -1,4 +1,4 @@
-"""Shows how far a run is: tokens, tokens a second, time left, loss, stage."""
+"""Shows how far a run is: tokens, tokens/s, time left, loss, stage."""
 
 from __future__ import annotations
 

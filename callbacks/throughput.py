@@ -1,4 +1,4 @@
-"""Logs the tokens per second of training, and their share of the hardware's peak."""
+"""Logs the tokens/s of training, and their share of the hardware's peak."""
 
 from __future__ import annotations
 

@@ -81,6 +81,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def amount(number: int, thing: str) -> str:
+    """Returns a number with the noun it counts, such as "1 epoch" or "1,024 devices"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def markdown_code(text: str) -> str:
     """Returns a text as a block of Markdown code, which keeps line breaks."""
     return "\n".join("    " + printable(line) for line in text.splitlines())

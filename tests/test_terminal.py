@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_danube.terminal import (
+    amount,
     as_typed,
     closing_lines,
     markdown_code,
@@ -148,3 +149,8 @@ def test_the_nearest_known_name_is_meant() -> None:
     assert name_meant("light", dict.fromkeys(known), "it has") == "it has river, stone, stones"
     many = name_meant("light", [f"run{n}" for n in range(10_000)])
     assert many.startswith("there are run0, run1, ") and many.endswith(", run59 and 9,940 more")
+
+
+@pytest.mark.parametrize(("number", "told"), [(1, "1 epoch"), (2, "2 epochs"), (0, "0 epochs"), (1024, "1,024 epochs")])
+def test_an_amount_has_its_noun_in_the_right_number(number: int, told: str) -> None:
+    assert amount(number, "epoch") == told

@@ -109,7 +109,7 @@ def last_outputs(file: str) -> str:
 
 
 def stage_losses(summary: str) -> str:
-    """Returns held-out losses after the last stage, and bits a byte with their mean."""
+    """Returns held-out losses after the last stage, and bits/byte with their mean."""
     facts = json.loads(text_of(summary))
     sources = list(facts["val_loss"])
     bits = facts["val_bits_per_byte"]
@@ -124,7 +124,7 @@ def stage_losses(summary: str) -> str:
 
 
 def run_facts(summary: str) -> str:
-    """Returns precision, steps, time, speed and mean bits per byte of a pre-training run."""
+    """Returns precision, steps, time, speed and mean bits/byte of a pre-training run."""
     facts = json.loads(text_of(summary))
     bits = facts["val_bits_per_byte"]
     minutes, seconds = divmod(round(facts["seconds"]), 60)
@@ -194,13 +194,13 @@ def _generation_rows(files: Sequence[str]) -> Rows:
 
 
 def generation(wide: str, narrow: str) -> str:
-    """Returns speed of generation with AVX-512 and with AVX2, in tokens per second."""
+    """Returns speed of generation with AVX-512 and with AVX2, in tokens/s."""
     header = ["weights", "prompt", "", "AVX-512: prefill", "×", "decode", "×", "AVX2: prefill", "×", "decode", "×"]
     return markdown(header, _generation_rows([wide, narrow]))
 
 
 def compiled_generation(file: str) -> str:
-    """Returns speed of generation, with compiled steps among the contestants, in tokens per second."""
+    """Returns speed of generation, with compiled steps among the contestants, in tokens/s."""
     header = ["weights", "prompt", "", "prefill", "× transformers", "decode", "× transformers"]
     return markdown(header, _generation_rows([file]))
 

@@ -209,7 +209,7 @@ class ConversationData(PlannedData):
 
     @abstractmethod
     def plan(self, number: int) -> Pass:
-        """Returns the plan of one pass over the examples of `train_chats`."""
+        """Returns the plan of one epoch over the examples of `train_chats`."""
 
     @abstractmethod
     def training_rows(self) -> Dataset[Any]:
@@ -353,7 +353,7 @@ class ConversationData(PlannedData):
         return {name: read_json(self._directory(name) / "report.json") for name in self.sources}
 
     def setup(self, stage: str) -> None:
-        """Opens the encoded conversations and, for training, plans the passes.
+        """Opens the encoded conversations and, for training, plans the epochs.
 
         Raises:
             ValueError: a split is empty, or the batch does not divide over the devices.
@@ -518,13 +518,13 @@ class ChatData(ConversationData):
     """Conversations of several sources, for `SupervisedFineTuning`.
 
     Args:
-        sources: name → source. Each pass takes all conversations of all sources.
+        sources: name → source. Each epoch reads all conversations of all sources.
         context_length: places of a row.
         batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
         micro_batch_size: rows a device holds at once.
         tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
             the tokenizer has no chat template, Danube's is used.
-        epochs: passes over the conversations.
+        epochs: how often the run reads all conversations.
         layout: "packed" puts several conversations into a row, where they do not see each other; "bucketed" puts one
             conversation into a row, and conversations of similar length into a step.
         learned: the answers that the loss counts: "all" answers of a conversation, or the "last" answer.

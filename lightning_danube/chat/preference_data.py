@@ -50,14 +50,14 @@ class PreferenceData(ConversationData):
     """Pairs of a chosen and a rejected answer to the same prompt, for `PreferenceTuning`.
 
     Args:
-        sources: name → source. Each pass takes all pairs of all sources.
+        sources: name → source. Each epoch reads all pairs of all sources.
         context_length: most places of a prompt with one of its answers; each pair takes two rows.
         batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; the pairs of a step
             have similar lengths.
         micro_batch_size: pairs a device holds at once.
         tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
             the tokenizer has no chat template, Danube's is used.
-        epochs: passes over the pairs.
+        epochs: how often the run reads all pairs.
         too_long: "drop_turns" leaves out the oldest question and answer of a prompt until the prompt fits with both
             answers, and cuts the end of an answer that still does not fit; "cut" cuts the end; "skip" leaves the
             pair out.

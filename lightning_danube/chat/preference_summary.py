@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_danube.chat.preference_data import PreferenceData, Reference
 from lightning_danube.chat.summary import steps_done, training_summary
 from lightning_danube.intervals import wilson
-from lightning_danube.terminal import text_table
+from lightning_danube.terminal import amount, text_table
 from lightning_danube.training.run_facts import RunFacts, Trained, metrics_of_sources
 
 METRIC_NAMES = {
@@ -69,7 +69,7 @@ def pair_length_line(data: PreferenceData, steps: str, run: str) -> str:
     """Returns the length of a preference-tuning run, and the run's directory."""
     return (
         f"run: {steps} steps of {data.batch_rows} pairs of at most 2 × {data.context_length} places, in "
-        f"{data.epochs} pass(es), into {run}"
+        f"{amount(data.epochs, 'epoch')}, into {run}"
     )
 
 

@@ -1,7 +1,7 @@
 """Fits conversations to the context and plans the rows: their content and their order, equal on every machine.
 
-Like the order of pre-training, the plan of a pass is a pure function of (seed, pass). So a resumed run needs only the
-number of finished steps.
+Like the order of pre-training, the plan of an epoch is a pure function of (seed, epoch). So a resumed run needs only
+the number of finished steps.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from lightning_danube.chat.data import ChatData, ConversationData
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder
 from lightning_danube.outside.texts import in_markdown
-from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
+from lightning_danube.terminal import amount, closing_lines, minutes_and_seconds, text_table
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 from lightning_danube.training.trackers import text_tag
 
 AnswerLosses = Mapping[str, float]
-"""Source → held-out loss in nats per token."""
+"""Source → held-out loss in nats/token."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ def chat_length_line(data: ChatData, steps: str, run: str) -> str:
     most = "at most " if data.layout == "bucketed" else ""
     return (
         f"run: {steps} steps of {data.batch_rows} rows of {most}{data.context_length} places, "
-        f"{100 * data.fill():.1f} % of them filled, in {data.epochs} pass(es), into {run}"
+        f"{100 * data.fill():.1f} % of them filled, in {amount(data.epochs, 'epoch')}, into {run}"
     )
 
 
@@ -193,7 +193,7 @@ def chat_result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Pa
     rows = [
         [when, *(f"{found[name]:.3f}" if name in found else "–" for name in sources)] for when, found in losses.items()
     ]
-    lines = ["", text_table(["held-out answers, nats a token", *sources], rows), ""]
+    lines = ["", text_table(["held-out answers, nats/token", *sources], rows), ""]
     for answered in summary["answers"]:
         lines += [f"question: {answered['question']}"]
         lines += [f"  {when}: {' '.join(answered[when].split())}" for when in ("before", "after")]
@@ -212,4 +212,4 @@ def steps_done(summary: Mapping[str, Any], run: Path) -> list[str]:
 def answers_table(losses: AnswerLosses, tokens: Mapping[str, int]) -> str:
     """Returns a table of the held-out loss of each source, and the answer tokens that it was measured on."""
     rows = [[name, f"{tokens[name]:,}", f"{loss:.4f}"] for name, loss in losses.items()]
-    return text_table(["held-out answers", "tokens", "nats a token"], rows)
+    return text_table(["held-out answers", "tokens", "nats/token"], rows)

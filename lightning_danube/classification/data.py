@@ -104,7 +104,7 @@ class ClassificationData(PlannedData):
         micro_batch_size: texts a device holds at once in training. Validation, test and `predict` hold as many tokens
             as these texts may have, so more of the texts that are shorter.
         tokenizer: "danube-small", "mistral", a directory, a hub id, or a model, whose tokenizer is then used.
-        epochs: passes over the training texts.
+        epochs: how often the run reads all training texts.
         validation_share, test_share: share of each class of the training texts that is split off for a split that is
             not given.
         most_frequent_classes: use only the texts of this many classes, the most frequent ones.
@@ -194,7 +194,7 @@ class ClassificationData(PlannedData):
                 local_files(name, LabelledTexts(f"documentation:{name}").texts("train"), self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Reads and encodes the texts and, for training, plans the passes.
+        """Reads and encodes the texts and, for training, plans the epochs.
 
         Raises:
             ValueError: a source cannot be read or holds bad rows, there are no two classes, a split is empty, or the

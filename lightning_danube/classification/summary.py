@@ -28,7 +28,7 @@ from lightning_danube.classification.scores import (
 from lightning_danube.classification.task import Classified, TextClassification
 from lightning_danube.files import write_text
 from lightning_danube.outside.texts import in_figure
-from lightning_danube.terminal import closing_lines, minutes_and_seconds, text_table
+from lightning_danube.terminal import amount, closing_lines, minutes_and_seconds, text_table
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 SHOWN_CLASSES = 20
@@ -55,8 +55,8 @@ def plan_text(task: TextClassification, data: ClassificationData, steps: str, ru
             lost = "end" if data.keep == "start" else "start"
             lines.append(f"{split}: {cut:,} of {count:,} texts lost their {lost}, at {data.context_length:,} tokens")
     lines.append(
-        f"run: {steps} steps of {data.batch_rows} texts ({data.batch_tokens:,} tokens), {data.epochs} pass(es), "
-        f"into {run}"
+        f"run: {steps} steps of {data.batch_rows} texts ({data.batch_tokens:,} tokens), "
+        f"{amount(data.epochs, 'epoch')}, into {run}"
     )
     return "\n".join(lines)
 
@@ -106,7 +106,7 @@ class Compared:
 
     Args:
         resamples: number of resampled sets of texts, for the 95 % intervals.
-        loss: the model's loss in nats per text.
+        loss: the model's loss in nats/text.
     """
 
     split: str

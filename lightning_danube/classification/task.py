@@ -82,7 +82,7 @@ def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT:
 class TextClassification(TuningTask):
     """Cross-entropy of the classes of texts. The adapter and the head train; the decoder's own weights are frozen.
 
-    Logs `loss/train` and after each validation or test `loss/<split>` (nats a text), `accuracy/<split>`,
+    Logs `loss/train` and after each validation or test `loss/<split>` (nats/text), `accuracy/<split>`,
     `macro_f1/<split>` and `calibration_error/<split>`.
 
     Args:

@@ -109,7 +109,7 @@ def details_of(row: Measured) -> dict[str, str]:
         places = {
             f"{one['first'] + 1}–{one['last'] + 1}": f"{one['perplexity']:.2f}" for one in row.more["by_position"]
         }
-        return {"bits a byte": f"{row.more['bits_a_byte']:.3f}", **places}
+        return {"bits/byte": f"{row.more['bits_a_byte']:.3f}", **places}
     if row.table == "needle" and row.more:
         return {f"at {100 * depth:.0f} %": f"{100 * share:.0f}" for depth, share in row.more["by_depth"].items()}
     return {}

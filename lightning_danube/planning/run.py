@@ -14,6 +14,7 @@ from lightning_danube.planning.step_time import MEAN_DOCUMENT, StepTime, step_ti
 from lightning_danube.pretraining.curriculum import stage_samples
 from lightning_danube.pretraining.settings import CurriculumSettings
 from lightning_danube.pretraining.supply import Supply
+from lightning_danube.terminal import amount
 
 USABLE = 0.9
 """Share of a device's memory for tensors. The rest is for its context, its libraries and fragmentation."""
@@ -87,7 +88,7 @@ def layout_of(trainer: TrainerSection) -> tuple[Layout, list[str]]:
         if data * tensor != world:
             raise ValueError(
                 f"trainer.strategy: data_parallel_size {data} × tensor_parallel_size {tensor} is not {world}, the "
-                f"devices of {nodes} node(s) × {devices}"
+                f"devices of {amount(nodes, 'node')} × {amount(devices, 'device')}"
             )
         shared = sizes.get("shard_size", "auto")
         if shared == "node":

@@ -58,7 +58,7 @@ class Stage:
 
 
 class SampleKey(NamedTuple):
-    """Address of one training sample: indices of stage and source, the pass over the source, the row of the source."""
+    """Address of one training sample: indices of stage and source, the epoch over the source, the row of the source."""
 
     stage: int
     source: int
@@ -85,7 +85,7 @@ class Curriculum:
 
     Args:
         stages: the stages, in order.
-        source_rows: source → rows (windows of `context_length` tokens) in one pass over the source. The order numbers
+        source_rows: source → rows (windows of `context_length` tokens) in one epoch over the source. The order numbers
             the sources.
         context_length: tokens per sample.
         batch_samples: samples of one optimizer step over all ranks; every stage ends with a whole step.
@@ -115,7 +115,7 @@ class Curriculum:
         self._mixtures = [Mixture({name: stage.mix.get(name, 0.0) for name in self.sources}) for stage in stages]
         lengths = [stage_samples(stage, context_length, batch_samples) for stage in stages]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # _taken[k, s]: samples of source s consumed by the stages before stage k; a pass continues across stages.
+        # _taken[k, s]: samples of source s consumed by the stages before stage k; an epoch continues across stages.
         taken = [np.zeros(len(self.sources), dtype=np.int64)]
         for mixture, length in zip(self._mixtures, lengths, strict=True):
             taken.append(taken[-1] + mixture.taken_before(np.array([length]))[0])
@@ -153,11 +153,11 @@ class Curriculum:
         return min(int(np.searchsorted(self._starts, sample, side="right")) - 1, len(self.stages) - 1)
 
     def passes(self) -> dict[str, float]:
-        """Returns the number of passes of the whole run over each source."""
+        """Returns the number of epochs of the whole run over each source."""
         return self.passes_after(len(self.stages))
 
     def passes_after(self, stages: int) -> dict[str, float]:
-        """Returns the number of passes over each source after the first `stages` stages."""
+        """Returns the number of epochs over each source after the first `stages` stages."""
         return {name: float(self._taken[stages, s] / self._rows[s]) for s, name in enumerate(self.sources)}
 
     def samples(self, start: int, stop: int) -> list[SampleKey]:

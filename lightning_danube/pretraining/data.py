@@ -220,14 +220,15 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
             batch_samples=self.batch_samples,
             seed=self.seed,
         )
-        self._check_passes()
+        self._check_epochs()
 
-    def _check_passes(self) -> None:
-        for name, passes in self.curriculum.passes().items():
-            if passes > self.max_passes:
+    def _check_epochs(self) -> None:
+        for name, epochs in self.curriculum.passes().items():
+            if epochs > self.max_epochs:
                 raise ValueError(
-                    f"source {name!r} would be read {passes:.1f} times ({len(self.train_streams[name]):,} tokens), "
-                    f"more than data.max_passes = {self.max_passes:g}: add text, lower its share or raise it"
+                    f"source {name!r} would be read for {epochs:.1f} epochs of "
+                    f"{len(self.train_streams[name]):,} tokens, more than data.max_epochs = {self.max_epochs:g}: "
+                    "add text, lower its share or raise max_epochs"
                 )
 
     def _check_trainer(self) -> None:
@@ -235,7 +236,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         assert self.trainer is not None
         if self.trainer.max_epochs not in (1, -1, None):
             raise ValueError(
-                f"trainer.max_epochs is {self.trainer.max_epochs}: a curriculum is one pass; make its stages longer"
+                f"trainer.max_epochs is {self.trainer.max_epochs}: a curriculum is one epoch; make its stages longer"
             )
         if self.trainer.accumulate_grad_batches not in (1, self.accumulation(replicas_of(self.trainer)[0])):
             raise ValueError(
@@ -356,7 +357,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
     def unigram_losses(self) -> dict[str, float]:
         """Returns the loss of a unigram model (training counts plus one) on each source's validation rows.
 
-        The unit is nats per token. A model above this loss has not learned more than the frequencies of tokens.
+        The unit is nats/token. A model above this loss has not learned more than the frequencies of tokens.
         """
         losses = {}
         for name, stream in self._validation.items():

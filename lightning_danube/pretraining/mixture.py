@@ -6,8 +6,8 @@ Both are pure functions of the position, so a resumed run needs no further state
   Inside the block, the k-th sample of a source must fall between its ideal times k/share and (k+1)/share.
   Earliest-deadline-first always achieves this (Baruah et al. 1996, "Proportionate progress"). After *any* number of
   samples, every source is less than one sample away from its share.
-* `permute` shuffles the rows of one pass without a permutation array. A Feistel network is a bijection on a power of
-  four, and cycle walking restricts it to any size (Black & Rogaway 2002). A pass over trillions of tokens needs no
+* `permute` shuffles the rows of one epoch without a permutation array. A Feistel network is a bijection on a power of
+  four, and cycle walking restricts it to any size (Black & Rogaway 2002). An epoch over trillions of tokens needs no
   memory, and the cost of a sample does not depend on its position.
 """
 

@@ -15,6 +15,7 @@ from lightning_danube.model.config import ActivationCheckpointing, DecoderConfig
 from lightning_danube.options import Length, check_processes, options, parse_tokens
 from lightning_danube.pretraining.continued_weights import ContinuedWeights
 from lightning_danube.pretraining.curriculum import LONGEST_NAME, Stage, check_stages, stage_samples, stages_in_tokens
+from lightning_danube.terminal import amount
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Deduplicate, Filters, Quality
 from lightning_danube.tokens.foreign.listing import listing_directory
@@ -123,7 +124,7 @@ class CurriculumSettings:
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source for `validate` and for validation in `fit`; `test` takes all rows.
-        max_passes: largest allowed number of passes over a source. Repeating a text up to about four times costs little
+        max_epochs: largest allowed number of epochs over a source. Repeating a text up to about four times costs little
             (Muennighoff et al. 2023, arXiv 2305.16264).
         document_masks: tokens attend only to their own document, not to the other documents packed in the row.
         workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
@@ -154,7 +155,7 @@ class CurriculumSettings:
         seed: int = 0,
         held_out: float = 0.01,
         validation_rows: int = 64,
-        max_passes: float = 4.0,
+        max_epochs: float = 4.0,
         document_masks: bool = False,
         workers: int = 0,
         cache_dir: str | None = None,
@@ -171,8 +172,8 @@ class CurriculumSettings:
         for name, value in {**numbers, "validation_rows": validation_rows}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be at least 1")
-        if not max_passes > 0:
-            raise ValueError(f"data.max_passes is {max_passes}: give a number above 0")
+        if not max_epochs > 0:
+            raise ValueError(f"data.max_epochs is {max_epochs}: give a number above 0")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.01")
         for name in sources:
@@ -197,7 +198,7 @@ class CurriculumSettings:
         self.batch_samples = self.batch_tokens // context_length
         self.micro_batch_size = micro_batch_size
         self.seed, self.held_out = seed, held_out
-        self.validation_rows, self.max_passes = validation_rows, max_passes
+        self.validation_rows, self.max_epochs = validation_rows, max_epochs
         self.document_masks, self.workers = document_masks, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         if processes is not None:
@@ -254,9 +255,24 @@ class CurriculumSettings:
             )
             raise ValueError(
                 f"a step of {self.batch_samples} rows (data.batch_tokens / data.context_length) does not divide into "
-                f"{replicas} device(s) × {self.micro_batch_size} rows: {numbers}"
+                f"{amount(replicas, 'device')} × micro-batch of {amount(self.micro_batch_size, 'row')}: {numbers}"
             )
         return self.batch_samples // held
+
+
+def step_layout(replicas: int, accumulation: int, micro_batch_size: int, context_length: int) -> str:
+    """Returns the parts of an optimizer step, such as "1 device × 2 accumulation steps × micro-batch of 8 rows of 256".
+
+    Args:
+        replicas: devices that hold a copy of the model, and read rows of their own.
+        accumulation: micro-batches of an optimizer step on each replica.
+        micro_batch_size: rows of a micro-batch.
+        context_length: tokens of a row.
+    """
+    return (
+        f"{amount(replicas, 'device')} × {amount(accumulation, 'accumulation step')} × micro-batch of "
+        f"{amount(micro_batch_size, 'row')} of {context_length:,}"
+    )
 
 
 def _listed(numbers: list[int]) -> str:

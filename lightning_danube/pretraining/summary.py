@@ -15,12 +15,13 @@ from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.position import curriculum_of
+from lightning_danube.pretraining.settings import step_layout
 from lightning_danube.terminal import closing_lines, minutes_and_seconds, program, quoted, text_table
 from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 Losses = Mapping[str, float]
-"""Source → held-out loss in nats per token."""
+"""Source → held-out loss in nats/token."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class HeldOutText:
 
     tokens: dict[str, int]
     bits_per_nat: dict[str, float]
-    """Factor from nats per token to bits per byte of the text."""
+    """Factor from nats/token to bits/byte of the text."""
 
     @classmethod
     def of(cls, data: CurriculumData, rows: int | None) -> HeldOutText:
@@ -42,7 +43,7 @@ class HeldOutText:
         return cls(tokens, {name: n / max(1, sizes[name]) / math.log(2) for name, n in tokens.items()})
 
     def bits_per_byte(self, losses: Losses) -> dict[str, float]:
-        """Returns source → held-out loss in bits per byte, a unit that does not depend on the tokenizer."""
+        """Returns source → held-out loss in bits/byte, a unit that does not depend on the tokenizer."""
         return {name: loss * self.bits_per_nat[name] for name, loss in losses.items()}
 
 
@@ -84,14 +85,14 @@ def model_lines(decoder: Decoder, trained: int) -> list[str]:
 
 
 def source_table(data: CurriculumData) -> str:
-    """Returns a table of the sources: documents, tokens, and the number of passes over them."""
-    passes = data.curriculum.passes()
+    """Returns a table of the sources: documents, tokens, and the number of epochs over them."""
+    epochs = data.curriculum.passes()
     rows = []
     for name, shards in data.shards.items():
         train, held_out = shards.counts("train"), shards.counts("validation")
         documents = "not listed" if train.documents is None else f"{train.documents:,}"
-        rows.append([name, documents, f"{train.tokens:,}", f"{held_out.tokens:,}", f"{passes[name]:.2f}"])
-    return text_table(["source", "documents", "tokens", "held-out tokens", "passes"], rows)
+        rows.append([name, documents, f"{train.tokens:,}", f"{held_out.tokens:,}", f"{epochs[name]:.2f}"])
+    return text_table(["source", "documents", "tokens", "held-out tokens", "epochs"], rows)
 
 
 def length_line(data: CurriculumData, *, end: int, steps: str, replicas: int, accumulation: int, run: str) -> str:
@@ -105,8 +106,8 @@ def length_line(data: CurriculumData, *, end: int, steps: str, replicas: int, ac
     total = data.curriculum.total_tokens
     tokens = f"{total:,}" if end >= total else f"{end:,} of {total:,}"
     return (
-        f"run: {tokens} tokens in {steps} steps of {data.batch_tokens:,} ({replicas} × {accumulation} × "
-        f"{data.micro_batch_size} rows of {data.context_length}), into {run}"
+        f"run: {tokens} tokens in {steps} steps of {data.batch_tokens:,} "
+        f"({step_layout(replicas, accumulation, data.micro_batch_size, data.context_length)}), into {run}"
     )
 
 
@@ -155,7 +156,7 @@ def fit_summary(
     """Returns the content of `summary.json` of `fit`. A collective call: every rank must make it.
 
     `skipped_steps` did not change the model. `tokens_per_second` is the speed of training without validation. `stages`
-    has for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats per token.
+    has for each stage its tokens, the shares and tokens by source, and the held-out loss by source in nats/token.
     `val_bits_per_byte` is the last held-out loss in a unit that does not depend on the tokenizer. `recall` exists if
     FactRecall asks for facts.
 
@@ -254,8 +255,8 @@ def _loss_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
             shown = (f"{losses[name]:.3f}" if name in losses else "–" for name in sources)
             rows.append([f"after {stage['name']}", *shown])
     if bits := summary["val_bits_per_byte"]:
-        rows.append(["the last in bits a byte", *(f"{bits[name]:.3f}" for name in sources)])
-    return text_table(["held-out loss, nats a token", *sources], rows)
+        rows.append(["the last in bits/byte", *(f"{bits[name]:.3f}" for name in sources)])
+    return text_table(["held-out loss, nats/token", *sources], rows)
 
 
 def _share_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
@@ -270,7 +271,7 @@ def _share_table(summary: Mapping[str, Any], sources: Sequence[str]) -> str:
 
 
 def evaluation_summary(losses: Losses, held_out: HeldOutText, *, weights: str, precision: str | int) -> dict[str, Any]:
-    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats per token."""
+    """Returns the content of `summary.json` of `validate` and `test`. Losses are in nats/token."""
     return {
         "weights": weights,
         "precision": precision,
@@ -286,4 +287,4 @@ def evaluation_table(losses: Losses, held_out: HeldOutText) -> str:
     rows = [
         [name, f"{held_out.tokens[name]:,}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] for name, loss in losses.items()
     ]
-    return text_table(["held-out text", "tokens", "nats a token", "perplexity"], rows)
+    return text_table(["held-out text", "tokens", "nats/token", "perplexity"], rows)

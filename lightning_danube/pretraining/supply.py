@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Supply:
-    """Tokens of training text in one pass over a source, None if unknown, and the origin of this number.
+    """Tokens of training text in one epoch over a source, None if unknown, and the origin of this number.
 
     `document_tokens`: mean tokens of a document, None if unknown.
     """
@@ -29,7 +29,7 @@ class Supply:
     document_tokens: float | None = None
 
     def rows(self, context_length: int) -> int | None:
-        """Returns the rows in one pass, counted as in shards; None if unknown."""
+        """Returns the rows in one epoch, counted as in shards; None if unknown."""
         return None if self.tokens is None else max(0, self.tokens - 1) // context_length
 
 

@@ -138,7 +138,7 @@ def _decoder(level: Level, request: dict[str, Any]) -> Cost:
 
 
 def _timed(read: Callable[[Sequence[int], bool], None], ids: list[int]) -> tuple[float, float]:
-    """Returns tokens per second of prefill and of decoding: medians over the rounds after a warm-up round."""
+    """Returns tokens/s of prefill and of decoding: medians over the rounds after a warm-up round."""
     prefill, decode = [], []
     for _ in range(1 + ROUNDS):
         begin = time.perf_counter()

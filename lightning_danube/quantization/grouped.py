@@ -21,7 +21,7 @@ class GroupedLinear(nn.Module):
 
     Args:
         weight_ND: the matrix to quantize, one row per output.
-        bits: bits per weight. Ten 3-bit weights are packed into 32 bits, so each takes 3.2.
+        bits: bits/weight. Ten 3-bit weights are packed into 32 bits, so each takes 3.2.
         group: number of neighbouring weights in a row that share a scale and a zero point.
         optimize: hqq's optimization of the zero points; without it plain rounding.
         bias_N: the bias, which is not quantized.

@@ -51,7 +51,7 @@ class Level:
 
     @property
     def group(self) -> tuple[int, int]:
-        """Returns bits per weight and the number of weights that share a scale, for hqq and rounding."""
+        """Returns bits/weight and the number of weights that share a scale, for hqq and rounding."""
         bits, group = self.type.split("/")
         return int(bits), int(group)
 

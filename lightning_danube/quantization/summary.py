@@ -14,6 +14,7 @@ from lightning_danube.terminal import markdown_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 NOISE = "≈"
 # Okabe and Ito's palette: people with any kind of colour vision can tell its colours apart.
@@ -114,7 +115,7 @@ def level_line(
     row = rows_of(done, [] if level == FULL else [level], context_length)[-1]
     change = "" if level == FULL else f" ({percent(row.change)})"
     return (
-        f"  {level.name}: {row.measured.content.bits_per_weight:.2f} bits a weight, perplexity "
+        f"  {level.name}: {row.measured.content.bits_per_weight:.2f} bits/weight, perplexity "
         f"{row.perplexity.value:.3f}{change}, {row.measured.seconds:.0f} s"
     )
 
@@ -240,6 +241,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(9, 5.5), dpi=90, layout="constrained")
     axes = figure.add_subplot()
+    names = []
     for method, colour in COLOURS.items():
         ours = sorted(
             (row for row in rows if row["method"] == method and row["tensor_bytes"] and "cache-" not in row["level"]),
@@ -262,8 +264,9 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row, size, change in zip(ours, sizes, changes, strict=True):
             # The size shows whether the embedding is rounded, too.
             name = row["level"].partition(":")[2].replace("+embeddings", "").replace("+double", "")
-            above = 3 if method in ("gguf", "bitsandbytes") else -9
-            axes.annotate(name, (size, change), textcoords="offset points", xytext=(5, above), fontsize=7, color=colour)
+            names.append(
+                axes.annotate(name, (size, change), (5, 3), textcoords="offset points", fontsize=7, color=colour)
+            )
     axes.set_xscale("log")
     # Linear up to 1 %, where the good levels lie, and logarithmic above.
     axes.set_yscale("symlog", linthresh=1.0)
@@ -273,6 +276,40 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.axhline(0.0, color="#222222", linewidth=0.8)
     axes.set_xlabel("size of all tensors, MiB")
-    axes.set_ylabel("perplexity above the full model's, %")
+    axes.set_ylabel("perplexity above the full model's, %; linear up to 1, logarithmic above")
     axes.legend(frameon=False)
+    place_names(figure, names)
     return figure
+
+
+NAME_PLACES = tuple(
+    (side * across, up, "left" if side > 0 else "right")
+    for across in (5, 14, 26)
+    for up in (3, -9, 11, -17, 20, -26)
+    for side in (1, -1)
+)
+"""Offsets of a name from its point in points of 1/72 inch, and its alignment; the first free place is taken."""
+
+
+def place_names(figure: Figure, names: Sequence[Annotation]) -> None:
+    """Moves the names of points to places where they cover neither each other nor another point."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # the layout and the scales are settled
+    radius = 4 * figure.dpi / 72
+    taken = []
+    for name in names:
+        x, y = name.axes.transData.transform(name.xy)
+        taken.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
+    for name in sorted(names, key=lambda one: one.xy):
+        covered = []
+        for x, y, alignment in NAME_PLACES:
+            name.set(position=(x, y), horizontalalignment=alignment)
+            box = name.get_window_extent()
+            outside = not (name.axes.bbox.x0 <= box.x0 and box.x1 <= name.axes.bbox.x1)
+            covered.append(sum(box.overlaps(other) for other in taken) + outside)
+            if not covered[-1]:
+                break
+        x, y, alignment = NAME_PLACES[covered.index(min(covered))]
+        name.set(position=(x, y), horizontalalignment=alignment)
+        taken.append(name.get_window_extent())

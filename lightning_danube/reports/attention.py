@@ -39,7 +39,7 @@ def decoders(config: str) -> pd.DataFrame:
             "key-value heads": decoder.num_key_value_heads,
             "feed-forward width": decoder.intermediate_size,
             "parameters": decoder.parameters,
-            "cache, bytes a token": decoder.cache_bytes(1),
+            "cache, bytes/token": decoder.cache_bytes(1),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -48,23 +48,23 @@ def loss_by_cache(study: pd.DataFrame, shapes: pd.DataFrame, metric: str, baseli
     """Draws the difference in loss from the baseline, with its 95 % interval, over the cache size per token."""
     found = paired_differences(study, [metric], baseline).loc[metric]
     figure, (ax,) = new_figure(3.2)
-    cache = shapes["cache, bytes a token"]
+    cache = shapes["cache, bytes/token"]
     ax.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     ax.plot(cache[baseline], 0, "s", color=INK, markersize=7)
     ax.annotate(f"{baseline} (compared with)", (cache[baseline], 0), (-8, 8), textcoords="offset points", ha="right")
     for variant, one in found.iterrows():
-        ink = INK if one["seen"] else FAINT
+        ink = INK if one["detected"] else FAINT
         ax.plot([cache[variant]] * 2, [one["low"], one["high"]], color=ink, linewidth=2)
         ax.plot(
             cache[variant], one["difference"], "o", color=ink, markersize=7,
-            markerfacecolor=ink if one["seen"] else "white",
+            markerfacecolor=ink if one["detected"] else "white",
         )  # fmt: skip
         ax.annotate(str(variant), (cache[variant], one["difference"]), (9, -3), textcoords="offset points")
     ax.set_xscale("log", base=2)
     ax.set_xlim(cache.min() / 1.3, cache.max() * 1.3)
     ax.set_xticks(sorted(cache), [f"{size:,}" for size in sorted(cache)])
     ax.set(xlabel="bytes of keys and values that a token leaves in the cache (bfloat16)")
-    ax.set_ylabel(f"{metric}, difference\nfrom {baseline}, nats a token")
+    ax.set_ylabel(f"{metric}, difference\nfrom {baseline}, nats/token")
     return figure
 
 
@@ -92,16 +92,19 @@ def speed_table(speeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed(speeds: pd.DataFrame) -> Figure:
-    """Draws cache size, prefill and decoding by context length, a line per number of key-value heads."""
+    """Draws cache size, prefill and decoding by context length, a line per number of key-value heads.
+
+    Bars span the lowest to the highest round. The title says if a measurement kept only the medians.
+    """
     figure, axes = new_figure(3.2, columns=3)
     handles = []
     panels = (
-        ("cache, MiB", speeds["cache_bytes"] / 2**20),
-        ("prefill, tokens a second", speeds["prefill_tokens_per_second"]),
-        ("decode, tokens a second", speeds["decode_tokens_per_second"]),
+        ("cache, MiB", speeds["cache_bytes"] / 2**20, ""),
+        ("prefill, tokens/s", speeds["prefill_tokens_per_second"], "prefill_tokens_per_second"),
+        ("decode, tokens/s", speeds["decode_tokens_per_second"], "decode_tokens_per_second"),
     )
     contexts = sorted(set(speeds["context"]))
-    for ax, (title, values) in zip(axes, panels, strict=True):
+    for ax, (title, values, measured) in zip(axes, panels, strict=True):
         for place, heads in enumerate(dict.fromkeys(speeds["key_value_heads"])):
             ours = speeds["key_value_heads"] == heads
             (drawn,) = ax.plot(
@@ -110,6 +113,9 @@ def speed(speeds: pd.DataFrame) -> Figure:
             )  # fmt: skip
             if ax is axes[0]:
                 handles.append(drawn)
+            if f"{measured}_low" in speeds:
+                ends = (speeds[f"{measured}_{end}"][ours] for end in ("low", "high"))
+                ax.vlines(speeds["context"][ours], *ends, color=MARKS[place], linewidth=1.2)
         ax.set_xscale("log", base=2)
         ax.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=35, ha="right")
         ax.xaxis.set_minor_locator(NullLocator())
@@ -117,11 +123,8 @@ def speed(speeds: pd.DataFrame) -> Figure:
         ax.set_ylim(bottom=0)
         ax.set_title(title, fontsize=10, color=INK)
         ax.set_xlabel("tokens of context")
-    legend(
-        figure, handles, "Key-value heads, at 513,590,784 parameters each" if _are_500m(speeds) else "Key-value heads"
-    )
+    sizes = {f"{count:,}" for count in speeds["parameters"]}
+    title = "Key-value heads" + (f", at {sizes.pop()} parameters each" if len(sizes) == 1 else "")
+    spread = "bars: lowest to highest" if "decode_tokens_per_second_low" in speeds else "their spread was not kept"
+    legend(figure, handles, f"{title}; medians of {int(speeds['rounds'].min())} rounds, {spread}")
     return figure
-
-
-def _are_500m(speeds: pd.DataFrame) -> bool:
-    return set(speeds["parameters"]) == {513_590_784}

@@ -49,7 +49,9 @@ def source_colours(sources: Sequence[str]) -> dict[str, str]:
 
 def table(frame: pd.DataFrame, name: str, digits: int = 1) -> Styler:
     """Returns a frame styled for a notebook. A fixed `name` keeps the HTML equal from run to run."""
-    return frame.style.format(precision=digits, thousands=",", na_rep="–").set_uuid(name)
+    # pandas would print a rank of 64 beside a rate of 0.001 as 64.000000.
+    styler = frame.style.format(precision=digits, thousands=",", na_rep="–")
+    return styler.format_index(lambda value: f"{value:g}" if isinstance(value, float) else str(value)).set_uuid(name)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def mix_over_tokens(run: RecordedRun) -> Figure:
     ax.set_ylabel("share of tokens")
     ax.grid(visible=False)
     over_tokens([ax], run)
-    legend(figure, drawn, "The mix as it was trained on, between two logged steps")
+    legend(figure, drawn, "The mix that was trained on, between logged steps and ends of stages")
     return figure
 
 
@@ -115,7 +117,7 @@ def training_loss(run: RecordedRun) -> Figure:
     loss = run.curve("loss/train")
     figure, (ax,) = new_figure(3.4)
     line(ax, loss)
-    ax.set_ylabel("training loss, nats a token")
+    ax.set_ylabel("training loss, nats/token")
     over_tokens([ax], run)
     figure.suptitle("Training loss", x=0.01, ha="left", fontsize=11)
     return figure
@@ -146,7 +148,7 @@ def held_out_losses(run: RecordedRun) -> Figure:
     for ax in axes[len(run.sources) :]:
         ax.set_visible(False)
     for ax in axes[::columns]:
-        ax.set_ylabel("held-out loss, nats a token")
+        ax.set_ylabel("held-out loss, nats/token")
     handles = axes[0].plot([], [], color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="unigram baseline")
     handles += axes[0].plot([], [], "o-", color=FAINT, linewidth=1.8, markersize=6, label="after the stage")
     legend(figure, handles, "Held-out loss by source after each stage")
@@ -228,17 +230,17 @@ def optimization(run: RecordedRun) -> Figure:
 
 
 def throughput(run: RecordedRun) -> Figure:
-    """Draws tokens per second between two logged steps and, if the peak is known, the model FLOPs utilisation."""
+    """Draws tokens/s between two logged steps and, if the peak is known, the model FLOPs utilisation."""
     rate = run.curve("throughput/tokens_per_second")
     has_peak = "throughput/mfu" in run.curves
     figure, axes = new_figure(4.6 if has_peak else 2.9, rows=1 + has_peak, sharex=True)
     line(axes[0], rate)
-    axes[0].set_ylabel("tokens a second")
+    axes[0].set_ylabel("tokens/s")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[0].set_ylim(0, 1.15 * float(rate.max()))
     title, mean = "Throughput in training", run.summary.get("tokens_per_second")
     if mean:
-        title += f"; dashed: {mean:,.0f} tokens a second over the whole run"
+        title += f"; dashed: {mean:,.0f} tokens/s over the whole run"
         axes[0].axhline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     if has_peak:
         line(axes[1], run.curve("throughput/mfu"))

@@ -37,7 +37,7 @@ def quality(levels: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             "MiB": found["tensor_bytes"] / MIB,
-            "bits a weight": found["bits_per_weight"],
+            "bits/weight": found["bits_per_weight"],
             "perplexity": found["perplexity"],
             "change, %": 100 * found["perplexity_change"],
             "low": 100 * found["perplexity_change_low"],

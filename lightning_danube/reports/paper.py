@@ -148,9 +148,9 @@ def academic_scores(file: str = "evaluation-smollm2-2026-11-25.parquet") -> Figu
 
 
 def quantized_perplexity() -> pd.DataFrame:
-    """Returns by llama.cpp type: perplexity, its rise over F16, and bits per weight.
+    """Returns by llama.cpp type: perplexity, its rise over F16, and bits/weight.
 
-    Covers the report's models and two measured here. For the report's models, bits per weight are computed from the
+    Covers the report's models and two measured here. For the report's models, bits/weight are computed from the
     file size and the number of parameters.
     """
     sizes = pd.read_parquet(committed_result("gguf-sizes-2026-11-25.parquet"))
@@ -202,7 +202,7 @@ def perplexity_by_bits() -> Figure:
     ax.set_yticks([0, 1, 3, 10, 30], ["0", "1", "3", "10", "30"])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylim(-0.2, 100)
-    ax.set(xlabel="bits a weight, in the whole file", ylabel="perplexity over F16's, %")
+    ax.set(xlabel="bits/weight, in the whole file", ylabel="perplexity over F16's, %")
     legend(figure, handles, "Perplexity of llama.cpp's types; those of the 4B have their names")
     return figure
 

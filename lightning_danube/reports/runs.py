@@ -280,7 +280,7 @@ def overview(run: RecordedRun) -> pd.DataFrame:
         "tokens": f"{run.finished('tokens'):,}",
         "optimizer steps": f"{run.finished('steps'):,}",
         "minutes": f"{run.finished('seconds') / 60:.1f}",
-        "tokens a second, in training": "–" if rate is None else f"{rate:,.0f}",
+        "tokens/s, in training": "–" if rate is None else f"{rate:,.0f}",
         "accelerator, precision": f"{run.config['trainer']['accelerator']}, {run.config['trainer']['precision']}",
     }
     return pd.DataFrame({"": facts})
@@ -335,15 +335,36 @@ def web_shares(run: RecordedRun) -> pd.DataFrame:
 
 
 def mix_table(run: RecordedRun) -> pd.DataFrame:
-    """Returns the share of each source in the tokens since the previous row."""
+    """Returns the share of each source in the tokens since the previous row.
+
+    Rows are the logged steps and the ends of the stages in `summary.json`, so no row averages over two stages. Without
+    a summary, a row that would is NaN.
+    """
     seen = pd.DataFrame({source: run.curve(f"tokens_seen/{source}") for source in run.sources})
+    ends = _tokens_at_stage_ends(run)
+    seen = pd.concat([seen, ends[~ends.index.isin(seen.index)]]).sort_index()
     news = seen.diff()
     news.iloc[0] = seen.iloc[0]
-    return news.div(news.sum(axis=1), axis=0)
+    mix = news.div(news.sum(axis=1), axis=0)
+    if "mix/stage" in run.curves:
+        for border in stage_spans(run)["begin"].iloc[1:]:
+            if border not in mix.index:
+                mix.loc[mix.index[mix.index > border][:1]] = float("nan")
+    return mix
+
+
+def _tokens_at_stage_ends(run: RecordedRun) -> pd.DataFrame:
+    """Returns the tokens of each source since the run began, at the end of each stage that `summary.json` counts."""
+    counts, rows = dict.fromkeys(run.sources, 0.0), {}
+    for stage in run.summary.get("stages", []):
+        counts = {name: count + stage["tokens"] * stage["mix"].get(name, 0.0) for name, count in counts.items()}
+        if stage["tokens"]:
+            rows[round(sum(counts.values()))] = counts
+    return pd.DataFrame.from_dict(rows, orient="index", columns=run.sources, dtype=float)
 
 
 def held_out_loss_table(run: RecordedRun) -> pd.DataFrame:
-    """Returns held-out loss by source in nats per token: the unigram baseline, the loss before training of a run that
+    """Returns held-out loss by source in nats/token: the unigram baseline, the loss before training of a run that
     began with trained weights, and the loss after each ended stage.
     """
     rows = {"unigram baseline": run.finished("unigram_loss")}

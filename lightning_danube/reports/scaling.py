@@ -12,7 +12,17 @@ from lightning_danube.model import PRESETS
 from lightning_danube.reports.figures import INK, legend, new_figure
 from lightning_danube.reports.runs import MissingResult
 from lightning_danube.reports.studies import MARKS, read_study, study_command
-from lightning_danube.studies.scaling import PAPER_RUNS, SIZE, TOKENS, Law, Point, fit_law, points_of, predict_largest
+from lightning_danube.studies.scaling import (
+    PAPER_RUNS,
+    SIZE,
+    TOKENS,
+    Law,
+    Point,
+    error_text,
+    fit_law,
+    points_of,
+    predict_largest,
+)
 
 
 @cache
@@ -49,6 +59,14 @@ def coefficients(law: Law) -> pd.DataFrame:
     ).T
 
 
+def errors(study: pd.DataFrame, metric: str, law: Law) -> pd.DataFrame:
+    """Returns for each number of training tokens the runs, and the law's largest and mean distance from them."""
+    law_says = [law.loss(size, tokens).value for size, tokens in zip(study[SIZE], study[TOKENS], strict=True)]
+    distance = study[[TOKENS]].assign(distance=(study[metric] - law_says).abs())
+    groups = distance.groupby(TOKENS)["distance"]
+    return pd.DataFrame({"runs": groups.size(), "largest, nats/token": groups.max(), "mean, nats/token": groups.mean()})
+
+
 def extrapolations(law: Law, largest: list[Point]) -> pd.DataFrame:
     """Returns the law's predictions for the largest run here, fitted without it, and for the paper's two models."""
     rows: dict[str, dict[str, float | None]] = {}
@@ -78,8 +96,9 @@ def loss_by_compute(study: pd.DataFrame, metric: str, law: Law) -> Figure:
         tokens = np.geomspace(ours[TOKENS].min() / 1.5, ours[TOKENS].max() * 1.5, 50)
         ax.plot(6 * size * tokens, [law.loss(size, one).value for one in tokens], color=colour, lw=1.2)
     ax.set_xscale("log")
-    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats a token")
-    legend(figure, handles, "parameters without the input embedding; lines: the fitted law")
+    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats/token")
+    off = error_text(law, points(study, metric))
+    legend(figure, handles, f"Parameters without the input embedding. Lines: the fitted law, off by up to {off}")
     return figure
 
 
@@ -108,7 +127,7 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
             fontsize=9,
         )
     ax.set_xscale("log")
-    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats a token")
+    ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats/token")
     furthest = max(6 * PRESETS[name].parameters_without_embedding * tokens for name, tokens in PAPER_RUNS.items())
     factor = np.log10(furthest / flops.max())
     ax.set_title(f"Dashed: an extrapolation over {factor:.0f} orders of magnitude of compute", fontsize=10, loc="left")
@@ -118,6 +137,7 @@ def far_away(study: pd.DataFrame, metric: str, law: Law) -> Figure:
 
 __all__ = [
     "coefficients",
+    "errors",
     "extrapolations",
     "far_away",
     "fit_law",

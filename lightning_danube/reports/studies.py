@@ -124,7 +124,7 @@ def paired_differences(study: pd.DataFrame, metrics: Sequence[str], baseline: st
                     "low": found.difference.low,
                     "high": found.difference.high,
                     "p, Holm": found.p,
-                    "seen": "yes" if found.is_seen else "",
+                    "detected": "yes" if found.is_detected else "",
                 }
             )
     return pd.DataFrame(rows).set_index(["metric", "variant"]).astype({"low": float, "high": float, "p, Holm": float})
@@ -145,21 +145,23 @@ def verdicts(study: pd.DataFrame, metric: str, baseline: str, better: Literal["l
 
 
 def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
-    """Draws differences from the baseline with their intervals, a panel per metric. Significant differences are black
-    and filled."""
+    """Draws differences from the baseline with their intervals, a panel per metric, all with one scale.
+
+    Detected differences are black and filled.
+    """
     found = paired_differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
     columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure, axes = new_figure(0.5 + rows * (0.75 + 0.28 * len(variants)), rows=rows, columns=columns)
+    figure, axes = new_figure(0.5 + rows * (0.75 + 0.28 * len(variants)), rows=rows, columns=columns, sharex=True)
     for place, (ax, metric) in enumerate(zip(axes, metrics, strict=False)):
         for row, variant in enumerate(variants):
             if (metric, variant) not in found.index:
                 continue
             one = found.loc[(metric, variant)]
-            ink = INK if one["seen"] else FAINT
+            ink = INK if one["detected"] else FAINT
             ax.plot([one["low"], one["high"]], [-row, -row], color=ink, linewidth=2)
-            face = ink if one["seen"] else "white"
+            face = ink if one["detected"] else "white"
             ax.plot(one["difference"], -row, "o", color=ink, markerfacecolor=face, markersize=6)
         ax.axvline(0, color=INK, linewidth=1.2, linestyle=":", zorder=0)
         first = place % columns == 0
@@ -173,9 +175,8 @@ def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str
     layout = figure.get_layout_engine()
     assert isinstance(layout, ConstrainedLayoutEngine)
     layout.set(h_pad=0.09)
-    figure.supxlabel(
-        f"difference from {baseline}, {unit}; lines: 95 % intervals; black: p < 0.05 after Holm", fontsize=9.5
-    )
+    said = "lines: 95 % intervals; black: p < 0.05 after Holm; one scale"
+    figure.supxlabel(f"difference from {baseline}, {unit}; {said}", fontsize=9.5)
     return figure
 
 

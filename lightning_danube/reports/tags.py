@@ -23,12 +23,12 @@ class Tag(NamedTuple):
 
 
 TAGS = {
-    "loss/train": Tag("mean loss of one batch, nats a token"),
+    "loss/train": Tag("mean loss of one batch, nats/token"),
     "held_out/": Tag(
-        "mean loss of a few held-out rows of the source (nats a token; a pair in preference tuning, a text in "
+        "mean loss of a few held-out rows of the source (nats/token; a pair in preference tuning, a text in "
         "classification): before the first step, at each tenth of the run"
     ),
-    "loss/held_out_": Tag("mean loss of all held-out rows of the source, nats a token, at each stage's end"),
+    "loss/held_out_": Tag("mean loss of all held-out rows of the source, nats/token, at each stage's end"),
     "mix/": Tag("share of the source in the tokens since the point before", "TokenLedger"),
     "mix/stage": Tag("number of the stage of the next sample, from 1 on", "CurriculumStages"),
     "tokens_seen/": Tag("tokens of the source since the run began", "TokenLedger"),

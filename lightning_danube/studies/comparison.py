@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_danube.intervals import CONFIDENCE, Estimate, bootstrap, student
+from lightning_danube.terminal import amount
 
 POWER = 0.8
 RESAMPLES = 10_000
@@ -42,7 +43,7 @@ class Comparison:
     seeds_needed: int | None = None
 
     @property
-    def is_seen(self) -> bool:
+    def is_detected(self) -> bool:
         """Returns whether the difference is significant, adjusted for all variants."""
         return self.p is not None and self.p < 1 - CONFIDENCE
 
@@ -133,14 +134,14 @@ def verdict(one: Comparison, baseline: str, metric: str, better: Literal["lower"
     if one.difference.low is None or one.difference.high is None:
         return f"{one.variant}: {_signed(mean)} in {metric} from one seed, which tells nothing: run more"
     ends = f"95 % interval {_signed(one.difference.low)} to {_signed(one.difference.high)}, {seeds} seeds"
-    if one.is_seen:
+    if one.is_detected:
         word = "better" if (mean < 0) == (better == "lower") else "worse"
         return f"{one.variant} is {word} than {baseline}: {_signed(mean)} in {metric} ({ends}, p = {one.p:.2g})"
     needed = "more than 1,000" if one.seeds_needed is None else f"about {one.seeds_needed}"
-    visible = "" if one.visible is None else f"; {seeds} seeds show differences from {one.visible:.2g} on"
+    visible = "" if one.visible is None else f"; {amount(seeds, 'seed')} would detect a difference of {one.visible:.2g}"
     return (
-        f"no difference seen between {one.variant} and {baseline}: {_signed(mean)} in {metric} ({ends}){visible}, "
-        f"and one as small as this would need {needed} seeds"
+        f"no difference is detected between {one.variant} and {baseline}: {_signed(mean)} in {metric} ({ends}, "
+        f"p = {one.p:.2g}){visible}; to detect one as small as this needs {needed} seeds"
     )
 
 

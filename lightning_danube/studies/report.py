@@ -76,7 +76,7 @@ def _write_law_report(design: Design, results: Sequence[Result], directory: Path
     notes = _not_complete(results)
     try:
         law = fit_law(points)
-        notes += law_lines(law, predict_largest(points))
+        notes += law_lines(law, predict_largest(points), points)
     except ValueError as error:
         notes.append(f"no law yet: {error}")
     write_parquet(directory / "study.parquet", found)

@@ -1,7 +1,7 @@
 """Fits a scaling law to the runs of a study: loss by size and by tokens, with its uncertainty.
 
 L(N, D) = E + A·N^−α + B·D^−β of Hoffmann et al. (arXiv 2203.15556, approach 3), with their Huber loss on the logarithm.
-N is the number of parameters without the input embedding, D the number of training tokens, L nats per token.
+N is the number of parameters without the input embedding, D the number of training tokens, L nats/token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Point:
         group: the run's variant; runs of one group differ by their seed.
         size: parameters without the input embedding.
         tokens: number of training tokens.
-        loss: nats per token.
+        loss: nats/token.
     """
 
     group: str
@@ -56,12 +56,20 @@ class Law:
     groups: int
 
     def loss(self, size: float, tokens: float) -> Estimate:
-        """Returns the loss in nats per token at a size and a number of tokens.
+        """Returns the loss in nats/token at a size and a number of tokens.
 
         The interval covers the choice of runs. It does not cover that the form of the law might not hold there.
         """
         resampled = _loss(self.resampled.T, size, tokens)
         return percentiles(_loss(self.parameters, size, tokens), resampled, self.groups)
+
+    def errors(self, points: Sequence[Point]) -> dict[float, float]:
+        """Returns number of training tokens → the largest distance in nats/token between a point and the law."""
+        found: dict[float, float] = {}
+        for point in sorted(points, key=lambda point: point.tokens):
+            error = abs(point.loss - float(_loss(self.parameters, point.size, point.tokens)))
+            found[point.tokens] = max(error, found.get(point.tokens, 0.0))
+        return found
 
     def coefficients(self) -> dict[str, Estimate]:
         """Returns E, A, alpha, B and beta with intervals."""
@@ -209,26 +217,36 @@ PAPER_RUNS = {"danube3-500m": 4.0e12, "danube3-4b": 6.0e12}
 """Preset → tokens of its pre-training (arXiv 2407.09276)."""
 
 
-def law_lines(law: Law, held_out: HeldOut | None) -> list[str]:
-    """Returns lines with the law, its prediction for the largest run (if one was held out), and its predictions for the
-    paper's models."""
+def law_lines(law: Law, held_out: HeldOut | None, points: Sequence[Point]) -> list[str]:
+    """Returns lines with the law, its distance from the points and its predictions.
+
+    It predicts the largest run, if one was held out, and the paper's models.
+    """
     from lightning_danube.model import PRESETS
 
     known = law.coefficients()
     shown = ", ".join(f"{name} {_shown(one)}" for name, one in known.items())
     lines = [f"L = E + A·N^−alpha + B·D^−beta: {shown}; off by {law.error:.2%} on average"]
+    lines.append(f"the largest distances from a run: {error_text(law, points)}")
     if held_out is None:
-        lines.append("too few runs to fit it without the largest: how well it foretells is not known")
+        lines.append("too few runs to fit it without the largest: how well it predicts is not known")
     else:
         foretold = f"fitted without {held_out.group} it says {_shown(held_out.predicted)}"
         lines.append(f"{foretold}; measured: {held_out.measured:.4g}")
     for name, tokens in PAPER_RUNS.items():
         size = PRESETS[name].parameters_without_embedding
         lines.append(
-            f"extrapolated to {name} at {tokens:.1e} tokens: {_shown(law.loss(size, tokens))} nats a token of this "
+            f"extrapolated to {name} at {tokens:.1e} tokens: {_shown(law.loss(size, tokens))} nats/token of this "
             "text; the interval takes the law for granted there"
         )
     return lines
+
+
+def error_text(law: Law, points: Sequence[Point]) -> str:
+    """Returns the law's largest errors at the fewest and at the most tokens, in words."""
+    errors = law.errors(points)
+    fewest, most = min(errors), max(errors)
+    return f"{errors[fewest]:.2f} nats/token at {fewest:,.0f} tokens, {errors[most]:.2f} at {most:,.0f}"
 
 
 def _shown(one: Estimate) -> str:

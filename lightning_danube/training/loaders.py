@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danube.signals import SIGNALS
+from lightning_danube.terminal import amount
 from lightning_danube.training.passes import Pass
 
 
 def steps_of(one: Pass) -> Iterator[list[list[int]]]:
-    """Yields the rows of each step of a pass."""
+    """Yields the rows of each step of an epoch."""
     for first, behind in pairwise(range(0, len(one.rows) + 1, one.batch_rows)):
         yield one.rows[first:behind]
 
@@ -203,7 +204,7 @@ def accumulation(key: str, batch: int, micro_batch_size: int, replicas: int) -> 
     if batch % held:
         near = max(1, round(batch / held)) * held
         raise ValueError(
-            f"data.{key} is {batch}, which {replicas} device(s) × data.micro_batch_size {micro_batch_size} do not "
-            f"divide: {near} would work"
+            f"data.{key} is {batch}, which {amount(replicas, 'device')} × data.micro_batch_size = {micro_batch_size} "
+            f"does not divide: {near} would work"
         )
     return batch // held

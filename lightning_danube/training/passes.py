@@ -1,4 +1,4 @@
-"""The order of rows in one pass over a data set: a shuffle with random access, and the rows of each batch."""
+"""The order of rows in one epoch over a data set: a shuffle with random access, and the rows of each batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCHES_SORTED_TOGETHER = 50
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the conversations: each row lists conversation numbers; empty rows pad the last step."""
+    """The plan of one epoch over conversations: each row lists conversation numbers; empty rows pad the last step."""
 
     rows: list[list[int]]
     batch_rows: int
@@ -32,7 +32,9 @@ class Pass:
 
 
 def packed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
-    """Returns a pass with several conversations per row, packed by best fit, the longest of each group first.
+    """Returns the plan of an epoch with several conversations per row.
+
+    They are packed by best fit, the longest of each group first.
 
     Args:
         lengths: tokens of each conversation in a row, (n,).
@@ -55,7 +57,10 @@ def packed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int
 
 
 def bucketed_pass(lengths: NDArray[np.int64], context_length: int, batch_rows: int, seed: int, number: int) -> Pass:
-    """Returns a pass with one conversation per row. The rows of a step have similar lengths, so padding is small."""
+    """Returns the plan of an epoch with one conversation per row.
+
+    The rows of a step have similar lengths, so padding is small.
+    """
     chats = _shuffled(len(lengths), seed, "conversations", number)
     chunk = batch_rows * BATCHES_SORTED_TOGETHER
     batches: list[NDArray[np.int64]] = []
@@ -86,12 +91,12 @@ def _whole_steps(rows: list[list[int]], batch_rows: int) -> Pass:
 
 
 def permute(positions: IntArray, size: int, *, seed: int, stream: str, epoch: int) -> IntArray:
-    """Returns the rows at `positions` of one pass, (n,): a bijection of range(size) for each (seed, stream, epoch).
+    """Returns the rows at `positions` of one epoch, (n,): a bijection of range(size) for each (seed, stream, epoch).
 
     Args:
         positions: (n,) integers in [0, size).
         stream: name of the shuffled data, for example a source. Different names give different orders.
-        epoch: number of the pass; each pass has its own order.
+        epoch: number of the epoch; each epoch has its own order.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, stream, epoch)

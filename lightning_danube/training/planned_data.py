@@ -1,4 +1,4 @@
-"""The base class of data whose passes are planned before the first step. Its state is the number of steps."""
+"""The base class of data whose epochs are planned before the first step. Its state is the number of steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PlannedData(LightningDataModule):
-    """Data whose passes are known after `setup`. A resumed run begins with the step after those that are done.
+    """Data whose epochs are planned after `setup`. A resumed run begins with the step after those that are done.
 
     A subclass sets `passes` in `setup("fit")`, and defines `batch_tokens` and `order`.
 

@@ -44,8 +44,8 @@ class DecoderTask(LightningModule):
 
     A task adds `training_step`, which appends the detached loss of each micro-batch to `self._losses`.
 
-    Logs `loss/train` (nats per token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
-    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats per token, mean over the
+    Logs `loss/train` (nats/token, mean over the optimizer step), `optimizer/gradient_norm` (before clipping),
+    `optimizer/learning_rate`, and after each validation `loss/held_out_<source>` (nats/token, mean over the
     source's tokens), and `held_out/<source>`, the same of a few rows (training/trackers/loss_curve.py).
 
     Args:
@@ -308,7 +308,7 @@ class DecoderTask(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats per token) and text."""
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats/token) and text."""
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()

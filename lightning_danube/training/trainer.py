@@ -24,7 +24,7 @@ from lightning_danube.training.trackers.loss_curve import HeldOutCurve
 from lightning_danube.training.trackers.run_logs import RunLogs
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # The curriculum is one pass over one sampler. The stages determine its length and the times of validation.
+    # The curriculum is one epoch over one sampler. The stages determine its length and the times of validation.
     "max_epochs": 1,
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.options import options
-from lightning_danube.terminal import tell
+from lightning_danube.terminal import amount, tell
 from lightning_danube.training.contract import TokenizedData, data_of
 from lightning_danube.training.optim import AdamW, LearningRate, Muon
 from lightning_danube.training.planned_data import PlannedData
@@ -83,8 +83,8 @@ class TuningTask(DecoderTask):
             limit_log_interval(self.trainer, total)
             if total < FEW_STEPS and self.trainer.is_global_zero:
                 tell(
-                    f"the run has only {total} optimizer step(s): more passes, by data.epochs, or fewer examples a "
-                    "step train more"
+                    f"the run has only {amount(total, 'optimizer step')}: more epochs (data.epochs) or fewer examples "
+                    "per step train more"
                 )
 
     def check_ahead(self, data: object) -> None:

@@ -354,7 +354,7 @@ def _held_out_losses(ledger: Mapping[str, Any], run: Path) -> str:
                 *(f"{by_source[name]:.3f}" if name in by_source else "" for name in sources),
             )
         )
-    table = _table(("nats a token", *map(in_markdown, sources)), rows)
+    table = _table(("nats/token", *map(in_markdown, sources)), rows)
     return table + "\n\nThe unigram baseline only knows how frequent each token is." if unigram else table
 
 
@@ -411,7 +411,7 @@ def _of_gguf(weights: Located) -> tuple[str, str | None, None]:
     content = measure(weights.path)
     quantized = not set(content.tensors) <= set(UNQUANTIZED)
     origin = f"The weights of the GGUF file {in_code(weights.path.name)}" + (
-        f", quantized there to {content.bits_per_weight:.2f} bits a weight; what that rounded away is lost."
+        f", quantized there to {content.bits_per_weight:.2f} bits/weight; what that rounded away is lost."
         if quantized
         else "."
     )

@@ -96,7 +96,7 @@ def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.Capture
     (answer,) = summary["answers"]
     assert answer["question"] == "river?" and answer["before"] != answer["after"]
     assert answer["after"].split() and set(answer["after"].split()) <= {"stone", "green", "light"}
-    for text in ("held-out answers, nats a token", "question: river?", "chat --weights", "of 32 places, "):
+    for text in ("held-out answers, nats/token", "question: river?", "chat --weights", "of 32 places, "):
         assert text in printed.out
     assert "arning" not in printed.err + printed.out
     # The run is a model like any other, with the tokenizer that its base had.
@@ -121,7 +121,7 @@ def test_few_conversations_train_with_a_warm_up_that_is_a_share(talk: Path, caps
     assert fit(talk, *few, "--model.init_args.learning_rate.warmup", "200", "--name", "long") == 2
     assert "learning_rate.warmup is 200, and the whole run has 128 tokens: give a share" in capsys.readouterr().err
     assert fit(talk, *few, *share, "--name", "one") == 0
-    assert "the run has only 1 optimizer step(s): more passes, by data.epochs" in capsys.readouterr().err
+    assert "the run has only 1 optimizer step: more epochs (data.epochs)" in capsys.readouterr().err
     summary = json.loads((run_directory(talk, "one") / "summary.json").read_text())
     assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"]
     more = (*few, *share, "--data.init_args.epochs", "10")
@@ -257,7 +257,7 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_rows", "5"),
-            "--data.init_args.batch_rows is 5, which 1 device(s) × data.micro_batch_size 4 do",
+            "--data.init_args.batch_rows is 5, which 1 device × data.micro_batch_size = 4 do",
         ),
         (
             ("--model.init_args.learning_rate.warmup", "1M"),

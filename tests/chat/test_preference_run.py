@@ -211,7 +211,7 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_pairs", "5"),
-            "--data.init_args.batch_pairs is 5, which 1 device(s) × data.micro_batch_size 4 d",
+            "--data.init_args.batch_pairs is 5, which 1 device × data.micro_batch_size = 4 d",
         ),
         (("--data.init_args.sources.talk.max_pairs", "0"), "max_pairs is 0: it must be at least 1"),
         (

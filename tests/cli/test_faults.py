@@ -97,7 +97,7 @@ def test_of_two_resumes_one_trains_the_run(tiny: Path) -> None:
     """And after kill -9 the run can be resumed at once."""
     config = tiny / "tiny.yaml"
     config.write_text(config.read_text().replace("tokens: 3K", "tokens: 1M"))
-    fit = ["fit", "--config", str(config), "--data.init_args.max_passes", "1000"]
+    fit = ["fit", "--config", str(config), "--data.init_args.max_epochs", "1000"]
     first = Forked(fit, tiny / "first.txt", tiny)
     run = tiny / "runs" / "tiny" / "version_0"
     while newest_checkpoint(run) is None:

@@ -142,12 +142,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "data: {init_args: {micro_batch_size: 3}}",
-            "a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 1 device(s) × 3 rows: "
-            "data.micro_batch_size = 1, 2, 4 or 8 would",
+            "a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 1 device × "
+            "micro-batch of 3 rows: data.micro_batch_size = 1, 2, 4 or 8 would",
         ),
         (  # before any text is read
             "data: {init_args: {micro_batch_size: 3, sources: {web: {path: no.txt}, wiki: {path: no.txt}}}}",
-            "does not divide into 1 device(s) × 3 rows: ",
+            "does not divide into 1 device × micro-batch of 3 rows: ",
         ),
         ("data: {init_args: {held_out: 1.5}}", "data.held_out is 1.5: give a share between 0 and 1"),
         (
@@ -155,8 +155,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "source 'web' has 300 documents, none of them held out: raise data.held_out",
         ),
         (
-            "data: {init_args: {max_passes: 0.1}}",
-            "more than data.max_passes = 0.1: add text, lower its share or raise it",
+            "data: {init_args: {max_epochs: 0.1}}",
+            "more than data.max_epochs = 0.1: add text, lower its share or raise max_epochs",
         ),
         (
             "data: {init_args: {context_length: 32768, batch_tokens: 32768, micro_batch_size: 1}, }",

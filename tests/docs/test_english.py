@@ -1,15 +1,27 @@
 """Looks for the most common relapses into hard English, in the prose of all pages. Code, outputs and filled blocks are
 left out."""
 
+import ast
 import re
 
 import pytest
 
 from docs.making.fill import BLOCK
-from docs.making.pages import FENCE, pages, read
+from docs.making.pages import FENCE, ROOT, pages, read
 
 BEGIN = r"(?:^|(?<=[.!?:;)] )|(?<=\| ))(?:[-*] |\d\. )?"
 """Where a sentence, a line of a list or a cell of a table begins."""
+UNITS = (
+    r"\b(?:nats|bits) (?:a|per) (?:token|byte|weight|text)\b|\btokens (?:a|per) second\b|\b(?:bytes|FLOPs) a token\b"
+)
+PRINTED = {
+    "say nats/token, bits/byte, tokens/s": UNITS,
+    "passes: say epochs": r"\bpass\(es\)|\bpasses$|\bpasses (?:after|are)\b",
+    "say 1 device × 1 accumulation step × micro-batch of 8 rows": r"\d × \d+ × \d+ rows|\d × \d+ rows\b",
+    "count in words: 1 epoch, 2 epochs": r"\w\((?:s|es)\)(?!\()",
+    "quiet: say idle": r"\bquiet\b",
+}
+"""Relapses in what the program prints, and in its docstrings."""
 RELAPSES = {
     "a sentence begins with 'Of …'": BEGIN + r"Of (?!course\b)[a-z]",
     "a sentence begins with 'What …', and is no question": BEGIN
@@ -35,6 +47,12 @@ ALLOWED = {
         "| epochs",
         "No sentence begins",
     )
+}
+# Their outputs are recorded anew together with their text.
+OUTPUTS_NOT_READ = {
+    *("docs/classification.md", "docs/cluster.md", "docs/dpo.md", "docs/evaluation.md", "docs/first-hour.md"),
+    *("docs/prepare.md", "docs/prepare-datatrove.md", "docs/quantization.md", "docs/reliability.md"),
+    *("docs/second-day.md", "docs/sft.md", "docs/token-files.md"),
 }
 # Made by the mutants' runner, from entries that have their own review.
 NOT_READ = {"docs/mutants.md"}
@@ -63,6 +81,64 @@ def relapses(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in pages() if page not in NOT_READ])
 def test_a_page_is_in_plain_english(page: str) -> None:
     assert relapses(read(page), ALLOWED.get(page, ())) == []
+
+
+def printed_relapses(text: str) -> list[str]:
+    return [
+        f"{what}: {line.strip()[:120]}"
+        for line in text.splitlines()
+        for what, pattern in PRINTED.items()
+        if re.search(pattern, line)
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page not in NOT_READ | OUTPUTS_NOT_READ])
+def test_outputs_on_a_page_have_the_words_of_the_pages(page: str) -> None:
+    assert [found for block in FENCE.finditer(read(page)) for found in printed_relapses(block[2])] == []
+
+
+@pytest.mark.parametrize("package", ["lightning_danube", "callbacks"])
+def test_messages_and_docstrings_have_the_words_of_the_pages(package: str) -> None:
+    files = {path for path in (ROOT / package).rglob("*.py")}
+    # The templates of made-up texts, and texts that others wrote, keep their own words.
+    files -= set((ROOT / "lightning_danube/text/embedded").glob("*.py"))
+    assert len(files) > 10
+    found = []
+    for path in sorted(files):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}: {one}" for one in printed_relapses(node.value)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "held-out loss, nats a token    web",
+        "run: 15 steps, in 5 pass(es), into runs/tuned",
+        "source   documents     tokens  held-out tokens  passes",
+        "instruct: 16.3 passes are more than 16",
+        "run: 64 tokens in 8 steps of 8 (1 × 1 × 2 rows of 4)",
+        "does not divide into 2 device(s)",
+        "5,728 tokens a second",
+        "4.50 bits per weight",
+    ],
+)
+def test_relapses_in_outputs_are_found(line: str) -> None:
+    assert printed_relapses(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "held-out loss, nats/token    web",
+        "the backward pass",
+        "6 layers × 384 hidden",
+        "1 device × 2 accumulation steps × micro-batch of 8 rows of 256",
+    ],
+)
+def test_plain_outputs_pass(line: str) -> None:
+    assert printed_relapses(line) == []
 
 
 @pytest.mark.parametrize(

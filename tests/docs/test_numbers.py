@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from docs.making import fill, picture, results
 from docs.making.pages import pages, read
+from lightning_danube.pretraining.settings import step_layout
+from lightning_danube.pretraining.summary import result_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FILLED = [page for page in pages() if re.search(r"^<!-- fill ", read(page), re.MULTILINE)]
@@ -108,3 +111,23 @@ def test_the_pictures_of_the_readme_are_drawn_from_the_kept_run(tmp_path: Path) 
             found = re.findall(pattern, kept)
             assert found and found == re.findall(pattern, drawn), f"docs/pictures/{file} is old; type: {fill.COMMAND}"
         assert f"docs/pictures/{file}" in read("README.md")
+
+
+def test_the_kept_output_of_the_quickstart_is_what_this_version_prints_of_its_kept_summary() -> None:
+    """A message that changes its words changes the record and all pages with it."""
+    kept = ROOT / "benchmarks/results/quickstart"
+    printed, summary = (kept / "output.txt").read_text("utf-8"), json.loads((kept / "summary.json").read_text("utf-8"))
+    sample = re.search(r"^sample: (.*)$", printed, re.MULTILINE)
+    assert sample is not None
+    told = result_text(
+        summary, list(summary["val_loss"]), Path("runs/quickstart/version_0"), {"The function returns": sample[1]}
+    )
+    # The record was typed without the environment's programs on PATH.
+    names = r"^(next: |      )\S*?(python -m lightning_danube|lightning-danube|tensorboard)(?= )"
+    told, printed = (re.sub(names, r"\1\2", text, flags=re.MULTILINE) for text in (told, printed))
+    told, printed = (text.replace("python -m lightning_danube", "lightning-danube") for text in (told, printed))
+    assert printed.endswith(told + "\n")
+    config = yaml.safe_load((kept / "config.yaml").read_text("utf-8"))["data"]["init_args"]
+    layout = step_layout(1, 1, config["micro_batch_size"], config["context_length"])
+    length = f"run: {summary['tokens']:,} tokens in {summary['steps']:,} steps of {config['batch_tokens']:,} ({layout})"
+    assert f"\n{length}, into runs/quickstart/version_0\n" in printed

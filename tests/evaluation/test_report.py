@@ -76,7 +76,7 @@ def test_files_tell_measured_scores_from_the_papers(tmp_path: Path) -> None:
 def test_positions_are_counted_from_1() -> None:
     by_position = [{"first": 0, "last": 63, "perplexity": 9.5}, {"first": 64, "last": 99, "perplexity": 8.25}]
     row = Measured("perplexity", "wiki", "wiki", "", more={"bits_a_byte": 1.2341, "by_position": by_position})
-    assert details_of(row) == {"bits a byte": "1.234", "1–64": "9.50", "65–100": "8.25"}
+    assert details_of(row) == {"bits/byte": "1.234", "1–64": "9.50", "65–100": "8.25"}
     needle = Measured("needle", "needle_9", "9 tokens", "", more={"by_depth": {0.0: 0.5, 0.25: 1.0}})
     assert details_of(needle) == {"at 0 %": "50", "at 25 %": "100"}
 

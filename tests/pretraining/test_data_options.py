@@ -137,9 +137,9 @@ def test_order_facts_count_a_block_as_the_mixture_does(small_data: MakeData, sma
 
 def test_passes_up_to_the_limit_are_allowed(small_data: MakeData) -> None:
     most = max(small_data().curriculum.passes().values())
-    small_data(max_passes=most)
-    with pytest.raises(ValueError, match=r"would be read .* times .* more than data\.max_passes"):
-        small_data(max_passes=most * (1 - 1e-9))
+    small_data(max_epochs=most)
+    with pytest.raises(ValueError, match=r"would be read for .* epochs of .* tokens, more than data\.max_epochs"):
+        small_data(max_epochs=most * (1 - 1e-9))
 
 
 def test_rules_for_the_text_reach_the_shards(small_data: MakeData, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
         assert text.count(name) >= 1 and "<s>" not in text
         bits = loss * n / len(text.encode()) / math.log(2)
         assert summary["val_bits_per_byte"][name] == pytest.approx(bits)
-    assert "the last in bits a byte" in printed.out
+    assert "the last in bits/byte" in printed.out
 
     names = sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))
     assert names == ["stage_1_foundation_step_00000012.ckpt", "stage_2_refinement_step_00000020.ckpt", LAST]

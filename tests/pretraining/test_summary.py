@@ -146,9 +146,9 @@ def test_the_last_losses_are_the_results() -> None:
 def test_tables_show_each_source_in_its_column(tmp_path: Path) -> None:
     text = result_text(summary(facts(), {"web": 2.0, "wiki": 4.0}), ["web", "wiki"], tmp_path, {})
     rows = [re.split(r"  +", line.strip()) for line in text.splitlines()]
-    assert ["held-out loss, nats a token", "web", "wiki"] in rows
+    assert ["held-out loss, nats/token", "web", "wiki"] in rows
     assert ["unigram baseline", "9.000", "8.000"] in rows
-    assert ["after one", "2.000", "4.000"] in rows and ["the last in bits a byte", "1.000", "1.000"] in rows
+    assert ["after one", "2.000", "4.000"] in rows and ["the last in bits/byte", "1.000", "1.000"] in rows
     assert ["one", "4,000", "75.0 %", "25.0 %"] in rows and ["two", "0", "0.0 %", "0.0 %"] in rows
     # A source that was added later has no loss at the end of an earlier stage.
     text = result_text(summary(facts(), {"wiki": 4.0}, {"web": 2.0, "wiki": 4.0}), ["web", "wiki"], tmp_path, {})
@@ -159,7 +159,8 @@ def test_tables_show_each_source_in_its_column(tmp_path: Path) -> None:
 def test_the_length_of_a_run_is_told_with_its_parts(end: int, tokens: str) -> None:
     data: Any = SimpleNamespace(curriculum=CURRICULUM, batch_tokens=512, micro_batch_size=2, context_length=64)
     line = length_line(data, end=end, steps="16", replicas=2, accumulation=3, run="runs/x")
-    assert line == f"run: {tokens} tokens in 16 steps of 512 (2 × 3 × 2 rows of 64), into runs/x"
+    layout = "2 devices × 3 accumulation steps × micro-batch of 2 rows of 64"
+    assert line == f"run: {tokens} tokens in 16 steps of 512 ({layout}), into runs/x"
 
 
 def test_the_sources_are_told_with_training_and_held_out_text_apart() -> None:

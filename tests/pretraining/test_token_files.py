@@ -21,7 +21,7 @@ def config(tiny: Path) -> Path:
     text = (tiny / "tiny.yaml").read_text()
     path = str(tiny / "web.jsonl")
     assert text.count(path) == 1
-    text = text.replace(path, str(FILES / "datatrove" / "*.ds")).replace("held_out:", "max_passes: 9\n    held_out:")
+    text = text.replace(path, str(FILES / "datatrove" / "*.ds")).replace("held_out:", "max_epochs: 9\n    held_out:")
     (tiny / "files.yaml").write_text(text)
     return tiny / "files.yaml"
 

@@ -8,6 +8,7 @@ import pytest
 from lightning_danube.intervals import Estimate
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Content, Cost, MeasuredLevel
+from lightning_danube.quantization.report import MIB
 from lightning_danube.quantization.summary import (
     LevelResults,
     failure_notes,
@@ -67,7 +68,7 @@ def test_a_reason_is_told_once_for_all_its_levels() -> None:
 def test_a_finished_level_is_a_line() -> None:
     assert level_line(NF4, DONE, FAILED, 16) == f"  {NF4.name}: not measured: not installed"
     value = float(np.exp(NATS.mean()))
-    assert level_line(FULL, DONE, FAILED, 16) == f"  full: 1.00 bits a weight, perplexity {value:.3f}, 2 s"
+    assert level_line(FULL, DONE, FAILED, 16) == f"  full: 1.00 bits/weight, perplexity {value:.3f}, 2 s"
     # exp(0.1) - 1, the same for all windows.
     assert f"perplexity {value * np.exp(0.1):.3f} (+10.52 % [+10.52, +10.52]), 2 s" in level_line(
         INT4, DONE, FAILED, 16
@@ -78,6 +79,27 @@ def test_cells_show_the_half_of_an_interval_and_mark_noise() -> None:
     assert with_half(Estimate(2.0, 1.75, 2.25, 9, "student")) == "2.000 ± 0.250"
     assert with_half(Estimate(2.0, None, None, 1, "student")) == "2.000"
     assert [noise(Estimate(0.1, low, 0.2, 9, "student")) for low in (-0.1, 0.05)] == ["≈", " "]
+
+
+def test_names_in_the_figure_cover_neither_each_other_nor_a_point() -> None:
+    (row,) = [row for row in results(16).flat_rows() if row["tensor_bytes"] and row["level"] != "full"]
+    rows = [
+        row | {"level": f"{method}:{bits}/64", "method": method, "tensor_bytes": size * MIB, "perplexity_change": change}
+        for method, bits, size, change in (
+            ("gguf", 4, 10.0, 0.03), ("hqq", 4, 10.1, 0.03), ("rounding", 4, 10.2, 0.031), ("gguf", 2, 9.9, 0.029),
+            ("hqq", 2, 30.0, 0.5), ("rounding", 8, 40.0, 0.001),
+        )
+    ]  # fmt: skip
+    figure = frontier_figure(rows)
+    axes: Any = figure.axes[0]
+    boxes = [name.get_window_extent() for name in axes.texts]
+    assert len(boxes) == 6
+    points = axes.transData.transform([name.xy for name in axes.texts])
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:place])
+        assert not any(box.contains(*point) for point in points)
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+    assert axes.get_ylabel() == "perplexity above the full model's, %; linear up to 1, logarithmic above"
 
 
 def test_points_of_the_figure_are_sizes_and_changes_with_their_intervals() -> None:

@@ -1,5 +1,7 @@
 """What fewer key-value heads save, from a study's file and from the committed measurement."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from lightning_danube.reports import attention
 
 def test_cache_bytes_follow_from_the_heads() -> None:
     found = attention.decoders("studies/attention")
-    cache = found["cache, bytes a token"]
+    cache = found["cache, bytes/token"]
     # Keys and values of 6 layers, each head 16 channels of 2 bytes.
     assert cache["mha"] == 2 * 6 * 8 * 16 * 2
     assert (cache["mha"] / cache).tolist() == [8 / heads for heads in found["key-value heads"]] == [1, 2, 4, 8]
@@ -26,7 +28,7 @@ def test_the_difference_is_drawn_over_the_cache() -> None:
     (ax,) = attention.loss_by_cache(pd.DataFrame(rows), shapes, "loss", "mha").axes
     (dot,) = [line for line in ax.lines if line.get_marker() == "o"]
     (place,) = np.asarray(dot.get_xydata()).tolist()
-    assert place == pytest.approx([shapes.loc["mqa", "cache, bytes a token"], 0.102])
+    assert place == pytest.approx([shapes.loc["mqa", "cache, bytes/token"], 0.102])
 
 
 def test_speeds_are_those_that_were_measured() -> None:
@@ -38,3 +40,20 @@ def test_speeds_are_those_that_were_measured() -> None:
     figure.draw_without_rendering()
     decode = figure.axes[2]
     assert np.asarray(decode.lines[0].get_ydata()).tolist() == [29.1, 24.0, 16.7, 10.8, 6.1]
+    title = "Key-value heads, at 513,590,784 parameters each; medians of 5 rounds, "
+    assert figure.legends[0].get_title().get_text() == title + "their spread was not kept"
+
+
+def test_a_measurement_with_its_spread_is_drawn_with_bars() -> None:
+    speeds = attention.read_speeds()
+    for part in ("prefill", "decode"):
+        measured = speeds[f"{part}_tokens_per_second"]
+        speeds[f"{part}_tokens_per_second_low"] = measured - 1
+        speeds[f"{part}_tokens_per_second_high"] = measured + 2
+    figure = attention.speed(speeds)
+    assert [len(ax.collections) for ax in figure.axes] == [0, 4, 4]
+    bars: Any = figure.axes[2].collections[0]
+    assert [[y for _, y in bar] for bar in bars.get_segments()] == [
+        [y - 1, y + 2] for y in (29.1, 24.0, 16.7, 10.8, 6.1)
+    ]
+    assert figure.legends[0].get_title().get_text().endswith("medians of 5 rounds, bars: lowest to highest")

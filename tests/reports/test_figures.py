@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ def test_the_curve_that_is_drawn_is_the_one_that_was_logged(run: RecordedRun) ->
     (ax,) = figures.training_loss(run).axes
     loss = run.curve("loss/train")
     assert np.array_equal(ax.lines[0].get_xydata(), np.column_stack([loss.index, loss]))
-    assert ax.get_ylabel() == "training loss, nats a token"
+    assert ax.get_ylabel() == "training loss, nats/token"
     assert [stage.get_text() for stage in ax.texts] == ["foundation", "refinement", "finish"]
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == [12 * 256, 20 * 256]  # type: ignore[index]
 
@@ -226,3 +227,9 @@ def test_the_ink_on_a_colour_has_the_higher_contrast() -> None:
         assert figures.readable_on(colour) == max(contrast, key=contrast.__getitem__), colour
         inks.add(figures.readable_on(colour))
     assert inks == {"white", "black"}
+
+
+def test_a_table_shows_a_rank_as_a_whole_number_beside_a_rate() -> None:
+    index = pd.MultiIndex.from_tuples([("rank", 64.0), ("peak", 0.001)], names=["setting", "value"])
+    shown = figures.table(pd.DataFrame({"accuracy": [0.5, 0.25]}, index=index), "name", digits=2).to_html()
+    assert ">64<" in shown and ">0.001<" in shown and "64.0" not in shown and ">0.25<" in shown

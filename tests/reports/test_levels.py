@@ -87,7 +87,7 @@ def test_numbers_of_a_level_have_their_units(evaluation: Path) -> None:
     found = levels.read_levels(evaluation.parent.parent, "quantization-tiny")
     assert levels.quality(found).loc["hqq:4/64"].drop("noise").to_dict() == pytest.approx(
         {
-            "MiB": 4.0, "bits a weight": 4.0, "perplexity": 21.0, "change, %": 5.0, "low": 4.0, "high": 7.0,
+            "MiB": 4.0, "bits/weight": 4.0, "perplexity": 21.0, "change, %": 5.0, "low": 4.0, "high": 7.0,
             "KL, 1e-3 nats": 5.0, "same first, %": 95.0, "cloze, %": 50.0,
         }
     )  # fmt: skip

@@ -240,6 +240,24 @@ def test_a_run_is_read_in_tokens(recorded: runs.RecordedRun) -> None:
     assert mix["wiki"].tolist() == pytest.approx([0.1, 0.1, 0.4, 0.4, 0.8, 0.9])
 
 
+def test_a_mix_over_tokens_averages_over_no_two_stages(recorded: runs.RecordedRun) -> None:
+    # Logged at 300 and 500 tokens only: stage one ends between them, and stage two after the last of them.
+    for tag in ("tokens_seen/web", "tokens_seen/wiki"):
+        recorded.curves.loc[[100, 200, 400, 600], tag] = np.nan
+    mix = runs.mix_table(recorded)
+    assert list(mix.index) == [300, 400, 500, 600]
+    # At 400 tokens the summary counts 300 of web, at 500 the curve counts 320, at 600 the summary counts 330.
+    assert mix["web"].tolist() == pytest.approx([240 / 300, 0.6, 0.2, 0.1])
+    tokens = np.diff([0, *mix.index])
+    for stage, rows in zip(recorded.summary["stages"], (slice(0, 2), slice(2, 4)), strict=True):
+        share = np.average(mix["web"].iloc[rows], weights=tokens[rows])
+        assert share == pytest.approx(stage["mix"]["web"])
+    # Without a summary nobody knows the mix at the border: the row that crosses it is left blank.
+    recorded.summary.clear()
+    mix = runs.mix_table(recorded)
+    assert list(mix.index) == [300, 500] and mix.loc[500].isna().all() and mix.loc[300, "web"] == 0.8
+
+
 def test_shares_of_web_text_stand_beside_each_other(recorded: runs.RecordedRun) -> None:
     shares = runs.web_shares(recorded)
     assert shares["web %, planned"].tolist() == pytest.approx([75.0, 20.0])
@@ -266,6 +284,6 @@ def test_a_run_that_stopped_before_its_first_sample_says_so(recorded: runs.Recor
 def test_the_overview_tells_time_and_speed(recorded: runs.RecordedRun) -> None:
     facts = runs.overview(recorded)[""]
     assert (facts["minutes"], facts["optimizer steps"], facts["parameters"]) == ("1.5", "6", "2,100,000")
-    assert facts["tokens a second, in training"] == "12,346" and facts["accelerator, precision"] == "cpu, 32-true"
+    assert facts["tokens/s, in training"] == "12,346" and facts["accelerator, precision"] == "cpu, 32-true"
     recorded.summary["tokens_per_second"] = None
-    assert runs.overview(recorded)[""]["tokens a second, in training"] == "–"
+    assert runs.overview(recorded)[""]["tokens/s, in training"] == "–"

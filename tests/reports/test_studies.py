@@ -1,6 +1,7 @@
 """What studies found, read from their files and drawn."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,19 @@ def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None
     assert list(found.index) == [("loss", "gqa"), ("loss", "mqa")]
     gqa, mqa = found.loc[("loss", "gqa")], found.loc[("loss", "mqa")]
     assert gqa["difference"] == pytest.approx(-0.5 + 14 / 3000) and gqa["low"] < gqa["difference"] < gqa["high"]
-    assert (gqa["seen"], mqa["seen"]) == ("yes", "") and mqa["low"] < 0 < mqa["high"]
+    assert (gqa["detected"], mqa["detected"]) == ("yes", "") and mqa["low"] < 0 < mqa["high"]
     said = studies.verdicts(heads, "loss", "mha").splitlines()
-    assert said[0].startswith("- gqa is better than mha: -0.495") and said[1].startswith("- no difference seen")
+    assert said[0].startswith("- gqa is better than mha: -0.495") and said[1].startswith("- no difference is detected")
     figure = studies.forest(heads, ["loss"], "mha", "nats")
     figure.draw_without_rendering()
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["gqa", "mqa"]
     faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
     assert faces[0] != "white" and faces[1] == "white"
+    other = heads.assign(other=10 * heads["loss"])
+    first, second = studies.forest(other, ["loss", "other"], "mha", "nats/token").axes
+    assert first.get_xlim() == second.get_xlim()
+    assert first.figure.get_supxlabel().endswith("black: p < 0.05 after Holm; one scale")
 
 
 def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
@@ -148,7 +153,15 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
     said = scaling.extrapolations(law, points)
     assert said.iloc[0]["predicted"] == pytest.approx(said.iloc[0]["measured"], rel=1e-3)
     assert list(said.index[1:]) == ["danube3-500m, 4e+12 tokens", "danube3-4b, 6e+12 tokens"]
-    assert len(scaling.loss_by_compute(study, "val_loss.web", law).axes[0].lines) == 6
+    study.loc[study["tokens"] == 1e5, "val_loss.web"] += 0.25
+    figure = scaling.loss_by_compute(study, "val_loss.web", law)
+    assert len(figure.axes[0].lines) == 6
+    title = figure.legends[0].get_title().get_text()
+    assert re.search(r"off by up to 0\.25 nats/token at 100,000 tokens, 0\.00 at 10,000,000$", title)
+    errors = scaling.errors(study, "val_loss.web", law)
+    assert errors.index.tolist() == [1e5, 1e6, 1e7] and errors["runs"].tolist() == [3, 3, 3]
+    assert errors["largest, nats/token"].tolist() == pytest.approx([0.25, 0, 0], abs=2e-3)
+    assert errors["mean, nats/token"].tolist() == pytest.approx([0.25, 0, 0], abs=2e-3)
     assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
     few = made(tmp_path, rows[:4], "few")
     with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few --resume` goes on"):

@@ -30,7 +30,7 @@ def test_pairs_are_compared() -> None:
     (low, high), (lowest, highest) = one.resampled.ends, one.difference.ends
     assert lowest < low < one.difference.value < high < highest
     # A tenth of the spread between the seeds themselves: not in pairs, nothing would be seen.
-    assert one.is_seen and stats.ttest_ind(list(shifted(-0.05).values()), list(BASE.values())).pvalue > 0.5
+    assert one.is_detected and stats.ttest_ind(list(shifted(-0.05).values()), list(BASE.values())).pvalue > 0.5
     assert verdict(one, "base", "val_loss.web", "lower").startswith(
         "new is better than base: -0.05 in val_loss.web (95 %"
     )
@@ -47,7 +47,7 @@ def test_several_variants_are_judged_together() -> None:
 
 def test_what_was_not_seen_tells_what_would_have_been() -> None:
     (one,) = compare({"base": BASE, "new": shifted(0.003)}, "base")
-    assert not one.is_seen and one.effect is not None and one.visible is not None
+    assert not one.is_detected and one.effect is not None and one.visible is not None
     assert TTestPower().power(one.visible / (one.difference.value / one.effect), 5, 0.05) == pytest.approx(
         0.8, abs=1e-3
     )
@@ -55,8 +55,8 @@ def test_what_was_not_seen_tells_what_would_have_been() -> None:
     for seeds, enough in ((one.seeds_needed, True), (one.seeds_needed - 1, False)):
         assert (TTestPower().power(one.effect, seeds, 0.05) >= 0.8) == enough
     said = verdict(one, "base", "loss", "lower")
-    assert said.startswith("no difference seen between new and base: +0.003 in loss")
-    assert f"would need about {one.seeds_needed} seeds" in said
+    assert said.startswith("no difference is detected between new and base: +0.003 in loss")
+    assert f"needs about {one.seeds_needed} seeds" in said
     (none,) = compare({"base": BASE, "new": shifted(0.0000001)}, "base")
     assert none.seeds_needed is None and "more than 1,000 seeds" in verdict(none, "base", "loss", "lower")
 
@@ -73,7 +73,7 @@ def test_the_power_of_a_test_has_no_holes() -> None:
 
 def test_one_seed_has_no_verdict() -> None:
     (one,) = compare({"base": {1: 2.0}, "new": {1: 1.0}}, "base")
-    assert one.p is None and not one.is_seen
+    assert one.p is None and not one.is_detected
     assert verdict(one, "base", "loss", "lower") == "new: -1 in loss from one seed, which tells nothing: run more"
 
 
@@ -84,7 +84,7 @@ def test_only_common_seeds_count() -> None:
 
 def test_differences_that_are_all_alike() -> None:
     (same, lower) = compare({"base": {1: 2.0, 2: 3.0}, "same": {1: 2.0, 2: 3.0}, "lower": {1: 1.5, 2: 2.5}}, "base")
-    assert not same.is_seen and lower.is_seen
+    assert not same.is_detected and lower.is_detected
 
 
 def test_p_values_are_adjusted_as_holm_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,5 +105,5 @@ def test_p_values_are_adjusted_as_holm_says(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_difference_between_five_and_ten_percent_is_not_seen() -> None:
     (one,) = compare({"base": BASE, "new": shifted(0.0092)}, "base")
     assert one.p is not None and 0.05 < one.p < 0.1
-    assert not one.is_seen and one.difference.is_noise
-    assert verdict(one, "base", "loss", "lower").startswith("no difference seen")
+    assert not one.is_detected and one.difference.is_noise
+    assert verdict(one, "base", "loss", "lower").startswith("no difference is detected")

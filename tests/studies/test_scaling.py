@@ -60,8 +60,8 @@ def test_the_largest_runs_are_predicted_without_them() -> None:
     others = [Point(p.group, p.size, p.tokens, 9.0 if p.group == held_out.group else p.loss) for p in points]
     again = predict_largest(others)
     assert again is not None and again.predicted == held_out.predicted
-    lines = law_lines(fit_law(points), held_out)
-    assert "measured" in lines[1] and lines[-1].startswith("extrapolated to danube3-4b at 6.0e+12 tokens")
+    lines = law_lines(fit_law(points), held_out, points)
+    assert "measured" in lines[2] and lines[-1].startswith("extrapolated to danube3-4b at 6.0e+12 tokens")
 
 
 def test_too_few_runs_have_no_law() -> None:
@@ -76,8 +76,15 @@ def test_runs_that_just_suffice_have_a_law_though_nothing_is_left_out() -> None:
     points = [point for point in points if point.group != "1e+06-1e+07"]
     assert len({point.group for point in points}) == 8
     assert predict_largest(points) is None
-    lines = law_lines(fit_law(points), None)
-    assert lines[0].startswith("L = E") and "too few runs" in lines[1] and len(lines) == 4
+    lines = law_lines(fit_law(points), None, points)
+    assert lines[0].startswith("L = E") and "too few runs" in lines[2] and len(lines) == 5
+
+
+def test_a_law_says_how_far_it_is_from_the_shortest_and_the_longest_runs() -> None:
+    law = scaling.Law(np.array([1.0, 0.0, 1.0, 0.0, 1.0]), np.zeros((0, 5)), 0.0, 8)  # 1 nat/token everywhere
+    points = [Point("a", 1e6, tokens, loss) for tokens, loss in ((1e6, 1.25), (1e5, 1.5), (1e5, 0.25), (1e7, 0.9))]
+    assert law.errors(points) == pytest.approx({1e5: 0.75, 1e6: 0.25, 1e7: 0.1})
+    assert scaling.error_text(law, points) == "0.75 nats/token at 100,000 tokens, 0.10 at 10,000,000"
 
 
 def test_points_are_complete_runs() -> None:

@@ -98,8 +98,8 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once(two: TwoRan
     code, said = two.fit("--data.init_args.micro_batch_size", "8")
     assert code == 2
     assert said == (
-        "error: a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 2 device(s) × 8 rows: "
-        "data.micro_batch_size = 1, 2 or 4 would\n"
+        "error: a step of 8 rows (data.batch_tokens / data.context_length) does not divide into 2 devices × "
+        "micro-batch of 8 rows: data.micro_batch_size = 1, 2 or 4 would\n"
     )
     assert not (two.tiny / "runs").exists()
 
@@ -178,7 +178,7 @@ def test_sigterm_and_then_ctrl_c_save_the_run(two: TwoRanks, whom: str) -> None:
             os.killpg(two.process.pid, signal.SIGINT)
 
     threading.Thread(target=stop, daemon=True).start()
-    code, said = two.fit("--data.init_args.max_passes", "10000")
+    code, said = two.fit("--data.init_args.max_epochs", "10000")
     assert code == 75 and "saved: go on with --ckpt_path last" in said and "error" not in said
 
 

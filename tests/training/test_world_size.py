@@ -131,12 +131,13 @@ def test_from_two_processes_to_one_and_back_nothing_changes(sessions: Sessions) 
 @pytest.mark.parametrize(
     ("replicas", "micro_batch", "numbers"),
     [
-        (2, 8, "2 device(s) × 8 rows: data.micro_batch_size = 1, 2 or 4 would"),
-        (8, 2, "8 device(s) × 2 rows: data.micro_batch_size = 1 would"),
+        (2, 8, "2 devices × micro-batch of 8 rows: data.micro_batch_size = 1, 2 or 4 would"),
+        (8, 2, "8 devices × micro-batch of 2 rows: data.micro_batch_size = 1 would"),
         (
             3,
             1,
-            "3 device(s) × 1 rows: no data.micro_batch_size would, a multiple of 3 rows does: data.batch_tokens = 288",
+            "3 devices × micro-batch of 1 row: no data.micro_batch_size would, "
+            "a multiple of 3 rows does: data.batch_tokens = 288",
         ),
         (64, 1, "no data.micro_batch_size would, a multiple of 64 rows does: data.batch_tokens = 2048"),
     ],

@@ -69,9 +69,9 @@ def run(arguments: Namespace) -> None:
     if arguments.utilisation is not None and not 0 < arguments.utilisation <= 1:
         raise ValueError(f"--utilisation is {arguments.utilisation}: a share of the peak, above 0 and at most 1")
     if not arguments.write_speed > 0:
-        raise ValueError(f"--write-speed is {arguments.write_speed}: give GB a second, above 0")
+        raise ValueError(f"--write-speed is {arguments.write_speed}: give GB/s, above 0")
     if not arguments.network > 0:
-        raise ValueError(f"--network is {arguments.network}: give GB a second of a node, above 0")
+        raise ValueError(f"--network is {arguments.network}: give GB/s of a node, above 0")
     accelerators = [parse_accelerator(text) for text in arguments.accelerator or ACCELERATORS]
     every_known = not arguments.accelerator
 
@@ -162,6 +162,8 @@ def _precision(trainer: TrainerSection) -> str:
 
 
 def _model(name: str, model: PretrainingSettings, data: CurriculumSettings, memory: TrainingMemory) -> str:
+    from lightning_danube.pretraining.settings import step_layout
+
     config = model.config
     flops = config.flops_per_token(data.context_length)
     total = data.total_tokens * flops
@@ -174,10 +176,10 @@ def _model(name: str, model: PretrainingSettings, data: CurriculumSettings, memo
         + ("" if model.weights is None else f", from {model.weights}")
         + ("" if model.lora is None else f"; an adapter of {memory.trained_parameters:,} trains"),
         f"run: {data.total_tokens:,} tokens in {steps:,} steps of {data.batch_tokens:,} "
-        f"({layout.replicas} × {data.batch_samples // held} × {data.micro_batch_size} rows of {data.context_length:,})",
-        f"arithmetic: {flops:.4g} FLOPs a token at {data.context_length:,} tokens of context, forward and backward, "
+        f"({step_layout(layout.replicas, data.batch_samples // held, data.micro_batch_size, data.context_length)})",
+        f"arithmetic: {flops:.4g} FLOPs/token at {data.context_length:,} tokens of context, forward and backward, "
         f"{total:.4g} in all",
-        f"key-value cache, when it writes: {config.cache_bytes(1):,} bytes a token, "
+        f"key-value cache, when it writes: {config.cache_bytes(1):,} bytes/token, "
         f"{_size(config.cache_bytes(data.context_length))} for {data.context_length:,} (16 bits)",
     ]
     return "\n".join(lines)
@@ -190,7 +192,7 @@ def _size(bytes_: int) -> str:
 def _curriculum(data: CurriculumSettings, supply: dict[str, Supply]) -> Curriculum:
     from lightning_danube.pretraining.curriculum import Curriculum
 
-    # A source of unknown size also takes its share; its number of passes is not shown.
+    # A source of unknown size also takes its share; its number of epochs is not shown.
     rows = {name: s.rows(data.context_length) or 1 for name, s in supply.items()}
     return Curriculum(
         data.stages, rows, context_length=data.context_length, batch_samples=data.batch_samples, seed=data.seed
@@ -216,23 +218,23 @@ def _stages(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
 
 
 def _texts(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
-    """Returns a table of the number of passes over each source at the end of each stage."""
+    """Returns a table of the number of epochs over each source at the end of each stage."""
     curriculum = _curriculum(data, supply)
     known = {name for name, s in supply.items() if s.rows(data.context_length)}
     after = [curriculum.passes_after(k + 1) for k in range(len(data.stages))]
     taken = {name: sum(span.samples_by_source[name] for span in curriculum.spans) for name in curriculum.sources}
     rows, notes = [], []
     for name, s in supply.items():
-        passes = [f"{passed[name]:.2f}" if name in known else "?" for passed in after]
+        epochs = [f"{passed[name]:.2f}" if name in known else "?" for passed in after]
         has = "?" if s.tokens is None else f"{s.tokens:,}"
-        rows.append([name, f"{taken[name] * data.context_length:,}", has, s.said_by, *passes])
-        if name in known and after[-1][name] > data.max_passes:
+        rows.append([name, f"{taken[name] * data.context_length:,}", has, s.said_by, *epochs])
+        if name in known and after[-1][name] > data.max_epochs:
             notes.append(
-                f"{name}: {after[-1][name]:.1f} passes are more than data.max_passes = {data.max_passes:g}: fit will "
+                f"{name}: {after[-1][name]:.1f} epochs are more than data.max_epochs = {data.max_epochs:g}: fit will "
                 "refuse"
             )
     first, *others = (stage.name for stage in data.stages)
-    header = ["source", "tokens taken", "training tokens", "said by", f"passes after {first}"]
+    header = ["source", "tokens taken", "training tokens", "said by", f"epochs after {first}"]
     table = text_table([*header, *(f"… {name}" for name in others)], rows)
     return "\n".join([table, *notes])
 

@@ -28,7 +28,7 @@ CHARTS = {
         "gradient norm, before clipping": ["optimizer/gradient_norm$"],
     },
     "speed": {
-        "tokens a second": ["throughput/tokens_per_second$"],
+        "tokens/s": ["throughput/tokens_per_second$"],
         "share of the device's peak (MFU)": ["throughput/mfu$"],
         "optimizer steps": [f"{STEPS}$"],
     },

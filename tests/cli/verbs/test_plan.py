@@ -83,10 +83,10 @@ def test_a_strategy_may_be_given_on_the_command_line(tiny: Path, capsys: pytest.
 def test_what_fit_would_refuse_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", str(PAPER / "danube3-500m.yaml"), "--accelerator", "h100")
     printed = planned(capsys, *config, "--source-tokens", "instruct=1B")
-    assert re.search(r"instruct: \d+\.\d passes are more than data.max_passes = 16: fit will refuse", printed)
+    assert re.search(r"instruct: \d+\.\d epochs are more than data.max_epochs = 16: fit will refuse", printed)
     assert "note: trainer.devices is auto: counted as 1" in printed
     assert "cost" not in printed
-    assert "does not divide into 512 device(s) × 6 rows" in refused(
+    assert "does not divide into 512 devices × micro-batch of 6 rows" in refused(
         capsys, *config, "--trainer.num_nodes", "64", "--trainer.devices", "8"
     )
 
@@ -140,8 +140,8 @@ def test_prepared_shards_say_how_much_there_is(tiny: Path, capsys: pytest.Captur
         (["--accelerator", "h10"], "--accelerator is 'h10': did you mean 'h100', or state peak and memory"),
         (["--accelerator", "h100=cheap"], "the price of one device for an hour is a number, such as 2.50"),
         (["--utilisation", "40"], "--utilisation is 40.0: a share of the peak, above 0 and at most 1"),
-        (["--network", "0"], "--network is 0.0: give GB a second of a node, above 0"),
-        (["--write-speed", "0"], "--write-speed is 0.0: give GB a second, above 0"),
+        (["--network", "0"], "--network is 0.0: give GB/s of a node, above 0"),
+        (["--write-speed", "0"], "--write-speed is 0.0: give GB/s, above 0"),
         (["--source-tokens", "web"], "--source-tokens has 'web': write source=tokens, such as web=10T,wiki=6B"),
         (["--source-tokens", "wbe=1B"], "--source-tokens names the unknown source 'wbe': did you mean 'web'?"),
         (["--trainer.num_nodes", "many"], "trainer.num_nodes: expected a whole number, not many"),
