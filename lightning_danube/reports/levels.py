@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_danube.quantization.summary import frontier_figure
-from lightning_danube.reports.runs import MissingResult, newest_run
+from lightning_danube.reports.runs import RESULTS, MissingResult, newest_run
 from lightning_danube.terminal import as_typed
 
 MIB = 2**20
@@ -17,13 +17,18 @@ MIB = 2**20
 def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
     """Returns one row per level of the newest evaluation under `<runs>/<name>-test`.
 
+    If there is none, returns the newest result of this name that comes with a clone.
+
     Raises:
-        MissingResult: there is no evaluation.
+        MissingResult: there is neither.
     """
     way = f"`{as_typed()} test --config quantization/{name.removeprefix('quantization-')}`"
     try:
         directory = newest_run(runs, f"{name}-test")
     except MissingResult:
+        for root in (Path(), Path("..")):
+            if kept := sorted((root / RESULTS).glob(f"{name}-20*.parquet")):
+                return pd.read_parquet(kept[-1])
         raise MissingResult(f"no evaluation under {runs}/{name}-test: {way} makes one") from None
     file = directory / "quantization.parquet"
     if not file.is_file():

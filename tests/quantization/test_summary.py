@@ -8,7 +8,6 @@ import pytest
 from lightning_danube.intervals import Estimate
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import Content, Cost, MeasuredLevel
-from lightning_danube.quantization.report import MIB
 from lightning_danube.quantization.summary import (
     LevelResults,
     failure_notes,
@@ -84,8 +83,8 @@ def test_cells_show_the_half_of_an_interval_and_mark_noise() -> None:
 def test_names_in_the_figure_cover_neither_each_other_nor_a_point() -> None:
     (row,) = [row for row in results(16).flat_rows() if row["tensor_bytes"] and row["level"] != "full"]
     rows = [
-        row | {"level": f"{method}:{bits}/64", "method": method, "tensor_bytes": size * MIB, "perplexity_change": change}
-        for method, bits, size, change in (
+        row | {"level": f"{method}:{bits}/64", "method": method, "tensor_bytes": size, "perplexity_change": change}
+        for method, bits, size, change in (  # bytes
             ("gguf", 4, 10.0, 0.03), ("hqq", 4, 10.1, 0.03), ("rounding", 4, 10.2, 0.031), ("gguf", 2, 9.9, 0.029),
             ("hqq", 2, 30.0, 0.5), ("rounding", 8, 40.0, 0.001),
         )

@@ -64,6 +64,23 @@ def test_the_picture_has_a_point_for_each_file(evaluation: Path) -> None:
     figure.draw_without_rendering()
 
 
+def test_without_an_evaluation_the_newest_kept_result_is_read(
+    evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = pd.read_parquet(evaluation / "quantization.parquet")
+    kept = tmp_path / "benchmarks" / "results"
+    kept.mkdir(parents=True)
+    for day, perplexity in (("2026-01-02", 3.0), ("2026-01-01", 2.0)):
+        frame.assign(perplexity=perplexity).to_parquet(kept / f"quantization-small-{day}.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert set(levels.read_levels("runs", "quantization-small")["perplexity"]) == {3.0}
+    with pytest.raises(MissingResult, match="no evaluation under runs/quantization-smal-test"):
+        levels.read_levels("runs", "quantization-smal")
+    # An evaluation that was run here comes first.
+    ours = levels.read_levels(evaluation.parent.parent, "quantization-tiny")
+    assert ours["perplexity"].iloc[0] == frame["perplexity"].iloc[0]
+
+
 def test_what_is_missing_is_said(evaluation: Path) -> None:
     runs = evaluation.parent.parent
     with pytest.raises(
