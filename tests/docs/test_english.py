@@ -43,7 +43,7 @@ ALLOWED = {
         "| idle (a machine)",
         "| no difference",
         "| every n-th",
-        "| nats/token",
+        "| nats/token, bits/byte",
         "| epochs",
         "No sentence begins",
     )
