@@ -257,6 +257,9 @@ def with_inputs(config: str) -> str:
 
 def write_inputs(inputs: Path) -> str:
     """Writes texts and models. Returns the configuration of a tiny pre-training run."""
+    if not (inputs / "done").exists():
+        shutil.rmtree(inputs, ignore_errors=True)  # this script was stopped while it wrote them
+        inputs.mkdir()
     config = write_tiny(inputs).joinpath("tiny.yaml").read_text()
     tiny = config.replace(f"{inputs}/w", "INPUTS/w").replace(str(inputs), "TMP")
     if (inputs / "done").exists():
