@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,8 @@ SECONDS_UNTIL_ABANDONED = 24 * 3600
 """Where the file system has no locks, a hidden file that was not changed for this time is a leftover."""
 
 
+_SEAL = "sha256"
+
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Error numbers that mean the system lacks memory, maps or descriptors. The file itself may be intact."""
 
@@ -57,6 +60,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Writes an object of JSON with a hash of its content, for `read_sealed`."""
+    write_json(path, {**values, _SEAL: _seal(values)})
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -110,9 +122,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_sealed(path: Path, remedy: str = "remove it, and it is made again") -> dict[str, Any]:
+    """Reads what `write_sealed` wrote: a file of the cache in which a wrong digit would not be noticed otherwise.
+
+    Raises:
+        OSError: there is no such file, or it is no regular file.
+        ValueError: the content changed since it was written; names the file and ends with the remedy.
+    """
+    with naming_cached(path, remedy):
+        values = read_json(path)
+        if values.pop(_SEAL, None) != _seal(values):
+            raise ValueError("its content changed since it was written")
+        return values
+
+
 @contextmanager
-def naming_cached(path: Path) -> Iterator[None]:
+def naming_cached(path: Path, remedy: str = "remove it, and it is made again") -> Iterator[None]:
     """Turns whatever a library raises on a damaged file of the cache into one line.
+
+    Args:
+        remedy: what the user can do; ends the message.
 
     Raises:
         ValueError: an exception left the block; names the file, which can be made again.
@@ -126,10 +155,10 @@ def naming_cached(path: Path) -> Iterator[None]:
             raise
         if error.errno in SHORTAGES:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
     except Exception as error:
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged ({said}): remove it, and it is made again") from error
+        raise ValueError(f"{path} is damaged ({said}): {remedy}") from error
 
 
 def parse_json(text: str | bytes, source: str) -> Any:

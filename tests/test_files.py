@@ -34,6 +34,7 @@ from lightning_danube.files import (
     parse_json,
     read_json,
     read_json_lines,
+    read_sealed,
     remove_leftovers,
     remove_whole,
     scratch_folder,
@@ -41,6 +42,7 @@ from lightning_danube.files import (
     write_bytes,
     write_json,
     write_parquet,
+    write_sealed,
     write_text,
 )
 from lightning_danube.quantization.measured import Content, MeasuredLevel, save_measured
@@ -728,6 +730,23 @@ def test_a_damaged_file_of_the_cache_is_named_with_the_way_out(tmp_path: Path) -
             pass
     with pytest.raises(FileNotFoundError), naming_cached(file), np.load(tmp_path / "nothing.npz"):
         pass
+
+
+def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    values = {"files": [["a.jsonl", "ü"], []], "began": 1.5, "none": None, "1": 2}
+    write_sealed(file, values)
+    assert read_sealed(file) == values
+    right = file.read_bytes()
+    for place in range(len(right.rstrip())):
+        file.write_bytes(right[:place] + bytes([right[place] ^ 2]) + right[place + 1 :])
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} is damaged \([^\n]*\): begin again$"):
+            read_sealed(file, "begin again")
+    write_json(file, values)
+    with pytest.raises(
+        ValueError, match=r"its content changed since it was written\): remove it, and it is made again"
+    ):
+        read_sealed(file)
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_danube.chat.conversations import Conversation, ConversationSource, NoConversation, read_conversations
 from lightning_danube.chat.preferences import Preference, PreferenceSource
 from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
-from lightning_danube.files import default_cache_dir, new_folder, read_json
+from lightning_danube.files import default_cache_dir, naming_cached, new_folder, read_json
 from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
 from lightning_danube.options import options
@@ -376,17 +376,13 @@ class ConversationData(PlannedData):
 
     def _open(self, name: str, split: str) -> EncodedChats:
         directory = self._directory(name)
-        try:
+        with naming_cached(directory):
             ids, learned, ends = (
                 np.load(directory / f"{split}-{what}.npy", mmap_mode="r") for what in ("ids", "learned", "ends")
             )
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"source {name!r}: {directory} is damaged ({error}): remove it, and it is made anew"
-            ) from error
-        if not len(ids) == len(learned) == ends[-1]:
-            raise ValueError(f"source {name!r}: {directory} is damaged: remove it, and it is made anew")
-        return EncodedChats(ids, learned, np.asarray(ends))
+            if not len(ids) == len(learned) == ends[-1] or (np.diff(ends, prepend=0) < 0).any():
+                raise ValueError("its arrays do not fit together")
+            return EncodedChats(ids, learned, np.asarray(ends))
 
     # --- what is to be seen before a run ------------------------------------------------------------------------------
 

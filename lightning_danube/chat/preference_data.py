@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_danube.chat.data import SPLITS, ConversationData, EncodedChats, batch_of
 from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
 from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
-from lightning_danube.files import new_file
+from lightning_danube.files import naming_cached, new_file
 from lightning_danube.terminal import show
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.tokenizer import MISTRAL
@@ -218,15 +218,11 @@ class PreferenceData(ConversationData):
             np.save(handle, values)
 
     def _load(self, name: str, file: Path, pairs: int) -> NDArray[Any]:
-        try:
+        with naming_cached(file):
             values: NDArray[Any] = np.load(file)
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"source {name!r}: {file} is damaged ({error}): remove it, and it is computed anew"
-            ) from error
-        if values.shape != (pairs, 2):
-            raise ValueError(f"source {name!r}: {file} is damaged: remove it, and it is computed anew")
-        return values
+            if values.shape != (pairs, 2) or not np.isfinite(values).all():
+                raise ValueError(f"source {name!r} needs one finite number for each answer of {pairs} pairs")
+            return values
 
 
 class PairRows(Dataset[Any]):

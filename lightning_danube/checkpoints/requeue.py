@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lightning_danube.checkpoints.runs import newest_checkpoint, versions_of
-from lightning_danube.files import append_line
+from lightning_danube.files import append_line, parse_json, read_regular
 from lightning_danube.signals import USR1, ask_slurm, requeue_slurm_job, slurm_job
 
 MOST_FAILURES = 10
@@ -87,7 +88,7 @@ def _why_it_stays(directory: Path, failures: list[dict[str, Any]], newest: Path 
     if newest is None:
         return f"its run has no checkpoint under {directory} yet"
     starts = _lines(newest.parent.parent / "history.jsonl")
-    if str(newest) in [line["checkpoint"] for line in (*failures[-1:], *starts[-1:])]:
+    if str(newest) in [line.get("checkpoint") for line in (*failures[-1:], *starts[-1:])]:
         return f"its run has made no progress since {newest}"
     return None
 
@@ -119,7 +120,15 @@ def _newest(directory: Path) -> Path | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Returns the rows of a file. A line that is no row, such as half a line after a power cut, is left out: it
+    must not cost the job its place in the queue."""
+    rows = []
+    for line in read_regular(path).splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            row = parse_json(line, str(path))
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def _word(key: str, shown: str) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import locked, naming_cached, new_file, new_folder, parse_json, write_text
+from lightning_danube.files import locked, naming_cached, new_file, new_folder, read_sealed, write_sealed, write_text
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.duplicates import drop_exact, drop_near
@@ -224,7 +224,7 @@ class Preparation:
         path = self.building / "plan.json"
         if path.exists():
             with naming_cached(path):
-                return [[Span(*span) for span in unit] for unit in parse_json(path.read_text(), str(path))]
+                return [[Span(*span) for span in unit] for unit in read_sealed(path)["units"]]
         source = self.facts.source
         files = local_files(self.facts.name, source, self.facts.cache_dir)
         sizes = {file: os.path.getsize(file) * (5 if file.endswith((".gz", ".zst")) else 1) for file in files}
@@ -240,7 +240,7 @@ class Preparation:
                 if sum(span.weight for span in units[-1]) >= size:
                     units.append([])
                 units[-1].append(span)
-        write_text(path, json.dumps(units))
+        write_sealed(path, {"units": units})
         return units
 
     def _check_size(self, tokens: float) -> None:

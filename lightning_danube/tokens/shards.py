@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import read_json
+from lightning_danube.files import naming_cached, read_json
 from lightning_danube.outside.names import plain_name
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
@@ -382,12 +382,10 @@ class TokenShards:
             ValueError: the file of the counts is missing or damaged.
         """
         path = self.directory / self.meta["splits"][split]["token_counts"]["name"]
-        try:
+        if not path.exists():
+            raise ValueError(f"{path} is missing: {self._remedy}")
+        with naming_cached(path, self._remedy):
             found = np.load(path)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: {self._remedy}") from None
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}): {self._remedy}") from error
-        if len(found) > self._vocab_size or found.sum() != self.counts(split).tokens:
-            raise ValueError(f"{path} is damaged (its counts are not those of {split}): {self._remedy}")
-        return np.pad(found, (0, self._vocab_size - len(found)))
+            if len(found) > self._vocab_size or found.sum() != self.counts(split).tokens:
+                raise ValueError(f"its counts are not those of {split}")
+            return np.pad(found, (0, self._vocab_size - len(found)))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import naming_cached, new_folder, read_json
+from lightning_danube.files import naming_cached, new_folder, read_sealed, write_sealed
 from lightning_danube.text.quality import PERMUTATIONS, Benchmarks, Filters, sketches, text_hash
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, read_span
 from lightning_danube.tokens.encoding import TextEncoder
@@ -202,12 +202,12 @@ def write_kept(job: Job, number: int, keep: NDArray[np.bool_]) -> None:
                 writers[split].add(streams[split].read(at[split], at[split] + length))
             at[split] += length
         splits = {split: writer.close() for split, writer in writers.items()}
-        (folder / _LISTING).write_text(json.dumps(splits))
+        write_sealed(folder / _LISTING, splits)
 
 
 def kept_splits(job: Job, number: int) -> dict[str, Any]:
     """Returns what `write_kept` has written, as `shards.json` says it."""
-    return read_json(job.path_of_kept(number) / _LISTING)
+    return read_sealed(job.path_of_kept(number) / _LISTING, f"remove {job.building} to begin again")
 
 
 def _writers(job: Job, number: int, folder: Path) -> dict[str, SplitWriter]:
@@ -238,7 +238,8 @@ def load_unit(folder: Path) -> Unit:
 
 def load_part(folder: Path, name: str) -> NDArray[Any]:
     """Reads one array of a unit."""
-    with np.load(folder / _UNIT) as saved:
+    path = folder / _UNIT
+    with naming_cached(path), np.load(path) as saved:
         array: NDArray[Any] = saved[name]
         return array
 

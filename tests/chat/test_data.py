@@ -200,7 +200,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     module = data(tmp_path)
     (path,) = (tmp_path / "cache").rglob("train-ids.npy")
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"is damaged .*: remove it, and it is made anew"):
+    with pytest.raises(ValueError, match=r"is damaged .*: remove it, and it is made again"):
         module.setup("fit")
 
 

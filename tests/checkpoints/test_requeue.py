@@ -171,3 +171,26 @@ def test_the_verb_finds_the_run_of_a_configuration(
     monkeypatch.delenv("SLURM_JOB_ID")
     assert main(command) == 2
     assert "requeue is for the batch script of a SLURM job, and SLURM_JOB_ID names none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ['{"ti', "[" * 100_000, "[1]", "\x00", "9" * 5000])
+def test_a_damaged_line_on_record_costs_no_place_in_the_queue(job: Job, damage: str) -> None:
+    job.save(5)
+    record, history = job.runs / "failures_7.jsonl", job.runs / "version_0" / "history.jsonl"
+    for file in (record, history):
+        with file.open("a") as lines:
+            lines.write('{"checkpoint": "another"}\n' + damage)
+    assert "requeued after failure 2 of at most 10" in job.fails()
+    job.save(6)
+    assert "requeued after failure 3 of at most 10" in job.fails()
+    with pytest.raises(ValueError, match="its run has made no progress"):
+        job.fails()
+
+
+def test_the_errors_of_srun_are_a_regular_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"name: tiny\nruns: {tmp_path}\n")
+    assert main(["requeue", "--config", str(config), "--code", "1", "--errors", str(tmp_path / "pipe")]) == 2
+    assert f"{tmp_path}/pipe: not a regular file" in capsys.readouterr().err

@@ -21,7 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     from lightning_danube.checkpoints.requeue import requeue_after_failure
     from lightning_danube.cli.configs import place_of_runs
+    from lightning_danube.files import read_regular
 
     directory = place_of_runs(arguments.config, arguments.overrides)
-    errors = Path(arguments.errors).read_text(encoding="utf-8", errors="replace")
+    errors = read_regular(Path(arguments.errors)).decode("utf-8", errors="replace")
     tell(requeue_after_failure(directory, arguments.code, errors))

@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.extras import need
-from lightning_danube.files import finish_folder, locked, new_file, read_json, write_json
+from lightning_danube.files import finish_folder, locked, new_file, read_sealed, write_json, write_sealed
 from lightning_danube.terminal import tell
 from lightning_danube.text.corpora import Source, is_saved_dataset
 from lightning_danube.text.quality import BANDS, PERMUTATIONS, Benchmarks, Quality
@@ -329,7 +329,7 @@ class WriteKept(PipelineStep):
         for unit, keep in zip(units, kept, strict=True):
             if not keep.all():
                 write_kept(job, unit, keep)
-        write_json(self.work.summary(rank), self._account(rank, units, kept))
+        write_sealed(self.work.summary(rank), self._account(rank, units, kept))
 
     def _account(self, task: int, units: list[int], kept: list[NDArray[np.bool_]]) -> dict[str, Any]:
         """Returns the sums of the units' accounts, and where the shards of each unit are."""
@@ -395,7 +395,7 @@ class JoinShards(PipelineStep):
         folder.mkdir()
         with new_file(folder / "rejected.jsonl") as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
             for task in range(work.tasks):
-                summary = read_json(work.summary(task))
+                summary = read_sealed(work.summary(task), f"remove {work.building} to begin again")
                 for part in summary["parts"]:
                     for split, there in part["splits"].items():
                         parts[split].append((work.building / part["folder"], there))

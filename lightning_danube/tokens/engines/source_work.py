@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_danube.extras import need
-from lightning_danube.files import read_json, write_json
+from lightning_danube.files import naming_cached, read_json, read_sealed, write_json, write_sealed
 from lightning_danube.text.corpora import hub_files, local_files
 from lightning_danube.text.quality import Benchmarks
 from lightning_danube.text.reading import DamagedFile
@@ -104,8 +104,8 @@ class SourceWork:
         if not path.exists():
             files = hub_files(name, source) if source.is_hub else local_files(name, source, facts.cache_dir)
             count = min(tasks or MOST_TASKS, len(files))
-            write_json(path, {"began": time.time(), "files": dealt(files, count)})
-        plan = read_json(path)
+            write_sealed(path, {"began": time.time(), "files": dealt(files, count)})
+        plan = read_sealed(path)
         planned = len(plan["files"])
         if tasks is not None and planned != min(tasks, sum(map(len, plan["files"]))):
             raise ValueError(
@@ -164,10 +164,14 @@ class SourceWork:
             DamagedFile: a text is damaged.
             ValueError: another error, such as a file that cannot be fetched.
         """
-        kept = [read_json(path) for path in sorted((self.building / "refusals").glob("*.json"))]
+        kept = []
+        for path in sorted((self.building / "refusals").glob("*.json")):
+            with naming_cached(path):
+                told = read_json(path)
+                kept.append((told["message"], told["damaged"]))
         shutil.rmtree(self.building / "refusals", ignore_errors=True)
-        for told in kept:
-            raise DamagedFile(told["message"]) if told["damaged"] else ValueError(told["message"])
+        for message, is_damaged in kept:
+            raise DamagedFile(message) if is_damaged else ValueError(message)
 
 
 def dealt(files: Sequence[str], tasks: int) -> list[list[str]]:

@@ -16,7 +16,8 @@ from lightning_danube.tokens.foreign.ranges import ByteRanges, FoundFile
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 SUFFIX = ".ds"
-_BESIDE = (".index", ".metadata", ".loss")
+_INDEX = ".index"
+_BESIDE = (_INDEX, ".metadata", ".loss")
 _TYPES = {2: "uint16", 4: "uint32"}
 
 
@@ -28,6 +29,9 @@ class Datatrove(TokenFormat):
 
     def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         named = {file.path: file for file in found}
+        for index in with_suffix(found, f"{SUFFIX}{_INDEX}"):
+            if (path := index.path.removesuffix(_INDEX)) not in named:
+                raise ValueError(f"{path} is missing, to which {index.path} belongs: copy it beside its index")
         return [self._group(ranges, file, named) for file in with_suffix(found, SUFFIX)]
 
     def _group(self, ranges: ByteRanges, file: FoundFile, named: dict[str, FoundFile]) -> TokenGroup:
@@ -38,9 +42,9 @@ class Datatrove(TokenFormat):
             raise ValueError(
                 f"{path}.loss leaves tokens out of the loss, which is not read here: remove it to train on all tokens"
             )
-        index = named.get(f"{path}.index")
+        index = named.get(path + _INDEX)
         if index is None:
-            raise ValueError(f"{path}.index is missing, which lists the ends of documents: copy it beside {path}")
+            raise ValueError(f"{path}{_INDEX} is missing, which lists the ends of documents: copy it beside {path}")
         if not index.bytes or index.bytes % 8:
             raise ValueError(
                 f"{index.path} has {index.bytes:,} bytes, not 8 for each document: it was cut off; copy it again"
@@ -65,7 +69,7 @@ class Datatrove(TokenFormat):
 
     def document_ends(self, ranges: ByteRanges, group: TokenGroup, first: int, stop: int) -> NDArray[np.int64]:
         (file,) = group.files
-        return _ends(ranges, FoundFile(f"{file.path}.index", 0, file.stamp), first, stop)
+        return _ends(ranges, FoundFile(file.path + _INDEX, 0, file.stamp), first, stop)
 
 
 def _ends(ranges: ByteRanges, index: FoundFile, first: int, stop: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import naming_cached, new_folder, read_json, write_json
+from lightning_danube.files import naming_cached, new_folder, read_regular, read_sealed, write_sealed
 from lightning_danube.outside.secrets import redacted
 from lightning_danube.text.corpora import Source, is_mosaic
 from lightning_danube.tokens.foreign.datatrove import Datatrove
@@ -32,7 +32,7 @@ from lightning_danube.tokens.foreign.sequence import ForeignSequence, Piece
 from lightning_danube.tokens.shards import SPLITS, ShardCounts
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _LISTING, _COUNTS = "listing.json", "token-counts.npy"
 AGREES = 0.8
 """Least share of sampled documents to whose text the run's tokenizer gives the same ids; else it is another tokenizer.
@@ -49,7 +49,8 @@ def format_named(path: str) -> TokenFormat:
     """Returns the reader of the files that a source's path names."""
     suffix = os.path.splitext(path)[1]
     kinds: dict[str, type[TokenFormat]] = {".ds": Datatrove, ".bin": Megatron, ".idx": Megatron, ".npy": Olmo}
-    return Mosaic() if is_mosaic(path) else kinds[suffix]()
+    # A directory or a listing whose files have gone meanwhile is MosaicML's, too: its reader names what is missing.
+    return Mosaic() if is_mosaic(path) else kinds.get(suffix, Mosaic)()
 
 
 def listing_directory(
@@ -88,7 +89,7 @@ def list_token_files(
             effect on token files.
     """
     directory = listing_directory(name, source, tokenizer, held_out, cache_dir)
-    if directory.is_dir():
+    if all((directory / file).exists() for file in (_LISTING, _COUNTS)):
         return directory, 0.0
     began = time.monotonic()
     with _naming(name):
@@ -98,10 +99,15 @@ def list_token_files(
         groups = list(_divided(kind, ranges, groups, tokenizer, held_out))
         facts = _checked_facts(kind, ranges, groups, tokenizer)
         counts = facts.pop("counts")
-    with new_folder(directory) as partial:
+    with new_folder(directory, replace=directory.exists()) as partial:
         np.save(partial / _COUNTS, counts)
-        write_json(partial / _LISTING, {"format": kind.title, **facts, "groups": [group.as_json() for group in groups]})
+        facts |= {"counts_sha256": _hash_of(partial / _COUNTS), "groups": [group.as_json() for group in groups]}
+        write_sealed(partial / _LISTING, {"format": kind.title, **facts})
     return directory, time.monotonic() - began
+
+
+def _hash_of(file: Path) -> str:
+    return hashlib.sha256(read_regular(file)).hexdigest()
 
 
 class _naming:
@@ -147,6 +153,8 @@ def _divided(
                 cut = _end_token_before(kind, ranges, group, latest, tokenizer)
             else:
                 first, cut = _document_at(kind, ranges, group, latest)
+                if first:
+                    _check_end(kind, ranges, group, tokenizer, first - 1, cut)
                 documents = group.documents - first
         given += group.tokens - cut
         yield replace(group, cut=cut, held_out_documents=documents)
@@ -346,7 +354,8 @@ class ForeignTokens:
     def __init__(self, directory: Path, source: Source, tokenizer: DocumentTokenizer, cache_dir: Path) -> None:
         self.directory, self._tokenizer = directory, tokenizer
         with naming_cached(directory / _LISTING):
-            listing = read_json(directory / _LISTING)
+            listing = read_sealed(directory / _LISTING)
+            self._counts_sha256 = listing["counts_sha256"]
             self._groups = [TokenGroup.of_json(group) for group in listing["groups"]]
             self.facts = TokenFacts(
                 listing["format"],
@@ -382,6 +391,8 @@ class ForeignTokens:
         assert split == SPLITS[0], "held-out tokens are not counted"
         path = self.directory / _COUNTS
         with naming_cached(path):
+            if _hash_of(path) != self._counts_sha256:
+                raise ValueError("its content changed since it was written")
             counts: NDArray[np.int64] = np.load(path)
         return counts
 

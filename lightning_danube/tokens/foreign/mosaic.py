@@ -64,6 +64,9 @@ class Mosaic(TokenFormat):
 
     def groups(self, ranges: ByteRanges, found: Sequence[FoundFile], tokenizer: DocumentTokenizer) -> list[TokenGroup]:
         shards = {file.path: file for file in with_suffix(found, SUFFIX)}
+        if not with_suffix(found, INDEX):
+            folder = os.path.dirname(found[0].path)
+            raise ValueError(f"{os.path.join(folder, INDEX)}, which lists the shards, is no file: copy it there again")
         return [self._group(ranges, index, shards, tokenizer) for index in with_suffix(found, INDEX)]
 
     def _group(
@@ -72,7 +75,7 @@ class Mosaic(TokenFormat):
         listing = parse_json(bytes(ranges.read(index.path, 0, index.bytes, index.stamp)), index.path)
         try:
             listed = [
-                (_shard_file(index.path, shard, shards), _column(shard), int(shard["samples"]))
+                (_shard_file(index.path, shard, shards), _column(index.path, shard), int(shard["samples"]))
                 for shard in listing["shards"]
             ]
         except (KeyError, TypeError) as error:
@@ -81,7 +84,14 @@ class Mosaic(TokenFormat):
             ) from error
         if not listed:
             raise ValueError(f"{index.path} lists no shards: remove it, or make it again")
-        return TokenGroup(tuple(_described(ranges, *shard, tokenizer) for shard in listed))
+        files = tuple(_described(ranges, *shard, tokenizer) for shard in listed)
+        for file in files:
+            if file.dtype != files[0].dtype:
+                raise ValueError(
+                    f"{file.path} holds {file.dtype}, and {files[0].path} {files[0].dtype}: the shards of a stream "
+                    "have one type, so one of the two is damaged; copy both again"
+                )
+        return TokenGroup(files)
 
     def read(self, ranges: ByteRanges, file: TokenFile, start: int, stop: int) -> NDArray[Any]:
         dtype = np.dtype(file.dtype).newbyteorder("<")
@@ -142,7 +152,7 @@ def _shard_file(index: str, shard: dict[str, Any], shards: dict[str, FoundFile])
     return file
 
 
-def _column(shard: dict[str, Any]) -> _Column:
+def _column(index: str, shard: dict[str, Any]) -> _Column:
     """Returns where the ids lie in the samples of a shard.
 
     Raises:
@@ -150,7 +160,7 @@ def _column(shard: dict[str, Any]) -> _Column:
     """
     names, sizes = list(shard["column_names"]), list(shard["column_sizes"])
     own = next((names.index(name) for name in COLUMNS if name in names), None)
-    where = f"{shard['raw_data']['basename']} with the columns {', '.join(map(str, names))}"
+    where = f"{index}: {shard['raw_data']['basename']} with the columns {', '.join(map(str, names))}"
     if own is None:
         raise ValueError(f"{where}: none of them is {' or '.join(COLUMNS)}")
     if [name for number, name in enumerate(names) if number != own and sizes[number] is None]:

@@ -48,8 +48,9 @@ def _with_header(file: FoundFile, head: bytes) -> TokenFile:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise ValueError(f"{file.path} has a damaged header of numpy ({error}): save it again") from error
+    except Exception as error:  # numpy reads the header by Python's own parser, which raises errors of many kinds
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file.path} has a damaged header of numpy ({said}): save it again") from error
     if dtype.name not in INTEGERS or dtype.byteorder == ">" or len(shape) != 1:
         raise ValueError(f"{file.path} holds {dtype.name} of shape {shape}: one row of whole numbers is read")
     start = stream.tell()

@@ -61,13 +61,13 @@ class ByteRanges:
         try:
             store.invalidate_cache()
             listed = store.glob(pattern.partition("://")[2], detail=True)
-        except Exception as error:
+            return [
+                FoundFile(f"{protocol}://{name.lstrip('/')}", int(facts["size"]), _stamp(facts))
+                for name, facts in sorted(listed.items())
+                if facts["type"] == "file"
+            ]
+        except Exception as error:  # also a listing without sizes, which some stores give
             raise unreachable(redacted(self._path), error) from error
-        return [
-            FoundFile(f"{protocol}://{name.lstrip('/')}", int(facts["size"]), _stamp(facts))
-            for name, facts in sorted(listed.items())
-            if facts["type"] == "file"
-        ]
 
     def read(self, path: str, start: int, stop: int, stamp: str = "") -> memoryview:
         """Returns the bytes [start, stop) of a file.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,52 @@ def test_kill_9_leaves_no_process_and_the_next_start_continues(tmp_path: Path, t
     assert before and shards.meta["counts"]["documents"] == 1600
     ours = by_own(Source(str(folder)), tokenizer, tmp_path / "own")
     assert ids(shards) == ids(ours)
+
+
+def test_a_damaged_file_between_two_starts_is_named(
+    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left before the last stage: each file in turn is damaged in several ways. No other shards are made."""
+    from lightning_danube.tokens.engines.datatrove_engine import JoinShards
+
+    rows = texts(40)
+    source = Source(str(write_rows(tmp_path / "texts", rows + rows[:10])))
+    quality = Quality(deduplicate="exact")
+    expected = ids(by_own(source, tokenizer, tmp_path / "own", quality))
+    with monkeypatch.context() as patch:
+        patch.setattr(JoinShards, "_join", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            by_datatrove(source, tokenizer, tmp_path / "cache", quality)
+    (building,) = (tmp_path / "cache" / "shards").glob(".src-*.datatrove")
+    shutil.copytree(building, tmp_path / "left")
+    names = ["plan.json", "tasks/00000.json", "tasks/00003.json"]
+    names += [str(path.relative_to(building)) for path in sorted(building.rglob("kept*/**/*.json"))][:1]
+    refused = 0
+    dice = random.Random(1)
+    for name in names:
+        for kind in range(6):
+            shutil.rmtree(tmp_path / "cache")
+            shutil.copytree(tmp_path / "left", building)
+            content = bytearray((building / name).read_bytes())
+            digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
+            match kind:
+                case 0:
+                    content[dice.choice(digits)] ^= 1
+                case 1:
+                    content[dice.randrange(len(content))] ^= 4
+                case 2:
+                    del content[dice.randrange(len(content)) :]
+                case _:
+                    content = bytearray([b"{}", b"[" * 100_000, b'{"files": 5}'][kind - 3])
+            (building / name).write_bytes(content)
+            try:
+                shards = by_datatrove(source, tokenizer, tmp_path / "cache", quality)
+            except ValueError as error:
+                assert f"{name} is damaged" in str(error) and "\n" not in str(error), (name, kind, error)
+                refused += 1
+            else:
+                assert ids(shards) == expected, (name, kind)
+    assert refused == 6 * len(names)
 
 
 def test_a_damaged_row_is_one_line_and_leaves_nothing(
