@@ -22,7 +22,6 @@ IDS = list(chain.from_iterable(ids_of_documents()))
 WITHOUT_END = len(IDS) // 64 * 64  # the writer left the last, short sample out
 SOURCES = {
     "datatrove-wide/wide.ds": IDS,
-    "datatrove/*.ds": IDS,
     "megatron/narrow.bin": IDS,
     "megatron/wide.idx": IDS,
     "olmo/wide.npy": IDS,
