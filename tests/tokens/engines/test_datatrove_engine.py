@@ -240,10 +240,11 @@ def test_kill_9_leaves_no_process_and_the_next_start_continues(tmp_path: Path, t
     assert ids(shards) == ids(ours)
 
 
+@pytest.mark.medium
 def test_a_damaged_file_between_two_starts_is_named(
     tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left before the last stage: each file in turn is damaged in several ways. No other shards are made."""
+    """Each file that the last stage reads is damaged in several ways. No other shards are made."""
     from lightning_danube.tokens.engines.datatrove_engine import JoinShards
 
     rows = texts(40)
@@ -257,7 +258,6 @@ def test_a_damaged_file_between_two_starts_is_named(
     (building,) = (tmp_path / "cache" / "shards").glob(".src-*.datatrove")
     shutil.copytree(building, tmp_path / "left")
     names = ["plan.json", "tasks/00000.json", "tasks/00003.json"]
-    names += [str(path.relative_to(building)) for path in sorted(building.rglob("kept*/**/*.json"))][:1]
     refused = 0
     dice = random.Random(1)
     for name in names:
