@@ -15,13 +15,17 @@ A mutant is an entry of a table `tests/mutants/<room>.yaml`:
       survives: why no test can see it                 # only where that is so
 
 Each mutant runs in a copy of the working tree, in a process that is forked from this one, which has imported the heavy
-libraries. The tests run without a mutant first. Results are kept in results.jsonl beside the tables, a line for each
-mutant, and docs/mutants.md gets the table. The exit code is 1 if a mutant survives without a stated reason.
+libraries. New mutants run first. The test that killed a mutant last runs before the others. Mutants with the same tests
+run one after another. Then the tests that killed them run without a mutant: a test that fails there, too, kills
+nothing. Results are kept in results.jsonl beside the tables, a line for each mutant, and docs/mutants.md gets the
+table. A run that was stopped goes on when it is started again. The exit code is 1 if a mutant survives without a
+stated reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -34,10 +38,10 @@ import tempfile
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -47,8 +51,26 @@ RESULTS = HERE / "results.jsonl"
 PAGE = ROOT / "docs" / "mutants.md"
 TIME_LIMIT = 300
 """Seconds that the tests of one mutant may take. A mutant that makes them hang counts as killed."""
+TIME_IS_OVER = "time limit"
+ENDS = (0, 1, -signal.SIGKILL)
+"""Exit codes of tests that pass, that fail, and that hang."""
 
-HEAVY = ("torch", "lightning.pytorch", "transformers", "datasets", "tokenizers", "torchmetrics.text", "pyarrow.parquet")
+HEAVY = (
+    "datasets",
+    "gguf",
+    "lightning.pytorch.cli",
+    "optuna",
+    "peft",
+    "pyarrow.parquet",
+    "pytest",
+    "s3fs",
+    "statsmodels.stats.power",
+    "tokenizers",
+    "torch.utils.tensorboard",
+    "torchmetrics.text",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+)
 """What is imported before the fork. Nothing of this project may be among it: a mutant would not be seen."""
 
 
@@ -64,8 +86,9 @@ class Mutant:
     tests: tuple[str, ...]
     survives: str = ""
 
+    @cached_property
     def mutated(self) -> str:
-        """The text of the file with the bug in it."""
+        """The text of the file with the bug in it, as the file is when this is first asked for."""
         text = (ROOT / self.file).read_text(encoding="utf-8")
         if text.count(self.find) != 1:
             raise ValueError(
@@ -73,10 +96,14 @@ class Mutant:
             )
         return text.replace(self.find, self.replace)
 
+    @property
+    def files_of_tests(self) -> tuple[str, ...]:
+        return tuple(sorted({test.partition("::")[0] for test in self.tests}))
+
     @cached_property
     def key(self) -> str:
         """A hash of the mutated file and of the tests, as they are when it is first asked for."""
-        parts = [self.mutated(), *self.tests]
+        parts = [self.mutated, *self.tests]
         parts += [(ROOT / test.partition("::")[0]).read_text(encoding="utf-8") for test in self.tests]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -112,7 +139,7 @@ def results() -> dict[tuple[str, str], Result]:
 
 def is_valid(one: Mutant, result: Result | None) -> bool:
     """Whether the mutant would be the same today: neither its file nor its tests have changed."""
-    return result is not None and result.key == one.key
+    return one.key == (result.key if result else "")
 
 
 def main() -> int:
@@ -141,10 +168,10 @@ def is_meant(one: Mutant, word: str) -> bool:
 
 
 def run(todo: list[Mutant], jobs: int) -> None:
-    """Runs the tests without a mutant, then each mutant's. Every result is written when it comes.
+    """Runs the tests of each mutant. The results of mutants that share their tests are written together.
 
     Raises:
-        SystemExit: tests fail without a mutant, or do not run with one.
+        SystemExit: at the end, if tests failed without a mutant, or did not run with one. Such results are not kept.
     """
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
@@ -154,24 +181,44 @@ def run(todo: list[Mutant], jobs: int) -> None:
     }
     for name in HEAVY:
         importlib.import_module(name)
+    gc.freeze()
+    known = results()
+    groups: dict[tuple[bool, tuple[str, ...]], list[Mutant]] = {}
+    for one in sorted(todo, key=lambda one: (one.room, one.name) in known):
+        groups.setdefault(((one.room, one.name) in known, one.files_of_tests), []).append(one)
+    waiting, failures = deque(groups.values()), list[str]()
     with tempfile.TemporaryDirectory() as directory:
-        copies = [copy_of_the_tree(Path(directory) / str(number)) for number in range(jobs)]
-        sound = [(None, (tests,)) for tests in sorted({test for one in todo for test in one.tests})]
-        running: list[Trial] = []
-        free, waiting = copies, deque([*sound, *((one, one.tests) for one in todo)])
-        while waiting or running:
-            while free and waiting:
-                running.append(Trial(free.pop(), *waiting.popleft()))
+        workers = [work(copy_of_the_tree(Path(directory) / str(n)), waiting, failures) for n in range(jobs)]
+        trials = {n: next(worker) for n, worker in enumerate(workers) if waiting}
+        while trials:
             time.sleep(0.02)
-            for trial in [trial for trial in running if trial.is_over()]:
-                running.remove(trial)
-                free.append(trial.copy)
-                if trial.mutant is not None:
-                    keep(trial.mutant, trial.result())
-                elif trial.code != 0:
-                    for other in running:
-                        other.kill()
-                    raise SystemExit(f"{trial.tests[0]} fails without a mutant\n{trial.output()}")
+            for n in [n for n, trial in trials.items() if trial.is_over()]:
+                if trial := next(workers[n], None):
+                    trials[n] = trial
+                else:
+                    del trials[n]
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def work(copy: Path, waiting: deque[list[Mutant]], failures: list[str]) -> Iterator[Trial]:
+    """Begins one trial after another, each when the last is over, and keeps the results of each group of mutants."""
+    known = results()
+    while waiting:
+        found = []
+        for one in waiting.popleft():
+            last = known.get((one.room, one.name))
+            yield (trial := Trial(copy, one, one.tests, last.by if last else ""))
+            if trial.code in ENDS:
+                found.append(trial.result())
+            else:
+                failures.append(f"{one.room}: {one.name}: its tests did not run\n{trial.output()}")
+        if killers := sorted({result.by for result in found} - {"", TIME_IS_OVER}):
+            yield (trial := Trial(copy, None, tuple(killers)))
+            if trial.code != 0:
+                failures.append(f"tests fail without a mutant\n{trial.output()}")
+                found = [result for result in found if result.by not in trial.failed()] if trial.code == 1 else []
+        keep(found)
 
 
 def copy_of_the_tree(copy: Path) -> Path:
@@ -188,17 +235,21 @@ def copy_of_the_tree(copy: Path) -> Path:
 
 
 class Trial:
-    """Tests that run in a copy of the tree, in a process of their own."""
+    """Tests that run in a copy of the tree, in a process of their own.
 
-    def __init__(self, copy: Path, mutant: Mutant | None, tests: tuple[str, ...]) -> None:
-        self.copy, self.mutant, self.tests = copy, mutant, tests
+    With a mutant, they end with the first failure. `first`: the test that runs before all others.
+    """
+
+    def __init__(self, copy: Path, mutant: Mutant | None, tests: tuple[str, ...], first: str = "") -> None:
+        self.copy, self.mutant = copy, mutant
         self.code: int | None = None
         self.began = time.monotonic()
         if mutant is not None:
-            (copy / mutant.file).write_text(mutant.mutated(), encoding="utf-8")
+            self.sound = (copy / mutant.file).read_bytes()
+            (copy / mutant.file).write_text(mutant.mutated, encoding="utf-8")
         self.process = os.fork()
         if self.process == 0:
-            test_in(copy, tests)
+            test_in(copy, tests, first, ends=mutant is not None)
 
     def is_over(self) -> bool:
         """Whether the tests have ended or reached the time limit. The copy is mended then."""
@@ -212,7 +263,7 @@ class Trial:
             self.code = os.waitstatus_to_exitcode(status)
         self.seconds = time.monotonic() - self.began
         if self.mutant is not None:
-            shutil.copy2(ROOT / self.mutant.file, self.copy / self.mutant.file)
+            (self.copy / self.mutant.file).write_bytes(self.sound)
         return True
 
     def kill(self) -> None:
@@ -222,17 +273,17 @@ class Trial:
     def output(self) -> str:
         return (self.copy / "output.txt").read_text(encoding="utf-8", errors="replace")[-4000:]
 
+    def failed(self) -> list[str]:
+        return (self.copy / "failed.txt").read_text(encoding="utf-8").splitlines()
+
     def result(self) -> Result:
         assert self.mutant is not None
-        if self.code not in (0, 1, -signal.SIGKILL):
-            raise SystemExit(f"{self.mutant.room}: {self.mutant.name}: its tests did not run\n{self.output()}")
-        failed = (self.copy / "failed.txt").read_text(encoding="utf-8")
-        by = {0: "", 1: failed, -signal.SIGKILL: "time limit"}[self.code]
+        by = {0: "", 1: next(iter(self.failed()), ""), -signal.SIGKILL: TIME_IS_OVER}[self.code or 0]
         return Result(self.mutant.room, self.mutant.name, by, round(self.seconds, 1), self.mutant.key)
 
 
-def test_in(copy: Path, tests: tuple[str, ...]) -> None:
-    """Runs tests until one fails, and ends this process with the exit code of pytest."""
+def test_in(copy: Path, tests: tuple[str, ...], first: str, *, ends: bool) -> None:
+    """Runs tests, until one fails if it `ends` there, and ends this process with the exit code of pytest."""
     try:
         os.setsid()
         os.chdir(copy)
@@ -243,18 +294,23 @@ def test_in(copy: Path, tests: tuple[str, ...]) -> None:
         sys.path[0] = str(copy)
         import pytest
 
-        class FirstFailure:
-            """Writes down which test fails first. The path is absolute: a test may be in another directory."""
+        class Failures:
+            """Writes down which tests fail. The path is absolute: a test may be in another directory."""
 
             def __init__(self) -> None:
                 (copy / "failed.txt").write_text("", encoding="utf-8")
 
-            def pytest_runtest_logreport(self, report: Any) -> None:
-                if report.failed:
-                    (copy / "failed.txt").write_text(report.nodeid, encoding="utf-8")
+            def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+                items.sort(key=lambda item: item.nodeid != first)
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(copy / "tmp")]
-        code = pytest.main([*options, *tests], plugins=[FirstFailure()])
+            def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+                if report.failed:
+                    with (copy / "failed.txt").open("a", encoding="utf-8") as file:
+                        file.write(f"{report.nodeid}\n")
+
+        unused = [f"-pno:{plugin}" for plugin in ("cacheprovider", "anyio", "xdist", "xdist.looponfail")]
+        options = ["-q", *unused, "--basetemp", str(copy / "tmp"), *(["-x"] if ends else [])]
+        code = pytest.main([*options, *tests], plugins=[Failures()])
         sys.stdout.flush()
         os._exit(code)
     except BaseException:
@@ -263,9 +319,10 @@ def test_in(copy: Path, tests: tuple[str, ...]) -> None:
         os._exit(70)
 
 
-def keep(one: Mutant, result: Result) -> None:
-    print(f"{'killed' if result.by else 'SURVIVED':8} {result.seconds:5.1f} s  {one.room}: {one.name}", flush=True)
-    kept = results() | {(one.room, one.name): result}
+def keep(found: list[Result]) -> None:
+    for one in found:
+        print(f"{'killed' if one.by else 'SURVIVED':8} {one.seconds:5.1f} s  {one.room}: {one.name}", flush=True)
+    kept = results() | {(one.room, one.name): one for one in found}
     lines = sorted(json.dumps(asdict(each), ensure_ascii=False) for each in kept.values())
     RESULTS.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

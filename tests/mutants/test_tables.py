@@ -25,7 +25,7 @@ RUN = runner()
 
 @pytest.mark.parametrize("one", RUN.mutants(), ids=lambda one: f"{one.room}: {one.name}")
 def test_a_mutant_fits_the_code(one: Any) -> None:
-    mutated = one.mutated()
+    mutated = one.mutated
     if one.file.endswith(".py"):
         compile(mutated, one.file, "exec")
     assert one.find.strip() != one.replace.strip()
@@ -43,4 +43,4 @@ def test_names_of_mutants_are_unique() -> None:
 def test_a_mutant_that_stands_twice_is_refused() -> None:
     one = RUN.Mutant("room", "name", "lightning_danube/intervals.py", "return", "yield", ("tests/test_intervals.py",))
     with pytest.raises(ValueError, match=r"room: name: 'return' stands \d+ times in lightning_danube/intervals.py"):
-        one.mutated()
+        _ = one.mutated

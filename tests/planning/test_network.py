@@ -35,3 +35,13 @@ def test_short_messages_are_slow() -> None:
     group = Group(64, 8)
     rates = [size / DGX.gather(size, group) for size in (1e4, 1e6, 1e8, 1e10)]
     assert rates == sorted(rates) and rates[0] < rates[-1] / 1000
+
+
+def test_a_node_that_is_used_in_part_is_a_node() -> None:
+    assert [Group(ranks, 8).nodes for ranks in (1, 8, 9, 12, 16, 17)] == [1, 1, 2, 2, 2, 3]
+    assert DGX.latency(Group(12, 8)) == pytest.approx(55.5e-6)
+
+
+def test_nodes_send_no_faster_than_their_devices() -> None:
+    slow_links = Network(50e9, 8, 400e9)
+    assert slow_links.bandwidth(Group(16, 8)) == slow_links.bandwidth(Group(8, 8)) == pytest.approx(50e9 * 786 / 900)

@@ -18,6 +18,7 @@ from lightning_danube.planning.network import Network
 from lightning_danube.planning.step_time import (
     BANDWIDTH,
     COMMUNICATION,
+    CUDNN,
     IDLE,
     PRODUCTS,
     Kernels,
@@ -27,6 +28,7 @@ from lightning_danube.planning.step_time import (
     step_time,
     waiting,
 )
+from lightning_danube.weights.lora import Lora
 
 H100 = ACCELERATORS["h100"]
 NODE = Network(H100.link)
@@ -209,3 +211,59 @@ def test_parts_add_up() -> None:
     assert found.total == pytest.approx(sum(getattr(found, part) for part in StepTime.PARTS))
     fields = {field.name for field in dataclasses.fields(StepTime)}
     assert fields == {*StepTime.PARTS, "recomputed_flops"}
+
+
+def of(memory: TrainingMemory) -> _Step:
+    return _Step(memory, H100, 1, NODE, None, Kernels())
+
+
+def test_an_adapter_trains_no_matrix_and_not_the_head() -> None:
+    """The backward pass of frozen matrices computes the gradients of their inputs alone: four FLOPs instead of six."""
+    all_train, adapted = step(of_rows()), step(of_rows(lora=Lora()))
+    assert adapted.products == pytest.approx(all_train.products * 4 / 6)
+    with_new_tokens = step(of_rows(lora=Lora(), new_tokens=3))
+    head = 2 * SMALL.embedding_parameters * 6 * 8192 / (PRODUCTS * 989e12)
+    assert with_new_tokens.products - adapted.products == pytest.approx(head)
+
+
+@pytest.mark.parametrize(("channels", "computed"), [(96, 128), (128, 128), (160, 256), (256, 256)])
+def test_cudnn_computes_128_channels_at_once(channels: int, computed: int) -> None:
+    config = DecoderConfig(1536, 4096, 2, 8, 8, head_dim=channels)
+    memory = TrainingMemory(config, 1, 8192, "bf16-mixed", gpu=True)
+    assert of(memory).attention_rate == pytest.approx(CUDNN * 989e12 * channels / computed)
+
+
+def test_flash_attention_is_planned_for_a_length_that_cudnn_does_not_take() -> None:
+    """Flash attention has less than half of cuDNN's rate."""
+    rates = [of(dataclasses.replace(of_rows(), context=context)).attention_rate for context in (8192, 8193)]
+    assert rates[1] < 0.7 * rates[0]
+
+
+def test_a_wide_window_does_not_lengthen_documents() -> None:
+    assert seen_tokens(8192, window=4096, document=100) == seen_tokens(8192, document=100)
+    assert seen_tokens(8192, window=64, document=4000) == seen_tokens(8192, window=64)
+
+
+def test_recomputed_blocks_sum_over_tensor_parallel_devices_again() -> None:
+    """Two sums for each of 16 blocks in each pass, and two for the ends of the decoder."""
+    layout = Layout(1, 8)
+    plain, again = step(of_rows(layout=layout)), step(of_rows(layout=layout, recompute=True))
+    assert again.network / plain.network == pytest.approx((2 * 3 * 16 + 2) / (2 * 2 * 16 + 2))
+
+
+def test_an_untied_head_is_gathered_and_summed_beside_the_embedding() -> None:
+    """One more matrix at each end of the network: gathered in 16 bits, its gradient summed in 32."""
+    layout = Layout(8, sharded=True)
+    tied, untied = (
+        of(dataclasses.replace(of_rows(layout=layout), config=dataclasses.replace(SMALL, tie_word_embeddings=tie)))
+        for tie in (True, False)
+    )
+    more = (2 + 4) * SMALL.embedding_parameters * 7 / 8 / (450e9 * 786 / 900)
+    assert untied.of_fsdp(0.1, 0.2) - tied.of_fsdp(0.1, 0.2) == pytest.approx(more)
+
+
+def test_copies_of_a_hybrid_layout_have_one_device_of_a_node_each() -> None:
+    copies = of(of_rows(layout=Layout(64, sharded=True, shard_size=8))).copies
+    assert (copies.ranks, copies.of_a_node) == (8, 1)
+    halves = of(of_rows(layout=Layout(64, sharded=True, shard_size=4))).copies
+    assert (halves.ranks, halves.of_a_node) == (16, 2)

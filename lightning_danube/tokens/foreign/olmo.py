@@ -52,7 +52,9 @@ def _with_header(file: FoundFile, head: bytes) -> TokenFile:
         said = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file.path} has a damaged header of numpy ({said}): save it again") from error
     if dtype.name not in INTEGERS or dtype.byteorder == ">" or len(shape) != 1:
-        raise ValueError(f"{file.path} holds {dtype.name} of shape {shape}: one row of whole numbers is read")
+        raise ValueError(
+            f"{file.path} holds {dtype} of shape {shape}: one row of whole numbers, low byte first, is read"
+        )
     start = stream.tell()
     if file.bytes != start + shape[0] * dtype.itemsize:
         raise ValueError(

@@ -255,7 +255,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "OLMo, bytes": (
         "olmo/narrow.npy",
         lambda f: np.save(f / "olmo/narrow.npy", np.array(IDS, dtype=np.float32)),
-        r"holds float32 of shape \(5181,\): one row of whole numbers is read",
+        r"holds float32 of shape \(5181,\): one row of whole numbers, low byte first, is read",
     ),
     "OLMo, header": (
         "olmo/narrow.npy",
