@@ -286,3 +286,27 @@ def test_limits_of_control_groups_and_of_those_above_them(tmp_path: Path) -> Non
     groups.write_text("damaged\n")
     assert device._limits_of_groups(groups, mounted) == []
     assert device._limits_of_groups(tmp_path / "nothing", mounted) == []
+
+
+def test_threads_and_types_of_the_program_stay_its_own() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with device._undisturbed("cpu"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    with torch.autocast("cpu", BF16):
+        types = [device.type_under_autocast(one, "cpu") for one in (torch.float64, F32)]
+    assert types == [torch.float64, BF16] and device.type_under_autocast(F32, "cpu") == F32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_swap_is_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 30 kB\nMemFree: 1 kB\nSwapTotal: 12 kB\n")
+    monkeypatch.setattr(device, "_limits_of_groups", lambda *_: [])
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert usable_memory() == 42 * 1024

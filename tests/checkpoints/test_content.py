@@ -38,6 +38,14 @@ def test_a_weight_that_no_run_can_use_is_named(weight: Any, wrong: str) -> None:
         check_content(holding(optimizer_states=[state]), FILE)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantized_values_are_refused_also_where_whole_numbers_may_stand() -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    state = {"state": {0: {"step": torch.ones((), dtype=torch.int64), "exp_avg": quantized}}}
+    with pytest.raises(ValueError, match="its optimizer's value of parameter 0, exp_avg is quantized"):
+        check_content(holding(optimizer_states=[state]), FILE)
+
+
 @pytest.mark.parametrize(
     "content",
     [

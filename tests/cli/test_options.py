@@ -184,3 +184,13 @@ def test_options_of_a_base_class_count_but_those_that_the_class_gives_itself() -
         read(Base, {"class_path": f"{HERE}.Derived", "part": {"size": 3}, "names": ["mine"]})
     with pytest.raises(Refusal, match="'part' is missing from Derived"):
         read(Base, {"class_path": f"{HERE}.Derived", "extra": 1})
+
+
+def test_large_whole_numbers_keep_their_last_digit() -> None:
+    largest = 2**63 - 1  # as a float, this is one more
+    assert read(int, largest) == read(int, Typed(str(largest))) == largest
+
+
+def test_a_subclass_of_a_subclass_is_named_without_its_module() -> None:
+    found = read(Base, {"class_path": "Derived", "part": {"size": 3}, "on": True}, make=True)
+    assert isinstance(found, Derived)

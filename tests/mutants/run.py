@@ -15,11 +15,11 @@ A mutant is an entry of a table `tests/mutants/<room>.yaml`:
       survives: why no test can see it                 # only where that is so
 
 Each mutant runs in a copy of the working tree, in a process that is forked from this one, which has imported the heavy
-libraries. New mutants run first. The test that killed a mutant last runs before the others. Mutants with the same tests
-run one after another. Then the tests that killed them run without a mutant: a test that fails there, too, kills
-nothing. Results are kept in results.jsonl beside the tables, a line for each mutant, and docs/mutants.md gets the
-table. A run that was stopped goes on when it is started again. The exit code is 1 if a mutant survives without a
-stated reason.
+libraries. New mutants run first, then those with fast tests. Mutants with the same tests run one after another, and the
+test that killed a mutant last runs before the others. Then the tests that killed them run without a mutant: a test that
+fails there, too, kills nothing. Results are kept in results.jsonl beside the tables, a line for each mutant, and
+docs/mutants.md gets the table. A run that was stopped goes on when it is started again. The exit code is 1 if a mutant
+survives without a stated reason.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def run(todo: list[Mutant], jobs: int) -> None:
     Raises:
         SystemExit: at the end, if tests failed without a mutant, or did not run with one. Such results are not kept.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -184,19 +185,29 @@ def run(todo: list[Mutant], jobs: int) -> None:
     gc.freeze()
     known = results()
     groups: dict[tuple[bool, tuple[str, ...]], list[Mutant]] = {}
-    for one in sorted(todo, key=lambda one: (one.room, one.name) in known):
+    for one in todo:
         groups.setdefault(((one.room, one.name) in known, one.files_of_tests), []).append(one)
-    waiting, failures = deque(groups.values()), list[str]()
+
+    def seconds(group: list[Mutant]) -> float:
+        """Returns the seconds of a mutant of this group when it ran last, so new mutants and fast tests come first."""
+        found = [known[one.room, one.name].seconds for one in group if (one.room, one.name) in known]
+        return sum(found) / len(group)
+
+    waiting, failures = deque(sorted(groups.values(), key=seconds)), list[str]()
     with tempfile.TemporaryDirectory() as directory:
         workers = [work(copy_of_the_tree(Path(directory) / str(n)), waiting, failures) for n in range(jobs)]
         trials = {n: next(worker) for n, worker in enumerate(workers) if waiting}
-        while trials:
-            time.sleep(0.02)
-            for n in [n for n, trial in trials.items() if trial.is_over()]:
-                if trial := next(workers[n], None):
-                    trials[n] = trial
-                else:
-                    del trials[n]
+        try:
+            while trials:
+                time.sleep(0.02)
+                for n in [n for n, trial in trials.items() if trial.is_over()]:
+                    if trial := next(workers[n], None):
+                        trials[n] = trial
+                    else:
+                        del trials[n]
+        finally:
+            for trial in trials.values():
+                trial.kill()
     if failures:
         raise SystemExit("\n".join(failures))
 
@@ -285,6 +296,7 @@ class Trial:
 def test_in(copy: Path, tests: tuple[str, ...], first: str, *, ends: bool) -> None:
     """Runs tests, until one fails if it `ends` there, and ends this process with the exit code of pytest."""
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         os.chdir(copy)
         with open("output.txt", "w") as output:
