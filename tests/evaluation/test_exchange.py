@@ -158,6 +158,33 @@ def test_a_body_has_a_limit_and_is_otherwise_whole(serve: Any, monkeypatch: pyte
                 exchange(request, 10)
 
 
+class Counted(list[bytes]):
+    """Pieces of an answer, and how many of them were sent."""
+
+    sent = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in super().__iter__():
+            self.sent += 1
+            yield piece
+
+
+def test_a_slow_server_cannot_send_to_its_end(serve: Any) -> None:
+    """Its 500 pieces would take 10 s, and none of them is too late for a single read."""
+    pieces = Counted([b"HTTP/1.1 200 OK\r\n\r\n", *([b" "] * 500)])
+    with pytest.raises(OSError, match=r"no whole answer within 0\.2 s"):
+        exchange(urllib.request.Request(serve(lambda _: pieces).url, b"{}"), 0.2)
+    assert 0 < pieces.sent < 500
+
+
+def test_no_more_than_the_limit_is_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server keeps the connection open, and does not send the rest."""
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    begun = [b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 5000]
+    with pytest.raises(OSError, match="it sends more than 1,000 bytes"):
+        exchange(urllib.request.Request(serve(lambda _: begun).url, b"{}"), 10)
+
+
 def test_an_error_has_a_body_that_is_cut_to_a_limit(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES_OF_AN_ERROR", 10)
     server = serve(lambda _: http(b"x" * 50, "Retry-After: 7", status="429 Slow"))

@@ -207,7 +207,8 @@ def run(todo: list[Mutant], jobs: int) -> None:
                         del trials[n]
         finally:
             for trial in trials.values():
-                trial.kill()
+                if trial.code is None:
+                    trial.kill()
     if failures:
         raise SystemExit("\n".join(failures))
 
