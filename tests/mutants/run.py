@@ -52,6 +52,8 @@ PAGE = ROOT / "docs" / "mutants.md"
 TIME_LIMIT = 300
 """Seconds that the tests of one mutant may take. A mutant that makes them hang counts as killed."""
 TIME_IS_OVER = "time limit"
+AT_ONCE = 8
+"""Most mutants whose results are written together. A run that is stopped loses at most so many."""
 ENDS = (0, 1, -signal.SIGKILL)
 """Exit codes of tests that pass, that fail, and that hang."""
 
@@ -193,7 +195,8 @@ def run(todo: list[Mutant], jobs: int) -> None:
         found = [known[one.room, one.name].seconds for one in group if (one.room, one.name) in known]
         return sum(found) / len(group)
 
-    waiting, failures = deque(sorted(groups.values(), key=seconds)), list[str]()
+    parts = [group[n : n + AT_ONCE] for group in groups.values() for n in range(0, len(group), AT_ONCE)]
+    waiting, failures = deque(sorted(parts, key=seconds)), list[str]()
     with tempfile.TemporaryDirectory() as directory:
         workers = [work(copy_of_the_tree(Path(directory) / str(n)), waiting, failures) for n in range(jobs)]
         trials = {n: next(worker) for n, worker in enumerate(workers) if waiting}
@@ -255,7 +258,7 @@ class Trial:
     def __init__(self, copy: Path, mutant: Mutant | None, tests: tuple[str, ...], first: str = "") -> None:
         self.copy, self.mutant = copy, mutant
         self.code: int | None = None
-        self.began = time.monotonic()
+        self.seconds, self.last = 0.0, time.monotonic()
         if mutant is not None:
             self.sound = (copy / mutant.file).read_bytes()
             (copy / mutant.file).write_text(mutant.mutated, encoding="utf-8")
@@ -265,7 +268,10 @@ class Trial:
 
     def is_over(self) -> bool:
         """Whether the tests have ended or reached the time limit. The copy is mended then."""
-        if time.monotonic() - self.began > TIME_LIMIT:
+        now = time.monotonic()
+        self.seconds += min(1.0, now - self.last)  # without the time in which this machine was asleep
+        self.last = now
+        if self.seconds > TIME_LIMIT:
             self.kill()
             self.code = -signal.SIGKILL
         else:
@@ -273,7 +279,6 @@ class Trial:
             if process == 0:
                 return False
             self.code = os.waitstatus_to_exitcode(status)
-        self.seconds = time.monotonic() - self.began
         if self.mutant is not None:
             (self.copy / self.mutant.file).write_bytes(self.sound)
         return True
