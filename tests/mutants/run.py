@@ -15,11 +15,11 @@ A mutant is an entry of a table `tests/mutants/<room>.yaml`:
       survives: why no test can see it                 # only where that is so
 
 Each mutant runs in a copy of the working tree, in a process that is forked from this one, which has imported the heavy
-libraries. New mutants run first, then those with fast tests. Mutants with the same tests run one after another, and the
-test that killed a mutant last runs before the others. Then the tests that killed them run without a mutant: a test that
-fails there, too, kills nothing. Results are kept in results.jsonl beside the tables, a line for each mutant, and
-docs/mutants.md gets the table. A run that was stopped goes on when it is started again. The exit code is 1 if a mutant
-survives without a stated reason.
+libraries. New mutants and survivors run first, then those with fast tests. Mutants with the same tests run one after
+another, and the test that killed a mutant last runs before the others. Then the tests that killed them run without a
+mutant: a test that fails there, too, kills nothing. Results are kept in results.jsonl beside the tables, a line for
+each mutant, and docs/mutants.md gets the table. A run that was stopped goes on when it is started again. The exit code
+is 1 if a mutant survives without a stated reason.
 """
 
 from __future__ import annotations
@@ -185,15 +185,14 @@ def run(todo: list[Mutant], jobs: int) -> None:
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()
-    known = results()
+    killed = {place: one.seconds for place, one in results().items() if one.by}
     groups: dict[tuple[bool, tuple[str, ...]], list[Mutant]] = {}
     for one in todo:
-        groups.setdefault(((one.room, one.name) in known, one.files_of_tests), []).append(one)
+        groups.setdefault(((one.room, one.name) in killed, one.files_of_tests), []).append(one)
 
     def seconds(group: list[Mutant]) -> float:
-        """Returns the seconds of a mutant of this group when it ran last, so new mutants and fast tests come first."""
-        found = [known[one.room, one.name].seconds for one in group if (one.room, one.name) in known]
-        return sum(found) / len(group)
+        """Returns the mean seconds of mutants when they were killed last, so new ones and survivors come first."""
+        return sum(killed.get((one.room, one.name), 0.0) for one in group) / len(group)
 
     parts = [group[n : n + AT_ONCE] for group in groups.values() for n in range(0, len(group), AT_ONCE)]
     waiting, failures = deque(sorted(parts, key=seconds)), list[str]()
