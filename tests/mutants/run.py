@@ -348,8 +348,9 @@ def page() -> str:
     """The text of docs/mutants.md."""
     known, every = results(), mutants()
     found = [(one, known.get((one.room, one.name))) for one in every]
+    ran = sum(result is not None for _, result in found)
     killed = sum(bool(result and result.by) for _, result in found)
-    changed = sum(not is_valid(one, result) for one, result in found)
+    changed = sum(result is not None and not is_valid(one, result) for one, result in found)
     lines = [
         "# Mutants",
         "",
@@ -358,7 +359,8 @@ def page() -> str:
         "says how. The bugs are chosen by hand: tools that change operators at random do not exchange the arguments",
         "of a divergence, or call Bonferroni's correction Holm's.",
         "",
-        f"**{killed} of {len(every)} mutants were killed when they ran last ({killed / len(every):.1%}).**",
+        f"**{killed} of {ran} mutants were killed when they ran last ({killed / max(1, ran):.1%}).**",
+        f"{len(every) - ran} of {len(every)} have not run yet.",
         f"Since then the file or a test of {changed} has changed; they run again with `make mutants`.",
     ]
     for room in sorted({one.room for one in every}):
