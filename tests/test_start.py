@@ -57,6 +57,11 @@ def test_a_typing_error_is_found_before_anything_heavy_is_imported(verb: str, mi
     assert imported_by(verb, *mistake) <= {"yaml", "omegaconf", "numpy"}
 
 
+def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
+    missing = ["--data.init_args.sources.web.path", "nowhere.jsonl"]
+    assert imported_by("fit", "--config", "quickstart", *missing) <= {"yaml", "omegaconf", "numpy"}
+
+
 def test_generate_reads_its_options_before_it_loads_torch() -> None:
     assert imported_by("generate", "--weights", "there", "--promt", "x") == set()
     assert imported_by("generate", "--weights", "there") == set()  # nothing to continue

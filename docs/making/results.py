@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow.parquet
 
+from docs.making.typed import records
+
 ROOT = Path(__file__).resolve().parents[2]
 MAKERS = (
     "table",
@@ -20,6 +22,8 @@ MAKERS = (
     "stage_losses",
     "run_facts",
     "machine",
+    "typed",
+    "typed_on",
     "training",
     "generation",
     "compiled_generation",
@@ -143,6 +147,42 @@ def run_facts(summary: str) -> str:
 def machine(file: str) -> str:
     """Returns where a result was measured, as a sentence."""
     return f"(Recorded: {text_of(file).strip()}.)"
+
+
+# --- what the commands of a page printed ------------------------------------------------------------------------------
+
+LONGEST_LINE = 150
+
+
+def typed(block: str, begin: str = "", end: str = "") -> str:
+    """Returns what a block of commands printed. docs/making/typed.py keeps it.
+
+    Args:
+        block: file and number, such as "benchmarks/results/typed/sft.txt#2".
+        begin: what the first line that is shown begins with; `_` stands for a space. Default: the first line.
+        end: what the last line that is shown begins with. Default: the last line.
+    """
+    name, _, number = block.partition("#")
+    lines = records(ROOT / name)[int(number)].printed.splitlines()
+
+    def place(beginning: str, after: int) -> int:
+        wanted = beginning.replace("_", " ")
+        found = [at for at, line in enumerate(lines) if at >= after and line.strip().startswith(wanted)]
+        if not found:
+            raise ValueError(f"{block}: no line begins with {wanted!r}")
+        return found[0]
+
+    first = place(begin, 0) if begin else 0
+    last = place(end, first) if end else len(lines) - 1
+    shown = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE].rstrip()} …" for line in lines]
+    shown = [*["…"] * (first > 0), *shown[first : last + 1], *["…"] * (last < len(lines) - 1)]
+    return "```text\n" + "\n".join(shown) + "\n```"
+
+
+def typed_on(file: str) -> str:
+    """Returns on which day, commit and machine the commands of a page were typed, as a sentence."""
+    where = sorted({record.where for record in records(ROOT / file).values()})
+    return f"(Recorded: {'; '.join(where)}.)"
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

@@ -6,22 +6,26 @@ found without them: `check_command_line` reports such errors at once.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os.path import exists, expanduser
 from typing import Any
 
 import yaml
 
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
+from lightning_danube.files import looks_like_path
 from lightning_danube.options import PRECISIONS
 from lightning_danube.outside.modules import let_in
 from lightning_danube.outside.names import plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
+from lightning_danube.text.reading import format_of
 from lightning_danube.yaml_files import RefusedYaml, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
@@ -309,6 +313,32 @@ def check_command_line(args: Sequence[str]) -> None:
     _check_classes(stated)
 
 
+def check_files(args: Sequence[str]) -> None:
+    """Looks for the local files that the data of a training run name, without importing PyTorch or Lightning.
+
+    Sources are looked for, and the training texts of a classifier. Directories of token files, addresses, patterns and
+    what may be a hub id are left to the data.
+
+    Args:
+        args: arguments of `fit`, without the verb.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    stated = read_command_line(with_config_paths(args))
+    for path, text in texts_of(stated.tree):
+        match path:
+            case ("data", "sources", _, "path") | ("data", "train"):
+                is_file = (looks_like_path(text) or format_of(text)) and not glob.has_magic(text)
+                if is_file and "://" not in text and "${" not in text and not exists(expanduser(text)):
+                    raise ValueError(f"{_place_and_key(stated, path)}: there is no file {text}")
+
+
+def _place_and_key(stated: Stated, path: Path) -> str:
+    place, key = stated.place_of(path), ".".join(path)
+    return place if place.startswith("--") else f"{place}: {key}" if place else key
+
+
 def _place(stated: Stated, *path: str) -> str:
     place = stated.place_of(path)
     return f"{place}: " if place else ""
@@ -331,8 +361,7 @@ def _check_texts(stated: Stated) -> None:
     """
     for path, text in texts_of(stated.tree):
         let_in(text)
-        place, key = stated.place_of(path), ".".join(path)
-        where = place if place.startswith("--") else f"{place}: {key}" if place else key
+        where, key = _place_and_key(stated, path), ".".join(path)
         if secret_in(text):
             raise ValueError(
                 f"{where} holds a key or a password ({redacted(text)[:200]}), and a run keeps and shows its "
@@ -387,13 +416,16 @@ def _check_classes(stated: Stated) -> None:
 
     reader = SourceReader(taken=FACTS_OF_DATA)
     trainer = stated.tree.get("trainer")
-    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    callbacks, loggers = (
+        (trainer.get("callbacks"), trainer.get("logger")) if isinstance(trainer, Mapping) else (None, None)
+    )
     sections: list[tuple[Path, Any]] = [((name,), stated.tree.get(name)) for name in ("data", "model")]
     if continued_weights(stated) is not None and isinstance(data := stated.tree.get("data"), Mapping):
         # The weights say what the data leave open; they are read later.
         sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
-    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    sections += [(("trainer", "callbacks", str(n)), one) for n, one in enumerate(listed)]
+    for key, stated_ones in (("callbacks", callbacks), ("logger", loggers)):
+        listed = stated_ones if isinstance(stated_ones, list) else [stated_ones] if stated_ones else []
+        sections += [(("trainer", key, str(n)), one) for n, one in enumerate(listed)]
     for path, section in sections:
         named = section.get("class_path") if isinstance(section, Mapping) else section
         if not isinstance(named, str) or named[:1] in ("", "[", "{") or "${" in named:

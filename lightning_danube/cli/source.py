@@ -36,7 +36,7 @@ CHECKED = {
 OPEN = ("AdamW",)
 """Names of the dataclasses of which a configuration may name a subclass, as `cli.configs.open_classes` has them."""
 
-BASES = {"data": "LightningDataModule", "model": "LightningModule", "callbacks": "Callback"}
+BASES = {"data": "LightningDataModule", "model": "LightningModule", "callbacks": "Callback", "logger": "Logger"}
 """Section → Lightning's class of which the section names a subclass."""
 
 _BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
@@ -109,7 +109,8 @@ class SourceReader(Reader):
         known = _classes_of(BASES[section])
         lightning: Any = sys.modules.get("lightning.pytorch")
         if lightning is not None:  # a program that has imported it may have classes of its own
-            known = {one.__name__: one.__name__ for one in descendants(getattr(lightning, BASES[section]))} | known
+            base = getattr(lightning if section != "logger" else lightning.loggers, BASES[section])
+            known = {one.__name__: one.__name__ for one in descendants(base)} | known
         near = nearest_name(named, known)
         if near is not None and near != named:
             reason = f"there is no {BASES[section]} called {named!r}: did you mean {known[near]}?"
@@ -239,11 +240,11 @@ def _ancestors(found: Any) -> list[Any]:
 
 def _classes_of(base: str) -> dict[str, str]:
     """Returns the subclasses of a class of Lightning, in this package and in Lightning: name → how to name it."""
-    if base == "Callback":
-        known = list(_public(ROOT / "callbacks" / "__init__.py"))
+    if base in ("Callback", "Logger"):
+        known = list(_public(ROOT / "callbacks" / "__init__.py")) if base == "Callback" else []
         spec = importlib.util.find_spec("lightning")
         for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-            known += _public(FilePath(folder, "pytorch", "callbacks", "__init__.py"))
+            known += _public(FilePath(folder, "pytorch", f"{base.lower()}s", "__init__.py"))
         return {name: name for name in known}
     return {
         name: f"{ROOT.name}.{package.parent.name}.{name}"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line
+from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line, check_files
 from lightning_danube.cli.configs import open_classes
 from lightning_danube.cli.options import Reader, Refusal, options_of
 from lightning_danube.cli.source import OPEN, SourceReader, class_as_written
@@ -97,6 +97,40 @@ def test_a_command_line_is_checked(flags: str, message: str) -> None:
         check_command_line(["--config", "quickstart", *flags.split()])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.init_args.sources.web.path", "nowhere.jsonl"], "--data.init_args.sources.web.path: there is no file"),
+        (["--data.init_args.sources", "{mine: {path: ./nowhere}}"], "--data.init_args.sources: there is no file ./now"),
+        (["--data.init_args.train", "nowhere.csv.gz"], "--data.init_args.train: there is no file nowhere.csv.gz"),
+    ],
+)
+def test_a_missing_file_is_found_early(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check_files(["--config", "quickstart", *flags])
+
+
+def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
+    with pytest.raises(ValueError, match=r"smollm2-lora\.yaml, line \d+: data\.sources\.conversations\.path: there is"):
+        check_files(["--config", "sft/smollm2-lora"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "documentation:web",
+        "owner/name",
+        "s3://bucket/texts.jsonl",
+        "nowhere/*.jsonl",
+        "tokens.ds",
+        "${name}.jsonl",
+        ".",
+    ],
+)
+def test_what_may_be_no_file_is_left_to_the_data(path: str) -> None:
+    check_files(["--config", "quickstart", "--data.init_args.sources.web.path", path])
+
+
 def test_a_verb_that_reads_the_data_needs_no_options_of_the_model(tmp_path: Path) -> None:
     config = tmp_path / "data.yaml"
     config.write_text("model: {class_path: lightning_danube.pretraining.Pretraining}")
@@ -157,6 +191,10 @@ OWN = "a subclass of AdamW of your own by its class path (docs/pretraining.md, A
             "--trainer.callbacks+: trainer.callbacks.7: there is no Callback called 'Progres': did you mean Progress?",
         ),
         (
+            "--trainer.logger=WandbLoggr",
+            "--trainer.logger: trainer.logger.0: there is no Logger called 'WandbLoggr': did you mean WandbLogger?",
+        ),
+        (
             "--trainer.callbacks=lightning_danube.callbacks.Progres",
             "--trainer.callbacks: trainer.callbacks.0: there is no class 'Progres' in lightning_danube.callbacks: did "
             "you mean lightning_danube.callbacks.Progress?",
@@ -185,6 +223,9 @@ class UsersDataModules(LightningDataModule):
         "--data=lightning_danube.pretraining.data.CurriculumData",
         "--trainer.callbacks+=Progress",
         "--trainer.callbacks+=ModelCheckpoint",  # nearly `Checkpoints`, but Lightning's
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger=false",
+        "--trainer.logger=[TensorBoardLogger, MLFlowLogger]",
         "--trainer.callbacks=null",
         "--trainer.callbacks=[]",
     ],

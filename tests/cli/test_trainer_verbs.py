@@ -198,7 +198,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ('data: {init_args: {seed: "${nothing}"}}', "${nothing} refers to a key that no config states"),
         (
             "data: {init_args: {sources: {web: {path: missing.jsonl}, wiki: {path: missing.jsonl}}}}",
-            "source 'web': there is no file missing.jsonl",
+            "bad.yaml, line 1: data.sources.web.path: there is no file missing.jsonl",
         ),
         ("seed_everything: abc", "seed_everything: expected true or false or a whole number, not abc"),
         ("trainer: {precision: half}", "bad.yaml, line 1: trainer.precision is half: choose one of 32-true,"),
