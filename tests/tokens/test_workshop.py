@@ -177,8 +177,8 @@ def test_the_time_left_follows_from_the_bytes_that_are_left(
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(preparation.time, "monotonic", lambda: clock.now)
-    source: Any = SimpleNamespace(name="web", weight=900)
-    other: Any = SimpleNamespace(name="wiki", weight=100)
+    source: Any = SimpleNamespace(facts=SimpleNamespace(name="web"), weight=900)
+    other: Any = SimpleNamespace(facts=SimpleNamespace(name="wiki"), weight=100)
     progress = _Progress([source, other])
     clock.now += 29
     progress.add(source, 1, 10, 50)
