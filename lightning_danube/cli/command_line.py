@@ -328,6 +328,8 @@ def check_files(args: Sequence[str]) -> None:
     stated = read_command_line(with_config_paths(args))
     for path, text in texts_of(stated.tree):
         match path:
+            case ("data", "sources", name, "path") if not re.fullmatch(r"[\w-]{1,100}", name):
+                continue  # the data refuse the name
             case ("data", "sources", _, "path") | ("data", "train"):
                 is_file = (looks_like_path(text) or format_of(text)) and not glob.has_magic(text)
                 if is_file and "://" not in text and "${" not in text and not exists(expanduser(text)):

@@ -1,5 +1,6 @@
 """The texts of the summaries of fine-tuning and preference tuning. Whole runs: test_fine_tuning.py and others."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ def test_a_source_that_was_not_measured_has_no_loss(tmp_path: Path) -> None:
         "answers": [{"question": "why?", "before": "no  idea", "after": "so"}],
     }  # fmt: skip
     text = chat_result_text(summary, ["a"], tmp_path)
-    assert "before                              –\nafter step 1,200                1.500\n" in text
+    assert re.search(r"^before +–\nafter step 1,200 +1\.500$", text, re.MULTILINE)
     assert "question: why?\n  before: no idea\n  after: so\n1,300 steps in 1 min 01 s\n" in text
 
 
