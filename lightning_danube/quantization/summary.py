@@ -13,6 +13,7 @@ from lightning_danube.quantization.report import MIB, Row, percent, recommendati
 from lightning_danube.terminal import markdown_table, text_table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
@@ -278,7 +279,8 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("size of all tensors, MiB")
     axes.set_ylabel("perplexity above the full model's, %; linear up to 1, logarithmic above")
     axes.legend(frameon=False)
-    place_names(figure, names)
+    figure.draw_without_rendering()  # the layout and the scales are settled
+    place_names(axes, names, radius=4 * figure.dpi / 72)
     return figure
 
 
@@ -291,22 +293,24 @@ NAME_PLACES = tuple(
 """Offsets of a name from its point in points of 1/72 inch, and its alignment; the first free place is taken."""
 
 
-def place_names(figure: Figure, names: Sequence[Annotation]) -> None:
-    """Moves the names of points to places where they cover neither each other nor another point."""
+def place_names(axes: Axes, names: Sequence[Annotation], radius: float) -> None:
+    """Moves the names of points to places where they cover neither each other nor another point.
+
+    Args:
+        radius: half the width of a point in pixels.
+    """
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # the layout and the scales are settled
-    radius = 4 * figure.dpi / 72
     taken = []
     for name in names:
-        x, y = name.axes.transData.transform(name.xy)
+        x, y = axes.transData.transform(name.xy)
         taken.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
     for name in sorted(names, key=lambda one: one.xy):
         covered = []
         for x, y, alignment in NAME_PLACES:
             name.set(position=(x, y), horizontalalignment=alignment)
             box = name.get_window_extent()
-            outside = not (name.axes.bbox.x0 <= box.x0 and box.x1 <= name.axes.bbox.x1)
+            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
             covered.append(sum(box.overlaps(other) for other in taken) + outside)
             if not covered[-1]:
                 break

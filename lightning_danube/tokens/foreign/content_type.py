@@ -62,4 +62,4 @@ def _are_halves(windows: list[NDArray[Any]]) -> bool:
     """
     pairs = np.concatenate([window[: len(window) // 2 * 2].reshape(-1, 2) for window in windows])
     telling = pairs[pairs.any(axis=1)]
-    return 2 * np.count_nonzero(telling[:, 1]) <= len(telling)
+    return bool(2 * np.count_nonzero(telling[:, 1]) <= len(telling))
