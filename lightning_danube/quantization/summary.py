@@ -277,7 +277,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes.axhline(0.0, color="#222222", linewidth=0.8)
     axes.set_xlabel("size of all tensors, MiB")
-    axes.set_ylabel("perplexity above the full model's, %; linear up to 1, logarithmic above")
+    axes.set_ylabel("perplexity above the full model's, %\n(linear up to 1, logarithmic above)")
     axes.legend(frameon=False)
     figure.draw_without_rendering()  # the layout and the scales are settled
     place_names(axes, names, radius=4 * figure.dpi / 72)
@@ -310,7 +310,7 @@ def place_names(axes: Axes, names: Sequence[Annotation], radius: float) -> None:
         for x, y, alignment in NAME_PLACES:
             name.set(position=(x, y), horizontalalignment=alignment)
             box = name.get_window_extent()
-            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
+            outside = not (axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1))
             covered.append(sum(box.overlaps(other) for other in taken) + outside)
             if not covered[-1]:
                 break

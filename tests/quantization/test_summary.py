@@ -98,7 +98,7 @@ def test_names_in_the_figure_cover_neither_each_other_nor_a_point() -> None:
         assert not any(box.overlaps(other) for other in boxes[:place])
         assert not any(box.contains(*point) for point in points)
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
-    assert axes.get_ylabel() == "perplexity above the full model's, %; linear up to 1, logarithmic above"
+    assert axes.get_ylabel() == "perplexity above the full model's, %\n(linear up to 1, logarithmic above)"
 
 
 def test_points_of_the_figure_are_sizes_and_changes_with_their_intervals() -> None:
