@@ -422,8 +422,8 @@ def _local_rank() -> str:
 
 def _say(number: int, phase: Phase) -> None:
     rank = _local_rank()
-    if rank != "0" and number == signal.SIGINT:
-        return  # a terminal sends SIGINT to all ranks, and rank zero answers
+    if (rank != "0" and number == signal.SIGINT) or os.environ.get("SLURM_PROCID", "0") != "0":
+        return  # a terminal sends SIGINT to all ranks, SLURM sends every signal to all tasks, and the first one answers
     who = f"{signal.Signals(number).name}{'' if rank == '0' else f' on local rank {rank}'}"
     again = f"; {phase.again}" if number == signal.SIGINT else ""
     # The terminal has written ^C at the cursor.

@@ -576,12 +576,23 @@ def test_an_interrupt_waits_until_processes_are_started(capfd: pytest.CaptureFix
 def test_one_rank_answers_a_terminal_and_each_its_own_signal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for rank, number, said in (
-        ("0", signal.SIGINT, "SIGINT: saving after this optimizer step, then stopping; once more stops at once"),
-        ("1", signal.SIGINT, ""),
-        ("1", signal.SIGTERM, "SIGTERM on local rank 1: saving after this optimizer step, then stopping\n"),
+    for variable, rank, number, said in (
+        ("LOCAL_RANK", "0", signal.SIGINT, "SIGINT: saving after this optimizer step, then stopping; once more stops"),
+        ("LOCAL_RANK", "1", signal.SIGINT, ""),
+        (
+            "LOCAL_RANK",
+            "1",
+            signal.SIGTERM,
+            "SIGTERM on local rank 1: saving after this optimizer step, then stopping\n",
+        ),
+        # SLURM tells every task, and sets no LOCAL_RANK.
+        ("SLURM_PROCID", "0", signal.SIGUSR1, "SIGUSR1: saving after this optimizer step, then stopping\n"),
+        ("SLURM_PROCID", "1", signal.SIGUSR1, ""),
+        ("SLURM_PROCID", "1", signal.SIGTERM, ""),
     ):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        for name in ("LOCAL_RANK", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(variable, rank)
         SIGNALS.hold([number])
         try:
             os.kill(os.getpid(), number)

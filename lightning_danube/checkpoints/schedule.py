@@ -297,9 +297,11 @@ class RunSignals:
 
     def _stopped(self, trainer: Trainer) -> Stopped:
         """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""
-        lines = [f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last"]
-        if SIGNALS.received == self._requeue and trainer.is_global_zero:
-            lines.append(requeue_slurm_job())
+        lines = []
+        if trainer.is_global_zero:  # which speaks for the other nodes
+            lines.append(f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last")
+            if SIGNALS.received == self._requeue:
+                lines.append(requeue_slurm_job())
         # A rank that rank zero started counts as failed if its exit code is not 0.
         return Stopped("\n".join(lines), EXIT_STOPPED) if trainer.local_rank == 0 else Stopped("", 0)
 

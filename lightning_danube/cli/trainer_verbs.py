@@ -499,7 +499,7 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # A user who sets a profiler wants to read its report.
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    # Rows are read from memory-mapped shards; worker processes would cost more than they save.
+    # Rows are read from shards by place; worker processes would cost more than they save.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # A resumed table keeps its rows: training/trackers/places.py.
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")

@@ -127,7 +127,7 @@ class CurriculumSettings:
         max_epochs: largest allowed number of epochs over a source. Repeating a text up to about four times costs little
             (Muennighoff et al. 2023, arXiv 2305.16264).
         document_masks: tokens attend only to their own document, not to the other documents packed in the row.
-        workers: loader processes. 0 reads in the training process, which is fast enough for memory-mapped shards.
+        workers: loader processes. 0 reads in the training process, which is fast enough for shards on a local disk.
         cache_dir: directory for the shards.
         processes: processes that tokenize; all cores by default.
         deduplicate: "exact" drops documents whose text occurred earlier in the same source, "near" also documents that

@@ -1,1 +1,1 @@
-"""Turns documents and messages into token ids, in memory-mapped shards."""
+"""Turns documents and messages into token ids, in shards that are read row by row."""

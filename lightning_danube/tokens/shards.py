@@ -1,4 +1,4 @@
-"""Token shards: the tokens of one source, made once and memory-mapped from then on.
+"""Token shards: the tokens of one source, made once and read row by row from then on.
 
 A shard directory holds Arrow files in the stream format of `datasets`, one for each unit of the source and each split:
 one row per document, column `input_ids`, uint16 while the vocabulary allows. Its `shards.json` holds the tokenizer's
@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,7 @@ class TokenShards:
                 if missing := {"bytes", "sha256"} - file.keys():
                     raise KeyError(min(missing))
             self._dtype = np.dtype(self.meta["dtype"])
-            self._segments = {split: list(self._listed_segments(split)) for split in SPLITS}
+            self._segments = {split: self._listed_segments(split) for split in SPLITS}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): {self._remedy}") from error
         if another:
@@ -323,17 +323,20 @@ class TokenShards:
     def _listed(self) -> list[dict[str, Any]]:
         return listed_files(self.meta)
 
-    def _listed_segments(self, split: str) -> Iterator[TokenSegment]:
-        total = 0
+    def _listed_segments(self, split: str) -> list[TokenSegment]:
+        # Hundreds of thousands at 6T tokens, at each start of each rank.
+        found: list[TokenSegment] = []
+        width = self._dtype.itemsize
         for file in self.meta["splits"][split]["files"]:
-            path = self.directory / file["name"]
+            path, size = self.directory / file["name"], file["bytes"]
             for offset, tokens in file["segments"]:
-                if not 0 <= offset <= offset + tokens * self._dtype.itemsize <= file["bytes"]:
+                if not 0 <= offset <= offset + tokens * width <= size:
                     raise ValueError(f"{path.name} has no place for {tokens} tokens at {offset}")
-                total += tokens
-                yield TokenSegment(path, offset, tokens)
+                found.append(TokenSegment(path, offset, tokens))
+        total = sum(segment.tokens for segment in found)
         if total != self.meta["splits"][split]["tokens"]:
             raise ValueError(f"the files of {split} have {total:,} tokens")
+        return found
 
     def counts(self, split: str) -> ShardCounts:
         meta = self.meta["splits"][split]

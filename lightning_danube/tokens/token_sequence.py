@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -20,8 +22,8 @@ from numpy.typing import NDArray
 
 from lightning_danube.files import SHORTAGES
 
-MOST_MAPPED = 4096
-"""Files of a sequence that are mapped at once. Linux allows a process 65,530 maps (vm.max_map_count)."""
+MOST_OPEN = 32
+"""Files of a sequence that are open at once. Often a process may open 1,024. Opening one takes microseconds."""
 COUNTED_AT_ONCE = 1 << 24
 """Tokens."""
 
@@ -52,44 +54,61 @@ class TokenFiles(Protocol):
         ...
 
 
-class MappedFiles:
-    """Files of this machine, memory-mapped when they are first read. Of many files, those read last stay mapped."""
+class OpenFiles:
+    """Files of this machine. Each is opened when it is first read, and those read last stay open.
 
-    def __init__(self, most: int = MOST_MAPPED) -> None:
+    A read asks for exactly its bytes. A memory map would fetch many times as much for a row at a random place: the
+    kernel reads ahead around a page that is missing, up to 8 MiB on some disks.
+    """
+
+    def __init__(self, most: int = MOST_OPEN) -> None:
         self._most = most
-        self._maps: OrderedDict[Path, NDArray[np.uint8]] = OrderedDict()
+        self._files: OrderedDict[Path, FileIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that gets a copy maps the files itself.
-        return {"_most": self._most, "_maps": OrderedDict()}
+        # A process that gets a copy opens the files itself.
+        return {"_most": self._most, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     def read(self, path: Path, begin: int, end: int) -> NDArray[np.uint8]:
-        content = self._maps.get(path)
-        if content is None:
-            content = self._maps[path] = _mapped(path)
-            if len(self._maps) > self._most:
-                self._maps.popitem(last=False)
+        try:
+            file = self._files.pop(path, None) or _opened(path)
+            self._files[path] = file
+            if len(self._files) > self._most:
+                self._files.popitem(last=False)[1].close()
+            return np.frombuffer(_bytes_at(file, begin, end - begin), dtype=np.uint8)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            advice = " (the file is not the cause: raise ulimit -n, or begin fewer processes)"
+            said = os.strerror(number) + (advice if number in SHORTAGES else "")
+            raise OSError(number, said, str(path)) from error
+
+
+def _opened(path: Path) -> FileIO:
+    return FileIO(path)
+
+
+def _bytes_at(file: FileIO, begin: int, size: int) -> bytes:
+    """Returns bytes of a file from a place on; fewer if the file ends before."""
+    parts = []
+    while size > 0:
+        if sys.platform == "win32":  # which has no pread, and no fork, after which processes would share the place
+            file.seek(begin)
+            part = file.read(size)
         else:
-            self._maps.move_to_end(path)
-        return content[begin:end]
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    import pyarrow as pa
-
-    try:
-        # Unlike `numpy.memmap`, pyarrow keeps no descriptor of the file open.
-        return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype=np.uint8)
-    except OSError as error:
-        number = error.errno or errno.EIO
-        advice = ""
-        if number in SHORTAGES:
-            advice = " (the file is not the cause: raise vm.max_map_count and ulimit -n, or begin fewer processes)"
-        raise OSError(number, os.strerror(number) + advice, str(path)) from error
+            part = os.pread(file.fileno(), size, begin)
+        if not part:
+            break
+        parts.append(part)
+        begin, size = begin + len(part), size - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class TokenSequence:
-    """Tokens of many segments as one sequence. Reading a window touches only the pages of that window.
+    """Tokens of many segments as one sequence. Reading a window reads only its bytes.
 
     Args:
         segments: in order.
@@ -110,7 +129,7 @@ class TokenSequence:
     ) -> None:
         self._segments = [segment for segment in segments if segment.tokens]
         self.dtype, self.vocab_size, self._remedy = dtype, vocab_size, remedy
-        self._files: TokenFiles = files or MappedFiles()
+        self._files: TokenFiles = files or OpenFiles()
         self._ends = list(accumulate((segment.tokens for segment in self._segments), initial=0))
 
     def __len__(self) -> int:

@@ -95,9 +95,8 @@ class DocumentTokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that determines the ids of a text."""
         # Cached, because serializing 32,000 words takes 50 ms and each checkpoint names its tokenizer.
-        if self.name == DANUBE_SMALL and not self.new_token_facts:  # transformers adds nothing to this file
-            own = own_backend(self.name)
-            assert own is not None
+        own = None if self.new_token_facts else own_backend(self.name)
+        if own is not None:  # transformers adds nothing to it
             return _fingerprint(own, self.bos_id, self.eos_id)
         return fingerprint_of(self.hf)
 
@@ -491,6 +490,7 @@ def own_backend(name: str) -> Tokenizer | None:
 def _mistral_backend(*, add_space_prefix: bool) -> Tokenizer:
     import sentencepiece
     from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model_file()))
     backend = sentencepiece_backend(
@@ -499,6 +499,8 @@ def _mistral_backend(*, add_space_prefix: bool) -> Tokenizer:
         add_space_prefix=add_space_prefix,
     )
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    # Adds nothing. transformers would set it, and the fingerprint has to be the same without transformers.
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     return backend
 
 

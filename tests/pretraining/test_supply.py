@@ -9,6 +9,8 @@ from lightning_danube.pretraining.curriculum import Stage
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.supply import Supply, parse_source_tokens, supplies
 from lightning_danube.text.corpora import Source
+from lightning_danube.tokens import tokenizer
+from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 
 def module(tiny: Path, **limits: Any) -> CurriculumData:
@@ -35,6 +37,16 @@ def test_shards_say_how_much_there_is_and_a_statement_goes_first(tiny: Path) -> 
     assert supplies(data, {"wiki": 100})["wiki"] == Supply(80, "--source-tokens", mean["wiki"])
     for name, supply in supplies(data, {}).items():
         assert supply.rows(32) == data.train_streams[name].rows(32)
+
+
+@pytest.mark.parametrize("name", ["mistral", "danube3-chat", "danube-small"])
+def test_shards_are_looked_for_without_transformers(tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The cache holds shards of another source with this name. Importing transformers takes seconds."""
+    data = module(tiny)
+    data.tokenizer = DocumentTokenizer(name)
+    (data.cache_dir / "shards" / "web-000000000000").mkdir(parents=True)
+    monkeypatch.setattr(tokenizer, "load_hf_tokenizer", lambda name: pytest.fail(f"{name} is loaded by transformers"))
+    assert supplies(data, {})["web"] == Supply(None, "say it by --source-tokens")
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(None, None), (0, 0), (1, 0), (8, 0), (9, 1), (16, 1), (17, 2)])

@@ -47,23 +47,23 @@ def write_sparse_shards(directory: Path, files: dict[str, int], tokens: int, bat
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were mapped, in order."""
+    """The files that were opened, in order."""
     names: list[str] = []
-    mapped = token_sequence._mapped
-    monkeypatch.setattr(token_sequence, "_mapped", noting(mapped, lambda path: names.append(path.name)))
+    real = token_sequence._opened
+    monkeypatch.setattr(token_sequence, "_opened", noting(real, lambda path: names.append(path.name)))
     return names
 
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     sizes: list[int] = []
-    read = token_sequence.MappedFiles.read
+    read = token_sequence.OpenFiles.read
 
     def counted(self: Any, path: Path, begin: int, end: int) -> Any:
         sizes.append(end - begin)
         return read(self, path, begin, end)
 
-    monkeypatch.setattr(token_sequence.MappedFiles, "read", counted)
+    monkeypatch.setattr(token_sequence.OpenFiles, "read", counted)
     return lambda: sum(sizes)
 
 

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 from lightning_danube.tokens import shards, token_sequence
 from lightning_danube.tokens.finished_shards import FORMAT
 from lightning_danube.tokens.shards import SPLITS, SplitWriter, TokenShards, joined_splits, write_token_counts
-from lightning_danube.tokens.token_sequence import MappedFiles, TokenSegment, TokenSequence
+from lightning_danube.tokens.token_sequence import OpenFiles, TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.token_files import noting, sequence_of
 
@@ -79,9 +81,9 @@ def test_a_file_is_opened_when_it_is_read_and_the_one_read_longest_ago_is_closed
     sequence: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    mapped = token_sequence._mapped
-    monkeypatch.setattr(token_sequence, "_mapped", noting(mapped, lambda path: opened.append(path.stem)))
-    stream = sequence([0] * 10, [1] * 10, [2] * 10, [3] * 10, files=MappedFiles(2))
+    real = token_sequence._opened
+    monkeypatch.setattr(token_sequence, "_opened", noting(real, lambda path: opened.append(path.stem)))
+    stream = sequence([0] * 10, [1] * 10, [2] * 10, [3] * 10, files=OpenFiles(2))
     assert len(stream) == 40 and not opened
     for place, expected in ((5, "0"), (25, "02"), (6, "02"), (35, "023"), (7, "023"), (26, "0232")):
         assert stream.read(place, place + 1) == [place // 10]
@@ -97,24 +99,61 @@ def test_what_is_wrong_with_a_file_is_told_when_it_is_read(sequence: Make, tmp_p
     with pytest.raises(ValueError, match=r"1\.arrow ends at byte 6, before its tokens: delete \S+shards and it"):
         stream.read(0, 14)
     (tmp_path / "shards" / "0.arrow").unlink()
-    assert stream.read(0, 10).tolist() == [0] * 10  # it is mapped
+    assert stream.read(0, 10).tolist() == [0] * 10  # it is open
     with pytest.raises(ValueError, match=r"0\.arrow is missing: delete \S+shards and it will be made again"):
         pickle.loads(pickle.dumps(stream)).read(0, 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
-def test_a_machine_without_room_for_a_map_is_not_called_a_damaged_file(
+def test_a_machine_without_room_for_a_file_is_not_called_a_damaged_file(
     sequence: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(path: str) -> None:
-        raise OSError(number, "Memory mapping file failed")
+    def refuse(path: Path) -> None:
+        raise OSError(number, "no room")
 
     stream = sequence([0] * 10)
-    monkeypatch.setattr("pyarrow.memory_map", refuse)
-    with pytest.raises(OSError, match=r"the file is not the cause: raise vm\.max_map_count and ulimit -n") as error:
+    monkeypatch.setattr(token_sequence, "FileIO", refuse)
+    with pytest.raises(OSError, match=r"the file is not the cause: raise ulimit -n, or begin fewer") as error:
         stream.read(0, 1)
     assert error.value.errno == number and str(error.value.filename).endswith("0.arrow")
     assert "damaged" not in str(error.value) and "delete" not in str(error.value)
+
+
+def test_a_disk_that_fails_is_told_with_the_file(sequence: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")  # names no file
+
+    stream = sequence([0] * 10)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '\S+0\.arrow'$"):
+        stream.read(0, 1)
+
+
+def test_a_read_that_gives_less_goes_on_behind_it(sequence: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = sequence(list(range(40)))
+    asked: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def part(descriptor: int, size: int, begin: int) -> bytes:
+        asked.append((size, begin))
+        return pread(descriptor, min(size, 6), begin)
+
+    monkeypatch.setattr(os, "pread", part)
+    assert stream.read(3, 11).tolist() == list(range(3, 11))
+    assert asked == [(16, 6), (10, 12), (4, 18)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_are_closed(sequence: Make, tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return sum(str(tmp_path) in str(path.resolve()) for path in Path("/proc/self/fd").iterdir())
+
+    stream = sequence([0] * 10, [1] * 10, [2] * 10, files=OpenFiles(2))
+    for place in (0, 10, 20):
+        stream.read(place, place + 1)
+    assert descriptors() == 2
+    del stream
+    assert descriptors() == 0
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1 << 24])
@@ -200,7 +239,7 @@ def test_every_file_of_every_split_is_verified(tmp_path: Path) -> None:
 
 def test_counts_are_read_and_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = shards_of_two_splits(tmp_path)
-    monkeypatch.setattr(token_sequence, "_mapped", lambda path: pytest.fail(f"{path} is opened"))
+    monkeypatch.setattr(token_sequence, "_opened", lambda path: pytest.fail(f"{path} is opened"))
     counts = made.token_counts("train")
     assert counts.tolist() == [2] * 200 + [0] * (DocumentTokenizer("danube-small").vocab_size - 200)
     path = tmp_path / "train-token-counts.npy"

@@ -1,4 +1,4 @@
-"""Reads ranges of bytes: of local files through memory maps, of files in object storage by requests for the range."""
+"""Reads ranges of bytes: of local files, and of files in object storage by requests for the range."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from lightning_danube.outside.secrets import redacted
 from lightning_danube.text.corpora import pattern_of
 from lightning_danube.tokens.finished_shards import is_address, open_store, unreachable
 from lightning_danube.tokens.foreign.range_cache import RangeCache
-from lightning_danube.tokens.token_sequence import MappedFiles
-
-MOST_MAPS = 1024
-"""Files of one source that a process keeps mapped. Linux allows a process 65,530 maps in all."""
+from lightning_danube.tokens.token_sequence import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ByteRanges:
     def __init__(self, path: str, cache_dir: Path) -> None:
         self._path = path
         self._cache = RangeCache(cache_dir / "token-ranges") if is_address(path) else None
-        self._maps = MappedFiles(MOST_MAPS)
+        self._files = OpenFiles()
         self._opened: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +85,7 @@ class ByteRanges:
 
     def _local(self, path: str, start: int, stop: int) -> memoryview:
         try:
-            found = self._maps.read(Path(path), start, stop)
+            found = self._files.read(Path(path), start, stop)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing: put it back, or name other files") from None
         if not len(found) and not os.path.getsize(path):

@@ -107,7 +107,7 @@ def test_opening_reads_no_file_and_a_read_touches_only_its_bytes(
         return real(path, start, stop, stamp)
 
     monkeypatch.setattr(tokens._ranges, "read", read)
-    assert not tokens._ranges._maps._maps
+    assert not tokens._ranges._files._files
     tokens.read(100, 110)
     (touched,) = asked
     assert touched[0].endswith("00000_unshuffled.ds") and touched[1:] == (200, 220)
