@@ -236,7 +236,7 @@ class HoldSave(Callback):
 
 
 class Halt(Checkpoint):
-    """Has each rank wait once until a signal or the file "go" comes. Writes `halted-<rank>`: its process and its node.
+    """Has each rank wait once, until its first signal or the file "go". Writes `halted-<rank>`: its process and node.
 
     Lightning calls it after `Checkpoints`, if it stands behind that.
 
@@ -256,8 +256,9 @@ class Halt(Checkpoint):
         self.directory.mkdir(parents=True, exist_ok=True)
         hidden = mark.with_name(f".{mark.name}")
         hidden.write_text(f"{os.getpid()} {os.environ.get('SLURMD_NODENAME', '')}")
+        answered = SIGNALS.answered
         hidden.rename(mark)
-        while not SIGNALS.answered and not (self.directory / "go").exists():
+        while SIGNALS.answered == answered and not (self.directory / "go").exists():
             time.sleep(0.05)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 BINARIES = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# Times are short: a node counts as dead after 8 s, and a requeued job may start when its credentials have expired.
+# Times are short: a node counts as dead after 20 s, and a requeued job may start when its credentials have expired.
+# A job that is told to end has time to save on a machine with much other work.
 SETTINGS = """
 ClusterName=danube
 SlurmctldHost=HOST(127.0.0.1)
@@ -45,9 +46,9 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=8
-SlurmctldTimeout=8
-KillWait=20
+SlurmdTimeout=20
+SlurmctldTimeout=20
+KillWait=120
 JobRequeue=1
 MinJobAge=3600
 NODES
@@ -55,6 +56,8 @@ PartitionName=all Nodes=NAMES Default=YES MaxTime=INFINITE State=UP
 """
 
 
+PATIENCE = 900
+"""Seconds after which a wait fails. It only ends a test that hangs: a busy machine starts a run in some minutes."""
 MARK = "DANUBE_TEST_DAEMON"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 """States of a job that does not go on."""
@@ -71,7 +74,7 @@ def free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Returns the first value that is true."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
@@ -106,7 +109,7 @@ class Slurm:
 
     def __enter__(self) -> "Slurm":
         control, *ports = free_ports(1 + len(self.nodes))
-        same = "NodeHostname=HOST NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:2"
+        same = "NodeHostname=HOST NodeAddr=127.0.0.1 CPUs=4 RealMemory=65536 Gres=gpu:2"
         lines = [f"NodeName={name} Port={port} {same}" for name, port in zip(self.nodes, ports, strict=True)]
         text = SETTINGS.replace("NODES", "\n".join(lines)).replace("NAMES", ",".join(self.nodes))
         user = pwd.getpwuid(os.getuid()).pw_name
@@ -134,7 +137,7 @@ class Slurm:
             self._start("slurmctld", "slurmctld", "-D")
             for node in self.nodes:
                 self.start_node(node)
-            wait_until(lambda: all(self.state_of_node(node) == "IDLE" for node in self.nodes), "idle nodes", 60)
+            wait_until(lambda: all(self.state_of_node(node) == "IDLE" for node in self.nodes), "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -190,7 +193,7 @@ class Slurm:
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def call(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout
 
@@ -206,7 +209,7 @@ class Slurm:
         """Submits a batch script, and returns the job's number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments],
-            env={**self.environment, **variables}, cwd=directory, capture_output=True, text=True, timeout=60,
+            env={**self.environment, **variables}, cwd=directory, capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -216,11 +219,13 @@ class Slurm:
 
     def end_time_of(self, job: str) -> None:
         """Has SLURM send the signal of a job's time limit, as the batch script asks for: two minutes before the end."""
-        self.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        hours, minutes, _ = self.job(job)["RunTime"].split(":")
+        limit = 60 * int(hours) + int(minutes) + 3
+        self.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
         self.wait(job, "PENDING")
-        self.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        self.call("scontrol", "update", f"JobId={job}", "TimeLimit=120")
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Returns what SLURM knows of a job as soon as it is in one of the states, or in any in which it has ended."""
         wanted = states or ENDED
         return wait_until(
