@@ -60,6 +60,8 @@ class ChatSummary(RunSummary):
             self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._was_complete(trainer):
+            return
         self._ask(trainer, pl_module)
         if reports_fit(trainer):
             data = chat_data_of(trainer)

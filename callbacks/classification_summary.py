@@ -15,7 +15,6 @@ from lightning_danube.classification.summary import (
     check_resamples,
     classification_fit_summary,
     classification_result_text,
-    complete_text,
     confusion_figure,
     list_rejected,
     plan_text,
@@ -38,7 +37,7 @@ class ClassificationSummary(RunSummary):
 
     def __init__(self, resamples: int = 1000) -> None:
         super().__init__()
-        self.resamples, self._first_step = check_resamples(resamples), 0
+        self.resamples = check_resamples(resamples)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -47,16 +46,9 @@ class ClassificationSummary(RunSummary):
         say(trainer, plan_text(task, data, steps_ahead(trainer, data.total_steps), str(trainer.log_dir)))
         report_rejected(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_step = trainer.global_step
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, task = classification_of(trainer)
-        if not reports_fit(trainer):
-            return
-        if trainer.global_step == self._first_step:
-            # The summary of the earlier session stays: without a validation a new summary would have no scores.
-            say(trainer, complete_text(trainer.global_step, run_directory(trainer)))
+        if self._was_complete(trainer) or not reports_fit(trainer):
             return
         summary = classification_fit_summary(task, task.run_facts, data, self._trained(trainer))
         if task.latest is not None and is_done(trainer):

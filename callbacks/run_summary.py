@@ -20,9 +20,32 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._clock = RunClock()
+        self._first_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+
+    def _was_complete(self, trainer: Trainer) -> bool:
+        """Whether an earlier session did all steps and wrote its summary, which stays. Says so. All ranks must call it.
+
+        If that session was killed between its last checkpoint and its summary, this measures the held-out rows, for the
+        summary that is missing.
+        """
+        if not trainer.global_step == self._first_step > 0:
+            return False
+        run = run_directory(trainer)
+        if trainer.strategy.broadcast((run / "summary.json").exists()):
+            say(trainer, f"{run} is complete: {trainer.global_step:,} steps; nothing is left to do")
+            return True
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # it would leave out the batches that the earlier session's last point measured
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+        return False
 
     def _trained(self, trainer: Trainer) -> Trained:
         return Trained(trainer.global_step, trainer.precision, self._clock.seconds())

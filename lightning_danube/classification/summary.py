@@ -266,11 +266,6 @@ def classification_fit_summary(
     }
 
 
-def complete_text(step: int, run: Path) -> str:
-    """Returns that a run was complete before it went on. Its summary of the earlier session stays."""
-    return f"{run} is complete: {step:,} steps; nothing is left to do"
-
-
 def classification_result_text(summary: Mapping[str, Any], run: Path) -> str:
     """Returns how long the run took, and the command that tests its classifier."""
     done = f"{summary['steps']:,} steps in {minutes_and_seconds(summary['seconds'])}"

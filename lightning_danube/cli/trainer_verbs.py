@@ -455,6 +455,8 @@ class DanubeCLI(LightningCLI):
             return None  # with another size of steps, the numbers cannot be compared
         done, limit = read_step(self.place.checkpoint), self.trainer.max_steps
         run = self.place.checkpoint.parent.parent
+        if not (run / "summary.json").exists():
+            return None  # it was killed between its last checkpoint and its summary
         if done == steps:
             return f"{run} is complete: {done} of {steps} steps; nothing is left to do"
         # If `max_steps` is below the steps already done, the run is refused later with the reason.

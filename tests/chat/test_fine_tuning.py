@@ -303,3 +303,21 @@ def test_importing_tasks_imports_no_adapters() -> None:
         "sys.exit('bitsandbytes' in sys.modules or 'peft' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.medium
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(
+    talk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", str(talk / "talk.yaml")]
+    assert main(command) == 0
+    file = run_directory(talk) / "summary.json"
+    summary = json.loads(file.read_text())
+    file.unlink()
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    again = json.loads(file.read_text())
+    assert again | {"seconds": summary["seconds"]} == summary
+    capsys.readouterr()
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    assert "is complete: " in capsys.readouterr().out
+    assert json.loads(file.read_text()) == again

@@ -290,3 +290,13 @@ def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[
 )
 def test_the_interval_of_a_share(share: float, count: int, low: float, high: float) -> None:
     assert wilson(share, count).ends == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.medium
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(talk: Path) -> None:
+    command = ["fit", "--config", str(talk / "talk.yaml")]
+    assert main(command) == 0
+    summary = summary_of(talk)
+    (run_directory(talk) / "summary.json").unlink()
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    assert summary_of(talk) | {"seconds": summary["seconds"]} == summary

@@ -132,8 +132,14 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
     assert run(words, "--ckpt_path", "last") == 0
     assert "is complete: 33 steps; nothing is left to do" in capsys.readouterr().out
     assert summary_of(words) == fitted
-    (again,) = re.findall(r"next: \S+ -m lightning_danube (.*)", printed.out)
-    assert main([*again.split(), "--runs", str(words / "elsewhere")]) == 0
+    # A kill between the last checkpoint and the summary.
+    (directory(words) / "summary.json").unlink()
+    assert run(words, "--ckpt_path", "last") == 0
+    assert "validation, 9 texts" in capsys.readouterr().out
+    again = summary_of(words)
+    assert {key for key in fitted if again[key] != fitted[key]} <= {"seconds", "texts_per_second"}
+    (command,) = re.findall(r"next: \S+ -m lightning_danube (.*)", printed.out)
+    assert main([*command.split(), "--runs", str(words / "elsewhere")]) == 0
 
 
 @pytest.mark.medium
@@ -251,7 +257,7 @@ def test_what_was_left_out_is_listed(words: Path, capsys: pytest.CaptureFixture[
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_texts", "9"),
-            "--data.init_args.batch_texts is 9, which 1 device(s) × data.micro_batch_size 8 do",
+            "--data.init_args.batch_texts is 9, which 1 device × data.micro_batch_size = 8 does",
         ),
         (("--data.init_args.label_column", "kind"), "row 1: there is no column 'kind', only text, label: name it with"),
         (("--trainer.callbacks.resamples", "5"), "resamples is 5: the ends of an interval need at least 20"),

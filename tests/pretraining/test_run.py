@@ -55,6 +55,17 @@ def assert_same_training_state(left: Path, right: Path) -> None:
     assert a["global_step"] == b["global_step"]
 
 
+@pytest.mark.medium
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(tiny: Path) -> None:
+    assert fit(tiny) == 0
+    file = run_directory(tiny) / "summary.json"
+    summary = json.loads(file.read_text())
+    file.unlink()
+    assert fit(tiny, "--ckpt_path", "last") == 0
+    again = json.loads(file.read_text())
+    assert again | {"seconds": summary["seconds"]} == summary
+
+
 @pytest.mark.usefixtures("no_warnings")
 def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tiny) == 0

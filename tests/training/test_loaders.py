@@ -49,7 +49,7 @@ def test_a_step_counts_the_labels_of_all_its_rows() -> None:
 
 def test_micro_batches_of_a_step() -> None:
     assert [accumulation("batch_rows", 24, *held) for held in ((24, 1), (4, 2), (1, 24), (3, 4))] == [1, 3, 1, 2]
-    with pytest.raises(ValueError, match=r"batch_rows is 24, which 2 device\(s\) × .* 5 do not divide: 20 would work"):
+    with pytest.raises(ValueError, match=r"batch_rows is 24, which 2 devices × .* = 5 does not divide: 20 would work"):
         accumulation("batch_rows", 24, 5, 2)
 
 
