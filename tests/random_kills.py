@@ -160,6 +160,8 @@ def different_runs(full: Path, killed: Path) -> list[str]:
 
 
 def different_summaries(full: Path, killed: Path) -> list[str]:
+    if not (killed / "summary.json").exists():
+        return ["there is no summary.json"]
     a, b = (without_times(json.loads((run / "summary.json").read_text())) for run in (full, killed))
     return [f"summary.json: {key}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
