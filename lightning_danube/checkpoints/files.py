@@ -23,7 +23,6 @@ from lightning_danube.files import (
     make_folder,
     new_file,
     read_json,
-    remove_leftovers,
     remove_whole,
     scratch_folder,
     write_json,
@@ -167,8 +166,7 @@ def prepare_directory(directory: Path) -> None:
     """
     try:
         make_folder(directory)
-        remove_leftovers(directory)
-        with scratch_folder(directory / "probe"):
+        with scratch_folder(directory / "probe"):  # which removes leftovers first
             pass
     except OSError as error:
         raise OSError(error.errno, f"checkpoints can not be written here: {_way_out(error)}", str(directory)) from error

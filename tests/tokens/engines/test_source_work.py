@@ -1,5 +1,6 @@
 """How the files of a source are dealt to tasks. What the tasks make: test_datatrove_engine.py."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,20 @@ def test_the_refusal_of_a_task_is_raised_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out of reach") as raised:
         work.raise_refusal()
     assert not isinstance(raised.value, DamagedFile)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": 0}, "--tasks is 0: give 1 to 50,000"),
+        ({"tasks": 50_001}, "--tasks is 50001: give 1 to 50,000"),
+        ({"where": "slurm", "slurm": {"partition": "p"}}, "--executor slurm needs --slurm time=…"),
+        (
+            {"where": "slurm", "slurm": {"partition": "p", "time": "1:00", "array": "1-3"}},
+            "--slurm array=1-3: prepare sets this option itself",
+        ),
+    ],
+)
+def test_options_of_a_cluster_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Cluster(**options)
