@@ -172,7 +172,9 @@ class Scored:
             "tfidf": "TF-IDF + logistic regression",
             "model": f"LoRA on {self.compared.weights}",
         }
-        rows = [[title, *(str(self.estimates[name][metric]) for metric in METRICS)] for name, title in titles.items()]
+        rows = [
+            [title, *(f"{self.estimates[name][metric]:.3f}" for metric in METRICS)] for name, title in titles.items()
+        ]
         texts = len(self.compared.model.classes_N)
         header = [f"{self.compared.split}, {texts:,} texts", *(metric.title for metric in METRICS.values())]
         lines = ["", text_table(header, rows), "", f"accuracy above TF-IDF's: {_signed(self.gain)}"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ def test_scores_stand_beside_the_baselines(classes: int) -> None:
     assert ("average_precision" in summary) == ("average precision for 'c1'" in text) == (classes == 2)
     for title in ("majority class", "TF-IDF + logistic regression", "LoRA on base"):
         assert text.count(f"\n{title}") == 1
+    # Every class is right, and every resample of right answers is right.
+    assert re.search(r"^LoRA on base +1\.000 \[1\.000, 1\.000\] +1\.000 \[", text, re.MULTILINE)
     assert f"accuracy above TF-IDF's: {1 - 1 / classes:+.3f} [{low:+.3f}, {high:+.3f}]" in text
 
 
