@@ -316,6 +316,8 @@ def check_command_line(args: Sequence[str]) -> None:
 def check_files(args: Sequence[str]) -> None:
     """Looks for the local files that the data of a training run name, without importing PyTorch or Lightning.
 
+    A configuration that is only printed (`--print_config`) may name files of another machine.
+
     Sources are looked for, and the training texts of a classifier. Directories of token files, addresses, patterns and
     what may be a hub id are left to the data.
 
@@ -325,6 +327,8 @@ def check_files(args: Sequence[str]) -> None:
     Raises:
         ValueError: a file is missing.
     """
+    if any(arg.startswith("--print_config") for arg in args):
+        return
     stated = read_command_line(with_config_paths(args))
     for path, text in texts_of(stated.tree):
         match path:
