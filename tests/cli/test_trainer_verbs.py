@@ -621,14 +621,18 @@ def test_the_directory_of_a_run_is_no_option_of_the_trainer(tmp_path: Path) -> N
 
 def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
     def left(done: int, limit: int = -1, steps: int | None = 26, changes: tuple[str, ...] = (), on: bool = True) -> Any:
-        checkpoint = tmp_path / "tiny" / "version_0" / "checkpoints" / f"step_{done:08d}.ckpt"
+        checkpoint = run / "checkpoints" / f"step_{done:08d}.ckpt"
         cli: Any = SimpleNamespace(
             datamodule=SimpleNamespace(total_steps=steps), trainer=SimpleNamespace(max_steps=limit),
             place=SimpleNamespace(continues=on, checkpoint=checkpoint), changes=dict.fromkeys(changes),
         )  # fmt: skip
         said = trainer_verbs.DanubeCLI._nothing_left(cli)
-        return said and said.removeprefix(f"{tmp_path}/tiny/version_0 ")
+        return said and said.removeprefix(f"{run} ")
 
+    run = tmp_path / "tiny" / "version_0"
+    run.mkdir(parents=True)
+    assert left(26) is None  # it was killed before its summary
+    (run / "summary.json").touch()
     assert left(26) == "is complete: 26 of 26 steps; nothing is left to do"
     assert left(25) is left(27) is None
     assert left(10, limit=10) == "has 10 of 26 steps, and trainer.max_steps is 10; nothing is left to do"
