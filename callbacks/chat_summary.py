@@ -51,7 +51,7 @@ class ChatSummary(RunSummary):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not curve_of(pl_module).is_brief:
             self._ask(trainer, pl_module)
-            if trainer.sanity_checking:
+            if trainer.sanity_checking and trainer.global_step == 0:
                 self._losses.before = metrics_of_sources(trainer.callback_metrics)
                 self._answers.before = self._answers.latest
             else:

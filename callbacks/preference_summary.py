@@ -55,7 +55,7 @@ class PreferenceSummary(RunSummary):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if curve_of(pl_module).is_brief:
             return
-        if trainer.sanity_checking:
+        if trainer.sanity_checking and trainer.global_step == 0:
             self._before = pair_results(trainer.callback_metrics)
         elif trainer.state.fn == "fit":
             self._measured = trainer.global_step, pair_results(trainer.callback_metrics)

@@ -20,13 +20,19 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._clock = RunClock()
-        self._first_step = 0
+        self._first_step, self._began = 0, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_step = trainer.global_step
+        self._first_step, self._began = trainer.global_step, True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning leaves these two out if the checkpoint was saved at the end of the run's last epoch.
+        if not self._began:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def _was_complete(self, trainer: Trainer) -> bool:
         """Whether an earlier session did all steps and wrote its summary, which stays. Says so. All ranks must call it.

@@ -43,9 +43,9 @@ class PretrainingSummary(RunSummary):
         self._held_out = HeldOutText({}, {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         data, _ = curriculum_of(trainer)
-        self._unigram = data.unigram_losses()
-        self._held_out = HeldOutText.of(data, data.validation_rows)
+        self._unigram, self._held_out = data.unigram_losses(), HeldOutText.of(data, data.validation_rows)
         decoder: Any = pl_module.decoder
         plan = pretraining_plan_text(trainer, decoder)
         say(trainer, plan)
