@@ -92,7 +92,7 @@ test-trackers: $(INSTALLED_TRACKERS) ## run the tests that log to MLflow and to 
 	@$(BIN)/python -m pytest -q -m trackers $(or $(ARGS),$(call marked,trackers))
 
 test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpreter and torchao's emulation, and compile them (no GPU needed)
-	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(or $(ARGS),$(call marked,kernels))
+	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(ARGS)
 
 test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and beside each other (needs the right to mount)
 	@$(BIN)/python -m pytest -q -m faults $(or $(ARGS),$(call marked,faults))
