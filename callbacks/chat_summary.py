@@ -59,13 +59,12 @@ class ChatSummary(RunSummary):
         elif trainer.state.fn == "validate":
             self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._was_complete(trainer):
-            return
+    def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ask(trainer, pl_module)
         if reports_fit(trainer):
+            data = chat_data_of(trainer)
             self._losses.after = metrics_of_sources(trainer.callback_metrics)
-            run = (run_facts_of(pl_module), data := chat_data_of(trainer), self._trained(trainer))
+            run = (run_facts_of(pl_module), data, self._trained(trainer))
             summary = chat_fit_summary(pl_module, *run, self._losses, self._answers)
             say(trainer, chat_result_text(summary, list(data.sources), write_summary(trainer, summary)))
 
@@ -74,6 +73,7 @@ class ChatSummary(RunSummary):
 
     def _report_evaluation(self, trainer: Trainer, task: LightningModule, limit: int | None) -> None:
         losses, tokens = metrics_of_sources(trainer.callback_metrics), chat_data_of(trainer).evaluation_tokens(limit)
+        # The checkpoint that is evaluated, or the model that the task begins with.
         facts = {"weights": str(trainer.ckpt_path or task.weights), "precision": trainer.precision}
         report_evaluation(trainer, {**facts, "val_loss": losses, "val_tokens": tokens}, answers_table(losses, tokens))
 

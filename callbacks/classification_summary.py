@@ -46,9 +46,9 @@ class ClassificationSummary(RunSummary):
         say(trainer, plan_text(task, data, steps_ahead(trainer, data.total_steps), str(trainer.log_dir)))
         report_rejected(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, task = classification_of(trainer)
-        if self._was_complete(trainer) or not reports_fit(trainer):
+        if not reports_fit(trainer):
             return
         summary = classification_fit_summary(task, task.run_facts, data, self._trained(trainer))
         if task.latest is not None and is_done(trainer):

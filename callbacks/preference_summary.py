@@ -62,8 +62,8 @@ class PreferenceSummary(RunSummary):
         elif trainer.state.fn == "validate":
             self._report_evaluation(trainer, preference_data_of(trainer).validation_examples)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._was_complete(trainer) and reports_fit(trainer):
+    def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if reports_fit(trainer):
             data, facts = preference_data_of(trainer), run_facts_of(pl_module)
             # A run that stops within an epoch is not validated at its end: older results are not the result of the run.
             step, measured = self._measured

@@ -20,17 +20,25 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._clock = RunClock()
-        self._first_step, self._began = 0, False
+        self._first_step: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_step, self._began = trainer.global_step, True
+        self._first_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._was_complete(trainer):
+            self._report_fit(trainer, pl_module)
+
+    def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes and prints the result of `fit`. All ranks call it."""
+        raise NotImplementedError
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning leaves these two out if the checkpoint was saved at the end of the run's last epoch.
-        if not self._began:
+        if self._first_step is None:
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
@@ -40,7 +48,7 @@ class RunSummary(Callback):
         If that session was killed between its last checkpoint and its summary, this measures the held-out rows, for the
         summary that is missing.
         """
-        if not trainer.global_step == self._first_step > 0:
+        if trainer.global_step == 0 or trainer.global_step != self._first_step:
             return False
         run = run_directory(trainer)
         if trainer.strategy.broadcast((run / "summary.json").exists()):
