@@ -422,15 +422,13 @@ def _check_classes(stated: Stated) -> None:
 
     reader = SourceReader(taken=FACTS_OF_DATA)
     trainer = stated.tree.get("trainer")
-    callbacks, loggers = (
-        (trainer.get("callbacks"), trainer.get("logger")) if isinstance(trainer, Mapping) else (None, None)
-    )
     sections: list[tuple[Path, Any]] = [((name,), stated.tree.get(name)) for name in ("data", "model")]
     if continued_weights(stated) is not None and isinstance(data := stated.tree.get("data"), Mapping):
         # The weights say what the data leave open; they are read later.
         sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
-    for key, stated_ones in (("callbacks", callbacks), ("logger", loggers)):
-        listed = stated_ones if isinstance(stated_ones, list) else [stated_ones] if stated_ones else []
+    for key in ("callbacks", "logger"):
+        named = trainer.get(key) if isinstance(trainer, Mapping) else None
+        listed = named if isinstance(named, list) else [named] if named else []
         sections += [(("trainer", key, str(n)), one) for n, one in enumerate(listed)]
     for path, section in sections:
         named = section.get("class_path") if isinstance(section, Mapping) else section

@@ -14,6 +14,7 @@ import numpy as np
 from lightning_danube.tokens.foreign.content_type import dtype_of_content
 from lightning_danube.tokens.foreign.layout import INTEGERS, TokenFile, TokenFormat, TokenGroup
 from lightning_danube.tokens.foreign.ranges import ByteRanges, FoundFile
+from lightning_danube.tokens.hub import first_line
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
 SUFFIX = ".npy"
@@ -49,8 +50,7 @@ def _with_header(file: FoundFile, head: bytes) -> TokenFile:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
     except Exception as error:  # numpy reads the header by Python's own parser, which raises errors of many kinds
-        said = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file.path} has a damaged header of numpy ({said}): save it again") from error
+        raise ValueError(f"{file.path} has a damaged header of numpy ({first_line(error)}): save it again") from error
     if dtype.name not in INTEGERS or dtype.byteorder == ">" or len(shape) != 1:
         raise ValueError(
             f"{file.path} holds {dtype} of shape {shape}: one row of whole numbers, low byte first, is read"
