@@ -134,9 +134,11 @@ def test_weights_beyond_float16_are_not_packed_as_float16() -> None:
     plain = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
     assert type(linear_of_16_bits([plain])) is Float16Linear
     x = torch.randn(9, 8)
-    for factor in (2.0**20, 2.0**-20):
+    one_too_small = torch.ones(4, 8)
+    one_too_small[2, 3] = -(2.0**20)
+    for weight in (torch.randn(4, 8) * 2.0**20, torch.randn(4, 8) * 2.0**-20, one_too_small):
         with torch.no_grad():
-            plain.weight.copy_(torch.randn(4, 8) * factor)
+            plain.weight.copy_(weight)
         layer = linear_of_16_bits([plain])
         assert type(layer) is ConvertingLinear
         torch.testing.assert_close(layer(x), x @ plain.weight.float().t())
