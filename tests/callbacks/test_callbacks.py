@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Checkpoints, CurriculumStages, Judge, Throughput
-from lightning_danube.callbacks.summary import pretraining_data_of
+from lightning_danube.callbacks.summaries.pretraining import pretraining_data_of
 
 
 def test_other_data_is_refused_by_name() -> None:

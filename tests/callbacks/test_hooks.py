@@ -56,7 +56,7 @@ def test_nobody_searches_the_callbacks_of_a_trainer() -> None:
 
 def test_no_callback_imports_another() -> None:
     """They share only what prints a line, and the base of the summaries."""
-    shared = {"lightning_danube.callbacks.progress", "lightning_danube.callbacks.run_summary"}
+    shared = {"lightning_danube.callbacks.progress", "lightning_danube.callbacks.summaries.run"}
     found = [
         f"{path}: {node.module}"
         for path, tree in trees("callbacks").items()

@@ -21,7 +21,7 @@ from lightning_danube.callbacks import (
     classification_summary,
     preference_summary,
 )
-from lightning_danube.callbacks.run_summary import RunSummary
+from lightning_danube.callbacks.summaries.run import RunSummary
 from lightning_danube.chat.data import ChatData
 from lightning_danube.chat.preference_data import PreferenceData
 from lightning_danube.pretraining.data import CurriculumData

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.callbacks.run_summary import RunSummary, report_evaluation, reports_fit, write_summary
+from lightning_danube.callbacks.summaries.run import RunSummary, report_evaluation, reports_fit, write_summary
 from lightning_danube.chat.data import ChatData
 from lightning_danube.chat.summary import (
     Answers,

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
-from lightning_danube.callbacks.run_summary import RunSummary, report_evaluation, reports_fit, write_summary
+from lightning_danube.callbacks.summaries.run import RunSummary, report_evaluation, reports_fit, write_summary
 from lightning_danube.checkpoints.strategy import wait_for_checkpoint
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.position import curriculum_of, finished_stage

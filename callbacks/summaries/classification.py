@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import can_draw, say
-from lightning_danube.callbacks.run_summary import RunSummary, reports_fit, write_summary
+from lightning_danube.callbacks.summaries.run import RunSummary, reports_fit, write_summary
 from lightning_danube.classification.data import ClassificationData
 from lightning_danube.classification.summary import (
     Compared,
