@@ -26,6 +26,13 @@ INSTALLED_ALL := $(INSTALLED_DEV) $(INSTALLED_BENCHMARK) $(INSTALLED_PEERS) $(IN
 PIP_INSTALL := DISABLE_CUDA=1 $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt \
 	$(shell grep '^torch==' constraints.txt)
 
+# Installs an extra into .venv, and says what it is and how long that takes.
+define install_extra
+@echo "installing $(2) into .venv (once, $(3))"
+@$(PIP_INSTALL) -e '.[$(1)]'
+@touch $@
+endef
+
 # A machine with a GPU brings its own PyTorch. What it lacks comes from wheels/.
 GPU_PYTHON = $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON))
 GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
@@ -33,6 +40,8 @@ GPU_WHEELS ?= --python-version 3.12 --implementation cp --platform manylinux_2_2
 
 # The files of the tests with a marker. Importing all 250 files of tests takes half a minute.
 marked = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py')
+# Runs the tests with a marker, and with a condition on other markers if there is one (ARGS="…" replaces the files).
+test_marked = $(BIN)/python -m pytest -q -m "$(strip $(1) $(2))" $(or $(ARGS),$(call marked,$(1)))
 # Compiled files of tests and of this package are kept, whatever the shell says: each process would compile them again.
 export PYTHONDONTWRITEBYTECODE =
 
@@ -71,40 +80,40 @@ test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run t
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 test-llama-cpp: $(INSTALLED_TEST) $(INSTALLED_LLAMA_CPP) ## run the fast tests that compare with llama.cpp
-	@$(BIN)/python -m pytest -q -m "llama_cpp and not slow" $(or $(ARGS),$(call marked,llama_cpp))
+	@$(call test_marked,llama_cpp,and not slow)
 
 test-trl: $(INSTALLED_PEERS) ## run the test that compares with TRL
-	@$(BIN)/python -m pytest -q -m trl $(or $(ARGS),$(call marked,trl))
+	@$(call test_marked,trl)
 
 test-evaluation: $(INSTALLED_EVALUATION) ## run the tests with the lm-evaluation-harness
-	@$(BIN)/python -m pytest -q -m evaluation $(or $(ARGS),$(call marked,evaluation))
+	@$(call test_marked,evaluation)
 
 test-s3: $(INSTALLED_S3) ## run the test with a local server that has an S3 interface
-	@$(BIN)/python -m pytest -q -m s3 $(or $(ARGS),$(call marked,s3))
+	@$(call test_marked,s3)
 
 test-gigatoken: $(INSTALLED_GIGATOKEN) ## run the tests that compare with gigatoken
-	@$(BIN)/python -m pytest -q -m gigatoken $(or $(ARGS),$(call marked,gigatoken))
+	@$(call test_marked,gigatoken)
 
 test-datatrove: $(INSTALLED_DATATROVE) ## run the tests that prepare with datatrove
-	@$(BIN)/python -m pytest -q -m datatrove $(or $(ARGS),$(call marked,datatrove))
+	@$(call test_marked,datatrove)
 
 test-trackers: $(INSTALLED_TRACKERS) ## run the tests that log to MLflow and to Weights & Biases
-	@$(BIN)/python -m pytest -q -m trackers $(or $(ARGS),$(call marked,trackers))
+	@$(call test_marked,trackers)
 
 test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpreter and torchao's emulation, and compile them (no GPU needed)
 	@PYTHONPATH=.venv/kernels $(BIN)/python -m pytest -q -m kernels $(ARGS)
 
 test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and beside each other (needs the right to mount)
-	@$(BIN)/python -m pytest -q -m faults $(or $(ARGS),$(call marked,faults))
+	@$(call test_marked,faults)
 
 test-slurm: $(INSTALLED_TEST) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
-	@$(BIN)/python -m pytest -q -m slurm $(or $(ARGS),$(call marked,slurm))
+	@$(call test_marked,slurm)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 test-wheel: $(INSTALLED_TEST) ## install the wheel into an empty environment and run its commands from an empty directory
-	@$(BIN)/python -m pytest -q -m wheel $(or $(ARGS),$(call marked,wheel))
+	@$(call test_marked,wheel)
 
 test-newest: .venv-newest/.installed ## run the fast tests with the newest version of every dependency (.venv-newest)
 	@.venv-newest/bin/python -m pytest -q $(IN_PARALLEL) $(ARGS)
@@ -171,9 +180,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)
-	@echo "installing what the tests need into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[test]'
-	@touch $@
+	$(call install_extra,test,what the tests need,about 1 min)
 
 # The versions that were newest when it was made: remove .venv-newest to look again.
 .venv-newest/.installed: pyproject.toml
@@ -191,9 +198,7 @@ $(INSTALLED_TEST): $(INSTALLED)
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED_TEST)
-	@echo "installing the development tools into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[dev]'
-	@touch $@
+	$(call install_extra,dev,the development tools,about 1 min)
 
 $(INSTALLED_BENCHMARK): $(INSTALLED_TEST) benchmarks/peers.txt
 	@echo "installing the peers of the benchmarks into .venv (once, about 1 min)"
@@ -202,39 +207,25 @@ $(INSTALLED_BENCHMARK): $(INSTALLED_TEST) benchmarks/peers.txt
 	@touch $@
 
 $(INSTALLED_PEERS): $(INSTALLED_TEST)
-	@echo "installing TRL into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[peers]'
-	@touch $@
+	$(call install_extra,peers,TRL,about 1 min)
 
 $(INSTALLED_EVALUATION): $(INSTALLED_TEST)
-	@echo "installing the lm-evaluation-harness into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[evaluation]'
-	@touch $@
+	$(call install_extra,evaluation,the lm-evaluation-harness,about 1 min)
 
 $(INSTALLED_S3): $(INSTALLED_TEST)
-	@echo "installing s3fs and a local S3 server into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[s3-server]'
-	@touch $@
+	$(call install_extra,s3-server,s3fs and a local S3 server,about 1 min)
 
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
-	@echo "installing gigatoken into .venv (once, some seconds)"
-	@$(PIP_INSTALL) -e '.[gigatoken]'
-	@touch $@
+	$(call install_extra,gigatoken,gigatoken,some seconds)
 
 $(INSTALLED_DATATROVE): $(INSTALLED_TEST)
-	@echo "installing datatrove into .venv (once, some seconds)"
-	@$(PIP_INSTALL) -e '.[datatrove]'
-	@touch $@
+	$(call install_extra,datatrove,datatrove,some seconds)
 
 $(INSTALLED_TRACKERS): $(INSTALLED_TEST)
-	@echo "installing MLflow and Weights & Biases into .venv (once, about 1 min)"
-	@$(PIP_INSTALL) -e '.[trackers]'
-	@touch $@
+	$(call install_extra,trackers,MLflow and Weights & Biases,about 1 min)
 
 $(INSTALLED_DOCS): $(INSTALLED)
-	@echo "installing MkDocs into .venv (once, some seconds)"
-	@$(PIP_INSTALL) -e '.[docs]'
-	@touch $@
+	$(call install_extra,docs,MkDocs,some seconds)
 
 # In a folder of their own: torchao and Triton tell on stderr what they miss on a CPU, also when PEFT asks for them. Triton has
 # no pin in constraints.txt, because each CUDA build of torch asks for a version of its own, and brings it.

@@ -335,7 +335,7 @@ def test_no_function_takes_more_than_seven_positional_arguments() -> None:
 def test_make_finds_the_files_of_each_marker() -> None:
     """A target imports only the files that name its marker, so no other module may set one."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    markers = set(re.findall(r"\$\(call marked,(\w+)\)", makefile))
+    markers = set(re.findall(r"\$\(call (?:test_)?marked,(\w+)", makefile))
     named = {
         line.partition(":")[0]
         for line in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"][
