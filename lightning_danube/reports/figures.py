@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, PercentFormatter
@@ -187,12 +188,18 @@ def losses_over_mix(run: RecordedRun) -> Figure:
 
 
 def in_dark(figure: Figure) -> Figure:
-    """Turns a figure of this module dark, for pages on a dark ground. Colours of the data stay."""
+    """Turns a figure of this package dark, for pages on a dark ground.
+
+    Colours of the data stay, and hollow marks stay hollow. Names in a colour of the data get a lighter one, because small
+    letters need more contrast than lines.
+    """
     figure.set_facecolor(DARK)
     on_data = [text for ax in figure.axes for text in ax.texts if text.get_color() != INK]
     for text in figure.findobj(Text):
         if text not in on_data:
             text.set_color(LIGHT_INK)
+        elif text.get_color() not in ("black", "white"):  # these stand on bars
+            text.set_color(tuple((2 + channel) / 3 for channel in to_rgb(text.get_color())))
     for ax in figure.axes:
         ax.set_facecolor(DARK)
         for grid in [*ax.get_xgridlines(), *ax.get_ygridlines()]:
@@ -200,7 +207,10 @@ def in_dark(figure: Figure) -> Figure:
         for drawn in ax.get_lines():
             if drawn.get_color() == INK:
                 drawn.set_color(LIGHT_INK)
-        ax.tick_params(labelcolor=LIGHT_INK)
+            face = drawn.get_markerfacecolor()
+            drawn.set_markerfacecolor({INK: LIGHT_INK, "white": DARK}.get(str(face), face))
+        ax.spines[:].set_color(FAINT)
+        ax.tick_params(which="both", color=FAINT, labelcolor=LIGHT_INK)
         for patch in ax.patches:
             patch.set_edgecolor(DARK)
     return figure

@@ -98,7 +98,7 @@ def loss_by_compute(study: pd.DataFrame, metric: str, law: Law) -> Figure:
     ax.set_xscale("log")
     ax.set(xlabel="training compute, 6·N·D FLOPs", ylabel=f"{metric}, nats/token")
     off = error_text(law, points(study, metric))
-    legend(figure, handles, f"Parameters without the input embedding. Lines: the fitted law, off by up to {off}")
+    legend(figure, handles, f"Parameters without the input embedding. Lines: the fitted law,\noff by up to {off}")
     return figure
 
 

@@ -147,7 +147,7 @@ def verdicts(study: pd.DataFrame, metric: str, baseline: str, better: Literal["l
 def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str) -> Figure:
     """Draws differences from the baseline with their intervals, a panel per metric, all with one scale.
 
-    Detected differences are black and filled.
+    Detected differences are filled and in the colour of the text.
     """
     found = paired_differences(study, metrics, baseline)
     variants = list(dict.fromkeys(found.index.get_level_values("variant")))
@@ -175,7 +175,7 @@ def forest(study: pd.DataFrame, metrics: Sequence[str], baseline: str, unit: str
     layout = figure.get_layout_engine()
     assert isinstance(layout, ConstrainedLayoutEngine)
     layout.set(h_pad=0.09)
-    said = "lines: 95 % intervals; black: p < 0.05 after Holm; one scale"
+    said = "lines: 95 % intervals; filled: p < 0.05 after Holm; one scale"
     figure.supxlabel(f"difference from {baseline}, {unit}; {said}", fontsize=9.5)
     return figure
 

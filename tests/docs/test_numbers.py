@@ -100,17 +100,36 @@ def test_all_pages_quote_one_run_of_the_quickstart() -> None:
 TEXTS, CURVES, MAKER = r"<text[^>]*>([^<]*)</text>", r'<path d="(M[^"]*)" clip-path', r"Matplotlib v[\d.]+"
 
 
-def test_the_pictures_of_the_readme_are_drawn_from_the_kept_run(tmp_path: Path) -> None:
-    picture.draw(tmp_path)
-    for name in ("light", "dark"):
-        file = f"quickstart-{name}.svg"
-        kept, drawn = ((folder / file).read_text("utf-8") for folder in (picture.PICTURES, tmp_path))
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pictures as this version draws them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    picture.draw(folder)
+    return folder
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", picture.FIGURES)
+def test_a_picture_of_the_pages_is_drawn_from_kept_results(name: str, drawn: Path) -> None:
+    for ground in ("light", "dark"):
+        file = f"{name}-{ground}.svg"
+        kept, new = ((folder / file).read_text("utf-8") for folder in (picture.PICTURES, drawn))
         # Another version of matplotlib may place a curve a hair further.
-        same = re.findall(MAKER, kept)[0] == re.findall(MAKER, drawn)[0]
+        same = re.findall(MAKER, kept)[0] == re.findall(MAKER, new)[0]
         for pattern in (TEXTS, CURVES) if same else (TEXTS,):
             found = re.findall(pattern, kept)
-            assert found and found == re.findall(pattern, drawn), f"docs/pictures/{file} is old; type: {fill.COMMAND}"
-        assert f"docs/pictures/{file}" in read("README.md")
+            assert found and found == re.findall(pattern, new), f"docs/pictures/{file} is old; type: {fill.COMMAND}"
+
+
+def test_a_page_shows_each_picture_light_and_dark_and_says_in_words_what_it_shows() -> None:
+    shown = re.compile(
+        r'srcset="\S*pictures/(\S+)-dark\.svg">\s*<img src="\S*pictures/(\S+)-light\.svg" alt="([^"]{60,})">'
+    )
+    found = [match for page in pages() for match in shown.findall(read(page))]
+    assert {dark for dark, _, _ in found} == set(picture.FIGURES)
+    assert all(dark == light for dark, light, _ in found)
+    kept = {path.name for path in picture.PICTURES.glob("*.svg")}
+    assert kept == {f"{name}-{ground}.svg" for name in picture.FIGURES for ground in ("light", "dark")}
 
 
 def test_the_kept_output_of_the_quickstart_is_what_this_version_prints_of_its_kept_summary() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from lightning_danube.reports import figures, runs
@@ -93,6 +93,18 @@ def test_a_dark_figure_has_light_ink_and_the_same_colours_of_data(run: RecordedR
         assert [bar.get_facecolor() for bar in before.patches] == [bar.get_facecolor() for bar in after.patches]
     on_bars = [(text.get_text(), text.get_color()) for text in light.axes[1].texts]
     assert on_bars == [(text.get_text(), text.get_color()) for text in dark.axes[1].texts]
+
+
+def test_hollow_marks_stay_hollow_and_names_get_lighter_in_a_dark_figure() -> None:
+    figure, (ax,) = figures.new_figure(2)
+    ax.plot(0, 0, "o", color=figures.INK, markerfacecolor=figures.INK)
+    ax.plot(0, 0, "o", color=figures.FAINT, markerfacecolor="white")
+    name, on_bar = ax.text(0, 0, "name", color="#000090"), ax.text(0, 0, "bar", color="black")
+    figures.in_dark(figure)
+    assert [line.get_markerfacecolor() for line in ax.get_lines()] == [figures.LIGHT_INK, figures.DARK]
+    assert to_rgb(name.get_color()) == pytest.approx((2 / 3, 2 / 3, (2 + 0x90 / 255) / 3))
+    assert on_bar.get_color() == "black"
+    assert {to_hex(spine.get_edgecolor()) for spine in ax.spines.values()} == {figures.FAINT}
 
 
 def test_the_peaks_share_is_drawn_only_where_a_peak_was_given(run: RecordedRun) -> None:

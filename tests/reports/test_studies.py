@@ -62,7 +62,7 @@ def test_differences_are_paired_and_judged_together(heads: pd.DataFrame) -> None
     other = heads.assign(other=10 * heads["loss"])
     first, second = studies.forest(other, ["loss", "other"], "mha", "nats/token").axes
     assert first.get_xlim() == second.get_xlim()
-    assert first.figure.get_supxlabel().endswith("black: p < 0.05 after Holm; one scale")
+    assert first.figure.get_supxlabel().endswith("filled: p < 0.05 after Holm; one scale")
 
 
 def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
