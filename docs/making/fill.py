@@ -10,7 +10,8 @@ A block stands between two comments. The first names a maker and the files that 
     <!-- /fill -->
 
 The makers are the functions of results.py and reference.py. A maker gets the paths of the files, in order, and returns
-Markdown. `file.md#2` is the second table of a file.
+Markdown. `file.md#2` is the second table of a file. `typed` also takes the beginnings of the first and the last line that
+are shown.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def filled(page: str, text: str) -> str:
         name, files = match["maker"], (match["files"] or "").split()
         if name not in known:
             raise ValueError(f"{page}: there is no maker {name!r}; there are {', '.join(sorted(known))}")
-        for file in files:
+        for file in files[:1] if name == "typed" else files:
             if not (ROOT / file.partition("#")[0]).exists():
                 raise ValueError(f"{page}: the block {name!r} reads {file}, which does not exist")
         begin = match[0].partition("\n")[0]

