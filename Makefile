@@ -106,7 +106,7 @@ test-kernels: $(INSTALLED_KERNELS) ## run kernels for GPUs in Triton's interpret
 test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and beside each other (needs the right to mount)
 	@$(call test_marked,faults)
 
-test-slurm: $(INSTALLED_TEST) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
+test-slurm: $(INSTALLED_TEST) $(INSTALLED_DATATROVE) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
 	@$(call test_marked,slurm)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)

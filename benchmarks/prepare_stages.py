@@ -1,11 +1,11 @@
 """CPU seconds of each stage of `prepare`, by the own engine and by datatrove, and what they mean for 4T and 6T tokens.
 
-    python benchmarks/prepare_stages.py --texts FOLDER [--documents 300000]
+    python benchmarks/prepare_stages.py --texts FOLDER [--documents 40000]
 
-`FOLDER` holds files that `prepare` reads. The stages that read and write texts are measured on them, with rules,
-without benchmarks, and with `deduplicate: near`. The stages that compare documents are measured on random sketches of
-`--documents` documents, of which three in ten are copies of an earlier one. Everything runs in one process.
-The own engine is measured without its search for duplicates.
+`FOLDER` holds files that `prepare` reads. The stages that read and write texts are measured on them, with rules and
+without benchmarks. Three in ten documents are copies of an earlier one, so every unit is written a second time. The
+stages that compare documents are measured on random sketches of `--documents` documents, of which as many are copies.
+Everything runs in one process, except each stage that compares, whose memory is measured.
 
 The extrapolation is linear in tokens and in documents, with `TOKENS_A_DOCUMENT` tokens a document.
 """
@@ -16,59 +16,92 @@ import argparse
 import json
 import multiprocessing
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from machine import described, write_result
 
-from lightning_danube.text.corpora import Source
-from lightning_danube.text.quality import BANDS, PERMUTATIONS, Filters, Quality
+from lightning_danube.text.corpora import Source, documents_and_bad_rows
+from lightning_danube.text.duplicates import drop_exact, drop_near
+from lightning_danube.text.quality import BANDS, PERMUTATIONS, Deduplicate, Filters, Quality
+from lightning_danube.text.reading import Document
 from lightning_danube.tokens.engines.datatrove_engine import _executor, _quietly, _run_rank, _stages
 from lightning_danube.tokens.engines.source_work import Cluster, SourceWork
 from lightning_danube.tokens.preparation import Preparation
+from lightning_danube.tokens.shards import ShardFacts, TokenShards
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.tokens.units import make_unit
 
 TOKENS_A_DOCUMENT = 700
 DOLLARS_A_CORE_HOUR = 0.04
 COPIES = 0.3
+FILES = 4
+SKETCHED = ("own, exact", "own, near", "datatrove, buckets", "datatrove, clusters")
+"""Stages that compare documents."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", required=True)
-    parser.add_argument("--documents", type=int, default=300_000)
+    parser.add_argument("--documents", type=int, default=40_000)
     arguments = parser.parse_args()
-    source, tokenizer = Source(arguments.texts), DocumentTokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        own = own_stages(Path(folder) / "own", source, tokenizer)
-        trove, tokens, documents, left = trove_stages(Path(folder) / "trove", source, tokenizer)
-        compared = compared_stages(Path(folder) / "compared", arguments.documents)
+    tokenizer = DocumentTokenizer()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = with_copies(Source(arguments.texts), folder)
+        seconds: dict[str, float] = {}
+        for deduplicate in ("none", "near"):
+            facts = facts_of(source, tokenizer, deduplicate, folder / f"own-{deduplicate}")
+            made, read, tokens, _ = own_stages(facts)
+            seconds |= {f"own, {stage}, {deduplicate}": one for stage, one in made.items()}
+        trove, documents, between = trove_stages(facts_of(source, tokenizer, "near", folder / "trove"))
+        seconds |= {f"datatrove, {stage}, near": trove[stage] for stage in ("read", "write")}
+        sketched = {stage: in_own_process(stage, folder / "compared", arguments.documents) for stage in SKETCHED}
     lines = [
         described("datatrove", "tokenizers", "pyarrow"),
-        f"{documents:,} documents, {tokens:,} tokens; {arguments.documents:,} random sketches; one process",
+        f"{documents:,} documents, {read:,} tokens, of which {tokens:,} stay; {arguments.documents:,} random sketches",
         "",
         "| stage | CPU s | for each |",
         "|---|---|---|",
     ]
-    a_token = {f"own, {name}": seconds for name, seconds in own.items()}
-    a_token |= {f"datatrove, {name}": trove[name] for name in ("read", "write")}
-    for name, seconds in a_token.items():
-        lines.append(f"| {name} | {seconds:.2f} | {tokens / seconds:,.0f} tokens a CPU s |")
-    for name, (seconds, size) in compared.items():
-        memory = f", {size / arguments.documents:,.0f} bytes of memory a document" if size else ""
-        lines.append(f"| {name} | {seconds:.2f} | {1e6 * seconds / arguments.documents:,.2f} µs a document{memory} |")
-    lines += [f"| disk between stages, datatrove | | {left / documents:,.0f} bytes a document |", ""]
-    write_result(
-        "prepare-stages",
-        "\n".join(lines + extrapolated(a_token, compared, arguments.documents, tokens, left / documents)),
-    )
+    for stage, one in seconds.items():
+        lines.append(f"| {stage} | {one:.2f} | {1e6 * one / read:.3f} µs a token that is read |")
+    for stage, (one, size) in sketched.items():
+        lines.append(
+            f"| {stage} | {one:.2f} | {1e6 * one / arguments.documents:,.2f} µs and {size / arguments.documents:,.0f} "
+            "bytes of memory a document |"
+        )
+    lines += [f"| datatrove, disk between stages | | {between / documents:,.0f} bytes a document |", ""]
+    a_token = {stage: one / read for stage, one in seconds.items()}
+    a_document = {
+        stage: (one / arguments.documents, size / arguments.documents) for stage, (one, size) in sketched.items()
+    }
+    lines += extrapolated(a_token, a_document, between / documents)
+    write_result("prepare-stages", "\n".join(lines))
+
+
+def with_copies(source: Source, folder: Path) -> Source:
+    """Returns a source of four files with the texts, and copies of an earlier one, `COPIES` of all."""
+    random = np.random.default_rng(0)
+    texts: list[str] = []
+    for row in documents_and_bad_rows("texts", source, folder):
+        if isinstance(row, Document):
+            while texts and random.random() < COPIES:
+                texts.append(texts[random.integers(len(texts))])
+            texts.append(row.text)
+    (folder / "texts").mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(texts)), FILES)):
+        lines = (json.dumps({"text": texts[place]}) + "\n" for place in part)
+        (folder / "texts" / f"{number}.jsonl").write_text("".join(lines))
+    return Source(str(folder / "texts"))
+
+
+def facts_of(source: Source, tokenizer: DocumentTokenizer, deduplicate: Deduplicate, cache: Path) -> ShardFacts:
+    return ShardFacts("texts", source, tokenizer, 0.001, Quality(deduplicate, Filters(min_words=5)), cache)
 
 
 def cpu_seconds(do: Callable[[], Any]) -> float:
@@ -77,43 +110,49 @@ def cpu_seconds(do: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def own_stages(folder: Path, source: Source, tokenizer: DocumentTokenizer) -> dict[str, float]:
-    quality = Quality(deduplicate="none", filters=Filters(min_words=5))
-    folder.mkdir()
-    options: dict[str, Any] = {"held_out": 0.001, "quality": quality, "cache_dir": folder}
-    preparation = Preparation(folder / "texts", "texts", source, tokenizer, **options)
-    preparation.job = replace(preparation.job, near=True)  # with sketches, as in datatrove's
+def own_stages(facts: ShardFacts) -> tuple[dict[str, float], int, int, int]:
+    """Returns stage → CPU seconds, and the tokens that were read and kept. The join also writes units a second time."""
+    directory = facts.directory("own")
+    preparation = Preparation(directory, facts)
     preparation.open(None)
     work = list(preparation.work(lambda: None))  # type: ignore[arg-type, return-value]
-    read = cpu_seconds(lambda: [make_unit(preparation.job, number, rows) for number, rows, _ in work])
-    preparation.units = preparation.used = len(work)
-    return {"read": read, "join without duplicates": cpu_seconds(preparation.join)}
+    made = [0]
+
+    def read() -> None:
+        made.extend(make_unit(preparation.job, number, rows)[1] for number, rows, _ in work)
+
+    seconds = {"read": cpu_seconds(read)}
+    assert not preparation.missing()
+    seconds["join and write"] = cpu_seconds(preparation.join)
+    shards = TokenShards(directory, facts.tokenizer)
+    seconds["verify"] = cpu_seconds(shards.verify)
+    counts = shards.meta["counts"]
+    return seconds, sum(made), counts["tokens"], counts["documents"]
 
 
-def trove_stages(folder: Path, source: Source, tokenizer: DocumentTokenizer) -> tuple[dict[str, float], int, int, int]:
-    """Returns stage → CPU seconds, tokens, documents, and the most bytes on disk beside the shards."""
-    quality = Quality(deduplicate="near", filters=Filters(min_words=5))
-    options: dict[str, Any] = {"held_out": 0.001, "quality": quality, "cache_dir": folder}
-    building = folder / ".texts.datatrove"
-    work = SourceWork.begin(
-        folder / "texts", building, "texts", source, tokenizer, benchmarks=None, tasks=None, **options
-    )
+def trove_stages(facts: ShardFacts) -> tuple[dict[str, float], int, int]:
+    """Returns stage → CPU seconds, the documents before duplicates are dropped, and the most bytes on disk beside the
+    shards."""
+    directory = facts.directory("datatrove")
+    building = directory.with_name(f".{directory.name}.datatrove")
+    work = SourceWork.begin(directory, building, facts, benchmarks=None, tasks=None)
     (building / "tasks").mkdir()
     seconds, most = {}, 0
     with _quietly():
-        stages = _stages(work, quality)
+        stages = _stages(work, facts.quality)
     for stage in stages:
         with _quietly():
             executor = _executor(work, stage, Cluster(workers=1))
-        began = time.process_time()
-        for rank in range(stage.tasks):
-            _run_rank(executor, rank)
-        seconds[stage.name] = time.process_time() - began
+
+        def run(executor: Any = executor, tasks: int = stage.tasks) -> None:
+            for rank in range(tasks):
+                _run_rank(executor, rank)
+
+        seconds[stage.name] = cpu_seconds(run)
         folders = ("units", "between")
         most = max(most, sum(file.stat().st_size for one in folders for file in (building / one).rglob("*.*")))
-    counts = json.loads((folder / "texts" / "shards.json").read_text())["counts"]
-    made = counts["documents"] + counts["duplicates"]["near"]
-    return seconds, counts["tokens"], made, most
+    counts = TokenShards(directory, facts.tokenizer).meta["counts"]
+    return seconds, counts["documents"] + sum(counts["duplicates"].values()), most
 
 
 def random_sketches(documents: int) -> np.ndarray[Any, Any]:
@@ -126,70 +165,94 @@ def random_sketches(documents: int) -> np.ndarray[Any, Any]:
     return drawn
 
 
-def compared_stages(folder: Path, documents: int) -> dict[str, tuple[float, int]]:
-    """Returns stage → CPU seconds and bytes of memory. Each stage has a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    found = {}
-    for name in ("datatrove, buckets", "datatrove, clusters"):
-        with context.Pool(1) as pool:
-            found[name] = pool.apply(compared, (name, str(folder), documents))
-    shutil.rmtree(folder)
-    return found
+def in_own_process(stage: str, folder: Path, documents: int) -> tuple[float, int]:
+    """Returns CPU seconds and bytes of memory of a stage that compares documents."""
+    folder.mkdir(exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(compared, (stage, folder, documents))
 
 
-def compared(name: str, folder: str, documents: int) -> tuple[float, int]:
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster
+def compared(stage: str, folder: Path, documents: int) -> tuple[float, int]:
+    drawn = random_sketches(documents)
+    parts = np.array_split(drawn, FILES)
+    keep = np.ones(documents, dtype=bool)
+    hashes = drawn[:, :2].copy().view(np.uint64)[:, 0]
+    do = {
+        "own, exact": lambda: drop_exact(keep, iter(np.array_split(hashes, FILES)), folder),
+        "own, near": lambda: drop_near(keep, lambda: iter(parts), folder),
+        "datatrove, buckets": lambda: _buckets(folder),
+        "datatrove, clusters": lambda: _clusters(folder),
+    }[stage]
+    if stage == "datatrove, buckets":
+        _write_sketches(parts, folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with _quietly():
+        seconds = cpu_seconds(do)
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+
+
+def _write_sketches(parts: list[np.ndarray[Any, Any]], folder: Path) -> None:
+    for number, part in enumerate(parts):
+        for band, own in enumerate(np.split(part, BANDS, axis=1)):
+            order = np.lexsort(own.T[::-1])
+            path = folder / "sketches" / f"bucket_{band:03d}" / f"{number:05d}.minhash.sig"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.column_stack([own[order], order.astype(np.uint32)]).astype("<u4").tofile(path)
+
+
+def _buckets(folder: Path) -> None:
+    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
+
+    for band in range(BANDS):
+        step = MinhashDedupBuckets(f"{folder}/sketches", f"{folder}/pairs", config=_minhash(), lines_to_buffer=1000)
+        step.run(None, band, BANDS)
+
+
+def _clusters(folder: Path) -> None:
+    from datatrove.pipeline.dedup.minhash import MinhashDedupCluster
+
+    MinhashDedupCluster(f"{folder}/pairs", f"{folder}/removed", config=_minhash(), lines_to_buffer=1000).run()
+
+
+def _minhash() -> Any:
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.utils.hashing import HashConfig
 
-    config = MinhashConfig(num_buckets=BANDS, hashes_per_bucket=PERMUTATIONS // BANDS, hash_config=HashConfig(32))
-    drawn = random_sketches(documents)
-    files = 4
-    if name == "datatrove, buckets":
-        for band, values in enumerate(np.split(drawn, BANDS, axis=1)):
-            for number, own in enumerate(np.array_split(values, files)):
-                order = np.lexsort(own.T[::-1])
-                path = Path(folder, "sketches", f"bucket_{band:03d}", f"{number:05d}.minhash.sig")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.column_stack([own[order], order.astype(np.uint32)]).astype("<u4").tofile(path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.process_time()
-    with _quietly():
-        if name == "datatrove, buckets":
-            for band in range(BANDS):
-                step = MinhashDedupBuckets(f"{folder}/sketches", f"{folder}/pairs", config=config, lines_to_buffer=1000)
-                step.run(None, band, BANDS)
-        else:
-            MinhashDedupCluster(f"{folder}/pairs", f"{folder}/removed", config=config, lines_to_buffer=1000).run()
-    seconds = time.process_time() - began
-    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return seconds, 0 if name == "datatrove, buckets" else more << 10
+    return MinhashConfig(num_buckets=BANDS, hashes_per_bucket=PERMUTATIONS // BANDS, hash_config=HashConfig(32))
 
 
-def extrapolated(
-    a_token: dict[str, float], compared: dict[str, tuple[float, int]], sketched: int, tokens: int, left: float
-) -> list[str]:
+def extrapolated(a_token: dict[str, float], a_document: dict[str, tuple[float, float]], between: float) -> list[str]:
+    """Returns the table. A token of an id has 2 bytes, its account in a unit 24 bytes a document, a sketch 512."""
     lines = [
-        "Core hours = (tokens × CPU s a token + documents × CPU s a document) / 3600, with "
-        f"{TOKENS_A_DOCUMENT} tokens a document. A core hour costs {DOLLARS_A_CORE_HOUR} dollars.",
+        "Core hours = (tokens × µs a token + documents × µs a document) / 3600 s. "
+        f"A document has {TOKENS_A_DOCUMENT} tokens. A core hour costs {DOLLARS_A_CORE_HOUR} dollars.",
         "",
-        "| tokens | engine | core hours | dollars | of them in one process | its memory | disk beside the texts |",
+        "| tokens read | engine | core hours | dollars | hours in one process | memory of that process | most disk |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, total in (("4T", 4e12), ("6T", 6e12)):
         documents = total / TOKENS_A_DOCUMENT
-        shards = 2 * total + 4 * documents
-        for engine in ("own", "datatrove"):
-            hours = {key: seconds / tokens * total / 3600 for key, seconds in a_token.items() if key.startswith(engine)}
-            memory, disk, alone = "", 2 * total + shards, hours.get("own, join without duplicates", 0.0)
-            if engine == "datatrove":
-                hours |= {key: one / sketched * documents / 3600 for key, (one, _) in compared.items()}
-                alone = hours["datatrove, clusters"]
-                memory = f"{compared['datatrove, clusters'][1] / sketched * documents / 1e12:.1f} TB"
-                disk = documents * left + shards
-            every = sum(hours.values())
+        units, kept = 2 * total + 28 * documents, 2 * total * (1 - COPIES)
+        rows = {
+            "own, `none`": (["own, read, none", "own, join and write, none", "own, verify, none"], [], units),
+            "own, `near`": (
+                ["own, read, near", "own, join and write, near", "own, verify, near"],
+                ["own, near"],
+                units + (512 + 16) * documents + kept,
+            ),
+            "datatrove, `near`": (
+                ["datatrove, read, near", "datatrove, write, near"],
+                ["datatrove, buckets", "datatrove, clusters"],
+                between * documents + kept,
+            ),
+        }
+        for engine, (by_token, by_document, disk) in rows.items():
+            hours = sum(a_token[stage] for stage in by_token) * total / 3600
+            hours += sum(a_document[stage][0] for stage in by_document) * documents / 3600
+            alone = a_document[by_document[-1]] if by_document else (0.0, 0.0)
             lines.append(
-                f"| {name} | {engine} | {every:,.0f} | {every * DOLLARS_A_CORE_HOUR:,.0f} | {alone:,.1f} | {memory} "
-                f"| {disk / 1e12:.1f} TB |"
+                f"| {name} | {engine} | {hours:,.0f} | {hours * DOLLARS_A_CORE_HOUR:,.0f} "
+                f"| {alone[0] * documents / 3600:,.0f} | {alone[1] * documents / 1e12:.2f} TB | {disk / 1e12:.0f} TB |"
             )
     return lines
 

@@ -63,9 +63,9 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == "fit":
             self._check_trainer()
         self.seconds_to_prepare = self.prepare()
-        for name, directory in self.shards_directories().items():
-            if not self.sources[name].has_tokens:
-                TokenShards(directory, self.tokenizer).check_sizes()
+        for name, source in self.sources.items():
+            if not source.has_tokens:
+                self.shard_facts(name).open().check_sizes()
 
     def prepare(self, part: WorkPart | None = None) -> dict[str, float]:
         """Makes the missing shards, or one part of them. Returns the seconds that each source took."""

@@ -11,7 +11,7 @@ from lightning_danube.terminal import name_meant
 from lightning_danube.text.embedded.documentation import is_collected
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.foreign.listing import ForeignTokens, list_token_files
-from lightning_danube.tokens.shards import ShardCounts, TokenShards
+from lightning_danube.tokens.shards import ShardCounts
 
 if TYPE_CHECKING:
     from lightning_danube.pretraining.settings import CurriculumSettings
@@ -90,4 +90,4 @@ def _prepared(data: CurriculumSettings, name: str) -> ShardCounts | None:
     if source.has_tokens:
         directory, _ = list_token_files(name, source, data.tokenizer, data.held_out, data.cache_dir)
         return ForeignTokens(directory, source, data.tokenizer, data.cache_dir).counts("train")
-    return TokenShards(directory, data.tokenizer).counts("train") if directory.exists() else None
+    return data.shard_facts(name).open().counts("train") if directory.exists() else None

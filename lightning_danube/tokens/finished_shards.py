@@ -1,4 +1,4 @@
-"""Finished shards: made elsewhere, and read from another directory or fetched once from object storage.
+"""Finished shards: made elsewhere, and read from another directory, or by ranges from object storage.
 
 A source's path names finished shards if it is an address that fsspec knows (`s3://bucket/shards/web-1a2b3c4d5e6f`) or
 a directory with a `shards.json`. The texts of such a source are not needed.
@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_danube.extras import install_command
-from lightning_danube.files import finish_folder, new_file, parse_json, write_text
-from lightning_danube.outside.names import inside, plain_name
+from lightning_danube.files import new_folder, parse_json, write_text
+from lightning_danube.outside.names import plain_name
 from lightning_danube.outside.secrets import redacted
 from lightning_danube.text.corpora import names_token_files
 
@@ -36,21 +36,21 @@ def is_finished(path: str) -> bool:
 
 
 def finished_directory(path: str, cache_dir: Path) -> Path:
-    """Returns where finished shards are read: their own directory, or for an address its folder in the cache."""
+    """Returns the directory of a listing: that of the shards, or for an address its folder in the cache."""
     if not is_address(path):
         return Path(path).expanduser()
     digest = hashlib.sha256(path.rstrip("/").encode()).hexdigest()[:8]
     return cache_dir / "shards" / f"{PurePosixPath(path.partition('?')[0]).name[:100]}-{digest}"
 
 
-def fetch(name: str, path: str, cache_dir: Path) -> Path:
-    """Returns the directory of finished shards, and fetches them first if they are missing.
+def fetch_listing(name: str, path: str, cache_dir: Path) -> Path:
+    """Returns the directory with the listing of finished shards. From an address, the listing and the counts of ids are
+    fetched first if they are missing here. The files of tokens stay where they are.
 
-    The fetched directory is complete, with the sizes and checksums of its listing, or absent. Files that an earlier
-    attempt fetched are kept.
+    The fetched directory is complete, or absent.
 
     Raises:
-        ValueError: the shards are missing, out of reach, or differ from their listing.
+        ValueError: the listing is missing, out of reach or damaged, or a file of counts differs from it.
     """
     directory = finished_directory(path, cache_dir)
     if not is_address(path) or (directory / LISTING).is_file():
@@ -60,8 +60,7 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     try:
         listing = parse_json(store.cat_file(f"{root}/{LISTING}"), LISTING)
         version = listing["format"]
-        files = listed_files(listing) if version == FORMAT else []
-        for file in files:
+        for file in listed_files(listing) if version == FORMAT else []:
             plain_name(file["name"], "the name of a file")
             if missing := {"bytes", "sha256"} - file.keys():
                 raise KeyError(min(missing))
@@ -74,17 +73,10 @@ def fetch(name: str, path: str, cache_dir: Path) -> Path:
     except Exception as error:
         raise unreachable(where, error) from error
     check_format(where, version)
-    # The folder keeps the files of an earlier attempt, so it has a fixed name.
-    hidden = directory.with_name(f".{directory.name}.fetching")
-    for file in files:
-        _fetch_file(where, store, f"{root}/{file['name']}", inside(hidden, file["name"], "the name of a file"), file)
-    write_text(hidden / LISTING, json.dumps(listing, indent=1) + "\n")
-    try:
-        finish_folder(hidden, directory)
-    except FileNotFoundError:
-        # Another process fetched the same files and finished first.
-        if not (directory / LISTING).is_file():
-            raise
+    with new_folder(directory) as partial:
+        for split in listing["splits"].values():
+            _fetch_counts(where, store, root, partial, split["token_counts"])
+        write_text(partial / LISTING, json.dumps(listing, indent=1) + "\n")
     return directory
 
 
@@ -122,30 +114,21 @@ def open_store(where: str, path: str) -> tuple[Any, str]:
     return store, root
 
 
-def _fetch_file(where: str, store: Any, remote: str, target: Path, expected: dict[str, Any]) -> None:
-    if target.is_file() and _digest(target) == expected["sha256"]:
-        return
-    with new_file(target) as partial:
-        try:
-            store.get_file(remote, str(partial))
-        except FileNotFoundError:
-            raise ValueError(
-                f"{where} lacks {target.name}, which its {LISTING} names: copy the shards there again"
-            ) from None
-        except Exception as error:
-            raise unreachable(where, error) from error
-        found = _digest(partial)
-        if found != expected["sha256"]:
-            raise ValueError(
-                f"{where}/{target.name} does not hold what was written ({partial.stat().st_size} bytes of "
-                f"{expected['bytes']}, sha256 {found[:12]}… instead of {expected['sha256'][:12]}…): copy the shards "
-                "there again"
-            )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fetch_counts(where: str, store: Any, root: str, folder: Path, expected: dict[str, Any]) -> None:
+    name = expected["name"]
+    try:
+        content = store.cat_file(f"{root}/{name}")
+    except FileNotFoundError:
+        raise ValueError(f"{where} lacks {name}, which its {LISTING} names: copy the shards there again") from None
+    except Exception as error:
+        raise unreachable(where, error) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected["sha256"]:
+        raise ValueError(
+            f"{where}/{name} does not hold what was written ({len(content)} bytes of {expected['bytes']}, sha256 "
+            f"{found[:12]}… instead of {expected['sha256'][:12]}…): copy the shards there again"
+        )
+    (folder / name).write_bytes(content)
 
 
 def unreachable(where: str, error: Exception) -> Exception:

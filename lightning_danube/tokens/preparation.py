@@ -38,7 +38,7 @@ from lightning_danube.text.quality import BenchmarkFile, Benchmarks, Quality
 from lightning_danube.text.reading import BadRow, DamagedFile, Document, Span, format_of, spans
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.encoding import can_encode_in_parts
-from lightning_danube.tokens.finished_shards import fetch, is_finished
+from lightning_danube.tokens.finished_shards import fetch_listing, is_finished
 from lightning_danube.tokens.foreign.listing import ForeignTokens, list_token_files
 from lightning_danube.tokens.shards import SPLITS, ShardFacts, TokenShards, joined_splits
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -91,7 +91,7 @@ def prepare(
                 tell(f"source {name!r}: {doubt}")
         elif is_finished(source.path):
             began = time.monotonic()
-            fetch(name, source.path, cache_dir)
+            fetch_listing(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
         else:
             found[name] = ShardFacts(name, source, tokenizer, held_out, quality, cache_dir)
@@ -684,7 +684,7 @@ def open_or_prepare(
     facts = ShardFacts(name, source, tokenizer, held_out, quality or Quality(), cache_dir)
     options: dict[str, Any] = {"held_out": held_out, "quality": facts.quality, "cache_dir": cache_dir}
     seconds = prepare({name: source}, tokenizer, processes=processes, **options)[name]
-    shards = TokenShards(facts.directory(), tokenizer)
+    shards = facts.open()
     if seconds and not is_finished(source.path):
         shards.verify()
     return shards, seconds

@@ -30,11 +30,20 @@ from numpy.typing import NDArray
 
 from lightning_danube.files import naming_cached, read_json
 from lightning_danube.outside.names import plain_name
+from lightning_danube.outside.secrets import redacted
 from lightning_danube.text.corpora import Source, is_saved_dataset, local_files, saved_directory
 from lightning_danube.text.quality import Quality, text_hash
 from lightning_danube.text.reading import READ_AS, format_of
 from lightning_danube.tokens.engines import ENGINES, Engine
-from lightning_danube.tokens.finished_shards import FORMAT, check_format, finished_directory, is_finished, listed_files
+from lightning_danube.tokens.finished_shards import (
+    FORMAT,
+    check_format,
+    finished_directory,
+    is_address,
+    is_finished,
+    listed_files,
+)
+from lightning_danube.tokens.foreign.ranges import ByteRanges, StampedFiles
 from lightning_danube.tokens.token_sequence import TokenSegment, TokenSequence
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 
@@ -88,6 +97,16 @@ class ShardFacts:
             return directories[engine]
         complete = (directory for directory in directories.values() if (directory / "shards.json").exists())
         return next(complete, directories["own"])
+
+    def open(self) -> TokenShards:
+        """Opens the shards, which exist.
+
+        Raises:
+            ValueError: see `TokenShards`.
+        """
+        path = self.source.path
+        ranges = ByteRanges(path, self.cache_dir) if is_address(path) else None
+        return TokenShards(self.directory(), self.tokenizer, ranges)
 
     def meta(self) -> dict[str, Any]:
         """Returns the entries of shards.json that are known before the work."""
@@ -286,12 +305,16 @@ class ShardCounts:
 class TokenShards:
     """One source's shard directory. Only its `shards.json` is read when it is opened.
 
+    Args:
+        directory: holds the listing and the counts of ids, and the files of tokens if they are on this machine.
+        ranges: reads the files of tokens in object storage. Its path is the address of their folder.
+
     Raises:
         ValueError: the directory is missing, has another format or another tokenizer, or its `shards.json` is damaged.
     """
 
-    def __init__(self, directory: Path, tokenizer: DocumentTokenizer) -> None:
-        self.directory, self._vocab_size = directory, tokenizer.vocab_size
+    def __init__(self, directory: Path, tokenizer: DocumentTokenizer, ranges: ByteRanges | None = None) -> None:
+        self.directory, self._vocab_size, self._ranges = directory, tokenizer.vocab_size, ranges
         path = directory / "shards.json"
         try:
             self.meta = read_json(path)
@@ -318,7 +341,18 @@ class TokenShards:
 
     @property
     def _remedy(self) -> str:
+        if self._ranges is not None:
+            return f"copy the shards there again; if other shards are there now, delete {self.directory}"
         return f"delete {self.directory} and it will be made again"
+
+    @property
+    def place(self) -> str:
+        """Where the files of tokens lie, for messages."""
+        return str(self.directory) if self._ranges is None else redacted(self._ranges.path)
+
+    def _place(self, name: str) -> Path | str:
+        """Returns the path or address of a file of tokens."""
+        return self.directory / name if self._ranges is None else f"{self._ranges.path.rstrip('/')}/{name}"
 
     def _listed(self) -> list[dict[str, Any]]:
         return listed_files(self.meta)
@@ -328,10 +362,10 @@ class TokenShards:
         found: list[TokenSegment] = []
         width = self._dtype.itemsize
         for file in self.meta["splits"][split]["files"]:
-            path, size = self.directory / file["name"], file["bytes"]
+            path, size = self._place(file["name"]), file["bytes"]
             for offset, tokens in file["segments"]:
                 if not 0 <= offset <= offset + tokens * width <= size:
-                    raise ValueError(f"{path.name} has no place for {tokens} tokens at {offset}")
+                    raise ValueError(f"{file['name']} has no place for {tokens} tokens at {offset}")
                 found.append(TokenSegment(path, offset, tokens))
         total = sum(segment.tokens for segment in found)
         if total != self.meta["splits"][split]["tokens"]:
@@ -348,14 +382,17 @@ class TokenShards:
         Raises:
             ValueError: a file is missing, or has another size than when it was written.
         """
+        ranges = self._ranges
+        there = {} if ranges is None else ranges.sizes(ranges.path)
         for file in self._listed():
-            path, size = self.directory / file["name"], file["bytes"]
+            name, size = file["name"], file["bytes"]
+            place = self._place(name)
             try:
-                found = path.stat().st_size
+                found = os.stat(place).st_size if ranges is None else there.get(name) or ranges.size(str(place))
             except FileNotFoundError:
-                raise ValueError(f"{path} is missing: {self._remedy}") from None
+                raise ValueError(f"{place} is missing: {self._remedy}") from None
             if found != size:
-                raise ValueError(f"{path} has {found} bytes instead of {size}: {self._remedy}")
+                raise ValueError(f"{redacted(str(place))} has {found} bytes instead of {size}: {self._remedy}")
 
     def verify(self) -> None:
         """Reads every file and compares its checksum.
@@ -365,18 +402,26 @@ class TokenShards:
         """
         self.check_sizes()
         for file in self._listed():
-            path = self.directory / file["name"]
-            with open(path, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            place = self._place(file["name"])
+            if self._ranges is None:
+                with open(place, "rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+            else:
+                digest = self._ranges.digest(str(place))
             if digest != file["sha256"]:
                 raise ValueError(
-                    f"{path} does not hold what was written (sha256 {digest[:12]}… instead of "
+                    f"{redacted(str(place))} does not hold what was written (sha256 {digest[:12]}… instead of "
                     f"{file['sha256'][:12]}…): {self._remedy}"
                 )
 
     def tokens(self, split: str) -> TokenSequence:
         """Returns the concatenated documents of a split. No file is opened before it is read."""
-        return TokenSequence(self._segments[split], self._dtype, self._vocab_size, remedy=self._remedy)
+        files = None
+        if self._ranges is not None:
+            # A file never changes: the name of its folder, or its checksum, would be another.
+            stamps = {str(self._place(file["name"])): file["sha256"] for file in self._listed()}
+            files = StampedFiles(self._ranges, stamps)
+        return TokenSequence(self._segments[split], self._dtype, self._vocab_size, remedy=self._remedy, files=files)
 
     def token_counts(self, split: str) -> NDArray[np.int64]:
         """Returns how often each id occurs in a split, (vocab_size,), as it was counted when the split was written.

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import SHORTAGES
+from lightning_danube.outside.secrets import redacted
 
 MOST_OPEN = 32
 """Files of a sequence that are open at once. Often a process may open 1,024. Opening one takes microseconds."""
@@ -32,12 +33,12 @@ class TokenSegment(NamedTuple):
     """Consecutive token ids in a file.
 
     Args:
-        path: the file.
+        path: the file, or its address.
         offset: bytes before the first id.
         tokens: number of ids.
     """
 
-    path: Path
+    path: Path | str
     offset: int
     tokens: int
 
@@ -45,7 +46,7 @@ class TokenSegment(NamedTuple):
 class TokenFiles(Protocol):
     """Where the bytes of segments come from."""
 
-    def read(self, path: Path, begin: int, end: int) -> NDArray[np.uint8]:
+    def read(self, path: Path | str, begin: int, end: int) -> NDArray[np.uint8]:
         """Returns the bytes [begin, end) of a file; fewer if the file ends before.
 
         Raises:
@@ -63,7 +64,7 @@ class OpenFiles:
 
     def __init__(self, most: int = MOST_OPEN) -> None:
         self._most = most
-        self._files: OrderedDict[Path, FileIO] = OrderedDict()
+        self._files: OrderedDict[Path | str, FileIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets a copy opens the files itself.
@@ -73,7 +74,7 @@ class OpenFiles:
         for file in self._files.values():
             file.close()
 
-    def read(self, path: Path, begin: int, end: int) -> NDArray[np.uint8]:
+    def read(self, path: Path | str, begin: int, end: int) -> NDArray[np.uint8]:
         try:
             file = self._files.pop(path, None) or _opened(path)
             self._files[path] = file
@@ -87,7 +88,7 @@ class OpenFiles:
             raise OSError(number, said, str(path)) from error
 
 
-def _opened(path: Path) -> FileIO:
+def _opened(path: Path | str) -> FileIO:
     return FileIO(path)
 
 
@@ -191,8 +192,8 @@ class TokenSequence:
         value, path = self.read(position, position + 1)[0], self._segments[number].path
         first = next(at for at, segment in enumerate(self._segments) if segment.path == path)
         raise ValueError(
-            f"{path} is damaged: token {position - self._ends[first]:,} of it is {value}, the vocabulary has "
-            f"{self.vocab_size}: {self._remedy}"
+            f"{redacted(str(path))} is damaged: token {position - self._ends[first]:,} of it is {value}, the "
+            f"vocabulary has {self.vocab_size}: {self._remedy}"
         )
 
     def token_counts(self) -> NDArray[np.int64]:

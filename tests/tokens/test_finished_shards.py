@@ -1,4 +1,4 @@
-"""Shards made elsewhere: fetched whole or not at all, read like any others, refused by name."""
+"""Shards made elsewhere: read like any others, at an address by ranges, and refused by name."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_danube.text.corpora import Source
-from lightning_danube.tokens.finished_shards import fetch, finished_directory
+from lightning_danube.tokens.finished_shards import fetch_listing, finished_directory
 from lightning_danube.tokens.preparation import open_or_prepare
 from lightning_danube.tokens.shards import TokenShards
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -47,17 +47,57 @@ def same(a: TokenShards, b: object) -> bool:
     return all(np.array_equal(x.read(0, len(x)), y.read(0, len(y))) and len(x) > 0 for x, y in streams)
 
 
-def test_they_are_fetched_once_and_read_like_any_others(
+def opened(address: str, tokenizer: DocumentTokenizer, cache_dir: Path) -> TokenShards:
+    shards, _ = open_or_prepare("web", Source(address), tokenizer, cache_dir=cache_dir, **OPTIONS)
+    assert isinstance(shards, TokenShards)
+    return shards
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
+    """Returns the list of the requests to the store: name of the file, first byte, last byte."""
+    requests: list[tuple[str, int | None, int | None]] = []
+    store = type(fsspec.filesystem("memory"))
+    real = store.cat_file
+
+    def noted(self: Any, path: str, start: int | None = None, end: int | None = None) -> Any:
+        requests.append((Path(path).name, start, end))
+        return real(self, path, start=start, end=end)
+
+    monkeypatch.setattr(store, "cat_file", noted)
+    return requests
+
+
+def test_only_the_listing_and_the_rows_that_are_read_are_fetched(
+    made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = asked(monkeypatch)
+    there = opened(address, tokenizer, tmp_path / "here")
+    there.check_sizes()
+    counts = [f"{split}-token-counts.npy" for split in ("train", "validation")]
+    assert sorted(name for name, *_ in requests) == ["shards.json", *counts]
+    assert {path.name for path in there.directory.iterdir()} == {"shards.json", *counts}
+    requests.clear()
+    row, here = there.tokens("train").row(3, 16), made.tokens("train").row(3, 16)
+    assert row.tolist() == here.tolist()
+    ((name, begin, end),) = requests
+    assert name == "train-00000.arrow" and begin is not None and end == begin + 17 * row.dtype.itemsize
+    assert np.array_equal(there.token_counts("train"), made.token_counts("train"))
+    there.verify()
+    assert same(made, there)
+
+
+def test_what_was_read_is_not_asked_for_again(
     made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path
 ) -> None:
-    here = {"tokenizer": tokenizer, "cache_dir": tmp_path / "here", **OPTIONS}
-    fetched, seconds = open_or_prepare("web", Source(address), **here)
-    assert seconds > 0 and same(made, fetched) and fetched.directory.parent == tmp_path / "here" / "shards"
-    # Not asked for again: the store may be gone.
+    there = opened(address, tokenizer, tmp_path / "here")
+    assert same(made, there)
     fsspec.filesystem("memory").store.clear()
-    again, seconds = open_or_prepare("web", Source(address), **here)
-    assert same(made, again) and seconds < 0.1
-    assert [path.name for path in fetched.directory.parent.iterdir()] == [fetched.directory.name]
+    again = opened(address, tokenizer, tmp_path / "here")
+    assert same(made, again) and again.place == address
+    with pytest.raises(ValueError, match=f"{address}/train-00000.arrow is missing: copy it there again"):
+        again.tokens("train").row(3, 16)
+    with pytest.raises(ValueError, match=f"{address}/.* is missing: copy it there again"):
+        again.check_sizes()
 
 
 @pytest.mark.medium
@@ -71,44 +111,77 @@ def test_a_directory_of_shards_is_read_where_it_is(
     assert not list((tmp_path / "here").rglob("*.arrow"))
 
 
-def test_what_was_fetched_before_a_stop_is_kept(made: TokenShards, address: str, tmp_path: Path) -> None:
-    directory = finished_directory(address, tmp_path)
-    hidden = directory.with_name(f".{directory.name}.fetching")
-    hidden.mkdir(parents=True)
-    whole, half = sorted(made.directory.glob("*.arrow"))
-    shutil.copy(whole, hidden)
-    (hidden / f".{half.name}.{'0' * 32}.partial").write_bytes(half.read_bytes()[:100])
-    fsspec.filesystem("memory").rm(f"/bucket/web/{whole.name}")
-    assert fetch("web", address, tmp_path) == directory
-    assert {path.name for path in directory.iterdir()} == {path.name for path in made.directory.iterdir()} - {
-        "report.json"
-    }
-    assert not hidden.exists()
+def test_what_is_wrong_there_is_one_line(
+    made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run, by sizes, and by checksums on demand."""
+    store = fsspec.filesystem("memory")
+    there = opened(address, tokenizer, tmp_path)
+    (file, *_) = sorted(made.directory.glob("*.arrow"))
+    content = file.read_bytes()
+    store.pipe_file(f"/bucket/web/{file.name}", content[:-3] + b"xyz")
+    there.check_sizes()
+    remedy = f"copy the shards there again; if other shards are there now, delete {there.directory}"
+    with pytest.raises(ValueError, match=f"{address}/{file.name} does not hold what was written .*: {remedy}"):
+        there.verify()
+    store.pipe_file(f"/bucket/web/{file.name}", content[:-3])
+    with pytest.raises(ValueError, match=f"{file.name} has {len(content) - 3} bytes instead of {len(content)}: copy"):
+        there.check_sizes()
+    # A store that lists no sizes is asked for each file.
+    monkeypatch.setattr(type(store), "ls", lambda *_, **__: [{"name": f"/bucket/web/{file.name}", "size": None}])
+    with pytest.raises(ValueError, match=f"{file.name} has {len(content) - 3} bytes instead of {len(content)}: copy"):
+        there.check_sizes()
+    store.rm_file(f"/bucket/web/{file.name}")
+    with pytest.raises(ValueError, match=f"{address}/{file.name} is missing: copy it there again"):
+        there.check_sizes()
 
 
-def test_what_is_wrong_there_is_one_line_and_nothing_appears_here(
+def test_an_id_outside_the_vocabulary_is_named_with_its_address(
+    made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    place = f"/bucket/web/{sorted(made.directory.glob('train-*.arrow'))[0].name}"
+    store = fsspec.filesystem("memory")
+    content = bytearray(store.cat_file(place))
+    (offset, _), *_ = made.meta["splits"]["train"]["files"][0]["segments"]
+    content[offset + 2 * 5 : offset + 2 * 6] = b"\xff\xff"
+    store.pipe_file(place, bytes(content))
+    with pytest.raises(ValueError, match=rf"{address}/train-\d+.arrow is damaged: token 5 of it is 65535, .*: copy"):
+        opened(address, tokenizer, tmp_path).tokens("train").row(0, 16)
+
+
+def test_a_server_without_ranges_is_told(
+    made: TokenShards, address: str, tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = opened(address, tokenizer, tmp_path)
+    store = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(store, "cat_file", lambda self, path, **_: self.store[self._strip_protocol(path)].getvalue())
+    with pytest.raises(ValueError, match=r"train-00000.arrow: the server sends the whole file and no ranges: copy"):
+        there.tokens("train").row(0, 16)
+
+
+def test_a_listing_that_is_missing_or_damaged_is_one_line_and_nothing_appears_here(
     made: TokenShards, address: str, tmp_path: Path
 ) -> None:
     store = fsspec.filesystem("memory")
-    (file, *_) = sorted(made.directory.glob("*.arrow"))
-    with store.open(f"/bucket/web/{file.name}", "wb") as damaged:
-        damaged.write(file.read_bytes()[:-3] + b"xyz")
-    expected = f"source 'web': {address}/{file.name} does not hold what was written"
+    counts = "/bucket/web/train-token-counts.npy"
+    content = store.cat_file(counts)
+    store.pipe_file(counts, content[:-1] + b"x")
+    expected = f"source 'web': {address}/train-token-counts.npy does not hold what was written"
     with pytest.raises(ValueError, match=expected):
-        fetch("web", address, tmp_path)
-    store.rm(f"/bucket/web/{file.name}")
+        fetch_listing("web", address, tmp_path)
+    store.rm(counts)
     with pytest.raises(
-        ValueError, match=f"lacks {file.name}, which its shards.json names: copy the shards there again"
+        ValueError, match=r"lacks train-token-counts.npy, which its shards.json names: copy the shards there again"
     ):
-        fetch("web", address, tmp_path)
+        fetch_listing("web", address, tmp_path)
     with store.open("/bucket/web/shards.json", "wb") as listing:
         listing.write(b"{")
     with pytest.raises(ValueError, match=r"shards\.json is damaged"):
-        fetch("web", address, tmp_path)
+        fetch_listing("web", address, tmp_path)
     with pytest.raises(ValueError, match=r"source 'web': memory://bucket/other holds no shards\.json"):
-        fetch("web", "memory://bucket/other", tmp_path)
+        fetch_listing("web", "memory://bucket/other", tmp_path)
     with pytest.raises(ValueError, match="no address that fsspec knows"):
-        fetch("web", "nowhere://bucket/web", tmp_path)
+        fetch_listing("web", "nowhere://bucket/web", tmp_path)
     assert not finished_directory(address, tmp_path).exists()
 
 
@@ -123,7 +196,7 @@ def test_a_listing_writes_and_reads_nothing_outside_its_directory(
         remote.write(json.dumps(listing).encode())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"shards\.json is damaged \(the name of a file is .*plain name\): copy"):
-        fetch("web", address, tmp_path / "here" / "cache")
+        fetch_listing("web", address, tmp_path / "here" / "cache")
     assert sorted(tmp_path.rglob("*")) == before
     (made.directory / "shards.json").write_text(json.dumps(listing))
     with pytest.raises(ValueError, match=r"shards\.json is damaged \(the name of a file is .*plain name\): delete"):
@@ -134,7 +207,7 @@ def test_a_key_in_an_address_is_in_no_message_and_no_name(tmp_path: Path) -> Non
     address = "memory://me:secret-word@bucket/web?key=secret-word"
     assert "secret" not in str(finished_directory(address, tmp_path))
     with pytest.raises(ValueError, match=r"source 'web': memory://\*\*\*@bucket/web\?key=\*\*\*") as refused:
-        fetch("web", address, tmp_path)
+        fetch_listing("web", address, tmp_path)
     assert "secret" not in str(refused.value)
 
 
@@ -144,4 +217,4 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     with pytest.raises(ValueError, match=r"needs a package \(Install s3fs to access S3\); for s3://, type: .*\[s3\]"):
-        fetch("web", "s3://bucket/web", tmp_path)
+        fetch_listing("web", "s3://bucket/web", tmp_path)

@@ -12,7 +12,6 @@ import pytest
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.quality import Quality
 from lightning_danube.tokens import preparation
-from lightning_danube.tokens.finished_shards import fetch, finished_directory
 from lightning_danube.tokens.preparation import Preparation, _duration, _Progress, open_or_prepare, prepare
 from lightning_danube.tokens.shards import ShardFacts, TokenShards, is_held_out
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -147,22 +146,6 @@ def test_new_shards_are_verified_once(make: Make, source: Source, monkeypatch: p
     assert verified == [shards.directory]
     make(source)
     assert verified == [shards.directory]
-
-
-def test_a_file_that_was_fetched_in_part_is_fetched_again(make: Make, source: Source, tmp_path: Path) -> None:
-    import fsspec
-
-    shards = make(source)
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    store.put(f"{shards.directory}/", "/bucket/web/", recursive=True)
-    directory = finished_directory("memory://bucket/web", tmp_path / "here")
-    hidden = directory.with_name(f".{directory.name}.fetching")
-    hidden.mkdir(parents=True)
-    (file, *_) = sorted(shards.directory.glob("*.arrow"))
-    (hidden / file.name).write_bytes(file.read_bytes()[:-8])
-    assert fetch("web", "memory://bucket/web", tmp_path / "here") == directory
-    assert (directory / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize(

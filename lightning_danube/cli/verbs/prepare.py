@@ -67,7 +67,7 @@ def run(arguments: Namespace) -> None:
         if (directory / "report.json").exists():
             reports.append((directory, read_json(directory / "report.json")))
             if seconds[name]:
-                _open(data, directory).verify()
+                data.shard_facts(name).open().verify()
     if reports:
         show(_summary(reports, seconds))
 
@@ -130,12 +130,6 @@ def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
     return data
 
 
-def _open(data: CurriculumData, directory: Path) -> Any:
-    from lightning_danube.tokens.shards import TokenShards
-
-    return TokenShards(directory, data.tokenizer)
-
-
 def _open_token_files(data: CurriculumData, name: str, directory: Path) -> ForeignTokens:
     from lightning_danube.tokens.foreign.listing import ForeignTokens
 
@@ -155,10 +149,10 @@ def _verify(data: CurriculumData) -> None:
             continue
         if not directory.exists():
             raise ValueError(f"source {name!r} has no shards at {directory}: make them with prepare, without --verify")
-        shards = _open(data, directory)
+        shards = data.shard_facts(name).open()
         shards.verify()
         files = sum(len(split["files"]) for split in shards.meta["splits"].values())
-        show(f"{name}: {files} files hold what was written, in {directory}")
+        show(f"{name}: {files} files hold what was written, in {shards.place}")
 
 
 def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, float]) -> str:

@@ -47,7 +47,7 @@ from lightning_danube.text.quality import BANDS, PERMUTATIONS, Benchmarks, Quali
 from lightning_danube.text.reading import BadRow, DamagedFile, Span, spans
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.engines.source_work import MOST_TASKS, Cluster, SourceWork
-from lightning_danube.tokens.finished_shards import fetch, is_finished
+from lightning_danube.tokens.finished_shards import fetch_listing, is_finished
 from lightning_danube.tokens.preparation import SHOWN_REJECTIONS, contamination, link_or_copy, nothing_left
 from lightning_danube.tokens.shards import SPLITS, ShardFacts, joined_splits
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -105,7 +105,7 @@ def prepare_with_datatrove(
     for name, source in sources.items():
         if is_finished(source.path):
             began = time.monotonic()
-            fetch(name, source.path, cache_dir)
+            fetch_listing(name, source.path, cache_dir)
             seconds[name] = time.monotonic() - began
             continue
         facts = ShardFacts(name, source, tokenizer, held_out, quality, cache_dir)
@@ -536,7 +536,8 @@ def _executor(
         return _LocalExecutor(stage.steps, stage.tasks, workers, logs)
     if cluster.where == "ray":
         return RayPipelineExecutor(stage.steps, stage.tasks, workers, logging_dir=logs)
-    options = dict(cluster.slurm)
+    # Else the jobs behind a task that failed would wait in the queue for ever.
+    options = {"kill-on-invalid-dep": "yes", **cluster.slurm}
     return SlurmPipelineExecutor(
         stage.steps,
         stage.tasks,
