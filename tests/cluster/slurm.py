@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 BINARIES = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# Times are short: a node counts as dead after 20 s, and a requeued job may start when its credentials have expired.
-# A job that is told to end has time to save on a machine with much other work.
+# A node counts as dead after a minute, so a busy machine has time to answer. A requeued job may start when its
+# credentials have expired. A job that is told to end has time to save on a machine with much other work.
 SETTINGS = """
 ClusterName=danube
 SlurmctldHost=HOST(127.0.0.1)
@@ -46,8 +46,8 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=20
-SlurmctldTimeout=20
+SlurmdTimeout=60
+SlurmctldTimeout=60
 KillWait=120
 JobRequeue=1
 MinJobAge=3600
@@ -218,12 +218,27 @@ class Slurm:
         return self.job(job).get("JobState") in ENDED
 
     def end_time_of(self, job: str) -> None:
-        """Has SLURM send the signal of a job's time limit, as the batch script asks for: two minutes before the end."""
-        hours, minutes, _ = self.job(job)["RunTime"].split(":")
-        limit = 60 * int(hours) + int(minutes) + 3
-        self.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-        self.wait(job, "PENDING")
+        """Has SLURM send the signal of a job's time limit, two minutes before the end as the batch script asks for.
+
+        Waits until the job is requeued. After the signal the job gets more time, because a busy machine saves slowly.
+        """
+        restarts = self.restarts(job)
+        minutes = self._run_time(job) // 60 + 3
+        self.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        # SLURM looks at the limits every 30 s, and sends the signal up to so much too early.
+        told = lambda: self.restarts(job) > restarts or 60 * minutes - self._run_time(job) < 90  # noqa: E731
+        wait_until(told, "the signal of the time limit")
         self.call("scontrol", "update", f"JobId={job}", "TimeLimit=120")
+        wait_until(lambda: self.restarts(job) > restarts, "the next start of the job")
+
+    def restarts(self, job: str) -> int:
+        """Returns how often a job was requeued."""
+        return int(self.job(job)["Restarts"])
+
+    def _run_time(self, job: str) -> int:
+        """Returns for how many seconds a job has run since its last start."""
+        hours, minutes, seconds = self.job(job)["RunTime"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
     def wait(self, job: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Returns what SLURM knows of a job as soon as it is in one of the states, or in any in which it has ended."""
