@@ -10,8 +10,8 @@ A block stands between two comments. The first names a maker and the files that 
     <!-- /fill -->
 
 The makers are the functions of results.py and reference.py. A maker gets the paths of the files, in order, and returns
-Markdown. `file.md#2` is the second table of a file. `typed` also takes the beginnings of the first and the last line that
-are shown.
+Markdown. `file.md#2` is the second table of a file. `typed` also takes the beginnings of the first and the last line
+that are shown.
 """
 
 from __future__ import annotations

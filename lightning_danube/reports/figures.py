@@ -190,8 +190,8 @@ def losses_over_mix(run: RecordedRun) -> Figure:
 def in_dark(figure: Figure) -> Figure:
     """Turns a figure of this package dark, for pages on a dark ground.
 
-    Colours of the data stay, and hollow marks stay hollow. Names in a colour of the data get a lighter one, because small
-    letters need more contrast than lines.
+    Colours of the data stay, and hollow marks stay hollow. Names in a colour of the data get a lighter one, because
+    small letters need more contrast than lines.
     """
     figure.set_facecolor(DARK)
     on_data = [text for ax in figure.axes for text in ax.texts if text.get_color() != INK]

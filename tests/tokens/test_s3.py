@@ -70,8 +70,11 @@ def test_the_run_is_the_one_beside_the_texts(tiny: Path, bucket: Any, capsys: py
     away.write_text(text.replace(str(data.cache_dir), str(tiny / "another-cache")))
     for name in data.sources:
         Path(data.sources[name].path).unlink()
-    far = fit(away, "far")
+    far = fit(away, "far", "--data.init_args.workers", "2")
     assert equal(beside, far)
+    assert not list((tiny / "another-cache").rglob("*.arrow"))
+    assert main(["prepare", "--config", str(away), "--verify"]) == 0
+    assert "files hold what was written, in s3://bucket/web-" in capsys.readouterr().out
 
     # A file that is not there any more, and a bucket that is not.
     (gone, *_) = bucket.glob("bucket/*/train-00000.arrow")
@@ -79,7 +82,7 @@ def test_the_run_is_the_one_beside_the_texts(tiny: Path, bucket: Any, capsys: py
     away.write_text(away.read_text().replace("another-cache", "third-cache"))
     capsys.readouterr()
     assert main(["fit", "--config", str(away), "--name", "none"]) == 2
-    assert "lacks train-00000.arrow, which its shards.json names" in capsys.readouterr().err
+    assert f"error: s3://{gone} is missing: copy it there again" in capsys.readouterr().err
     away.write_text(away.read_text().replace("s3://bucket", "s3://elsewhere"))
     assert main(["fit", "--config", str(away), "--name", "none"]) == 2
     assert "holds no shards.json" in capsys.readouterr().err
