@@ -120,7 +120,7 @@ def evaluation_batches(trainer: Trainer) -> int | None:
 
 
 class LiveLine:
-    """A line that is drawn anew: what the run does now, and how far it is.
+    """A line that is updated in place: what the run does now, and how far it is.
 
     Args:
         done, total: tokens of the run.

@@ -40,7 +40,7 @@ class TrainingOverlap(Callback):
         if row.table != "academic" or row.estimate is None:
             return
         if self.texts is None:
-            row.notes.append("whether the questions stood in the model's training texts is not known")
+            row.notes.append("it is not known whether the questions were in the model's training texts")
             return
         # Several filters may read the same question.
         asked = {(record["task"], record["document"]): record["row"] for record in row.records}

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "DecoderConfig", "LanguageModel", "Run", "__version__", "fit", "load", "make_trainer"]
 
-# torch reads these once, when it is loaded. OpenMP threads that wait for work spin a hundred times as long by default;
+# torch reads these once, when it is loaded. By default, OpenMP threads that wait for work spin a hundred times as long;
 # where a core has something else to do as well, a step then takes a quarter longer. No spinning at all would be better
-# still there, but costs a quarter on a quiet machine (docs/speed.md).
+# still there, but costs a quarter on an idle machine (docs/speed.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

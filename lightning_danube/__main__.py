@@ -119,7 +119,7 @@ def check_text(args: Sequence[str]) -> None:
             shown = arg.encode("ascii", "backslashreplace").decode()
             encoding = sys.getfilesystemencoding()
             way_out = "give it in UTF-8" if encoding == "utf-8" else "set the environment variable PYTHONUTF8 to 1"
-            raise ValueError(f"argument {number} ({shown[:60]}) is no text in {encoding}: {way_out}") from None
+            raise ValueError(f"argument {number} ({shown[:60]}) is not text in {encoding}: {way_out}") from None
 
 
 def _dispatch(args: list[str]) -> int:

@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that holds one object of JSON, which others may have damaged.
 
     Raises:
-        OSError: there is no such file, or it is no regular file, such as a pipe, which could never end.
+        OSError: there is no such file, or it is not a regular file, such as a pipe, which could never end.
         ValueError: it is not JSON, or not an object; the message is one line that names the file.
     """
     content = parse_json(read_regular(path), str(path))
@@ -110,7 +110,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Empty lines are left out, and so is a last line without an end, which a killed process leaves.
 
     Raises:
-        OSError: there is no such file, or it is no regular file.
+        OSError: there is no such file, or it is not a regular file.
         ValueError: a line is not JSON, or not an object; names file and line.
     """
     rows = []
@@ -126,7 +126,7 @@ def read_sealed(path: Path, remedy: str = "remove it, and it is made again") -> 
     """Reads what `write_sealed` wrote: a file of the cache in which a wrong digit would not be noticed otherwise.
 
     Raises:
-        OSError: there is no such file, or it is no regular file.
+        OSError: there is no such file, or it is not a regular file.
         ValueError: the content changed since it was written; names the file and ends with the remedy.
     """
     with naming_cached(path, remedy):
@@ -174,14 +174,14 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 class RepeatedKey(ValueError):
-    """A key stands twice in an object of JSON. Python's reader would keep the last value, other readers the first."""
+    """A key appears twice in an object of JSON. Python's reader would keep the last value, other readers the first."""
 
 
 def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} stands twice")
+        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} appears twice")
     return values
 
 
@@ -213,7 +213,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Raises OSError, which names the path, if it is no regular file."""
+    """Raises OSError, which names the path, if it is not a regular file."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -86,7 +86,7 @@ SAVING = Phase(
 CHILD_SAVES = Phase(
     "the run saves and ends first", "once more ends it at once, unsaved", KeyboardInterrupt, seconds=None
 )
-DONE = Phase("all steps are done and saved, the run ends by itself soon", raises=None)
+DONE = Phase("all steps are done and saved, the run ends soon", raises=None)
 ANSWERING = Phase("stopping the answer", "once more ends the chat", KeyboardInterrupt, handles_interrupts=True)
 PROMPTING = Phase("", raises=KeyboardInterrupt, handles_interrupts=True)
 
@@ -255,7 +255,7 @@ class StopSignals:
 
     def _is_second_interrupt(self, number: int) -> bool:
         now = time.monotonic()
-        # Where the run is being saved, SIGTERM is no first Ctrl-C: the user has not been told what a second one does.
+        # While the run is saved, SIGTERM is not a first Ctrl-C: the user does not know yet what a second Ctrl-C does.
         counts = number == signal.SIGINT or self._phase.raises is not None
         if self._first is None and self._phase is not PROMPTING and counts:
             self._first = now

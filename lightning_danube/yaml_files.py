@@ -2,7 +2,7 @@
 
 The only reader of YAML: whatever the library raises on a text of a user becomes `NotYaml`, and a text that stands for
 values without end is refused. The keys of mappings are text as they are written, as in JSON: `no`, `on` and `2024` are
-names, which YAML 1.1 gives other types. A key that stands twice is refused, because its first value would be lost.
+names, which YAML 1.1 gives other types. A key that appears twice is refused, because its first value would be lost.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _what_was_meant(config: str, names: list[str]) -> str:
 
 
 def description(config: str) -> str:
-    """Returns the description in the first line of a configuration (path or name); empty if the line is no comment."""
+    """Returns the description in the first line of a configuration (path or name); empty without such a comment."""
     first = Path(config_file(config)).read_text("utf-8").partition("\n")[0]
     return first.removeprefix("#").strip().rstrip(":.") if first.startswith("#") else ""
 
@@ -62,7 +62,7 @@ def read_config(file: str) -> dict[str, Any]:
     """Reads the mapping in a configuration, given by path or name.
 
     Raises:
-        ValueError: there is no such file and no such name, or the content is no YAML mapping.
+        ValueError: there is no such file and no such name, or the content is not a YAML mapping.
     """
     file = config_file(file)
     try:
@@ -82,7 +82,7 @@ class NotYaml(ValueError):
 
 
 class RefusedYaml(NotYaml):
-    """A key stands twice in a mapping, or the values are nested or repeated without end."""
+    """A key appears twice in a mapping, or the values are nested or repeated without end."""
 
 
 DEEPEST = 50
@@ -256,7 +256,7 @@ def with_text_keys(text: str) -> str:
     Other texts, and texts that are not YAML, are returned unchanged.
 
     Raises:
-        RefusedYaml: a key stands twice, or the values are nested or repeated without end.
+        RefusedYaml: a key appears twice, or the values are nested or repeated without end.
     """
     import yaml
 
@@ -278,7 +278,7 @@ def _make_keys_text(root: yaml.Node) -> bool:
     """Marks all keys below a node as text, in quotes where that is needed. Returns whether a key was not.
 
     Raises:
-        RefusedYaml: a key stands twice.
+        RefusedYaml: a key appears twice.
     """
     changed = False
     for node in _nodes(root):
@@ -291,7 +291,7 @@ def _make_keys_text(root: yaml.Node) -> bool:
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise RefusedYaml(
-                    f"line {line}: the key {key.value!r} stands twice, first in line {lines[key.value]}: remove or "
+                    f"line {line}: the key {key.value!r} appears twice, first in line {lines[key.value]}: remove or "
                     "rename one of them"
                 )
             lines[key.value] = line

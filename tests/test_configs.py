@@ -84,7 +84,7 @@ def ends_of(among: Any) -> list[Any]:
 def test_every_config_says_in_its_first_line_what_it_is_for(name: str) -> None:
     text = Path(config_file(name)).read_text("utf-8")
     first = text.partition("\n")[0]
-    assert first.startswith("# ") and first[-1] in ".:", f"{name}: {first!r} is no sentence that can stand alone"
+    assert first.startswith("# ") and first[-1] in ".:", f"{name}: {first!r} is not a sentence that can stand alone"
     assert 20 < len(description(name)) <= 120
     assert f"lightning-danube {'study' if name.startswith('studies/') else ''}" in text
     # A wheel has neither the clone's folders nor its module paths.

@@ -100,12 +100,12 @@ def test_a_mistake_is_a_value_error(tiny: Path, overrides: dict[str, Any], messa
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run: it holds no config\.yaml and no version_<n>"):
+    with pytest.raises(ValueError, match=r"is not a run: it holds no config\.yaml and no version_<n>"):
         danube.Run(tmp_path)
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(ValueError, match="does not exist: the run was stopped before its first validation"):
         _ = danube.Run(tmp_path).summary
-    with pytest.raises(ValueError, match="is whole"):
+    with pytest.raises(ValueError, match="is complete"):
         _ = danube.Run(tmp_path).checkpoint
 
 

@@ -507,8 +507,8 @@ SAVES = "saving after this optimizer step, then stopping"
     ("moment", "answer", "code", "then"),
     [
         ("start", "SIGTERM: stopping", 143, ""),
-        ("step", f"SIGTERM: {SAVES}", 75, "stopped after step 4, saved: go on with --ckpt_path last"),
-        ("end", "SIGTERM: all steps are done and saved, the run ends by itself soon", 0, ""),
+        ("step", f"SIGTERM: {SAVES}", 75, "stopped after step 4, saved: resume with --ckpt_path last"),
+        ("end", "SIGTERM: all steps are done and saved, the run ends soon", 0, ""),
     ],
 )
 def test_a_run_answers_at_any_moment(

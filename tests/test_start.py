@@ -84,7 +84,7 @@ def test_pythons_parser_still_lists_its_options_in_a_private_attribute() -> None
 
 def test_an_argument_that_is_no_text_is_named() -> None:
     check_text(["fit", "--name", "ü"])
-    with pytest.raises(ValueError, match=r"^argument 3 \(\\udcff\) is no text in utf-8: give it in UTF-8$"):
+    with pytest.raises(ValueError, match=r"^argument 3 \(\\udcff\) is not text in utf-8: give it in UTF-8$"):
         check_text(["fit", "--name", os.fsdecode(b"\xff")])
 
 
@@ -97,5 +97,5 @@ def test_a_locale_without_the_letters_prints_their_numbers() -> None:
     assert b"\\xd7" in shown and shown.isascii()
     refused = subprocess.run([*args, "--name", "ü"], capture_output=True, env={**os.environ, **locale}, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith(
-        b"error: argument 5 (\\udcc3\\udcbc) is no text in ascii"
+        b"error: argument 5 (\\udcc3\\udcbc) is not text in ascii"
     )

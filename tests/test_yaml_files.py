@@ -179,10 +179,10 @@ def test_a_value_error_of_a_callback_is_a_users_mistake_in_both_layouts(layout: 
         (b"\xff\xfe", "mine.yaml is not UTF-8 text"),
         (b"a: 1\nb: [\n", "mine.yaml, line 3: not YAML ("),
         (b"a: 1\nb: 2: 3\n", "mine.yaml, line 2: not YAML ("),
-        (b"a: 1\nb: 2\na: 3\n", "mine.yaml, line 3: the key 'a' stands twice, first in line 1: remove or rename one"),
+        (b"a: 1\nb: 2\na: 3\n", "mine.yaml, line 3: the key 'a' appears twice, first in line 1: remove or rename one"),
         (
             b"- &x {a: 1}\n- [{b: {<<: *x, no: 2,\n no: 1}}]",
-            "mine.yaml, line 3: the key 'no' stands twice, first in line 2",
+            "mine.yaml, line 3: the key 'no' appears twice, first in line 2",
         ),
     ],
 )

@@ -53,7 +53,7 @@ class QuantizationSummary(Callback):
         if isinstance(exception, KeyboardInterrupt | Stopped):
             _, task = quantization_of(trainer)
             measured = f"{len(task.done)} of {len(task.levels) + 1} are measured and kept"
-            say(trainer, f"stopped: {measured}; the same command goes on from there")
+            say(trainer, f"stopped: {measured}; the same command continues from there")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tell(trainer)

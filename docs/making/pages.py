@@ -41,7 +41,7 @@ def anchor(heading: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Returns the anchors of a page. A heading that stands twice gets a number."""
+    """Returns the anchors of a page. A heading that appears twice gets a number."""
     found: list[str] = []
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", FENCE.sub("", text), re.MULTILINE):
         name = anchor(heading)

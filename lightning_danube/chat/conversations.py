@@ -328,7 +328,7 @@ def history_of(value: Any) -> list[ChatMessage]:
     """Returns earlier turns, which rows of instructions give as [question, answer] or as turns, as messages.
 
     Raises:
-        NoConversation: the value is no such list.
+        NoConversation: the value is not such a list.
     """
     if value is None or value in ("", "[]"):
         return []
@@ -349,7 +349,7 @@ def with_input(prompt: str, given: Any) -> str:
     """Returns an instruction with its input below. The indentation of the input's first line stays.
 
     Raises:
-        NoConversation: the input is no text.
+        NoConversation: the input is not text.
     """
     text = "" if given is None else checked_text(given, "the input").rstrip().lstrip("\r\n")
     return f"{prompt}\n\n{text}" if text else prompt
@@ -361,14 +361,14 @@ def best_ranked(prompt: Any) -> list[Mapping[str, Any]]:
     Deleted replies are left out. Replies without a rank come after those with a rank, in their order.
 
     Raises:
-        NoConversation: the value is no tree.
+        NoConversation: the value is not a tree.
     """
     path: list[Mapping[str, Any]] = []
     message = prompt
     while message is not None:
         if not isinstance(message, Mapping) or not isinstance(message.get("replies") or [], list):
             raise NoConversation(
-                "no turns", f"message {len(path) + 1} of the tree is no object with 'text' and 'replies'"
+                "no turns", f"message {len(path) + 1} of the tree is not an object with 'text' and 'replies'"
             )
         path.append(message)
         replies = [one for one in message.get("replies") or [] if not (isinstance(one, Mapping) and one.get("deleted"))]
@@ -408,7 +408,7 @@ def unlearned_of(turns: Any) -> list[int]:
     """Returns the numbers, from 0, of the answers that their weight excludes from the loss.
 
     Raises:
-        NoConversation: a weight is neither 0 nor 1, or a turn that is no answer has the weight 1.
+        NoConversation: a weight is neither 0 nor 1, or a turn that is not an answer has the weight 1.
     """
     found = []
     for number, turn in enumerate(turns if isinstance(turns, list) else []):
@@ -437,7 +437,7 @@ def messages_of(turns: Sequence[Any], role_key: str, text_key: str) -> list[Chat
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
-            raise NoConversation("no turns", f"turn {number} is no object with {role_key!r} and {text_key!r}")
+            raise NoConversation("no turns", f"turn {number} is not an object with {role_key!r} and {text_key!r}")
         role = ROLES.get(str(turn[role_key]).lower())
         if role is None:
             raise NoConversation(
@@ -462,7 +462,7 @@ def checked_text(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise NoConversation("not text", f"{what} holds half a surrogate pair, which is no text") from error
+        raise NoConversation("not text", f"{what} holds half a surrogate pair, which is not text") from error
     return value
 
 

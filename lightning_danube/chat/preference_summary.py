@@ -60,7 +60,7 @@ def with_intervals(results: PairResults, pairs: Mapping[str, int]) -> dict[str, 
 def reference_line(reference: Reference) -> str:
     """Returns for how many pairs the reference was computed, and for how many an earlier run had computed it."""
     computed = f"{reference.computed:,} pairs computed in {reference.seconds:.1f} s"
-    reused = f"{reference.reused:,} pairs as an earlier run has left them"
+    reused = f"{reference.reused:,} pairs reused from an earlier run"
     told = [text for text, pairs in ((computed, reference.computed), (reused, reference.reused)) if pairs]
     return f"reference: {', '.join(told)}"
 

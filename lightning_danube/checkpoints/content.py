@@ -1,6 +1,6 @@
 """What a checkpoint may hold: tensors of plain, finite numbers under names.
 
-A file that is whole may come from another program, or from a run that had diverged. PyTorch would copy the real part
+A complete file may come from another program, or from a run that had diverged. PyTorch would copy the real part
 of complex weights, skip the missing values of meta weights, and train on with NaN.
 """
 
@@ -19,7 +19,7 @@ def check_content(content: Mapping[str, Any], source: Path) -> None:
     """Checks the weights and the optimizers' states of a checkpoint in Lightning's layout.
 
     Raises:
-        ValueError: they are missing, or no run could go on from them.
+        ValueError: they are missing, or no run could resume from them.
     """
     check_plain(content.get("state_dict"), source)
     states = content.get("optimizer_states", [])
@@ -41,10 +41,10 @@ def check_plain(tensors: Any, source: Path, what: str = "weight", *, floats: boo
         floats: whether integers are refused: PyTorch would copy quantized weights as if they were the numbers.
 
     Raises:
-        ValueError: it is no mapping of names to tensors, or a tensor is not one of plain, finite numbers.
+        ValueError: it is not a mapping of names to tensors, or a tensor is not one of plain, finite numbers.
     """
     if not isinstance(tensors, Mapping):
-        raise ValueError(f"{source} is no checkpoint of a run: it has no mapping of names to weights (state_dict)")
+        raise ValueError(f"{source} is not a checkpoint of a run: it has no mapping of names to weights (state_dict)")
     for name, tensor in tensors.items():
         if wrong := _wrong(tensor, floats):
             raise ValueError(f"{source}: its {what} {name} {wrong}")
@@ -67,8 +67,8 @@ def check_restored(optimizer: Optimizer) -> None:
     """Checks the state that a checkpoint gave an optimizer. A fused step would read past the end of a smaller tensor.
 
     Raises:
-        ValueError: a value is no single number and has another shape than its parameter, or a parameter lacks a value
-            that the others of its group have.
+        ValueError: a value that is not a single number has another shape than its parameter, or a parameter lacks a
+            value that the others of its group have.
     """
     for group in optimizer.param_groups:
         states = [

@@ -31,7 +31,7 @@ from lightning_danube.files import (
 MANIFEST = "manifest.json"
 INDEX, PART, REST = ".metadata", ".distcp", "rest.pt"
 """Files inside a sharded checkpoint: torch's index of the tensors, the end of the names of the ranks' files, and
-everything that is no tensor."""
+everything that is not a tensor."""
 FILES = "files.json"
 """File inside a sharded checkpoint (a directory) that lists the size and the hash of each of its files."""
 
@@ -139,7 +139,7 @@ def not_written(path: Path, cause: BaseException, where: str = "") -> OSError:
             else OSError(errno.EIO, " ".join(str(cause).split()))
         )
     go_on = (
-        "go on with --ckpt_path last" if any(path.parent.glob("*step_*.ckpt")) else "begin again: none was written yet"
+        "resume with --ckpt_path last" if any(path.parent.glob("*step_*.ckpt")) else "begin again: none was written yet"
     )
     what = f"checkpoint not written{where}: {_way_out(cause)}, then {go_on}"
     return OSError(cause.errno, what, str(path))
@@ -169,7 +169,7 @@ def prepare_directory(directory: Path) -> None:
         with scratch_folder(directory / "probe"):  # which removes leftovers first
             pass
     except OSError as error:
-        raise OSError(error.errno, f"checkpoints can not be written here: {_way_out(error)}", str(directory)) from error
+        raise OSError(error.errno, f"checkpoints cannot be written here: {_way_out(error)}", str(directory)) from error
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -268,7 +268,7 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     """Reads a file of `torch.save` that holds only tensors and plain data.
 
     Raises:
-        ValueError: the file holds other objects, or is no checkpoint.
+        ValueError: the file holds other objects, or is not a checkpoint.
     """
     import torch
 
@@ -287,7 +287,7 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
             f"{path}: truncated, or no checkpoint that holds only tensors and plain data ({one_line(error)})"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a mapping of names")
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a mapping of names")
     return content
 
 

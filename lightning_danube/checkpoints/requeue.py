@@ -115,12 +115,12 @@ def _exclude(job: str, node: str) -> str:
 
 
 def _newest(directory: Path) -> Path | None:
-    """Returns the checkpoint from which `--ckpt_path last` goes on."""
+    """Returns the checkpoint from which `--ckpt_path last` resumes."""
     return next(filter(None, map(newest_checkpoint, versions_of(directory))), None)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file. A line that is no row, such as half a line after a power cut, is left out: it
+    """Returns the rows of a file. A line that is not a row, such as half a line after a power cut, is left out: it
     must not cost the job its place in the queue."""
     rows = []
     for line in read_regular(path).splitlines() if path.exists() else ():

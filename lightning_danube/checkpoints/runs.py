@@ -87,11 +87,13 @@ def resolve_checkpoint(
         versions = versions_of(directory)
         with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
         if not with_checkpoint and ckpt_path == LAST_OR_NEW:
-            warnings = [f"there is no checkpoint under {directory}: the run begins anew"] if versions else []
+            warnings = (
+                [f"there is no checkpoint under {directory}: the run starts from the beginning"] if versions else []
+            )
             return RunPlace(place, None, continues=False, warnings=warnings)
         if not with_checkpoint:
             raise ValueError(
-                f"there is no checkpoint under {directory} to go on from: leave out --ckpt_path last to begin, "
+                f"there is no checkpoint under {directory} to resume from: leave out --ckpt_path last to begin, "
                 "or name the run with --name"
             )
         last = with_checkpoint[0]
@@ -109,8 +111,8 @@ def resolve_checkpoint(
         raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
     if wrong := damage(path):
         raise ValueError(
-            f"--ckpt_path {ckpt_path} is damaged: {wrong}; name another checkpoint, or the run's directory for the "
-            "newest that is whole"
+            f"--ckpt_path {ckpt_path} is damaged: {wrong}; name another checkpoint, or the run's directory for its "
+            "newest complete one"
         )
     return RunPlace(place, path, continues=False)
 
@@ -138,11 +140,11 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, list[str]]:
         wrong = damage(checkpoint)
         if wrong is None:
             warnings = [f"damaged checkpoint {name}" for name in damaged]
-            return checkpoint, [*warnings, f"going on from {checkpoint} instead"] if damaged else []
+            return checkpoint, [*warnings, f"resuming from {checkpoint} instead"] if damaged else []
         damaged.append(f"{checkpoint}: {wrong}")
     raise ValueError(
-        f"no checkpoint under {run} is whole: {'; '.join(damaged)}. Restore one from a copy, or leave out --ckpt_path "
-        "to begin anew"
+        f"no checkpoint under {run} is complete: {'; '.join(damaged)}. Restore one from a copy, or leave out "
+        "--ckpt_path to start from the beginning"
     )
 
 

@@ -114,7 +114,7 @@ def save(trainer: Trainer, path: Path, keep: int | None, *, wait: bool) -> None:
         wait: return when the checkpoint is on disk, even if it is written while training continues.
 
     Raises:
-        ValueError: the run has diverged. Its checkpoint would push out those from which it can go on.
+        ValueError: the run has diverged. Its checkpoint would push out those from which it can resume.
     """
     _check_finite(trainer, path)
     trainer.save_checkpoint(path)
@@ -134,9 +134,9 @@ def _check_finite(trainer: Trainer, path: Path) -> None:
     if trainer.strategy.reduce_boolean_decision(finite):
         return
     last = newest_checkpoint(path.parent.parent)
-    way_out = f"go on from {last}" if last else "begin again"
+    way_out = f"resume from {last}" if last else "begin again"
     raise ValueError(
-        f"the run has diverged: after step {trainer.global_step} its weights are no finite numbers. It ends here, and "
+        f"the run has diverged: after step {trainer.global_step} its weights are not finite. It ends here, and "
         f"this step is not saved; {way_out} with a lower model.learning_rate.peak, or with the callback SkipBadSteps"
     )
 
@@ -299,7 +299,7 @@ class RunSignals:
         """Returns the exception that ends a saved run. Requeues the SLURM job if SLURM's signal was received."""
         lines = []
         if trainer.is_global_zero:  # which speaks for the other nodes
-            lines.append(f"stopped after step {trainer.global_step}, saved: go on with --ckpt_path last")
+            lines.append(f"stopped after step {trainer.global_step}, saved: resume with --ckpt_path last")
             if SIGNALS.received == self._requeue:
                 lines.append(requeue_slurm_job())
         # A rank that rank zero started counts as failed if its exit code is not 0.

@@ -60,7 +60,7 @@ def load_whole(path: Path, wanted: Callable[[str], bool] = lambda name: True) ->
 def naming_damage(path: Path) -> Iterator[None]:
     """Turns whatever torch raises on the bytes of a damaged checkpoint into one line.
 
-    torch's own exception for this is no `Exception`, so it would pass through every handler.
+    torch's own exception for this is not an `Exception`, so it would pass through every handler.
 
     Raises:
         ValueError: an exception left the block; names the checkpoint.

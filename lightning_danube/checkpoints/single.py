@@ -123,7 +123,7 @@ class DurableCheckpointIO(CheckpointIO):
         """Reads tensors and plain data. Refuses a file that could run code, even if Lightning would load it.
 
         Raises:
-            ValueError: the file holds other objects, or is no checkpoint of a run.
+            ValueError: the file holds other objects, or is not a checkpoint of a run.
         """
         refuse_address(str(path))
         path = Path(path)

@@ -161,7 +161,7 @@ class ClassificationData(PlannedData):
             if not 0 < share < 1:
                 raise ValueError(f"data.{name} is {share}: give a share between 0 and 1, such as 0.1")
         if most_frequent_classes is not None and most_frequent_classes < 2:
-            raise ValueError(f"data.most_frequent_classes is {most_frequent_classes}: it takes two classes to tell")
+            raise ValueError(f"data.most_frequent_classes is {most_frequent_classes}: at least two classes are needed")
         if unknown := sorted(set(max_texts or {}) - set(SPLITS)):
             raise ValueError(f"data.max_texts names {', '.join(unknown)}: the splits are {', '.join(SPLITS)}")
         super().__init__(
@@ -299,8 +299,8 @@ class ClassificationData(PlannedData):
         copy = there.get(same_text(text.text))
         if copy is None:
             return False
-        message = f"{text.place}: the same text stands in {copy.place}, so a score on it would be too good"
-        self._reject(BadRow(text.file, text.row, "stands in another split", message))
+        message = f"{text.place}: the same text is in {copy.place}, so a score on it would be too good"
+        self._reject(BadRow(text.file, text.row, "is in another split", message))
         return True
 
     @property

@@ -157,7 +157,7 @@ def _label(value: Any, column: str, file: str, row: int) -> str | BadRow:
         try:
             word.encode()
         except UnicodeEncodeError:
-            message = f"{where}: column {column!r} holds half a surrogate pair, which is no word"
+            message = f"{where}: column {column!r} holds half a surrogate pair, which is not a word"
             return BadRow(file, row, "no label", message)
         number = _WHOLE_NUMBER.fullmatch(word)
         return number[1] if number else _TRUTH.get(word, word)

@@ -258,7 +258,7 @@ class TextClassification(TuningTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("classifier")
         if saved is None:
-            raise ValueError("the checkpoint is no classifier: name a run of TextClassification with --ckpt_path")
+            raise ValueError("the checkpoint is not a classifier: name a run of TextClassification with --ckpt_path")
         if saved["head"] != self.head_sees:
             raise ValueError(
                 f"the checkpoint has model.head {saved['head']!r}, the config {self.head_sees!r}: set it back"

@@ -98,7 +98,7 @@ def read_command_line(args: Sequence[str]) -> Stated:
         args: arguments of a verb that takes a configuration, without the verb.
 
     Raises:
-        ValueError: a configuration is missing or no YAML mapping, or a key stands twice in a mapping.
+        ValueError: a configuration is missing or no YAML mapping, or a key appears twice in a mapping.
     """
     stated = Stated(config_files(args))
     for file in stated.files:
@@ -299,7 +299,7 @@ def check_command_line(args: Sequence[str]) -> None:
             not take an option.
     """
     if args and not args[0].startswith("-"):
-        raise ValueError(f"{args[0]!r} is no option: a configuration is given by --config {args[0]}")
+        raise ValueError(f"{args[0]!r} is not an option: a configuration is given by --config {args[0]}")
     _check_flags(args)
     stated = read_command_line(with_config_paths(args))
     _check_texts(stated)

@@ -31,7 +31,7 @@ RUN_OPTIONS = {
     "--name TEXT": "of the run, which goes to <runs>/<name>/version_<n> ({name})",
     "--runs PATH": "directory of all runs ({runs})",
     "--seed_everything INT": "seed of the weights and of all that is random ({seed_everything})",
-    "--ckpt_path last|FILE": "last goes on with the newest version of this run; a file begins a new version from it; "
+    "--ckpt_path last|FILE": "last resumes the newest version of this run; a file begins a new version from it; "
     "last-or-new begins if there is no checkpoint yet, for jobs that are started again",
     "--print_config": "print the whole configuration that would run, and stop",
     "--debug": "show the traceback of an error",

@@ -337,7 +337,7 @@ class Reader:
             return _expected((name,), value, path)
         kinds = self._kinds(base)
         if len(kinds) > 1:
-            named = f"{' or '.join(kinds)}, or a subclass of {name} of your own by its class path ({HOW_TO_WRITE_ONE})"
+            named = f"{' or '.join(kinds)}, or your own subclass of {name} by its class path ({HOW_TO_WRITE_ONE})"
             return Refusal(path, f"expected {named}, not {value}")
         refusal = _expected((f"a mapping of the options of {name}",), value, path)
         if isinstance(value, str | int | float) and not any(key.isdigit() for key in path):
@@ -370,7 +370,7 @@ class Reader:
         owner = class_of(named, base, (*path, "class_path"), path)
         if isinstance(owner, type) and not issubclass(owner, base):
             way_out = f": write a subclass of {base.__name__} ({HOW_TO_WRITE_ONE})" if base in self.open_to else ""
-            raise Refusal((*path, "class_path"), f"{named} is no {base.__name__}{way_out}", shown=path)
+            raise Refusal((*path, "class_path"), f"{named} is not a subclass of {base.__name__}{way_out}", shown=path)
         return owner
 
 

@@ -31,7 +31,7 @@ class Run:
         versions = versions_of(directory)
         self.directory = versions[0] if versions else directory
         if not (self.directory / "config.yaml").is_file():
-            raise ValueError(f"{path} is no run: it holds no config.yaml and no version_<n>")
+            raise ValueError(f"{path} is not a run: it holds no config.yaml and no version_<n>")
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"

@@ -246,7 +246,7 @@ class DanubeCLI(LightningCLI):
             return
         where = ""
         if self.subcommand == "fit":
-            where = "; the run goes on in the same version" if self.place.continues else "; a new version begins"
+            where = "; the run continues in the same version" if self.place.continues else "; a new version begins"
         show(f"--ckpt_path {asked_for}: {checkpoint}{where}")
 
     def _check_accelerator(self) -> None:
@@ -509,7 +509,7 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # Predicted rows carry their own positions.
     warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
-    # SLURM is installed, and this run is no job step: docs/cluster.md says how to start one.
+    # SLURM is installed, and this run is not a job step: docs/cluster.md says how to start one.
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # Lightning 2.6 calls torch >= 2.12 in a deprecated way.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")

@@ -29,7 +29,7 @@ HEAD_ROWS = 256
 
 
 class Part(ABC):
-    """One part of an evaluation: it holds its questions, asks a model, and scores the answers.
+    """One part of an evaluation: it has its questions, asks a model, and scores the answers.
 
     A new part is a file in `evaluation/parts` with a class like this, and an option of `EvaluationData`.
     """
@@ -88,7 +88,7 @@ class AskedModel:
     Args:
         weights: the user's name for the model.
         digest: digest of the weights.
-        places: most places, padding included, of a batch of texts; a longer text is a batch of its own.
+        places: most places, padding included, of a batch of texts; a longer text is a separate batch.
         chat_template: whether academic questions are asked as a user's messages.
     """
 
@@ -183,7 +183,7 @@ def part_of(asked: int, available: int) -> list[str]:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Returns rows that were appended one by one. Leaves out lines that are no rows: a power cut leaves half a line."""
+    """Returns rows that were appended one by one. Leaves out damaged lines: a power cut leaves half a line."""
     rows = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:

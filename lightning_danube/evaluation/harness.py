@@ -67,7 +67,7 @@ class DecoderLM(TemplateLM):
     """A decoder with the tokenizer that its export would have, as a model of the harness.
 
     Args:
-        batch_tokens: most places, padding included, of a batch of texts; a longer text is a batch of its own.
+        batch_tokens: most places, padding included, of a batch of texts; a longer text is a separate batch.
         progress: called with the number of finished requests of a kind, and the number of all requests of that kind.
     """
 
@@ -443,7 +443,7 @@ def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[d
         if not (test and files(validation)):
             folder = Path(config["dataset_path"]) / (config.get("dataset_name") or "")
             raise MissingData(f"there is no {directory / folder / evaluated}.jsonl")
-        notes.append(f"asked are the questions of {validation}, as those of {test} are not there")
+        notes.append(f"the questions are those of {validation}, because {test} is missing")
         test, evaluated = None, validation
     places = {evaluated: files(evaluated)}
     has_validation = evaluated == validation or bool(files(validation))
@@ -459,7 +459,7 @@ def place_splits(config: dict[str, Any], shots: int, directory: Path) -> tuple[d
             training, fewshot = None, None
             if evaluated != validation and has_validation:
                 places[validation] = files(validation)
-                notes.append(f"the examples are of {validation}")
+                notes.append(f"the examples are from {validation}")
             else:
                 # If both splits have the same name, the harness leaves the question itself out of its examples.
                 fewshot = test

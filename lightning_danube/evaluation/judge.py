@@ -129,7 +129,7 @@ class ChatJudge:
             raise ValueError(f"the judge's base_url is {shown!r}: give one such as http://localhost:8000/v1")
         if secret_in(self.base_url) or not set(self.base_url).isdisjoint("?#@ "):
             raise ValueError(
-                f"the judge's base_url is {redacted(self.base_url)!r}: leave out what stands before @ and from ? on, "
+                f"the judge's base_url is {redacted(self.base_url)!r}: leave out everything before @ and from ? on, "
                 f"and give the key in the environment variable {self.api_key_variable}"
             )
         key_of(self.api_key_variable)

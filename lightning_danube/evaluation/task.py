@@ -27,7 +27,7 @@ class Evaluation(LightningModule):
     Args:
         weights: the model: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
         dtype: type of the parameters; if not given, the stored type (float32 for a quantized GGUF file).
-        places: most places, padding included, of a batch of texts; a longer text is a batch of its own.
+        places: most places, padding included, of a batch of texts; a longer text is a separate batch.
         chat_template: ask academic questions as a user's messages in the tokenizer's chat template. The leaderboard of
             the paper's time did not use chat templates.
 

@@ -57,7 +57,7 @@ class CompiledStep:
             with torch._inductor.config.patch(freezing=self.on_cpu):
                 logits_BV: Tensor = self._compiled(self.decoder, ids_B, cache)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"the step can not be compiled: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"the step cannot be compiled: {str(error).splitlines()[0]}") from error
         return logits_BV
 
     @contextmanager

@@ -135,6 +135,6 @@ def load(weights: str, *, adapter: str | None = None, dtype: str | None = None, 
         device: "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     return LanguageModel(*load_model(str(weights), adapter=adapter, dtype=dtype, device=device))

@@ -35,8 +35,8 @@ def special_stops(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> li
     for string in stop:
         if string not in special and (inside := [token for token in special if token in string]):
             raise ValueError(
-                f"the stop text {string!r} holds the special token {inside[0]!r}, and a special token is no text: give "
-                "the token alone"
+                f"the stop text {string!r} holds the special token {inside[0]!r}, and a special token is not text: "
+                "give the token alone"
             )
     return [special[string] for string in stop if string in special]
 

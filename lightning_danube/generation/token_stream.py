@@ -120,7 +120,7 @@ class TokenStream(Iterator[Tensor]):
             logits_BV = logits_BV.float()
         if not step and not bool(logits_BV.isfinite().all()):
             raise ValueError(
-                "the model gives logits that are no finite numbers: its weights are damaged, or "
+                "the model gives logits that are not finite: its weights are damaged, or "
                 f"{self.decoder.model.embed_tokens.weight.dtype} is too narrow for them"
             )
         if self.sampling.repetition_penalty != 1:

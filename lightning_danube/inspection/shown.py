@@ -29,7 +29,7 @@ class ShownToken(NamedTuple):
     Args:
         text: what the token adds to the decoded text; empty for a part of a character that a later token completes.
         marked: whether the model learns to say this token, or is measured on it.
-        special: whether the token is no text, such as the end of a turn.
+        special: whether the token is not text, such as the end of a turn.
     """
 
     id: int
@@ -151,7 +151,7 @@ def shown_tokens(
             continue
         pending.append(token)
         text = backend.decode([*before, *pending], skip_special_tokens=False)[head:]
-        # The replacement character stands for bytes that are no character yet.
+        # The replacement character stands for bytes that are not yet a character.
         if not text.endswith("�") or len(pending) >= _LONGEST_CHARACTER:
             texts[place], pending = text, []
     return [

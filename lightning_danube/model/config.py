@@ -154,7 +154,7 @@ class DecoderShape:
         # it would train a model that cannot be exported.
         if self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}; "
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
                 f"{max(1, round(self.hidden_size / (2 * heads))) * 2 * heads} would be"
             )
         if self._head_dim % 2 and not head_dim_is_given:
@@ -182,7 +182,7 @@ class DecoderShape:
         """Checks the types of the numbers, which come from files of others.
 
         Raises:
-            ValueError: a value is no number, or no model is that large.
+            ValueError: a value is not a number, or no model is that large.
         """
         for field in (field for field in dataclasses.fields(self) if field.name in POSITIVE_FIELDS | REAL_FIELDS):
             value, whole = getattr(self, field.name), field.name not in REAL_FIELDS

@@ -70,7 +70,7 @@ def document_mask(document_ids_BT: Tensor, window: int | None = None) -> Tensor:
 def as_bias(mask_B1TS: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns what a kernel adds to the scores: 0 where the mask is true, else -inf.
 
-    CUDA's kernels take only this form. They would make it from a mask anew in every layer, and each layer would keep
+    CUDA's kernels take only this form. They would make it from a mask again in every layer, and each layer would keep
     its own for the backward pass: 0.8 GB a layer for 6 rows of 8,192 tokens in 16 bits.
     """
     return torch.zeros_like(mask_B1TS, dtype=dtype).masked_fill_(~mask_B1TS, -torch.inf)

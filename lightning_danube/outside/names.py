@@ -30,7 +30,7 @@ def inside(directory: Path, name: object, what: str) -> Path:
 
 def _wrong_with(name: object) -> str | None:
     if not isinstance(name, str):
-        return "that is no text"
+        return "that is not text"
     if not name.strip():
         return "that is empty"
     if name in (".", "..") or "/" in name or "\\" in name:

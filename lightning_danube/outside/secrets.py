@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 SHORTEST_HIDDEN, SHORTEST_REFUSED = 8, 16
-"""Shorter values of variables are no keys: "EMPTY" or "password" would be found in ordinary words."""
+"""Shorter values of variables are not keys: "EMPTY" or "password" would be found in ordinary words."""
 
 # A slash in a password is a mistake, and hidden with it. What follows a port is a path.
 _IN_ADDRESS = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*|[^\s/?#'\"<>:]*:(?!\d+/)[^\s?#'\"<>]*)@")

@@ -27,7 +27,7 @@ def in_markdown(text: object, *, line_end: str = " ") -> str:
     return line_end.join(_MARKUP.sub(r"\\\g<0>", printable(line)) for line in lines)
 
 
-# Numbers in brackets and names with underscores are no markup, and stay as they are: tables are full of them.
+# Numbers in brackets and names with underscores are not markup, and stay as they are: tables are full of them.
 _MARKUP = re.compile(
     r"[\\`*|]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|~(?=~)|(?<=~)~|^#(?=#*\s)|^>|^[+-](?=\s)|(?<=^\d)[.)](?=\s)|^---"
 )

@@ -116,7 +116,7 @@ class TrainingMemory:
         float8: the blocks' matrices are multiplied in FP8, so no 16-bit copies of them are kept. Compiled blocks then
             keep no inputs of products that they can compute again from what they keep anyway: the normed residual
             stream, and the product of gate and up. A product in FP8 reads copies in 8 bits, which the backward pass
-            makes anew.
+            makes again.
         gpu: CUDA kernels instead of the CPU's: RMSNorm keeps only its input in 16 bits, too; the activated gate is
             kept; flash attention needs 16 bits, and reads no dense mask; the loss takes larger chunks, and no wider
             copy of their logits.

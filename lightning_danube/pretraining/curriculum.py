@@ -276,7 +276,7 @@ def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
                 f"stage, so give at most {LONGEST_NAME} letters"
             )
         if names.count(name) > 1:
-            raise ValueError(f"two stages are called {name!r}: every stage needs a name of its own")
+            raise ValueError(f"two stages are called {name!r}: every stage needs another name")
     for stage in stages:
         for name in stage.mix:
             if name not in sources:

@@ -66,19 +66,19 @@ def check_order(saved: OrderFacts, now: OrderFacts, samples_done: int) -> None:
         if _without_zeros(new_mix) != _without_zeros(mix):
             raise ValueError(
                 f"data.stages: {here} has begun with the mix {_without_zeros(mix)}, the config has "
-                f"{_without_zeros(new_mix)}: put it back, and change the mix in a stage of its own after it, {_WAY_OUT}"
+                f"{_without_zeros(new_mix)}: put it back, and change the mix in a new stage after it, {_WAY_OUT}"
             )
         over = start + samples <= samples_done
         if over and length != samples:
             raise ValueError(
                 f"data.stages: {here} is over, after {samples * saved.context_length:,} tokens, the config gives it "
-                f"{length * now.context_length:,}: put its length back, and add tokens in a stage of its own after it, "
+                f"{length * now.context_length:,}: put its length back, and add tokens in a new stage after it, "
                 f"{_WAY_OUT}"
             )
         if not over and start + length < samples_done:
             raise ValueError(
                 f"data.stages: {here} would end {(samples_done - start - length) * now.context_length:,} tokens before "
-                f"the place where the run goes on: give it at least {(samples_done - start) * now.context_length:,} "
+                f"the point where the run resumes: give it at least {(samples_done - start) * now.context_length:,} "
                 f"tokens, {_WAY_OUT}"
             )
         start += samples

@@ -74,7 +74,7 @@ def stage_line(trainer: Trainer, resumed: bool) -> str:
     total = sum(stage.mix.values())
     mix = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in stage.mix.items() if share)
     tokens = span.samples * data.context_length
-    verb = "going on with" if resumed else "entering"
+    verb = "resuming" if resumed else "entering"
     return f"{verb} stage {k + 1} of {len(curriculum.stages)}: {stage.name}, {tokens:,} tokens: {mix}"
 
 

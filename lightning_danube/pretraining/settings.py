@@ -120,7 +120,7 @@ class CurriculumSettings:
         tokenizer: "mistral" (Danube3's 32,000 pieces), "danube-small" (few pieces, for models of a few million
             parameters), a directory that the verb `tokenizer` or transformers has written, a hub id, or a model. On the
             command line the default is that of `model.weights`.
-        new_tokens: texts that become tokens of their own, with the ids after the tokenizer's last one.
+        new_tokens: texts that become new tokens, with the ids after the tokenizer's last one.
         seed: of the order of rows.
         held_out: share of each source's documents kept for validation, chosen by a hash of the text.
         validation_rows: rows of each source for `validate` and for validation in `fit`; `test` takes all rows.

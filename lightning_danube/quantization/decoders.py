@@ -59,14 +59,12 @@ def check_finite(decoder: Decoder) -> None:
     """Checks that all weights are finite.
 
     Raises:
-        ValueError: a weight is no finite number; the message names the tensor.
+        ValueError: a weight is not finite; the message names the tensor.
     """
     for name, parameter in decoder.named_parameters():
         # A sum is not finite if any value is not. The widest type keeps a sum of finite values from overflowing.
         if not bool(parameter.sum(dtype=widest_float(parameter.device)).isfinite()):
-            raise ValueError(
-                f"{name} has weights that are no finite numbers: the model is damaged, nothing is measured"
-            )
+            raise ValueError(f"{name} has weights that are not finite: the model is damaged, nothing is measured")
 
 
 def full_decoder(decoder: Decoder) -> RunningDecoder:

@@ -138,7 +138,7 @@ def _parse_options(text: str, method: Method, kind: str, options: list[str]) -> 
         )
     caches = [option.removeprefix("cache-") for option in options if option.startswith("cache-")]
     if len(caches) > 1 or len(set(options)) < len(options):
-        raise ValueError(f"level {text!r}: an option is there twice")
+        raise ValueError(f"level {text!r}: an option appears twice")
     return Level(
         method,
         kind,

@@ -32,7 +32,7 @@ def read_levels(runs: str | Path, name: str) -> pd.DataFrame:
         raise MissingResult(f"no evaluation under {runs}/{name}-test: {way} makes one") from None
     file = directory / "quantization.parquet"
     if not file.is_file():
-        raise MissingResult(f"{directory.parent.name}/{directory.name} did not come to its end: {way} goes on with it")
+        raise MissingResult(f"{directory.parent.name}/{directory.name} did not come to its end: {way} continues it")
     return pd.read_parquet(file)
 
 

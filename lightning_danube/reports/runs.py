@@ -111,7 +111,7 @@ class RecordedRun:
             MissingResult: there is no summary yet, or it has no such entry.
         """
         if not self.summary:
-            raise MissingResult(f"{self.title} has no summary.json, for no stage has ended: {self.way_on} goes on")
+            raise MissingResult(f"{self.title} has no summary.json, for no stage has ended: {self.way_on} continues it")
         if key not in self.summary:
             raise MissingResult(f"summary.json of {self.title} has no {key!r}")
         return self.summary[key]
@@ -173,7 +173,7 @@ def read_run(directory: Path) -> RecordedRun:
     """
     run = read_run_of_any_task(directory)
     if not run.is_pretraining:
-        raise ValueError(f"{directory} is no pre-training run: data.stages is missing in its config.yaml")
+        raise ValueError(f"{directory} is not a pre-training run: data.stages is missing in its config.yaml")
     if damaged := [problem for problem in run.problems if "damaged" in problem]:
         raise ValueError(damaged[0])
     return run

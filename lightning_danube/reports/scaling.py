@@ -36,7 +36,7 @@ def read_ladder(runs: str, name: str, metric: str) -> tuple[pd.DataFrame, Law]:
     try:
         return study, fit_law(points(study, metric))
     except ValueError as error:
-        raise MissingResult(f"{error}: `{study_command(name)} --resume` goes on with {name}") from None
+        raise MissingResult(f"{error}: `{study_command(name)} --resume` continues {name}") from None
 
 
 def points(study: pd.DataFrame, metric: str) -> list[Point]:

@@ -52,7 +52,7 @@ def read_study(runs: str | Path, name: str) -> pd.DataFrame:
     elif "error" in frame:
         frame = frame[frame["error"].isna()]
     if frame.empty:
-        raise MissingResult(f"no run of {name} came to its end: `{study_command(name)} --resume` goes on with it")
+        raise MissingResult(f"no run of {name} came to its end: `{study_command(name)} --resume` continues it")
     frame = frame.reset_index(drop=True)
     frame.attrs["planned"] = planned
     committed = file.name != "study.parquet"

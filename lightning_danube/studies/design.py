@@ -105,7 +105,7 @@ def read_design(file: str) -> Design:
     known = [one.name for one in fields(Design)]
     for key in raw:
         if key not in known:
-            raise ValueError(f"{file}: {key!r} is no key of a study: {name_meant(key, known)}")
+            raise ValueError(f"{file}: {key!r} is not a key of a study: {name_meant(key, known)}")
     kind = ("search",) if raw.get("search") else ("variants",) if raw.get("law") else ("variants", "baseline")
     needed = ("name", "base", "metric", *kind)
     missing = [key for key in needed if raw.get(key) in (None, "", {}, 0)]
@@ -120,7 +120,7 @@ def read_design(file: str) -> Design:
     raw["equal"] = raw.get("equal") or {}
     for key in ("variants", "search"):
         if not isinstance(raw.setdefault(key, {}), dict):
-            raise ValueError(f"{file}: {key} is no mapping of names to what is set in each")
+            raise ValueError(f"{file}: {key} is not a mapping of names to what is set in each")
     raw["variants"] = {str(name): values or {} for name, values in raw["variants"].items()}
     design = Design(**raw)
     _check(file, design)
@@ -154,7 +154,7 @@ def _check(file: str, design: Design) -> None:
         raise ValueError(f"{file}: verb is {design.verb!r}: say fit or test")
     for name, values in {"set": design.set, **design.variants}.items():
         if not isinstance(values, dict):
-            raise ValueError(f"{file}: {name} is no mapping of dotted keys to values")
+            raise ValueError(f"{file}: {name} is not a mapping of dotted keys to values")
         for key, value in values.items():
             if secret_in(json.dumps(value, default=str, ensure_ascii=False)):
                 raise ValueError(

@@ -135,7 +135,7 @@ def open_study(
     url = storage or f"sqlite:///{directory / 'study.sqlite3'}"
     begun = storage is not None or (directory / "study.sqlite3").exists()
     shown = url.removeprefix("sqlite:///")
-    nothing = f"there is no study {design.name} to go on with in {shown}: leave out --resume"
+    nothing = f"there is no study {design.name} to continue in {shown}: leave out --resume"
     if resume and not begun:
         raise ValueError(nothing)
     directory.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def open_study(
     names = optuna.get_all_study_names(kept) if begun else []
     if design.name in names and not resume:
         raise ValueError(
-            f"the study {design.name} was begun, in {shown}: go on with it by --resume, or give the new one another "
+            f"the study {design.name} was begun, in {shown}: continue it with --resume, or give the new one another "
             "name"
         )
     if design.name not in names and resume:
@@ -215,7 +215,7 @@ class Runner:
             command = command_of(self.design, values, seed, *place)
             done = run_child(command, saves=True, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock])
         if done.returncode == EXIT_STOPPED:
-            tell(f"the run {name} was told to stop, and has saved: go on with --resume")
+            tell(f"the run {name} was told to stop, and has saved: continue it with --resume")
             raise Stopped("")
         if done.returncode:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -35,7 +35,7 @@ from lightning_danube.text.reading import (
 
 DOCUMENTATION = "documentation:"
 NOT_DATA = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Names of files that describe a data set. They are no documents of a directory; a path or a glob may name them."""
+"""Names of files that describe a data set. They are not documents of a directory; a path or a glob may name them."""
 TOKEN_FILES = (".ds", ".bin", ".idx", ".npy")
 """Endings of files that hold token ids: of datatrove, of Megatron (two of them), and of OLMo."""
 MOSAIC = "index.json"
@@ -185,7 +185,9 @@ def _data_files(name: str, directory: str, above: tuple[str, ...] = ()) -> Itera
             if os.path.isfile(path):
                 yield Path(path)
             elif os.path.islink(path):
-                raise ValueError(f"source {name!r}: {path} is a link to a file that is not there: remove or mend it")
+                raise ValueError(
+                    f"source {name!r}: {path} is a link to a file that does not exist: remove or correct it"
+                )
 
 
 def pattern_of(path: str) -> str:

@@ -80,12 +80,12 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     except TooLong:
         reason = f"it computes for more than {MOST_SECONDS:.0f} seconds"
-        raise ValueError(f"the chat template fails on this conversation ({reason}): mend the template") from None
+        raise ValueError(f"the chat template fails on this conversation ({reason}): correct the template") from None
     except Exception as error:  # a template is a program of somebody else, so any error can come out of it
         reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, MemoryError):
             reason = f"it takes more than {MOST_MEMORY >> 20:,} MiB of memory"
-        raise ValueError(f"the chat template fails on this conversation ({reason}): mend the template") from error
+        raise ValueError(f"the chat template fails on this conversation ({reason}): correct the template") from error
 
 
 def encode_chat(
@@ -195,7 +195,7 @@ class ChatEncoder:
             token = self._added[mark][1]
             if token.lstrip or token.rstrip or token.single_word:
                 raise NotLearnable(
-                    f"the special token {mark!r} of the chat template takes in the space around it, which is not "
+                    f"the special token {mark!r} of the chat template includes the space around it, which is not "
                     "supported"
                 )
         self._check_probes()
@@ -210,11 +210,13 @@ class ChatEncoder:
             plain_are_equal = plain_are_equal or ids == whole
             if ids[: len(asked)] != asked or self.tokenizer.decode(ids) != self.tokenizer.decode(whole):
                 raise NotLearnable(
-                    f"the tokenizer encodes the answer {answer!r} in a conversation otherwise than in parts, which is "
+                    f"the tokenizer encodes the answer {answer!r} differently in a conversation and in parts, which is "
                     "not supported"
                 )
         if not plain_are_equal:
-            raise NotLearnable("the tokenizer encodes conversations otherwise than in parts, which is not supported")
+            raise NotLearnable(
+                "the tokenizer encodes conversations differently as a whole and in parts, which is not supported"
+            )
 
     def turn_end(self) -> int | None:
         """Returns the special token that ends an answer in the template; None if the template has none."""

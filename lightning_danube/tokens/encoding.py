@@ -49,8 +49,8 @@ class TextEncoder:
             for text, one, other in zip(texts, ids, self._encode_slowly(texts), strict=True):
                 if one != other:
                     raise ValueError(
-                        f"gigatoken encodes a text that begins with {text[:40]!r} otherwise than tokenizers does: "
-                        "pip uninstall gigatoken, and go on without it"
+                        f"gigatoken encodes a text that begins with {text[:40]!r} differently from tokenizers: "
+                        "pip uninstall gigatoken, and continue without it"
                     )
         return ids
 

@@ -110,7 +110,7 @@ def open_store(where: str, path: str) -> tuple[Any, str]:
         missing = str(error).rstrip(".")
         raise ValueError(f"{where} needs a package ({missing}); for s3://, type: {install_command('s3')}") from None
     except ValueError as error:
-        raise ValueError(f"{where} is no address that fsspec knows ({error})") from None
+        raise ValueError(f"{where} is not an address that fsspec knows ({error})") from None
     return store, root
 
 

@@ -320,7 +320,7 @@ class TokenShards:
             self.meta = read_json(path)
             version = self.meta["format"]
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{directory} is no shard directory: {path} is missing or damaged") from error
+            raise ValueError(f"{directory} is not a shard directory: {path} is missing or damaged") from error
         check_format(str(directory), version)
         try:
             made_with = self.meta["tokenizer"]

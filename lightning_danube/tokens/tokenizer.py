@@ -202,7 +202,7 @@ def with_new_tokens(tokenizer: PreTrainedTokenizerFast, name: str, tokens: Seque
     A new token is found wherever its text stands, also inside a word, before the text is cut into pieces.
 
     Raises:
-        ValueError: a text is empty, stands twice, is a token already, or would not be decoded to itself.
+        ValueError: a text is empty, appears twice, is a token already, or would not be decoded to itself.
     """
     from tokenizers import AddedToken
 
@@ -212,7 +212,7 @@ def with_new_tokens(tokenizer: PreTrainedTokenizerFast, name: str, tokens: Seque
         if not token:
             raise ValueError("data.new_tokens holds an empty text: remove it")
         if list(tokens).count(token) > 1:
-            raise ValueError(f"{where} stands there twice: remove one")
+            raise ValueError(f"{where} appears twice: remove one")
         pieces = tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
         if grown.convert_tokens_to_ids(token) not in (None, grown.unk_token_id) or (
             len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
@@ -340,7 +340,7 @@ def _check_encodes(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         most = max(tokenizer.get_vocab().values(), default=0)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a library in Rust raises what is no Exception
+    except BaseException as error:  # a library in Rust raises an error that is not an Exception
         raise ValueError(
             f"tokenizer {name!r} cannot encode a text ({first_line(error)}): its files are damaged"
         ) from None
@@ -353,7 +353,7 @@ def _check_encodes(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     """Returns the tokenizer in a directory or in a repository of the hub, with the ids of its tokenizer.json.
 
-    transformers 5 makes some tokenizers anew from the name of their class, and takes only the pieces from the file.
+    transformers 5 rebuilds some tokenizers from the name of their class, and takes only the pieces from the file.
     Class names are often wrong, and the ids then differ from those that the model was trained on.
     """
     from tokenizers import Tokenizer
@@ -385,7 +385,7 @@ def _file_of(place: str | Path, name: str, **options: Any) -> Path | None:
 
 
 _SPACED = ("A text", " one space", "  two", "a  b", "\n x", "   ", "tab\tx", "é 好 \U0001f600", "1234 don't")
-"""Texts that conversions of a SentencePiece model encode otherwise than the model itself."""
+"""Texts that conversions of a SentencePiece model encode differently from the model itself."""
 
 
 def _as_sentencepiece(named: PreTrainedTokenizerFast, file: Path) -> PreTrainedTokenizerFast:

@@ -178,7 +178,7 @@ def explain_silence(error: BaseException) -> None:
     waited = re.search(r"Timed out waiting (\d+)ms|wait timeout after (\d+)ms", str(error))
     # TCP gives up a connection by itself, after about 15 minutes without an answer.
     lost = re.search(r"Connection timed out|No route to host|Network is unreachable", str(error))
-    go_on = "go on from the last checkpoint with --ckpt_path last"
+    go_on = "resume from the last checkpoint with --ckpt_path last"
     if waited:
         error.user_message = (  # type: ignore[attr-defined]
             f"waited {int(waited[1] or waited[2]) / 1000:g} s for another rank, which hangs, is much slower or is cut "
@@ -213,7 +213,7 @@ def check_host_name(nodes: int) -> None:
     raise ValueError(
         f"trainer.num_nodes is {nodes}, and {name}, the name of this machine, stands for {address or 'no address'}: no "
         "other node can reach it there. Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the network "
-        "between the nodes, such as eth0, or mend the name in /etc/hosts"
+        "between the nodes, such as eth0, or correct the name in /etc/hosts"
     )
 
 
@@ -239,4 +239,4 @@ def _ended_by(number: int | None) -> str:
     name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
     by = "" if number is None else f" by {name}"
     memory = ", as when memory runs out" if number in (None, signal.SIGKILL) else ""
-    return f"was ended{by}{memory}, and the other ranks with it: go on from the last checkpoint with --ckpt_path last"
+    return f"was ended{by}{memory}, and the other ranks with it: resume from the last checkpoint with --ckpt_path last"

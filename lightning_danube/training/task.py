@@ -424,7 +424,7 @@ class DecoderTask(LightningModule):
         lost = [] if checkpoint.get("optimizer_states") or checkpoint.get("optimizer_groups") else ["optimizer_states"]
         if lost := lost + [name for name in ("lr_schedulers",) if not checkpoint.get(name)]:
             raise ValueError(
-                f"the checkpoint has no {' and no '.join(lost)}: no run can go on from it, so begin a new run"
+                f"the checkpoint has no {' and no '.join(lost)}: no run can resume from it, so begin a new run"
             )
         _restate_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
 

@@ -232,7 +232,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         )
     if tokens := settings.get("trainable_token_indices"):
         raise ValueError(
-            f"{file}: the adapter brings tokens of its own ({tokens}), which the base does not have: export the run "
+            f"{file}: the adapter has new tokens ({tokens}), which the base does not have: export the run "
             "that trained it with --format hf"
         )
     from_peft = _peft_defaults()
@@ -335,7 +335,7 @@ def _inject(decoder: Decoder, config: LoraConfig, where: str) -> None:
     except Exception as error:
         # PEFT does not check settings, so a wrong setting can raise any exception.
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: it fits no layer of this model as it stands ({reason})") from error
+        raise ValueError(f"{where}: it fits no layer of this model ({reason})") from error
     # As in PeftModel, adapters get float32, because small updates would be lost in 16 bits.
     cast_adapter_dtype(decoder, "default")
 

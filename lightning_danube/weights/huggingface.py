@@ -163,7 +163,7 @@ def load_hf(
     for file in weight_files(source):
         types = tensor_types(file)
         if twice := stored.keys() & types.keys():
-            raise ValueError(f"{source}: {len(twice)} tensors stand in two of its files: {some(twice)}")
+            raise ValueError(f"{source}: {len(twice)} tensors are in two of its files: {some(twice)}")
         stored |= {name: (file, stored_as) for name, stored_as in types.items()}
     if dtype is None and stored:
         dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
@@ -222,7 +222,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
     If many ranks wrote the checkpoint as a directory, reads the weights into memory. Omits the optimizer's state.
 
     Raises:
-        ValueError: it is damaged or no checkpoint of this project, or a weight is no tensor of finite numbers.
+        ValueError: it is damaged or no checkpoint of this project, or a weight is not a tensor of finite numbers.
     """
     if not file.exists():
         raise ValueError(f"{file}: no such file")

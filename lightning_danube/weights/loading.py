@@ -40,7 +40,7 @@ def load_model(
     """The model and its tokenizer. The arguments are those of `load_decoder`.
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     located = locate(weights) if isinstance(weights, str) else weights
     if located.kind == "hf":
@@ -58,7 +58,7 @@ def load_as_exported(
     """The model, and the tokenizer as `export` writes it: it adds the begin token to a text by itself, as in training.
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     from lightning_danube.tokens.tokenizer import adding_bos
 
@@ -82,7 +82,7 @@ def load_decoder(
         device: "auto" is the GPU if there is one. The default is the CPU.
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     import torch
 
@@ -134,7 +134,7 @@ def load_adapted_decoder(
     if "new_token_ids" in saved:
         train_rows(decoder, saved["new_token_ids"])
     digest = base_digest(decoder)
-    # A classifier's head is no part of the decoder.
+    # A classifier's head is not part of the decoder.
     state = {
         name.removeprefix("decoder."): tensor
         for name, tensor in saved["state_dict"].items()

@@ -74,7 +74,7 @@ def locate(name: str) -> Located:
     For a run directory, this is the newest complete checkpoint. Prints a warning for each newer one that is damaged.
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     if name == SMOLLM2:
         return _gguf(smollm2_file(), name)
@@ -124,11 +124,11 @@ def _in_file(file: Path, name: str) -> Located:
     if file.suffix == ".safetensors":
         raise ValueError(f"--weights {name}: give its directory, which has the config.json and the tokenizer, too")
     if begin[:2] != b"PK":
-        raise ValueError(f"--weights {name}: truncated, or no checkpoint of ours and no GGUF file")
+        raise ValueError(f"--weights {name}: truncated, or neither a checkpoint of this project nor a GGUF file")
     if wrong := damage(file):
         raise ValueError(
-            f"--weights {name} is damaged: {wrong}; name another checkpoint, or the run's directory for the newest "
-            "that is whole"
+            f"--weights {name} is damaged: {wrong}; name another checkpoint, or the run's directory for its newest "
+            "complete one"
         )
     return _checkpoint(file, name)
 
@@ -178,7 +178,7 @@ def locate_adapter(name: str) -> Path:
     """The directory of an adapter in PEFT's layout. An adapter on the hub is downloaded.
 
     Raises:
-        ValueError: nothing has this name, or it is no adapter.
+        ValueError: nothing has this name, or it is not an adapter.
     """
     path = Path(name).expanduser()
     if path.is_file():

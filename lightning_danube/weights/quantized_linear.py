@@ -119,7 +119,7 @@ def quantize_linear_layers(decoder: Decoder, quantization: str) -> None:
         quantization: "nf4", whose steps are made for normally distributed weights.
 
     Raises:
-        ValueError: a layer's input is no multiple of 64; the decoder is then unchanged.
+        ValueError: a layer's input is not a multiple of 64; the decoder is then unchanged.
     """
     layers: dict[str, nn.Linear] = {}
     for name in quantizable_layers(decoder.config):

@@ -19,7 +19,7 @@ def shape_of(weights: str) -> DecoderConfig:
         weights: a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
 
     Raises:
-        ValueError: nothing has this name, or it is no model.
+        ValueError: nothing has this name, or it is not a model.
     """
     from lightning_danube.checkpoints.files import read_plain
     from lightning_danube.checkpoints.sharded import read_rest

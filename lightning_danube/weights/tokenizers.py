@@ -41,7 +41,7 @@ def document_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> DocumentTok
     """The tokenizer for pre-training that `data.tokenizer` stands for. The names are those of `tokenizer_of`.
 
     Args:
-        new_tokens: texts that become tokens of their own.
+        new_tokens: texts that become new tokens.
 
     Raises:
         ValueError: no tokenizer has this name, it has no token that ends a document, or see `with_new_tokens`.
@@ -55,7 +55,7 @@ def document_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> DocumentTok
 
 
 def _is_model(name: str) -> bool:
-    """Whether a name stands for a run, a checkpoint or a GGUF file. A directory of tokenizer files is no model here."""
+    """Returns whether a name means a run, a checkpoint or a GGUF file, not a directory of tokenizer files."""
     path = Path(name).expanduser()
     return name == SMOLLM2 or path.is_file() or is_sharded(path) or newest_checkpoint(path) is not None
 

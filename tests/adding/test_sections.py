@@ -61,7 +61,7 @@ def what_is_wrong(files: set[str], section: str) -> list[str]:
         found = [placeholders for named in paths_in(section) if (placeholders := matches(path, named)) is not None]
         if not found:
             wrong.append(f"{path} is not named")
-        # A file that is named in full is no value of a placeholder.
+        # A file that is named in full is not a value of a placeholder.
         for name, value in min(found, key=len).items() if found else ():
             if values.setdefault(name, value) != value:
                 wrong.append(f"<{name}> is {values[name]} and {value}")
@@ -76,7 +76,7 @@ def what_is_wrong(files: set[str], section: str) -> list[str]:
 
 
 def git_apply(patch: Path, directory: Path, *options: str) -> None:
-    # The copy is no repository, and may lie in one.
+    # The copy is not a repository, and may lie in one.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(directory.parent)}
     command = ["git", "apply", *options, str(patch)]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
@@ -333,7 +333,7 @@ def test_a_task_in_a_room_of_its_own_trains(tiny_run: Path, tmp_path: Path) -> N
         added.command(*fit, "--model.init_args.pull", pull)
     begun = weights_of(tiny_run, 26)
     plain, pulled = (weights_of(added.work / "runs" / "anchoring-quickstart" / f"version_{n}", 2) for n in (0, 1))
-    assert plain.keys() == begun.keys(), "the initial model is no part of a checkpoint"
+    assert plain.keys() == begun.keys(), "the initial model is not part of a checkpoint"
     assert not torch.equal(plain["decoder.lm_head.weight"], pulled["decoder.lm_head.weight"])
     files = ("tests/test_layering.py", "tests/test_project.py", "tests/test_configs.py")
     added.tests(*files, "-k", "layering or project or anchoring")

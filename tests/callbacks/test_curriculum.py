@@ -77,7 +77,7 @@ def test_a_stage_is_announced_with_its_tokens_and_shares(
     assert capsys.readouterr().out == "entering stage 1 of 2: one, 256 tokens: web 75.0 %, wiki 25.0 %\n"
     trainer.global_step = 2
     stages.on_train_start(trainer, task)
-    assert capsys.readouterr().out.startswith("going on with stage 1 of 2: one")
+    assert capsys.readouterr().out.startswith("resuming stage 1 of 2: one")
     trainer.global_step = 4
     trainer.sanity_checking = True
     stages.on_validation_end(trainer, task)

@@ -85,7 +85,7 @@ SAID = ["user: Hi", "assistant: Hello."]
     [
         ({"messages": []}, "no turns", "row 2: the conversation has no turns"),
         ({"messages": "Hi"}, "no turns", "column 'messages' holds str, not a list of turns"),
-        ({"messages": [{"content": "Hi"}]}, "no turns", "turn 1 is no object with 'role' and 'content'"),
+        ({"messages": [{"content": "Hi"}]}, "no turns", "turn 1 is not an object with 'role' and 'content'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role", "turn 1 has the role 'tool'; known are"),
         ({"messages": [USER, USER, ASSISTANT]}, "roles out of order", "messages 1 and 2 are both the user's"),
         ({"messages": [SYSTEM, USER, ASSISTANT, ASSISTANT]}, "roles out of order", "messages 3 and 4 are both"),
@@ -373,7 +373,7 @@ def test_of_a_tree_the_best_ranked_replies_are_taken(tmp_path: Path) -> None:
     (talk,) = read(write_rows(tmp_path / "a.jsonl", rows[0]))
     assert contents(talk) == ["user: why?", "assistant: first", "user: again?", "assistant: no"]
     _, bad = read(write_rows(tmp_path / "a.jsonl", rows[0], {"prompt": {**said("prompter", "x"), "replies": [3]}}))
-    assert isinstance(bad, BadRow) and "message 2 of the tree is no object with" in bad.message
+    assert isinstance(bad, BadRow) and "message 2 of the tree is not an object with" in bad.message
 
 
 def test_a_rank_may_be_larger_than_any_float(tmp_path: Path) -> None:

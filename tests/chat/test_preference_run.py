@@ -160,7 +160,7 @@ def test_an_adapter_trains_against_the_reference_of_its_base(talk: Path, capsys:
     assert capsys.readouterr().out.count("80 pairs computed in ") == 1 and len(made) == 2
     # At the rate for all weights an adapter of this scale goes too far.
     assert fit(talk, *LORA, "--model.init_args.learning_rate.peak", "1e-3", "--name", "adapter") == 0
-    assert "reference: 80 pairs as an earlier run has left them" in capsys.readouterr().out
+    assert "reference: 80 pairs reused from an earlier run" in capsys.readouterr().out
     assert [(file.name, file.stat().st_mtime_ns) for file in files] == made
     values = [np.load(file) for file in files]
     for file in files:
@@ -240,7 +240,7 @@ def test_task_data_and_summary_have_to_belong_together(talk: Path, capsys: pytes
         ),
         (text.replace("PreferenceSummary", "ChatSummary"), "ChatSummary reports on ChatData: remove it"),
     ]:
-        # A row of pairs is no conversation, so ChatData needs other rows.
+        # A row of pairs is not a conversation, so ChatData needs other rows.
         (talk / "talk.yaml").write_text(mixed.replace("talk.jsonl", "chats.jsonl") if mixed is chat_data else mixed)
         if mixed is chat_data:
             rows = (json.dumps({"prompt": f"river? {n}", "response": "stone"}) + "\n" for n in range(40))

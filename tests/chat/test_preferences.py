@@ -147,7 +147,11 @@ PAIR = {"prompt": "Hi", "chosen": "Fine.", "rejected": "Go away."}
         ),
         ({"prompt": "Hi", "chosen": [*ASKED, GOOD], "rejected": [BAD]}, "not one answer", "the chosen answer is 2 tur"),
         ({**PAIR, "chosen": 7}, "no turns", "the chosen answer is int, neither text nor turns"),
-        ({**PAIR, "chosen": [{"content": "x"}]}, "no turns", "the chosen answer: turn 1 is no object with 'role' and"),
+        (
+            {**PAIR, "chosen": [{"content": "x"}]},
+            "no turns",
+            "the chosen answer: turn 1 is not an object with 'role' and",
+        ),
         ({**PAIR, "chosen": {"from": "tool", "value": "x"}}, "unknown role", "the chosen answer: turn 1 has the role"),
         ({**PAIR, "prompt": [*ASKED, *ASKED]}, "roles out of order", "messages 1 and 2 are both the user's"),
         (

@@ -280,7 +280,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny: Path, small_disk: Path, caps
     error = capsys.readouterr().err.strip()
     assert error == (
         f"error: {checkpoints}/step_00000010.ckpt: checkpoint not written: no space left on device; free some space, "
-        "then go on with --ckpt_path last"
+        "then resume with --ckpt_path last"
     )
     assert sorted(path.name for path in checkpoints.iterdir()) == ["manifest.json", "step_00000005.ckpt"]
     assert damage(checkpoints / "step_00000005.ckpt") is None
@@ -294,7 +294,7 @@ def test_a_full_disk_ends_all_ranks(tiny: Path, small_disk: Path) -> None:
     checkpoints = small_disk / "tiny" / "version_0" / "checkpoints"
     assert said == (
         f"error: {checkpoints}/step_00000010.ckpt: checkpoint not written: no space left on device; free some space, "
-        "then go on with --ckpt_path last\n"
+        "then resume with --ckpt_path last\n"
     )
     assert damage(checkpoints / "step_00000005.ckpt") is None
 
@@ -310,7 +310,7 @@ def test_a_read_only_directory_is_refused_at_the_start(
     assert fit(tiny, "--ckpt_path", "last") == 2
     printed = capsys.readouterr()
     assert printed.err.strip() == (
-        f"error: {checkpoints}: checkpoints can not be written here: read-only file system; make the file system "
+        f"error: {checkpoints}: checkpoints cannot be written here: read-only file system; make the file system "
         "writable or name another place with --runs"
     )
     assert "going on" not in printed.out
@@ -359,7 +359,7 @@ def test_the_newest_that_is_whole_is_taken_and_the_damaged_are_named(tmp_path: P
 def test_without_a_whole_one_nothing_starts(tmp_path: Path) -> None:
     for path in checkpoints_of_a_run(tmp_path, 5, 10):
         truncate(path)
-    with pytest.raises(ValueError, match=r"no checkpoint under .* is whole: .*10.ckpt: .*; .*05.ckpt: .*copy"):
+    with pytest.raises(ValueError, match=r"no checkpoint under .* is complete: .*10.ckpt: .*; .*05.ckpt: .*copy"):
         resolve_checkpoint("fit", str(tmp_path), "run", "last")
 
 
@@ -468,7 +468,7 @@ def test_a_run_told_to_stop_saves_at_the_next_step(
     assert signal.getsignal(number) is before
     newest = newest_checkpoint(tiny / "runs" / "told" / "version_0")
     assert newest is not None and newest.name == saved
-    assert "saved: go on with --ckpt_path last" in capsys.readouterr().err
+    assert "saved: resume with --ckpt_path last" in capsys.readouterr().err
 
 
 @pytest.mark.medium

@@ -58,7 +58,7 @@ def test_quantized_values_are_refused_also_where_whole_numbers_may_stand() -> No
 )
 def test_a_content_of_another_layout_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"^step_00000003.ckpt:? (is no checkpoint of a run|its optimizer_states|the state)"
+        ValueError, match=r"^step_00000003.ckpt:? (is not a checkpoint of a run|its optimizer_states|the state)"
     ):
         check_content(content, FILE)
 
@@ -67,7 +67,7 @@ def test_a_content_of_another_layout_is_refused(content: dict[str, Any]) -> None
 def test_a_file_that_holds_no_mapping_of_names_is_refused(content: Any, tmp_path: Path) -> None:
     file = tmp_path / "step_1.ckpt"
     torch.save(content, file)
-    with pytest.raises(ValueError, match=r"step_1.ckpt is no checkpoint: it holds a \w+, not a mapping of names$"):
+    with pytest.raises(ValueError, match=r"step_1.ckpt is not a checkpoint: it holds a \w+, not a mapping of names$"):
         read_plain(file)
 
 

@@ -137,7 +137,7 @@ class Run:
 
 
 def mismatches(full: Path, resumed: Path) -> list[str]:
-    """What differs between two finished runs: every logged value that is no time, weights, optimizer, schedule, data
+    """What differs between two finished runs: every logged value that is not a time, weights, optimizer, schedule, data
     position, ledger, and the stages of the summary."""
     found = []
     last = newest_checkpoint(full)

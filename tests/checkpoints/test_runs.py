@@ -62,7 +62,7 @@ def test_last_or_new_begins_where_there_is_no_checkpoint_yet(tmp_path: Path) -> 
     (tmp_path / "run" / "version_0" / "checkpoints").mkdir(parents=True)
     place = resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
     assert place.checkpoint is None and place.run.name == "version_1"
-    assert place.warnings == [f"there is no checkpoint under {tmp_path / 'run'}: the run begins anew"]
+    assert place.warnings == [f"there is no checkpoint under {tmp_path / 'run'}: the run starts from the beginning"]
     with pytest.raises(ValueError, match="last-or-new is for fit: test needs a checkpoint"):
         resolve_checkpoint("test", str(tmp_path), "run", "last-or-new")
 
@@ -71,7 +71,7 @@ def test_last_or_new_never_begins_over_damaged_checkpoints(tmp_path: Path) -> No
     damaged = tmp_path / "run" / "version_0" / "checkpoints" / "step_00000001.ckpt"
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"no checkpoint under .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint under .* is complete"):
         resolve_checkpoint("fit", str(tmp_path), "run", "last-or-new")
 
 

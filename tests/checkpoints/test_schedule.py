@@ -218,7 +218,7 @@ def test_only_rank_zero_requeues_and_other_local_ranks_end_with_0(monkeypatch: p
         trainer: Any = SimpleNamespace(global_step=7, is_global_zero=global_rank == 0, local_rank=local_rank)
         stopped = signals._stopped(trainer)
         ends.append((stopped.code, stopped.message))
-    saved = "stopped after step 7, saved: go on with --ckpt_path last"
+    saved = "stopped after step 7, saved: resume with --ckpt_path last"
     assert ends == [(75, f"{saved}\njob requeued"), (0, ""), (75, "")] and asked == ["requeue"]
 
 
@@ -237,7 +237,7 @@ def test_a_rank_that_stops_because_of_another_takes_no_signal_any_more(monkeypat
 
 
 def test_a_run_that_has_diverged_keeps_its_checkpoints(tmp_path: Path) -> None:
-    """Its weights would push out those from which it can go on. A frozen weight is not looked at: it never changes."""
+    """Its weights would push out those from which it can resume. A frozen weight is not looked at: it never changes."""
     model = torch.nn.Linear(2, 2)
     saved: list[Path] = []
     trainer: Any = SimpleNamespace(
@@ -255,7 +255,7 @@ def test_a_run_that_has_diverged_keeps_its_checkpoints(tmp_path: Path) -> None:
         schedule.save(trainer, path, None, wait=False)
     path.parent.mkdir()
     (last := step_checkpoint(path.parent, 4)).touch()
-    with pytest.raises(ValueError, match=rf"; go on from {last} with a lower"):
+    with pytest.raises(ValueError, match=rf"; resume from {last} with a lower"):
         schedule.save(trainer, path, None, wait=False)
     assert saved == [path]
     model.bias.requires_grad_(False)

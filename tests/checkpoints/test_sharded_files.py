@@ -160,7 +160,7 @@ def test_a_file_that_is_a_pipe_is_damage(directory: Path) -> None:
 
 def test_errors_of_torch_on_damaged_bytes_are_one_line(directory: Path) -> None:
     """An older version listed no hashes, so what its damage leads to must end in one line, too. Torch's own exception
-    for it is no `Exception`."""
+    for it is not an `Exception`."""
     chance = random.Random(0)
     refused = 0
     for file in (directory / INDEX, directory / REST, next(directory.glob("*.distcp"))):

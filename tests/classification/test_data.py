@@ -140,15 +140,15 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             data(tmp_path, **{"train": str(train), "test": str(test)} | options)
     module = data(tmp_path, train=str(train), test=str(test), on_bad_row="skip", validation_share=0.2)
-    assert module.causes() == {"empty text": 1, "no label": 1, "unknown label": 1, "stands in another split": 1}
-    message = f"{train}, row 33: the same text stands in {test}, row 4, so a score on it would be too good"
+    assert module.causes() == {"empty text": 1, "no label": 1, "unknown label": 1, "is in another split": 1}
+    message = f"{train}, row 33: the same text is in {test}, row 4, so a score on it would be too good"
     assert module.rejected[-1].message == message
     assert len(module.splits["test"]) == 6 and 33 not in {text.row for text in module.splits["train"]}
     append(test, *(f"copy {n},wet" for n in range(2)))
     append(train, "copy 1,wet")
     clean = Path(write(tmp_path / "clean.csv", 30))
     append(clean, "copy 1,wet")
-    with pytest.raises(ValueError, match=r"clean.csv, row 31: the same text stands in .*again.csv, row 1, so a score"):
+    with pytest.raises(ValueError, match=r"clean.csv, row 31: the same text is in .*again.csv, row 1, so a score"):
         again = tmp_path / "again.csv"
         again.write_text("text,label\ncopy 1,wet\n")
         data(tmp_path, train=str(clean), test=str(again))
@@ -166,7 +166,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
             {"validation_share": 0.001},
             r"too few texts \(54\) to split off a share of 0.001 for validation: raise data.validation_share",
         ),
-        ({"most_frequent_classes": 1}, r"data.most_frequent_classes is 1: it takes two classes to tell"),
+        ({"most_frequent_classes": 1}, r"data.most_frequent_classes is 1: at least two classes are needed"),
         (
             {"test": {"path": "a.csv", "text": "b"}},
             r"data.test has the option 'text': the options are path, name, split",
@@ -239,7 +239,7 @@ def test_a_text_that_another_given_split_has_is_left_out(tmp_path: Path, role: s
     append(files[role], "the same  thing,wet")
     append(files[other], "The same thing,wet")
     given = {split: str(path) for split, path in files.items()}
-    with pytest.raises(ValueError, match=rf"{role}.csv, row 10: the same text stands in .*{other}.csv, row 10, so"):
+    with pytest.raises(ValueError, match=rf"{role}.csv, row 10: the same text is in .*{other}.csv, row 10, so"):
         data(tmp_path, **given)
     module = data(tmp_path, **given, on_bad_row="skip")
     assert [(row.file, row.row) for row in module.rejected] == [(str(files[role]), 10)]

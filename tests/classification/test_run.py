@@ -236,10 +236,10 @@ def test_what_was_left_out_is_listed(words: Path, capsys: pytest.CaptureFixture[
         file.write("no label here,\nmountain star 200,far\n")
     assert run(words, "--data.init_args.on_bad_row", "skip", "--trainer.max_steps", "1") == 0
     printed = capsys.readouterr().out
-    assert "2 rows left out (1 × no label, 1 × stands in another split), listed in" in printed
+    assert "2 rows left out (1 × no label, 1 × is in another split), listed in" in printed
     rows = [json.loads(line) for line in (directory(words) / "rejected.jsonl").read_text().splitlines()]
-    assert [(row["row"], row["cause"]) for row in rows] == [(91, "no label"), (92, "stands in another split")]
-    assert summary_of(words)["left_out"] == {"no label": 1, "stands in another split": 1}
+    assert [(row["row"], row["cause"]) for row in rows] == [(91, "no label"), (92, "is in another split")]
+    assert summary_of(words)["left_out"] == {"no label": 1, "is in another split": 1}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_another_task_is_no_classifier(
 ) -> None:
     for verb, options in (("test", ()), ("predict", ("--data.init_args.predict", str(words / "test.csv")))):
         assert run(words, "--ckpt_path", str(tiny_run), *options, verb=verb) == 2
-        assert "is no classifier: name a run of TextClassification" in capsys.readouterr().err
+        assert "is not a classifier: name a run of TextClassification" in capsys.readouterr().err
 
 
 def test_the_summary_is_for_classifiers(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,7 +439,7 @@ def test_exports_that_cannot_be(words: Path, tiny_run: Path, capsys: pytest.Capt
         ),
         (
             (mine, "--adapter", "a", "--out", str(words / "x")),
-            "is a classifier with an adapter of its own; leave it out",
+            "is a classifier with its own adapter; leave it out",
         ),
         (
             (str(tiny_run), "--format", "peft", "--out", str(words / "x")),

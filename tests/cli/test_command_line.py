@@ -54,7 +54,7 @@ def test_a_flag_takes_the_place_of_all_that_files_state_below_its_key(tmp_path: 
 
 def test_a_key_that_stands_twice_in_a_flag_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"^--data\.sources, line 1: the key 'a' stands twice, first in line 1: remove or"
+        ValueError, match=r"^--data\.sources, line 1: the key 'a' appears twice, first in line 1: remove or"
     ):
         read_command_line(["--data.sources", "{a: {path: x}, a: {path: y}}"])
 

@@ -1,4 +1,4 @@
-"""What jsonargparse reads is what `yaml_files` reads: keys are text, and none stands twice."""
+"""What jsonargparse reads is what `yaml_files` reads: keys are text, and none appears twice."""
 
 import argparse
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_names_that_yaml_takes_for_other_types_are_names(parser: ArgumentParser,
 
 def test_a_key_that_stands_twice_is_refused_in_every_text(parser: ArgumentParser, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("mix:\n  web: 1\n  web: 2\n")
-    with pytest.raises(argparse.ArgumentError, match="line 3: the key 'web' stands twice, first in line 2"):
+    with pytest.raises(argparse.ArgumentError, match="line 3: the key 'web' appears twice, first in line 2"):
         parser.parse_args(["--config", str(tmp_path / "a.yaml")])
     # read_command_line has named the key before.
     with pytest.raises(argparse.ArgumentError, match=r"Got value: \{web: 1, web: 2\}"):

@@ -99,7 +99,7 @@ def test_references_to_items_of_a_list_are_followed(tmp_path: Path) -> None:
 
 
 def test_what_lightning_raises_on_a_foreign_checkpoint_is_one_line(tmp_path: Path) -> None:
-    """Only where it takes the checkpoint apart, and only what is no message of our own."""
+    """Only where it takes the checkpoint apart, and only what is not a message of our own."""
     file, places = tmp_path / "step_1.ckpt", {"here": str(tmp_path / "checkpoint_connector.py"), "elsewhere": "loop.py"}
 
     def raised(where: str, source: str) -> Exception:

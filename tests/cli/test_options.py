@@ -87,7 +87,7 @@ def test_text_of_a_command_line_gets_its_type(hint: Any, typed: str, value: Any)
         (Part | str, {"sise": 1}, "x", "'sise' is not an option of Part: did you mean 'size'"),
         (Base, {"class_path": f"{HERE}.Hole"}, "x", f"there is no class 'Hole' in {HERE}"),
         (Base, {"class_path": "nowhere.Whole"}, "x", "the class 'nowhere.Whole' cannot be imported"),
-        (Base, {"class_path": f"{HERE}.Part"}, "x", f"{HERE}.Part is no Base"),
+        (Base, {"class_path": f"{HERE}.Part"}, "x", f"{HERE}.Part is not a subclass of Base"),
         (Base, {"class_path": "Wole"}, "x", "there is no Base called 'Wole': did you mean Whole"),
         (Base, {"size": 3}, "x", "'size' is an option of a class, and none is named: give --x with a class first"),
         (Base, WHOLE | {"on": "maybe"}, "x.on", "expected true or false, not maybe"),
@@ -133,7 +133,11 @@ def test_classes_that_are_open_say_how_a_class_of_ones_own_is_named() -> None:
     of_ones_own = r"\(docs/pretraining\.md, An optimizer or a schedule of your own\)"
     for hint, value, message in (
         (AdamW, Typed("SGD"), f"expected AdamW or Muon, or a subclass of AdamW of your own .* {of_ones_own}, not SGD"),
-        (AdamW, "torch.optim.SGD", f"torch.optim.SGD is no AdamW: write a subclass of AdamW {of_ones_own}"),
+        (
+            AdamW,
+            "torch.optim.SGD",
+            f"torch.optim.SGD is not a subclass of AdamW: write a subclass of AdamW {of_ones_own}",
+        ),
     ):
         with pytest.raises(Refusal) as caught:
             read(hint, value, open_to=[AdamW])

@@ -279,7 +279,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
         (["xyz"], "unknown command 'xyz': there are fit, validate, test, predict"),
         (["fit"], "give a configuration, for example --config quickstart"),
         (["fit", "--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
-        (["fit", "quickstart"], "'quickstart' is no option: a configuration is given by --config quickstart"),
+        (["fit", "quickstart"], "'quickstart' is not an option: a configuration is given by --config quickstart"),
         (
             ["fit", "--config", "TINY", "--trainer.precision", "fp8"],
             "--trainer.precision is fp8: choose one of 32-true,",

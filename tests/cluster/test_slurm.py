@@ -150,7 +150,7 @@ def test_a_run_goes_on_when_its_time_is_over(cluster: Cluster, undisturbed: Clus
     said = cluster.said()
     # SLURM tells both tasks, and one speaks.
     assert said.count("SIGUSR1: saving after this optimizer step, then stopping\n") == 1
-    (stopped,) = re.findall(r"^stopped after step (\d+), saved: go on with --ckpt_path last$", said, re.MULTILINE)
+    (stopped,) = re.findall(r"^stopped after step (\d+), saved: resume with --ckpt_path last$", said, re.MULTILINE)
     assert stopped in ("8", "9")
 
     for where in ("on_train_end", "teardown"):
@@ -180,7 +180,7 @@ def test_a_run_goes_on_when_a_rank_and_then_a_node_dies(cluster: Cluster, undist
         assert shown["ExcNodeList"] == failed
         last = cluster.slurm.call("scontrol", "show", "hostnames", shown["NodeList"]).split()
         assert not {failed, node} & set(last)
-    assert "stage_1_foundation_step_00000012.ckpt; the run goes on in the same version" in cluster.said()
+    assert "stage_1_foundation_step_00000012.ckpt; the run continues in the same version" in cluster.said()
     cluster.equals(undisturbed)
 
 
@@ -190,7 +190,7 @@ def test_a_node_that_dies_before_the_first_checkpoint(cluster: Cluster, undistur
     cluster.submit()
     with dead(cluster.slurm, cluster.halted(step=3)[1][1]):
         cluster.ends("COMPLETED", 1)
-    assert "tiny: the run begins anew" in cluster.said()
+    assert "tiny: the run starts from the beginning" in cluster.said()
     cluster.equals(undisturbed, version=1)
 
 

@@ -168,13 +168,13 @@ CONFIGURED = {"dataset_path": "set", "test_split": "test", "validation_split": "
         # (test, validation, training, few-shot) of the config that the harness gets.
         ("test train validation", 3, ("test", None, "train", None), []),
         ("test train", 0, ("test", None, None, None), []),
-        ("test validation", 3, ("test", "validation", None, None), ["the examples are of validation"]),
+        ("test validation", 3, ("test", "validation", None, None), ["the examples are from validation"]),
         ("test", 3, ("test", None, None, "test"), ["the examples are other questions of test"]),
         (
             "validation train",
             3,
             (None, "validation", "train", None),
-            ["asked are the questions of validation, as those of test are not there"],
+            ["the questions are those of validation, because test is missing"],
         ),
     ],
 )

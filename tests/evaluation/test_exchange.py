@@ -77,7 +77,7 @@ MISBEHAVIOURS: dict[str, Answer] = {
     "no answer": [],
     "a body that is cut off": reply("[[5]]")[:-9],
     "a bad status line": b"HELLO\r\n\r\n",
-    "a status that is no number": b"HTTP/1.1 abc OK\r\n\r\n",
+    "a status that is not a number": b"HTTP/1.1 abc OK\r\n\r\n",
     "a long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
     "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
     "a bad chunk": CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n",

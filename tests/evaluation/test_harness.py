@@ -155,7 +155,7 @@ def test_what_is_not_there_is_replaced_where_a_note_can_say_by_what(directory: P
     task = with_fewer_shots("arc_challenge", 3)
     (folder / "test.jsonl").rename(folder / "validation.jsonl")
     prepared = harness.prepare_task(task, directory, None, seed=0)
-    assert prepared.notes == ["asked are the questions of validation, as those of test are not there"]
+    assert prepared.notes == ["the questions are those of validation, because test is missing"]
     (folder / "train.jsonl").unlink()
     prepared = harness.prepare_task(task, directory, None, seed=0)
     assert prepared.notes[1:] == ["the examples are other questions of validation"]

@@ -224,7 +224,7 @@ def test_layers_that_can_not_be_compiled_are_refused() -> None:
 
     decoder = decoder_of(torch.float32)
     decoder.lm_head = Opaque(64, 101, bias=False)
-    with pytest.raises(ValueError, match=r"the step can not be compiled: .*torch\.compiler\.disable"):
+    with pytest.raises(ValueError, match=r"the step cannot be compiled: .*torch\.compiler\.disable"):
         rows(decoder, [[1, 2, 3]], 3, compiled=CompiledStep(decoder))
 
 

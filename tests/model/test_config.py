@@ -94,7 +94,7 @@ def test_what_config_json_leaves_out_has_transformers_defaults() -> None:
         ({"hidden_size": -1}, r"hidden_size is -1; it has to be above 0"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0; it has to be above 0"),
         ({"head_dim": 0}, r"head_dim is 0; it has to be above 0"),
-        ({"hidden_size": 66}, r"hidden_size 66 is no multiple of num_attention_heads 4; 64 would be"),
+        ({"hidden_size": 66}, r"hidden_size 66 is not a multiple of num_attention_heads 4; 64 would be"),
         (
             {"hidden_size": 68, "head_dim": None},
             r"hidden_size 68 and num_attention_heads 4 make a head_dim of 17, .* use a hidden_size of 64 or 72, or",

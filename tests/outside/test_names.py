@@ -21,7 +21,7 @@ def test_a_name_that_is_no_plain_one_is_refused_in_one_line(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", [None, 3, ["a"], b"a"])
 def test_what_is_no_text_is_no_name(name: object) -> None:
-    with pytest.raises(ValueError, match="that is no text"):
+    with pytest.raises(ValueError, match="that is not text"):
         plain_name(name, "it")
 
 

@@ -64,7 +64,7 @@ def stages(old: str, new: str) -> str:
         (stages("3K", "4K"), "stage 'foundation' (number 1) is over, after 3,072 tokens, the config gives it 4,096"),
         (stages("90.6", "90.5"), "stage 'foundation' (number 1) has begun with the mix {'web': 453, 'wiki': 47}"),
         (stages("81.7", "80"), "stage 'refinement' (number 2) has begun with the mix {'web': 817, 'wiki': 183}"),
-        (stages("2K", "0.5K"), "would end 256 tokens before the place where the run goes on: give it at least 768"),
+        (stages("2K", "0.5K"), "would end 256 tokens before the point where the run resumes: give it at least 768"),
         (
             stages(STAGES[STAGES.index("  - {name: ref") :], ""),  # shorter than what is done
             "stage 'refinement' (number 2) has begun, the config ends after 1",
@@ -173,7 +173,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     lines = said[: said.index("model: ")].splitlines()
     block = [line for line in lines if not line.startswith("precision ")]
     assert "the learning rate of step 16 is " in said
-    assert block.pop(0) == f"--ckpt_path last: {checkpoint}; the run goes on in the same version"
+    assert block.pop(0) == f"--ckpt_path last: {checkpoint}; the run continues in the same version"
     assert block[0] == f"the config has changed since {checkpoint}, step 15:"
     assert block[-1] == "  the run now has 8,192 tokens; from here on the learning rate follows that length"
     assert set(block[1:-1]) == {

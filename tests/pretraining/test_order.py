@@ -88,7 +88,7 @@ def test_what_lies_ahead_may_change_and_the_past_stays(stages: list[Stage], rows
         (
             facts([Stage("first", 10_240, {"web": 75, "wiki": 25}), STAGES[1]]),
             HALF,
-            "would end 10,240 tokens before the place where the run goes on: give it at least 20,480 tokens",
+            "would end 10,240 tokens before the point where the run resumes: give it at least 20,480 tokens",
         ),
         (
             facts(STAGES, {**ROWS, "wiki": 91}),

@@ -194,7 +194,7 @@ def test_a_run_that_a_timer_ends_is_saved_at_its_last_step(tiny: Path, capsys: p
     said = capsys.readouterr().out
     assert "has 7 of 26 steps, and trainer.max_steps is 7; nothing is left to do" in said
     last = stopped.relative_to(tiny) / "checkpoints" / "step_00000007.ckpt"
-    assert re.search(rf"--ckpt_path last: .*{re.escape(str(last))}; the run goes on in the same version\n", said)
+    assert re.search(rf"--ckpt_path last: .*{re.escape(str(last))}; the run continues in the same version\n", said)
     assert fit(tiny, *accumulated, "--name", "stopped", "--ckpt_path", "last") == 0
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, stopped / "checkpoints" / LAST)
 

@@ -132,7 +132,7 @@ def test_damaged_weights_are_refused_by_name() -> None:
     check_finite(decoder)
     with torch.no_grad():
         decoder.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = torch.nan
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has weights that are no finite"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has weights that are not finite"):
         check_finite(decoder)
 
 

@@ -41,8 +41,8 @@ def test_what_is_written_otherwise_is_the_same_level() -> None:
         ("gguf:F16+cache-q3", "no option 'cache-q3' for gguf:F16, only linear, imatrix, cache-q8_0, cache-q4_0"),
         ("bitsandbytes:int8+double", "no option 'double' for bitsandbytes:int8, only embeddings"),
         ("rounding:4/64+imatrix", "no option 'imatrix'"),
-        ("gguf:F16+cache-q8_0+cache-q4_0", "an option is there twice"),
-        ("hqq:4/64+embeddings+embeddings", "an option is there twice"),
+        ("gguf:F16+cache-q8_0+cache-q4_0", "an option appears twice"),
+        ("hqq:4/64+embeddings+embeddings", "an option appears twice"),
     ],
 )
 def test_a_wrong_level_is_one_line_that_helps(text: str, message: str) -> None:

@@ -82,7 +82,7 @@ def test_a_table_of_all_levels(bits: Path, capsys: pytest.CaptureFixture[str]) -
     rows = by_level(bits)
     assert list(rows) == ["full", "bitsandbytes:int8", "hqq:4/64", "rounding:2/64+embeddings"]
     for name in rows:
-        assert out.count(f"\n{name} ") >= 2, f"{name} is no row of both tables"
+        assert out.count(f"\n{name} ") >= 2, f"{name} is not a row of both tables"
 
     # The full model's perplexity, computed here from its logits.
     decoder = load_decoder(str(bits / "model")).eval()

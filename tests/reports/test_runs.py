@@ -51,7 +51,7 @@ def test_a_missing_run_names_the_command_that_makes_it(tmp_path: Path, name: str
 
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {class_path: lightning_danube.chat.ChatData, init_args: {}}")
-    with pytest.raises(ValueError, match=r"is no pre-training run: data\.stages is missing"):
+    with pytest.raises(ValueError, match=r"is not a pre-training run: data\.stages is missing"):
         runs.read_run(tmp_path)
 
 

@@ -62,7 +62,7 @@ def test_what_was_not_seen_tells_what_would_have_been() -> None:
 
 
 def test_the_power_of_a_test_has_no_holes() -> None:
-    """SciPy's noncentral t is no number for some large counts: 0.654 standard deviations with 200 pairs, for one."""
+    """SciPy's noncentral t is not a number for some large counts: 0.654 standard deviations with 200 pairs, for one."""
     for effect in (0.05, 0.654, 1.5):
         powers = [_power(effect, count) for count in (5, 20, 21, 200, 500, 1000)]
         assert powers == sorted(powers) and all(0 < power <= 1 for power in powers)

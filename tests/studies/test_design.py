@@ -74,17 +74,17 @@ def test_a_study_is_another_one_when_what_is_compared_changes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": "x"}, "'metrics' is no key of a study: did you mean 'metric'"),
+        ({"metrics": "x"}, "'metrics' is not a key of a study: did you mean 'metric'"),
         ({"baseline": "gone"}, "baseline missing: a study needs"),
         ({"baseline": "mqa"}, r"baseline 'mqa' is none of the variants \(gqa, mha\)"),
         ({"variants": {"mha": {}}}, "one variant alone is compared with nothing"),
-        ({"variants": [1]}, "variants is no mapping"),
+        ({"variants": [1]}, "variants is not a mapping"),
         ({"variants": {"mha": {}, "g/a": {}}}, "'g/a' names a directory"),
         (
             {"variants": {"mha": {"seed_everything": 3}, "gqa": {}}},
             "mha sets seed_everything, which is what seeds is for",
         ),
-        ({"variants": {"mha": "x", "gqa": {}}}, "mha is no mapping of dotted keys"),
+        ({"variants": {"mha": "x", "gqa": {}}}, "mha is not a mapping of dotted keys"),
         ({"seeds": []}, r"seeds is \[\]: give a list"),
         ({"seeds": [1, 1]}, "seeds has one twice"),
         ({"better": "more"}, "better is 'more': say lower or higher"),

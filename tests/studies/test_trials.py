@@ -216,7 +216,7 @@ def test_a_run_that_was_told_to_stop_is_no_failure(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trials, "run_child", lambda command, **_: SimpleNamespace(returncode=75))
     with pytest.raises(Stopped):
         trials.Runner(DESIGN, tmp_path).run("a", {"rate": 3}, 7)
-    assert told == ["the run a was told to stop, and has saved: go on with --resume"]
+    assert told == ["the run a was told to stop, and has saved: continue it with --resume"]
 
 
 def test_a_run_keeps_its_lock_when_its_worker_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_number_that_a_flipped_bit_has_changed_is_noticed(finished: Path) -> N
 def test_an_error_of_this_project_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(KeyError), naming_storage(tmp_path, None):
         raise KeyError("a mistake of ours")
-    with pytest.raises(ValueError, match="there is no study small to go on with"), naming_storage(tmp_path, None):
+    with pytest.raises(ValueError, match="there is no study small to continue"), naming_storage(tmp_path, None):
         Trials(TWO, tmp_path, resume=True)
 
 

@@ -185,8 +185,8 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, row 1: column 'text' holds int, not text"),
         ("a.jsonl", b'"text"\n', r"a\.jsonl, row 1: expected an object with the column 'text', found str"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, row 2: byte 11 of the row \(0xff\) is not UTF-8"),
-        ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"a\.jsonl, row 1: not JSON \(the key 'text' stands twice\)"),
-        ("a.jsonl", b'{"text": "a", "m": [{"k": 1, "k": 1}]}\n', r"row 1: not JSON \(the key 'k' stands twice\)"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"a\.jsonl, row 1: not JSON \(the key 'text' appears twice\)"),
+        ("a.jsonl", b'{"text": "a", "m": [{"k": 1, "k": 1}]}\n', r"row 1: not JSON \(the key 'k' appears twice\)"),
         ("a.json", b'[{"text": "a"}, {"text": "b", "x": 1, "x": 2}]', r"a\.json, row 2: not JSON \(the key 'x' stands"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json, row 2: not JSON \(.* at line 2, column 9\)"),
         ("a.json", b'[{"text": "a"}, {"text": "b"}', r"a\.json, row 2: not JSON \(Expecting ',' or '\]' at line 1"),
@@ -305,7 +305,7 @@ def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "owner/name/a.txt").write_text("here")
     assert not Source("owner/name").is_hub
     assert [document.text for document in read("owner/name")] == ["here"]
-    # A misspelt name in a directory that exists is no hub id, as for weights and tokenizers.
+    # A misspelt name in a directory that exists is not a hub id, as for weights and tokenizers.
     for path in ("owner/nam", "./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):
         assert not Source(path).is_hub, path
 

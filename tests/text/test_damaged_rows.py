@@ -89,7 +89,7 @@ def test_a_damaged_row_is_named_and_costs_no_other_row(
         try:
             first, *between, last = read(path)
         except ValueError as error:
-            # The end of an array's element that is no JSON cannot be found, so no row behind it can.
+            # The end of an array's element that is not JSON cannot be found, so no row behind it can.
             assert form == "json" and not is_json and str(path) in str(error) and "\n" not in str(error), value[:40]
             continue
         assert not isinstance(first, BadRow) and not isinstance(last, BadRow), value[:40]

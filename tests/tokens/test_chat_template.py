@@ -165,7 +165,7 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(
 
 
 def test_a_token_for_both_ends_is_learned_once_after_an_answer(chatml: Any) -> None:
-    """The same token ends a turn and begins the next one, so it stands there twice."""
+    """The same token ends a turn and begins the next one, so it appears twice."""
     chatml.bos_token = chatml.eos_token
     chatml.chat_template = (
         "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
@@ -467,8 +467,8 @@ def test_what_a_template_writes_between_a_prompt_and_its_answer_is_learned(mistr
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("message['content'] + 1", r"fails on this conversation \(TypeError: .*\): mend the template"),
-        ("(1 // 0)", r"fails on this conversation \(ZeroDivisionError: .*\): mend the template"),
+        ("message['content'] + 1", r"fails on this conversation \(TypeError: .*\): correct the template"),
+        ("(1 // 0)", r"fails on this conversation \(ZeroDivisionError: .*\): correct the template"),
         ("message['content'].nothing()", "refuses this conversation: "),
         ("message['content'][", "refuses this conversation: "),
     ],
@@ -486,5 +486,5 @@ def test_a_special_token_that_takes_in_spaces_is_refused(chatml: Any) -> None:
     chatml.add_tokens([AddedToken("<|wide|>", special=True, rstrip=True)])
     ChatEncoder(chatml).check_learnable()
     chatml.chat_template = CHATML.replace("<|im_start|>", "<|wide|>")
-    with pytest.raises(NotLearnable, match=r"the special token '<\|wide\|>' of the chat template takes in the space"):
+    with pytest.raises(NotLearnable, match=r"the special token '<\|wide\|>' of the chat template includes the space"):
         ChatEncoder(chatml).check_learnable()

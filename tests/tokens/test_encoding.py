@@ -61,7 +61,7 @@ def test_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch, mistral: str) ->
         assert encoder.encode(["a river", "stone"]) == [slow.encode(t).ids for t in ("a river", "stone")]
     for _ in range(129 - 71):
         encoder.encode(["a river"])  # wrong, and not compared
-    with pytest.raises(ValueError, match="text that begins with 'a river' otherwise than tokenizers does: pip uninst"):
+    with pytest.raises(ValueError, match="text that begins with 'a river' differently from tokenizers: pip uninst"):
         encoder.encode(["a river"])
     assert len(batches) == 129
 

@@ -206,7 +206,7 @@ def test_shards_of_another_tokenizer_or_format_are_refused(
     with pytest.raises(ValueError, match=r"shards\.json is damaged \('train'\): delete"):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text("{")
-    with pytest.raises(ValueError, match=r"is no shard directory: .*shards\.json is missing or damaged"):
+    with pytest.raises(ValueError, match=r"is not a shard directory: .*shards\.json is missing or damaged"):
         TokenShards(directory, tokenizer)
 
 

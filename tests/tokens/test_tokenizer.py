@@ -414,7 +414,7 @@ def test_new_tokens_are_part_of_the_identity() -> None:
     ("tokens", "message"),
     [
         ([""], "holds an empty text"),
-        (["<a>", "<a>"], "'<a>' stands there twice"),
+        (["<a>", "<a>"], "'<a>' appears twice"),
         (["</s>"], "'</s>' is a token of 'danube-small' already"),
         (["the"], "'the' is a token of 'danube-small' already"),
     ],

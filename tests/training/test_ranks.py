@@ -179,7 +179,7 @@ def test_sigterm_and_then_ctrl_c_save_the_run(two: TwoRanks, whom: str) -> None:
 
     threading.Thread(target=stop, daemon=True).start()
     code, said = two.fit("--data.init_args.max_epochs", "10000")
-    assert code == 75 and "saved: go on with --ckpt_path last" in said and "error" not in said
+    assert code == 75 and "saved: resume with --ckpt_path last" in said and "error" not in said
 
 
 @pytest.mark.slow
@@ -328,8 +328,12 @@ def test_an_error_that_keeps_rank_zero_from_ending_is_said_and_it_ends(
             128 + 9,
             "error: rank 2 of 3 was ended by SIGKILL, as when memory runs out, and the other ranks",
         ),
-        ("kill -11 $$", 128 + 11, "error: rank 2 of 3 was ended by SIGSEGV, and the other ranks with it: go on from"),
-        ("kill -35 $$", 128 + 35, "error: rank 2 of 3 was ended by signal 35, and the other ranks with it: go on from"),
+        ("kill -11 $$", 128 + 11, "error: rank 2 of 3 was ended by SIGSEGV, and the other ranks with it: resume from"),
+        (
+            "kill -35 $$",
+            128 + 35,
+            "error: rank 2 of 3 was ended by signal 35, and the other ranks with it: resume from",
+        ),
         ("exit 2", 2, ""),  # it has said why
     ],
 )
@@ -474,7 +478,7 @@ def test_a_rank_says_that_it_has_waited_in_vain(raised: str, said: str | None) -
     if said is None:
         assert message == ""
     else:
-        assert message.startswith(said) and message.endswith("go on from the last checkpoint with --ckpt_path last")
+        assert message.startswith(said) and message.endswith("resume from the last checkpoint with --ckpt_path last")
 
 
 def test_only_errors_of_torch_are_explained() -> None:

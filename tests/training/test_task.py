@@ -290,8 +290,8 @@ def test_a_resume_counts_micro_batches_of_the_present_size() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer_states": []}, "the checkpoint has no optimizer_states: no run can go on from it"),
-        ({"lr_schedulers": []}, "the checkpoint has no lr_schedulers: no run can go on from it"),
+        ({"optimizer_states": []}, "the checkpoint has no optimizer_states: no run can resume from it"),
+        ({"lr_schedulers": []}, "the checkpoint has no lr_schedulers: no run can resume from it"),
         ({"global_step": 3}, "says that it is of step 3, its optimizer has done 6"),
     ],
 )

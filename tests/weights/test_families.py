@@ -176,7 +176,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_not_written(
             "llama 3.2",
             {},
             {"rope_freqs.weight": np.ones(7, np.float32)},
-            r"rope_freqs.weight is no float32 tensor of 8 numbers, one a pair of channels",
+            r"rope_freqs.weight is not a float32 tensor of 8 numbers, one a pair of channels",
         ),
     ],
 )

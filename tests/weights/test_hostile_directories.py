@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "overlap": (header("data_offsets", [4, 8]), "truncated, or no safetensors file"),
     "a name that is a code": (header("dtype", "\x1b[31m"), "truncated, or no safetensors file"),
     "complex weights": (weights(lambda one: one.to(torch.complex64)), "tensors are quantized or no floats"),
-    "weights that are no numbers": (
+    "weights that are not numbers": (
         weights(lambda one: one.fill_(float("nan"))),
         "lm_head.weight holds NaN or infinity",
     ),
@@ -166,7 +166,7 @@ READ: dict[str, Change] = {
     "endless facts": endless(ENDS),
     "a pipe of facts": fifo(ENDS),
     "deep facts": text(ENDS, DEEP),
-    "ends that are no numbers": edit(ENDS, eos_token_id=["\x1b", 10**30, -5, None]),
+    "ends that are not numbers": edit(ENDS, eos_token_id=["\x1b", 10**30, -5, None]),
     "a name of the class": edit(CONFIG, architectures=["\x1b[2J"]),
     "a truncation": tokenizer(
         lambda one: one.update(

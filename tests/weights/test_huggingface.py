@@ -268,7 +268,7 @@ def test_a_tensor_that_two_files_have_is_refused(decoder: Decoder, tmp_path: Pat
     tensors = load_file(first)
     name = next(iter(tensors))
     save_file({**load_file(second), name: tensors[name] + 1}, second)
-    with pytest.raises(ValueError, match=rf"export: 1 tensors stand in two of its files: {name}$"):
+    with pytest.raises(ValueError, match=rf"export: 1 tensors are in two of its files: {name}$"):
         load_hf(tmp_path / "export")
 
 

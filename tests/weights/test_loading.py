@@ -102,7 +102,7 @@ def test_the_newest_checkpoint_that_is_whole(
         locate(str(newest))
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         checkpoint.write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"no checkpoint under .*run is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint under .*run is complete"):
         locate(str(run))
 
 
@@ -160,7 +160,8 @@ def test_a_zip_archive_of_others_is_no_checkpoint(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "other.ckpt")
         for load in (load_model, load_decoder):
             with pytest.raises(
-                ValueError, match=r"other.ckpt(: not a checkpoint of this project| is no checkpoint: it holds a Tensor)"
+                ValueError,
+                match=r"other.ckpt(: not a checkpoint of this project| is not a checkpoint: it holds a Tensor)",
             ):
                 load(str(tmp_path / "other.ckpt"))
 
@@ -299,10 +300,10 @@ def test_the_command_names_this_interpreter(tmp_path: Path, monkeypatch: pytest.
             "--weights a holds 2 models: name one, such as a/version_1$",
         ),
         ({"a/x-F16.gguf": "", "a/notes.txt": ""}, "a", "--weights a holds a model: name it, a/x-F16.gguf$"),
-        ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"is whole: .*no files.json in the directory"),
+        ({"a/checkpoints/step_1.ckpt/.metadata": ""}, "a", r"is complete: .*no files.json in the directory"),
         ({"model.safetensors": "x"}, "model.safetensors", "give its directory, which has the config.json"),
-        ({"model.bin": "x"}, "model.bin", "truncated, or no checkpoint of ours and no GGUF file"),
-        ({"empty": ""}, "empty", "truncated, or no checkpoint of ours and no GGUF file"),
+        ({"model.bin": "x"}, "model.bin", "truncated, or neither a checkpoint of this project nor a GGUF file"),
+        ({"empty": ""}, "empty", "truncated, or neither a checkpoint of this project nor a GGUF file"),
         ({"zip.ckpt": "PK"}, "zip.ckpt", "--weights zip.ckpt is damaged: truncated or no checkpoint"),
     ],
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 COMMANDS = {
-    "plan": "tell what a pre-training run would take: memory, time, money, text",
+    "plan": "show what a pre-training run would need: memory, time, money, text",
     "inspect": "show the data of a configuration as the model will see it, before anything is trained",
-    "prepare": "make the token shards of a configuration's data, so that fit starts at once",
-    "tokenizer": "train a tokenizer on texts of your own",
+    "prepare": "make the token shards of a configuration's data, so fit starts at once",
+    "tokenizer": "train a tokenizer on your own texts",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a trained model in the terminal",
     "report": "write an HTML page about a run, or about several runs side by side",

@@ -15,7 +15,10 @@ from lightning_danube.weights.loading import add_weights_arguments, load_model
 if TYPE_CHECKING:
     from lightning_danube.generation.conversation import ChatSession
 
-COMMANDS = "/reset begins anew, /system TEXT too with a system message, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+COMMANDS = (
+    "/reset begins a new conversation, /system TEXT one with this system message, /exit or Ctrl-D ends, Ctrl-C stops "
+    "an answer"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -85,10 +88,10 @@ def converse(conversation: ChatSession) -> None:
                 return
             if command == "/reset":
                 conversation.reset(conversation.system)
-                remark("the conversation begins anew")
+                remark("a new conversation begins")
             elif command == "/system":
                 conversation.reset(rest.strip() or None)
-                remark("the conversation begins anew" + (" with this system message" if rest.strip() else ""))
+                remark("a new conversation begins" + (" with this system message" if rest.strip() else ""))
             elif command.startswith("/"):
                 remark(f"there is no {command}: {COMMANDS}")
             elif line:
@@ -112,9 +115,9 @@ def answer(conversation: ChatSession, question: str) -> None:
     show()
     said = coming.continuation
     if said is None or not said.text:
-        remark("nothing was said, so the question is not part of the conversation")
+        remark("stopped before the first word, so the question is not kept")
     elif interrupted:
-        remark("stopped; what was said stays part of the conversation")
+        remark("stopped; the text so far stays in the conversation")
     elif said.finish_reason == "length":
         remark(f"the answer was cut after {said.tokens} tokens (--max-new-tokens)")
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 
 def add_configuration(parser: ArgumentParser) -> None:
-    """Adds `--config`. Everything that is no option of the verb overrides a key of the configuration, as in `fit`."""
+    """Adds `--config`. All arguments that are not options of the verb override the configuration, as in `fit`."""
     parser.add_argument(
         "--config",
         action="append",

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=FORMATS,
         default="hf",
         help="hf: config.json, safetensors, tokenizer, model card (default); gguf: one file for llama.cpp; "
-        "peft: the adapter alone, the one of --adapter or the one that the run has trained",
+        "peft: only the adapter: that of --adapter, or the one that the run has trained",
     )
     parser.add_argument(
         "--type",
@@ -101,7 +101,7 @@ def _export_classifier(arguments: Namespace, weights: Located) -> None:
     from lightning_danube.weights.model_card import classifier_card
 
     if arguments.adapter is not None:
-        raise ValueError(f"--adapter: {arguments.weights} is a classifier with an adapter of its own; leave it out")
+        raise ValueError(f"--adapter: {arguments.weights} is a classifier with its own adapter; leave it out")
     classifier, out = load_classifier(weights, dtype=arguments.dtype), Path(arguments.out)
     length = classifier.tokenizer.model_max_length
     card = classifier_card(out.resolve().name, classifier.decoder, weights, classifier.labels, length)
@@ -178,9 +178,7 @@ def _export_trained_adapter(arguments: Namespace) -> None:
 
     weights = locate(arguments.weights)
     if weights.adapter_base is None:
-        raise ValueError(
-            f"--format peft writes an adapter: {arguments.weights} has none of its own, so name one with --adapter"
-        )
+        raise ValueError(f"--format peft writes an adapter: {arguments.weights} has none, so name one with --adapter")
     if is_classifier(weights):
         classifier = load_classifier(weights, merge=False)
         decoder, score_CD, labels = classifier.decoder, classifier.score_CD, classifier.labels

@@ -36,8 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="more of them: .txt with one a line, .jsonl (.csv, .parquet) with the key prompt, also as .gz and .zst; "
-        "-: standard input, jsonl if it begins with {, else one a line",
+        help="more prompts: .txt with one on each line, .jsonl (.csv, .parquet) with the key prompt, also as .gz and "
+        ".zst; -: standard input, jsonl if it begins with {, else one on each line",
     )
     parser.add_argument(
         "--chat", action="store_true", help="each prompt is a question in the chat template; only the answer is printed"
@@ -57,8 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--window",
         type=int,
         metavar="W",
-        help="let a text outgrow the context: whenever it has more than W tokens, the model forgets all but the last "
-        "W / 2 and goes on (without: an error)",
+        help="let a text outgrow the context: whenever it has more than W tokens, the model drops all but the last "
+        "W / 2 and continues (without: an error)",
     )
     parser.add_argument(
         "--compile",
@@ -69,7 +69,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--jsonl",
         action="store_true",
-        help="print one object a prompt: prompt, text (the continuation), prompt_tokens, tokens, finish_reason, seed",
+        help="print one object for each prompt: prompt, text (the continuation), prompt_tokens, tokens, finish_reason, "
+        "seed",
     )
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         metavar="NAME[=PRICE]",
         help=f"{', '.join(ACCELERATORS)}, or FLOPS/MEMORY such as 400e12/64GiB; with the price of one device for an "
-        "hour the cost is told; may be repeated (all, without prices)",
+        "hour the cost is shown; may be repeated (all, without prices)",
     )
     parser.add_argument(
         "--utilisation",

@@ -26,8 +26,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="I/N",
         help="make part I of N, counted from 1: on N machines with one cache directory, the last one joins the parts",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="how many tokenize (data.processes, all cores)")
-    parser.add_argument("--verify", action="store_true", help="read shards that are there and compare their checksums")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="processes that tokenize (data.processes, all cores)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read existing shards and compare their checksums")
     parser.add_argument(
         "--engine",
         choices=ENGINES,

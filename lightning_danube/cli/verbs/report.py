@@ -54,5 +54,5 @@ def _directory(text: str) -> Path:
         raise ValueError(f"there is no run {text}{hint}")
     versions = [one for one in versions_of(path) if (one / "config.yaml").is_file()]
     if not versions:
-        raise ValueError(f"{text} is no run: neither it nor a version_<n> in it has a config.yaml")
+        raise ValueError(f"{text} is not a run: neither it nor a version_<n> in it has a config.yaml")
     return versions[0]

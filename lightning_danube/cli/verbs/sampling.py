@@ -21,7 +21,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="P",
-        help="sample among the likeliest tokens that hold this share (1)",
+        help="sample among the fewest likeliest tokens that have this share of the probability (1)",
     )
     parser.add_argument(
         "--repetition-penalty",

@@ -13,9 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--config", required=True, metavar="NAME", help="the study: its name, such as studies/quickstart, or a file"
     )
     parser.add_argument("--runs", default="runs", metavar="PATH", help="results go to <runs>/studies/<name> (runs)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a study that was begun, or join the workers that are at it"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue a study that was begun, or join its workers")
     parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
     parser.add_argument(
         "--storage",

@@ -77,7 +77,7 @@ class Needles(Part):
     def shown(self, examples: int, tokenizer: PreTrainedTokenizerBase) -> ShownSource:
         def notes(number: int) -> list[str]:
             needle = self.needles[number]
-            return [f"the answer begins with {needle.answer}; the needle stands at {needle.depth:.0%} of the text"]
+            return [f"the answer begins with {needle.answer}; the needle is at {needle.depth:.0%} of the text"]
 
         prompts = [needle.prompt_ids for needle in self.needles]
         return shown_prompts(self.title, "", prompts, notes, examples, tokenizer)

@@ -506,7 +506,7 @@ def _run(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
         raise ValueError(str(error)) from error
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process of a task was ended from outside (was memory short?): run it again and it goes on where it "
+            "a process of a task was ended from outside (was memory short?): run it again, and it continues where it "
             "stopped, with --processes for fewer at once"
         ) from error
 

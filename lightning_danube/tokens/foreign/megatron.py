@@ -50,7 +50,7 @@ class Megatron(TokenFormat):
         if index.bytes >= _HEADER.size:
             magic, version, code, sequences, entries = _HEADER.unpack(ranges.read(path, 0, _HEADER.size, index.stamp))
         if magic != _MAGIC or version != 1:
-            raise ValueError(f"{path} is no index of Megatron (version 1), or was cut off: copy it again")
+            raise ValueError(f"{path} is not an index of Megatron (version 1), or was cut off: copy it again")
         dtype = _TYPES.get(code, f"the unknown type {code}")
         if dtype not in INTEGERS:
             raise ValueError(f"{path} says that the ids are {dtype}: only whole numbers are read")

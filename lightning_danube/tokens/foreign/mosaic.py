@@ -66,7 +66,9 @@ class Mosaic(TokenFormat):
         shards = {file.path: file for file in with_suffix(found, SUFFIX)}
         if not with_suffix(found, INDEX):
             folder = os.path.dirname(found[0].path)
-            raise ValueError(f"{os.path.join(folder, INDEX)}, which lists the shards, is no file: copy it there again")
+            raise ValueError(
+                f"{os.path.join(folder, INDEX)}, which lists the shards, is not a file: copy it there again"
+            )
         return [self._group(ranges, index, shards, tokenizer) for index in with_suffix(found, INDEX)]
 
     def _group(
@@ -80,7 +82,7 @@ class Mosaic(TokenFormat):
             ]
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{index.path} is no listing of MDS shards, or is damaged ({error}): copy it again"
+                f"{index.path} is not a listing of MDS shards, or is damaged ({error}): copy it again"
             ) from error
         if not listed:
             raise ValueError(f"{index.path} lists no shards: remove it, or make it again")
@@ -223,5 +225,5 @@ def _ids_of_samples(sizes: _IntArray, column: _Column, itemsize: int, path: str)
         headers = np.where(counts[0] < 1 << 8, 2, np.where(counts[1] < 1 << 16, 3, 5))
     ids, rest = np.divmod(room - headers, itemsize)
     if rest.any() or (ids <= 0).any():
-        raise ValueError(f"{path} is damaged: a sample is no array of ids; copy it again")
+        raise ValueError(f"{path} is damaged: a sample is not an array of ids; copy it again")
     return headers, ids

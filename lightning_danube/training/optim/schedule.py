@@ -84,9 +84,9 @@ class LearningRate:
                 raise ValueError(f"{problem}, which cannot be imported ({error})") from error
             if callable(fall):
                 return fall
-            problem += ", which is no function"
+            problem += ", which is not a function"
         raise ValueError(
-            f"{problem}: choose {', '.join(FALLS)} or wsd, or name a function of your own as module.function, from the "
+            f"{problem}: choose {', '.join(FALLS)} or wsd, or name your own function as module.function, from the "
             "part of the run after the warm-up that is done (0 to 1) to the share of the peak rate that is left"
         )
 

@@ -96,7 +96,7 @@ class KeptLogger(Logger):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             what = lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
             name = type(self).__name__.removeprefix(_PREFIX)
-            tell(f"warning: {name} logs nothing more in this session, and the run goes on: {what}")
+            tell(f"warning: {name} logs nothing more in this session, and the run continues: {what}")
             return None
 
 

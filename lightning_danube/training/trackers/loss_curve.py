@@ -66,7 +66,7 @@ class LossCurve:
 
 
 def curve_of(task: LightningModule) -> LossCurve:
-    """Returns what the task measures now; a module that is no task of this project has no curve."""
+    """Returns what the task measures now; a module that is not a task of this project has no curve."""
     curve = getattr(task, "curve", None)
     return curve if isinstance(curve, LossCurve) else LossCurve()
 

@@ -146,7 +146,7 @@ def _scalars(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             yield from _scalars(inner, path if key == "init_args" else (*path, str(key)))
     elif isinstance(value, list):
-        # Stages are named; callbacks and other lists of classes are no settings to compare.
+        # Stages are named; callbacks and other lists of classes are not settings to compare.
         for inner in value:
             if isinstance(inner, Mapping) and "name" in inner:
                 rest = {key: one for key, one in inner.items() if key != "name"}

@@ -434,7 +434,7 @@ def read_rope_factors(header: GGUFHeader, head_dim: int) -> Tensor:
     """
     entry, gguf = header.tensors[ROPE_FACTORS], import_gguf()
     if entry.type != gguf.GGMLQuantizationType.F32 or entry.shape != (head_dim // 2,):
-        raise ValueError(f"{ROPE_FACTORS} is no float32 tensor of {head_dim // 2} numbers, one a pair of channels")
+        raise ValueError(f"{ROPE_FACTORS} is not a float32 tensor of {head_dim // 2} numbers, one a pair of channels")
     with open(header.path, "rb") as file:
         file.seek(min(entry.offset, header.file_size))
         content = file.read(4 * (head_dim // 2))
@@ -572,7 +572,7 @@ def check_gguf_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{target} exists: choose another name, or replace it by --overwrite")
     if not is_gguf(target):
-        raise ValueError(f"{target} is no GGUF file; it is not overwritten")
+        raise ValueError(f"{target} is not a GGUF file; it is not overwritten")
 
 
 def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
@@ -594,7 +594,9 @@ def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
         kinds = ", ".join(sorted({type_name(entries[name].type) for name in unread}))
         raise ValueError(f"{path}: {len(unread)} tensors have a type that cannot be read ({kinds}): {some(unread)}")
     if uneven := {entry.name for entry in entries.values() if entry.shape[-1] % block_size(entry)}:
-        raise ValueError(f"{path}: the rows of {len(uneven)} tensors are no whole blocks of their type: {some(uneven)}")
+        raise ValueError(
+            f"{path}: the rows of {len(uneven)} tensors are not whole blocks of their type: {some(uneven)}"
+        )
     cut = {entry.name for entry in entries.values() if entry.offset + tensor_bytes(entry) > header.file_size}
     if cut:
         raise ValueError(

@@ -109,7 +109,7 @@ class _HeaderReader:
         for _ in range(field_count):
             key = self.name("a key")
             if key in fields:
-                raise ValueError(f"{self.path}: the key {key} is there twice")
+                raise ValueError(f"{self.path}: the key {key} appears twice")
             fields[key] = self.value(self.scalar("I", key), key)
         entries = [self.entry() for _ in range(tensor_count)]
         alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -119,7 +119,7 @@ class _HeaderReader:
         tensors: dict[str, TensorEntry] = {}
         for name, shape, kind, offset in entries:
             if name in tensors:
-                raise ValueError(f"{self.path}: the tensor {name} is there twice")
+                raise ValueError(f"{self.path}: the tensor {name} appears twice")
             if offset % alignment:
                 raise ValueError(
                     f"{self.path}: damaged: the tensor {name} begins at byte {offset:,}, which {alignment} does not "

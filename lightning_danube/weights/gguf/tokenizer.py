@@ -120,13 +120,13 @@ def gguf_tokenizer_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         or model["dropout"]
         or (model["byte_fallback"] and model["ignore_merges"])
     ):
-        raise ValueError("the tokenizer is no plain BPE, which is all that a GGUF file can hold here")
+        raise ValueError("the tokenizer is not plain BPE, which is all that a GGUF file can hold here")
     tokens = _tokens_by_id(backend)
     added = {token["id"]: token for token in parts["added_tokens"]}
     for token in added.values():
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(
-                f"the token {token['content']!r} takes the spaces around it along, which llama.cpp does not do"
+                f"the token {token['content']!r} includes the spaces around it, which llama.cpp does not do"
             )
     types = [_type(index, token, added, model, tokenizer.unk_token_id) for index, token in enumerate(tokens)]
     fields: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def _tokens(fields: Mapping[str, Any], path: Path) -> tuple[list[str], list[int]
     tokens = _list(fields, "tokens", str, path)
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
-        raise ValueError(f"{path}: the token {repeated[0]!r} is there twice")
+        raise ValueError(f"{path}: the token {repeated[0]!r} appears twice")
     types = (
         _list(fields, "token_type", int, path, len(tokens)) if f"{KEY}token_type" in fields else [NORMAL] * len(tokens)
     )
@@ -178,7 +178,7 @@ def _tokens(fields: Mapping[str, Any], path: Path) -> tuple[list[str], list[int]
 def _list(fields: Mapping[str, Any], key: str, kind: type, path: Path, count: int | None = None) -> list[Any]:
     value = fields.get(KEY + key)
     if not isinstance(value, list | array) or not value or not isinstance(value[0], kind):
-        raise ValueError(f"{path}: {KEY}{key} is no list of type {kind.__name__}")
+        raise ValueError(f"{path}: {KEY}{key} is not a list of type {kind.__name__}")
     if count is not None and len(value) != count:
         raise ValueError(f"{path}: {KEY}{key} has {len(value)} values for {count} tokens")
     return list(value)

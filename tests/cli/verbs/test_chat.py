@@ -159,7 +159,7 @@ def test_lines_from_a_pipe_are_answered(
     assert out == f"{answer}\n" * 2
     assert err.splitlines() == [
         "(the answer was cut after 10 tokens (--max-new-tokens))",
-        "(the conversation begins anew)",
+        "(a new conversation begins)",
         "(the answer was cut after 10 tokens (--max-new-tokens))",
     ]
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(
     out, err = chat(capsys, monkeypatch, lines, "--weights", weights)
     said = err.splitlines()
     assert "(the chat template refuses this conversation: there is no system role" in said[0]
-    assert said[1].startswith("(there is no /nothing: /reset begins anew")
+    assert said[1].startswith("(there is no /nothing: /reset begins a new conversation")
     assert said[2].startswith("(the question has 2")
     assert out == alone(decoder, [{"role": "user", "content": "Hi"}]) + "\n"
 
@@ -202,7 +202,7 @@ def test_a_system_message_is_used_where_the_template_has_one(
         ids = encode_chat(tokenizer, messages, True)
         (new,) = generate(decoder, [ids], 10, eos_ids=[2])
         assert str(tokenizer.decode(ids + new))[len(str(tokenizer.decode(ids))) :] + "\n" in out
-    assert "(the conversation begins anew with this system message)" in err
+    assert "(a new conversation begins with this system message)" in err
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def test_an_interrupt_stops_the_answer_only(
     monkeypatch.setattr(TokenStream, "__next__", interrupted)
     out, err = chat(capsys, monkeypatch, "Why?\nWhy not?\nHi\n", "--weights", weights)
     assert err.splitlines()[:2] == [
-        "(stopped; what was said stays part of the conversation)",
-        "(nothing was said, so the question is not part of the conversation)",
+        "(stopped; the text so far stays in the conversation)",
+        "(stopped before the first word, so the question is not kept)",
     ]
     first, nothing, last = out.split("\n")[:3]
     assert alone(decoder, [{"role": "user", "content": "Why?"}]).startswith(first) and nothing == ""
@@ -285,7 +285,7 @@ def test_a_terminal(decoder: Decoder, tmp_path: Path) -> None:
         at = wait_for(b"so?", at)
         wait_for(b" ", at)  # the answer has begun
         process.send_signal(signal.SIGINT)
-        at = wait_for(b"> ", wait_for(b"(stopped; what was said stays part of the conversation)", at))
+        at = wait_for(b"> ", wait_for(b"(stopped; the text so far stays in the conversation)", at))
         os.write(ours, b"\x1b[A?\n")  # the line before, and one more question mark
         at = wait_for(b"Why is it so??", at)
         wait_for(b" ", at)

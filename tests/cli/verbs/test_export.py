@@ -240,7 +240,7 @@ def test_an_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ),
         (
             ["--format", "gguf", "--overwrite", "--out", "there.gguf"],
-            "there.gguf is no GGUF file; it is not overwritten",
+            "there.gguf is not a GGUF file; it is not overwritten",
         ),
     ],
 )

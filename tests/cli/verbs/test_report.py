@@ -27,7 +27,7 @@ def test_a_run_that_is_not_there_is_refused(version: Path) -> None:
     runs = version.parents[1]
     with pytest.raises(ValueError, match=f"there is no run {runs}/mime: did you mean '{runs}/mine'"):
         _directory(f"{runs}/mime")
-    with pytest.raises(ValueError, match=r"is no run: neither it nor a version_<n> in it has a config.yaml"):
+    with pytest.raises(ValueError, match=r"is not a run: neither it nor a version_<n> in it has a config.yaml"):
         _directory(str(runs))
 
 

@@ -125,11 +125,11 @@ def test_going_on_is_asked_for_and_repeats_nothing(
     study: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(study, "--resume") == 2
-    assert "there is no study rates to go on with" in capsys.readouterr().err
+    assert "there is no study rates to continue" in capsys.readouterr().err
     assert run(study) == 0
     before = results(study)
     assert run(study) == 2
-    assert "go on with it by --resume" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert run(study, "--resume") == 0
     assert "begins" not in capsys.readouterr().out
     assert results(study) == before

@@ -113,7 +113,11 @@ def test_damage_is_named_or_changes_nothing_but_the_ids_that_it_hits(source: str
     ("path", "gone", "message"),
     [
         ("datatrove/*.ds", "00000_unshuffled.ds", r"00000_unshuffled\.ds is missing, to which .*\.ds\.index belongs"),
-        ("mosaic/ragged", "index.json", r"ragged/index\.json, which lists the shards, is no file: copy it there again"),
+        (
+            "mosaic/ragged",
+            "index.json",
+            r"ragged/index\.json, which lists the shards, is not a file: copy it there again",
+        ),
     ],
 )
 def test_a_file_that_is_a_pipe_is_missing(path: str, gone: str, message: str, opened: Open, files: Path) -> None:

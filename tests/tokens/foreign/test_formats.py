@@ -218,7 +218,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "Megatron, head cut off": (
         "megatron/wide.bin",
         lambda f: cut_off(f / "megatron/wide.idx", 1950),
-        r"wide.idx is no index of Megatron \(version 1\), or was cut off",
+        r"wide.idx is not an index of Megatron \(version 1\), or was cut off",
     ),
     "Megatron, tokens cut off": (
         "megatron/wide.bin",
@@ -301,7 +301,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "MDS, damaged listing": (
         "mosaic/fixed",
         lambda f: (f / "mosaic/fixed/index.json").write_text('{"shards": [{}]}'),
-        "is no listing of MDS shards, or is damaged",
+        "is not a listing of MDS shards, or is damaged",
     ),
     "MDS, no listing": (
         "mosaic/fixed",

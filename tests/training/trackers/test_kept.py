@@ -87,7 +87,7 @@ def test_a_tracker_that_is_down_costs_one_line(capsys: pytest.CaptureFixture[str
     server.finalize("failed")
     assert len(server.asked) == 3, "it is not asked again"
     assert capsys.readouterr().err == (
-        "warning: Server logs nothing more in this session, and the run goes on: no answer\n"
+        "warning: Server logs nothing more in this session, and the run continues: no answer\n"
     )
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_costs_tensorboard_one_line(
     logger.experiment.add_figure("nothing", None)  # nothing is tried any more
     logger.finalize("success")
     assert capfd.readouterr().err == (
-        "warning: TensorBoardLogger logs nothing more in this session, and the run goes on: "
+        "warning: TensorBoardLogger logs nothing more in this session, and the run continues: "
         "[Errno 28] No space left on device\n"
     )
     assert shown == []

@@ -124,5 +124,5 @@ def test_a_tracker_that_is_down_does_not_stop_a_run(tiny: Path, capsys: pytest.C
     logger = "{class_path: MLFlowLogger, init_args: {tracking_uri: 'http://127.0.0.1:9'}}"
     fit(tiny, f"[{logger}, CSVLogger]")
     told = [line for line in capsys.readouterr().err.splitlines() if "MLFlowLogger" in line]
-    assert len(told) == 1 and "logs nothing more in this session, and the run goes on" in told[0]
+    assert len(told) == 1 and "logs nothing more in this session, and the run continues" in told[0]
     assert (tiny / "runs" / "tiny" / "version_0" / "metrics.csv").is_file()

@@ -321,7 +321,7 @@ def test_what_the_decoder_cannot_compute_is_refused(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"rope_freqs.weight": np.ones(64, np.float32)}, r"rope_freqs.weight is no float32 tensor of 32 numbers"),
+        ({"rope_freqs.weight": np.ones(64, np.float32)}, r"rope_freqs.weight is not a float32 tensor of 32 numbers"),
         ({"blk.1.attn_q.weight": None}, r"1 tensors are missing: blk.1.attn_q.weight"),
         ({"token_embd.weight": None}, r"1 tensors are missing: token_embd.weight"),
         ({"blk.0.attn_q.bias": np.ones(512, np.float32)}, r"1 tensors have no place .*: blk.0.attn_q.bias"),
@@ -367,7 +367,7 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     file = patched(
         tmp_path / "model.gguf", tmp_path / "other.gguf", "output.weight", kind=gguf.GGMLQuantizationType.Q4_K
     )
-    with pytest.raises(ValueError, match=r"the rows of 1 tensors are no whole blocks of their type: output.weight$"):
+    with pytest.raises(ValueError, match=r"the rows of 1 tensors are not whole blocks of their type: output.weight$"):
         load_gguf(file)
 
 
@@ -480,12 +480,12 @@ def header(fields: bytes, field_count: int = 1, tensors: bytes = b"", tensor_cou
         (header(text("k") + struct.pack("<IIQ", 9, 9, 1)), r"k is an array of the type 9, which is not supported"),
         (header(text("k") + struct.pack("<I", 77) + bytes(8)), r"k has a value of the unknown type 77"),
         (header(text("k") + struct.pack("<IH", 4, 1)), r"its \d+ bytes end within k"),
-        (header((text("k") + struct.pack("<II", 4, 1)) * 2, 2), r"the key k is there twice"),
+        (header((text("k") + struct.pack("<II", 4, 1)) * 2, 2), r"the key k appears twice"),
         (header(struct.pack("<Q", 2) + b"\xff\xfe" + bytes(8)), r"a key is not UTF-8"),
         (header(text("a\nb") + bytes(8)), r"a key is not printable: 'a\\nb'$"),
         (header(text("general.alignment") + struct.pack("<II", 4, 3)), r"general.alignment is 3, not a power of two"),
         (header(b"", 0, text("t") + struct.pack("<I", 99) + bytes(20), 1), r"t has 99 dimensions; at most 4"),
-        (header(b"", 0, (text("t") + struct.pack("<IQIQ", 1, 1, 0, 0)) * 2, 2), r"the tensor t is there twice"),
+        (header(b"", 0, (text("t") + struct.pack("<IQIQ", 1, 1, 0, 0)) * 2, 2), r"the tensor t appears twice"),
     ],
 )
 def test_hostile_headers_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ def test_a_model_can_be_saved_over_the_file_it_came_from(decoder: Decoder, writt
 
 def test_what_is_no_gguf_file_is_never_overwritten(decoder: Decoder, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"thesis.tex is no GGUF file; it is not overwritten$"):
+    with pytest.raises(ValueError, match=r"thesis.tex is not a GGUF file; it is not overwritten$"):
         save_gguf(decoder, tmp_path / "thesis.tex", dtype=torch.float32, overwrite=True)
     with pytest.raises(ValueError, match=r" is a directory; give the name of a file$"):
         save_gguf(decoder, tmp_path, dtype=torch.float32, overwrite=True)
@@ -623,7 +623,7 @@ from lightning_danube.weights.gguf.files import load_gguf, readable_types
 def anonymous():  # what this process holds, without pages of files, which the system takes back at need
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-# What is imported on first use is no part of the model.
+# What is imported on first use is not part of the model.
 readable_types()
 with torch.device("meta"):
     Decoder(DecoderConfig(8, 8, 1, 1, 1))

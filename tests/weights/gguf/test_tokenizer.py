@@ -326,7 +326,7 @@ def add_stripping_token(tokenizer: PreTrainedTokenizerFast) -> None:
         (MERGES, {"ignore_merges": True}, change_nothing, r"no plain BPE, which is all that a GGUF file can hold"),
         (MERGES, {"dropout": 0.1}, change_nothing, r"no plain BPE"),
         (MERGES, {}, cut_at_spaces, r"changes texts in other ways than SentencePiece with spaces as '▁' does"),
-        (MERGES, {}, add_stripping_token, r"token '<mask>' takes the spaces around it along, which llama.cpp does not"),
+        (MERGES, {}, add_stripping_token, r"token '<mask>' includes the spaces around it, which llama.cpp does not"),
     ],
 )
 def test_what_llama_cpp_would_merge_otherwise_is_refused(
@@ -362,7 +362,7 @@ def test_other_splits_into_words_are_refused() -> None:
 
 def test_other_models_than_bpe_are_refused() -> None:
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    with pytest.raises(ValueError, match=r"the tokenizer is no plain BPE"):
+    with pytest.raises(ValueError, match=r"the tokenizer is not plain BPE"):
         gguf_tokenizer_fields(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
@@ -374,13 +374,13 @@ def test_other_models_than_bpe_are_refused() -> None:
         ({"model": "bert"}, r"its tokenizer is of the kind 'bert'; only 'llama' and 'gpt2' can be loaded$"),
         ({"pre": "falcon"}, r"pre is 'falcon', a split into words that is not known here; known are gpt-2, smollm, "),
         ({"pre": None}, r"pre is None, a split into words that is not known here"),
-        ({"tokens": None}, r"tokenizer.ggml.tokens is no list of type str$"),
-        ({"tokens": [1, 2]}, r"tokenizer.ggml.tokens is no list of type str$"),
-        ({"tokens": ["a", "b", "a"]}, r"the token 'a' is there twice$"),
+        ({"tokens": None}, r"tokenizer.ggml.tokens is not a list of type str$"),
+        ({"tokens": [1, 2]}, r"tokenizer.ggml.tokens is not a list of type str$"),
+        ({"tokens": ["a", "b", "a"]}, r"the token 'a' appears twice$"),
         ({"token_type": [1, 1]}, r"tokenizer.ggml.token_type has 2 values for \d+ tokens$"),
-        ({"merges": None}, r"tokenizer.ggml.merges is no list of type str$"),
+        ({"merges": None}, r"tokenizer.ggml.merges is not a list of type str$"),
         ({"merges": ["a b", "zz q"]}, r"merges joins '.*' and '.*', which are not all tokens$"),
-        ({"model": "llama"}, r"tokenizer.ggml.scores is no list of type float$"),
+        ({"model": "llama"}, r"tokenizer.ggml.scores is not a list of type float$"),
         ({"model": "llama", "scores": [1.0]}, r"tokenizer.ggml.scores has 1 values for \d+ tokens$"),
     ],
 )
