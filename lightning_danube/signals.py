@@ -234,7 +234,7 @@ class StopSignals:
         if phase is PROMPTING or not self._answering.acquire(blocking=False):
             return
         try:
-            # A Ctrl-C after SIGTERM gets an answer of its own where it is the first of two.
+            # A Ctrl-C after SIGTERM gets its own answer if it is the first of two.
             if self.answered and (number != signal.SIGINT or self._answered_interrupt or phase.raises is not None):
                 return
             self._answered_interrupt = number == signal.SIGINT

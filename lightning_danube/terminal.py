@@ -75,7 +75,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table. A cell shows its text: no text of others becomes markup."""
+    """Returns a Markdown table. A cell shows its text: no untrusted text becomes markup."""
     lines = [[in_markdown(cell) for cell in row] for row in [header, *rows]]
     lines.insert(1, ["---"] * len(header))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -27,8 +27,8 @@ from lightning_danube.training.position import is_done, place_in_tensorboard, ru
 class ClassificationSummary(RunSummary):
     """Prints the plan of a run and the scores of each split that is evaluated, and writes `summary.json`.
 
-    The scores of two baselines stand beside the model's: the majority class, and TF-IDF with logistic regression,
-    trained on the same texts. They show whether a language model is needed. TensorBoard gets the confusion matrix as a
+    Two baselines are scored on the same texts: the majority class, and TF-IDF with logistic regression, trained on
+    the training texts. They show whether a language model is needed. TensorBoard gets the confusion matrix as a
     figure and, for two classes, the precision-recall curve.
 
     Args:

@@ -257,7 +257,7 @@ class ConversationFormat:
         }[self.shape]
         turns = build(values)
         system = self._system(values)
-        # Some data sets repeat the system message of the turns in a column of its own.
+        # Some data sets repeat the system message of the turns in a separate column.
         begin = [] if turns[:1] == system else system
         unlearned = unlearned_of(self._value(values, next(iter(COLUMNS[self.shape]))))
         return [*begin, *turns], frozenset(len(begin) + number for number in unlearned)

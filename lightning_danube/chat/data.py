@@ -384,7 +384,7 @@ class ConversationData(PlannedData):
                 raise ValueError("its arrays do not fit together")
             return EncodedChats(ids, learned, np.asarray(ends))
 
-    # --- what is to be seen before a run ------------------------------------------------------------------------------
+    # --- what `inspect` shows -----------------------------------------------------------------------------------------
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
         for name in self.sources:

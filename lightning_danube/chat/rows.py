@@ -78,7 +78,7 @@ def fit_chat(
     if not any(counts[1:]):
         raise DoesNotFit(f"has {len(encoded.ids)} tokens, and no answer within the first {most}")
     cut = len(encoded.ids) - len(ids)
-    # Other tokens stand between two answers, so each learned answer is a stretch of its own.
+    # Other tokens are between two answers, so each learned answer is a separate stretch.
     stretches = sum(here and not before for before, here in pairwise([False, *encoded.learned]))
     return FittedChat(np.array(ids, np.int32), np.array(counts, bool), dropped, cut, sum(answers) - stretches)
 

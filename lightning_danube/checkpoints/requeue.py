@@ -17,7 +17,7 @@ MOST_FAILURES = 10
 """How many times a job goes back into the queue after a failure. Other requeues do not count."""
 
 _USER_MISTAKE = 2
-"""Exit code of a rank that prints one line: a mistake, or the end of its patience with another rank."""
+"""Exit code of a rank that prints one line: a mistake, or a vain wait for another rank."""
 
 
 def requeue_after_failure(directory: Path, code: int, errors: str) -> str:

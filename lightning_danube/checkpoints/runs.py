@@ -190,7 +190,7 @@ def remove_if_unused(version: Path) -> None:
         for path in files
     ):
         shutil.rmtree(version)
-        with suppress(OSError):  # a parent is a disk of its own; the user is to see why the run failed
+        with suppress(OSError):  # a parent may be a mount point; the user needs the reason why the run failed
             for parent in version.parents[:2]:
                 if any(parent.iterdir()):
                     break

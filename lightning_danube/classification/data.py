@@ -340,10 +340,10 @@ class ClassificationData(PlannedData):
         classes = np.array([numbers.get(text.label, NO_CLASS) for text in texts], np.int64)
         return EncodedTexts(np.concatenate(parts), ends, classes, cut)
 
-    # --- what is to be seen before a run ------------------------------------------------------------------------------
+    # --- what `inspect` shows -----------------------------------------------------------------------------------------
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
-        """Yields what is to be seen of each split. All rows are read, because the splits need them; at most `rows`
+        """Yields what `inspect` shows of each split. All rows are read, because the splits need them; at most `rows`
         texts of each split become tokens."""
         stops, self.on_bad_row = self.on_bad_row == "error", "skip"
         self.prepare_data()

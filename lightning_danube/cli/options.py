@@ -331,7 +331,7 @@ class Reader:
             raise Refusal(path, str(error)) from error
 
     def _no_such(self, base: type, value: Any, path: Path) -> Refusal:
-        """Returns the refusal of a text or a number that stands in place of an object."""
+        """Returns the refusal of a text or a number that is given in place of an object."""
         name = base.__name__
         if not dataclasses.is_dataclass(base):
             return _expected((name,), value, path)

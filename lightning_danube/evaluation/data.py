@@ -121,7 +121,7 @@ class EvaluationData(LightningDataModule):
         self.parts = parts
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
-        """Yields what is to be seen of each part. The parts have limits of their own, so `rows` limits nothing."""
+        """Yields what `inspect` shows of each part. The parts have their own limits, so `rows` limits nothing."""
         self.prepare_data()
         self.setup("test")
         for part in self.parts:

@@ -1,7 +1,7 @@
-"""Asks a server over HTTP within a time and a size, whatever the server does.
+"""Asks a server over HTTP, with limits of time and size that hold whatever the server does.
 
-urllib's time limit is for each read: a server that sends a byte a second is never too slow. And it reads headers and
-bodies of any length. Here the limit is for the whole answer: a timer shuts the connection down.
+urllib's time limit is for each read: a server that sends one byte per second is never too slow. urllib also reads
+headers and bodies of any length. Here the limit is for the whole answer: a timer shuts the connection down.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ CHARACTERS_A_TOKEN = 4
 """A rough mean for English text, used in estimates."""
 
 REPLACEABLE = {"temperature": None, "max_tokens": "max_completion_tokens"}
-"""Field of a request that some servers refuse → the field that takes its place; None: nothing does."""
+"""Field of a request that some servers refuse → the field that replaces it; None: it is left out."""
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_OF_AN_ERROR = 1 << 16
@@ -139,7 +139,7 @@ class ChatJudge:
             raise ValueError(f"the judge's requests_per_minute is {self.requests_per_minute}: it must be above 0")
 
     def give_up(self) -> None:
-        """Lets no judgement in progress wait or ask again: the evaluation ends."""
+        """Stops all waits and new attempts, because the evaluation ends."""
         self._given_up.set()
 
     def _wait(self, seconds: float) -> None:

@@ -62,7 +62,7 @@ class CompiledStep:
 
     @contextmanager
     def _compiled_blocks(self) -> Iterator[None]:
-        """Has the blocks run as compiled for a step. Prompts of other shapes would each be compiled."""
+        """Runs compiled blocks within a step only: each prompt of another shape would be compiled again."""
         blocks = list(self.decoder.model.layers)
         for block in blocks:
             # Hides the method of the class.

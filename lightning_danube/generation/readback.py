@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Readback:
-    """A copy of a tensor on the host, begun now. The device goes on meanwhile.
+    """A copy of a tensor to the host, started now. The device continues meanwhile.
 
     A plain `tolist` of a tensor on a GPU waits for all work that was started before the call, also for work that was
     started after the tensor was made. This copy has its place in the order of the work: `values` waits for no more

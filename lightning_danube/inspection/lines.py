@@ -1,4 +1,4 @@
-"""Writes what is to be seen of the data as lines for a terminal, in colour or in plain text."""
+"""Writes what `inspect` shows of the data as lines for a terminal, in colour or in plain text."""
 
 from __future__ import annotations
 

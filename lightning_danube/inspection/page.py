@@ -1,6 +1,6 @@
-"""Writes self-contained HTML pages: what is to be seen of the data, and the frame that all pages share.
+"""Writes self-contained HTML pages: what `inspect` shows of the data, and the frame that all pages share.
 
-A page needs no network: styles and pictures stand in the file. It follows the reader's choice of light or dark.
+A page needs no network: styles and pictures are in the file. It follows the reader's choice of light or dark.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def html_page(title: str, body: str, style: str = "") -> str:
 
 
 def page_of_sources(title: str, sources: Sequence[ShownSource]) -> str:
-    """Returns a page of what is to be seen of the data."""
+    """Returns a page of what `inspect` shows of the data."""
     parts = [
         f"<h1>{in_html(title)}</h1>",
         '<p class="faint">Each box is a token as the model gets it; point at it to see its number. '

@@ -1,4 +1,4 @@
-"""What a data module says of its sources before anything is trained: examples as tokens, lengths, rows left out.
+"""What `inspect` shows of a data module's sources before training: examples as tokens, lengths, rows left out.
 
 A data module that `inspect` can show has the method of `ShowsSources`. It makes the examples with the code that makes
 its batches, so that what is shown is what the model gets.
@@ -53,7 +53,7 @@ class ShownExample:
 
 @dataclass
 class ShownSource:
-    """What is to be seen of one source.
+    """What `inspect` shows of one source.
 
     Args:
         unit: what an example is called, in the plural; empty if examples are not counted.
@@ -101,7 +101,7 @@ class ShowsSources(Protocol):
     """A data module whose sources can be looked at without a model."""
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
-        """Yields what is to be seen of each source.
+        """Yields what `inspect` shows of each source.
 
         Args:
             examples: most examples of a source that are shown as tokens.
@@ -141,7 +141,7 @@ def shown_tokens(
     special = {int(i): token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     flags = [False] * len(ids) if marked is None else list(marked)
     texts = ["" for _ in ids]
-    # Decoders drop the space before a text, so each token is decoded behind a token of its own.
+    # Decoders drop the space before a text, so each token is decoded after another token.
     before = backend.encode("a", add_special_tokens=False).ids[-1:]
     head = len(backend.decode(before))
     pending: list[int] = []

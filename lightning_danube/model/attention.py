@@ -60,7 +60,7 @@ def longest_context(head_dim: int, theta: float, scaling: "RopeScaling | None" =
     """Returns the longest context in tokens in which rotary positions let a query prefer a similar key.
 
     At all distances m inside it, the sum over all pairs of channels of cos(m × frequency) is not negative. In longer
-    texts a model may still reach a low loss, but does not find what stands in them (Men et al. 2024, arXiv 2405.14591).
+    texts a model may still reach a low loss, but does not find facts in them (Men et al. 2024, arXiv 2405.14591).
     The search ends at 2^22 tokens.
     """
     frequencies = inverse_frequencies(head_dim, theta, torch.float64, scaling)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
 
 MOST = 2**30
-"""No number of a model is larger. What a damaged number asks for has to end."""
+"""No model has a larger number. The limit keeps a damaged number from causing endless work."""
 REAL_FIELDS = frozenset({"rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout"})
 MOST_OF_A_KIND = {"num_hidden_layers": 10_000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000}
-"""Far above any model. The layers are made one by one, so a number without end would take time without end."""
+"""Far more than any model has. Layers are made one by one, so a damaged number would take very long."""
 POSITIVE_FIELDS = frozenset(
     {
         "hidden_size",
@@ -179,7 +179,7 @@ class DecoderShape:
         family_of(self)
 
     def _check_types(self) -> None:
-        """Checks the types of the numbers, which come from files of others.
+        """Checks the types of the numbers, which come from files of other programs.
 
         Raises:
             ValueError: a value is not a number, or no model is that large.

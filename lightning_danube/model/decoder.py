@@ -107,7 +107,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Returns the next block's input. `selective`: keeps only its own input and the attention kernel's result."""
         if selective:
-            # In here, so that compiled code sees the kernel as an operation of its own.
+            # In here, so that compiled code sees the kernel as a separate operation.
             contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
             result: Tensor = checkpoint(
                 self.computed, hidden_BTD, cos, sin, mask, use_reentrant=False, context_fn=contexts
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The decoder without its head. It is a module of its own so that parameter names begin with `model.`.
+    """The decoder without its head. It is a separate module so that parameter names begin with `model.`.
 
     Args:
         window: tokens that a token sees, including itself; None: all earlier tokens.

@@ -1,4 +1,4 @@
-"""What a GPU will hold when a model only reads and writes: told before an evaluation begins."""
+"""Estimates the memory of a forward pass on a GPU, for a line that is printed before an evaluation."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def derivative_kernel(  # type: ignore[no-untyped-def]
 def row_statistics(
     logits_CV: Tensor, labels_C: Tensor, ignore_index: int, start: int, missing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns of each token the largest logit, the sum of exponentials less the largest, and the label's logit, (C,).
+    """Returns for each token the largest logit, the sum of exp(logit - largest), and the label's logit, (C,).
 
     They are float32. For ignored tokens they are 0, 1 and 0, and their logits are not read.
 

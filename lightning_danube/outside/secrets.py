@@ -1,6 +1,6 @@
-"""Keys and passwords: where they may stand, and how a text is shown without them.
+"""Keys and passwords: where they may be, and how a text is shown without them.
 
-A key stands in an environment variable. A configuration is kept in `config.yaml`, compared, logged and shown, so it
+A key belongs in an environment variable. A configuration is kept in `config.yaml`, compared, logged and shown, so it
 may hold no key: `secret_in` finds one. `redacted` hides keys in texts of others, such as the error of a server that
 repeats the key.
 """

@@ -1,4 +1,4 @@
-"""Shows texts of others: one function for each kind of output."""
+"""Shows untrusted texts: one function for each kind of output."""
 
 from __future__ import annotations
 

@@ -499,7 +499,7 @@ class TrainingMemory:
         return a * (2 * ends + (blocks or ahead)) + (a + sent) * self.block_parameters
 
     def optimizer_phase(self) -> DeviceMemory:
-        """Returns the memory while Muon orthogonalizes. AdamW's fused kernel makes no tensors of its own.
+        """Returns the memory while Muon orthogonalizes. AdamW's fused kernel makes no tensors.
 
         Muon holds new averages and directions of all matrices of the blocks, and the results of the shapes that it has
         done. Of the last shape, that of the feed-forward, it holds a stack, its scaled copy, the result and four square

@@ -65,7 +65,7 @@ def _class_name(one: str | Mapping[str, Any]) -> str:
 
 
 def _arguments(one: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the options of a class. On a command line they may stand beside `class_path`."""
+    """Returns the options of a class. On a command line they may be beside `class_path`."""
     return {**(one.get("init_args") or {}), **one} if isinstance(one, Mapping) else {}
 
 

@@ -30,9 +30,9 @@ class CheckpointAdvice:
         size: bytes of one checkpoint.
         write: seconds to write one checkpoint.
         between_failures: mean seconds between two failures of the whole job.
-        copy: seconds in which training waits for a copy, if it goes on while the checkpoint is written; None: it waits
-            until the checkpoint is written.
-        start: seconds until a run that goes on has its first step.
+        copy: seconds in which training waits for a copy, if it continues while the checkpoint is written; None: it
+            waits until the checkpoint is written.
+        start: seconds from a resume to the first step.
     """
 
     size: int

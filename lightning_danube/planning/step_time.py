@@ -316,7 +316,7 @@ class _Step:
         if layout.by_fsdp:
             return waits + self.of_fsdp(forward, backward)
         bytes_ = run.weight_bytes * run.trained_parameters
-        # One bucket after the other is summed while the backward pass goes on. The last one has nothing beside it.
+        # One bucket after the other is summed while the backward pass continues. The last one has nothing beside it.
         whole = math.ceil(bytes_ / DDP_BUCKET) * self.network.latency(self.replicas)
         whole += self.network.sum(bytes_, self.replicas)
         last = self.network.sum(min(bytes_, DDP_BUCKET), self.replicas)
@@ -393,7 +393,7 @@ def waiting(network: float, kernels: float) -> float:
         network: seconds of the network alone.
         kernels: seconds of the kernels alone.
     """
-    # While the network works, kernels advance by less. What is left of either goes on alone.
+    # While the network works, kernels advance by less. The rest of either runs alone.
     done = network * (1 - COMMUNICATION)
     return network * COMMUNICATION if done <= kernels else network - kernels
 

@@ -98,7 +98,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         )
         return shards
 
-    # --- what is to be seen before a run ------------------------------------------------------------------------------
+    # --- what `inspect` shows -----------------------------------------------------------------------------------------
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
         for name, source in self.sources.items():

@@ -72,9 +72,9 @@ class QuantizationEvaluation(LightningModule):
         self.config = self.decoder.config
         check_finite(self.decoder)
         self.done: dict[Level, MeasuredLevel] = {}
-        """What is known, from now or from before."""
+        """Level → its measurements, from this run or an earlier one."""
         self.failed: dict[Level, str] = {}
-        """Why a level is not."""
+        """Level → the reason why it was not measured."""
         self.reused: list[Level] = []
         self._missing: list[Level] = []
         self._running: _Reading | None = None

@@ -175,7 +175,7 @@ class TextWindows(LightningDataModule):
             questions[:, choice, CLOZE_CONTEXT:] = others[:, CLOZE_CONTEXT:]
         return questions
 
-    # --- what is to be seen before a run ------------------------------------------------------------------------------
+    # --- what `inspect` shows -----------------------------------------------------------------------------------------
 
     def shown_sources(self, examples: int, rows: int) -> Iterator[ShownSource]:
         """Yields the windows of each length, the questions and the calibration text. `max_tokens` limits what is

@@ -291,7 +291,7 @@ def _plan_and_configuration(run: RecordedRun) -> str:
 
 
 def _table(frame: pd.DataFrame, digits: int = 4) -> str:
-    """Returns a frame as a table. Numbers stand at the right, and are rounded to so many digits."""
+    """Returns a frame as a table. Numbers are right-aligned, and rounded to so many digits."""
     head = "".join(
         f"<th>{in_html(str(column))}</th>" for column in ["" if frame.index.name is None else frame.index.name, *frame]
     )

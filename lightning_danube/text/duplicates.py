@@ -1,4 +1,4 @@
-"""Finds duplicates of earlier documents in bounded memory: what grows with the documents lies on the disk, sorted.
+"""Finds duplicates of earlier documents in bounded memory: data that grow with the documents are on the disk, sorted.
 
 In memory are one byte for each document, and arrays of `RUN` entries. On the disk are 16 bytes for each hash of a
 document, and for near-duplicates also the sketches of those documents that share a band with another one.

@@ -42,7 +42,7 @@ def read_objects(
 
 
 def _named(values: Any, names: Mapping[str, list[str]]) -> Any:
-    """Returns a row with the names of its classes. -1 is a class that is not told, as in a hub's test split."""
+    """Returns a row with the names of its classes. -1 means an unknown class, as in a hub's test split."""
     if not names or not isinstance(values, Mapping):
         return values
     numbers = {column: values[column] for column in names if isinstance(values.get(column), int)}

@@ -38,7 +38,7 @@ class WorkerPool(ProcessPoolExecutor):
 
 @contextmanager
 def _silent_tracker() -> Iterator[None]:
-    """Starts multiprocessing's resource tracker, a process of its own, without its warning about leaked semaphores.
+    """Starts multiprocessing's resource tracker, a separate process, without its warning about leaked semaphores.
 
     After `kill -9` the tracker removes the semaphores of this process, as it should, and then warns the user of them.
     """

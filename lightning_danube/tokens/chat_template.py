@@ -353,7 +353,7 @@ class ChatEncoder:
         return [*parts, _Part(around[-1], is_literal=True)]
 
     def _opening(self, roles: Sequence[str], number: int, around: Sequence[str]) -> int | None:
-        """Returns how much of the text before an answer stands in the prompt for it, in characters.
+        """Returns how much of the text before an answer is in the prompt for it, in characters.
 
         None if the template opens an answer to come by other text than an answer that is there.
         """

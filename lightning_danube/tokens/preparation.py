@@ -284,7 +284,7 @@ class Preparation:
             write_text(self.building / "units.json", str(self.units))
 
     def note(self, number: int, tokens: int) -> None:
-        """Takes down that a unit is made."""
+        """Records that a unit is made."""
         self._tokens[number] = tokens
 
     def is_enough_before(self, number: int) -> bool:
@@ -306,7 +306,7 @@ class Preparation:
         return others > 0 and sum(known) * (1 + others / len(known)) >= 1.1 * self.limit
 
     def _look_for_units(self) -> None:
-        """Takes down the units that other processes, or an earlier run, have made."""
+        """Records the units that other processes, or an earlier run, have made."""
         for name in os.listdir(self.building / "units"):
             if name.isdigit() and int(name) not in self._tokens:  # not one that is being written
                 self._tokens[int(name)] = int(load_part(self.job.path(int(name)), "lengths").sum())
@@ -347,7 +347,7 @@ class Preparation:
             ValueError: no text is left.
         """
         kept, duplicates = self._kept()
-        # Written beside the units, so that a killed join goes on with those that are missing.
+        # Written beside the units, so that a killed join continues with those that are missing.
         changed = [number for number, keep in enumerate(kept) if not keep.all()]
         for _ in for_each(partial(write_kept, self.job), changed, [kept[number] for number in changed]):
             pass

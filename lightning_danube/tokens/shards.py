@@ -250,7 +250,7 @@ class _HashedFile:
 
 
 def _sum(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Adds counts of which one has fewer ids."""
+    """Adds two arrays of counts, of which one may be shorter."""
     short, long = sorted((a, b), key=len)
     total = long.copy()
     total[: len(short)] += short

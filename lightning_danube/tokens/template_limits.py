@@ -1,4 +1,4 @@
-"""Limits what a chat template may take. A template is a program of somebody else, in a language that has loops."""
+"""Limits the time and memory of a chat template. A template is an untrusted program, in a language with loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_MEMORY = 1 << 30
 
 
 class TooLong(BaseException):
-    """The template computes for too long. No `Exception`: Jinja drops those of constant expressions and goes on."""
+    """The template computes for too long. Not an `Exception`, because Jinja ignores those of constant expressions."""
 
 
 @contextmanager

@@ -264,7 +264,7 @@ def _fingerprint(backend: Tokenizer, bos_id: int | None, eos_id: object) -> str:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a text of others, without special tokens. Text that spells a special token stays text."""
+    """Returns the ids of an untrusted text, without special tokens. Text that spells a special token stays text."""
     with special_tokens_as_text(tokenizer.backend_tokenizer) as backend:
         return list(backend.encode(text, add_special_tokens=False).ids)
 
@@ -370,7 +370,7 @@ def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
         return named
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(place, **options)
     for role, token in named.special_tokens_map.items():
-        # The class has special tokens of its own, which the files may lack.
+        # The class has its own special tokens, which the files may lack.
         if isinstance(token, str) and getattr(tokenizer, role, None) is None and backend.token_to_id(token) is not None:
             setattr(tokenizer, role, token)
     return tokenizer

@@ -164,7 +164,7 @@ class LabelledData(TokenizedData, Protocol):
     keep: Literal["start", "end"]
     """The part that is kept of a text that exceeds the context."""
     begin: bool
-    """Whether the tokenizer's bos token stands before a text."""
+    """Whether texts begin with the tokenizer's bos token."""
 
     @property
     def evaluation_places(self) -> int:

@@ -132,7 +132,7 @@ def trains_on_gpu(trainer: Trainer | None) -> bool:
 
 
 def pinned(batch: Any) -> Any:
-    """Returns a batch with its tensors in pinned memory, which a GPU copies while the host goes on."""
+    """Returns a batch with its tensors in pinned memory, which a GPU copies while the host continues."""
     if isinstance(batch, Tensor):
         return batch.pin_memory()
     if isinstance(batch, dict):

@@ -119,7 +119,7 @@ class PlannedData(LightningDataModule):
         return {"steps": self.trainer.global_step, "tokenizer": self.tokenizer_facts(), "order": self.order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after the last step of a checkpoint.
+        """Continues after the last step of a checkpoint.
 
         Raises:
             ValueError: the run began with other data or in another order.

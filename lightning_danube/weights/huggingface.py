@@ -395,7 +395,7 @@ def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.
 
 
 def write_hf_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes JSON as transformers and PEFT do. The file lies in a new folder, which is flushed as a whole."""
+    """Writes JSON as transformers and PEFT do. The file is in a new folder, which is flushed as a whole."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

@@ -448,7 +448,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Returns a text as Python writes it, so that a name of others cannot end the text and begin a command."""
+    """Returns a text as Python writes it, so an untrusted name cannot end the text and begin a command."""
     return json.dumps(printable(text), ensure_ascii=False)
 
 

@@ -38,7 +38,7 @@ class TokenizerSource:
 
     Args:
         name: "mistral", "danube3-chat", "danube-small", a directory, a hub id, a GGUF file or "smollm2".
-        fingerprint: of the tokenizer that a run was trained with; None if the tokenizer lies beside the weights.
+        fingerprint: of the tokenizer that a run was trained with; None if the tokenizer is beside the weights.
         chat_template: the template that a run was tuned with; None if the run was not tuned for chat.
         new_tokens: tokens that the data of the run added to the tokenizer of that name.
     """

@@ -96,6 +96,6 @@ def merge_rows(decoder: Decoder) -> None:
 
 
 def _matrices(decoder: Decoder) -> list[nn.Embedding | nn.Linear]:
-    """Returns the embedding, and the head if it has a weight of its own."""
+    """Returns the embedding, and the head if it has its own weight."""
     embedding, head = decoder.model.embed_tokens, decoder.lm_head
     return [embedding] if decoder.config.tie_word_embeddings else [embedding, head]

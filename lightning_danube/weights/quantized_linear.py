@@ -38,7 +38,7 @@ class FrozenLinear4bit(Linear4bit):
     """
 
     def __init__(self, layer: nn.Linear, quantization: str, *, double: bool = True) -> None:
-        """`double`: the scales are held in 8 bits, with scales of their own."""
+        """`double`: the scales are stored in 8 bits, with scales themselves."""
         super().__init__(layer.in_features, layer.out_features, bias=False, quant_type=quantization, device="meta")
         weight: Any = Params4bit(layer.weight.data, quant_type=quantization, compress_statistics=double, module=self)
         # Moving the weight to its device quantizes it.

@@ -182,7 +182,7 @@ def _of_row(values: Any, file: str, row: int) -> Prompt:
 
 
 def _checked(text: str, file: str, row: int) -> Prompt:
-    """Returns a row as a prompt. A blank row is refused: without it, later results would stand beside other prompts."""
+    """Returns a row as a prompt. A blank row is refused: a missing result would shift all later ones."""
     place = f"{file}, row {row}"
     if not text.strip():
         raise ValueError(f"{place}: the prompt is empty")

@@ -1,6 +1,6 @@
 """`report`: writes one HTML page about a run, or about several runs side by side.
 
-The page needs no network: pictures and styles stand in the file. It takes runs of every task.
+The page needs no network: pictures and styles are in the file. It takes runs of every task.
 """
 
 from __future__ import annotations

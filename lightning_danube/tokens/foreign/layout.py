@@ -26,7 +26,7 @@ class TokenFile:
         dtype: type of the ids in the file.
         tokens: number of ids.
         start: bytes before the first id.
-        samples: for files whose ids do not lie side by side: what the format needs to find them.
+        samples: for files whose ids are not side by side: what the format needs to find them.
     """
 
     path: str
@@ -39,7 +39,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Files that hold whole documents, which may go on from one file to the next.
+    """Files that hold whole documents, which may continue from one file to the next.
 
     Args:
         files: in order.
@@ -69,7 +69,7 @@ class TokenGroup:
 
 
 class TokenFormat:
-    """A format of token files whose ids lie side by side.
+    """A format of token files whose ids are side by side.
 
     A subclass finds and describes the files. If the format lists the ends of documents, the subclass returns them.
     """

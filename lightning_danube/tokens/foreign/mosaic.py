@@ -2,7 +2,7 @@
 
 `index.json` lists the shards of one stream. A shard holds the number of its samples (uint32), the first byte of each
 sample and the end of the last one (uint32 each), a description, and the samples. A sample holds the sizes of the
-columns whose size varies (uint32 each), and then its columns. Documents may go on in the next sample and shard.
+columns whose size varies (uint32 each), and then its columns. Documents may continue in the next sample and shard.
 
 The reader of mosaicml-streaming reads whole shards, and cannot be installed beside transformers 5. Rows are read in
 random order here, so this reader takes only the bytes of a row.
@@ -35,12 +35,12 @@ _IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Column:
-    """Where the ids lie in a sample.
+    """Where the ids are in a sample.
 
     Args:
         dtype: type of the ids; None if the listing does not say it.
         before, after: bytes of a sample before and after the column of the ids.
-        shaped: whether the length of the array stands before the ids.
+        shaped: whether the length of the array comes before the ids.
     """
 
     dtype: str | None
@@ -155,7 +155,7 @@ def _shard_file(index: str, shard: dict[str, Any], shards: dict[str, FoundFile])
 
 
 def _column(index: str, shard: dict[str, Any]) -> _Column:
-    """Returns where the ids lie in the samples of a shard.
+    """Returns where the ids are in the samples of a shard.
 
     Raises:
         ValueError: no column holds ids, or several columns have a size that varies.
@@ -214,7 +214,7 @@ def _offsets(ranges: ByteRanges, path: str, stamp: str) -> _IntArray:
 
 
 def _ids_of_samples(sizes: _IntArray, column: _Column, itemsize: int, path: str) -> tuple[_IntArray, _IntArray]:
-    """Returns for samples of these sizes the bytes of an array's length, which stand before the ids, and the ids.
+    """Returns for samples of these sizes the bytes of an array's length, which come before the ids, and the ids.
 
     The length has 1, 2 or 4 bytes, and a byte that says so.
     """

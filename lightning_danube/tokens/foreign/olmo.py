@@ -1,7 +1,7 @@
 """OLMo's and Dolma's arrays (`dolma tokens`, `MemmapWriter`): ids side by side in `x.npy`, without a header.
 
 The file does not say its type, which OLMo's configuration gives. It is found by the content. A file that `numpy.save`
-wrote has a header, which says the type. Documents end with the end token, and none goes on in another file.
+wrote has a header, which says the type. Documents end with the end token, and none continues in another file.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _PREFIX = "_Kept"
 class KeptLogger(Logger):
     """The base of a logger that `kept` has changed.
 
-    TensorBoard shows all curves over the training tokens, so that runs with different batches lie over each other, and
+    TensorBoard shows all curves over the training tokens, so that runs with different batches can be compared, and
     has the optimizer steps as a curve. The other loggers count optimizer steps, and log the tokens beside each value.
     They get the values of one step together: one row of a table, and one request to a server.
     """
@@ -71,7 +71,7 @@ class KeptLogger(Logger):
             self._counted = step
         self.logged |= values.keys()
         self._try(lambda: super(KeptLogger, self).log_metrics(values, place))  # type: ignore[safe-super]
-        if isinstance(self, CSVLogger):  # so that the table can be read while the run goes on
+        if isinstance(self, CSVLogger):  # so that the table can be read during the run
             self._try(lambda: super(KeptLogger, self).save())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ class RunLogs(Callback):
     """Arranges TensorBoard's charts, and writes the run's row in its table of hyper-parameters.
 
     Both are written once, after the first validation: then the names of the values are known. The row has the last
-    value of each metric, so it is right while the run goes on.
+    value of each metric, so it is right during the run.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ def log_settings(loggers: Iterable[Logger], config: Mapping[str, Any], *, resume
 
 
 NO_SETTINGS = ("sources", "train", "validation", "test", "predict", "cache_dir", "processes", "workers")
-"""Options of data that say where it lies and who reads it, not what is trained."""
+"""Options of data that say where the data are and who reads them, not what is trained."""
 SETTINGS_OF_TRAINER = ("precision", "gradient_clip_val", "max_steps", "strategy", "devices", "num_nodes")
 
 

@@ -251,7 +251,7 @@ def rotated_heads(config: DecoderConfig, tensor: NamedTensor) -> int | None:
     """Returns the number of heads in a tensor's rows if GGUF stores the rows in another order, otherwise None."""
     if tensor.layer.heads is None or not family_of(config).turns_neighbours:
         return None
-    assert tensor.name.endswith(".weight"), "no family has biases whose channels stand in another order"
+    assert tensor.name.endswith(".weight"), "no family has biases whose channels are in another order"
     return config.num_attention_heads if tensor.layer.heads == "query" else config.num_key_value_heads
 
 

@@ -43,7 +43,7 @@ SPECIAL_IDS = {
 }
 # llama.cpp also ends a text at the end of a turn and at a call of a tool.
 END_IDS = ("eot_token_id", "eom_token_id")
-# Runs of up to this many equal characters are compared when merges stand in another order than SentencePiece's.
+# Runs of up to this many equal characters are compared when merges are in another order than SentencePiece's.
 LONGEST_COMPARED_RUN = 100
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
