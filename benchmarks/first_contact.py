@@ -1,4 +1,4 @@
-"""What a new GPU has to show in its first seven minutes: nine steps, each in a process of its own.
+"""What a new GPU has to show in its first seven minutes: nine steps, each in a separate process.
 
     make gpu-check                       or: python3 benchmarks/first_contact.py
     make gpu-check ARGS=--rehearse       the same on this CPU, with tiny shapes, in two minutes
@@ -384,7 +384,7 @@ def loss(report: Report, options: Options) -> None:
 
 
 def resume(report: Report, options: Options) -> None:
-    """Two runs begin: one goes through, one gets SIGTERM after its second step. The third goes on with the second."""
+    """Two runs begin: one goes through, one gets SIGTERM after its second step. The third resumes the second."""
     import paper_run
 
     directory = Path(options["scratch"]) / "resume"

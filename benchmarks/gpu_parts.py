@@ -5,7 +5,7 @@
     make benchmark-gpu ARGS=--rehearse            the same on this CPU, with tiny shapes
 
 A part writes `<part>-<commit>.jsonl`, `.md` and `.log` into the folder of the results. A part that this commit has
-finished is left out, so a cut-off series goes on where it stopped. `tables.md` has the newest table of each part.
+finished is left out, so a cut-off series continues where it stopped. `tables.md` has the newest table of each part.
 
 Each contestant is a process of its own. A peer that is not installed is named and left out. Where the configured number
 of rows does not fit the GPU's memory by `plan`'s arithmetic, ours takes as many as fit; a peer takes half as many rows

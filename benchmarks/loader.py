@@ -221,7 +221,7 @@ class Measurement:
 
 
 def measure(name: str, directory: Path, context: int, workers: int, seconds: float) -> Measurement:
-    """Runs in a process of its own."""
+    """Runs in a separate process."""
     quiet()
     before, began = cpu_seconds(), time.perf_counter()
     batches = CONTESTANTS[name].read(directory, context, workers)

@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py [--cases 1 4]
 
-Each case is a process of its own, which trains two steps of a random decoder by the task and the Trainer of `fit`,
+Each case is a separate process, which trains two steps of a random decoder by the task and the Trainer of `fit`,
 after a tiny one has loaded all libraries. "process" is the growth of its resident memory at its peak; glibc is told to
 give freed blocks back, so that it is what is alive. "tensors" is the same by torch's own count of its allocations, in a
 second training: what lies between is memory of the kernels (packed matrices), which no plan can know.
@@ -108,7 +108,7 @@ def planned(case: tuple[Any, ...]) -> TrainingMemory:
     return TrainingMemory(config, rows, context, precision, recompute, accumulate, averages=averages)
 
 
-# --- in a process of its own ------------------------------------------------------------------------------------------
+# --- in a separate process ------------------------------------------------------------------------------------------
 
 
 def measured(case: tuple[Any, ...]) -> dict[str, int]:

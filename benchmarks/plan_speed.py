@@ -3,7 +3,7 @@
     python benchmarks/plan_speed.py [--keep]
 
 Takes a second of CPU time and no GPU. The runs are published ones, and this project's own on an H100 and an H200
-(benchmarks/results/gpu). Constants of the prediction stand in planning/step_time.py and planning/network.py with their
+(benchmarks/results/gpu). Constants of the prediction are in planning/step_time.py and planning/network.py with their
 sources. What a run is known to have done differently from `fit` stands here, in its row.
 """
 

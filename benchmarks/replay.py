@@ -9,7 +9,7 @@ same in all runs: of the field, of the general text, and of another general text
 the loss on the last two, against the weights before training. The arms are compared in pairs of the same seed, which
 decides the order of the texts.
 
-Each finished run is a line of results/replay.jsonl, and a run that was stopped goes on from its last checkpoint: type
+Each finished run is a line of results/replay.jsonl, and a run that was stopped continues from its last checkpoint: type
 the same command again.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What has to be equal in results that are compared. Of a source only the name of its file, wherever it lies."""
+    """What has to be equal in results that are compared. Of a source only the name of its file, wherever it is."""
     sources = {source: Path(getattr(arguments, source)).name for source in SOURCES}
     names = ("tokens", "rows", "context", "peak", "weights")
     return sources | {name: getattr(arguments, name) for name in names}

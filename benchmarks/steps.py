@@ -1,4 +1,4 @@
-"""Runs measurements one after the other, each in a process of its own with its own time limit.
+"""Runs measurements one after the other, each in a separate process with its own time limit.
 
 A step is a function that reports what it has measured as soon as it knows it. So a step that fails, hangs or comes to
 its limit keeps what it reported before, and the next step begins. Each step becomes a line of a JSON file, and a row of

@@ -156,7 +156,7 @@ def compare(arms: list[str], precision: str, arguments: argparse.Namespace) -> l
 
 
 def measured(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a contestant in a process of its own."""
+    """Runs a contestant in a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--contestant", name, "--precision", precision]
     for option in ("shape", "device", "steps", "threads"):
         command += [f"--{option}", str(getattr(arguments, option))]

@@ -1,8 +1,8 @@
-"""What forgetting costs: nats/token beyond a window, by two ways to go on when it is full.
+"""What forgetting costs: nats/token beyond a window, by two ways to continue when it is full.
 
     python benchmarks/windows.py --weights smollm2 --text wiki.test.raw
 
-* reread: what `--window` does: all but the last half is dropped, and that half is read anew;
+* reread: what `--window` does: all but the last half is dropped, and that half is read again;
 * rolling: every token attends to the last `window` tokens, whose keys and values stay as they are (a ring buffer);
 * whole: nothing is forgotten.
 
