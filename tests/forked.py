@@ -1,4 +1,4 @@
-"""Commands in processes of their own that need no start: they are forked from one that has imported the package.
+"""Commands in separate processes that need no start: they are forked from one that has imported the package.
 
 A new interpreter takes five CPU seconds until a run begins. Such a process takes none, and is otherwise the same: it
 has its own environment, directory, process group and signals, and nothing of the test's process.

@@ -146,7 +146,7 @@ class Fail(Callback):
     """Makes one rank, or each, fail before a micro-batch.
 
     Args:
-        what: "disk" raises what a file system does, which is a user's to mend; "fault" what a mistake in the code
+        what: "disk" raises what a file system does, which a user can fix; "fault" what a mistake in the code
             does; "kill" is the SIGKILL of a system without memory; "hang" does nothing any more, for ever.
         micro_batch: number of the micro-batch, from 0.
         rank: the only rank that fails.
@@ -238,10 +238,10 @@ class HoldSave(Callback):
 class Halt(Checkpoint):
     """Has each rank wait once, until its first signal or the file "go". Writes `halted-<rank>`: its process and node.
 
-    Lightning calls it after `Checkpoints`, if it stands behind that.
+    Lightning calls it after `Checkpoints`, if it comes after that.
 
     Args:
-        directory: for the files. A run that goes on later does not wait again.
+        directory: for the files. A run that resumes later does not wait again.
         where: name of the hook: "setup", "on_train_batch_start", "on_train_end" or "teardown".
         step: of "on_train_batch_start", the number of optimizer steps that are done.
     """

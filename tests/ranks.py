@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 
 def on_ranks(work: Callable[[int], int | None], ranks: int = 2, *, group: bool = True) -> None:
-    """Calls the function with the number of each rank, in a process of its own that has one thread.
+    """Calls the function with the number of each rank, in a separate process that has one thread.
 
     Args:
         group: makes the process group. Without it, a trainer does.

@@ -1,4 +1,4 @@
-"""The package as a notebook uses it: load, fit, Run, and data modules and tasks under a trainer of one's own."""
+"""The package as a notebook uses it: load, fit, Run, and data modules and tasks under one's own trainer."""
 
 import re
 from pathlib import Path

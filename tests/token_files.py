@@ -12,7 +12,7 @@ from lightning_danube.tokens.token_sequence import TokenSegment, TokenSequence
 def sequence_of(
     directory: Path, segments: Sequence[Any], vocab_size: int, names: Sequence[str] | None = None, **options: Any
 ) -> TokenSequence:
-    """Writes each array into a file of its own, or behind those of the same name, and returns them as one sequence."""
+    """Writes each array into a separate file, or after those of the same name, and returns them as one sequence."""
     directory.mkdir(parents=True, exist_ok=True)
     places = []
     for number, tokens in enumerate(segments):

@@ -1,7 +1,7 @@
 """Every "Adding …" section of CONTRIBUTING.md is shown by an example: a patch beside this file, of the section's name.
 
 A patch touches the files that its section names, and no others. Each slow test applies a patch to a copy of the
-repository, and shows in processes of their own that the addition works for a user.
+repository, and shows in separate processes that the addition works for a user.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Steps in processes of their own: their limits, what is kept of them, and the tables."""
+"""Steps in separate processes: their limits, what is kept of them, and the tables."""
 
 import json
 import sys

@@ -333,7 +333,7 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
-# --- going on from damage ---------------------------------------------------------------------------------------------
+# --- resuming from damage ---------------------------------------------------------------------------------------------
 
 
 def checkpoints_of_a_run(runs: Path, *steps: int) -> list[Path]:
@@ -436,7 +436,7 @@ class Sender(Callback):
 
 @pytest.fixture
 def signalled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs `tiny` as the run "told", which sends itself signals at a moment, and goes on with it."""
+    """Runs `tiny` as the run "told", which sends itself signals at a moment, and resumes it."""
     (tiny / "sender.py").write_text(SENDER)
     monkeypatch.syspath_prepend(str(tiny))
     config = (tiny / "tiny.yaml").read_text()

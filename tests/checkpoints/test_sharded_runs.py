@@ -1,5 +1,5 @@
 """Sharded runs are the runs of one process: losses, weights and optimizer state to rounding, order and ledger exactly,
-also when a run goes on with other sharding, and from either kind of checkpoint."""
+also when a run resumes with other sharding, and from either kind of checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Classification through the command line: what a run learns, writes and goes on from, and where its model runs."""
+"""Classification through the command line: what a run learns, writes and resumes from, and where its model runs."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Two network namespaces of this machine as two nodes, each with a name of its own and a link that can be cut."""
+"""Two network namespaces of this machine as two nodes, each with its own name and a link that can be cut."""
 
 import os
 import shutil

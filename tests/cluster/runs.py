@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 class TinyRun:
-    """A run of 26 steps in a directory of its own, which takes its texts from another.
+    """A run of 26 steps in a separate directory, which takes its texts from another.
 
     Args:
-        texts: where texts and shards lie.
+        texts: where texts and shards are.
         directory: for the configuration, the run and what probes write.
     """
 

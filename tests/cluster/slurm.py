@@ -60,7 +60,7 @@ PATIENCE = 900
 """Seconds after which a wait fails. It only ends a test that hangs: a busy machine starts a run in some minutes."""
 MARK = "DANUBE_TEST_DAEMON"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-"""States of a job that does not go on."""
+"""States of a job that does not continue."""
 
 
 def missing() -> list[str]:
@@ -84,7 +84,7 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -
 
 
 class Slurm:
-    """A cluster of some nodes, each a slurmd of its own. Use as a context.
+    """A cluster of some nodes, each with its own slurmd. Use as a context.
 
     Args:
         directory: its files. The path is short: it holds a Unix socket.

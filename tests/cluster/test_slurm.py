@@ -1,4 +1,4 @@
-"""docs/cluster/slurm.sbatch on a real SLURM: whatever ends a job, the run goes on to the losses of an undisturbed one.
+"""docs/cluster/slurm.sbatch on a real SLURM: whatever ends a job, the run ends with the losses of an undisturbed one.
 
 All nodes are this machine: see tests/cluster/slurm.py.
 """

@@ -1,4 +1,4 @@
-"""Evaluation through the command line: what it measures, writes, goes on from, and says of what it cannot do."""
+"""Evaluation through the command line: what it measures, writes, resumes from, and says of what it cannot do."""
 
 import dataclasses
 import json

@@ -266,7 +266,7 @@ class Trial:
             test_in(copy, tests, first, ends=mutant is not None)
 
     def is_over(self) -> bool:
-        """Whether the tests have ended or reached the time limit. The copy is mended then."""
+        """Whether the tests have ended or reached the time limit. The copy is restored then."""
         now = time.monotonic()
         self.seconds += min(1.0, now - self.last)  # without the time in which this machine was asleep
         self.last = now

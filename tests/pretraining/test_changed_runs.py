@@ -45,7 +45,7 @@ def version(runs: Path) -> Path:
 
 
 def changed(tiny: Path, change: str) -> list[str]:
-    """Command line that goes on with a config in which something is different."""
+    """Command line that resumes with a config in which something is different."""
     file = tiny / "change.yaml"
     file.write_text(change.replace("TMP", str(tiny)))
     return ["fit", "--config", str(tiny / "tiny.yaml"), "--config", str(file), "--ckpt_path", "last"]
@@ -199,7 +199,7 @@ def test_what_lies_ahead_may_change_and_is_shown_and_recorded(
     assert second["differences"]["model.learning_rate.peak"] == [0.01, 0.02]
     assert len(second["differences"]) == len(block) - 2
     assert second["versions"]["torch"] and "commit" in second
-    # config.yaml is the one that goes on from here.
+    # config.yaml is the one that continues from here.
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["init_args"]["learning_rate"]["peak"] == 0.02
     rates = scalars(run, "optimizer/learning_rate")

@@ -94,7 +94,7 @@ def test_only_the_blocks_change_and_parameters_stay_the_same_objects() -> None:
     products = [f"self_attn.{letter}_proj" for letter in "qkvo"]
     products += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert changed == {f"model.layers.{n}.{product}" for n in range(2) for product in products}
-    # A run goes on without FP8, and is exported as before.
+    # A run resumes without FP8, and is exported as before.
     Decoder(CONFIG).load_state_dict(decoder.state_dict())
     assert {value.dtype for value in decoder.state_dict().values()} == {torch.float32}
 

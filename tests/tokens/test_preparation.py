@@ -202,7 +202,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path: Path, token
 
 
 def start(tmp_path: Path, *arguments: str) -> Forked:
-    """A `prepare` in a process of its own, with small units."""
+    """A `prepare` in a separate process, with small units."""
     return Forked(["prepare", *arguments], tmp_path / "output.txt", tmp_path, program=SMALL_UNITS)
 
 

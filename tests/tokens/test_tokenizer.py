@@ -45,7 +45,7 @@ HARD = [
     "<|prompt|>hi</s><|answer|>x</s> <s> <unk>",
     "def f(x):\n    return x ** 2  # über\n",
 ]
-# Of lightning_danube/tokens/danube-small. A model that was trained with other pieces can not be used any more.
+# Of lightning_danube/tokens/danube-small. A model that was trained with other pieces can no longer be used.
 SMALL_PIECES, SMALL_FINGERPRINT = 4096, "70ef6ce9ddb97bde"
 
 

@@ -265,7 +265,7 @@ def progress(ready: int, completed: int) -> dict[str, Any]:
 
 
 def resumed(task: DecoderTask, **changes: Any) -> dict[str, Any]:
-    """The task goes on from a checkpoint of its own, apart from the changes."""
+    """The task resumes from its own checkpoint, apart from the changes."""
     task._trainer = trainer(
         precision_plugin=None,
         state=SimpleNamespace(fn="fit"),

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes, another micro-batch or both is the same run, to rounding."""
+"""A run that resumes with another number of processes, another micro-batch or both is the same run, to rounding."""
 
 import json
 import os
