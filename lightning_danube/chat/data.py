@@ -133,7 +133,7 @@ class ConversationData(PlannedData):
     sides: ClassVar[tuple[str, ...]] = ("",)
     """What is added to the place of an example for each of its conversations."""
     batch_key = "batch_rows"
-    stands_for = "sources stand for their files and all that encodes them"
+    stands_for = "sources means their files and everything that encodes them"
 
     def __init__(
         self,

@@ -121,7 +121,7 @@ class ClassificationData(PlannedData):
     """
 
     batch_key = "batch_texts"
-    stands_for = "train stands for the training texts and all that encodes them"
+    stands_for = "train means the training texts and everything that encodes them"
 
     def __init__(
         self,

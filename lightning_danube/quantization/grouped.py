@@ -43,7 +43,9 @@ class GroupedLinear(nn.Module):
 
         groups_GS = weight_ND.detach().float().reshape(-1, group)
         if flat := int((groups_GS.amax(1) == groups_GS.amin(1)).sum()):
-            raise ValueError(f"{flat:,} groups of {group} weights are each all equal: no range to divide into steps")
+            raise ValueError(
+                f"in {flat:,} groups of {group} weights all weights are equal: there is no range to divide into steps"
+            )
         packed, meta = Quantizer.quantize(
             weight_ND.detach(),
             nbits=bits,

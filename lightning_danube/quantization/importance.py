@@ -31,7 +31,7 @@ def importance_matrix(decoder: Decoder, ids: Tensor) -> dict[str, NDArray[np.flo
     """
     if not len(ids):
         raise ValueError(
-            "an importance matrix needs text, and none is left behind what is measured on: lower data.max_tokens"
+            "an importance matrix needs text, and none is left after the measured text: lower data.max_tokens"
         )
     sums: dict[str, Tensor] = {}
     names = gguf_names(decoder.config)

@@ -120,8 +120,8 @@ def _parse_type(text: str, method: str, kind: str) -> str:
     if match is None or int(match[1]) not in GROUP_BITS or int(match[2]) < 2:
         bits = ", ".join(map(str, GROUP_BITS))
         raise ValueError(
-            f"level {text!r}: {method} takes <bits>/<group>, bits being {bits} and the group how many weights of a row "
-            "share a scale, such as 4/64"
+            f"level {text!r}: {method} takes <bits>/<group>, such as 4/64: bits are one of {bits}, and group is the "
+            "number of weights of a row that share a scale"
         )
     return kind
 

@@ -192,7 +192,7 @@ class TextWindows(LightningDataModule):
         calibration = self.calibration_ids.tolist()
         size = len(calibration)
         shown = ShownSource("calibration text", "tokens", self.text.path, read=size, kept=size, marks=None)
-        shown.notes.append("the text behind the measured text, for levels that calibrate on text")
+        shown.notes.append("the text after the measured text, for levels that calibrate on text")
         if examples and calibration:
             start = calibration[: self.context_lengths[0]]
             shown.examples.append(ShownExample("its beginning", shown_tokens(self.tokenizer, start)))

@@ -58,7 +58,8 @@ class Filters:
     def __post_init__(self) -> None:
         if not 0 <= self.min_words <= self.max_words:
             raise ValueError(
-                f"data.filters.min_words is {self.min_words}, max_words {self.max_words}: give 0 or more, and no less"
+                f"data.filters.min_words is {self.min_words}, max_words {self.max_words}: give 0 or more, and a "
+                "maximum that is not below the minimum"
             )
         for name in ("min_alphabetic", "max_repeated_lines"):
             if not 0 <= getattr(self, name) <= 1:

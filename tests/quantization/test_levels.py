@@ -36,7 +36,7 @@ def test_what_is_written_otherwise_is_the_same_level() -> None:
         ("ggfu:Q4_K_M", "did you mean gguf:…"),
         ("gguf:Q4_K_N", "did you mean Q4_K_"),
         ("bitsandbytes:int4", "bitsandbytes has int8, nf4, fp4"),
-        ("hqq:5/64", "bits being 2, 3, 4, 8"),
+        ("hqq:5/64", "bits are one of 2, 3, 4, 8"),
         ("hqq:4", "takes <bits>/<group>"),
         ("gguf:F16+cache-q3", "no option 'cache-q3' for gguf:F16, only linear, imatrix, cache-q8_0, cache-q4_0"),
         ("bitsandbytes:int8+double", "no option 'double' for bitsandbytes:int8, only embeddings"),

@@ -313,7 +313,9 @@ def _check_mixed_merges(mixed: set[str], merges: Sequence[tuple[str, ...]], rank
             for count in runs
         ):
             return
-    raise ValueError(f"the tokenizer's merges into {named!r} are not all of one rank: llama.cpp would merge otherwise")
+    raise ValueError(
+        f"the tokenizer's merges into {named!r} are not all of one rank: llama.cpp would merge differently"
+    )
 
 
 def _merged(letter: str, count: int, rank: Callable[[tuple[str, ...]], int | None]) -> list[str]:

@@ -439,5 +439,5 @@ def test_merges_of_equal_rank_may_stand_in_another_order() -> None:
     # An order that gives other ids stays refused.
     wrong = danube_with_merges_of_spaces(lambda pair: (-len(pair[0]), -len(pair[1])))
     assert wrong(texts, add_special_tokens=False).input_ids != plain(texts, add_special_tokens=False).input_ids
-    with pytest.raises(ValueError, match=r"merges into '▁+' are not all of one rank: llama.cpp would merge otherwise"):
+    with pytest.raises(ValueError, match=r"merges into '▁+' are not all of one rank: llama.cpp would merge differ"):
         gguf_tokenizer_fields(wrong)
