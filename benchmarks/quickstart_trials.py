@@ -8,7 +8,7 @@ thread: that needs an idle machine, about 15 seconds a trial. Then each trial is
 does. Its stages get as many tokens as fit into the CPU seconds, in the quickstart's proportions. A short run is warmed
 up over the same share of its tokens. At the end `test` measures all held-out text of the five sources.
 
-Each timing and each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series goes on where
+Each timing and each finished trial is kept in results/quickstart-trials.jsonl, so an interrupted series continues where
 it stopped.
 """
 
