@@ -75,7 +75,7 @@ def test_a_node_whose_name_leads_to_itself_is_told(texts: Path, tmp_path: Path) 
         nodes.start(f"--config={TinyRun(texts, tmp_path).config}", *DDP, timeout(PATIENCE))
         assert_ended(nodes, BEFORE_TCP)
         line = (
-            "error: trainer.num_nodes is 2, and node-b, the name of this machine, stands for 127.0.1.1: no other node"
+            "error: --trainer.num_nodes is 2, and node-b, the name of this machine, stands for 127.0.1.1: no other node"
         )
         assert nodes.log("b").read_text().count(line) == 1, nodes.said()
         assert nodes.log("a").read_text().count(WAITED) == 1, nodes.said()
