@@ -44,10 +44,12 @@ class Checkpoints(Checkpoint):
         self._directory: Path | None = None  # None: nothing is saved, as in a fast_dev_run
         self._signals = RunSignals()
         self._stop_at_step = StopAtStep()
+        self._is_new = False
+        """Whether this session has trained, so that there is something to save."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._directory = checkpoint_directory(trainer)
+            self._directory, self._is_new = checkpoint_directory(trainer), False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._directory is not None:
@@ -64,6 +66,7 @@ class Checkpoints(Checkpoint):
         SIGNALS.release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._is_new = True
         raise_failed_checkpoint(trainer.strategy)
         # The run stops here and not where it was saved: now the last step has ended for all callbacks.
         self._signals.stop(trainer)
@@ -78,7 +81,8 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer, self._directory)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None:
+        # A complete run whose summary is missing measures its last loss again. Its checkpoint stays as it is.
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None or not self._is_new:
             return
         if (stage := finished_stage(trainer)) is None:
             self._save_if_due(trainer, self._directory, at_once=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
-from lightning_danube.files import refusal_of_disk
+from lightning_danube.files import is_out_of_memory, refusal_of_disk
 from lightning_danube.signals import SIGNALS, Stopped, requeued
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
@@ -203,6 +203,12 @@ def user_message(error: BaseException) -> str | None:
     A ValueError that this project raises itself is a user's mistake by convention. So are an error of the argument
     parser and an error of the file system.
     """
+    if (short := _without_memory(error)) is not None:
+        said = " ".join(str(short).partition("\n")[0].split())[:160] or type(short).__name__
+        return (
+            f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
+            "`plan` shows what a pre-training run takes"
+        )
     if type(error).__name__ == PANIC:
         reason = " ".join(str(error).split())[:160]
         return f"a file of a model or a tokenizer makes its library fail ({reason}): it is damaged, or made to do so"
@@ -215,21 +221,20 @@ def user_message(error: BaseException) -> str | None:
         said = " ".join(str(error.strerror or error).split()) or type(error).__name__
         # A write or a read of an open file, and many libraries, do not say which file it is.
         return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
-    if is_out_of_memory(error):
-        said = " ".join(str(error).partition("\n")[0].split())[:160] or type(error).__name__
-        return (
-            f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
-            "`plan` shows what a pre-training run takes"
-        )
     if (number := refusal_of_disk(error)) is not None:  # of a library in another language
         return f"{os.strerror(number)}{_UNNAMED}"
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether Python, PyTorch's allocator of the host or that of a GPU got no memory."""
-    is_pytorchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or is_pytorchs or type(error).__name__ == "OutOfMemoryError"
+def _without_memory(error: BaseException) -> BaseException | None:
+    """Returns the first error of the chain that says that memory is missing.
+
+    Where a file is read, any error becomes "… is damaged". Without memory, the file is not the cause.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not is_out_of_memory(cause):
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return cause
 
 
 _UNNAMED = " (the system names no file; --debug shows where)"

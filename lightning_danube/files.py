@@ -148,8 +148,6 @@ def naming_cached(path: Path, remedy: str = "remove it, and it is made again") -
     """
     try:
         yield
-    except MemoryError:
-        raise
     except OSError as error:
         if error.filename is not None:
             raise
@@ -157,6 +155,8 @@ def naming_cached(path: Path, remedy: str = "remove it, and it is made again") -
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         said = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged ({said}): {remedy}") from error
 
@@ -285,6 +285,25 @@ def refusal_of_disk(error: BaseException) -> int | None:
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether the system gave no memory or no thread to Python or to a library.
+
+    Libraries report this in types of their own. Then the file that they read may be intact.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return re.search(_NO_MEMORY, str(error)) is not None
+
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|\bos error 12\b|^out of memory$"  # torch, C, C++, Rust
+    r"|failed to map segment from shared object(?!: Operation not permitted)"  # the loader of libraries
+    r"|can't start new thread|ThreadPoolBuildError"  # Python, Rust: a thread needs memory for its stack
+)
 
 
 @contextmanager

@@ -99,3 +99,23 @@ def test_a_locale_without_the_letters_prints_their_numbers() -> None:
     assert refused.returncode == 2 and refused.stderr.startswith(
         b"error: argument 5 (\\udcc3\\udcbc) is not text in ascii"
     )
+
+
+@pytest.mark.medium
+def test_an_odd_environment_changes_nothing_of_what_is_printed() -> None:
+    """Without assertions and docstrings, without any variable, on terminals of a wrong width, without a HOME."""
+    usual = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    shown = set()
+    for flags, environment in (
+        ([], usual),
+        (["-O"], usual),
+        (["-OO"], usual),
+        ([], {}),
+        ([], usual | {"HOME": "/proc"}),
+        *(([], usual | {"COLUMNS": columns, "TERM": "dumb"}) for columns in ("20", "1", "0", "-5", "x")),
+    ):
+        args = [sys.executable, *flags, "-m", "lightning_danube", "configs"]
+        done = subprocess.run(args, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+        assert done.returncode == 0 and not done.stderr, (flags, environment, done.stderr)
+        shown.add(done.stdout)
+    assert len(shown) == 1 and "quickstart" in shown.pop()

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lightning_danube.files import (
+    SHORTAGES,
     check_regular,
+    is_out_of_memory,
     make_folder,
     new_file,
     read_json,
@@ -179,6 +181,9 @@ def damage(checkpoint: Path) -> str | None:
     writer was killed between renaming and listing it: then the checksums inside the archive decide. Each file of a
     directory, which many ranks have written, is compared with its size and hash in `files.json`. In a directory of an
     older version, only the sizes are known.
+
+    Raises:
+        OSError, MemoryError, RuntimeError: the system lacks memory, threads or descriptors. The checkpoint may be whole.
     """
     try:
         if checkpoint.is_dir():
@@ -187,6 +192,8 @@ def damage(checkpoint: Path) -> str | None:
         entry = read_manifest(checkpoint.parent).get(checkpoint.name)
         return _archive_damage(checkpoint) if entry is None else _file_damage(checkpoint, entry)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return error.strerror or str(error)
 
 
@@ -216,9 +223,12 @@ def read_manifest(directory: Path) -> dict[str, Listed]:
         listed = read_json(directory / MANIFEST).get("checkpoints")
         entries = listed.items() if isinstance(listed, dict) else ()
         return {name: found for name, entry in entries if (found := Listed.of(entry)).sha256 is not None}
-    except (OSError, ValueError):
-        # `damage` then uses the checksums inside each archive.
-        return {}
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+    except ValueError:
+        pass
+    return {}  # `damage` then uses the checksums inside each archive
 
 
 def _write_manifest(directory: Path, listed: Mapping[str, Listed]) -> None:
@@ -278,6 +288,8 @@ def read_plain(path: Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     except OSError:
         raise
     except Exception as error:  # torch's reader raises whatever the bytes lead to
+        if is_out_of_memory(error):
+            raise
         if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(
                 f"{path} holds more than tensors and plain data (it asks for {asked[1]}): loading it could run code, "
@@ -304,6 +316,8 @@ def _archive_damage(checkpoint: Path) -> str | None:
     except OSError:
         raise
     except Exception as error:  # a truncated, damaged, encrypted or foreign archive: each has an error of its own
+        if is_out_of_memory(error):
+            raise
         return f"truncated or no checkpoint ({error})"
     return None if broken is None else f"its content changed since it was saved (checksum of {broken})"
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.checkpoints.files import INDEX, one_line
+from lightning_danube.files import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
@@ -74,6 +75,8 @@ def naming_damage(path: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {}
         cause = next((cause for cause, _ in failures.values()), error)
+        if is_out_of_memory(cause):
+            raise cause from error
         raise Refused(f"{path} is damaged, or has other tensors: {one_line(cause)}") from error
 
 

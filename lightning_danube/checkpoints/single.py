@@ -68,7 +68,12 @@ class DurableCheckpointIO(CheckpointIO):
             return
         self.writing, self._to_remove = Path(path), []
         self._thread = threading.Thread(target=self._write, args=(Path(path), write), name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no memory for a thread
+            self._write(Path(path), write)
+            self._thread = self.writing = None
+            self.wait()
 
     def _write(self, path: Path, write: Callable[[HashingWriter], None]) -> None:
         try:

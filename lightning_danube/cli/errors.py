@@ -49,6 +49,10 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except OmegaConfBaseException as error:
         raise ValueError(unresolved(stated) or str(error).splitlines()[0]) from error
+    except IndexError as error:
+        if (lost := lost_by_the_parser(error)) is None:
+            raise
+        raise lost from error
     keep_texts(config, stated.texts)
     return config
 
@@ -143,6 +147,20 @@ def raised_by_a_class(error: BaseException) -> ValueError | None:
         if isinstance(inner, ValueError) and not _is_of_a_parser(inner):
             return inner
         inner = inner.__cause__ or inner.__context__
+    return None
+
+
+def lost_by_the_parser(error: BaseException) -> BaseException | None:
+    """Returns the error of a class for which the parser could not build its own message.
+
+    jsonargparse collects the errors of all types that it tried. An error without a text, such as `MemoryError()`, then
+    ends it with an IndexError that names no cause.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__) if isinstance(error, IndexError) else ():
+        for value in frame.f_locals.values():
+            if isinstance(value, list) and value and all(isinstance(one, BaseException) for one in value):
+                found: BaseException = value[0]
+                return found
     return None
 
 

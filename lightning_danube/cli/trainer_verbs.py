@@ -40,7 +40,14 @@ from lightning_danube.cli.configs import (
     set_parsing_rules,
     with_facts_of_weights,
 )
-from lightning_danube.cli.errors import keep_texts, located, parse, raised_by_a_class, while_restoring
+from lightning_danube.cli.errors import (
+    keep_texts,
+    located,
+    lost_by_the_parser,
+    parse,
+    raised_by_a_class,
+    while_restoring,
+)
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
@@ -348,6 +355,8 @@ class DanubeCLI(LightningCLI):
                 self.model.check_ahead(self.datamodule)
         except BaseException as error:
             self._leave_unused()
+            if (lost := lost_by_the_parser(error)) is not None:
+                raise lost from error
             if not isinstance(error, ValueError):
                 raise
             # The parser wraps the error of a class in the error of the union "the class, or null".

@@ -85,7 +85,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
         reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, MemoryError):
             reason = f"it takes more than {MOST_MEMORY >> 20:,} MiB of memory"
-        raise ValueError(f"the chat template fails on this conversation ({reason}): correct the template") from error
+        # Not `from error`: the limit is the template's, and the machine is not out of memory.
+        raise ValueError(f"the chat template fails on this conversation ({reason}): correct the template") from None
 
 
 def encode_chat(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import looks_like_path, read_json
+from lightning_danube.files import is_out_of_memory, looks_like_path, read_json
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
 from lightning_danube.tokens.hub import did_you_mean, first_line
 
@@ -341,6 +341,8 @@ def _check_encodes(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a library in Rust raises an error that is not an Exception
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"tokenizer {name!r} cannot encode a text ({first_line(error)}): its files are damaged"
         ) from None

@@ -121,7 +121,7 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _end_the_others(self, error: BaseException) -> None:
         """Ends the other ranks at once, and later this process if it does not end by itself."""
-        if isinstance(error, RuntimeError) and not hasattr(error, "user_message"):
+        if isinstance(error, RuntimeError) and (_end_of_a_peer(error) or not hasattr(error, "user_message")):
             # A collective operation raises this if a peer has ended. `_watch` then ends this process during the sleep,
             # usually at once. On a busy machine a peer can close its connections long before its process ends.
             time.sleep(SECONDS_TO_END if _is_of_the_network(error) else SECONDS_OF_DOUBT)
@@ -190,6 +190,10 @@ def explain_silence(error: BaseException) -> None:
             f"lost the connection to another rank ({lost[0]}), and ended all: see whether its node and the network are "
             f"there; {go_on}"
         )
+    elif ended := _end_of_a_peer(error):
+        error.user_message = (  # type: ignore[attr-defined]
+            f"another rank has ended ({ended}), so this rank ends too: see what that rank printed; {go_on}"
+        )
 
 
 def check_host_name(nodes: int) -> None:
@@ -233,6 +237,12 @@ def let_rank_zero_speak(rank: int, error: Exception) -> None:
 def _is_of_the_network(error: RuntimeError) -> bool:
     """Returns whether a back end of torch.distributed raised the error. gloo's errors have no class of their own."""
     return isinstance(error, DistError) or "gloo" in str(error).lower()
+
+
+def _end_of_a_peer(error: RuntimeError) -> str | None:
+    """Returns what a collective operation says when the process of another rank is gone; None for other errors."""
+    found = re.search(r"Connection (?:closed|reset) by peer|Broken pipe|remote process exited", str(error))
+    return found[0] if found and _is_of_the_network(error) else None
 
 
 def _ended_by(number: int | None) -> str:

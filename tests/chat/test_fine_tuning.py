@@ -311,10 +311,13 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(talk: 
     assert main(command) == 0
     file = run_directory(talk) / "summary.json"
     summary = json.loads(file.read_text())
-    for _ in range(2):  # the checkpoint that the second session saves is at the end of its epoch
+    (last,) = run_directory(talk).glob(f"checkpoints/*{summary['steps']:08}.ckpt")
+    content = last.read_bytes()
+    for _ in range(2):
         file.unlink()
         assert main([*command, "--ckpt_path", "last"]) == 0
         again = json.loads(file.read_text())
         assert {key for key in summary if again[key] != summary[key]} <= {"seconds", "tokens_per_second"}
+        assert last.read_bytes() == content
     assert main([*command, "--ckpt_path", "last"]) == 0
     assert json.loads(file.read_text()) == again

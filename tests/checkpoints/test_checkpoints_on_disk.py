@@ -17,12 +17,14 @@ import torch
 
 from lightning_danube.__main__ import main, user_message
 from lightning_danube.callbacks import Checkpoints
+from lightning_danube.checkpoints import files
 from lightning_danube.checkpoints.files import (
     HashingWriter,
     damage,
     not_written,
     prepare_directory,
     read_manifest,
+    read_plain,
     write_checkpoint,
 )
 from lightning_danube.checkpoints.runs import newest_checkpoint, resolve_checkpoint
@@ -612,3 +614,35 @@ def test_a_failed_write_says_what_the_disk_said(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"checkpoint not written: disk quota exceeded; free some space") as error:
         write_checkpoint(tmp_path / "step_1.ckpt", write)
     assert error.value.errno == errno.EDQUOT and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOMEM, "Cannot allocate memory"), OSError(errno.EMFILE, "Too many open files"), MemoryError()],
+)
+def test_a_checkpoint_is_not_damaged_where_the_machine_lacks_memory(
+    error: Exception, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be passed over for an older one."""
+    path = tmp_path / "step_1.ckpt"
+    IO.save_checkpoint(CONTENT, path)
+    if not listed:
+        (tmp_path / "manifest.json").unlink()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", refuse)
+        patch.setattr("zipfile.ZipFile", refuse)
+        with pytest.raises(type(error)):
+            damage(path)
+        patch.setattr("torch.load", refuse)
+        with pytest.raises(type(error)):
+            read_plain(path)
+        if isinstance(error, OSError):
+            patch.setattr(files, "read_json", refuse)
+            with pytest.raises(OSError, match=error.strerror):
+                read_manifest(tmp_path)
+    assert damage(path) is None

@@ -188,3 +188,12 @@ def test_pytorch_still_has_what_an_index_is_made_of(module: str, name: str) -> N
 def test_one_file_replaces_a_checkpoint_of_all_ranks(directory: Path) -> None:
     DurableCheckpointIO().save_checkpoint({"a": torch.ones(1)}, directory)
     assert directory.is_file() and damage(directory) is None
+
+
+def test_memory_that_runs_out_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr("torch.load", refuse)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator: can't allocate memory"):
+        load_whole(directory)

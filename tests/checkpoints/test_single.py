@@ -171,3 +171,19 @@ def test_tensors_that_share_memory_share_the_copy() -> None:
     shared: list[Tensor] = [copied["state_dict"]["embedding"], copied["state_dict"]["head"], copied["pair"][0]]
     assert len({tensor.data_ptr() for tensor in shared}) == 1 and shared[0].data_ptr() != head.data_ptr()
     assert torch.equal(copied["state_dict"]["rows"], head[1:]) and copied["pair"][1] == 1
+
+
+def test_a_machine_without_memory_for_a_thread_saves_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(single.threading.Thread, "start", refuse)
+    io, path = DurableCheckpointIO(background=True), step_checkpoint(tmp_path, 3)
+    io.save_checkpoint({"step": 3}, path)
+    assert damage(path) is None and io.load_checkpoint(path)["step"] == 3 and io.writing is None
+    io.wait()
+    monkeypatch.setattr(single, "write_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"step": 4}, step_checkpoint(tmp_path, 4))

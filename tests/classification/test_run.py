@@ -132,13 +132,16 @@ def test_a_run_learns_the_classes_and_says_how_well(words: Path, capsys: pytest.
     assert run(words, "--ckpt_path", "last") == 0
     assert "is complete: 33 steps; nothing is left to do" in capsys.readouterr().out
     assert summary_of(words) == fitted
-    # A kill between the last checkpoint and the summary.
+    # A kill between the last checkpoint and the summary. The checkpoint stays as it is.
+    (last,) = directory(words).glob("checkpoints/*33.ckpt")
+    content = last.read_bytes()
     for _ in range(2):
         (directory(words) / "summary.json").unlink()
         assert run(words, "--ckpt_path", "last") == 0
         assert "validation, 9 texts" in capsys.readouterr().out
         again = summary_of(words)
         assert {key for key in fitted if again[key] != fitted[key]} <= {"seconds", "texts_per_second"}
+        assert last.read_bytes() == content
     (command,) = re.findall(r"next: \S+ -m lightning_danube (.*)", printed.out)
     assert main([*command.split(), "--runs", str(words / "elsewhere")]) == 0
 

@@ -6,7 +6,14 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_danube.cli.command_line import Stated, in_one_line, read_command_line
-from lightning_danube.cli.errors import located, parse, raised_by_a_class, unresolved, while_restoring
+from lightning_danube.cli.errors import (
+    located,
+    lost_by_the_parser,
+    parse,
+    raised_by_a_class,
+    unresolved,
+    while_restoring,
+)
 from lightning_danube.cli.options import Refusal
 from lightning_danube.model.config import DecoderShape
 
@@ -118,3 +125,19 @@ def test_what_lightning_raises_on_a_foreign_checkpoint_is_one_line(tmp_path: Pat
         DecoderShape(0, 1, 1, 1, 1)
     except ValueError as error:
         assert while_restoring(error, file) is None
+
+
+class OutOfMemory:
+    def __init__(self, size: int = 1) -> None:
+        raise MemoryError
+
+
+def test_an_error_without_a_text_is_not_lost_in_the_parser() -> None:
+    """jsonargparse reads the first line of what each type of a union has raised, and fails where there is none."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=OutOfMemory | None)
+    config = parser.parse_object({"data": {"class_path": f"{__name__}.OutOfMemory"}})
+    with pytest.raises(IndexError) as failed:
+        parser.instantiate(config)
+    assert isinstance(lost_by_the_parser(failed.value), MemoryError)
+    assert lost_by_the_parser(IndexError("a fault of ours")) is None

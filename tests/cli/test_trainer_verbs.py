@@ -253,13 +253,28 @@ def test_a_path_is_told_as_it_was_asked_for() -> None:
             "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.): ",
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "out of memory (CUDA out of memory"),
+        (
+            OSError(12, "Cannot allocate memory", "a.bin"),
+            "out of memory ([Errno 12] Cannot allocate memory: 'a.bin'): ",
+        ),
+        (RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"), "out of memory (unable to"),
+        (ImportError("a.so: failed to map segment from shared object"), "out of memory (a.so: failed to map segment"),
+        (Exception("out of memory"), "out of memory (out of memory): "),  # of tokenizers
+        (RuntimeError("can't start new thread"), "out of memory (can't start new thread): "),
+        (OSError("write failed (os error 12)"), "out of memory (write failed (os error 12)): "),
     ],
 )
 def test_memory_that_runs_out_is_one_line_with_the_way_out(error: Exception, said: str) -> None:
     message = user_message(error)
     assert message is not None and message.startswith(said) and "\n" not in message
     assert message.endswith("needs less; `plan` shows what a pre-training run takes")
+    # Where a file is read, any error becomes a ValueError that calls the file damaged.
+    damaged = ValueError("the file is damaged")
+    damaged.__cause__ = error
+    assert user_message(damaged) == message
     assert user_message(RuntimeError("a fault of ours")) is None
+    no_permission = ImportError("a.so: failed to map segment from shared object: Operation not permitted")
+    assert user_message(no_permission) is None
 
 
 def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,6 +233,9 @@ def test_the_same_config_shows_nothing(stopped: Path, tmp_path: Path, capsys: py
     assert "changed" not in capsys.readouterr().out
     second = json.loads((version(tmp_path) / "history.jsonl").read_text().splitlines()[1])
     assert second["differences"] == {} and second["step"] == 5
+    Path(config).write_text("a: &a [*a]")
+    assert main([*command, "--ckpt_path", "last", "--trainer.max_steps", "7"]) == 0
+    assert f"{config} cannot be read, so what has changed since is not known" in capsys.readouterr().err
 
 
 def test_differences_are_keyed_as_a_person_would() -> None:

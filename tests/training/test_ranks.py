@@ -467,7 +467,15 @@ def test_a_name_by_which_other_nodes_find_this_one_is_taken(address: str, monkey
             "[gloo/transport/tcp/pair.cc:534] Read error [10.77.0.2]:48512: Connection timed out",
             "lost the connection to another rank (Connection timed out), and ended all: see whether its node",
         ),
-        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1", None),
+        (
+            "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1",
+            "another rank has ended (Connection closed by peer), so this rank ends too: see what that rank printed; go on",
+        ),
+        (
+            "[gloo/transport/tcp/pair.cc:553] Read error: Connection reset by peer",
+            "another rank has ended (Connection reset",
+        ),
+        ("the hub: Connection reset by peer", None),
         ("https://host: Connection timed out", None),
     ],
 )

@@ -129,3 +129,13 @@ def test_a_card_shows_hostile_names_and_obeys_none(run: tuple[Located, Decoder])
                 ast.unparse(node.func) for node in ast.walk(ast.parse(unescape(code))) if isinstance(node, ast.Call)
             }
             assert not any("system" in call for call in calls)
+
+
+@pytest.mark.parametrize(("license", "kept"), [("mit", True), ("&a [*a]", False), ("[" * 100_000, False)])
+def test_a_card_takes_the_licence_of_its_source_if_that_can_be_read(license: str, kept: bool, tmp_path: Path) -> None:
+    """Front matter of others may stand for values without end. The text below it is kept in either case."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: {license}\n---\nThe card of the source.\n")
+    card = model_card("copy", tiny_decoder(), tiny_tokenizer(), Located(str(tmp_path), "hf", tmp_path, None))
+    assert "The card of the source." in card
+    front = card.split("---\n", 2)[1]
+    assert ("license: mit" in front) == kept and ("license" in front) == kept
