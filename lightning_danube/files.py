@@ -300,7 +300,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|\bos error 12\b|^out of memory$"  # torch, C, C++, Rust
+    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc"  # torch, C, C++
+    r"|\bos error 12\b|^out of memory$"  # Rust
     r"|failed to map segment from shared object(?!: Operation not permitted)"  # the loader of libraries
     r"|can't start new thread|ThreadPoolBuildError"  # Python, Rust: a thread needs memory for its stack
 )

@@ -183,7 +183,8 @@ def damage(checkpoint: Path) -> str | None:
     older version, only the sizes are known.
 
     Raises:
-        OSError, MemoryError, RuntimeError: the system lacks memory, threads or descriptors. The checkpoint may be whole.
+        OSError, MemoryError, RuntimeError: the system lacks memory, threads or descriptors. The checkpoint may be
+            complete.
     """
     try:
         if checkpoint.is_dir():

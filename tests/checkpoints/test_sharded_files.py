@@ -195,5 +195,5 @@ def test_memory_that_runs_out_is_no_damage(directory: Path, monkeypatch: pytest.
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
 
     monkeypatch.setattr("torch.load", refuse)
-    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator: can't allocate memory"):
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: can't allocate memory"):
         load_whole(directory)

@@ -469,7 +469,7 @@ def test_a_name_by_which_other_nodes_find_this_one_is_taken(address: str, monkey
         ),
         (
             "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1",
-            "another rank has ended (Connection closed by peer), so this rank ends too: see what that rank printed; go on",
+            "another rank has ended (Connection closed by peer), so this rank ends too: see what that rank printed",
         ),
         (
             "[gloo/transport/tcp/pair.cc:553] Read error: Connection reset by peer",
