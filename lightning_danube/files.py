@@ -296,7 +296,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
-    return re.search(_NO_MEMORY, str(error)) is not None
+    # A ValueError is a message of this project, which may quote a library.
+    return not isinstance(error, ValueError) and re.search(_NO_MEMORY, str(error)) is not None
 
 
 _NO_MEMORY = re.compile(

@@ -76,7 +76,8 @@ def naming_damage(path: Path) -> Iterator[None]:
         failures = error.failures if isinstance(error, CheckpointException) else {}
         cause = next((cause for cause, _ in failures.values()), error)
         if is_out_of_memory(cause):
-            raise cause from error
+            # A damaged size asks for any amount. Not `from error`, which would leave only the missing memory to tell.
+            raise Refused(f"{path}: out of memory, or the checkpoint is damaged ({one_line(cause)})") from None
         raise Refused(f"{path} is damaged, or has other tensors: {one_line(cause)}") from error
 
 

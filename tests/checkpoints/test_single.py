@@ -182,7 +182,7 @@ def test_a_machine_without_memory_for_a_thread_saves_without_one(
     monkeypatch.setattr(single.threading.Thread, "start", refuse)
     io, path = DurableCheckpointIO(background=True), step_checkpoint(tmp_path, 3)
     io.save_checkpoint({"step": 3}, path)
-    assert damage(path) is None and io.load_checkpoint(path)["step"] == 3 and io.writing is None
+    assert damage(path) is None and torch.load(path) == {"step": 3} and io.writing is None
     io.wait()
     monkeypatch.setattr(single, "write_checkpoint", full_disk)
     with pytest.raises(OSError, match="No space left"):
