@@ -139,7 +139,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if verb in TRAINER_VERBS:
         if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all
-            _check_at_once(args[1:], files=verb == "fit" and os.environ.get("SLURM_PROCID", "0") == "0")
+            _check_at_once(args[1:], settings=True, files=verb == "fit" and os.environ.get("SLURM_PROCID", "0") == "0")
         from lightning_danube.cli import trainer_verbs as cli
 
         return cli.main(args)
@@ -160,12 +160,15 @@ def _dispatch(args: list[str]) -> int:
     raise ValueError(f"unknown command {verb!r}: {name_meant(verb, [*TRAINER_VERBS, *COMMANDS])}")
 
 
-def _check_at_once(args: list[str], *, files: bool = False) -> None:
+def _check_at_once(args: list[str], *, settings: bool = False, files: bool = False) -> None:
     from lightning_danube.cli.command_line import check_command_line, check_files
+    from lightning_danube.cli.configs import check_settings
 
     check_command_line(args)
     if files:
         check_files(args)
+    if settings:
+        check_settings(args)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -57,6 +57,19 @@ def test_a_typing_error_is_found_before_anything_heavy_is_imported(verb: str, mi
     assert imported_by(verb, *mistake) <= {"yaml", "omegaconf", "numpy"}
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--model.init_args.decoder.hidden_size", "100"],
+        ["--data.init_args.batch_tokens", "1000"],
+        ["--trainer.logger", "[CSVLogger, MLFlowLoger]"],
+    ],
+)
+def test_a_wrong_number_is_found_before_anything_heavy_is_imported(mistake: list[str]) -> None:
+    # The small tokenizer gives the size of the vocabulary. It loads in milliseconds.
+    assert imported_by("fit", "--config", "quickstart", *mistake) <= {"yaml", "omegaconf", "numpy", "tokenizers"}
+
+
 def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
     missing = ["--data.init_args.sources.web.path", "nowhere.jsonl"]
     assert imported_by("fit", "--config", "quickstart", *missing) <= {"yaml", "omegaconf", "numpy"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option
+from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option, plain_value
 from lightning_danube.files import looks_like_path
 from lightning_danube.options import PRECISIONS
 from lightning_danube.outside.modules import let_in
@@ -427,12 +427,13 @@ def _check_classes(stated: Stated) -> None:
         # The weights say what the data leave open; they are read later.
         sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
     for key in ("callbacks", "logger"):
-        named = trainer.get(key) if isinstance(trainer, Mapping) else None
+        named = plain_value(trainer.get(key)) if isinstance(trainer, Mapping) else None
         listed = named if isinstance(named, list) else [named] if named else []
         sections += [(("trainer", key, str(n)), one) for n, one in enumerate(listed)]
     for path, section in sections:
+        section = plain_value(section)
         named = section.get("class_path") if isinstance(section, Mapping) else section
-        if not isinstance(named, str) or named[:1] in ("", "[", "{") or "${" in named:
+        if not isinstance(named, str) or not named or "${" in named:
             continue
         try:
             if "." in named:

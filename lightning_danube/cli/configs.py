@@ -22,7 +22,7 @@ from lightning_danube.cli.command_line import (
     read_command_line,
     with_config_paths,
 )
-from lightning_danube.cli.options import Reader, Refusal, Typed
+from lightning_danube.cli.options import CLASS_KEYS, Reader, Refusal, Typed, plain_value
 from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml, with_text_keys
 
@@ -186,6 +186,49 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
             PretrainingSettings(**options, **facts),
             TrainerSection(**reader.options(TrainerSection, trainer, ("trainer",), "Trainer")),
         )
+
+
+def check_settings(args: Sequence[str]) -> None:
+    """Checks the settings of a pre-training run from random weights, before PyTorch and Lightning are imported.
+
+    The settings of other tasks are checked later, with their classes. The tokenizer is not loaded, because it may have
+    to be fetched. No check depends on it, so the small tokenizer takes its place. The optimizer is left out, because
+    some optimizers import PyTorch.
+
+    Args:
+        args: the arguments without the verb.
+
+    Raises:
+        ValueError: the settings are refused; the message is one line.
+    """
+    stated = read_command_line(with_config_paths(args))
+    if not _is_pretraining(stated) or continued_weights(stated) is not None:
+        return
+    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
+    from lightning_danube.tokens.tokenizer import DANUBE_SMALL
+
+    with one_line_errors(stated):
+        tree = resolved_tree(stated)
+        reader = Reader(taken=FACTS_OF_DATA, make=True)
+        data = reader.class_options(CurriculumSettings, _options(tree["data"]), ("data",), "CurriculumData")
+        settings = CurriculumSettings(**{**data, "tokenizer": DANUBE_SMALL, "new_tokens": None})
+        model = {key: value for key, value in _options(tree["model"]).items() if key != "optimizer"}
+        facts = {fact: getattr(settings, fact) for fact in LINKED}
+        options = reader.class_options(PretrainingSettings, model, ("model",), "Pretraining")
+        assert PretrainingSettings(**options, **facts).config
+
+
+def _is_pretraining(stated: Stated) -> bool:
+    return all(
+        isinstance(section := stated.tree.get(name), Mapping) and _class_name(section) == class_name
+        for name, class_name in (("model", "Pretraining"), ("data", "CurriculumData"))
+    )
+
+
+def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of the class that a section names, those inside and outside of `init_args` together."""
+    outer = {key: value for key, value in section.items() if key not in CLASS_KEYS}
+    return {**(plain_value(section.get("init_args")) or {}), **outer}
 
 
 def place_of_runs(configs: Sequence[str], overrides: Sequence[str]) -> Path:

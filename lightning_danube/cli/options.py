@@ -235,8 +235,8 @@ class Reader:
         if origin in _MAPPINGS:
             return self._mapping(hint, value, path)
         if is_configured_class(origin):
-            return self._object(origin, _plain(value), path)
-        return _plain(value)
+            return self._object(origin, plain_value(value), path)
+        return plain_value(value)
 
     def _union(self, members: tuple[Any, ...], value: Any, path: Path) -> Any:
         """Returns a value as a member of a union. An error names the member that the value matches most deeply."""
@@ -259,7 +259,7 @@ class Reader:
         raise _expected(tuple(sorted(expected, key=lambda one: one == "null")), meant[0].value, meant[0].path)
 
     def _list(self, hint: Any, value: Any, path: Path) -> Any:
-        items = _plain(value)
+        items = plain_value(value)
         if not isinstance(items, list | tuple):
             raise _expected(("a list",), value, path)
         inner = [one for one in typing.get_args(hint) if one is not Ellipsis]
@@ -271,7 +271,7 @@ class Reader:
         return [self.value(one, item, (*path, str(n))) for n, (one, item) in enumerate(zip(hints, items, strict=True))]
 
     def _mapping(self, hint: Any, value: Any, path: Path) -> Any:
-        given = _plain(value)
+        given = plain_value(value)
         if not isinstance(given, Mapping):
             raise _expected(("a mapping",), value, path)
         self.mappings.add(path)
@@ -358,7 +358,7 @@ class Reader:
         known, _ = options_of(owner)
         before = {key: one for key, one in (value.get(BEFORE) or {}).items() if key in known}
         outer = {key: one for key, one in value.items() if key not in (*CLASS_KEYS, BEFORE)}
-        given = _plain(value.get("init_args")) or {}
+        given = plain_value(value.get("init_args")) or {}
         if not isinstance(given, Mapping):
             raise Refusal(path, f"expected a mapping of the options of {owner.__name__}, not {given}")
         return self.options(owner, {**before, **given, **outer}, path, name)
@@ -452,7 +452,7 @@ def _scalar(kind: type, value: Any) -> Any:
     """Converts a value to a scalar type. Raises TypeError or ValueError if that is impossible."""
     if kind is str and isinstance(value, str):
         return str(value)
-    plain = _plain(value)
+    plain = plain_value(value)
     if kind is type(None) and plain is None and (value is None or value in NULLS):
         return None
     if kind is bool and isinstance(plain, bool):
@@ -470,12 +470,12 @@ def _scalar(kind: type, value: Any) -> Any:
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
     if value in choices:
         return str(value) if isinstance(value, str) else value
-    if (plain := _plain(value)) in choices:
+    if (plain := plain_value(value)) in choices:
         return plain
     raise ValueError
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Parses a text of the command line as YAML. Returns other values unchanged."""
     if not isinstance(value, Typed):
         return value

@@ -28,7 +28,14 @@ from lightning_danube.terminal import name_meant, nearest_name
 
 ROOT = FilePath(lightning_danube.__file__).parent
 CHECKED = {
+    "ConversationSource": "lightning_danube.chat.conversations",
+    "DecoderShape": "lightning_danube.model.config",
+    "Filters": "lightning_danube.text.quality",
     "LearningRate": "lightning_danube.training.optim.schedule",
+    "Lora": "lightning_danube.weights.lora",
+    "PreferenceSource": "lightning_danube.chat.preferences",
+    "RopeScaling": "lightning_danube.model.config",
+    "Source": "lightning_danube.text.corpora",
     "Stage": "lightning_danube.pretraining.curriculum",
 }
 """Dataclass that checks its values, and whose module imports nothing large → its module."""

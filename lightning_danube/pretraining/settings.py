@@ -59,7 +59,9 @@ class PretrainingSettings:
 
     def _check_lora(self) -> None:
         if self.weights is None:
-            raise ValueError("model.lora trains an adapter on frozen weights, and model.weights names none: name them")
+            raise ValueError(
+                "model.lora is given, and model.weights names no weights to adapt: name them, or leave lora out"
+            )
         optimizer = type(options(AdamW, self.optimizer, "model.optimizer"))
         if optimizer is not AdamW:
             raise ValueError(
@@ -92,7 +94,10 @@ class PretrainingSettings:
         """
         if self.decoder is None:
             return None
-        shape = DecoderConfig.preset(self.decoder) if isinstance(self.decoder, str) else self.decoder
+        try:
+            shape = DecoderConfig.preset(self.decoder) if isinstance(self.decoder, str) else self.decoder
+        except ValueError as error:
+            raise ValueError(f"model.decoder: {error}") from None
         return options(DecoderShape, shape, "model.decoder")
 
     @cached_property

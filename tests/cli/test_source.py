@@ -90,6 +90,17 @@ def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
         ("--model.learning_rate.warmup 105%", "--model.learning_rate.warmup is '105%', more than the whole run"),
         ("--data.init_args.stages [{name:,tokens:0,mix:{}}]", "--data.init_args.stages: data.stages.0"),
         ("--data.init_args.sources.web.typ 3", "'typ' is not an option of Source"),
+        ("--data.init_args.sources.web.max_tokens 5x", "--data.init_args.sources.web.max_tokens is '5x': give tokens"),
+        ("--data.filters.min_words -1", "--data.filters: data.filters has min_words -1"),
+        (
+            "--model.decoder.hidden_size 100",
+            "--model.decoder.hidden_size 100 and num_attention_heads 4 make a head_dim of 25, which is odd;",
+        ),
+        ("--model.decoder.hidden_size 130", "--model.decoder.hidden_size 130 is no multiple of num_attention_heads 4;"),
+        ("--model.decoder.num_key_value_heads 3", "num_key_value_heads 3 does not divide num_attention_heads 4; these"),
+        ("--model.decoder.num_hidden_layers 0", "--model.decoder.num_hidden_layers is 0; it has to be above 0"),
+        ("--model.decoder.rope_scaling.factor 0", "rope_scaling.factor is 0.0; it has to be a number above 0"),
+        ("--model.lora.rank 0", "--model.lora.rank has rank 0, alpha 32.0, dropout 0.05: rank at least 1"),
     ],
 )
 def test_a_command_line_is_checked(flags: str, message: str) -> None:
@@ -206,6 +217,36 @@ def test_a_misspelt_class_is_found_early(flag: str, message: str) -> None:
         check_command_line(["--config", "quickstart", flag])
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--trainer.logger=[CSVLogger, MLFlowLoger]",
+            "--trainer.logger: trainer.logger.1: there is no Logger called 'MLFlowLoger': did you mean MLFlowLogger?",
+        ),
+        (
+            "--trainer.logger=[{class_path: CSVLoger}]",
+            "--trainer.logger: trainer.logger.0: there is no Logger called 'CSVLoger': did you mean CSVLogger?",
+        ),
+        (
+            "--trainer.callbacks=[Progres]",
+            "--trainer.callbacks: trainer.callbacks.0: there is no Callback called 'Progres': did you mean Progress?",
+        ),
+        (
+            "--trainer.callbacks+={class_path: lightning_danube.callbacks.Checkpoints, init_args: {keeep: 3}}",
+            "--trainer.callbacks+: 'keeep' is not an option of Checkpoints: did you mean 'keep'?",
+        ),
+        (
+            "--model={class_path: lightning_danube.pretraining.Pretrainin}",
+            "--model: there is no class 'Pretrainin' in lightning_danube.pretraining: did you mean",
+        ),
+    ],
+)
+def test_a_misspelt_class_in_a_typed_list_or_mapping_is_found_early(flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_command_line(["--config", "quickstart", flag])
+
+
 class UsersDataModules(LightningDataModule):
     """A class that a program defines beside its call of `fit`."""
 
@@ -226,6 +267,8 @@ class UsersDataModules(LightningDataModule):
         "--trainer.logger=CSVLogger",
         "--trainer.logger=false",
         "--trainer.logger=[TensorBoardLogger, MLFlowLogger]",
+        "--trainer.logger=[my.own.Logger, {class_path: CSVLogger, init_args: {save_dir: logs}}]",
+        "--trainer.logger=true",
         "--trainer.callbacks=null",
         "--trainer.callbacks=[]",
     ],
