@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.embedded.made_text import turns_of
 from lightning_danube.text.objects import read_objects
-from lightning_danube.text.reading import BadRow, listed, read_rows
+from lightning_danube.text.reading import BadRow, id_of, listed, read_rows
 
 ChatMessage = dict[str, str]
 Shape = Literal["messages", "sharegpt", "tree", "instruction", "pairs"]
@@ -122,7 +122,7 @@ class Conversation(NamedTuple):
     """Messages, with their file and row. Rows count from 1, as in an editor.
 
     `unlearned` has the numbers, from 0, of the answers that the row excludes from the loss. `dropped` is the number of
-    answers that were left out at the beginning.
+    answers that were left out at the beginning. `id` is the row's column of that name.
     """
 
     messages: list[ChatMessage]
@@ -130,6 +130,7 @@ class Conversation(NamedTuple):
     row: int
     unlearned: frozenset[int] = frozenset()
     dropped: int = 0
+    id: str | int | None = None
 
     @property
     def topic(self) -> str:
@@ -190,7 +191,7 @@ def _conversation(
     check_messages(messages)
     if not any(message["role"] == "assistant" and number not in unlearned for number, message in enumerate(messages)):
         raise NoConversation("nothing to learn", "the weights of the turns exclude every answer")
-    return Conversation(messages, file, row, unlearned, early)
+    return Conversation(messages, file, row, unlearned, early, id_of(values))
 
 
 def questions_of_documentation(name: str, texts: Source, cache_dir: Path) -> Iterator[tuple[str, int, str]]:

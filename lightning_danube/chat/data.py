@@ -39,9 +39,11 @@ from lightning_danube.training.planned_data import PlannedData
 from lightning_danube.training.position import replicas_of
 from lightning_danube.weights.tokenizers import tokenizer_of
 
-FORMAT = 2
+FORMAT = 3
 """Version of how rows become encoded conversations. Those of another version are made again."""
 SPLITS = ("train", "validation")
+ORIGINS = "origins.json"
+"""File with the origins of the held-out examples, beside the encoded conversations."""
 SHOWN_BAD_ROWS = 3
 TOO_LONG = "too long"
 SHOWN_COUNTS = {
@@ -56,14 +58,22 @@ SHOWN_COUNTS = {
 
 @dataclass(frozen=True)
 class EncodedChats:
-    """The concatenated conversations of one split: `ids` and `learned` (tokens,), `ends` (conversations + 1,)."""
+    """The concatenated conversations of one split: `ids` and `learned` (tokens,), `ends` (conversations + 1,).
+
+    `origins` has the file, row and, if known, `id` of each example, for held-out examples only.
+    """
 
     ids: NDArray[Any]
     learned: NDArray[np.bool_]
     ends: NDArray[np.int64]
+    origins: Sequence[dict[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.ends) - 1
+
+    def origins_of(self, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """Returns the origin of the example in each row, empty for a row without an example; [] if none is known."""
+        return [self.origins[row[0]] if row else {} for row in rows] if self.origins else []
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
@@ -112,6 +122,12 @@ class FittedExample(NamedTuple):
 
     row: Conversation | Preference
     chats: list[FittedChat]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Returns the file and the row of the example, and its `id` if it has one."""
+        known = {} if self.row.id is None else {"id": self.row.id}
+        return {"file": self.row.file, "row": self.row.row, **known}
 
     @property
     def is_shortened(self) -> bool:
@@ -260,6 +276,7 @@ class ConversationData(PlannedData):
         """
         report, left_out, messages = Counter[str](), Counter[str](), list[str]()
         chats: dict[str, list[FittedChat]] = {split: [] for split in SPLITS}
+        origins: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         hashes: list[int] = []  # of the topic of each chat to learn
         topics = Counter[int]()  # examples to learn of each topic
         for found in self.examples(name):
@@ -269,10 +286,10 @@ class ConversationData(PlannedData):
                 left_out[found.cause] += 1
                 messages += [found.message] * (len(messages) < SHOWN_BAD_ROWS)
                 continue
-            if self.is_held_out(found.row):
-                chats["validation"] += found.chats
-            else:
-                chats["train"] += found.chats
+            split = "validation" if self.is_held_out(found.row) else "train"
+            chats[split] += found.chats
+            origins[split].append(found.origin)
+            if split == "train":
                 topic = text_hash(found.row.topic)
                 hashes += [topic] * len(found.chats)
                 topics[topic] += 1
@@ -284,8 +301,11 @@ class ConversationData(PlannedData):
             learned = list(zip(chats["train"], hashes, strict=True))
             chats["validation"] = [chat for chat, topic in learned if topic == lowest]
             chats["train"] = [chat for chat, topic in learned if topic != lowest]
+            each = zip(origins["train"], hashes[:: self.chats_each], strict=True)
+            origins["validation"] = [origin for origin, topic in each if topic == lowest]
             report[f"{self.example}s_held_out"] = topics[lowest]
-        self._write(name, chats, {"source": name, **report, "left_out": left_out, "first_left_out": messages})
+        report_of_source = {"source": name, **report, "left_out": left_out, "first_left_out": messages}
+        self._write(name, chats, report_of_source, origins["validation"])
 
     def examples(self, name: str) -> Iterator[FittedExample | BadRow]:
         """Yields all rows of a source, in a fixed order, each encoded or with the reason why it is left out."""
@@ -331,13 +351,21 @@ class ConversationData(PlannedData):
         except ValueError as error:
             return BadRow(found.file, found.row, "refused by the template", f"{where}: {error}")
 
-    def _write(self, name: str, chats: dict[str, list[FittedChat]], report: dict[str, Any]) -> None:
+    def _write(
+        self,
+        name: str,
+        chats: dict[str, list[FittedChat]],
+        report: dict[str, Any],
+        origins: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Writes the encoded examples of a source, its report, and the origins of the held-out examples."""
         with new_folder(self._directory(name)) as building:
             for split, members in chats.items():
                 encoded = self._concatenated(members)
                 for what, array in {"ids": encoded.ids, "learned": encoded.learned, "ends": encoded.ends}.items():
                     np.save(building / f"{split}-{what}.npy", array)
             (building / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (building / ORIGINS).write_text(json.dumps({"validation": origins}), encoding="utf-8")
 
     def _concatenated(self, chats: Sequence[FittedChat]) -> EncodedChats:
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
@@ -382,7 +410,8 @@ class ConversationData(PlannedData):
             )
             if not len(ids) == len(learned) == ends[-1] or (np.diff(ends, prepend=0) < 0).any():
                 raise ValueError("its arrays do not fit together")
-            return EncodedChats(ids, learned, np.asarray(ends))
+            origins = read_json(directory / ORIGINS)["validation"] if split == "validation" else ()
+            return EncodedChats(ids, learned, np.asarray(ends), origins)
 
     # --- what `inspect` shows -----------------------------------------------------------------------------------------
 
@@ -661,6 +690,7 @@ class HeldOutChats(Dataset[Any]):
             **batch_of(self.chats, rows, self.context_length, packed=False),
             "source": self.source,
             "rows": [row[0] if row else -1 for row in rows],
+            "origins": self.chats.origins_of(rows),
         }
 
 

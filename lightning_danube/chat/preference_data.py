@@ -261,6 +261,7 @@ class HeldOutPairs(Dataset[Any]):
             "reference": reference_of(self.reference, rows),
             "source": self.source,
             "rows": [row[0] if row else -1 for row in rows],
+            "origins": self.chats.origins_of(rows),
         }
 
 

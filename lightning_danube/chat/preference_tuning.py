@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from lightning_danube.model import token_losses
 from lightning_danube.model.config import ActivationCheckpointing
-from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of
+from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of, places_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.adapters import weights_digest
@@ -134,18 +134,18 @@ class PreferenceTuning(TuningTask):
         self.update_mean(f"ranking/accuracy_held_out_{source}", self._ranked, pairs)
 
     def predict_step(self, batch: HeldOutPairBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each held-out pair its source, number, loss, rewards and texts."""
+        """Returns for each held-out pair its source, file, row, `id` if it has one, loss, rewards and texts."""
         losses_P, rewards_P2, _ = self.losses_of(batch)
         texts = self.texts_of(batch)  # the chosen answer of a pair, then the rejected one
         return [
             {
-                **{"source": batch["source"], "row": row, "loss": loss, "chosen": chosen, "rejected": rejected},
-                **{"chosen_text": texts[2 * place], "rejected_text": texts[2 * place + 1]},
+                **{"source": batch["source"], **place, "loss": loss, "chosen": chosen, "rejected": rejected},
+                **{"chosen_text": texts[2 * number], "rejected_text": texts[2 * number + 1]},
             }
-            for place, (row, loss, (chosen, rejected)) in enumerate(
-                zip(batch["rows"], losses_P.tolist(), rewards_P2.tolist(), strict=True)
+            for number, (place, loss, (chosen, rejected)) in enumerate(
+                zip(places_of(batch), losses_P.tolist(), rewards_P2.tolist(), strict=True)
             )
-            if row >= 0
+            if batch["rows"][number] >= 0
         ]
 
 

@@ -33,7 +33,7 @@ from lightning_danube.chat.conversations import (
 from lightning_danube.text.corpora import Source
 from lightning_danube.text.embedded.made_text import turns_of
 from lightning_danube.text.objects import read_objects
-from lightning_danube.text.reading import BadRow, listed
+from lightning_danube.text.reading import BadRow, id_of, listed
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "conversations", "question", "instruction"),
@@ -92,7 +92,8 @@ class PreferenceSource:
 class Preference(NamedTuple):
     """A pair, with its file and row. Rows count from 1, as in an editor.
 
-    `topic` decides whether the pair is held out, so pairs of one topic are always in the same split.
+    `topic` decides whether the pair is held out, so pairs of one topic are always in the same split. `id` is the row's
+    column of that name.
     """
 
     prompt: list[ChatMessage]
@@ -101,6 +102,7 @@ class Preference(NamedTuple):
     topic: str
     file: str
     row: int
+    id: str | int | None = None
 
 
 def read_preferences(name: str, source: PreferenceSource, cache_dir: Path) -> Iterator[Preference | BadRow]:
@@ -136,7 +138,7 @@ def _read_pairs(name: str, source: PreferenceSource, cache_dir: Path) -> Iterato
             except NoConversation as error:
                 yield BadRow(file, row, error.cause, f"{where}: {error}")
             else:
-                yield Preference(prompt, chosen, rejected, first_question(prompt), file, row)
+                yield Preference(prompt, chosen, rejected, first_question(prompt), file, row, id_of(values))
             first = False
 
 

@@ -17,7 +17,7 @@ from lightning_danube.options import options
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
 from lightning_danube.text.quality import text_hash
-from lightning_danube.text.reading import BadRow, listed, read_rows, text_of
+from lightning_danube.text.reading import BadRow, id_of, listed, read_rows, text_of
 
 PACKAGES = f"{DOCUMENTATION}packages"
 """The embedded data set: documentation of installed packages. The label is the package."""
@@ -100,16 +100,10 @@ def read_labelled_texts(
         elif not text.strip():
             yield BadRow(file, row, "empty text", f"{where}: column {text_column!r} is empty")
         elif label_column is None:
-            yield LabelledText(text, None, file, row, _id_of(values))
+            yield LabelledText(text, None, file, row, id_of(values))
         else:
             label = _label(values.get(label_column), label_column, file, row)
-            yield label if isinstance(label, BadRow) else LabelledText(text, label, file, row, _id_of(values))
-
-
-def _id_of(values: Mapping[str, Any]) -> str | int | None:
-    """Returns the column `id` of a row, by which a user knows the row."""
-    found = values.get("id")
-    return listed([found]) if isinstance(found, str) else found if isinstance(found, int) else None
+            yield label if isinstance(label, BadRow) else LabelledText(text, label, file, row, id_of(values))
 
 
 def _rows(role: str, source: LabelledTexts, cache_dir: Path) -> Iterator[tuple[str, int, Any]]:

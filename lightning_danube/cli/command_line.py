@@ -115,13 +115,24 @@ def read_command_line(args: Sequence[str]) -> Stated:
             tree = {key: tree}
         stated.tree = merged(stated.tree, tree)
         path = without_init_args(keys)
-        if not flag.endswith("+") and not value.lstrip().startswith("{"):
-            # The value takes the place of all that files state below it. A mapping is merged with it.
-            stated.places = {at: place for at, place in stated.places.items() if at[: len(path)] != path}
+        if not flag.endswith("+"):
+            # Each value takes the place of all that files state below it. A mapping is merged with what files state.
+            for leaf in _leaves(plain_value(Typed(value)), path):
+                stated.places = {at: place for at, place in stated.places.items() if at[: len(leaf)] != leaf}
+                stated.places[leaf] = flag
         stated.places[path] = flag
         for length in range(1, len(path)):
             stated.places.setdefault(path[:length], flag)
     return stated
+
+
+def _leaves(value: Any, path: Path) -> Iterator[Path]:
+    """Yields the paths, without `init_args`, of the values in a mapping that are no mappings themselves."""
+    if not isinstance(value, Mapping) or not value:
+        yield path
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, path if key == "init_args" else (*path, str(key)))
 
 
 def complete_loggers(stated: Stated) -> None:

@@ -173,6 +173,12 @@ def documents_of(values: Any, column: str, file: str, row: int, where: str) -> I
         yield from (Document(piece, file, row) for piece in cut(found))
 
 
+def id_of(values: Mapping[str, Any]) -> str | int | None:
+    """Returns the column `id` of a row, by which a user knows the row."""
+    found = values.get("id")
+    return listed([found]) if isinstance(found, str) else found if isinstance(found, int) else None
+
+
 def text_of(values: Any, column: str, file: str, row: int, where: str) -> str | BadRow:
     """Returns the text of a row, "" for a null text, or a `BadRow`."""
     if not isinstance(values, Mapping):

@@ -44,10 +44,19 @@ class StepBatch(TokenBatch):
 
 
 class HeldOutBatch(TokenBatch):
-    """Held-out rows of one source, and the numbers of the rows; -1 for an empty row."""
+    """Held-out rows of one source, and the numbers of the rows; -1 for an empty row.
+
+    `origins` has the file, row and, if known, `id` of the example in each row, where a row is one example.
+    """
 
     source: str
     rows: list[int]
+    origins: NotRequired[list[dict[str, Any]]]
+
+
+def places_of(batch: HeldOutBatch) -> list[dict[str, Any]]:
+    """Returns for each row the file, row and `id` of its example, or its number if a row is no single example."""
+    return batch.get("origins") or [{"row": row} for row in batch["rows"]]
 
 
 class PairBatch(StepBatch):

@@ -26,7 +26,7 @@ from lightning_danube.model.parallel import Sharding, parallelize
 from lightning_danube.options import options
 from lightning_danube.terminal import show, tell
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
-from lightning_danube.training.contract import DataWithTokenizer, TokenBatch, TrainingData, data_of
+from lightning_danube.training.contract import DataWithTokenizer, TokenBatch, TrainingData, data_of, places_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
 from lightning_danube.training.run_facts import RunFacts
@@ -308,7 +308,10 @@ class DecoderTask(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats/token) and text."""
+        """Returns for each row of a `HeldOutBatch` its source, number, tokens, mean loss (nats/token) and text.
+
+        A row that is one example has the file, row and `id` of that example instead of a number.
+        """
         nats = (
             token_losses(self.hidden_states(batch), self.decoder.lm_head.weight, batch["labels"])
             .cpu()
@@ -318,8 +321,8 @@ class DecoderTask(LightningModule):
         )
         tokens = (batch["labels"] >= 0).sum(1).tolist()
         return [
-            {"source": batch["source"], "row": row, "tokens": n, "loss": loss / n, "text": text}
-            for row, n, loss, text in zip(batch["rows"], tokens, nats, self.texts_of(batch), strict=True)
+            {"source": batch["source"], **place, "tokens": n, "loss": loss / n, "text": text}
+            for place, n, loss, text in zip(places_of(batch), tokens, nats, self.texts_of(batch), strict=True)
             if n
         ]
 

@@ -45,7 +45,7 @@ def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 )
 def test_common_shapes_are_told_apart(tmp_path: Path, row: Any, messages: list[dict[str, str]]) -> None:
     path = write_rows(tmp_path / "a.jsonl", row, row)
-    assert read(path) == [Conversation(messages, str(path), 1), Conversation(messages, str(path), 2)]
+    assert read(path) == [Conversation(messages, str(path), n, id=row.get("id")) for n in (1, 2)]
 
 
 def test_columns_are_named_where_the_data_call_them_otherwise(tmp_path: Path) -> None:

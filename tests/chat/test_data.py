@@ -308,6 +308,32 @@ def test_conversations_with_one_first_question_stand_on_one_side(tmp_path: Path)
     assert len(asked[0] | asked[1]) == 12
 
 
+@pytest.mark.parametrize("questions", [60, 2])
+def test_a_held_out_conversation_knows_its_row_and_its_id(questions: int, tmp_path: Path) -> None:
+    """With two questions none is below the border, so the lowest topic is held out."""
+    rows = [
+        {"prompt": f"question {n % questions}", "response": f"answer {n}"} | ({"id": f"row {n}"} if n % 2 else {})
+        for n in range(60)
+    ]
+    path = write_rows(tmp_path / "talk.jsonl", *rows)
+    module = unread(path, held_out=0.2 if questions > 2 else 1e-9)
+    module.prepare_data()
+    module.setup("validate")
+    found = 0
+    for loader in module.predict_dataloader():
+        for batch in loader:
+            for ids, place in zip(batch["input_ids"], batch["origins"], strict=True):
+                row = rows[place["row"] - 1]
+                assert f"{row['prompt']}</s>" in str(module.tokenizer.decode(ids)) and row["response"] in str(
+                    module.tokenizer.decode(ids)
+                )
+                assert (
+                    place["file"] == str(path) and place.get("id") == row.get("id") and len(place) == 2 + ("id" in row)
+                )
+                found += 1
+    assert 0 < found == len(module._validation["talk"]) < 60
+
+
 # --- rows and batches -------------------------------------------------------------------------------------------------
 
 

@@ -278,6 +278,11 @@ def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[
     lines = (run_directory(talk, "talk-predict") / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == trained["val_pairs"]["talk"] == len({row["row"] for row in rows})
+    asked = {n: json.loads(line) for n, line in enumerate((talk / "talk.jsonl").read_text().splitlines(), start=1)}
+    for row in rows:
+        assert row["file"] == str(talk / "talk.jsonl")
+        for side in ("chosen", "rejected"):
+            assert asked[row["row"]][side] in row[f"{side}_text"]
     assert np.mean([row["loss"] for row in rows]) == pytest.approx(trained["val_loss"]["talk"], rel=1e-5)
     margin = np.mean([row["chosen"] - row["rejected"] for row in rows])
     assert margin == pytest.approx(trained["val_reward_margin"]["talk"], rel=1e-4)

@@ -339,3 +339,11 @@ def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path, mon
     assert [row["row"] for row in rows] == [0, 1, 2] and {row["source"] for row in rows} == {"web"}
     for name in ("loss", "chosen", "rejected"):
         assert [row[name] for row in rows] == pytest.approx(values[name], abs=1e-4)
+    origins = [{"file": "pairs.csv", "row": row, "id": f"pair {row}"} for row in (5, 9, 2)]
+    with torch.no_grad():
+        rows = task.predict_step({**batch, "origins": origins}, 0)  # type: ignore[typeddict-unknown-key]
+    assert [(row["file"], row["row"], row["id"]) for row in rows] == [
+        ("pairs.csv", 5, "pair 5"),
+        ("pairs.csv", 9, "pair 9"),
+        ("pairs.csv", 2, "pair 2"),
+    ]

@@ -305,6 +305,15 @@ def test_predictions_are_in_the_order_of_the_file_and_scores_need_no_order(tmp_p
     assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2, 3]]
     assert [asked.described(row)[0]["row"] for row in range(4)] == [1, 2, 3, 4] and asked.described(0)[1] == {}
     assert (batches[0]["classes"] == -100).all()
+    new = str(tmp_path / "new.csv")
+    assert asked.described(1)[0] == {"file": new, "row": 2, "text": "two words and more"}
+    (tmp_path / "named.jsonl").write_text('{"text": "one", "id": "a 1"}\n{"text": "two", "id": 2}\n')
+    named = ClassificationData(str(tmp_path / "train.csv"), predict=str(tmp_path / "named.jsonl"), context_length=8)
+    named.setup("predict")
+    assert [(named.described(row)[0]["id"], named.described(row)[0]["text"]) for row in (0, 1)] == [
+        ("a 1", "one"),
+        (2, "two"),
+    ]
     lengths = [int(module.encoded["test"].lengths[row]) for batch in module.test_dataloader() for row in batch["rows"]]
     assert lengths == sorted(lengths, reverse=True)
     assert module.predicted == "test" and module.described(2)[1] == {"true_label": module.splits["test"][2].label}

@@ -82,7 +82,7 @@ def test_the_settings_of_a_pre_training_run_are_checked(flags: str, message: str
         # Weights decide the context length.
         "--model.weights ./nowhere --data.batch_tokens 1000",
         "--data my.own.Data --data.batch_tokens 1000",
-        "--model Pretraining --model.decoder.hidden_size 256",
+        "--model Pretraining",
     ],
 )
 def test_what_the_settings_alone_do_not_tell_is_checked_later(flags: str) -> None:

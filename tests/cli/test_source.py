@@ -90,8 +90,8 @@ def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
         ("--model.learning_rate.warmup 105%", "--model.learning_rate.warmup is '105%', more than the whole run"),
         ("--data.init_args.stages [{name:,tokens:0,mix:{}}]", "--data.init_args.stages: data.stages.0"),
         ("--data.init_args.sources.web.typ 3", "'typ' is not an option of Source"),
-        ("--data.init_args.sources.web.max_tokens 5x", "--data.init_args.sources.web.max_tokens is '5x': give tokens"),
-        ("--data.filters.min_words -1", "--data.filters: data.filters has min_words -1"),
+        ("--data.init_args.sources.web.max_tokens 5x", "--data.init_args.sources.web.max_tokens is '5x': give a"),
+        ("--data.filters.min_words -1", "--data.filters.min_words is -1, max_words 100000: give 0 or more"),
         (
             "--model.decoder.hidden_size 100",
             "--model.decoder.hidden_size 100 and num_attention_heads 4 make a head_dim of 25, which is odd;",
@@ -100,7 +100,7 @@ def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
         ("--model.decoder.num_key_value_heads 3", "num_key_value_heads 3 does not divide num_attention_heads 4; these"),
         ("--model.decoder.num_hidden_layers 0", "--model.decoder.num_hidden_layers is 0; it has to be above 0"),
         ("--model.decoder.rope_scaling.factor 0", "rope_scaling.factor is 0.0; it has to be a number above 0"),
-        ("--model.lora.rank 0", "--model.lora.rank has rank 0, alpha 32.0, dropout 0.05: rank at least 1"),
+        ("--model.lora.rank 0", "--model.lora.rank: lora has rank 0, alpha 32, dropout 0.05: rank at least 1"),
     ],
 )
 def test_a_command_line_is_checked(flags: str, message: str) -> None:
@@ -234,7 +234,7 @@ def test_a_misspelt_class_is_found_early(flag: str, message: str) -> None:
         ),
         (
             "--trainer.callbacks+={class_path: lightning_danube.callbacks.Checkpoints, init_args: {keeep: 3}}",
-            "--trainer.callbacks+: 'keeep' is not an option of Checkpoints: did you mean 'keep'?",
+            "--trainer.callbacks+: trainer.callbacks.7: 'keeep' is not an option of Checkpoints: did you mean 'keep'?",
         ),
         (
             "--model={class_path: lightning_danube.pretraining.Pretrainin}",

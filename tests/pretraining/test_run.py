@@ -289,6 +289,7 @@ def test_predictions_are_the_rows_behind_the_test_loss(tiny: Path) -> None:
         # The test sums in float32, the rows in float64.
         mean = sum(row["loss"] * row["tokens"] for row in mine) / tested["val_tokens"][source]
         assert mean == pytest.approx(loss, rel=1e-5)
+    assert all(len(row["text"].split()) > 3 for row in rows)
 
 
 @pytest.mark.medium

@@ -249,8 +249,20 @@ def test_a_predicted_row_has_its_mean_loss() -> None:
     for row, number in zip(rows, (0, 2), strict=True):
         expected = torch.nn.functional.cross_entropy(logits[number], labels[number])
         assert row["loss"] == pytest.approx(float(expected), rel=1e-5)  # float32
+        assert list(row) == ["source", "row", "tokens", "loss", "text"]
         last = row["tokens"]
         assert row["text"] == words.decode([*ids[number, :last].tolist(), int(labels[number, last - 1])])
+
+
+def test_a_predicted_example_says_where_it_is_from() -> None:
+    task: Any = task_of(CONFIG).eval()
+    task._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(decode=str)))
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 8))
+    origins = [{"file": "a.jsonl", "row": 7, "id": "x"}, {"file": "a.jsonl", "row": 9}]
+    batch: Any = {"input_ids": ids, "labels": ids, "source": "talk", "rows": [0, 1], "origins": origins}
+    with torch.no_grad():
+        rows = task.predict_step(batch, 0)
+    assert [{key: row[key] for key in ("file", "row", "id") if key in row} for row in rows] == origins
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

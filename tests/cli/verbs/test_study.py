@@ -16,7 +16,7 @@ import pytest
 
 from lightning_danube.__main__ import main
 from lightning_danube.studies import facts, scaling, trials
-from lightning_danube.studies.design import Design, Overrides
+from lightning_danube.studies.design import Design, Overrides, read_design
 from lightning_danube.training.history import commit, machine
 
 STUDY = """
@@ -102,6 +102,20 @@ def test_a_study_ends_in_a_table_and_a_verdict(
     # The other metrics, too: their differences, here without any.
     assert re.search(r"(?m)^fast +4\.0000 \(\+0 ± 0\) +26\.0000 ", out)
     assert summary["also"]["val_loss.wiki"][0]["mean"] == 0
+
+
+@pytest.mark.medium
+def test_a_study_runs_in_any_directory(study: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is found by its name, and the command of a trial starts there, too."""
+    (study / "study.yaml").write_text(STUDY.format(base="quickstart"))
+    monkeypatch.chdir(study)
+    assert main(["study", "--config", "study.yaml"]) == 0
+    assert [row["state"] for row in results(study)] == ["complete"] * 6
+    design = read_design("studies/quickstart")
+    command = facts.command_of(design, next(iter(design.variants.values())), 1, "--print_config")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, cwd=study, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "seed_everything: 1" in done.stdout, done.stderr
 
 
 @pytest.mark.medium
