@@ -356,7 +356,7 @@ class ConversationData(PlannedData):
         name: str,
         chats: dict[str, list[FittedChat]],
         report: dict[str, Any],
-        origins: Sequence[dict[str, Any]] = (),
+        origins: Sequence[dict[str, Any]],
     ) -> None:
         """Writes the encoded examples of a source, its report, and the origins of the held-out examples."""
         with new_folder(self._directory(name)) as building:
@@ -408,9 +408,10 @@ class ConversationData(PlannedData):
             ids, learned, ends = (
                 np.load(directory / f"{split}-{what}.npy", mmap_mode="r") for what in ("ids", "learned", "ends")
             )
-            if not len(ids) == len(learned) == ends[-1] or (np.diff(ends, prepend=0) < 0).any():
-                raise ValueError("its arrays do not fit together")
             origins = read_json(directory / ORIGINS)["validation"] if split == "validation" else ()
+            fits = len(ids) == len(learned) == ends[-1] and not (np.diff(ends, prepend=0) < 0).any()
+            if not fits or (split == "validation" and len(origins) * self.chats_each != len(ends) - 1):
+                raise ValueError("its arrays do not fit together")
             return EncodedChats(ids, learned, np.asarray(ends), origins)
 
     # --- what `inspect` shows -----------------------------------------------------------------------------------------

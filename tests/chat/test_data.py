@@ -372,7 +372,7 @@ def test_ids_of_a_large_vocabulary_keep_their_values(tmp_path: Path) -> None:
         module.vocab_size = size
         module._fingerprints["talk"] = str(size)
         chat = FittedChat(np.array(ids, np.int32), np.array([False, True]), 0, 0)
-        module._write("talk", {"train": [chat], "validation": []}, {})
+        module._write("talk", {"train": [chat], "validation": []}, {}, [])
         assert module._open("talk", "train").ids.tolist() == ids
 
 
