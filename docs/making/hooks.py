@@ -8,6 +8,7 @@ from pathlib import Path
 from posixpath import dirname, relpath
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +17,7 @@ COPIES = "repository"
 origins: dict[str, str] = {}
 """Place in the site → path in the repository, for each file that is copied."""
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z][a-z0-9+.-]*:)([^)#\s]+)(?=[)#])")
+LOADED = re.compile(r"""<(?:script|img|source|iframe)\b[^>]*?\bsrc(?:set)?="?((?:https?:)?//[^"\s>]+)""")
 IMAGE = re.compile(r"""(?<=src=")(?!data:|[a-z]+://)([^"]+)|(?<=srcset=")(?!data:|[a-z]+://)([^"]+)""")
 
 
@@ -75,6 +77,17 @@ def on_files(files: Any, config: Any) -> Any:
         else:
             files.append(File.generated(config, place, content=listing(path)))
     return files
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuses a page that would load a script or a picture from a network.
+
+    Raises:
+        PluginError: the page loads something.
+    """
+    if found := LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {found[1]} from a network")
+    return output
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

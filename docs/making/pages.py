@@ -91,6 +91,12 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
 
 
+def site() -> dict[str, Any]:
+    """Returns the content of mkdocs.yml. Values with a tag are None."""
+    settings: dict[str, Any] = yaml.load(read("mkdocs.yml"), _Loader)
+    return settings
+
+
 def navigation() -> list[Entry]:
     """Returns the pages of mkdocs.yml, in order."""
 
@@ -103,7 +109,7 @@ def navigation() -> list[Entry]:
                 outside = content.startswith("repository/")
                 yield Entry(above, title, content.removeprefix("repository/") if outside else f"docs/{content}")
 
-    return list(walk(yaml.load(read("mkdocs.yml"), _Loader)["nav"], ()))
+    return list(walk(site()["nav"], ()))
 
 
 def index() -> list[Entry]:

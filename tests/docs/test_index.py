@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from docs.making.pages import index, navigation, read
+from docs.making.pages import index, navigation, read, site
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,3 +30,14 @@ def test_a_page_begins_with_one_title() -> None:
     for entry in navigation():
         lines = read(entry.page).splitlines()
         assert lines[0].startswith("# "), f"{entry.page} does not begin with its title"
+
+
+def test_the_site_brings_its_scripts_and_styles() -> None:
+    """docs/making/hooks.py refuses a page that loads a script from a network, when the site is built."""
+    settings = site()
+    files = [*settings["extra_css"], *settings["extra"]["polyfills"]]
+    assert len(files) == 2
+    for file in files:
+        assert (ROOT / "docs" / file).is_file(), f"docs/{file} is named in mkdocs.yml"
+    script = read(f"docs/{settings['extra']['polyfills'][0]}")
+    assert "Permission is hereby granted, free of charge" in script and "window.IFrameWorker=" in script

@@ -57,7 +57,6 @@ NOT_RUN = {
     "my-lora": "the adapter is the reader's; tests/cli/verbs/test_export.py exports some",
     "evaluation/paper": "its questions come from a hub",
     "evaluation/chat": "needs a judge; tests/evaluation/test_run.py has one",
-    "smollm2-texts": "minutes of SmolLM2; the page shows what a program typed",
     "--type Q4_K_M": "quantizes SmolLM2 for minutes; tests/weights/gguf has smaller models",
     "MLFlowLogger": "needs a package; make test-trackers logs to it",
     "WandbLogger": "needs a package; make test-trackers logs to it",
