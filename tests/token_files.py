@@ -30,8 +30,8 @@ class HeldFiles:
     def __init__(self, files: dict[Path, Any]) -> None:
         self._files = files
 
-    def read(self, path: Path, begin: int, end: int) -> Any:
-        return self._files[path].view(np.uint8)[begin:end]
+    def read(self, path: Path | str, begin: int, end: int) -> Any:
+        return self._files[Path(path)].view(np.uint8)[begin:end]
 
 
 def sequence_in_memory(segments: Sequence[Any], vocab_size: int, names: Sequence[str] | None = None) -> TokenSequence:

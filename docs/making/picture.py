@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def draw(folder: Path) -> None:
     """Writes all pictures into a folder, light and dark. The same results give the same bytes."""
-    settings = {"svg.hashsalt": "quickstart", "svg.fonttype": "none", "font.family": "sans-serif"}
+    settings: Any = {"svg.hashsalt": "quickstart", "svg.fonttype": "none", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         for name, make in FIGURES.items():
             for ground, figure in (("light", make()), ("dark", figures.in_dark(make()))):

@@ -199,7 +199,8 @@ def in_dark(figure: Figure) -> Figure:
         if text not in on_data:
             text.set_color(LIGHT_INK)
         elif text.get_color() not in ("black", "white"):  # these stand on bars
-            text.set_color(tuple((2 + channel) / 3 for channel in to_rgb(text.get_color())))
+            red, green, blue = ((2 + channel) / 3 for channel in to_rgb(text.get_color()))
+            text.set_color((red, green, blue))
     for ax in figure.axes:
         ax.set_facecolor(DARK)
         for grid in [*ax.get_xgridlines(), *ax.get_ygridlines()]:

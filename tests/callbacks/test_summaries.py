@@ -17,10 +17,10 @@ from lightning_danube.callbacks import (
     PreferenceSummary,
     PretrainingSummary,
     TokenLedger,
-    chat_summary,
-    classification_summary,
-    preference_summary,
 )
+from lightning_danube.callbacks.summaries import chat as chat_summary
+from lightning_danube.callbacks.summaries import classification as classification_summary
+from lightning_danube.callbacks.summaries import preferences as preference_summary
 from lightning_danube.callbacks.summaries.run import RunSummary
 from lightning_danube.chat.data import ChatData
 from lightning_danube.chat.preference_data import PreferenceData

@@ -340,8 +340,9 @@ def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path, mon
     for name in ("loss", "chosen", "rejected"):
         assert [row[name] for row in rows] == pytest.approx(values[name], abs=1e-4)
     origins = [{"file": "pairs.csv", "row": row, "id": f"pair {row}"} for row in (5, 9, 2)]
+    given: Any = {**batch, "origins": origins}
     with torch.no_grad():
-        rows = task.predict_step({**batch, "origins": origins}, 0)  # type: ignore[typeddict-unknown-key]
+        rows = task.predict_step(given, 0)
     assert [(row["file"], row["row"], row["id"]) for row in rows] == [
         ("pairs.csv", 5, "pair 5"),
         ("pairs.csv", 9, "pair 9"),

@@ -88,5 +88,5 @@ def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path
         else:
             assert list(place.glob("resumed/tiny/version_0/checkpoints/*.ckpt")), mebibytes
         for exported in place.glob("exported*"):
-            load_model(exported)
+            load_model(str(exported))
     assert codes[0] == 2 and codes[-1] == 0, codes

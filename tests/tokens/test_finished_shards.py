@@ -180,7 +180,7 @@ def test_a_listing_that_is_missing_or_damaged_is_one_line_and_nothing_appears_he
         fetch_listing("web", address, tmp_path)
     with pytest.raises(ValueError, match=r"source 'web': memory://bucket/other holds no shards\.json"):
         fetch_listing("web", "memory://bucket/other", tmp_path)
-    with pytest.raises(ValueError, match="no address that fsspec knows"):
+    with pytest.raises(ValueError, match="not an address that fsspec knows"):
         fetch_listing("web", "nowhere://bucket/web", tmp_path)
     assert not finished_directory(address, tmp_path).exists()
 
