@@ -325,5 +325,5 @@ def resolved_config(args: Sequence[str]) -> dict[str, Any]:
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     add_run_options(parser)
-    config: dict[str, Any] = load_yaml(parser.dump(parse(parser, list(args), stated)))
+    config: dict[str, Any] = load_yaml(parser.dump(parse(parser, list(args), stated), skip_validation=True))
     return config
