@@ -33,6 +33,7 @@ Written by [parts.py](parts.py).
 |---|---|---|---|---|---|
 """
 TIME_LIMIT = 30 * 60
+NEVER = "never"
 
 
 def slow(*folders: str) -> list[str]:
@@ -76,8 +77,8 @@ def record() -> dict[str, list[str]]:
 
 def waiting_longest() -> list[str]:
     """All parts. The first is the one that has not run for the longest time."""
-    known = record()
-    return sorted(PARTS, key=lambda name: known[name][0] if name in known else "")
+    last = {name: cells[0] for name, cells in record().items() if cells[0] != NEVER}
+    return sorted(PARTS, key=lambda name: last.get(name, ""))
 
 
 def turn() -> str:
@@ -118,7 +119,7 @@ def run(name: str) -> bool:
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     minutes = f"{(time.monotonic() - began) / 60:.1f}"
     rows = record() | {name: [when, git("rev-parse", "--short", "HEAD"), processor(), minutes, ended]}
-    lines = [f"| {part} | {' | '.join(rows.get(part, ['never', '', '', '', '']))} |\n" for part in PARTS]
+    lines = [f"| {part} | {' | '.join(rows.get(part, [NEVER, '', '', '', '']))} |\n" for part in PARTS]
     RECORD.write_text(HEADER + "".join(lines), encoding="utf-8")
     print(f"== part {name}: {ended}, {minutes} min", flush=True)
     return ended == "passed"
@@ -134,7 +135,7 @@ def main() -> int:
     if not parts:
         known = record()
         for name in PARTS:
-            print(f"{name:20} {'  '.join(known.get(name, ['never']))}")
+            print(f"{name:20} {'  '.join(known.get(name, [NEVER]))}")
         print(f"next: {turn()}")
     return 0 if all([run(name) for name in parts]) else 1
 

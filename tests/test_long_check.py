@@ -43,6 +43,11 @@ def test_every_table_of_mutants_is_in_one_part(parts: Any) -> None:
     assert sorted(tables) == sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.yaml"))
 
 
+def test_every_part_has_a_row_in_the_record(parts: Any) -> None:
+    lines = (ROOT / ".ci" / "record.md").read_text("utf-8").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("| ")][1:] == list(parts.PARTS)
+
+
 def test_a_run_is_recorded_with_its_end(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         parts, "PARTS", {"good": [sys.executable, "-c", ""], "bad": [sys.executable, "-c", "raise SystemExit(3)"]}
@@ -66,11 +71,13 @@ def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(
             os.kill(int(pid.read_text()), 0)
 
 
-def test_the_turn_goes_round(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("never", [[], ["| {} | never |  |  |  |  |"]])
+def test_the_turn_goes_round(never: list[str], parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part that waited longest is first, and each commit since the record takes the next."""
     names = list(parts.PARTS)
     row = "| {} | 2026-01-{:02d} 10:00 | abc | a processor | 1.0 | passed |"
     rows = [row.format(name, day) for day, name in enumerate(reversed(names[1:]), 1)]
+    rows += [line.format(names[0]) for line in never]
     parts.RECORD.write_text(parts.HEADER + "\n".join(rows) + "\n")
     expected = [names[0], *reversed(names[1:])]
     for commits in range(2 * len(names)):
