@@ -54,7 +54,7 @@ def test_the_same_rows_out_of_each_format(tmp_path: Path) -> None:
         (
             {"text": "x", "label": "\ud800"},
             "no label",
-            r"row 2: column 'label' holds half a surrogate pair, which is no",
+            r"row 2: column 'label' holds half a surrogate pair, which is not",
         ),
         ([1], "not an object", r"row 2: expected an object with the column 'text', found list"),
     ],

@@ -446,7 +446,7 @@ def test_exports_that_cannot_be(words: Path, tiny_run: Path, capsys: pytest.Capt
         ),
         (
             (str(tiny_run), "--format", "peft", "--out", str(words / "x")),
-            "has none of its own, so name one with --adapter",
+            "has none, so name one with --adapter",
         ),
     ]:
         assert main(["export", "--weights", *arguments]) == 2

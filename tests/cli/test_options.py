@@ -132,7 +132,7 @@ def test_classes_that_are_open_say_how_a_class_of_ones_own_is_named() -> None:
 
     of_ones_own = r"\(docs/pretraining\.md, An optimizer or a schedule of your own\)"
     for hint, value, message in (
-        (AdamW, Typed("SGD"), f"expected AdamW or Muon, or a subclass of AdamW of your own .* {of_ones_own}, not SGD"),
+        (AdamW, Typed("SGD"), f"expected AdamW or Muon, or your own subclass of AdamW .* {of_ones_own}, not SGD"),
         (
             AdamW,
             "torch.optim.SGD",

@@ -164,7 +164,7 @@ def test_nothing_large_is_imported() -> None:
     assert done.stdout.strip() == ""
 
 
-OWN = "a subclass of AdamW of your own by its class path (docs/pretraining.md, An optimizer or a schedule of your own)"
+OWN = "your own subclass of AdamW by its class path (docs/pretraining.md, An optimizer or a schedule of your own)"
 
 
 @pytest.mark.parametrize(

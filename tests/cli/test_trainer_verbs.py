@@ -115,7 +115,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             "model: {init_args: {learning_rate: {shape: exponential}}}",
-            "bad.yaml, line 1: model.learning_rate.shape is 'exponential': choose cosine, linear or wsd, or name a",
+            "bad.yaml, line 1: model.learning_rate.shape is 'exponential': choose cosine, linear or wsd, or name your",
         ),
         (
             "model: {init_args: {decoder: danube3-500M}}",

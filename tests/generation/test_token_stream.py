@@ -412,7 +412,7 @@ def test_impossible_sampling_is_refused(options: dict[str, Any], message: str) -
 def test_a_model_that_gives_no_numbers_is_refused() -> None:
     decoder = Decoder(CONFIG)
     torch.nn.init.constant_(decoder.model.norm.weight, float("nan"))
-    with pytest.raises(ValueError, match=r"no finite numbers: its weights are damaged, or torch.float32 is too narrow"):
+    with pytest.raises(ValueError, match=r"not finite: its weights are damaged, or torch.float32 is too narrow"):
         generate(decoder, [[1]], 1)
 
 

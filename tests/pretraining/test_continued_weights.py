@@ -169,4 +169,4 @@ def test_a_continued_run_begins_where_its_base_ended_and_goes_on_exactly(
         capsys.readouterr()
         base_and_adapter = ["--weights", str(tiny_run), "--adapter", str(tmp_path / "adapter")]
         assert main(["export", *base_and_adapter, "--out", str(tmp_path / "merged")]) == 2
-        assert "brings tokens of its own" in capsys.readouterr().err
+        assert "the adapter has new tokens" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_when_told_to_stop_it_keeps_what_is_measured(
 
     monkeypatch.setattr(quantization.QuantizationEvaluation, "_begin", signal_and_begin)
     assert run(bits) == 128 + signal.SIGTERM
-    assert "stopped: 1 of 4 are measured and kept; the same command goes on" in capsys.readouterr().out
+    assert "stopped: 1 of 4 are measured and kept; the same command continues" in capsys.readouterr().out
     # What it worked with goes with the process, which here is the one of the tests.
     assert [path.suffix for path in kept(bits) if path.is_file()] == [".npz"]
 

@@ -71,7 +71,7 @@ def test_what_is_missing_names_its_command(tmp_path: Path) -> None:
     with pytest.raises(MissingResult, match="no result of the study heads"):
         studies.read_summary(tmp_path, "heads")
     runs = made(tmp_path, [{"variant": "mha", "seed": 1, "state": "running", "loss": 1.0}])
-    with pytest.raises(MissingResult, match=r"no run of heads came to its end: .* --resume` goes on"):
+    with pytest.raises(MissingResult, match=r"no run of heads came to its end: .* --resume` continues"):
         studies.read_study(runs, "heads")
     with pytest.raises(MissingResult, match="too few trials of lora"):
         studies.importances({"name": "lora", "importances": {}})
@@ -164,7 +164,7 @@ def test_a_ladder_is_drawn_with_its_law(tmp_path: Path) -> None:
     assert errors["mean, nats/token"].tolist() == pytest.approx([0.25, 0, 0], abs=2e-3)
     assert len(scaling.far_away(study, "val_loss.web", law).axes[0].lines) == 3
     few = made(tmp_path, rows[:4], "few")
-    with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few --resume` goes on"):
+    with pytest.raises(MissingResult, match=r"needs runs of at least 3 sizes.*studies/few --resume` continues"):
         scaling.read_ladder(str(few), "few", "val_loss.web")
 
 

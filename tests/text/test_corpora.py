@@ -127,7 +127,9 @@ def test_a_directory_is_read_with_its_links_and_without_hidden_files_and_cards(t
     assert [document.text for document in read(data)] == ["part0/a.txt", "linked", "linked"]
     assert [document.text for document in read(data / "README.md")] == ["README.md"]
     (data / "gone.txt").symlink_to(disk / "nothing.txt")
-    with pytest.raises(ValueError, match=r"source 'src': .*gone\.txt is a link to a file that is not there: remove or"):
+    with pytest.raises(
+        ValueError, match=r"source 'src': .*gone\.txt is a link to a file that does not exist: remove or"
+    ):
         read(data)
 
 

@@ -79,7 +79,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
         ),
         (
             {"peak": 1.0, "final": 0.0, "warmup": 1, "shape": f"{__name__}.NO_FUNCTION"},
-            "NO_FUNCTION', which is not a function: choose cosine, linear or wsd, or name a function of your own",
+            "NO_FUNCTION', which is not a function: choose cosine, linear or wsd, or name your own function",
         ),
         ({"peak": 1.0, "final": 0.0, "warmup": 0.05}, "warmup is 0.05: give .* or a share of the run such as '5 %'"),
         ({"peak": 1.0, "final": 0.0, "warmup": "120 %"}, "warmup is '120 %', more than the whole run"),

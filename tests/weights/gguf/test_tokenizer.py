@@ -323,8 +323,8 @@ def add_stripping_token(tokenizer: PreTrainedTokenizerFast) -> None:
     [
         (MERGES[:2] + MERGES[3:], {}, change_nothing, r"never merges 'a' and 'bc', as no SentencePiece model does"),
         ([MERGES[2], *MERGES[:2], MERGES[3]], {}, change_nothing, r"merges into 'abc' are not all of one rank"),
-        (MERGES, {"ignore_merges": True}, change_nothing, r"no plain BPE, which is all that a GGUF file can hold"),
-        (MERGES, {"dropout": 0.1}, change_nothing, r"no plain BPE"),
+        (MERGES, {"ignore_merges": True}, change_nothing, r"not plain BPE, which is all that a GGUF file can hold"),
+        (MERGES, {"dropout": 0.1}, change_nothing, r"not plain BPE"),
         (MERGES, {}, cut_at_spaces, r"changes texts in other ways than SentencePiece with spaces as '▁' does"),
         (MERGES, {}, add_stripping_token, r"token '<mask>' includes the spaces around it, which llama.cpp does not"),
     ],
