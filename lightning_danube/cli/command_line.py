@@ -127,7 +127,7 @@ def read_command_line(args: Sequence[str]) -> Stated:
 
 
 def _leaves(value: Any, path: Path) -> Iterator[Path]:
-    """Yields the paths, without `init_args`, of the values in a mapping that are no mappings themselves."""
+    """Yields the paths, without `init_args`, of the values in a mapping that are not mappings."""
     if not isinstance(value, Mapping) or not value:
         yield path
         return

@@ -55,7 +55,7 @@ class HeldOutBatch(TokenBatch):
 
 
 def places_of(batch: HeldOutBatch) -> list[dict[str, Any]]:
-    """Returns for each row the file, row and `id` of its example, or its number if a row is no single example."""
+    """Returns for each row the file, row and `id` of its example, or its number if a row is not a single example."""
     return batch.get("origins") or [{"row": row} for row in batch["rows"]]
 
 

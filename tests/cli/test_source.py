@@ -96,7 +96,10 @@ def test_it_refuses_only_what_the_imported_class_refuses(file: Path) -> None:
             "--model.decoder.hidden_size 100",
             "--model.decoder.hidden_size 100 and num_attention_heads 4 make a head_dim of 25, which is odd;",
         ),
-        ("--model.decoder.hidden_size 130", "--model.decoder.hidden_size 130 is no multiple of num_attention_heads 4;"),
+        (
+            "--model.decoder.hidden_size 130",
+            "--model.decoder.hidden_size 130 is not a multiple of num_attention_heads 4;",
+        ),
         ("--model.decoder.num_key_value_heads 3", "num_key_value_heads 3 does not divide num_attention_heads 4; these"),
         ("--model.decoder.num_hidden_layers 0", "--model.decoder.num_hidden_layers is 0; it has to be above 0"),
         ("--model.decoder.rope_scaling.factor 0", "rope_scaling.factor is 0.0; it has to be a number above 0"),

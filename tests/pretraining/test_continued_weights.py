@@ -70,7 +70,7 @@ def test_another_tokenizer_is_refused_unless_it_has_only_more_tokens(weights: st
     ("options", "message"),
     [
         ({}, "no shape: give model.decoder"),
-        ({"decoder": "danube3-500m", "lora": Lora()}, "model.weights names none"),
+        ({"decoder": "danube3-500m", "lora": Lora()}, "model.weights names no weights to adapt"),
         ({"weights": "x", "lora": Lora(), "optimizer": Muon()}, "Muon, which trains whole matrices"),
         ({"weights": "x", "lora": Lora(), "compile_blocks": True}, "model.compile_blocks is for whole matrices"),
         ({"weights": "x", "lora": Lora(), "float8": True}, "model.float8 is for whole matrices"),
