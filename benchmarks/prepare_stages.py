@@ -5,7 +5,7 @@
 `FOLDER` holds files that `prepare` reads. The stages that read and write texts are measured on them, with rules and
 without benchmarks. Three in ten documents are copies of an earlier one, so every unit is written a second time. The
 stages that compare documents are measured on random sketches of `--documents` documents, of which as many are copies.
-Everything runs in one process, except each stage that compares, whose memory is measured.
+Every stage runs in one process. Memory is what `tracemalloc` counts.
 
 The extrapolation is linear in tokens and in documents, with `TOKENS_A_DOCUMENT` tokens a document.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,16 @@ def main() -> None:
             f"| {stage} | {one:.2f} | {1e6 * one / arguments.documents:,.2f} µs and {size / arguments.documents:,.0f} "
             "bytes of memory a document |"
         )
-    lines += [f"| datatrove, disk between stages | | {between / documents:,.0f} bytes a document |", ""]
+    lines.append(
+        f"| datatrove, disk between stages | | {(between - 2 * read) / documents:,.0f} bytes a document, and its ids |"
+    )
+    lines.append("")
     a_token = {stage: one / read for stage, one in seconds.items()}
     a_document = {
         stage: (one / arguments.documents, size / arguments.documents) for stage, (one, size) in sketched.items()
     }
-    lines += extrapolated(a_token, a_document, between / documents)
+    # Ids apart: their number differs from that of the extrapolation.
+    lines += extrapolated(a_token, a_document, (between - 2 * read) / documents)
     write_result("prepare-stages", "\n".join(lines))
 
 
@@ -150,7 +154,8 @@ def trove_stages(facts: ShardFacts) -> tuple[dict[str, float], int, int]:
 
         seconds[stage.name] = cpu_seconds(run)
         folders = ("units", "between")
-        most = max(most, sum(file.stat().st_size for one in folders for file in (building / one).rglob("*.*")))
+        files = [file for one in folders for file in (building / one).rglob("*.*") if "counts" not in file.name]
+        most = max(most, sum(file.stat().st_size for file in files))
     counts = TokenShards(directory, facts.tokenizer).meta["counts"]
     return seconds, counts["documents"] + sum(counts["duplicates"].values()), most
 
@@ -166,13 +171,16 @@ def random_sketches(documents: int) -> np.ndarray[Any, Any]:
 
 
 def in_own_process(stage: str, folder: Path, documents: int) -> tuple[float, int]:
-    """Returns CPU seconds and bytes of memory of a stage that compares documents."""
+    """Returns CPU seconds and bytes of memory of a stage that compares documents, each measured in a process."""
     folder.mkdir(exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(compared, (stage, folder, documents))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        seconds, _ = pool.apply(compared, (stage, folder, documents, False))
+    with context.Pool(1) as pool:
+        return seconds, pool.apply(compared, (stage, folder, documents, True))[1]
 
 
-def compared(stage: str, folder: Path, documents: int) -> tuple[float, int]:
+def compared(stage: str, folder: Path, documents: int, traced: bool) -> tuple[float, int]:
     drawn = random_sketches(documents)
     parts = np.array_split(drawn, FILES)
     keep = np.ones(documents, dtype=bool)
@@ -185,10 +193,11 @@ def compared(stage: str, folder: Path, documents: int) -> tuple[float, int]:
     }[stage]
     if stage == "datatrove, buckets":
         _write_sketches(parts, folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if traced:
+        tracemalloc.start()
     with _quietly():
         seconds = cpu_seconds(do)
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    return seconds, tracemalloc.get_traced_memory()[1] if traced else 0
 
 
 def _write_sketches(parts: list[np.ndarray[Any, Any]], folder: Path) -> None:
@@ -222,7 +231,13 @@ def _minhash() -> Any:
 
 
 def extrapolated(a_token: dict[str, float], a_document: dict[str, tuple[float, float]], between: float) -> list[str]:
-    """Returns the table. A token of an id has 2 bytes, its account in a unit 24 bytes a document, a sketch 512."""
+    """Returns the table. An id has 2 bytes. A document has 28 bytes in a unit, and 512 of a sketch.
+
+    Args:
+        a_token: stage → CPU seconds a token.
+        a_document: stage → CPU seconds and bytes of memory a document.
+        between: bytes a document on disk between datatrove's stages, without its ids.
+    """
     lines = [
         "Core hours = (tokens × µs a token + documents × µs a document) / 3600 s. "
         f"A document has {TOKENS_A_DOCUMENT} tokens. A core hour costs {DOLLARS_A_CORE_HOUR} dollars.",
@@ -243,7 +258,7 @@ def extrapolated(a_token: dict[str, float], a_document: dict[str, tuple[float, f
             "datatrove, `near`": (
                 ["datatrove, read, near", "datatrove, write, near"],
                 ["datatrove, buckets", "datatrove, clusters"],
-                between * documents + kept,
+                2 * total + between * documents + kept,
             ),
         }
         for engine, (by_token, by_document, disk) in rows.items():
@@ -252,7 +267,7 @@ def extrapolated(a_token: dict[str, float], a_document: dict[str, tuple[float, f
             alone = a_document[by_document[-1]] if by_document else (0.0, 0.0)
             lines.append(
                 f"| {name} | {engine} | {hours:,.0f} | {hours * DOLLARS_A_CORE_HOUR:,.0f} "
-                f"| {alone[0] * documents / 3600:,.0f} | {alone[1] * documents / 1e12:.2f} TB | {disk / 1e12:.0f} TB |"
+                f"| {alone[0] * documents / 3600:,.0f} | {alone[1] * documents / 1e9:,.0f} GB | {disk / 1e12:.0f} TB |"
             )
     return lines
 
