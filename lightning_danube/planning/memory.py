@@ -26,9 +26,20 @@ BYTES: dict[str, tuple[int, int]] = {
 BYTES_IN_4_BITS = 0.5 + 1 / 64
 """Bytes of a weight in 4 bits, with an 8-bit scale for each 64 weights."""
 
-IMPORTS, KERNELS = 450 * 2**20, 100 * 2**20
-"""Bytes of a process on a CPU beside its tensors: its libraries, and what kernels, mapped files and the allocator keep.
-docs/plan.md has the measurement."""
+IMPORTS = 450 * 2**20
+"""Bytes of the libraries in a process on a CPU."""
+
+
+def kept_beside_tensors(planned: int) -> int:
+    """Returns about how many bytes kernels, mapped files and the allocator of a process on a CPU keep.
+
+    A line through the three measurements of benchmarks/plan_process.py, which are of one shape.
+
+    Args:
+        planned: bytes of the tensors at their peak.
+    """
+    return 57 * 2**20 + 42 * planned // 100
+
 
 DDP_BUCKET = 25 * 2**20
 """Bytes of one of DDP's buckets, its default."""

@@ -340,7 +340,7 @@ def test_predictions_are_of_each_pair_and_not_of_the_empty_rows(model: Path, mon
     for name in ("loss", "chosen", "rejected"):
         assert [row[name] for row in rows] == pytest.approx(values[name], abs=1e-4)
     origins = [{"file": "pairs.csv", "row": row, "id": f"pair {row}"} for row in (5, 9, 2)]
-    given: Any = {**batch, "origins": origins}
+    given: Any = {**batch, "origins": [*origins, {}]}  # the last row is empty
     with torch.no_grad():
         rows = task.predict_step(given, 0)
     assert [(row["file"], row["row"], row["id"]) for row in rows] == [

@@ -16,7 +16,7 @@ from lightning_danube.model import decoder as decoder_module
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.model.elementwise import gains
 from lightning_danube.model.masks import Runs, as_bias, blocks_of, document_mask, runs_of
-from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory
+from lightning_danube.planning.memory import BYTES, Layout, TrainingMemory, kept_beside_tensors
 from lightning_danube.training.optim import Muon
 from lightning_danube.weights.lora import Lora
 from tests.model.flash_on_cpu import flash_on_cpu
@@ -443,3 +443,9 @@ def test_rows_of_new_tokens_train_beside_an_adapter() -> None:
         assert memory.trained_parameters == plain.trained_parameters + rows * 5 * TINY.hidden_size
     in_4_bits = dataclasses.replace(plain, lora=Lora(rank=2, quantization="nf4"))
     assert in_4_bits.loss_phase().weights < plain.loss_phase().weights
+
+
+@pytest.mark.parametrize(("planned", "kept"), [(84.0, 92), (249.3, 162), (485.9, 261)])
+def test_what_a_process_keeps_beside_tensors_is_about_what_was_measured(planned: float, kept: int) -> None:
+    """benchmarks/results/plan-process-2026-11-27.md"""
+    assert kept_beside_tensors(int(planned * 2**20)) / 2**20 == pytest.approx(kept, abs=1)

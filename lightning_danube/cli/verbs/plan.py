@@ -253,7 +253,7 @@ def _engine(memory: TrainingMemory) -> str:
 
 def _parts(memory: TrainingMemory) -> str:
     """Returns a table of the memory of one device by part, for the configured trainer and for alternatives."""
-    from lightning_danube.planning.memory import IMPORTS, KERNELS, DeviceMemory, Layout
+    from lightning_danube.planning.memory import IMPORTS, DeviceMemory, Layout, kept_beside_tensors
 
     columns: list[tuple[str, DeviceMemory]] = [(_engine(memory), memory.peak())]
     devices = memory.layout.devices
@@ -282,7 +282,7 @@ def _parts(memory: TrainingMemory) -> str:
     if not memory.gpu:
         lines.append(
             f"not counted: a process on a CPU also holds about {IMPORTS // MIB} MiB of libraries, and about "
-            f"{KERNELS // MIB} MiB for kernels, mapped files and the allocator"
+            f"{kept_beside_tensors(memory.peak().total) // MIB} MiB for kernels, mapped files and the allocator"
         )
     return "\n".join(lines)
 
