@@ -376,7 +376,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             ["generate", "--weights", "DIRECTORY", "--prompt", "x"],
             "neither a Hugging Face directory (config.json) nor a run",
         ),
-        (["generate", "--weights", "TINY", "--prompt", "x"], "truncated, or no checkpoint"),
+        (["generate", "--weights", "TINY", "--prompt", "x"], "truncated, or neither a checkpoint"),
         (
             ["generate", "--weights", "x", "--prompt", "x", "--max-new-tokens", "0"],
             "--max-new-tokens is 0: it must be at least 1",
