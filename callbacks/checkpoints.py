@@ -42,10 +42,8 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int | None = None, keep: int = 2, save_every: Length | None = None) -> None:
         self.schedule = CheckpointSchedule(SaveInterval(every_n_steps, save_every), keep)
         self._directory: Path | None = None  # None: nothing is saved, as in a fast_dev_run
-        self._signals = RunSignals()
-        self._stop_at_step = StopAtStep()
-        self._is_new = False
-        """Whether this session has trained, so that there is something to save."""
+        self._signals, self._stop_at_step = RunSignals(), StopAtStep()
+        self._is_new = False  # whether this session has trained, so that there is something to save
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -85,10 +83,9 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or self._directory is None or not self._is_new:
             return
         if (stage := finished_stage(trainer)) is None:
-            self._save_if_due(trainer, self._directory, at_once=True)
-        else:
-            name = curriculum_of(trainer)[1].stages[stage].name
-            save_stage(trainer, self._directory, self._signals, stage, name, is_last=is_done(trainer))
+            return self._save_if_due(trainer, self._directory, at_once=True)
+        name = curriculum_of(trainer)[1].stages[stage].name
+        save_stage(trainer, self._directory, self._signals, stage, name, is_last=is_done(trainer))
 
     def _save_if_due(self, trainer: Trainer, directory: Path, *, at_once: bool = False) -> None:
         ends = ends_after_this_step(trainer)

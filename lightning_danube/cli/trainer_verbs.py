@@ -143,7 +143,7 @@ class RunRecord(SaveConfigCallback):
         )
 
 
-def _accept(config: Namespace, **_: Any) -> None:
+def _accept(*_: Any, **__: Any) -> None:
     """Takes the place of jsonargparse's last validation of a whole configuration, which takes a tenth of the start."""
 
 
