@@ -1,5 +1,6 @@
 """Whole runs under a limit of the address space (`ulimit -v`): no traceback, nothing lost or half-written."""
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ from tests.evaluation.test_run import YAML as EVALUATION
 from tests.forked import Forked
 from tests.quantization.test_run import CONFIG as QUANTIZATION
 from tests.rows import write_rows
-from tests.tiny_models import save_tiny
+from tests.tiny_models import CONFIG, save_tiny
 
 pytestmark = pytest.mark.faults
 
@@ -31,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 def commands(tiny: Path, tiny_run: Path, place: Path) -> dict[str, list[str]]:
     """Writes what the commands read."""
     tiny_config, weights = ["--config", str(tiny / "tiny.yaml")], ["--weights", str(tiny_run)]
-    save_tiny(place / "model")
+    save_tiny(place / "model", dataclasses.replace(CONFIG, max_position_embeddings=512))
     (place / "text.txt").write_text(" ".join(f"the {number} things of them" for number in range(300)))
     write_rows(place / "texts.jsonl", *({"text": f"{n}: the river and the other stones. " * 4} for n in range(6)))
     questions = ({"question": "Which river?", "answers": "Nile", "passages": ["It is the Nile."]} for _ in range(4))
