@@ -48,6 +48,7 @@ from lightning_danube.text.reading import BadRow, DamagedFile, Span, spans
 from lightning_danube.text.worker_pool import WorkerPool
 from lightning_danube.tokens.engines.source_work import MOST_TASKS, Cluster, SourceWork
 from lightning_danube.tokens.finished_shards import fetch_listing, is_finished
+from lightning_danube.tokens.hub import first_line
 from lightning_danube.tokens.preparation import SHOWN_REJECTIONS, contamination, link_or_copy, nothing_left
 from lightning_danube.tokens.shards import SPLITS, ShardFacts, joined_splits
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
@@ -557,7 +558,14 @@ def _run_on_ray(work: SourceWork, executor: PipelineExecutor) -> None:
     import ray
 
     with _quietly():
-        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray has no class for the failures of its start
+            address = os.environ.get("RAY_ADDRESS")
+            where = f"at RAY_ADDRESS={address} is not within reach" if address else "does not start on this machine"
+            raise ValueError(
+                f"--executor ray: Ray {where} ({first_line(error)}): see ray status, and try again"
+            ) from error
         executor.run()
     if left := executor.get_incomplete_ranks():
         work.raise_refusal()

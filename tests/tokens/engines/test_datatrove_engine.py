@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -437,6 +440,26 @@ def test_a_source_whose_jobs_are_in_the_queue_is_not_submitted_again(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="--executor slurm: there is no squeue here: use a machine that can submit"):
         by_datatrove(source, tokenizer, tmp_path / "cache", where="slurm", slurm=slurm)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", "does not start on this machine"), ("head:6379", "at RAY_ADDRESS=head:6379 is not within reach")],
+)
+def test_a_ray_that_does_not_start_is_one_line(
+    address: str, said: str, tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in of Ray's package."""
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore lines.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, __spec__=ModuleSpec("ray", None)))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    source = Source(str(write_rows(tmp_path / "texts", texts(8))))
+    expected = f"--executor ray: Ray {said} (The current node timed out during startup): see ray status, and try again"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        by_datatrove(source, tokenizer, tmp_path / "cache", where="ray")
 
 
 def test_datatrove_still_has_the_private_parts_that_are_used() -> None:
