@@ -36,6 +36,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     store = s3fs.S3FileSystem()
     store.mkdir("bucket")
     yield store
+    store.rm("bucket", recursive=True)  # the servers of a process share their buckets
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
