@@ -83,6 +83,9 @@ def _run(args: list[str]) -> int:
 
 
 def _report(error: BaseException, debug: bool) -> int:
+    if not debug:
+        # What failed may have taken all memory, and its variables would be kept until the end of this function.
+        traceback.clear_frames(error.__traceback__)
     message = user_message(error)
     if debug or message is None:
         tell(traceback.format_exc().rstrip("\n"))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tokenizers import normalizers
 
+import lightning_danube.__main__ as program
 from lightning_danube.__main__ import main, user_message
 from lightning_danube.checkpoints.runs import LOCK
 from lightning_danube.checkpoints.single import DurableCheckpointIO
@@ -275,6 +277,23 @@ def test_memory_that_runs_out_is_one_line_with_the_way_out(error: Exception, sai
     assert user_message(RuntimeError("a fault of ours")) is None
     no_permission = ImportError("a.so: failed to map segment from shared object: Operation not permitted")
     assert user_message(no_permission) is None
+
+
+def test_what_failed_is_freed_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weights:
+        pass
+
+    kept: list[weakref.ref[Weights]] = []
+
+    def fail(args: list[str]) -> int:
+        weights = Weights()
+        kept.append(weakref.ref(weights))
+        raise MemoryError
+
+    said = []
+    monkeypatch.setattr(program, "_dispatch", fail)
+    monkeypatch.setattr(program, "tell", lambda line: said.append((kept[-1]() is None, line.split(":")[0])))
+    assert program.main(["fit"]) == 2 and said == [(True, "error")]
 
 
 def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
