@@ -210,6 +210,8 @@ def check_settings(args: Sequence[str]) -> None:
     with one_line_errors(stated):
         tree = resolved_tree(stated)
         reader = Reader(taken=FACTS_OF_DATA, make=True)
+        if "seed_everything" in tree:  # before what refers to it
+            reader.value(bool | int, tree["seed_everything"], ("seed_everything",))
         data = reader.class_options(CurriculumSettings, _options(tree["data"]), ("data",), "CurriculumData")
         settings = CurriculumSettings(**{**data, "tokenizer": DANUBE_SMALL, "new_tokens": None})
         model = {key: value for key, value in _options(tree["model"]).items() if key != "optimizer"}
@@ -291,12 +293,16 @@ def _untyped(value: Any) -> Any:
     """Returns a tree of values with plain texts instead of `Typed` texts, as OmegaConf requires."""
     if isinstance(value, Mapping):
         return {key: _untyped(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_untyped(one) for one in value]
     return str(value) if isinstance(value, Typed) else value
 
 
 def _typed_again(resolved: Any, before: Any) -> Any:
     if isinstance(before, Mapping) and isinstance(resolved, Mapping):
         return {key: _typed_again(one, before.get(key)) for key, one in resolved.items()}
+    if isinstance(before, list) and isinstance(resolved, list):
+        return [_typed_again(*pair) for pair in zip(resolved, before, strict=True)]
     return Typed(resolved) if isinstance(before, Typed) and isinstance(resolved, str) else resolved
 
 

@@ -108,7 +108,7 @@ def test_a_write_that_fails_is_told_once_and_removes_nothing(
     io.may_write.set()
     assert io._thread is not None
     io._thread.join()
-    with pytest.raises(OSError, match="checkpoint not written: no space left on device; free some space, then go on"):
+    with pytest.raises(OSError, match="checkpoint not written: no space left on device; free some space, then resume"):
         raise_failed_checkpoint(strategy_of(io))
     for told_already in (raise_failed_checkpoint, wait_for_checkpoint):
         told_already(strategy_of(io))
