@@ -32,6 +32,7 @@ is timed with a cache that holds so many tokens; what they are changes no time.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import statistics
@@ -155,10 +156,9 @@ def open_contestants(
     arguments: argparse.Namespace, dtype: torch.dtype, directory: Path
 ) -> tuple[dict[str, Callable[[list[int], int], Times]], DecoderConfig, str]:
     """Name → what generates so many tokens after a prompt; the model's shape; and a line about who is not there."""
-    # First, because packing moves all memory of this process to huge pages. The others keep what their users have.
-    packed = decoder_of(arguments, dtype)
-    is_packed = pack_for_generation(packed, rows=arguments.rows)
     unpacked = decoder_of(arguments, dtype)
+    packed = copy.deepcopy(unpacked)
+    is_packed = pack_for_generation(packed, rows=arguments.rows)
     context = max(arguments.prompt_tokens) + arguments.new_tokens
     config = LlamaConfig.from_dict(unpacked.config.to_hf(None, None, None))
     with torch.device(arguments.device):

@@ -1,6 +1,6 @@
 """Milliseconds for one token's matrices of SmolLM2-135M's blocks, by layout and number of rows.
 
-    python benchmarks/layouts.py [--rows 1 2 8 32 128] [--threads 1] [--huge-pages]
+    python benchmarks/layouts.py [--rows 1 2 8 32 128] [--threads 1]
 
 120 matrices, 106 million weights, the best of ten: CPU time with one thread, else by the clock. To emulate a processor
 with AVX2 alone set
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from machine import described
 from torch import Tensor, nn
 
-from lightning_danube.device import fbgemm_packs, onednn_packs, use_huge_pages
+from lightning_danube.device import fbgemm_packs, onednn_packs
 from lightning_danube.generation.packing import SplitLinear
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
@@ -31,7 +31,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 128])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--huge-pages", action="store_true", help="move the weights to pages of 2 MiB first")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -39,11 +38,7 @@ def main() -> None:
     print(f"{described('torch')}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}")
     print(f"{'rows':28}" + "".join(f"{rows:8d}" for rows in arguments.rows))
     with torch.inference_mode():
-        found = layouts(plain)
-        if arguments.huge_pages:
-            began, moved = time.process_time(), use_huge_pages()
-            print(f"{moved / 1e6:,.0f} MB in huge pages after {time.process_time() - began:.1f} CPU s")
-        for name, (product, weights, dtype) in found.items():
+        for name, (product, weights, dtype) in layouts(plain).items():
             times = [milliseconds(product, weights, dtype, rows) for rows in arguments.rows]
             print(f"{name:28}" + "".join(f"{value:8.1f}" for value in times), flush=True)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-import mmap
 import os
 import sys
 import time
@@ -18,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -341,62 +339,3 @@ def keep_freed_memory() -> bool:
     # -1: never return the end of the heap to the system.
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 2**28}
     return all(mallopt(option, value) == 1 for option, value in settings.items())
-
-
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-_HUGE_PAGE = 2**21
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def use_huge_pages() -> int:
-    """Moves what this process has in memory to pages of 2 MiB. Returns the bytes that were in reach of such pages.
-
-    A processor looks up the address of each page that it reads. With the usual pages of 4 KiB, these look-ups take a
-    quarter of the time in which weights are read (docs/generation.md). Linux gives huge pages to a process that asks
-    for them. The allocators of PyTorch, oneDNN and FBGEMM do not ask. Moving takes about a second per gigabyte.
-
-    Freed memory goes back to the system first. Then each 2 MiB that are nearly full are moved, so the process does not
-    grow.
-
-    Returns 0 on systems other than Linux, where the administrator has turned huge pages off, and before Linux 6.1.
-    """
-    try:
-        if "[never]" in _HUGE_PAGES.read_text():
-            return 0
-        libc = ctypes.CDLL("libc.so.6", use_errno=True)
-        libc.malloc_trim(ctypes.c_size_t(0))
-        mappings = Path("/proc/self/maps").read_text().splitlines()
-        with open("/proc/self/pagemap", "rb") as pages:
-            return sum(
-                size
-                for start, size in _nearly_full(mappings, pages)
-                if all(
-                    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) == 0
-                    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE)
-                )
-            )
-    except (OSError, AttributeError):
-        return 0
-
-
-def _nearly_full(mappings: list[str], pages: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yields start and size of the memory, in whole huge pages, of whose small pages at least nine tenths are in use.
-
-    Args:
-        mappings: the lines of /proc/<process>/maps. Mappings of files are left out.
-        pages: /proc/<process>/pagemap: 8 bytes for each small page, of which the highest bit says that it is in memory.
-    """
-    small = mmap.PAGESIZE
-    for line in mappings:
-        addresses, access, _, _, inode, *_ = line.split()
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        start, end = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
-        if access != "rw-p" or inode != "0" or start >= end:
-            continue
-        pages.seek(start // small * 8)
-        entries = torch.frombuffer(bytearray(pages.read((end - start) // small * 8)), dtype=torch.int64)
-        in_use = entries.view(-1, _HUGE_PAGE // small).lt(0).float().mean(1).ge(0.9).tolist()
-        for is_full, group in itertools.groupby(range(len(in_use)), key=in_use.__getitem__):
-            if is_full:
-                indices = list(group)
-                yield start + indices[0] * _HUGE_PAGE, len(indices) * _HUGE_PAGE

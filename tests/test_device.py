@@ -1,10 +1,8 @@
 """What this machine can do. Rates are faked where a test is about a choice: both kinds of processor on either."""
 
-import io
 import os
 import platform
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,60 +189,6 @@ print(before - resident())
 def test_large_blocks_are_kept_when_they_are_freed() -> None:
     given_back = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True).stdout
     assert int(given_back) < 2**14  # KiB, of the block's 2**16
-
-
-HUGE_PAGES = """
-import torch
-from lightning_danube.device import use_huge_pages
-of = lambda key: sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith(key))
-weights = torch.arange(2**24)
-before = of("AnonHugePages"), of("Rss")
-moved = use_huge_pages()
-assert torch.equal(weights, torch.arange(2**24))
-print(moved, of("AnonHugePages") - before[0], of("Rss") - before[1])
-"""
-
-
-@pytest.mark.medium
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-def test_weights_are_moved_to_huge_pages_without_a_change() -> None:
-    done = subprocess.run([sys.executable, "-c", HUGE_PAGES], capture_output=True, text=True, check=True)
-    moved, huge, grown = map(int, done.stdout.split())
-    if moved:  # The kernel may refuse.
-        assert moved >= 2**26 and huge >= 2**16  # bytes and KiB of 2**27 bytes of weights
-    else:
-        assert huge == 0
-    assert grown < 2**13
-
-
-def test_no_page_is_moved_where_the_administrator_forbids_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    setting = tmp_path / "enabled"
-    setting.write_text("always madvise [never]\n")
-    monkeypatch.setattr(device, "_HUGE_PAGES", setting)
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda *_: pytest.fail("the system is asked"))
-    assert device.use_huge_pages() == 0
-
-
-def test_there_are_no_huge_pages_on_another_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(device, "_HUGE_PAGES", tmp_path / "missing")
-    assert device.use_huge_pages() == 0
-
-
-def test_only_nearly_full_memory_is_moved() -> None:
-    in_a_huge_page = 2**21 // device.mmap.PAGESIZE
-    in_use = [in_a_huge_page, in_a_huge_page, in_a_huge_page * 9 // 10 - 1, in_a_huge_page * 9 // 10 + 1]
-    entries = b"".join(
-        struct.pack("<Q", 2**63 if place < used else 2**62) for used in in_use for place in range(in_a_huge_page)
-    )
-    start = 4 * 2**21
-    pages = io.BytesIO(bytes(start // device.mmap.PAGESIZE * 8) + entries)
-    mappings = [
-        f"{start - 4096:x}-{start + 4 * 2**21 + 4096:x} rw-p 00000000 00:00 0 \n",
-        f"{start:x}-{start + 2**21:x} rw-p 00000000 fe:01 1234 /a/file\n",
-        f"{start:x}-{start + 2**21:x} r--p 00000000 00:00 0 [vvar]\n",
-        f"{start + 4096:x}-{start + 2**21:x} rw-p 00000000 00:00 0 [heap]\n",
-    ]
-    assert [*device._nearly_full(mappings, pages)] == [(start, 2 * 2**21), (start + 3 * 2**21, 2**21)]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_danube.device import fastest_type, fbgemm_packs, onednn_multiplies, onednn_packs, use_huge_pages
+from lightning_danube.device import fastest_type, fbgemm_packs, onednn_multiplies, onednn_packs
 from lightning_danube.model.attention import GroupedQueryAttention, Past, attend_once, rotate
 from lightning_danube.model.decoder import Block, Decoder, RMSNorm, SwiGLU
 from lightning_danube.model.masks import Mask
@@ -71,10 +71,6 @@ FEW_ROWS = 4
 and converted (bfloat16, the matrices above: 46 ms, converted 49)."""
 
 
-FEWEST_BYTES = 2**26
-"""Size of the weights from which they are moved to huge pages. The addresses of less are soon known to a processor."""
-
-
 def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     """Packs the matrices of a decoder where that makes generation faster. Returns whether it did.
 
@@ -90,11 +86,9 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
     if not isinstance(decoder.lm_head, nn.Linear):
         return False
     weight = decoder.lm_head.weight
-    size = sum(parameter.nbytes for parameter in decoder.parameters())
     if weight.device.type != "cpu":
         pack(decoder, JoinedLinear)
-        return True
-    if weight.dtype == torch.float32 and rows == 1 and torch.backends.mkl.is_available():
+    elif weight.dtype == torch.float32 and rows == 1 and torch.backends.mkl.is_available():
         pack(decoder, SplitLinear)
         pack_head(decoder, SplitLinear)
     elif onednn_packs(weight.dtype):
@@ -108,8 +102,6 @@ def pack_for_generation(decoder: Decoder, *, rows: int = 1) -> bool:
         pack_head(decoder, linear_of_16_bits)
     else:
         return False
-    if size >= FEWEST_BYTES:
-        use_huge_pages()
     return True
 
 

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 from typing import Any
 
@@ -155,16 +154,6 @@ def test_16_bit_decoders_with_other_layers_stay() -> None:
     modules = list(rounded.modules())
     assert not pack_for_generation(rounded)
     assert list(rounded.modules()) == modules
-
-
-def test_only_large_decoders_are_moved_to_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(packing, "use_huge_pages", lambda: calls.append(1))
-    _, rounded = pair(CONFIG, torch.float32)
-    size = 4 * CONFIG.parameters
-    for limit, moved in ((size + 1, []), (size, [1])):
-        monkeypatch.setattr(packing, "FEWEST_BYTES", limit)
-        assert pack_for_generation(copy.deepcopy(rounded)) and calls == moved
 
 
 def test_packed_decoders_generate_the_same() -> None:
