@@ -518,7 +518,7 @@ TEXTS = {"separator": "\n## ", "name": "# 1", "split": "it's \\n", "revision": N
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--data.init_args.sources", json.dumps({"web": {"path": "a.txt", **TEXTS}})],
+        ["--data.init_args.sources", json.dumps({"web": {"path": "a.txt", **TEXTS}, "wiki": {"path": "b.txt"}})],
         ["--data.init_args.sources.web", json.dumps({"path": "a.txt", **TEXTS})],
         [
             "--data.sources.web.path",

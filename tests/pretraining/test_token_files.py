@@ -107,7 +107,7 @@ def test_damage_stops_fit_in_one_line(config: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("path", "other"),
-    [("datatrove/*.ds", "olmo/wide.npy"), ("megatron/wide.bin", "olmo/wide.npy"), ("mosaic/ragged", "datatrove/*.ds")],
+    [("datatrove/*.ds", "olmo/wide.npy"), ("megatron/wide.bin", "datatrove/*.ds"), ("mosaic/ragged", "datatrove/*.ds")],
 )
 def test_a_stopped_run_goes_on_as_the_uninterrupted_one(path: str, other: str, config: Path) -> None:
     config.write_text(config.read_text().replace("datatrove/*.ds", path))
