@@ -119,7 +119,6 @@ def read_command_line(args: Sequence[str]) -> Stated:
             # Each value takes the place of all that files state below it. A mapping is merged with what files state.
             for leaf in _leaves(plain_value(Typed(value)), path):
                 stated.places = {at: place for at, place in stated.places.items() if at[: len(leaf)] != leaf}
-                stated.places[leaf] = flag
         stated.places[path] = flag
         for length in range(1, len(path)):
             stated.places.setdefault(path[:length], flag)

@@ -215,7 +215,12 @@ OWN = "your own subclass of AdamW by its class path (docs/pretraining.md, An opt
         ),
     ],
 )
-def test_a_misspelt_class_is_found_early(flag: str, message: str) -> None:
+@pytest.mark.parametrize("imported", [True, False])
+def test_a_misspelt_class_is_found_early(
+    flag: str, message: str, imported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not imported:  # as in a command: then the names of Lightning's classes come from its source
+        monkeypatch.delitem(sys.modules, "lightning.pytorch")
     with pytest.raises(ValueError, match=re.escape(message)):
         check_command_line(["--config", "quickstart", flag])
 
