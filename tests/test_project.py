@@ -103,12 +103,15 @@ def test_what_the_requirements_require_is_pinned_too() -> None:
         if name == "triton" or name.startswith(("nvidia-", "cuda-")):
             continue
         assert name in pins or name in ("lightning-danube", "pip"), f"constraints.txt does not pin {name}"
-        for line in distribution(name).requires or []:
+        installed = distribution(name)
+        if name in pins and not pins[name].specifier.contains(installed.version):
+            continue  # `make test-lowest` and `make test-newest` have other versions, which require other packages
+        for line in installed.requires or []:
             needed = Requirement(line)
             extras = [*requirement.extras, ""]
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 waiting.append(needed)
-    assert len(seen) > 80
+    assert len(seen) > 20
 
 
 def test_every_constraint_is_one_exact_version_of_any_build() -> None:

@@ -133,9 +133,8 @@ def test_document_ids_change_after_each_end(data: Callable[..., CurriculumData])
         assert documents.tolist() == expected
 
 
-@pytest.mark.medium
 def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumData]) -> None:
-    module = data(validation_rows=1000)
+    module = data(validation_rows=1000, tokenizer="danube-small")
     stream = module.shards["web"].tokens("train")
     counts: dict[int, int] = {}
     for token in stream.read(0, len(stream)).tolist():

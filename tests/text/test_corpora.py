@@ -310,6 +310,7 @@ def test_what_lies_on_disk_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "owner/name").mkdir(parents=True)
     (tmp_path / "owner/name/a.txt").write_text("here")
     assert not Source("owner/name").is_hub
+    assert Source("owner").is_hub is False and Source("owners").is_hub
     assert [document.text for document in read("owner/name")] == ["here"]
     # A misspelt name in a directory that exists is not a hub id, as for weights and tokenizers.
     for path in ("owner/nam", "./owner/other", "~/owner", "texts/a.jsonl", "texts/*", "documentation:web", "a/b/c"):

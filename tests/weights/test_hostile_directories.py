@@ -159,7 +159,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         tokenizer(lambda one: one.update(model={"type": "WordLevel", "vocab": {}, "unk_token": "[UNK]"})),
         "cannot encode a text .* its files are damaged",
     ),
-    "an id far away": (tokenizer(lambda one: one["model"]["vocab"].update(zz=2**32 - 1)), "and the id 4,294,967,295"),
+    "an id far away": (
+        tokenizer(lambda one: one["model"]["vocab"].update(zz=2**32 - 1)),
+        "and the id 4,294,967,295|out of vocabulary",
+    ),
     "a length that is a text": (edit(SETTINGS, model_max_length="x"), "cannot encode a text"),
 }
 READ: dict[str, Change] = {
