@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator
-from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.planning.memory import Layout, TrainingMemory, head_dim
 from lightning_danube.planning.network import Network
 from lightning_danube.planning.step_time import MEAN_DOCUMENT, OURS, Kernels, step_time
 from lightning_danube.terminal import show
@@ -44,6 +44,31 @@ DANUBES_ROWS = {2048: 0.7, 4096: 0.1, 8192: 0.1, 16384: 0.1}
 EVERY_SECOND = (1024 * 4096 + 4096**2 + 4096 * 14336) / (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
 """torchtitan's selective checkpointing computes every second product of a block again: those for keys, for attention's
 output and for the gate's partner. This is their share of the FLOPs."""
+
+
+def torchtitans_traffic(c: DecoderConfig) -> tuple[float, float]:
+    """Returns the bytes that torchtitan's uncompiled kernels read and write for a token in a block: forward, backward.
+
+    Its norms are six operations, most of them in float32. Its rotary positions are complex numbers. It repeats its
+    key-value heads. tests/benchmarks/test_plan_speed.py counts the bytes of these operations.
+    """
+    heads, repeated = c.num_attention_heads + c.num_key_value_heads, 2 * c.num_attention_heads
+    K, D, width = head_dim(c), c.hidden_size, c.intermediate_size
+    # The copies read the heads that they repeat (and the sums of their gradients write those).
+    copies = 2 * (repeated + 2 * c.num_key_value_heads)
+    # 18 of 214: sums of the gradients of three and of two products.
+    return 84 * D + (20 * heads + copies) * K + 10 * width, 214 * D + (20 * heads + copies) * K + 18 * width
+
+
+def nanotrons_traffic(c: DecoderConfig, tensor_parallel: int) -> tuple[float, float]:
+    """Returns the same for Nanotron's kernels with the settings of SmolLM3's published configuration.
+
+    Norms and rotary positions are one kernel each, and three of four blocks have positions. Devices of a replica share
+    the tokens of the residual stream. The gradients of gate and up are joined.
+    """
+    D, width = c.hidden_size / tensor_parallel, c.intermediate_size / tensor_parallel
+    turned = 0.75 * (c.num_attention_heads + c.num_key_value_heads) * head_dim(c) / tensor_parallel
+    return 20 * D + 4 * turned + 10 * width, 24 * D + 4 * turned + 26 * width
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,7 @@ def ours() -> list[Row]:
             H100,
             two.tokens / seconds["as configured"],
             {masked: 1.0},
-            kernels=without,
+            kernels=dataclasses.replace(without, attention="flex"),
             document=8192 / 12,
         ),
     ]
@@ -140,7 +165,9 @@ def torchtitan() -> list[Row]:
             layout = Layout(devices, sharded=True)
             memory = TrainingMemory(LLAMA, 2, 8192, "bf16-mixed", "selective", layout=layout, gpu=True, **options)
             # Its residual stream has 16 bits. It compiles its loss, too.
-            kernels = Kernels("flash", "compiled" in way, EVERY_SECOND, residual=2)
+            compiled = "compiled" in way
+            traffic = None if compiled else torchtitans_traffic(LLAMA)
+            kernels = Kernels("flash", compiled, EVERY_SECOND, residual=2, traffic=traffic)
             rows.append(
                 Row(f"torchtitan, Llama 3.1 8B, {devices} GPUs, {way}", LIMITED, number, {memory: 1.0}, 1, kernels)
             )
@@ -165,7 +192,10 @@ def others() -> list[Row]:
             14_000,
             {smollm3: 1.0},
             1,
-            dataclasses.replace(kernels, residual=2),
+            # Buckets of 50 MB hold gradients of 16 bits, which are summed in 32.
+            dataclasses.replace(
+                kernels, residual=2, traffic=nanotrons_traffic(SMOLLM3, layout.tensor_parallel), bucket=2 * 50 * 2**20
+            ),
             MEAN_DOCUMENT,
         ),
     ]
@@ -198,6 +228,10 @@ def table(of: list[Row]) -> str:
         f"With the upper end of the peak of torchtitan's machines, {SXM / 1e12:.0f} instead of {NVL / 1e12:.0f} "
         f"TFLOP/s, its rows are {min(upper):+.0f} to {max(upper):+.0f} %."
     )
+    smollm3 = of[-1]
+    kernels = dataclasses.replace(smollm3.kernels, bucket=2**60)
+    alone = dataclasses.replace(smollm3, kernels=kernels).predicted() / smollm3.measured - 1
+    lines.append(f"With one sum of all gradients after the backward pass, SmolLM3's row would be {100 * alone:+.0f} %.")
     return "\n".join(lines)
 
 

@@ -1,9 +1,10 @@
 """Predicts the time of an optimizer step from its arithmetic, its memory traffic and the network.
 
 A step on a GPU is the sum of what its kernels take one after the other: matrix products at a share of the peak,
-attention at the rate of its kernel, all else at the bandwidth of the memory. The network works beside them, and costs
-what it takes longer than the kernels beside which it works. Each constant is a measurement of its own kind of kernel,
-or a published one. None is fitted to the speed of a run. benchmarks/plan_speed.py compares the predictions with runs.
+attention at the rate of its kernel, all else at the bandwidth of the memory, and a gap between two kernels. The network
+works beside them, and costs what it takes longer than the kernels beside which it works. All devices wait for the
+slowest. Each constant is a measurement of its own kind of kernel, or a published one. None is fitted to the speed of a
+run. benchmarks/plan_speed.py compares the predictions with runs.
 
 Letters in formulas: D channels of the residual stream, I of the feed-forward, H of all query heads, G of all key (or
 value) heads; w bytes of a value of the residual stream, a of a value that is multiplied.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from typing import Literal
 
 from lightning_danube.planning.accelerators import Accelerator
@@ -37,6 +39,11 @@ FLASH: tuple[tuple[int, float], ...] = ((96, 0.219), (128, 0.268))
 """Channels of a head → share of the peak that flash attention reaches, from the same table: 217 TFLOP/s for 96, and
 248.2 for 120, for which it computes 128. For fewer channels that of 96 is taken."""
 
+FLEX: tuple[tuple[int, float], ...] = ((96, 0.231), (128, 0.297))
+"""The same for FlexAttention, from the same table: 228.9 TFLOP/s for 96 channels, and 275.1 for 120."""
+BLOCK = 128
+"""Queries and keys of a block, which FlexAttention computes whole if it is seen in part."""
+
 SHORT = 300
 """Tokens at which flash attention has half of the rate that it has for long texts. The paper of FlashAttention-3 (arXiv
 2407.08608, figure 5, causal, 128 channels) has 191, 260, 298, 319 and 333 TFLOP/s of FlashAttention-2 for 512, 1,024,
@@ -48,9 +55,19 @@ COMMUNICATION = 20 / 132
 """Share of the GPU that is not there for kernels while the network works beside them: DeepSeek-V3 sets 20 of an H800's
 132 multiprocessors aside for it (arXiv 2412.19437, section 3.2)."""
 
-IDLE = 0.026
-"""Share of the kernels' time in which the GPU waits for the next kernel: a step of the 500M took 447.9 ms with 436.4 ms
-of kernels on an H100, and 433.9 with 423.1 on an H200 (docs/speed.md)."""
+LAUNCHES = {True: 1501 / 16, False: 2013 / 16}
+"""Kernels of a step for each block, with compiled blocks and without: 1,501 and 2,013 for the 16 blocks of the 500M and
+one micro-batch, loss and optimizer included (benchmarks/results/gpu/first-contact-h100-01e0813.md, "all")."""
+FORWARD = 1 / 3
+"""Share of these kernels that activation checkpointing starts again: those of the forward pass, by its products."""
+GAP = (447.9 - 436.4 + 433.9 - 423.1 + 558.5 - 551.5) / (1501 + 1501 + 2013) / 1e3
+"""Seconds between two kernels, however long the kernels take: 5.8 microseconds. Steps of the 500M took 447.9 ms with
+436.4 ms of kernels on an H100, 433.9 with 423.1 on an H200, and uncompiled 558.5 with 551.5 on an H100."""
+
+SPREAD = 0.08 / 5.4
+"""Standard deviation of the time that equal devices take for products, by the mean. All devices wait for the slowest.
+Equal GPUs of five clusters varied by 8 % on average (arXiv 2208.11035). This is taken as the range of a box plot, which
+leaves out what is more than 2.7 standard deviations of a normal distribution away. No cluster had an H100."""
 
 FLOAT32 = 1 / 15
 """Peak of float32 products by that of 16 bits, on an A100 and an H100. Muon multiplies in float32."""
@@ -68,13 +85,18 @@ class Kernels:
         fused_loss: whether the loss passes over 16-bit logits three times, instead of over float32 logits.
         recomputed_products: share of the blocks' products that activation checkpointing computes again.
         residual: bytes of a value of the residual stream; None: those of a weight.
+        traffic: bytes that kernels without products read and write for a token in a block, forward and backward; None:
+            those of this project's blocks.
+        bucket: bytes of gradients that DDP sums at once.
         updates: whether the step has an optimizer.
     """
 
-    attention: Literal["cudnn", "flash"] | None = None
+    attention: Literal["cudnn", "flash", "flex"] | None = None
     fused_loss: bool = True
     recomputed_products: float = 1.0
     residual: int | None = None
+    traffic: tuple[float, float] | None = None
+    bucket: int = DDP_BUCKET
     updates: bool = True
 
 
@@ -90,7 +112,8 @@ class StepTime:
         attention: the kernels of attention.
         memory: all other kernels of the model and of the loss, which wait for the memory.
         optimizer: clipping and the optimizer.
-        network: what the network takes longer than the kernels beside which it works.
+        network: what the network takes longer than the kernels beside which it works, and the time for which devices
+            wait for the slowest of them.
         idle: gaps between kernels.
         recomputed_flops: FLOPs of the step that activation checkpointing does again, on one device.
     """
@@ -209,8 +232,11 @@ class _Step:
         channels = head_dim(self.run.config)
         if kernel == "cudnn":
             return CUDNN * self.on.flops * channels / (128 * math.ceil(channels / 128))
-        computed, share = next((one for one in FLASH if one[0] >= channels), FLASH[-1])
-        padded = channels if channels <= FLASH[0][0] else computed * math.ceil(channels / computed)
+        rates = FLEX if kernel == "flex" else FLASH
+        computed, share = next((one for one in rates if one[0] >= channels), rates[-1])
+        padded = channels if channels <= rates[0][0] else computed * math.ceil(channels / computed)
+        if kernel == "flex":
+            return share * self.on.flops * channels / padded
         length = 2 * self.seen  # of a text whose tokens see as many others on average
         short = length / (length + SHORT) * (MEASURED_CONTEXT + SHORT) / MEASURED_CONTEXT
         return share * short * self.on.flops * channels / padded
@@ -220,7 +246,9 @@ class _Step:
         """Returns the tokens that attention computes for a token on average."""
         if self.run._form == "dense":
             return float(self.run.context)
-        return seen_tokens(self.run.context, self.run.config.sliding_window, self.document)
+        seen = seen_tokens(self.run.context, self.run.config.sliding_window, self.document)
+        # Half a block more at the start of a document, and half a block more at the token.
+        return min(seen + BLOCK, self.run.context / 2) if self.kernels.attention == "flex" else seen
 
     def of_attention(self, products: float) -> float:
         """Returns the seconds of a block's attention. Forward has 2 products, backward 5 (one is computed again)."""
@@ -233,6 +261,8 @@ class _Step:
     def block_traffic(self) -> tuple[float, float]:
         """Returns the bytes that the kernels without products read and write for one token in one block, forward and
         backward. Compiled kernels fuse what follows each other; the others pass over their tensors one by one."""
+        if self.kernels.traffic is not None:
+            return self.kernels.traffic
         c, a, w, tp = self.run.config, self.a, self.w, self.run.layout.tensor_parallel
         D, width = c.hidden_size, c.intermediate_size // tp
         turned = (c.num_attention_heads + c.num_key_value_heads) * head_dim(c) // tp
@@ -316,10 +346,12 @@ class _Step:
         if layout.by_fsdp:
             return waits + self.of_fsdp(forward, backward)
         bytes_ = run.weight_bytes * run.trained_parameters
-        # One bucket after the other is summed while the backward pass continues. The last one has nothing beside it.
-        whole = math.ceil(bytes_ / DDP_BUCKET) * self.network.latency(self.replicas)
+        # One bucket after the other is summed while the backward pass continues. The last one has nothing beside it. It
+        # holds the embedding, whose gradient is known last, and a bucket is not smaller than one parameter.
+        whole = math.ceil(bytes_ / self.kernels.bucket) * self.network.latency(self.replicas)
         whole += self.network.sum(bytes_, self.replicas)
-        last = self.network.sum(min(bytes_, DDP_BUCKET), self.replicas)
+        embedding = run.weight_bytes * run.head_parameters if run.lora is None else 0
+        last = self.network.sum(min(bytes_, max(self.kernels.bucket, embedding)), self.replicas)
         return waits + last + waiting(whole - last, self.blocks * backward)
 
     def of_fsdp(self, forward: float, backward: float) -> float:
@@ -367,14 +399,16 @@ class _Step:
         loss = self.at_memory(self.loss_traffic() * run.tokens)
         of_block = [products[k] + attention[k] + traffic[k] for k in (0, 1)]
         optimizer = self.of_optimizer()
-        kernels = n * (self.blocks * sum(of_block) + self.head_products() + loss) + weights + optimizer
+        all_products = n * (self.blocks * sum(products) + self.head_products())
+        all_attention = n * self.blocks * sum(attention)
+        launches = n * self.blocks * LAUNCHES[run.compiled] * (1 + FORWARD * again)
         return StepTime(
-            products=n * (self.blocks * sum(products) + self.head_products()),
-            attention=n * self.blocks * sum(attention),
+            products=all_products,
+            attention=all_attention,
             memory=n * (self.blocks * sum(traffic) + loss) + weights,
             optimizer=optimizer,
-            network=self.of_network(*of_block),
-            idle=IDLE * kernels,
+            network=self.of_network(*of_block) + behind(run.layout.devices) * (all_products + all_attention),
+            idle=GAP * launches,
             recomputed_flops=self.recomputed_flops(share, attention_again),
         )
 
@@ -384,6 +418,14 @@ class _Step:
         c, tp = self.run.config, self.run.layout.tensor_parallel
         square = 2 * attention * self.run.context * c.num_attention_heads * head_dim(c) // tp
         return self.micro_batches * self.run.tokens * self.blocks * (2 * share * self.block + square)
+
+
+def behind(devices: int) -> float:
+    """Returns by what share of the time of its products the slowest of some devices is behind an average one."""
+    if devices == 1:
+        return 0.0
+    # Blom's approximation of the largest of n values of a normal distribution, within 1 %.
+    return SPREAD * statistics.NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
 
 
 def waiting(network: float, kernels: float) -> float:
