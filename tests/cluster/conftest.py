@@ -1,6 +1,5 @@
 """Texts whose shards are made once, and a SLURM that is started once, for all tests of this folder."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,5 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     # Not in pytest's directory: the path of a Unix socket has at most 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    try:
-        with Slurm(directory) as cluster:
-            yield cluster
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with Slurm(Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))) as cluster:
+        yield cluster

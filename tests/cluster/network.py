@@ -1,13 +1,13 @@
 """Two network namespaces of this machine as two nodes, each with its own name and a link that can be cut."""
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.cluster.reaper import marked, reaper
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
@@ -40,6 +40,9 @@ class Nodes:
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Nodes":
+        # Ends all if this process is killed.
+        hosts = (self._hosts(node).parent for node in self.spaces)
+        self._reaper = reaper(f"NETWORK_TEST={self.mark}", *hosts, spaces=tuple(self.spaces.values()))
         try:
             self._make()
         except BaseException:
@@ -112,24 +115,12 @@ class Nodes:
 
     def processes(self) -> Iterator[int]:
         """Yields what is left of the agents and their ranks."""
-        wanted = f"NETWORK_TEST={self.mark}".encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environment = (entry / "environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if wanted in environment:
-                    yield int(entry.name)
+        return marked(f"NETWORK_TEST={self.mark}")
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+        self._reaper.communicate()  # kills what is left, and removes the namespaces
         for agent in self.agents.values():
             agent.wait()
-        for node, space in self.spaces.items():
-            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
-            shutil.rmtree(self._hosts(node).parent, ignore_errors=True)
 
 
 def ip(*arguments: str) -> None:

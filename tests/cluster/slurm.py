@@ -14,11 +14,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.reaper import kill_marked, marked, reaper
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 BINARIES = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# A node counts as dead after a minute, so a busy machine has time to answer. A requeued job may start when its
+# A node counts as dead after half a minute, so a busy machine has time to answer. A requeued job may start when its
 # credentials have expired. A job that is told to end has time to save on a machine with much other work.
 SETTINGS = """
 ClusterName=danube
@@ -46,7 +48,7 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=60
+SlurmdTimeout=30
 SlurmctldTimeout=60
 KillWait=120
 JobRequeue=1
@@ -79,7 +81,7 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -
     deadline = time.monotonic() + seconds
     while not (value := holds()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.2)
+        time.sleep(0.5)
     return value
 
 
@@ -106,8 +108,11 @@ class Slurm:
             "GLOO_SOCKET_IFNAME": "lo",
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.mark = f"SLURM_CONF={directory / 'slurm.conf'}"
 
     def __enter__(self) -> "Slurm":
+        # Ends all if this process is killed.
+        self._reaper = reaper(self.mark, self.directory)
         control, *ports = free_ports(1 + len(self.nodes))
         same = "NodeHostname=HOST NodeAddr=127.0.0.1 CPUs=4 RealMemory=65536 Gres=gpu:2"
         lines = [f"NodeName={name} Port={port} {same}" for name, port in zip(self.nodes, ports, strict=True)]
@@ -146,8 +151,8 @@ class Slurm:
     def __exit__(self, *_: object) -> None:
         for name in list(reversed(self._daemons)):
             self._stop(name)
-        for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+        kill_marked(self.mark)
+        self._reaper.communicate()
 
     def _start(self, name: str, *command: str) -> None:
         # SLURM's own processes of a node inherit the mark, and those of a job have SLURMD_NODENAME.
@@ -175,17 +180,9 @@ class Slurm:
                 os.kill(process, signal.SIGKILL)
         self._daemons.pop(node).wait()
 
-    def processes(self, variable: str = "") -> Iterator[int]:
+    def processes(self, variable: str) -> Iterator[int]:
         """Yields the processes that belong to this cluster, and have a variable in their environment."""
-        wanted = {f"SLURM_CONF={self.directory / 'slurm.conf'}".encode(), *([variable.encode()] if variable else [])}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environment = set((entry / "environ").read_bytes().split(b"\0"))
-                except OSError:
-                    continue
-                if wanted <= environment:
-                    yield int(entry.name)
+        return marked(self.mark, variable)
 
     def state_of_node(self, node: str) -> str:
         return self._shown("node", node).get("State", "")
