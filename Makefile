@@ -13,6 +13,7 @@ INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_EVALUATION := .venv/.installed-evaluation
 INSTALLED_S3 := .venv/.installed-s3
 INSTALLED_GIGATOKEN := .venv/.installed-gigatoken
+INSTALLED_RAY := .venv/.installed-ray
 INSTALLED_DATATROVE := .venv/.installed-datatrove
 INSTALLED_TRACKERS := .venv/.installed-trackers
 INSTALLED_DOCS := .venv/.installed-docs
@@ -47,12 +48,12 @@ export PYTHONDONTWRITEBYTECODE =
 
 # A process for each core, one thread each. More than four would need much memory.
 IN_PARALLEL := -n auto --maxprocesses 4
-MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or datatrove or kernels or trackers or faults or slurm or wheel)"
+MEDIUM := "medium and not (slow or llama_cpp or trl or evaluation or s3 or gigatoken or datatrove or kernels or trackers or faults or slurm or ray or wheel)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help quickstart smollm2 llama-cpp test test-medium test-all install-all test-wheel test-newest test-lowest test-slow mutants test-llama-cpp test-trl test-evaluation \
-	test-s3 test-gigatoken test-datatrove test-trackers test-kernels test-faults test-slurm check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
+	test-s3 test-gigatoken test-datatrove test-trackers test-kernels test-faults test-slurm test-ray check format-check lint types benchmark gpu-wheels gpu-check benchmark-gpu tensorboard notebooks fill docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -107,7 +108,10 @@ test-faults: $(INSTALLED_TEST) ## run whole runs on full disks, under kills and 
 	@$(call test_marked,faults)
 
 test-slurm: $(INSTALLED_TEST) $(INSTALLED_DATATROVE) ## run the shipped batch script on a real SLURM, and runs on a cut network (apt-get install slurmctld slurmd munge)
-	@$(call test_marked,slurm)
+	@$(call test_marked,slurm) -n 2 --dist loadfile
+
+test-ray: $(INSTALLED_TEST) $(INSTALLED_RAY) ## run the tests that prepare with datatrove on a Ray cluster of this machine
+	@$(call test_marked,ray)
 
 mutants: $(INSTALLED_TEST) ## plant small bugs one at a time and see that the fast tests fail (ARGS="chat": one table)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -217,6 +221,9 @@ $(INSTALLED_S3): $(INSTALLED_TEST)
 
 $(INSTALLED_GIGATOKEN): $(INSTALLED_TEST)
 	$(call install_extra,gigatoken,gigatoken,some seconds)
+
+$(INSTALLED_RAY): $(INSTALLED_TEST)
+	$(call install_extra,ray,datatrove and Ray,about 1 min)
 
 $(INSTALLED_DATATROVE): $(INSTALLED_TEST)
 	$(call install_extra,datatrove,datatrove,some seconds)

@@ -60,6 +60,7 @@ PARTS = {
     "faults": ["make", "--no-print-directory", "test-faults"],
     "kernels": ["make", "--no-print-directory", "test-kernels"],
     "slurm": [".ci/slurm"],
+    "ray": ["make", "--no-print-directory", "test-ray"],
     "notebooks": slow("test_notebooks.py"),
     "newest": [".ci/newest"],
     "lowest": ["make", "--no-print-directory", "test-lowest"],

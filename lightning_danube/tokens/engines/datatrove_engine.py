@@ -160,7 +160,8 @@ class _Stage:
 
 def _stages(work: SourceWork, quality: Quality) -> list[_Stage]:
     """Returns the pipelines of a source, in order."""
-    between = work.building / "between"
+    # Absolute: a worker of Ray gets these folders before it is in this directory.
+    between = (work.building / "between").absolute()
     made, read, write = MakeUnits(work), ReadUnits(work), WriteKept(work)
     join = _Stage("join", 1, [JoinShards(work)])
     match quality.deduplicate:
@@ -472,6 +473,21 @@ class _LocalExecutor(LocalPipelineExecutor):
                 raise
 
 
+class _RayExecutor(RayPipelineExecutor):
+    """Runs the tasks in the directory of this process, as the other executors do.
+
+    Ray starts its workers where the cluster was started, and paths of texts may be relative.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.directory = os.getcwd()
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        os.chdir(self.directory)
+        return super()._run_for_rank(rank, local_rank, node_rank)
+
+
 def _run_rank(executor: PipelineExecutor, rank: int) -> None:
     with _quietly():
         executor._run_for_rank(rank)
@@ -531,12 +547,13 @@ def _run_stages(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
 def _executor(
     work: SourceWork, stage: _Stage, cluster: Cluster, before: PipelineExecutor | None = None
 ) -> PipelineExecutor:
-    logs = str(work.building / "logs" / stage.name)
+    # Absolute, as the folders between the stages are.
+    logs = str((work.building / "logs" / stage.name).absolute())
     workers = -1 if cluster.workers is None else cluster.workers
     if cluster.where == "local":
         return _LocalExecutor(stage.steps, stage.tasks, workers, logs)
     if cluster.where == "ray":
-        return RayPipelineExecutor(stage.steps, stage.tasks, workers, logging_dir=logs)
+        return _RayExecutor(stage.steps, stage.tasks, workers, logging_dir=logs)
     # Else the jobs behind a task that failed would wait in the queue for ever.
     options = {"kill-on-invalid-dep": "yes", **cluster.slurm}
     return SlurmPipelineExecutor(
