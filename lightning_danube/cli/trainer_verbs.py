@@ -6,9 +6,8 @@ import logging
 import os
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
 from lightning_danube.terminal import as_typed, show, tell
+from lightning_danube.training.contract import StagedData
 from lightning_danube.training.history import append_history, differences
 from lightning_danube.training.position import RunTrainer, run_directory
 from lightning_danube.training.precision import (
@@ -143,8 +143,31 @@ class RunRecord(SaveConfigCallback):
         )
 
 
-def _accept(*_: Any, **__: Any) -> None:
-    """Takes the place of jsonargparse's last validation of a whole configuration, which takes a tenth of the start."""
+class RunParser(LightningArgumentParser):
+    """A parser of a whole configuration that `read_configuration` has checked.
+
+    jsonargparse also makes parsers of this class for single values inside a configuration. They have no `texts`, and
+    keep jsonargparse's behaviour.
+    """
+
+    texts: Mapping[tuple[str, ...], str | None] | None = None
+    """Texts as the user stated them, by their place in the configuration."""
+
+    def validate(self, *args: Any, **options: Any) -> None:
+        """Skips jsonargparse's last validation of a whole configuration, which takes a tenth of the start.
+
+        `read_configuration` has checked every value, and jsonargparse checks each value again when it takes it.
+        """
+        if self.texts is None:
+            super().validate(*args, **options)
+
+    def dump(self, namespace: Namespace, *args: Any, **options: Any) -> str:
+        """Returns a configuration as YAML, with texts as they were stated. `--print_config` calls it in the parsing."""
+        if self.texts is not None:
+            keep_texts(namespace, self.texts)
+            options["skip_validation"] = True
+        text: str = super().dump(namespace, *args, **options)
+        return text
 
 
 class DanubeCLI(LightningCLI):
@@ -171,6 +194,7 @@ class DanubeCLI(LightningCLI):
                 LightningModule,
                 LightningDataModule,
                 trainer_class=RunTrainer,
+                parser_class=RunParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=RunRecord,
@@ -195,14 +219,9 @@ class DanubeCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**{**PARSER_OPTIONS, **kwargs})
-        parser.dump = partial(self._dump, parser.dump)  # --print_config calls it while it parses
-        # `read_configuration` has checked every value, and jsonargparse checks each value again when it takes it.
-        parser.validate = _accept
+        assert isinstance(parser, RunParser)
+        parser.texts = self._texts
         return parser
-
-    def _dump(self, dump: Callable[..., str], config: Namespace, **options: Any) -> str:
-        keep_texts(config, self._texts)
-        return dump(config, **{**options, "skip_validation": True})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_run_options(parser)
@@ -212,7 +231,7 @@ class DanubeCLI(LightningCLI):
         check_command_line(args[1:])
         args = with_facts_of_weights(args)
         self.stated = read_configuration(args[1:])
-        self._texts = self.stated.texts
+        self._texts.update(self.stated.texts)
         self.config = parse(parser, args, self.stated)
 
     def _parse_ckpt_path(self) -> None:
@@ -349,10 +368,10 @@ class DanubeCLI(LightningCLI):
         show(f"the config has changed since {self.place.checkpoint}, step {step}:")
         for key, (old, new) in self.changes.items():
             show(f"  {key}: {_shown(old)} → {_shown(new)}")
-        if any(key.startswith(("data.stages", "data.tokens", "data.batch_tokens")) for key in self.changes):
-            total = getattr(self.datamodule, "total_tokens", None)
-            if total is not None:
-                show(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
+        lengths = ("data.stages", "data.tokens", "data.batch_tokens")
+        if isinstance(self.datamodule, StagedData) and any(key.startswith(lengths) for key in self.changes):
+            total = self.datamodule.total_tokens
+            show(f"  the run now has {total:,} tokens; from here on the learning rate follows that length")
 
     def instantiate_classes(self) -> None:
         try:
@@ -462,13 +481,11 @@ class DanubeCLI(LightningCLI):
 
     def _nothing_left(self) -> str | None:
         """Returns a message that the run to resume is already complete, None if it is not."""
-        # Some data are counted only when they are read. Their number of steps is not known before the run begins.
-        steps = getattr(self.datamodule, "total_steps", None)
-        if not self.place.continues or self.place.checkpoint is None or not isinstance(steps, int):
+        if not self.place.continues or self.place.checkpoint is None or not isinstance(self.datamodule, StagedData):
             return None
         if {"data.batch_tokens", "data.context_length"} & self.changes.keys():
             return None  # with another size of steps, the numbers cannot be compared
-        done, limit = read_step(self.place.checkpoint), self.trainer.max_steps
+        done, limit, steps = read_step(self.place.checkpoint), self.trainer.max_steps, self.datamodule.total_steps
         run = self.place.checkpoint.parent.parent
         if not (run / "summary.json").exists():
             return None  # it was killed between its last checkpoint and its summary

@@ -8,7 +8,7 @@ Shapes: B rows of a micro-batch, T positions of a row, P pairs, C choices of a q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from lightning.pytorch import Trainer
@@ -123,6 +123,23 @@ class TrainingData(TokenizedData, Protocol):
         Raises:
             ValueError: the step does not divide evenly.
         """
+
+
+@runtime_checkable
+class StagedData(Protocol):
+    """Training data of stages. Their options decide the length of the run, so it is known before `setup`."""
+
+    @property
+    def stages(self) -> Sequence[object]:
+        """The stages, in the order of training."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all stages."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
 
 
 @runtime_checkable

@@ -29,6 +29,7 @@ from tokenizers import normalizers
 
 import lightning_danube.__main__ as program
 from lightning_danube.__main__ import main, user_message
+from lightning_danube.chat import ChatData
 from lightning_danube.checkpoints.runs import LOCK
 from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.cli import trainer_verbs
@@ -497,6 +498,20 @@ def test_our_own_faults_keep_their_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_only_parsers_of_whole_configurations_skip_the_last_validation() -> None:
+    parser = trainer_verbs.RunParser(exit_on_error=False)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--note", type=str)
+    wrong = Namespace(count="many", note="read")
+    with pytest.raises(TypeError, match="many"):
+        parser.validate(wrong)
+    with pytest.raises(TypeError, match="many"):
+        parser.dump(wrong)
+    parser.texts = {("note",): "stated"}
+    parser.validate(wrong)
+    assert yaml.safe_load(parser.dump(wrong)) == {"count": "many", "note": "stated"}
+
+
 def test_print_config_round_trips(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def printed(file: Path) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -654,10 +669,12 @@ def test_the_directory_of_a_run_is_no_option_of_the_trainer(tmp_path: Path) -> N
 
 
 def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
-    def left(done: int, limit: int = -1, steps: int | None = 26, changes: tuple[str, ...] = (), on: bool = True) -> Any:
+    staged = SimpleNamespace(stages=["one"], total_steps=26, total_tokens=26 * 64)
+
+    def left(done: int, limit: int = -1, changes: tuple[str, ...] = (), on: bool = True, data: Any = staged) -> Any:
         checkpoint = run / "checkpoints" / f"step_{done:08d}.ckpt"
         cli: Any = SimpleNamespace(
-            datamodule=SimpleNamespace(total_steps=steps), trainer=SimpleNamespace(max_steps=limit),
+            datamodule=data, trainer=SimpleNamespace(max_steps=limit),
             place=SimpleNamespace(continues=on, checkpoint=checkpoint), changes=dict.fromkeys(changes),
         )  # fmt: skip
         said = trainer_verbs.DanubeCLI._nothing_left(cli)
@@ -671,7 +688,9 @@ def test_a_run_with_nothing_left_says_so(tmp_path: Path) -> None:
     assert left(25) is left(27) is None
     assert left(10, limit=10) == "has 10 of 26 steps, and trainer.max_steps is 10; nothing is left to do"
     assert left(10, limit=9) is not None and left(10, limit=11) is None
-    assert left(26, on=False) is left(26, steps=None) is None
+    assert left(26, on=False) is None
+    # Planned data count their steps in `setup`.
+    assert left(26, data=ChatData.__new__(ChatData)) is None
     for key in ("data.batch_tokens", "data.context_length"):
         assert left(26, changes=(key,)) is None
     assert left(26, changes=("data.stages",)) is not None
