@@ -11,28 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lightning_danube"
-GENERAL = ("terminal", "yaml_files", "files", "intervals", "device", "options", "extras", "signals")
-TASKS = ("pretraining", "chat", "classification", "quantization", "evaluation")
-# Each room imports only itself and rooms that stand before it.
-ORDER = (
-    "outside",
-    *GENERAL,
-    "model",
-    "text",
-    "tokens",
-    "checkpoints",
-    "weights",
-    "generation",
-    "training",
-    "inspection",
-    *TASKS,
-    "planning",
-    "studies",
-    "reports",
-    "callbacks",
-    "cli",
-    "__main__",
-)
+
+
+def rooms_in(contributing: str) -> dict[str, str]:
+    """Returns room → its contents, from the table under "Layers" in CONTRIBUTING.md, in the table's order."""
+    layers = contributing.partition("\n## Layers\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", layers, flags=re.MULTILINE))
+
+
+# The table is the only list of the rooms. Each room imports only itself and rooms that stand before it.
+ROOMS = rooms_in((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+ORDER = tuple(ROOMS)
+TASKS = tuple(room for room, contents in ROOMS.items() if contents.startswith("task: "))
+TASK_CLASSES = {"LightningModule", "DecoderTask", "TuningTask"}
 MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
 MODEL_MAY_IMPORT = frozenset({"torch", "triton", f"{PACKAGE}.model", f"{PACKAGE}.device", f"{PACKAGE}.lazy_attributes"})
 # A task's data module takes at most a tokenizer from the weights.
@@ -167,9 +158,28 @@ def test_every_room_stands_in_the_order() -> None:
     assert there == set(ORDER)
 
 
-def test_contributing_names_the_rooms_in_their_order() -> None:
-    layers = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## Layers\n")[2].partition("\n## ")[0]
-    assert tuple(re.findall(r"^\| `(\w+)` \|", layers, flags=re.MULTILINE)) == ORDER
+def test_the_rooms_are_read_from_the_table_of_layers() -> None:
+    table = "## Layers\n\n| room | contents |\n|---|---|\n| `files` | the writer |\n| `chat` | task: rows |\n\n"
+    assert rooms_in(f"# A\n| `no` | room |\n{table}## B\n| `no` | room |\n") == {
+        "files": "the writer",
+        "chat": "task: rows",
+    }
+
+
+def has_task(source: str) -> bool:
+    """Returns whether a module has a class that Lightning trains or evaluates."""
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return any(isinstance(base, ast.Name) and base.id in TASK_CLASSES for one in classes for base in one.bases)
+
+
+def test_rooms_with_a_task_and_no_others_are_tasks_rooms() -> None:
+    rooms = {
+        room_of_file(PurePosixPath(file.relative_to(ROOT).as_posix()))
+        for file in of_package()
+        if has_task(file.read_text("utf-8"))
+    }
+    # `training` has the base classes.
+    assert rooms - {"training"} == set(TASKS)
 
 
 def test_every_import_keeps_to_the_layers() -> None:

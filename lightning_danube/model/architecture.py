@@ -1,13 +1,15 @@
-"""Two tables: the layers of the decoder that have weights, and the families of checkpoints that can hold a decoder.
+"""Three tables: the layers of the decoder that have weights, its options, and the families of checkpoints.
 
-GGUF files, tensor parallelism, LoRA and quantization take the names of layers from the first table. The second table
-says what a `config.json` or the header of a GGUF file means, and as which family a decoder is saved. A new variant
-needs an option of `DecoderShape`, rows in these tables, and code in attention.py or decoder.py.
+GGUF files, tensor parallelism, LoRA, quantization, the number of parameters and the memory plan take names and shapes
+of layers from the first table. Model cards describe a decoder by the second. The third says what a `config.json` or the
+header of a GGUF file means, and as which family a decoder is saved. A new variant needs an option of `DecoderShape`,
+rows in these tables, and code in attention.py or decoder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,26 @@ if TYPE_CHECKING:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 Role = Literal["embedding", "gain", "matrix", "head"]
+Heads = Literal["query", "key"]
+Axis = Literal["vocabulary", "hidden", "feed_forward", "queries", "keys", "head"]
+"""An axis of a weight. "queries" and "keys" are the channels of all heads of their kind, "head" those of one head."""
+
+
+def number_of_heads(config: DecoderShape, heads: Heads) -> int:
+    return config.num_attention_heads if heads == "query" else config.num_key_value_heads
+
+
+def sizes_of_axes(config: DecoderConfig) -> dict[Axis, int]:
+    """Returns the channels, or rows, of each axis."""
+    assert config.head_dim is not None  # resolved by the config
+    return {
+        "vocabulary": config.vocab_size,
+        "hidden": config.hidden_size,
+        "feed_forward": config.intermediate_size,
+        "queries": config.num_attention_heads * config.head_dim,
+        "keys": config.num_key_value_heads * config.head_dim,
+        "head": config.head_dim,
+    }
 
 
 @dataclass(frozen=True)
@@ -27,9 +49,11 @@ class WeightLayer:
         name: name of the module, as in Hugging Face's models; in a block it follows `model.layers.<number>.`.
         gguf: name in GGUF files; in a block it follows `blk.<number>.`.
         role: "matrix" is a linear layer of a block. LoRA may adapt these, and quantization may round them.
+        axes: the axes of the weight in PyTorch's order: outputs, then inputs. A bias has the outputs.
         shard_axis: the axis of the weight that tensor parallelism divides over devices. 0 is the output channels, which
             the bias follows; 1 is the input channels. None: every device holds the whole weight.
-        sees_some_heads: under tensor parallelism the layer gets only the heads of its device.
+        each_head: the layer works on each of these heads alone. Under tensor parallelism it gets only the heads of its
+            device.
         heads: the rows of the weight are the channels of these heads, and rotary positions turn them.
         bias: the option of the config that gives the layer a bias.
         option: the option of the config that adds the layer; None: every decoder has the layer.
@@ -38,9 +62,10 @@ class WeightLayer:
     name: str
     gguf: str
     role: Role
+    axes: tuple[Axis, ...]
     shard_axis: Literal[0, 1] | None = None
-    sees_some_heads: bool = False
-    heads: Literal["query", "key"] | None = None
+    each_head: Heads | None = None
+    heads: Heads | None = None
     bias: str | None = None
     option: str | None = None
 
@@ -54,41 +79,57 @@ class WeightLayer:
         """Whether quantization replaces the layer by default, when embeddings are not requested."""
         return self.role == "matrix"
 
-    def parts(self, config: DecoderShape) -> tuple[str, ...]:
-        """Returns the parameters that the layer has in this decoder: "weight" and perhaps "bias", or none."""
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, by which LoRA knows the layer."""
+        return self.name.rpartition(".")[2]
+
+    def shapes(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the layer's parameters in this decoder: of "weight" and perhaps "bias", or of none."""
         if self.option is not None and not is_on(config, self.option):
-            return ()
-        return ("weight", "bias") if self.bias is not None and is_on(config, self.bias) else ("weight",)
+            return {}
+        sizes = sizes_of_axes(config)
+        shapes = {"weight": tuple(sizes[axis] for axis in self.axes)}
+        if self.bias is not None and is_on(config, self.bias):
+            shapes["bias"] = shapes["weight"][:1]
+        return shapes
+
+    def is_sharded(self, part: str) -> bool:
+        """Returns whether tensor parallelism divides the parameter called `part` over devices."""
+        return self.shard_axis == 0 or (self.shard_axis == 1 and part == "weight")
 
 
-EMBEDDING = WeightLayer("model.embed_tokens", "token_embd", "embedding", shard_axis=0)
+EMBEDDING = WeightLayer("model.embed_tokens", "token_embd", "embedding", ("vocabulary", "hidden"), shard_axis=0)
 # The order is that of the tensors in this project's GGUF files.
 BLOCK_LAYERS = (
-    WeightLayer("input_layernorm", "attn_norm", "gain"),
-    WeightLayer("self_attn.q_proj", "attn_q", "matrix", shard_axis=0, heads="query", bias="qkv_bias"),
-    WeightLayer("self_attn.k_proj", "attn_k", "matrix", shard_axis=0, heads="key", bias="qkv_bias"),
-    WeightLayer("self_attn.v_proj", "attn_v", "matrix", shard_axis=0, bias="qkv_bias"),
-    WeightLayer("self_attn.q_norm", "attn_q_norm", "gain", sees_some_heads=True, option="qk_norm"),
-    WeightLayer("self_attn.k_norm", "attn_k_norm", "gain", sees_some_heads=True, option="qk_norm"),
-    WeightLayer("self_attn.o_proj", "attn_output", "matrix", shard_axis=1),
-    WeightLayer("post_attention_layernorm", "ffn_norm", "gain"),
-    WeightLayer("mlp.gate_proj", "ffn_gate", "matrix", shard_axis=0),
-    WeightLayer("mlp.up_proj", "ffn_up", "matrix", shard_axis=0),
-    WeightLayer("mlp.down_proj", "ffn_down", "matrix", shard_axis=1),
+    WeightLayer("input_layernorm", "attn_norm", "gain", ("hidden",)),
+    WeightLayer(
+        "self_attn.q_proj", "attn_q", "matrix", ("queries", "hidden"), shard_axis=0, heads="query", bias="qkv_bias"
+    ),
+    WeightLayer("self_attn.k_proj", "attn_k", "matrix", ("keys", "hidden"), shard_axis=0, heads="key", bias="qkv_bias"),
+    WeightLayer("self_attn.v_proj", "attn_v", "matrix", ("keys", "hidden"), shard_axis=0, bias="qkv_bias"),
+    WeightLayer("self_attn.q_norm", "attn_q_norm", "gain", ("head",), each_head="query", option="qk_norm"),
+    WeightLayer("self_attn.k_norm", "attn_k_norm", "gain", ("head",), each_head="key", option="qk_norm"),
+    WeightLayer("self_attn.o_proj", "attn_output", "matrix", ("hidden", "queries"), shard_axis=1),
+    WeightLayer("post_attention_layernorm", "ffn_norm", "gain", ("hidden",)),
+    WeightLayer("mlp.gate_proj", "ffn_gate", "matrix", ("feed_forward", "hidden"), shard_axis=0),
+    WeightLayer("mlp.up_proj", "ffn_up", "matrix", ("feed_forward", "hidden"), shard_axis=0),
+    WeightLayer("mlp.down_proj", "ffn_down", "matrix", ("hidden", "feed_forward"), shard_axis=1),
 )
-LAST_NORM = WeightLayer("model.norm", "output_norm", "gain")
-HEAD = WeightLayer("lm_head", "output", "head", shard_axis=0)
-ADAPTABLE = tuple(layer.name.rpartition(".")[2] for layer in BLOCK_LAYERS if layer.adaptable)
+LAST_NORM = WeightLayer("model.norm", "output_norm", "gain", ("hidden",))
+HEAD = WeightLayer("lm_head", "output", "head", ("vocabulary", "hidden"), shard_axis=0)
+ADAPTABLE = tuple(layer.short_name for layer in BLOCK_LAYERS if layer.adaptable)
 """Short names of the layers that LoRA may adapt."""
 
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """One tensor of a decoder: its name (as in Hugging Face's files), its name in GGUF files, and its layer."""
+    """One tensor of a decoder: its name (as in Hugging Face's files), its name in GGUF files, its layer and shape."""
 
     name: str
     gguf: str
     layer: WeightLayer
+    shape: tuple[int, ...]
 
 
 def tensors_of(config: DecoderConfig) -> Iterator[NamedTensor]:
@@ -111,15 +152,39 @@ def quantizable_layers(config: DecoderConfig) -> list[str]:
     ]
 
 
+def tensors_added_by(option: str) -> set[str]:
+    """Returns the names in GGUF files of the tensors that an option adds to the first block; none if it adds none."""
+    added = {f"{layer.gguf}.weight" for layer in BLOCK_LAYERS if layer.option == option}
+    added |= {f"{layer.gguf}.bias" for layer in BLOCK_LAYERS if layer.bias == option}
+    return {f"blk.0.{name}" for name in added}
+
+
+def parameters_of(layers: Iterable[WeightLayer], config: DecoderConfig) -> int:
+    """Returns the number of parameters of some layers, each counted once."""
+    return sum(math.prod(shape) for layer in layers for shape in layer.shapes(config).values())
+
+
 def _named(layer: WeightLayer, config: DecoderConfig, ours: str, theirs: str) -> Iterator[NamedTensor]:
-    for part in layer.parts(config):
-        yield NamedTensor(f"{ours}{layer.name}.{part}", f"{theirs}{layer.gguf}.{part}", layer)
+    for part, shape in layer.shapes(config).items():
+        yield NamedTensor(f"{ours}{layer.name}.{part}", f"{theirs}{layer.gguf}.{part}", layer, shape)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+OPTIONS: Mapping[str, tuple[str, str]] = {
+    "sliding_window": ("sliding window, tokens", "{:,}"),
+    "rope_scaling": ("rotary positions", "{0.factor:g} times slower at long wavelengths"),
+    "nope_interval": ("layers without rotary positions", "one in {}"),
+    "qkv_bias": ("biases", "of queries, keys and values"),
+    "qk_norm": ("norms of heads", "of queries and keys"),
+}
+"""Field of `DecoderShape` in which the families differ → title and format of its row in a model card.
+
+All are off in Danube3.
+"""
 
 
 # --- families -------------------------------------------------------------------------------------------------------
-
-OPTIONS = ("sliding_window", "qkv_bias", "qk_norm", "rope_scaling", "nope_interval")
-"""Fields of `DecoderShape` in which the families differ. All are off in Danube3."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +200,8 @@ class Family:
         needs: options that every decoder of the family has.
         allows: options that some decoders of the family have.
         not_in_gguf: options that llama.cpp does not compute for the architecture.
+        in_gguf: options that are not weights → the number that llama.cpp's architecture has, whatever the file says, or
+            the key of the number in the file, without the architecture's prefix.
         fixed: fields of `config.json` that must have this value; export writes them, too.
         defaults: values of fields that `config.json` leaves out, where they differ from Llama's defaults.
     """
@@ -146,6 +213,7 @@ class Family:
     needs: frozenset[str] = frozenset()
     allows: frozenset[str] = frozenset()
     not_in_gguf: frozenset[str] = frozenset()
+    in_gguf: Mapping[str, int | str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -213,6 +281,7 @@ FAMILIES = (
         "smollm3",
         turns_neighbours=True,
         allows=frozenset({"nope_interval"}),
+        in_gguf={"nope_interval": 4},
         fixed={**NO_BIAS, "use_sliding_window": False},
         defaults={
             "num_key_value_heads": 4,
@@ -224,8 +293,6 @@ FAMILIES = (
         },
     ),
 )
-GGUF_NOPE_INTERVAL = 4
-"""llama.cpp's `smollm3` has no rotary positions in every fourth layer. The GGUF file does not store this number."""
 
 
 def is_on(config: DecoderShape, option: str) -> bool:

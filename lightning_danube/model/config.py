@@ -11,7 +11,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .architecture import DEFAULTS, OPTIONS, Family, family_called, family_of, is_on
+from .architecture import (
+    BLOCK_LAYERS,
+    DEFAULTS,
+    EMBEDDING,
+    HEAD,
+    LAST_NORM,
+    OPTIONS,
+    Family,
+    family_called,
+    family_of,
+    is_on,
+    parameters_of,
+)
 
 MOST = 2**30
 """No model has a larger number. The limit keeps a damaged number from causing endless work."""
@@ -238,14 +250,8 @@ class DecoderConfig(DecoderShape):
     @property
     def parameters(self) -> int:
         """All parameters; a tied embedding counts once."""
-        query_and_output = 2 * self.hidden_size * self.num_attention_heads * self._head_dim
-        key_and_value = 2 * self.hidden_size * self.num_key_value_heads * self._head_dim
-        feed_forward = 3 * self.hidden_size * self.intermediate_size
-        norms = 2 * self.hidden_size + (2 * self._head_dim if self.qk_norm else 0)
-        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self._head_dim if self.qkv_bias else 0
-        blocks = self.num_hidden_layers * (query_and_output + key_and_value + feed_forward + norms + biases)
-        embeddings = self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
-        return embeddings + blocks + self.hidden_size
+        others = (EMBEDDING, LAST_NORM) if self.tie_word_embeddings else (EMBEDDING, LAST_NORM, HEAD)
+        return self.num_hidden_layers * parameters_of(BLOCK_LAYERS, self) + parameters_of(others, self)
 
     @property
     def parameters_without_embedding(self) -> int:

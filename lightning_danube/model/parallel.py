@@ -87,7 +87,7 @@ def divide_matrices(decoder: Decoder, devices: DeviceMesh) -> None:
     check_tensor_parallel(decoder.config, devices.size())
     styles = {0: ColwiseParallel, 1: RowwiseParallel}
     block = {layer.name: styles[layer.shard_axis]() for layer in BLOCK_LAYERS if layer.shard_axis is not None}
-    with_some_heads = tuple(f".{layer.name}" for layer in BLOCK_LAYERS if layer.sees_some_heads)
+    with_some_heads = tuple(f".{layer.name}" for layer in BLOCK_LAYERS if layer.each_head is not None)
     for layer in decoder.model.layers:
         parallelize_module(layer, devices, block)
     for name, module in decoder.named_modules():

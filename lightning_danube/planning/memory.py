@@ -8,8 +8,16 @@ the measured peaks of processes in benchmarks/plan_memory.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
+from lightning_danube.model.architecture import (
+    BLOCK_LAYERS,
+    Role,
+    WeightLayer,
+    number_of_heads,
+    parameters_of,
+)
 from lightning_danube.model.config import CHUNK_TOKENS, ActivationCheckpointing, DecoderConfig, gpu_chunk_tokens
 from lightning_danube.weights.lora import Lora
 
@@ -190,19 +198,16 @@ class TrainingMemory:
     @property
     def block_parameters(self) -> int:
         """Returns the parameters of one block's matrices and biases on a device, before sharding over replicas."""
-        return (self.block_matrices + self.block_biases) // self.layout.tensor_parallel
+        sizes = {True: 0, False: 0}  # whether tensor parallelism divides them → the sum
+        for layer in _of_role("matrix"):
+            for part, shape in layer.shapes(self.config).items():
+                sizes[layer.is_sharded(part)] += math.prod(shape)
+        return sizes[True] // self.layout.tensor_parallel + sizes[False]
 
     @property
     def block_matrices(self) -> int:
-        """Returns the parameters of one block's matrices."""
-        c = self.config
-        attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * head_dim(c)
-        return attention + 3 * c.hidden_size * c.intermediate_size
-
-    @property
-    def block_biases(self) -> int:
-        c = self.config
-        return (c.num_attention_heads + 2 * c.num_key_value_heads) * head_dim(c) if c.qkv_bias else 0
+        """Returns the parameters of one block's matrices, without biases."""
+        return sum(inputs * outputs for inputs, outputs in self.matrix_widths.values())
 
     @property
     def head_parameters(self) -> int:
@@ -213,9 +218,8 @@ class TrainingMemory:
         """Returns the parameters of a device: its share of the matrices, and all gains."""
         c = self.config
         embeddings = self.head_parameters * (1 if c.tie_word_embeddings else 2)
-        gains = (2 * c.num_hidden_layers + 1) * c.hidden_size
-        gains += 2 * c.num_hidden_layers * head_dim(c) if c.qk_norm else 0
-        return embeddings + c.num_hidden_layers * self.block_parameters + gains
+        block = self.block_parameters + parameters_of(_of_role("gain"), c)
+        return embeddings + c.num_hidden_layers * block + c.hidden_size
 
     @property
     def stored_parameters(self) -> int:
@@ -237,20 +241,19 @@ class TrainingMemory:
     def _widths_of_targets(self) -> tuple[int, int]:
         """Returns the sums of the inputs' and of the outputs' channels of the layers with an adapter in one block."""
         assert self.lora is not None
-        inputs = [self._shapes[name][0] for name in self.lora.targets]
-        outputs = [self._shapes[name][1] for name in self.lora.targets]
+        inputs = [self.matrix_widths[name][0] for name in self.lora.targets]
+        outputs = [self.matrix_widths[name][1] for name in self.lora.targets]
         return sum(inputs), sum(outputs)
 
     @property
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns the channels of the input and of the output of one block's matrices."""
-        c = self.config
-        D, width = c.hidden_size, c.intermediate_size
-        heads, kv_heads = (n * head_dim(c) for n in (c.num_attention_heads, c.num_key_value_heads))
-        return {
-            **{"q_proj": (D, heads), "k_proj": (D, kv_heads), "v_proj": (D, kv_heads), "o_proj": (heads, D)},
-            **{"gate_proj": (D, width), "up_proj": (D, width), "down_proj": (width, D)},
-        }
+    def matrix_widths(self) -> dict[str, tuple[int, int]]:
+        """Returns the channels of the input and of the output of one block's matrices, by their short names."""
+        widths = {}
+        for layer in _of_role("matrix"):
+            if shapes := layer.shapes(self.config):
+                outputs, inputs = shapes["weight"]
+                widths[layer.short_name] = inputs, outputs
+        return widths
 
     @property
     def _weights(self) -> int:
@@ -280,9 +283,8 @@ class TrainingMemory:
     def head_norm_bytes(self) -> int:
         """Returns the bytes that the norms of one block's query and key heads keep."""
         c = self.config
-        if not c.qk_norm:
-            return 0
-        heads = (c.num_attention_heads + c.num_key_value_heads) // self.layout.tensor_parallel
+        kinds = [layer.each_head for layer in _of_role("gain") if layer.each_head is not None and layer.shapes(c)]
+        heads = sum(number_of_heads(c, kind) for kind in kinds) // self.layout.tensor_parallel
         # Under autocast the heads have 16 bits and the gains float32, so the norm works on a float32 copy.
         value = self._product if self._product == self.weight_bytes or not self.gpu else self._wide
         return self._norm_bytes(self.tokens * heads, head_dim(c), value)
@@ -304,7 +306,8 @@ class TrainingMemory:
             if self.float8:
                 per_token -= 2 * a * c.hidden_size + a * c.intermediate_size // tp
         per_token += self._more_bytes_with_lora()
-        return 2 * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
+        norms = sum(layer.each_head is None and bool(layer.shapes(c)) for layer in _of_role("gain"))
+        return norms * self.norm_bytes() + self.head_norm_bytes() + self.tokens * per_token
 
     def _more_bytes_with_lora(self) -> int:
         """Returns the bytes for one token that one block keeps more (or fewer, if negative) because of an adapter.
@@ -321,7 +324,7 @@ class TrainingMemory:
             mask = 1 if self.gpu else self.weight_bytes  # on a CPU the mask is a tensor of the adapter's type
             more += (a + mask) * self._widths_of_targets[0]
         for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
-            width = a * self._shapes[names[0]][0]
+            width = a * self.matrix_widths[names[0]][0]
             kept = 0 if self.lora.dropout else sum(name in targets for name in names)
             more -= width * (len(names) - kept if copies else int(not kept))
         return more
@@ -539,6 +542,11 @@ def _cpu_multiplies_bfloat16() -> bool:
     from lightning_danube.device import onednn_multiplies
 
     return onednn_multiplies(torch.bfloat16)
+
+
+def _of_role(role: Role) -> list[WeightLayer]:
+    """Returns the layers of one block that have a role. Not every decoder has all of them."""
+    return [layer for layer in BLOCK_LAYERS if layer.role == role]
 
 
 def head_dim(config: DecoderConfig) -> int:

@@ -316,7 +316,7 @@ class _Step:
         seconds = self.at_memory(self.run.weight_bytes * passes * values)
         if self.run.averages[0] == 1:
             rate = PRODUCTS * FLOAT32 * self.on.flops
-            seconds += self.blocks * sum(map(_orthogonalizing, self.run._shapes.values())) / rate
+            seconds += self.blocks * sum(map(_orthogonalizing, self.run.matrix_widths.values())) / rate
         return seconds
 
     # --- the network --------------------------------------------------------------------------------------------------

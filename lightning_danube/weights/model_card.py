@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_danube.checkpoints.runs import read_saved_config, read_step
 from lightning_danube.files import read_json, read_json_lines
-from lightning_danube.model.architecture import family_of
+from lightning_danube.model.architecture import OPTIONS, family_of, is_on
 from lightning_danube.outside.texts import in_code, in_markdown, printable
 from lightning_danube.terminal import quoted
 from lightning_danube.tokens.chat_template import end_ids
@@ -126,18 +126,9 @@ def model_card(
 
 def _of_options(config: DecoderConfig) -> list[tuple[str, str]]:
     """Rows for the options of the decoder that are on."""
-    rows = []
-    if config.sliding_window is not None:
-        rows.append(("sliding window, tokens", f"{config.sliding_window:,}"))
-    if config.rope_scaling is not None:
-        rows.append(("rotary positions", f"{config.rope_scaling.factor:g} times slower at long wavelengths"))
-    if config.nope_interval is not None:
-        rows.append(("layers without rotary positions", f"one in {config.nope_interval}"))
-    if config.qkv_bias:
-        rows.append(("biases", "of queries, keys and values"))
-    if config.qk_norm:
-        rows.append(("norms of heads", "of queries and keys"))
-    return rows
+    return [
+        (title, text.format(getattr(config, name))) for name, (title, text) in OPTIONS.items() if is_on(config, name)
+    ]
 
 
 def classifier_card(title: str, decoder: Decoder, weights: Located, labels: Sequence[str], context_length: int) -> str:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.rows import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCHES = Path(__file__).parent
+MOST_FILES_OF_CODE = 3
+"""CONTRIBUTING.md promises it."""
 OPTIONAL = "Nothing to write if"
 """A numbered file of a section may be left out if its text has these words."""
 
@@ -46,6 +49,11 @@ def matches(path: str, named: str) -> dict[str, str] | None:
         pattern += re.escape(part) if place % 2 == 0 else f"(?P={part})" if known else f"(?P<{part}>[^/]+)"
     found = re.fullmatch(f"(?:lightning_danube/)?{pattern}", path)
     return None if found is None else found.groupdict()
+
+
+def files_of_code(paths: Iterable[str]) -> list[str]:
+    """Returns the paths of Python files of the package, of which callbacks/ is a part."""
+    return sorted(path for path in paths if re.match(r"(lightning_danube|callbacks)/.*\.py$", path))
 
 
 def touched(patch: Path) -> set[str]:
@@ -96,6 +104,26 @@ def test_a_patch_touches_what_its_section_names(name: str) -> None:
     patch = PATCHES / f"{name}.patch"
     assert what_is_wrong(touched(patch), sections()[name]) == []
     git_apply(patch, ROOT, "--check")
+
+
+def test_contributing_promises_three_files_of_code_at_most() -> None:
+    chapter = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n## Adding …\n")[2]
+    assert "Each addition changes one to three files of code: the Python files of `lightning_danube` and" in chapter
+    assert MOST_FILES_OF_CODE == 3
+
+
+@pytest.mark.parametrize("name", sections())
+def test_an_addition_is_at_most_three_files_of_code(name: str) -> None:
+    code = files_of_code(touched(PATCHES / f"{name}.patch"))
+    assert len(code) <= MOST_FILES_OF_CODE, code
+    # Also with the files that the example does not need.
+    numbered = [paths_in(item)[0] for item in re.findall(r"^\d+\. .*", sections()[name], flags=re.MULTILINE)]
+    assert len(files_of_code(numbered)) <= MOST_FILES_OF_CODE, numbered
+
+
+def test_files_of_code_are_those_of_the_package() -> None:
+    paths = ["lightning_danube/a/b.py", "callbacks/a.py", "tests/a.py", "configs/a.yaml", "notebooks/execute.py"]
+    assert files_of_code(paths) == ["callbacks/a.py", "lightning_danube/a/b.py"]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +315,24 @@ def test_a_notebook_is_executed_and_found(tiny_run: Path, tmp_path: Path) -> Non
     added.tests("tests/test_notebooks.py", "-m", "", "-k", "optimizer")
 
 
+PLANNED_WITH_BIASES = """
+import dataclasses, sys
+from lightning_danube.model import Decoder
+from lightning_danube.planning.memory import Layout, TrainingMemory
+from lightning_danube.weights.gguf.files import read_gguf_config
+
+config = read_gguf_config(sys.argv[1])
+assert config.mlp_bias
+plain = dataclasses.replace(config, mlp_bias=False)
+layers, inner, outer = config.num_hidden_layers, config.intermediate_size, config.hidden_size
+for devices in (1, 2):
+    layout = Layout(tensor_parallel=devices)
+    kept, without = (TrainingMemory(shape, 1, 16, layout=layout).parameters for shape in (config, plain))
+    assert kept - without == layers * (2 * inner // devices + outer), "a bias of down is whole everywhere"
+assert config.parameters == sum(weight.numel() for weight in Decoder(config).parameters())
+"""
+
+
 @pytest.mark.slow
 def test_a_model_variant_trains_is_planned_and_is_in_every_format(tiny: Path, tmp_path: Path) -> None:
     added = Added("model-variant", tmp_path)
@@ -300,6 +346,8 @@ def test_a_model_variant_trains_is_planned_and_is_in_every_format(tiny: Path, tm
     assert f"{sum(weight.numel() for weight in trained.values()):,} parameters" in added.command("plan", *configs)
     for kind, out in (("hf", "exported"), ("gguf", "model.gguf")):
         added.command("export", "--weights", run, "--format", kind, "--out", out)
+    assert "| biases of the feed-forward | of gate, up and down |\n" in (added.work / "exported/README.md").read_text()
+    added.python("-c", PLANNED_WITH_BIASES, added.work / "model.gguf")
     asked = ("--prompt", "The river", "--max-new-tokens", 4, "--temperature", 0)
     first, *others = (added.command("generate", "--weights", name, *asked) for name in (run, "exported", "model.gguf"))
     assert first.startswith("The river") and others == [first, first]

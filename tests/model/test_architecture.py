@@ -20,6 +20,7 @@ from lightning_danube.model.architecture import (
     family_of,
     family_options,
     quantizable_layers,
+    tensors_added_by,
     tensors_of,
 )
 from tests.tiny_models import CONFIG, TIED, VARIANTS, tiny_decoder
@@ -41,14 +42,39 @@ def theirs(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_names_the_parameters_of_the_network_and_no_others(config: DecoderConfig) -> None:
-    names = {name for name, _ in tiny_decoder(config).named_parameters()}
-    assert {tensor.name for tensor in tensors_of(config)} == names
+def test_the_table_has_the_parameters_of_the_network_and_no_others(config: DecoderConfig) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in tiny_decoder(config).named_parameters()}
+    assert {tensor.name: tensor.shape for tensor in tensors_of(config)} == shapes
 
 
 def test_every_option_that_adds_tensors_is_an_option_of_the_config() -> None:
     assert {layer.bias for layer in BLOCK_LAYERS} | {layer.option for layer in BLOCK_LAYERS} <= {None, *OPTIONS}
     assert set(OPTIONS) <= {field.name for field in dataclasses.fields(DecoderConfig)}
+
+
+def test_the_tensors_of_an_option_are_those_that_the_first_block_has_more(config: DecoderConfig) -> None:
+    off = dataclasses.replace(CONFIG, tie_word_embeddings=config.tie_word_embeddings)
+    more = {tensor.gguf for tensor in tensors_of(config)} - {tensor.gguf for tensor in tensors_of(off)}
+    added = set().union(*map(tensors_added_by, family_options(config)))
+    assert added == {name for name in more if name.startswith("blk.0.")}
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("qkv_bias", {"blk.0.attn_q.bias", "blk.0.attn_k.bias", "blk.0.attn_v.bias"}),
+        ("qk_norm", {"blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight"}),
+        ("sliding_window", set()),
+    ],
+)
+def test_options_add_tensors_or_none(option: str, names: set[str]) -> None:
+    assert tensors_added_by(option) == names
+
+
+def test_tensor_parallelism_keeps_the_biases_of_matrices_whose_inputs_it_divides() -> None:
+    parts = {layer.short_name: (layer.is_sharded("weight"), layer.is_sharded("bias")) for layer in BLOCK_LAYERS}
+    assert parts["q_proj"] == (True, True) and parts["down_proj"] == (True, False)
+    assert parts["input_layernorm"] == (False, False)
 
 
 def test_names_are_those_that_llama_cpps_converter_gives(config: DecoderConfig) -> None:

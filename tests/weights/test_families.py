@@ -12,12 +12,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightning_danube.__main__ import main
-from lightning_danube.model import Decoder, DecoderConfig, RopeScaling
+from lightning_danube.model import Decoder, DecoderConfig, RopeScaling, architecture
 from lightning_danube.model.architecture import family_of
 from lightning_danube.quantization.decoders import quantized_decoder
 from lightning_danube.quantization.levels import parse_level
 from lightning_danube.weights.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
-from lightning_danube.weights.gguf.files import load_gguf, read_gguf_config, save_gguf
+from lightning_danube.weights.gguf.files import (
+    load_gguf,
+    read_gguf_config,
+    rotated_by_halves,
+    rotated_by_neighbours,
+    save_gguf,
+)
 from lightning_danube.weights.gguf.header import read_gguf_header
 from lightning_danube.weights.huggingface import load_hf, save_hf
 from lightning_danube.weights.loading import load_decoder
@@ -102,6 +108,42 @@ def test_a_gguf_file_reads_back(variant: str, tmp_path: Path) -> None:
     header = read_gguf_header(tmp_path / "model.gguf")
     assert header.fields["general.architecture"] == family_of(decoder.config).gguf
     assert ("rope_freqs.weight" in header.tensors) == (decoder.config.rope_scaling is not None)
+
+
+def test_an_option_that_is_a_number_of_the_file_is_written_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No architecture of llama.cpp has such an option yet, so this test keeps the interval of a SmolLM3 in the file."""
+    key = "attention.nope_interval"
+    kept = [
+        dataclasses.replace(family, in_gguf={"nope_interval": key}) if family.model_type == "smollm3" else family
+        for family in architecture.FAMILIES
+    ]
+    decoder = tiny_decoder(dataclasses.replace(of_file("smollm3"), nope_interval=2))
+    file = tmp_path / "model.gguf"
+    with monkeypatch.context() as patched:
+        patched.setattr(architecture, "FAMILIES", kept)
+        save_gguf(decoder, file, dtype=torch.float32)
+        assert read_gguf_header(file).fields[f"smollm3.{key}"] == 2
+        assert read_gguf_config(file) == decoder.config
+        for number, interval in ((3, 3), (None, None)):
+            other = rewrite(file, tmp_path / "other.gguf", {f"smollm3.{key}": number}, architecture="smollm3")
+            assert read_gguf_config(other).nope_interval == interval
+        other = rewrite(file, tmp_path / "other.gguf", {f"smollm3.{key}": 2.5}, architecture="smollm3")
+        with pytest.raises(ValueError, match=r"nope_interval is 2\.5; give a whole number from 2 on"):
+            read_gguf_config(other)
+    with pytest.raises(ValueError, match=r"smollm3\.attention\.nope_interval is 2, which is not supported"):
+        read_gguf_config(file)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rows_of_biases_are_turned_as_those_of_their_weights(heads: int) -> None:
+    weight = torch.arange(heads * 8 * 5.0).view(heads * 8, 5)
+    turned = rotated_by_neighbours(weight, heads)
+    assert torch.equal(rotated_by_neighbours(weight[:, 2], heads), turned[:, 2])
+    assert turned[:4, 0].tolist() == [0, 20, 5, 25], "rows 0 and 4 of a head are its first pair"
+    assert torch.equal(rotated_by_halves(turned, heads), weight)
+    assert torch.equal(rotated_by_halves(turned[:, 2], heads), weight[:, 2])
 
 
 def test_biases_are_float32_in_a_file_of_16_bits(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from lightning_danube.model import Decoder
 from lightning_danube.weights.model_card import adapter_card, classifier_card, model_card
 from lightning_danube.weights.names import Located
-from tests.tiny_models import CONFIG, tiny_decoder, tiny_tokenizer
+from tests.tiny_models import CONFIG, VARIANTS, tiny_decoder, tiny_tokenizer
 
 SAMPLES = torch.tensor([[30, 10], [6, 6]])
 """Samples of 32 tokens by stage and source."""
@@ -75,6 +75,24 @@ def test_a_card_counts_the_tokens_of_its_checkpoint(run: tuple[Located, Decoder]
     ]
     losses = section(card, "Held-out loss")
     assert "| after first | 3.000 | 2.500 |" in losses and not any("second" in line for line in losses)
+
+
+@pytest.mark.parametrize(
+    ("variant", "row"),
+    [
+        ("mistral", "| sliding window, tokens | 7 |"),
+        ("llama 3.2", "| rotary positions | 32 times slower at long wavelengths |"),
+        ("smollm3", "| layers without rotary positions | one in 4 |"),
+        ("qwen2", "| biases | of queries, keys and values |"),
+        ("qwen3", "| norms of heads | of queries and keys |"),
+    ],
+)
+def test_a_card_has_a_row_for_each_option_that_is_on(variant: str, row: str, run: tuple[Located, Decoder]) -> None:
+    plain, rows = (
+        section(model_card("talk", decoder, tiny_tokenizer(), run[0]), "Architecture")
+        for decoder in (run[1], tiny_decoder(VARIANTS[variant]))
+    )
+    assert row in rows and len(rows) == len(plain) + 1
 
 
 def test_a_card_has_the_scores_of_its_own_step(run: tuple[Located, Decoder]) -> None:

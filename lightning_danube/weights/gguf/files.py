@@ -26,11 +26,14 @@ from lightning_danube.device import check_memory
 from lightning_danube.files import new_file
 from lightning_danube.model.architecture import (
     EMBEDDING,
-    GGUF_NOPE_INTERVAL,
     HEAD,
+    Family,
     NamedTensor,
     family_in_gguf,
     family_of,
+    is_on,
+    number_of_heads,
+    tensors_added_by,
     tensors_of,
 )
 from lightning_danube.model.attention import inverse_frequencies
@@ -233,9 +236,7 @@ def begin_gguf(
 
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns GGUF's names of all tensors of a file, in the file's order, with their shapes in torch's order."""
-    with torch.device("meta"):
-        parameters = Decoder(config).state_dict()
-    shapes = {named.gguf: tuple(parameters[named.name].shape) for named in tensors_of(config)}
+    shapes = {named.gguf: named.shape for named in tensors_of(config)}
     if config.rope_scaling is not None:
         assert config.head_dim is not None  # resolved by the config
         shapes[ROPE_FACTORS] = (config.head_dim // 2,)
@@ -251,8 +252,7 @@ def rotated_heads(config: DecoderConfig, tensor: NamedTensor) -> int | None:
     """Returns the number of heads in a tensor's rows if GGUF stores the rows in another order, otherwise None."""
     if tensor.layer.heads is None or not family_of(config).turns_neighbours:
         return None
-    assert tensor.name.endswith(".weight"), "no family has biases whose channels are in another order"
-    return config.num_attention_heads if tensor.layer.heads == "query" else config.num_key_value_heads
+    return number_of_heads(config, tensor.layer.heads)
 
 
 def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
@@ -269,11 +269,13 @@ def check_computed_by_llama_cpp(config: DecoderConfig) -> None:
             f"llama.cpp's {family.gguf!r} architecture has no window: it would answer differently to texts that are "
             f"longer than the window; set max_position_embeddings to {window} in config.json, or export as hf"
         )
-    if config.nope_interval not in (None, GGUF_NOPE_INTERVAL):
-        raise ValueError(
-            f"nope_interval is {config.nope_interval}; llama.cpp's {family.gguf!r} architecture has "
-            f"{GGUF_NOPE_INTERVAL}, whatever the file says: export as hf"
-        )
+    for option, number in family.in_gguf.items():
+        value = getattr(config, option)
+        if isinstance(number, int) and is_on(config, option) and value != number:
+            raise ValueError(
+                f"{option} is {value}; llama.cpp's {family.gguf!r} architecture has {number}, whatever the file says: "
+                "export as hf"
+            )
     if config.qkv_bias and config.head_dim != config.hidden_size // config.num_attention_heads:
         raise ValueError(
             f"head_dim is {config.head_dim}; llama.cpp's {family.gguf!r} architecture needs "
@@ -309,16 +311,20 @@ def scaling_of_factors(factors: Tensor, head_dim: int, theta: float) -> RopeScal
     raise ValueError(f"{ROPE_FACTORS} does not hold the factors of Llama 3.1's scaling; others are not supported")
 
 
-def rotated_by_neighbours(weight_ND: Tensor, heads: int) -> Tensor:
-    """Reorders the rows of each head from this project's order (pairs i, i + K/2) to llama.cpp's (pairs 2i, 2i + 1)."""
-    N, D = weight_ND.shape
-    return weight_ND.view(heads, 2, N // heads // 2, D).transpose(1, 2).reshape(N, D)
+def rotated_by_neighbours(tensor: Tensor, heads: int) -> Tensor:
+    """Reorders the rows of each head from this project's order (pairs i, i + K/2) to llama.cpp's (pairs 2i, 2i + 1).
+
+    Args:
+        tensor: a weight (N, D) or a bias (N,) whose N rows are the channels of the heads.
+    """
+    N, *rest = tensor.shape
+    return tensor.view(heads, 2, N // heads // 2, *rest).transpose(1, 2).reshape(N, *rest)
 
 
-def rotated_by_halves(weight_ND: Tensor, heads: int) -> Tensor:
+def rotated_by_halves(tensor: Tensor, heads: int) -> Tensor:
     """Reorders the rows of each head from llama.cpp's order to this project's; inverse of `rotated_by_neighbours`."""
-    N, D = weight_ND.shape
-    return weight_ND.view(heads, N // heads // 2, 2, D).transpose(1, 2).reshape(N, D)
+    N, *rest = tensor.shape
+    return tensor.view(heads, N // heads // 2, 2, *rest).transpose(1, 2).reshape(N, *rest)
 
 
 @dataclass(frozen=True)
@@ -402,11 +408,6 @@ def config_from_fields(fields: ModelFields, header: GGUFHeader) -> DecoderConfig
     if layers > len(tensors):
         raise ValueError(f"{fields.named('block_count')} is {layers}, yet there are only {len(tensors)} tensors")
     theta = fields.real("rope.freq_base", 10000.0)
-    scaling = None
-    if ROPE_FACTORS in tensors:
-        if "rope_scaling" not in family.allows:
-            raise ValueError(f"{ROPE_FACTORS} slows rotary positions, which {family.gguf!r} does not have here")
-        scaling = scaling_of_factors(read_rope_factors(header, head_dim), head_dim, theta)
     return DecoderConfig(
         hidden_size=hidden_size,
         intermediate_size=fields.whole("feed_forward_length"),
@@ -419,11 +420,34 @@ def config_from_fields(fields: ModelFields, header: GGUFHeader) -> DecoderConfig
         rope_theta=theta,
         rms_norm_eps=fields.real("attention.layer_norm_rms_epsilon"),
         tie_word_embeddings=f"{HEAD.gguf}.weight" not in tensors,
-        qkv_bias="qkv_bias" in family.needs,
-        qk_norm="qk_norm" in family.needs,
-        rope_scaling=scaling,
-        nope_interval=GGUF_NOPE_INTERVAL if "nope_interval" in family.allows else None,
+        **options_in_file(fields, header, family, head_dim, theta),
     )
+
+
+def options_in_file(
+    fields: ModelFields, header: GGUFHeader, family: Family, head_dim: int, theta: float
+) -> dict[str, Any]:
+    """Returns the options of the decoder in a file, without options that are off.
+
+    The table of families says which numbers of the file are options. An option that adds weights is on if the first
+    block has one of them.
+
+    Raises:
+        ValueError: the family does not have an option that the file's tensors need, or a number is not one.
+    """
+    options: dict[str, Any] = dict.fromkeys(family.needs, True)
+    for option, number in family.in_gguf.items():
+        if isinstance(number, int):
+            options[option] = number
+        elif option in family.needs or number in fields.values:
+            is_real = isinstance(fields.values.get(number), float)
+            options[option] = fields.real(number) if is_real else fields.whole(number)
+    options |= {option: True for option in family.allows if tensors_added_by(option) & header.tensors.keys()}
+    if ROPE_FACTORS in header.tensors:
+        if "rope_scaling" not in family.allows:
+            raise ValueError(f"{ROPE_FACTORS} slows rotary positions, which {family.gguf!r} does not have here")
+        options["rope_scaling"] = scaling_of_factors(read_rope_factors(header, head_dim), head_dim, theta)
+    return options
 
 
 def read_rope_factors(header: GGUFHeader, head_dim: int) -> Tensor:
@@ -456,9 +480,10 @@ def refuse_fields_that_are_not_computed(fields: ModelFields) -> None:
             f"{fields.named('attention.sliding_window')} is {window}, shorter than the context, {context}: llama.cpp "
             f"does not compute a window for {fields.architecture!r}, so what the file means is not certain"
         )
+    known = {*KNOWN_KEYS, *family_in_gguf(fields.architecture).in_gguf.values()}
     for key, value in fields.values.items():
         # Settings that are off have no effect.
-        if key not in KNOWN_KEYS and not key.startswith("rope.scal") and value not in (0, "", "none", "default"):
+        if key not in known and not key.startswith("rope.scal") and value not in (0, "", "none", "default"):
             raise ValueError(f"{fields.named(key)} is {_shown(value)}, which is not supported")
 
 
@@ -510,6 +535,11 @@ def model_fields(config: DecoderConfig) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
+        **{
+            number: getattr(config, option)
+            for option, number in family_of(config).in_gguf.items()
+            if isinstance(number, str) and is_on(config, option)
+        },
     }
 
 
