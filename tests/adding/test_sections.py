@@ -383,5 +383,5 @@ def test_a_task_in_a_room_of_its_own_trains(tiny_run: Path, tmp_path: Path) -> N
     plain, pulled = (weights_of(added.work / "runs" / "anchoring-quickstart" / f"version_{n}", 2) for n in (0, 1))
     assert plain.keys() == begun.keys(), "the initial model is not part of a checkpoint"
     assert not torch.equal(plain["decoder.lm_head.weight"], pulled["decoder.lm_head.weight"])
-    files = ("tests/test_layering.py", "tests/test_project.py", "tests/test_configs.py")
-    added.tests(*files, "-k", "layering or project or anchoring")
+    files = ("tests/test_layering.py", "tests/test_project.py", "tests/test_configs.py", "tests/docs/test_reference.py")
+    added.tests(*files, "-k", "layering or project or anchoring or options_on_the_page")

@@ -9,6 +9,7 @@ import pytest
 
 from docs.making.pages import read
 from lightning_danube.signals import EXIT_STOPPED
+from tests.test_layering import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SUMMARIES = {
@@ -56,7 +57,7 @@ def test_the_exit_codes_are_those_of_the_program() -> None:
 def test_every_class_of_data_and_task_has_its_options_on_the_page() -> None:
     page = read("docs/options.md")
     shown = set(re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE))
-    for room in ("pretraining", "chat", "classification", "quantization", "evaluation"):
+    for room in TASKS:
         tree = ast.parse((ROOT / "lightning_danube" / room / "__init__.py").read_text("utf-8"))
         (exported,) = (
             ast.literal_eval(node.value)
