@@ -89,8 +89,8 @@ def git_apply(patch: Path, directory: Path, *options: str) -> None:
     command = ["git", "apply", *options, str(patch)]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (
-        f"tests/adding/{patch.name} no longer fits the code: apply it with `git apply --3way`, mend the conflicts, and "
-        f"write it anew with `git diff HEAD > {patch.name}`\n{done.stderr}"
+        f"tests/adding/{patch.name} no longer fits the code: apply it with `git apply --3way`, fix the conflicts, and "
+        f"write it again with `git diff HEAD > {patch.name}`\n{done.stderr}"
     )
 
 
