@@ -26,7 +26,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -304,11 +304,18 @@ def write_inputs(inputs: Path) -> str:
 class Trials:
     """All trials of one work directory, and the file with their results."""
 
-    def __init__(self, work: Path, temporary: Path, seed: int) -> None:
+    def __init__(self, work: Path, temporary: Path, seed: int, only: Sequence[str] = ()) -> None:
+        """
+        Args:
+            only: names of the tasks to run. All tasks by default.
+        """
         self.work, self.temporary, self.seed = work, temporary, seed
         for folder in (work / "inputs", work / "full", work / "trials", temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        self.tasks = tasks(write_inputs(work / "inputs"))
+        every = tasks(write_inputs(work / "inputs"))
+        if unknown := set(only) - {task.name for task in every}:
+            sys.exit(f"--only {' '.join(sorted(unknown))}: the tasks are {', '.join(task.name for task in every)}")
+        self.tasks = [task for task in every if not only or task.name in only]
 
     def results(self) -> list[dict[str, Any]]:
         file = self.work / "results.jsonl"
@@ -478,9 +485,10 @@ def main() -> None:
     parser.add_argument("--temporary", type=Path, required=True, help="TMPDIR of the runs, on another file system")
     parser.add_argument("--kills", type=int, default=200, help="ends after so many, those of earlier calls included")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", default=[], metavar="TASK", help="a task to run, repeatable")
     arguments = parser.parse_args()
     arguments.work, arguments.temporary = arguments.work.resolve(), arguments.temporary.resolve()
-    trials = Trials(arguments.work, arguments.temporary, arguments.seed)
+    trials = Trials(arguments.work, arguments.temporary, arguments.seed, arguments.only)
     if os.stat(arguments.work).st_dev == os.stat(arguments.temporary).st_dev:
         sys.exit(f"{arguments.temporary} is on the file system of {arguments.work}")
     trials.run(arguments.kills)
