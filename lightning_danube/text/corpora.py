@@ -281,7 +281,7 @@ def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
     Raises:
         ValueError: the source cannot be loaded.
     """
-    where = stream_name(source)
+    where = place_of_rows(source)
     for row, values in enumerate(open_stream(name, source), start=1):
         yield from documents_of(values, source.text, where, row, f"source {name!r}: {where}, row {row}")
 
@@ -289,6 +289,12 @@ def read_stream(name: str, source: Source) -> Iterator[Document | BadRow]:
 def stream_name(source: Source) -> str:
     """Returns the name of a streamed source in messages."""
     return source.path if source.name is None else f"{source.path} ({source.name})"
+
+
+def place_of_rows(source: Source) -> str:
+    """Returns where the rows of a streamed source are, for messages. The splits of one data set are several places."""
+    has_splits = source.is_hub or (Path(source.path).expanduser() / "dataset_dict.json").is_file()
+    return f"{stream_name(source)}, split {source.split}" if has_splits else stream_name(source)
 
 
 def open_stream(name: str, source: Source) -> Iterable[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_danube.text.corpora import Source, is_streamed, local_files, open_stream, stream_name
+from lightning_danube.text.corpora import Source, is_streamed, local_files, open_stream, place_of_rows
 from lightning_danube.text.reading import class_names_of, read_rows
 
 
@@ -28,9 +28,10 @@ def read_objects(
         stream = open_stream(name, texts)
         features = getattr(stream, "features", None) or {}
         names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
+        where = place_of_rows(texts)
         for row, values in enumerate(stream, start=1):
             empty = False
-            yield stream_name(texts), row, _named(values, names) if class_names else values
+            yield where, row, _named(values, names) if class_names else values
     else:
         for file in local_files(name, texts, cache_dir):
             names = class_names_of(file) if class_names else {}

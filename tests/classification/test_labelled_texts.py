@@ -140,10 +140,13 @@ def test_a_role_takes_its_split_of_a_saved_data_set(tmp_path: Path) -> None:
 
     splits = {name: datasets.Dataset.from_list([{"text": name, "label": "a"}]) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    assert [text.text for text in read(tmp_path / "saved")] == ["train"]
+    (train,) = read(tmp_path / "saved")
     source = LabelledTexts(str(tmp_path / "saved"))
-    found = list(read_labelled_texts("test", source, "text", "label", tmp_path))
-    assert [row.text for row in found if isinstance(row, LabelledText)] == ["test"]
+    (test,) = read_labelled_texts("test", source, "text", "label", tmp_path)
+    assert isinstance(test, LabelledText) and (train.text, test.text) == ("train", "test")
+    # A message about a text that both splits have names two places.
+    assert train.place == f"{tmp_path / 'saved'}, split train, row 1"
+    assert test.place == f"{tmp_path / 'saved'}, split test, row 1"
 
 
 def test_the_name_of_a_package_is_hidden_in_its_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

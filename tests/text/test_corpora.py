@@ -281,7 +281,8 @@ def test_a_hub_data_set_is_asked_for_as_the_source_says(monkeypatch: pytest.Monk
     monkeypatch.setattr(corpora, "ask_hub", lambda source: asked.append(source.path))
     monkeypatch.setattr(datasets, "load_dataset", load)
     documents = read("owner/name", text="words", name="sample", split="test", revision="abc")
-    assert documents == [Document("one", "owner/name (sample)", 1), Document("three", "owner/name (sample)", 3)]
+    there = "owner/name (sample), split test"
+    assert documents == [Document("one", there, 1), Document("three", there, 3)]
     asked_datasets = (("owner/name", "sample"), {"split": "test", "revision": "abc", "streaming": True})
     assert asked == ["owner/name", asked_datasets]
 

@@ -167,6 +167,8 @@ def _read_standard_input() -> Iterator[Prompt]:
         lines.pop()
     for row, line in enumerate(lines, start=1):
         if lines[0].startswith("{"):
+            if not line.strip():  # no row, as in a file
+                continue
             yield _of_row(json_of(line, name, row, f"{name}, row {row}"), name, row)
         else:
             yield _checked(line.removesuffix("\r"), name, row)

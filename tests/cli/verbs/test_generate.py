@@ -99,8 +99,8 @@ def test_prompts_from_a_file_follow_those_from_arguments(
     weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     text = "\n".join(PROMPTS)
-    if "jsonl" in name:
-        text = "\n".join(json.dumps({"id": 3, "prompt": prompt}) for prompt in PROMPTS)
+    if "jsonl" in name:  # a blank line is not a row
+        text = "\n".join(json.dumps({"id": 3, "prompt": prompt}) for prompt in PROMPTS) + "\n"
     if "stdin" in name:
         monkeypatch.setattr(sys, "stdin", StringIO(text + "\n"))
         file = "-"
