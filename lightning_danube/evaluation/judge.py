@@ -65,8 +65,13 @@ def grading_messages(
 
 
 def grade_in(reply: str) -> float | None:
-    """Returns the last grade in a reply; None if there is no grade or the grade is not from 1 to 10."""
-    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", reply)
+    """Returns the last grade in a reply; None if there is no grade or the grade is not from 1 to 10.
+
+    A server may leave a model's thoughts in the reply: between `<think>` and `</think>`, or only up to `</think>` where
+    the model's chat template writes the first tag. A number in a thought is not a grade.
+    """
+    verdict = reply.rpartition("</think>")[2].partition("<think>")[0]
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", verdict)
     if not found:
         return None
     grade = float(found[-1])

@@ -116,6 +116,10 @@ def test_without_a_key_the_judge_gets_none(serve: Any, monkeypatch: pytest.Monke
         ("[[0]]", None),
         ("[[11]]", None),
         ("", None),
+        ("<think>Perhaps a [[3]]?</think>It is fine. [[7]]", 7),
+        ("Perhaps a [[3]]?</think>It is fine. [[7]]", 7),
+        ("<think>Perhaps a [[3]]?</think>It is fine.", None),
+        ("<think>Perhaps a [[3]], but", None),
     ],
 )
 def test_the_last_grade_counts_if_it_is_one(reply: str, grade: float | None) -> None:

@@ -254,6 +254,24 @@ def test_answers_are_graded_kept_and_gone_on_from(place: Path, capsys: pytest.Ca
     server.close()
 
 
+def test_a_judge_that_thinks_grades_a_whole_run(place: Path) -> None:
+    """Its server refuses two fields of a request. Its first two replies end within a thought that names a grade."""
+    server = ScriptedServer(["<think>Perhaps a [[3]], but…", "<think>Perhaps a [[9]], or", "[[8]]", "[[6]]"])
+    server.refuses = {"temperature", "max_tokens"}
+    with_judge(place, server)
+    path = place / "chat.yaml"
+    path.write_text(path.read_text().replace("attempts: 2", "attempts: 3, new_tokens: 99"))
+    server.replies[:0] = ["refused"] * 2  # a reply for each refused request
+    assert run(place, config="chat") == 0
+    judgements = [json.loads(line) for line in (place / "kept" / "mt_bench-judgements.jsonl").open()]
+    assert [judgement["score"] for judgement in judgements] == [8, 6, 6, 6]
+    assert results(place, "chat")["mt_bench"]["value"] == 6.5
+    accepted = server.requests[2:]
+    assert {request.get("max_completion_tokens") for request in accepted} == {99}
+    assert not any(server.refuses & request.keys() for request in accepted)
+    server.close()
+
+
 def test_without_a_judge_answers_are_written_and_not_scored(place: Path) -> None:
     path = place / "chat.yaml"
     before, _, after = path.read_text().partition("    - class_path: lightning_danube.callbacks.Judge\n")
