@@ -17,6 +17,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import mmap
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -361,6 +362,8 @@ def _from_files(place: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if (known := _file_of(place, "tokenizer.json", **options)) is not None:
+        check_room_for_tokenizer(known.stat().st_size)
     named: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     file, pieces = (_file_of(place, name, **options) for name in ("tokenizer.json", "tokenizer.model"))
     if file is None and pieces is not None:
@@ -461,10 +464,34 @@ def _ends_in_files(directory: Path) -> object:
     return []
 
 
+def check_room_for_tokenizer(size: int) -> None:
+    """Checks that the process can get the memory that the library `tokenizers` needs, by getting and returning it.
+
+    A library in Rust that gets no memory ends the process, with lines of its own. Mistral's tokenizer.json, of 3.5 MB,
+    takes 12 times its size while it is read.
+
+    Args:
+        size: bytes of the file tokenizer.json.
+
+    Raises:
+        MemoryError: the process does not get so much.
+    """
+    needed = 16 * size + (4 << 20)
+    try:
+        mmap.mmap(-1, needed).close()
+    except OSError as error:
+        raise MemoryError(f"a tokenizer takes about {needed / 2**20:,.0f} MiB") from error
+
+
+SIZE_OF_A_TOKEN = 128
+"""Bytes that a token takes in tokenizer.json, with its merges. Mistral's 32,000 tokens take 110 bytes each."""
+
+
 def _danube_small() -> PreTrainedTokenizerFast:
     # AutoTokenizer is not used, because its import takes two seconds longer.
     from transformers import PreTrainedTokenizerFast
 
+    check_room_for_tokenizer((SMALL_DIRECTORY / "tokenizer.json").stat().st_size)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(SMALL_DIRECTORY)
     return beginning_texts(tokenizer)
 
@@ -484,6 +511,7 @@ def own_backend(name: str) -> Tokenizer | None:
     if name == DANUBE_SMALL:
         from tokenizers import Tokenizer
 
+        check_room_for_tokenizer((SMALL_DIRECTORY / "tokenizer.json").stat().st_size)
         return Tokenizer.from_file(str(SMALL_DIRECTORY / "tokenizer.json"))
     return None
 
@@ -544,6 +572,7 @@ def sentencepiece_backend(
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
+    check_room_for_tokenizer(SIZE_OF_A_TOKEN * len(vocabulary))
     # The score determines the order of merges, not the id: "▁▁" has the lowest id of all and merges late.
     known = vocabulary.keys() - set(never_merged)
     merges: list[tuple[str, str]] = []

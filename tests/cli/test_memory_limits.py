@@ -63,11 +63,12 @@ def commands(tiny: Path, tiny_run: Path, place: Path) -> dict[str, list[str]]:
 def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path, tmp_path: Path, verb: str) -> None:
     """Each limit leaves some MiB beside what the process has when its work begins.
 
-    A library in Rust that gets no memory aborts the process with lines of its own, and no program can prevent that.
+    A library in Rust that gets no memory aborts the process with lines of its own. Before a tokenizer is loaded, its
+    memory is asked for. Later, while rows are encoded and files are written, no program can prevent that.
     """
     checkpoints = {path.name for path in tiny_run.glob("checkpoints/*.ckpt")}
     codes = []
-    for mebibytes in (4, 16, 64, 128, 256, 4096):
+    for mebibytes in (4, 5, 6, 8, 16, 64, 128, 256, 4096):
         place = tmp_path / f"{mebibytes}"
         place.mkdir()
         command = commands(tiny, tiny_run, place)[verb]
@@ -81,6 +82,7 @@ def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path
             assert len(errors) == 1 and told, (mebibytes, said)
         else:
             aborted = codes[-1] == -signal.SIGABRT and "memory allocation of" in said
+            assert not aborted or verb not in ("generate", "export", "gguf"), (mebibytes, said)
             assert not errors and (codes[-1] == 0 or aborted), (mebibytes, codes, said)
         assert not process.family_lives(10)
         if codes[-1] != -signal.SIGABRT:  # as after kill -9, the next start clears up

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_danube.__main__ import main
 from lightning_danube.callbacks import Judge
+from lightning_danube.evaluation.judge import ChatJudge
 from lightning_danube.evaluation.task import Evaluation
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.weights.loading import load_decoder
+from tests.evaluation.test_exchange import MISBEHAVIOURS, SLOW, Answer, RawServer, reply
 from tests.evaluation.test_judge import ScriptedServer
 from tests.rows import write_rows
 from tests.tiny_models import CONFIG, save_tiny, tiny_tokenizer
@@ -206,7 +209,7 @@ def test_chats_do_not_depend_on_how_they_are_batched(place: Path) -> None:
     assert said[0] == said[1] and len({tuple(answers) for answers in said[0].values()}) == 5
 
 
-def with_judge(place: Path, server: ScriptedServer) -> None:
+def with_judge(place: Path, server: ScriptedServer | RawServer) -> None:
     path = place / "chat.yaml"
     path.write_text(path.read_text().replace("base_url: URL", f"base_url: {server.url}"))
 
@@ -270,6 +273,34 @@ def test_a_judge_that_thinks_grades_a_whole_run(place: Path) -> None:
     assert {request.get("max_completion_tokens") for request in accepted} == {99}
     assert not any(server.refuses & request.keys() for request in accepted)
     server.close()
+
+
+@pytest.mark.medium
+def test_a_whole_run_with_a_judge_that_misbehaves_at_random(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its answers are damaged. The same command, repeated, ends with all grades, and pays for each one once."""
+    dice, given = random.Random(3), 0
+
+    def answer(_: int) -> Answer:
+        nonlocal given
+        if dice.random() < 0.5:
+            return MISBEHAVIOURS[dice.choice([name for name in MISBEHAVIOURS if name not in SLOW])]
+        given += 1
+        return reply("[[6]]")
+
+    monkeypatch.setattr(ChatJudge, "_wait", lambda *_: None)
+    server = RawServer(answer)
+    with_judge(place, server)
+    ended = False
+    for _ in range(20):
+        assert run(place, config="chat") == 0
+        found = results(place, "chat")
+        if ended := [found[name]["n"] for name in ("mt_bench", "wildbench")] == [4, 1]:
+            break
+    server.close()
+    assert ended and given == 5 < server.requests
+    assert [found[name]["value"] for name in ("mt_bench_turn_1", "mt_bench_turn_2", "mt_bench", "wildbench")] == [
+        6.0
+    ] * 4
 
 
 def test_without_a_judge_answers_are_written_and_not_scored(place: Path) -> None:

@@ -1,4 +1,6 @@
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ import pytest
 import sentencepiece
 import transformers
 
+from lightning_danube.__main__ import user_message
 from lightning_danube.generation.text import encode_prompt
+from lightning_danube.tokens import tokenizer as tokenizer_module
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.tokens.tokenizer import (
     DANUBE_SMALL,
@@ -471,3 +475,27 @@ def test_texts_of_others_spell_no_special_tokens() -> None:
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
     assert tokenizer.decode(ids) == "a <s> b </s> c"
     assert tokenizer.eos_token_id in tokenizer("b </s>").input_ids, "the tokenizer itself is as before"
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [("danube-small", r"[78]"), ("mistral", r"\d\d"), ("DIRECTORY", r"[78]"), ("GROWN", r"\d{3}")],
+)
+def test_memory_is_asked_for_before_a_tokenizer_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mebibytes: str
+) -> None:
+    """The library `tokenizers` would end the process."""
+    shutil.copytree(tokenizer_module.SMALL_DIRECTORY, tmp_path / "DIRECTORY")
+    shutil.copytree(tmp_path / "DIRECTORY", tmp_path / "GROWN")
+    with (tmp_path / "GROWN" / "tokenizer.json").open("a") as file:
+        file.write(" " * 10_000_000)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(tokenizer_module.mmap, "mmap", refuse)
+    tokenizer_module._mistral_backend.cache_clear()
+    with pytest.raises((MemoryError, ValueError)) as caught:
+        load_hf_tokenizer(str(tmp_path / name) if name.isupper() else name)
+    said = user_message(caught.value)
+    assert said is not None and re.match(rf"out of memory \(a tokenizer takes about {mebibytes} MiB\): ", said), said

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_danube.tokens.chat_template import ChatEncoder
-from lightning_danube.tokens.tokenizer import BEGINS_TEXTS, begin_token, sentencepiece_backend, set_model_ends
+from lightning_danube.tokens.tokenizer import (
+    BEGINS_TEXTS,
+    SIZE_OF_A_TOKEN,
+    begin_token,
+    check_room_for_tokenizer,
+    sentencepiece_backend,
+    set_model_ends,
+)
 from lightning_danube.tokens.word_splits import WORD_SPLITS, WordSplit
 from lightning_danube.weights.gguf.header import read_gguf_header
 
@@ -198,6 +205,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], path: Path) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
+    check_room_for_tokenizer(SIZE_OF_A_TOKEN * len(tokens))
     split = _named_split(fields, path)
     merges = _list(fields, "merges", str, path)
     # The two parts of a pair are separated by the first space after the first character.
