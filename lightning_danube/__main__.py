@@ -142,7 +142,7 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if verb in TRAINER_VERBS:
         if {os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")} == {"0"}:  # one rank speaks for all
-            _check_at_once(args[1:], settings=True, files=verb == "fit" and os.environ.get("SLURM_PROCID", "0") == "0")
+            _check_at_once(args[1:], verb)
         from lightning_danube.cli import trainer_verbs as cli
 
         return cli.main(args)
@@ -163,15 +163,25 @@ def _dispatch(args: list[str]) -> int:
     raise ValueError(f"unknown command {verb!r}: {name_meant(verb, [*TRAINER_VERBS, *COMMANDS])}")
 
 
-def _check_at_once(args: list[str], *, settings: bool = False, files: bool = False) -> None:
+def _check_at_once(args: list[str], verb: str | None = None) -> None:
+    """Checks what needs neither PyTorch nor Lightning.
+
+    Args:
+        args: the command line without the verb.
+        verb: the verb, if the trainer runs it.
+    """
     from lightning_danube.cli.command_line import check_command_line, check_files
+
+    stated = check_command_line(args)
+    if verb is None:
+        return
+    # A configuration that is only printed may name files of another machine.
+    is_printed = any(arg.startswith("--print_config") for arg in args)
+    if not is_printed and os.environ.get("SLURM_PROCID", "0") == "0":
+        check_files(stated, verb)
     from lightning_danube.cli.configs import check_settings
 
-    check_command_line(args)
-    if files:
-        check_files(args)
-    if settings:
-        check_settings(args)
+    check_settings(stated, verb)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -86,6 +86,11 @@ def amount(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Returns a number with the words for one or for several, such as "1 tensor is" and "3 tensors are"."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def markdown_code(text: str) -> str:
     """Returns a text as a block of Markdown code, which keeps line breaks."""
     return "\n".join("    " + printable(line) for line in text.splitlines())

@@ -70,6 +70,26 @@ def test_a_wrong_number_is_found_before_anything_heavy_is_imported(mistake: list
     assert imported_by("fit", "--config", "quickstart", *mistake) <= {"yaml", "omegaconf", "numpy", "tokenizers"}
 
 
+@pytest.mark.parametrize(
+    ("verb", "config", "mistake"),
+    [
+        ("fit", "sft/quickstart", ["--data.batch_rows", "0"]),
+        ("validate", "dpo/quickstart", ["--model.beta", "0"]),
+        ("predict", "classification/quickstart", ["--model.head_learning_rate", "0"]),
+        ("test", "quantization/quickstart", ["--model.levels", "[gguf:Q4_K_X]"]),
+        ("test", "evaluation/quickstart", ["--data.needle.trials", "0"]),
+        ("fit", "sft/quickstart", ["--trainer.gradient_clip_val", "-1"]),
+        ("fit", "sft/quickstart", ["--trainer.max_steps", "0"]),
+    ],
+)
+def test_a_wrong_setting_of_every_task_is_found_before_anything_heavy_is_imported(
+    verb: str, config: str, mistake: list[str], tmp_path: Path
+) -> None:
+    exists = [f"--model.weights={tmp_path}"]
+    # The names of llama.cpp's types are those of the package gguf, which imports NumPy and YAML.
+    assert imported_by(verb, "--config", config, *exists, *mistake) <= {"yaml", "omegaconf", "numpy", "gguf"}
+
+
 def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
     missing = ["--data.init_args.sources.web.path", "nowhere.jsonl"]
     assert imported_by("fit", "--config", "quickstart", *missing) <= {"yaml", "omegaconf", "numpy"}

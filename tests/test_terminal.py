@@ -8,6 +8,7 @@ from lightning_danube.terminal import (
     amount,
     as_typed,
     closing_lines,
+    counted,
     markdown_code,
     markdown_table,
     minutes_and_seconds,
@@ -154,3 +155,10 @@ def test_the_nearest_known_name_is_meant() -> None:
 @pytest.mark.parametrize(("number", "told"), [(1, "1 epoch"), (2, "2 epochs"), (0, "0 epochs"), (1024, "1,024 epochs")])
 def test_an_amount_has_its_noun_in_the_right_number(number: int, told: str) -> None:
     assert amount(number, "epoch") == told
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0 tensors are"), (1, "1 tensor is"), (2, "2 tensors are"), (1234, "1,234 tensors are")]
+)
+def test_a_counted_thing_has_its_verb_in_the_right_number(number: int, told: str) -> None:
+    assert counted(number, "tensor is", "tensors are") == told

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,24 +20,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_danube.chat.conversations import Conversation, ConversationSource, NoConversation, read_conversations
-from lightning_danube.chat.preferences import Preference, PreferenceSource
-from lightning_danube.chat.rows import DoesNotFit, FittedChat, Learned, Policy, fit_chat
-from lightning_danube.files import default_cache_dir, naming_cached, new_folder, read_json
+from lightning_danube.chat.preferences import Preference
+from lightning_danube.chat.rows import DoesNotFit, FittedChat, fit_chat
+from lightning_danube.chat.settings import ChatSettings, ConversationSettings
+from lightning_danube.files import naming_cached, new_folder, read_json
 from lightning_danube.inspection.shown import ShownExample, ShownSource, causes_of, fit_stops_at, shown_tokens
 from lightning_danube.model.masks import runs_of
-from lightning_danube.options import options
-from lightning_danube.outside.names import plain_name
+from lightning_danube.terminal import amount, counted
 from lightning_danube.text.quality import text_hash
 from lightning_danube.text.reading import BadRow
 from lightning_danube.tokens.chat_template import ChatEncoder, chat_template_of
 from lightning_danube.tokens.shards import files_identity, held_out_below
-from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import IGNORE_INDEX, HeldOutBatch, StepBatch, TokenBatch
 from lightning_danube.training.loaders import StepRows, steps_of
 from lightning_danube.training.passes import LAYOUTS, Pass
 from lightning_danube.training.planned_data import PlannedData
 from lightning_danube.training.position import replicas_of
-from lightning_danube.weights.tokenizers import tokenizer_of
 
 FORMAT = 3
 """Version of how rows become encoded conversations. Those of another version are made again."""
@@ -134,66 +132,20 @@ class FittedExample(NamedTuple):
         return any(chat.dropped_turns or chat.cut_tokens for chat in self.chats)
 
 
-class ConversationData(PlannedData):
+class ConversationData(ConversationSettings, PlannedData):
     """The base class of the data modules of conversations. It encodes the sources once. A subclass defines an
-    example: a conversation or a pair.
+    example: a conversation or a pair."""
 
-    Raises:
-        ValueError: an argument is wrong; the message names the key.
-    """
-
-    source: ClassVar[type[ConversationSource | PreferenceSource]] = ConversationSource
-    example: ClassVar[str] = "conversation"
     chats_each: ClassVar[int] = 1
     """Number of encoded conversations in an example; they are stored consecutively."""
     sides: ClassVar[tuple[str, ...]] = ("",)
     """What is added to the place of an example for each of its conversations."""
-    batch_key = "batch_rows"
     stands_for = "sources means their files and everything that encodes them"
 
-    def __init__(
-        self,
-        *,
-        sources: Mapping[str, ConversationSource] | Mapping[str, PreferenceSource],
-        context_length: int,
-        batch_rows: int,
-        micro_batch_size: int,
-        tokenizer: str,
-        epochs: int,
-        too_long: Policy,
-        held_out: float,
-        validation_examples: int,
-        seed: int,
-        workers: int,
-        cache_dir: str | None,
-    ) -> None:
-        numbers = {
-            "context_length": context_length,
-            self.batch_key: batch_rows,
-            "micro_batch_size": micro_batch_size,
-            "epochs": epochs,
-            f"validation_{self.example}s": validation_examples,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"data.{name} is {value}: it must be at least 1")
-        if not sources:
-            raise ValueError("data.sources is empty: name at least one")
-        if not 0 < held_out < 1:
-            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, such as 0.02")
-        super().__init__(
-            *tokenizer_of(tokenizer), batch_rows=batch_rows, micro_batch_size=micro_batch_size, workers=workers
-        )
-        for name in sources:
-            plain_name(name, "data.sources: the name of a source")
-        self.sources = {name: options(self.source, given, f"data.sources.{name}") for name, given in sources.items()}
-        self.context_length = context_length
-        self.too_long, self.held_out, self.validation_examples = too_long, held_out, validation_examples
-        self.epochs, self.seed = epochs, seed
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    def initialize(self) -> None:
+        super().initialize()
         self.encoder = ChatEncoder(self.tokenizer)
         self.encoder.check_learnable()
-        self.vocab_size = len(self.tokenizer)
         self._fingerprints: dict[str, str] = {}
 
     # --- what an example is -------------------------------------------------------------------------------------------
@@ -390,16 +342,17 @@ class ConversationData(PlannedData):
         self._validation = {name: splits["validation"] for name, splits in opened.items()}
         for name, chats in self._validation.items():
             if not len(chats):
-                raise ValueError(
-                    f"source {name!r} has {len(opened[name]['train']) // self.chats_each} {self.example}s, none of "
-                    f"them held out: add {self.example}s on other questions, or raise data.held_out (now "
-                    f"{self.held_out})"
-                )
+                # Of several questions, at least one is held out.
+                has = amount(len(opened[name]["train"]) // self.chats_each, self.example)
+                raise ValueError(f"source {name!r} has {has} {self._one_question}")
         if stage != "fit":
             return
         self.train_chats = joined([splits["train"] for splits in opened.values()])
         if not len(self.train_chats):
-            raise ValueError(f"all {self.example}s are held out: lower data.held_out, or add {self.example}s")
+            raise ValueError(
+                f"all {self.example}s are held out: add {self.example}s on other questions, or lower data.held_out "
+                f"(now {self.held_out})"
+            )
         self.passes = [self.plan(number) for number in range(self.epochs)]
 
     def _open(self, name: str, split: str) -> EncodedChats:
@@ -456,9 +409,12 @@ class ConversationData(PlannedData):
         if refused := next((row for row in left_out if self.stops_at(name, row)), None):
             option = f"data.sources.{name}.on_bad_row"
             shown.warnings.append(fit_stops_at(refused, option, len(kept)))
-        if complete and kept and held_out in (0, len(kept)):
-            change = "none is held out: raise" if not held_out else "all are held out: lower"
-            shown.warnings.append(f"fit refuses this source, because {change} data.held_out (now {self.held_out})")
+        if complete and len(topics) == 1:
+            has = amount(len(kept), self.example)
+            shown.warnings.append(f"fit refuses this source, because it has {has} {self._one_question}")
+        elif complete and kept and held_out == len(kept):
+            change = f"all are held out: lower data.held_out (now {self.held_out})"
+            shown.warnings.append(f"fit refuses this source, because {change}")
         first = list(range(min(examples, len(kept))))
         # A shortened example shows what is lost.
         shortened = next((n for n, row in enumerate(kept) if row.is_shortened), None)
@@ -467,6 +423,14 @@ class ConversationData(PlannedData):
         shown.examples = [one for number in first for one in self._shown_examples(chats, number, kept[number])]
         return shown
 
+    @property
+    def _one_question(self) -> str:
+        """What is wrong with a source whose examples share their first question, and what helps."""
+        return (
+            f"on one question, and training and validation need different questions: add {self.example}s on at least "
+            "one other question"
+        )
+
     def _shown_examples(self, chats: EncodedChats, number: int, found: FittedExample) -> Iterator[ShownExample]:
         for side, fitted in enumerate(found.chats):
             chat = number * self.chats_each + side
@@ -474,8 +438,16 @@ class ConversationData(PlannedData):
             ids = [*row["input_ids"].tolist(), int(chats.ids[chats.ends[chat + 1] - 1])]
             # The label of a place is the next token, so the first token has none.
             learned = [False, *(row["labels"] != IGNORE_INDEX).tolist()]
-            notes = [f"{fitted.dropped_turns} of the oldest messages are left out"] if fitted.dropped_turns else []
-            notes += [f"{fitted.cut_tokens:,} tokens are cut off at the end"] if fitted.cut_tokens else []
+            notes = (
+                [f"{counted(fitted.dropped_turns, 'of the oldest messages is', 'of the oldest messages are')} left out"]
+                if fitted.dropped_turns
+                else []
+            )
+            notes += (
+                [f"{counted(fitted.cut_tokens, 'token is', 'tokens are')} cut off at the end"]
+                if fitted.cut_tokens
+                else []
+            )
             notes += [f"answers that the template changes: {fitted.changed_answers}"] if fitted.changed_answers else []
             title = f"{found.row.file}, row {found.row.row}{self.sides[side]}"
             yield ShownExample(title, shown_tokens(self.tokenizer, ids, learned), notes)
@@ -540,66 +512,8 @@ class ConversationData(PlannedData):
         return loaders
 
 
-class ChatData(ConversationData):
-    """Conversations of several sources, for `SupervisedFineTuning`.
-
-    Args:
-        sources: name → source. Each epoch reads all conversations of all sources.
-        context_length: places of a row.
-        batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
-        micro_batch_size: rows a device holds at once.
-        tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
-            the tokenizer has no chat template, Danube's is used.
-        epochs: how often the run reads all conversations.
-        layout: "packed" puts several conversations into a row, where they do not see each other; "bucketed" puts one
-            conversation into a row, and conversations of similar length into a step.
-        learned: the answers that the loss counts: "all" answers of a conversation, or the "last" answer.
-        too_long: "drop_turns" leaves out the oldest question and answer of a conversation until the rest fits; "cut"
-            cuts its end; "skip" leaves it out.
-        held_out: share of the conversations kept for validation, chosen by a hash of the first question; at least one
-            question.
-        validation_conversations: held-out conversations of each source that `fit` and `validate` use; `test` uses all.
-        seed: seed of the order.
-        workers: loader processes.
-        cache_dir: directory of the encoded conversations.
-
-    Raises:
-        ValueError: an argument is wrong; the message names the key.
-    """
-
-    def __init__(
-        self,
-        sources: dict[str, ConversationSource],
-        context_length: int,
-        *,
-        batch_rows: int = 8,
-        micro_batch_size: int = 8,
-        tokenizer: str = MISTRAL,
-        epochs: int = 1,
-        layout: Literal["packed", "bucketed"] = "packed",
-        learned: Learned = "all",
-        too_long: Policy = "drop_turns",
-        held_out: float = 0.02,
-        validation_conversations: int = 64,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(
-            sources=sources,
-            context_length=context_length,
-            batch_rows=batch_rows,
-            micro_batch_size=micro_batch_size,
-            tokenizer=tokenizer,
-            epochs=epochs,
-            too_long=too_long,
-            held_out=held_out,
-            validation_examples=validation_conversations,
-            seed=seed,
-            workers=workers,
-            cache_dir=cache_dir,
-        )
-        self.layout, self.learned, self.validation_conversations = layout, learned, validation_conversations
+class ChatData(ChatSettings, ConversationData):
+    """Conversations of several sources, for `SupervisedFineTuning`. `ChatSettings` explains the arguments."""
 
     def read(self, name: str) -> Iterator[Conversation | BadRow]:
         source = self.sources[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.optim.tuning import TuningSettings
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.lora import Lora
 
@@ -21,15 +22,23 @@ class SupervisedFineTuning(TuningTask):
             "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
-        ValueError: the weights cannot be read.
+        ValueError: the weights cannot be read, or the optimizer is only for training from random weights.
     """
 
     def __init__(
         self,
         weights: str,
         learning_rate: LearningRate,
-        lora: Lora | None = None,
-        optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: ActivationCheckpointing = False,
+        lora: Lora | None = TuningSettings.lora,
+        optimizer: AdamW = TuningSettings.optimizer,
+        activation_checkpointing: ActivationCheckpointing = TuningSettings.activation_checkpointing,
     ) -> None:
-        super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
+        super().__init__(
+            TuningSettings(
+                weights,
+                learning_rate,
+                lora=lora,
+                optimizer=optimizer,
+                activation_checkpointing=activation_checkpointing,
+            )
+        )

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from lightning_danube.chat.data import SPLITS, ConversationData, EncodedChats, batch_of
 from lightning_danube.chat.preferences import Preference, PreferenceSource, read_preferences
-from lightning_danube.chat.rows import FittedChat, Policy, fit_pair
+from lightning_danube.chat.rows import FittedChat, fit_pair
+from lightning_danube.chat.settings import PreferenceSettings
 from lightning_danube.files import naming_cached, new_file
 from lightning_danube.terminal import show
 from lightning_danube.text.reading import BadRow
-from lightning_danube.tokens.tokenizer import MISTRAL
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, TokenBatch
 from lightning_danube.training.loaders import StepRows
 from lightning_danube.training.passes import Pass, bucketed_pass
@@ -46,67 +46,15 @@ class Reference:
     seconds: float = 0.0
 
 
-class PreferenceData(ConversationData):
-    """Pairs of a chosen and a rejected answer to the same prompt, for `PreferenceTuning`.
+class PreferenceData(PreferenceSettings, ConversationData):
+    """Pairs of a chosen and a rejected answer to the same prompt, for `PreferenceTuning`. `PreferenceSettings` explains
+    the arguments."""
 
-    Args:
-        sources: name → source. Each epoch reads all pairs of all sources.
-        context_length: most places of a prompt with one of its answers; each pair takes two rows.
-        batch_pairs: pairs of one optimizer step over all devices and accumulated micro-batches; the pairs of a step
-            have similar lengths.
-        micro_batch_size: pairs a device holds at once.
-        tokenizer: "danube-small", "danube3-chat", a directory, a hub id, or a model, whose tokenizer is then used. If
-            the tokenizer has no chat template, Danube's is used.
-        epochs: how often the run reads all pairs.
-        too_long: "drop_turns" leaves out the oldest question and answer of a prompt until the prompt fits with both
-            answers, and cuts the end of an answer that still does not fit; "cut" cuts the end; "skip" leaves the
-            pair out.
-        held_out: share of the pairs kept for validation, chosen by a hash of the first question; at least one question.
-        validation_pairs: held-out pairs of each source that `fit` and `validate` use; `test` uses all.
-        seed: seed of the order.
-        workers: loader processes.
-        cache_dir: directory of the encoded pairs and their reference log-probabilities.
-
-    Raises:
-        ValueError: an argument is wrong; the message names the key.
-    """
-
-    source = PreferenceSource
-    example = "pair"
     chats_each = 2
     sides = (", chosen", ", rejected")
-    batch_key = "batch_pairs"
 
-    def __init__(
-        self,
-        sources: dict[str, PreferenceSource],
-        context_length: int,
-        *,
-        batch_pairs: int = 8,
-        micro_batch_size: int = 4,
-        tokenizer: str = MISTRAL,
-        epochs: int = 1,
-        too_long: Policy = "drop_turns",
-        held_out: float = 0.02,
-        validation_pairs: int = 256,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(
-            sources=sources,
-            context_length=context_length,
-            batch_rows=batch_pairs,
-            micro_batch_size=micro_batch_size,
-            tokenizer=tokenizer,
-            epochs=epochs,
-            too_long=too_long,
-            held_out=held_out,
-            validation_examples=validation_pairs,
-            seed=seed,
-            workers=workers,
-            cache_dir=cache_dir,
-        )
+    def initialize(self) -> None:
+        super().initialize()
         self.reference = Reference()
 
     def read(self, name: str) -> Iterator[Preference | BadRow]:

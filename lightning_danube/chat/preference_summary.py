@@ -59,8 +59,8 @@ def with_intervals(results: PairResults, pairs: Mapping[str, int]) -> dict[str, 
 
 def reference_line(reference: Reference) -> str:
     """Returns for how many pairs the reference was computed, and for how many an earlier run had computed it."""
-    computed = f"{reference.computed:,} pairs computed in {reference.seconds:.1f} s"
-    reused = f"{reference.reused:,} pairs reused from an earlier run"
+    computed = f"{amount(reference.computed, 'pair')} computed in {reference.seconds:.1f} s"
+    reused = f"{amount(reference.reused, 'pair')} reused from an earlier run"
     told = [text for text, pairs in ((computed, reference.computed), (reused, reference.reused)) if pairs]
     return f"reference: {', '.join(told)}"
 
@@ -68,7 +68,7 @@ def reference_line(reference: Reference) -> str:
 def pair_length_line(data: PreferenceData, steps: str, run: str) -> str:
     """Returns the length of a preference-tuning run, and the run's directory."""
     return (
-        f"run: {steps} steps of {data.batch_rows} pairs of at most 2 × {data.context_length} places, in "
+        f"run: {steps} steps of {amount(data.batch_rows, 'pair')} of at most 2 × {data.context_length} places, in "
         f"{amount(data.epochs, 'epoch')}, into {run}"
     )
 

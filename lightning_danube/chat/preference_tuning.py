@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lightning_danube.chat.settings import PreferenceTuningSettings
 from lightning_danube.model import token_losses
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.training.contract import HeldOutPairBatch, PairBatch, PairData, TokenBatch, data_of, places_of
@@ -44,21 +45,29 @@ class PreferenceTuning(TuningTask):
         weights, learning_rate, lora, optimizer, activation_checkpointing: see `TuningTask`.
 
     Raises:
-        ValueError: the weights cannot be read, or beta is not above 0.
+        ValueError: the weights cannot be read, beta is not above 0, or the optimizer is only for training from random
+            weights.
     """
 
     def __init__(
         self,
         weights: str,
         learning_rate: LearningRate,
-        beta: float = 0.1,
-        lora: Lora | None = None,
-        optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: ActivationCheckpointing = False,
+        beta: float = PreferenceTuningSettings.beta,
+        lora: Lora | None = PreferenceTuningSettings.lora,
+        optimizer: AdamW = PreferenceTuningSettings.optimizer,
+        activation_checkpointing: ActivationCheckpointing = PreferenceTuningSettings.activation_checkpointing,
     ) -> None:
-        if not 0 < beta < float("inf"):
-            raise ValueError(f"model.beta is {beta}: give a number above 0, such as 0.1")
-        super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
+        super().__init__(
+            PreferenceTuningSettings(
+                weights,
+                learning_rate,
+                beta=beta,
+                lora=lora,
+                optimizer=optimizer,
+                activation_checkpointing=activation_checkpointing,
+            )
+        )
         self.beta = beta
         self._sums = torch.zeros(len(REWARDS) + 1)
         """Sums of REWARDS over the pairs of the last batch, and the number of pairs."""

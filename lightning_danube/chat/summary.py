@@ -126,7 +126,10 @@ def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> lis
     lines = [text_table(["source", examples, "held out", "tokens", "of answers", "shortened", "left out"], rows)]
     for name, report in reports.items():
         if changed := report.get("changed_answers"):
-            lines.append(f"{name}: {changed:,} answers are not learned, because the chat template changes them")
+            lines.append(
+                f"{name}: {counted(changed, 'answer is', 'answers are')} not learned, because the chat "
+                "template changes them"
+            )
         lines += [f"{name}: {count:,} left out: {cause}" for cause, count in report["left_out"].items()]
         lines += [f"  {message}" for message in report["first_left_out"]]
         for key, what in NOTES.items():
@@ -138,7 +141,7 @@ def chat_length_line(data: ChatData, steps: str, run: str) -> str:
     """Returns the length of a fine-tuning run, and the run's directory."""
     most = "at most " if data.layout == "bucketed" else ""
     return (
-        f"run: {steps} steps of {data.batch_rows} rows of {most}{data.context_length} places, "
+        f"run: {steps} steps of {amount(data.batch_rows, 'row')} of {most}{data.context_length} places, "
         f"{100 * data.fill():.1f} % of them filled, in {amount(data.epochs, 'epoch')}, into {run}"
     )
 
@@ -202,7 +205,7 @@ def chat_result_text(summary: Mapping[str, Any], sources: Sequence[str], run: Pa
 
 def steps_done(summary: Mapping[str, Any], run: Path) -> list[str]:
     """Returns how long the run took, where the run is, and the command that chats with its model."""
-    done = f"{summary['steps']:,} steps in {minutes_and_seconds(summary['seconds'])}"
+    done = f"{amount(summary['steps'], 'step')} in {minutes_and_seconds(summary['seconds'])}"
     return closing_lines(done, run, "chat", "--weights", run)
 
 

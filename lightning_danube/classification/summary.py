@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
-from lightning_danube.classification.data import SPLITS, ClassificationData
+from lightning_danube.classification.data import ClassificationData
 from lightning_danube.classification.scores import (
     METRICS,
     Estimate,
@@ -25,10 +25,11 @@ from lightning_danube.classification.scores import (
     confusion,
     estimates,
 )
+from lightning_danube.classification.settings import SPLITS
 from lightning_danube.classification.task import Classified, TextClassification
 from lightning_danube.files import write_text
 from lightning_danube.outside.texts import in_figure
-from lightning_danube.terminal import amount, closing_lines, minutes_and_seconds, text_table
+from lightning_danube.terminal import amount, closing_lines, counted, minutes_and_seconds, text_table
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 SHOWN_CLASSES = 20
@@ -48,14 +49,17 @@ def plan_text(task: TextClassification, data: ClassificationData, steps: str, ru
         class_table(data.class_counts()),
     ]
     if data.other_classes:
-        lines.append(f"{data.other_classes:,} texts of other classes left out")
+        lines.append(f"{amount(data.other_classes, 'text')} of other classes left out")
     for split in SPLITS:
         if cut := data.encoded[split].cut:
             count = len(data.encoded[split])
             lost = "end" if data.keep == "start" else "start"
-            lines.append(f"{split}: {cut:,} of {count:,} texts lost their {lost}, at {data.context_length:,} tokens")
+            lines.append(
+                f"{split}: {cut:,} of {counted(count, 'text lost its', 'texts lost their')} {lost}, at "
+                f"{data.context_length:,} tokens"
+            )
     lines.append(
-        f"run: {steps} steps of {data.batch_rows} texts ({data.batch_tokens:,} tokens), "
+        f"run: {steps} steps of {amount(data.batch_rows, 'text')} ({data.batch_tokens:,} tokens), "
         f"{amount(data.epochs, 'epoch')}, into {run}"
     )
     return "\n".join(lines)
@@ -82,7 +86,7 @@ def list_rejected(data: ClassificationData, path: Path) -> str:
     """Writes the rows that were left out to a file, and returns how many there are and why."""
     write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in data.rejected))
     causes = ", ".join(f"{count:,} × {cause}" for cause, count in data.causes().items())
-    lines = [f"{len(data.rejected):,} rows left out ({causes}), listed in {path}"]
+    lines = [f"{amount(len(data.rejected), 'row')} left out ({causes}), listed in {path}"]
     return "\n".join([*lines, *(f"  {row.message}" for row in data.rejected[:SHOWN_BAD_ROWS])])
 
 
@@ -176,7 +180,7 @@ class Scored:
             [title, *(f"{self.estimates[name][metric]:.3f}" for metric in METRICS)] for name, title in titles.items()
         ]
         texts = len(self.compared.model.classes_N)
-        header = [f"{self.compared.split}, {texts:,} texts", *(metric.title for metric in METRICS.values())]
+        header = [f"{self.compared.split}, {amount(texts, 'text')}", *(metric.title for metric in METRICS.values())]
         lines = ["", text_table(header, rows), "", f"accuracy above TF-IDF's: {_signed(self.gain)}"]
         if self.average_precision is not None:
             lines.append(f"average precision for {self.compared.labels[1]!r}: {self.average_precision:.3f}")
@@ -270,5 +274,5 @@ def classification_fit_summary(
 
 def classification_result_text(summary: Mapping[str, Any], run: Path) -> str:
     """Returns how long the run took, and the command that tests its classifier."""
-    done = f"{summary['steps']:,} steps in {minutes_and_seconds(summary['seconds'])}"
+    done = f"{amount(summary['steps'], 'step')} in {minutes_and_seconds(summary['seconds'])}"
     return "\n".join(closing_lines(done, run, "test", "--config", run / "config.yaml", "--ckpt_path", run))

@@ -5,7 +5,7 @@ Shapes: B texts, T tokens, D hidden size, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_danube.classification.scores import scores
+from lightning_danube.classification.settings import ClassifierSettings, Head
 from lightning_danube.model import Decoder
 from lightning_danube.model.config import ActivationCheckpointing
 from lightning_danube.model.forward_memory import forward_memory
@@ -26,7 +27,6 @@ NO_LABELS = (
     "TextClassification learns labels, {data} has none: set data.class_path to "
     "lightning_danube.classification.ClassificationData"
 )
-Head = Literal["hidden", "logits"]
 
 
 class Classified(NamedTuple):
@@ -99,7 +99,8 @@ class TextClassification(TuningTask):
             long documents; "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
-        ValueError: the weights cannot be read.
+        ValueError: the weights cannot be read, the head's learning rate is not above 0, or the optimizer is only for
+            training from random weights.
     """
 
     head: nn.Linear
@@ -109,15 +110,23 @@ class TextClassification(TuningTask):
         weights: str,
         learning_rate: LearningRate,
         *,
-        head: Head = "hidden",
-        head_learning_rate: float | None = None,
-        lora: Lora = Lora(),  # noqa: B008  (frozen)
-        optimizer: AdamW = AdamW(weight_decay=0.0),  # noqa: B008  (frozen)
-        activation_checkpointing: ActivationCheckpointing = False,
+        head: Head = ClassifierSettings.head,
+        head_learning_rate: float | None = ClassifierSettings.head_learning_rate,
+        lora: Lora = ClassifierSettings.lora,
+        optimizer: AdamW = ClassifierSettings.optimizer,
+        activation_checkpointing: ActivationCheckpointing = ClassifierSettings.activation_checkpointing,
     ) -> None:
-        if head_learning_rate is not None and not head_learning_rate > 0:
-            raise ValueError(f"model.head_learning_rate is {head_learning_rate}: it must be above 0")
-        super().__init__(weights, learning_rate, lora, optimizer, activation_checkpointing)
+        super().__init__(
+            ClassifierSettings(
+                weights,
+                learning_rate,
+                head=head,
+                head_learning_rate=head_learning_rate,
+                lora=lora,
+                optimizer=optimizer,
+                activation_checkpointing=activation_checkpointing,
+            )
+        )
         self.head_sees: Head = head
         self.head_rate = 1.0 if head_learning_rate is None else head_learning_rate / learning_rate.peak
         self.classified = ClassifiedTexts()

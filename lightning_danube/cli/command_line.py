@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option, plain_value
+from lightning_danube.cli.trainer_options import check_trainer_options
 from lightning_danube.files import looks_like_path
-from lightning_danube.options import PRECISIONS
 from lightning_danube.outside.modules import let_in
 from lightning_danube.outside.names import plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
@@ -42,18 +42,6 @@ LINKED = {
 
 FACTS_OF_DATA = {**LINKED, "max_position_embeddings": LINKED["context_length"]}
 """Option of a model that is a fact of the data → the data's key that states it. It may be stated only there."""
-
-TRAINER_OPTIONS = (
-    *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run"),
-    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches"),
-    *("limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval"),
-    *("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "enable_checkpointing"),
-    *("enable_progress_bar", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val"),
-    *("gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler", "profiler"),
-    *("detect_anomaly", "barebones", "plugins", "sync_batchnorm", "reload_dataloaders_every_n_epochs"),
-    *("default_root_dir", "enable_autolog_hparams", "model_registry"),
-)
-"""Options of Lightning's trainer."""
 
 LOCAL_LOGGERS = ("CSVLogger", "TensorBoardLogger")
 """Loggers of Lightning that need a `save_dir`."""
@@ -190,6 +178,9 @@ def in_one_line(refusal: Refusal, stated: Stated) -> str:
     place, key = stated.place_of(refusal.path), ".".join(refusal.shown)
     flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
     said_by_flag = flag[: len(refusal.shown)] == refusal.shown
+    text = dict(texts_of(stated.tree)).get(refusal.path, "")
+    if "${" in text:
+        refusal.reason += f" (the value of {text})"
     if refusal.goes_on:
         return f"{place} {refusal.reason}" if said_by_flag else f"{f'{place}: ' if place else ''}{key} {refusal.reason}"
     return ": ".join(filter(None, [place, "" if said_by_flag else key, refusal.reason]))
@@ -297,16 +288,16 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
     return found
 
 
-def check_command_line(args: Sequence[str]) -> None:
-    """Checks a command line without importing PyTorch or Lightning.
+def check_command_line(args: Sequence[str]) -> Stated:
+    """Checks a command line without importing PyTorch or Lightning, and returns what it states.
 
     Args:
         args: arguments of a verb that takes a configuration, without the verb.
 
     Raises:
-        ValueError: a configuration is missing or no YAML mapping, a section, an option of the trainer or a precision is
-            unknown, a fact of the data is stated for the model, this package has no such class, or a class of it does
-            not take an option.
+        ValueError: a configuration is missing or no YAML mapping, a section is unknown, the trainer does not take an
+            option or its value, a fact of the data is stated for the model, this package has no such class, or a class
+            of it does not take an option.
     """
     if args and not args[0].startswith("-"):
         raise ValueError(f"{args[0]!r} is not an option: a configuration is given by --config {args[0]}")
@@ -317,34 +308,34 @@ def check_command_line(args: Sequence[str]) -> None:
         if key not in (*TOP_LEVEL, *_OTHER_FLAGS):
             raise ValueError(f"{_place(stated, key)}{no_option(str(key), TOP_LEVEL, 'this command')}")
     _check_facts_of_data(stated)
-    trainer = stated.tree.get("trainer")
-    if isinstance(trainer, Mapping):
-        _check_trainer(stated, trainer)
-    _check_classes(stated)
+    check_classes(stated, stated.tree)
+    return stated
 
 
-def check_files(args: Sequence[str]) -> None:
-    """Looks for the local files that the data of a training run name, without importing PyTorch or Lightning.
+def check_files(stated: Stated, verb: str) -> None:
+    """Looks for the local files that a run names, without importing PyTorch or Lightning.
 
-    A configuration that is only printed (`--print_config`) may name files of another machine.
-
-    Sources are looked for, and the training texts of a classifier. Directories of token files, addresses, patterns and
-    what may be a hub id are left to the data.
+    Weights and tokenizers are looked for. So are the sources of a training run, and the training texts of a classifier.
+    Directories of token files, addresses, patterns and what may be a hub id are left to the data.
 
     Args:
-        args: arguments of `fit`, without the verb.
+        verb: the verb of the trainer that runs. Only `fit` needs the sources.
 
     Raises:
         ValueError: a file is missing.
     """
-    if any(arg.startswith("--print_config") for arg in args):
-        return
-    stated = read_command_line(with_config_paths(args))
+    from lightning_danube.tokens.hub import did_you_mean
+
     for path, text in texts_of(stated.tree):
         match path:
             case ("data", "sources", name, "path") if not re.fullmatch(r"[\w-]{1,100}", name):
                 continue  # the data refuse the name
-            case ("data", "sources", _, "path") | ("data", "train"):
+            case ("data", "tokenizer") | ("model", "weights") if looks_like_path(text) and "${" not in text:
+                if not exists(expanduser(text)):
+                    hint = did_you_mean(text)
+                    where = _place_and_key(stated, path)
+                    raise ValueError(f"{where}: there is no file or directory {text}{hint}")
+            case ("data", "sources", _, "path") | ("data", "train") if verb == "fit":
                 is_file = (looks_like_path(text) or format_of(text)) and not glob.has_magic(text)
                 if is_file and "://" not in text and "${" not in text and not exists(expanduser(text)):
                     raise ValueError(f"{_place_and_key(stated, path)}: there is no file {text}")
@@ -414,26 +405,32 @@ def _check_facts_of_data(stated: Stated) -> None:
             raise ValueError(f"{place}: model.init_args.{fact} is taken from {key}: leave it out here")
 
 
-def _check_trainer(stated: Stated, trainer: Mapping[str, Any]) -> None:
-    for key in trainer:
-        if key not in TRAINER_OPTIONS:
-            raise ValueError(f"{_place(stated, 'trainer', key)}{no_option(str(key), TRAINER_OPTIONS, 'Trainer')}")
-    precision = trainer.get("precision")
-    refers = str(precision).startswith("${")  # a reference to another key
-    if precision is not None and not refers and str(precision) not in PRECISIONS:
-        place = stated.place_of(("trainer", "precision"))
-        where = place if place.startswith("--") else f"{place}: trainer.precision"
-        raise ValueError(f"{where} is {precision}: choose one of {', '.join(PRECISIONS[:5])}, or null for the fastest")
+def check_classes(stated: Stated, tree: Mapping[str, Any]) -> None:
+    """Checks the options of the trainer, and the names and options of this package's classes as their source has them.
+
+    Args:
+        tree: what the command line states, with or without the values of its references.
+
+    Raises:
+        ValueError: an option or its value is refused; the message is one line.
+    """
+    trainer = tree.get("trainer")
+    try:
+        if isinstance(trainer, Mapping):
+            check_trainer_options(trainer)
+        _check_sources(tree, continues=continued_weights(stated) is not None)
+    except Refusal as refusal:
+        raise ValueError(in_one_line(refusal, stated)) from refusal
 
 
-def _check_classes(stated: Stated) -> None:
-    """Checks the names and options of this package's classes, as far as their source tells them."""
+def _check_sources(tree: Mapping[str, Any], *, continues: bool) -> None:
+    """Checks the names and options of this package's classes. See `check_classes`."""
     from lightning_danube.cli.source import SourceReader
 
     reader = SourceReader(taken=FACTS_OF_DATA)
-    trainer = stated.tree.get("trainer")
-    sections: list[tuple[Path, Any]] = [((name,), stated.tree.get(name)) for name in ("data", "model")]
-    if continued_weights(stated) is not None and isinstance(data := stated.tree.get("data"), Mapping):
+    trainer = tree.get("trainer")
+    sections: list[tuple[Path, Any]] = [((name,), tree.get(name)) for name in ("data", "model")]
+    if continues and isinstance(data := tree.get("data"), Mapping):
         # The weights say what the data leave open; they are read later.
         sections[0] = (("data",), {**data, "init_args": {"context_length": 1, **(data.get("init_args") or {})}})
     for key in ("callbacks", "logger"):
@@ -445,10 +442,7 @@ def _check_classes(stated: Stated) -> None:
         named = section.get("class_path") if isinstance(section, Mapping) else section
         if not isinstance(named, str) or not named or "${" in named:
             continue
-        try:
-            if "." in named:
-                reader.named_class(named, section, path)
-            else:
-                reader.short_name(named, path[min(1, len(path) - 1)], path)
-        except Refusal as refusal:
-            raise ValueError(in_one_line(refusal, stated)) from refusal
+        if "." in named:
+            reader.named_class(named, section, path)
+        else:
+            reader.short_name(named, path[min(1, len(path) - 1)], path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -15,14 +16,17 @@ from lightning_danube.cli.command_line import (
     FACTS_OF_DATA,
     LINKED,
     Stated,
+    check_classes,
     complete_loggers,
     complete_mappings,
     continued_weights,
     in_one_line,
     read_command_line,
+    texts_of,
     with_config_paths,
 )
-from lightning_danube.cli.options import CLASS_KEYS, Reader, Refusal, Typed, plain_value
+from lightning_danube.cli.options import CLASS_KEYS, Reader, Refusal, Typed, options_of, plain_value
+from lightning_danube.cli.trainer_options import check_limits
 from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml, with_text_keys
 
@@ -165,7 +169,6 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
         ValueError: a configuration is wrong or not for pre-training; the message is one line.
     """
     from lightning_danube.planning.run import TrainerSection
-    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
 
     stated = _stated(configs, overrides)
     # Checked before anything is read, because other tasks would download weights first.
@@ -177,54 +180,106 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
         reader = Reader(taken=FACTS_OF_DATA, make=True, open_to=open_classes())
         known = [field.name for field in fields(TrainerSection)]
         trainer = {key: value for key, value in (tree.get("trainer") or {}).items() if key in known}
-        settings = CurriculumSettings(**reader.class_options(CurriculumSettings, tree["data"], ("data",), data))
-        facts = {fact: getattr(settings, fact) for fact in LINKED}
-        options = reader.class_options(PretrainingSettings, tree["model"], ("model",), model)
         return PlannedRun(
             str(tree.get("name") or "run"),
-            settings,
-            PretrainingSettings(**options, **facts),
+            *_settings_of(tree, reader, in_full=True),
             TrainerSection(**reader.options(TrainerSection, trainer, ("trainer",), "Trainer")),
         )
 
 
-def check_settings(args: Sequence[str]) -> None:
-    """Checks the settings of a pre-training run from random weights, before PyTorch and Lightning are imported.
+SETTINGS = {
+    "ChatData": "chat.settings.ChatSettings",
+    "ClassificationData": "classification.settings.ClassificationSettings",
+    "CurriculumData": "pretraining.settings.CurriculumSettings",
+    "Evaluation": "evaluation.settings.EvaluationSettings",
+    "EvaluationData": "evaluation.settings.QuestionSettings",
+    "PreferenceData": "chat.settings.PreferenceSettings",
+    "PreferenceTuning": "chat.settings.PreferenceTuningSettings",
+    "Pretraining": "pretraining.settings.PretrainingSettings",
+    "QuantizationEvaluation": "quantization.settings.QuantizationSettings",
+    "SupervisedFineTuning": "training.optim.tuning.TuningSettings",
+    "TextClassification": "classification.settings.ClassifierSettings",
+    "TextWindows": "quantization.settings.WindowSettings",
+}
+"""Class of this package that a section names → the class that checks its settings and imports nothing large."""
 
-    The settings of other tasks are checked later, with their classes. The tokenizer is not loaded, because it may have
-    to be fetched. No check depends on it, so the small tokenizer takes its place. The optimizer is left out, because
-    some optimizers import PyTorch.
+
+def check_settings(stated: Stated, verb: str) -> None:
+    """Checks the settings of a run before PyTorch and Lightning are imported.
+
+    The settings of a user's own classes are checked later. So are those of a pre-training run that begins with trained
+    weights, because the weights decide some of them. The tokenizer is not loaded, because it may have to be fetched.
 
     Args:
-        args: the arguments without the verb.
+        verb: the verb of the trainer that runs.
 
     Raises:
         ValueError: the settings are refused; the message is one line.
     """
-    stated = read_command_line(with_config_paths(args))
-    if not _is_pretraining(stated) or continued_weights(stated) is not None:
-        return
-    from lightning_danube.pretraining.settings import CurriculumSettings, PretrainingSettings
-    from lightning_danube.tokens.tokenizer import DANUBE_SMALL
-
     with one_line_errors(stated):
         tree = resolved_tree(stated)
+        if any("${" in text for _, text in texts_of(stated.tree)):
+            check_classes(stated, tree)
+        if isinstance(trainer := tree.get("trainer"), Mapping):
+            check_limits(verb, trainer)
         reader = Reader(taken=FACTS_OF_DATA, make=True)
-        if "seed_everything" in tree:  # before what refers to it
+        if "seed_everything" in tree:
             reader.value(bool | int, tree["seed_everything"], ("seed_everything",))
-        data = reader.class_options(CurriculumSettings, _options(tree["data"]), ("data",), "CurriculumData")
-        settings = CurriculumSettings(**{**data, "tokenizer": DANUBE_SMALL, "new_tokens": None})
-        model = {key: value for key, value in _options(tree["model"]).items() if key != "optimizer"}
-        facts = {fact: getattr(settings, fact) for fact in LINKED}
-        options = reader.class_options(PretrainingSettings, model, ("model",), "Pretraining")
-        assert PretrainingSettings(**options, **facts).config
+        if continued_weights(stated) is None:
+            _, model = _settings_of(tree, reader, in_full=False)
+            # The shape of the decoder is checked where it meets the vocabulary and the context of the data.
+            getattr(model, "config", None)
 
 
-def _is_pretraining(stated: Stated) -> bool:
-    return all(
-        isinstance(section := stated.tree.get(name), Mapping) and _class_name(section) == class_name
-        for name, class_name in (("model", "Pretraining"), ("data", "CurriculumData"))
-    )
+def _settings_of(tree: Mapping[str, Any], reader: Reader, *, in_full: bool) -> tuple[Any, Any]:
+    """Returns the settings of the data and of the model of a configuration. Neither data nor weights are created.
+
+    Args:
+        tree: the configuration, with the values of its references.
+        in_full: whether the tokenizer and the optimizer are loaded. Otherwise the smallest tokenizer and an optimizer
+            with default settings take their places. No check depends on them.
+
+    Returns:
+        None in place of the settings of a class of another package, and in place of the settings of a model that needs
+        facts of such data.
+    """
+    from lightning_danube.tokens.tokenizer import DANUBE_SMALL
+
+    data = model = None
+    if (owner := _settings_class(tree.get("data"))) is not None:
+        options = reader.class_options(owner, tree["data"], ("data",), _class_name(tree["data"]))
+        if not in_full and owner.__name__ == "CurriculumSettings":  # the only settings that load their tokenizer
+            options |= {"tokenizer": DANUBE_SMALL, "new_tokens": None}
+        data = owner(**options)
+    if (owner := _settings_class(tree.get("model"))) is not None:
+        facts = [fact for fact in LINKED if fact in options_of(owner)[0]]
+        if all(hasattr(data, fact) for fact in facts):
+            given = _options(tree["model"])
+            stand_in = {} if in_full else _without_imports(given.pop("optimizer", None))
+            options = reader.class_options(owner, given, ("model",), _class_name(tree["model"]))
+            model = owner(**options, **stand_in, **{fact: getattr(data, fact) for fact in facts})
+    return data, model
+
+
+def _settings_class(section: Any) -> Any:
+    """Returns the class of the settings of a section, None if the section names no class of this package."""
+    named = section.get("class_path") if isinstance(section, Mapping) else None
+    if not isinstance(named, str) or ("." in named and not named.startswith("lightning_danube.")):
+        return None
+    place = SETTINGS.get(_class_name(section))
+    return None if place is None else pkgutil.resolve_name(f"lightning_danube.{place}")
+
+
+def _without_imports(optimizer: Any) -> dict[str, Any]:
+    """Returns the option `optimizer` with an optimizer that can fine-tune if the stated one can; {} for AdamW.
+
+    Muon imports PyTorch.
+    """
+    from lightning_danube.training.optim import AdamW
+
+    if _class_name(plain_value(optimizer)) != "Muon":
+        return {}
+    return {"optimizer": type("Muon", (AdamW,), {"fine_tunes": False})()}
 
 
 def _options(section: Mapping[str, Any]) -> dict[str, Any]:

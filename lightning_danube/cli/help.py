@@ -12,13 +12,13 @@ from typing import Any
 
 from lightning_danube.cli.command_line import (
     LINKED,
-    TRAINER_OPTIONS,
     Stated,
     config_files,
     read_command_line,
     with_config_paths,
 )
 from lightning_danube.cli.options import CLASS_KEYS, Path, class_of, is_configured_class, options_of
+from lightning_danube.cli.trainer_options import TRAINER_OPTIONS
 from lightning_danube.terminal import as_typed
 from lightning_danube.yaml_files import description
 

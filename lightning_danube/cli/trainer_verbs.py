@@ -47,11 +47,12 @@ from lightning_danube.cli.errors import (
     raised_by_a_class,
     while_restoring,
 )
+from lightning_danube.cli.trainer_options import check_limits
 from lightning_danube.device import keep_freed_memory, usable_cores
 from lightning_danube.files import locked, naming
 from lightning_danube.options import full_name
 from lightning_danube.signals import LEAVING_TRAINER, SIGNALS
-from lightning_danube.terminal import as_typed, show, tell
+from lightning_danube.terminal import amount, as_typed, show, tell
 from lightning_danube.training.contract import StagedData
 from lightning_danube.training.history import append_history, differences
 from lightning_danube.training.position import RunTrainer, run_directory
@@ -83,15 +84,6 @@ MOST_PROCESSES = 8
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """Verb → the task's method that runs it."""
-
-
-LIMITS = {
-    "fit": ("limit_train_batches", "max_steps", "max_epochs"),
-    "validate": ("limit_val_batches",),
-    "test": ("limit_test_batches",),
-    "predict": ("limit_predict_batches",),
-}
-"""Verb → the trainer's options that leave nothing of it when they are 0."""
 
 
 class RunRecord(SaveConfigCallback):
@@ -303,10 +295,8 @@ class DanubeCLI(LightningCLI):
         """
         assert self.subcommand is not None
         trainer = self._get(self.config, "trainer")
-        for name in LIMITS[self.subcommand]:
-            if trainer[name] == 0:
-                said = f"trainer.{name} is 0, so {self.subcommand} would do nothing: leave it out, or raise it"
-                raise ValueError(located(said, self.stated))
+        with one_line_errors(self.stated):
+            check_limits(self.subcommand, trainer.as_dict())
         if self.subcommand == "fit" and trainer.fast_dev_run and self._get(self.config, "ckpt_path") is not None:
             raise ValueError(
                 "trainer.fast_dev_run tries the first steps of a run, and --ckpt_path names a run that has done them: "
@@ -490,10 +480,12 @@ class DanubeCLI(LightningCLI):
         if not (run / "summary.json").exists():
             return None  # it was killed between its last checkpoint and its summary
         if done == steps:
-            return f"{run} is complete: {done} of {steps} steps; nothing is left to do"
+            return f"{run} is complete: {done} of {amount(steps, 'step')}; nothing is left to do"
         # If `max_steps` is below the steps already done, the run is refused later with the reason.
         if 0 <= limit <= done:
-            return f"{run} has {done} of {steps} steps, and trainer.max_steps is {limit}; nothing is left to do"
+            return (
+                f"{run} has {done} of {amount(steps, 'step')}, and trainer.max_steps is {limit}; nothing is left to do"
+            )
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:

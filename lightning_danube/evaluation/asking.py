@@ -20,6 +20,7 @@ from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.generation.token_stream import TokenStream
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
 from lightning_danube.model import Decoder
+from lightning_danube.terminal import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +175,11 @@ class AskedModel:
 
     def note_of_cut_prompts(self, cut: int) -> list[str]:
         """Returns the report's note on prompts that did not fit; an empty list if all fitted."""
-        return [f"{cut:,} prompts lost their beginning, at {self.context_length:,} tokens"] if cut else []
+        return (
+            [f"{counted(cut, 'prompt lost its', 'prompts lost their')} beginning, at {self.context_length:,} tokens"]
+            if cut
+            else []
+        )
 
 
 def part_of(asked: int, available: int) -> list[str]:

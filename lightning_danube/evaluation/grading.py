@@ -21,6 +21,7 @@ from lightning_danube.evaluation.judge import (
 from lightning_danube.evaluation.parts.chat import ChatQuestions
 from lightning_danube.evaluation.results import Measured, mean_of
 from lightning_danube.files import append_line
+from lightning_danube.terminal import amount
 
 
 class Grading(NamedTuple):
@@ -129,7 +130,8 @@ class Grader:
         money = "no price is given" if cost.dollars is None else f"at most about {cost.dollars:.2f} dollars"
         before = f" ({done:,} are there from before)" if done else ""
         return (
-            f"  {part.title}: {cost.requests:,} judgements by {self.judge.model}{before}, about {cost.tokens_in:,} "
+            f"  {part.title}: {amount(cost.requests, 'judgement')} by {self.judge.model}{before}, about "
+            f"{cost.tokens_in:,} "
             f"tokens in and up to {cost.tokens_out:,} out; {money}"
         )
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning_danube.evaluation.asking import HEAD_ROWS, AskedModel
 from lightning_danube.evaluation.data import EvaluationData
 from lightning_danube.evaluation.results import Measured
+from lightning_danube.evaluation.settings import EvaluationSettings
 from lightning_danube.generation.packing import pack_for_generation
 from lightning_danube.model.forward_memory import forward_memory
 from lightning_danube.terminal import tell
@@ -35,10 +36,15 @@ class Evaluation(LightningModule):
         ValueError: the weights cannot be read, or the tokenizer has no chat template.
     """
 
-    def __init__(self, weights: str, dtype: str | None = None, places: int = 8192, chat_template: bool = False) -> None:
+    def __init__(
+        self,
+        weights: str,
+        dtype: str | None = EvaluationSettings.dtype,
+        places: int = EvaluationSettings.places,
+        chat_template: bool = EvaluationSettings.chat_template,
+    ) -> None:
         super().__init__()
-        if places < 1:
-            raise ValueError(f"model.places is {places}: it must be at least 1")
+        EvaluationSettings(weights, dtype, places, chat_template)
         self.decoder, self.tokenizer = load_as_exported(weights, dtype=dtype)
         self.decoder.eval()
         self.config = self.decoder.config

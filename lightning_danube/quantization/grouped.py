@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_danube.terminal import amount
+
 SCALE_DTYPE = torch.float16
 """Type of scales and zero points, as hqq keeps them on a GPU."""
 
@@ -44,7 +46,8 @@ class GroupedLinear(nn.Module):
         groups_GS = weight_ND.detach().float().reshape(-1, group)
         if flat := int((groups_GS.amax(1) == groups_GS.amin(1)).sum()):
             raise ValueError(
-                f"in {flat:,} groups of {group} weights all weights are equal: there is no range to divide into steps"
+                f"in {amount(flat, 'group')} of {group} weights all weights are equal: there is no range to "
+                "divide into steps"
             )
         packed, meta = Quantizer.quantize(
             weight_ND.detach(),

@@ -10,7 +10,7 @@ from lightning_danube.outside.texts import in_markdown
 from lightning_danube.quantization.levels import FULL, Level
 from lightning_danube.quantization.measured import MeasuredLevel
 from lightning_danube.quantization.report import MIB, Row, percent, recommendation, rows_of
-from lightning_danube.terminal import markdown_table, text_table
+from lightning_danube.terminal import counted, markdown_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,7 +203,8 @@ def failure_notes(failed: Mapping[Level, str]) -> list[str]:
 def fallback_notes(rows: Sequence[Row]) -> list[str]:
     """Returns a line for each level that stores some tensors in another type."""
     return [
-        f"{row.level.name}: {flat['fallbacks']} tensors have rows that the type cannot hold: {flat['fallback_types']}"
+        f"{row.level.name}: {counted(flat['fallbacks'], 'tensor has', 'tensors have')} rows that the type "
+        f"cannot hold: {flat['fallback_types']}"
         for row in rows
         if (flat := row.flat())["fallbacks"]
     ]

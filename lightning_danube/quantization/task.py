@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_danube.quantization.decoders import check_finite, full_decoder, quantized_decoder
-from lightning_danube.quantization.levels import FULL, Level, parse_levels, why_not
+from lightning_danube.quantization.levels import FULL, Level, why_not
 from lightning_danube.quantization.measured import (
     MeasuredLevel,
     RunningModel,
@@ -31,6 +31,7 @@ from lightning_danube.quantization.measured import (
     measured_key,
     save_measured,
 )
+from lightning_danube.quantization.settings import QuantizationSettings
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.training.contract import WindowBatch, data_of
 from lightning_danube.weights.adapters import weights_digest
@@ -64,9 +65,16 @@ class QuantizationEvaluation(LightningModule):
         ValueError: a level is unknown, or the weights cannot be read or are not finite.
     """
 
-    def __init__(self, weights: str, levels: list[str], cost: bool = True, cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        weights: str,
+        levels: list[str],
+        cost: bool = QuantizationSettings.cost,
+        cache_dir: str | None = QuantizationSettings.cache_dir,
+    ) -> None:
         super().__init__()
-        self.weights, self.levels, self.cost = weights, parse_levels(levels), cost
+        self.levels = QuantizationSettings(weights, levels, cost, cache_dir).parsed_levels
+        self.weights, self.cost = weights, cost
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.decoder = load_decoder(weights, dtype=torch.float32)
         self.config = self.decoder.config

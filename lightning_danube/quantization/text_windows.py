@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_danube.files import default_cache_dir
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
-from lightning_danube.options import options, parse_tokens
-from lightning_danube.text.corpora import Source, read_documents
+from lightning_danube.quantization.settings import WindowSettings
+from lightning_danube.terminal import counted
+from lightning_danube.text.corpora import read_documents
 from lightning_danube.tokens.shards import is_held_out
 from lightning_danube.tokens.tokenizer import begin_token
 from lightning_danube.training.contract import WindowBatch
-from lightning_danube.weights.tokenizers import tokenizer_of
+from lightning_danube.training.planned_data import TokenizedModule
 
 CLOZE_CHOICES = 4
 CLOZE_CONTEXT, CLOZE_CONTINUATION = 32, 8
@@ -32,69 +30,10 @@ BATCH_TOKENS = 1024
 """Most tokens of a batch, which has at least one window: all logits of a batch are in memory at once."""
 
 
-class TextWindows(LightningDataModule):
-    """The beginning of a text, in windows of one or several lengths.
+class TextWindows(WindowSettings, TokenizedModule):
+    """The beginning of a text, in windows of one or several lengths. `WindowSettings` explains the arguments."""
 
-    A token is predicted from the tokens before it in its window. A window begins with the bos token if there is one.
-    How tokens are counted:
-
-    * without `stride`, as in llama.cpp's perplexity program: windows do not overlap, and the second half of each
-      window counts;
-    * with `stride`, windows slide by `stride` tokens, and the last `stride` tokens of each window count. Every token
-      counts once, with the longest context that a window can hold.
-
-    Args:
-        text: the source of the text; each of its documents ends with the eos token.
-        tokenizer: "danube-small", "mistral", a model, a directory or a hub id.
-        held_out: take only the documents that `CurriculumData` with this share keeps out of training.
-        context_lengths: lengths of a window in tokens. Everything is measured at the first length; the other lengths
-            show how perplexity depends on it.
-        stride: number of tokens by which windows slide.
-        max_tokens: how much of the text is read ("16K"); the whole text if not given.
-        calibration_tokens: number of tokens after the measured text, for methods that calibrate on text; none counts.
-        cloze_questions: number of questions. In each, the model has to tell the true continuation from three false
-            ones, which are taken from other places of the text.
-        cache_dir: where the embedded texts are kept.
-
-    Raises:
-        ValueError: an argument is wrong, or the text is too short.
-    """
-
-    def __init__(
-        self,
-        text: Source,
-        tokenizer: str,
-        *,
-        held_out: float | None = None,
-        context_lengths: list[int] = [512],  # noqa: B006  (the parser shows it)
-        stride: int | None = None,
-        max_tokens: int | str | None = "16K",
-        calibration_tokens: int | str = "16K",
-        cloze_questions: int = 100,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__()
-        if not context_lengths or min(context_lengths) < 4 or len(set(context_lengths)) < len(context_lengths):
-            raise ValueError(
-                f"data.context_lengths is {context_lengths}: name different numbers of at least 4 tokens, such as [512]"
-            )
-        if stride is not None and not 1 <= stride < min(context_lengths):
-            raise ValueError(
-                f"data.stride is {stride}: it must be at least 1 and below the shortest of data.context_lengths "
-                f"({min(context_lengths)}), or left out"
-            )
-        if held_out is not None and not 0 < held_out < 1:
-            raise ValueError(f"data.held_out is {held_out}: give a share between 0 and 1, or leave it out")
-        if cloze_questions < 0:
-            raise ValueError(f"data.cloze_questions is {cloze_questions}: it must be at least 0")
-        self.text, self.held_out = options(Source, text, "data.text"), held_out
-        self.context_lengths, self.stride = list(context_lengths), stride
-        self.max_tokens = None if max_tokens is None else parse_tokens(max_tokens, "data.max_tokens")
-        self.calibration_tokens = parse_tokens(calibration_tokens, "data.calibration_tokens")
-        self.cloze_questions = cloze_questions
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.tokenizer_name, self.tokenizer = tokenizer_of(tokenizer)
-        self.vocab_size = len(self.tokenizer)
+    def initialize(self) -> None:
         self._begin = begin_token(self.tokenizer)
         self.passes = 1
         """How often the text is read. The task sets it: once for each model that it still has to measure."""
@@ -104,7 +43,8 @@ class TextWindows(LightningDataModule):
         longest = max(self.context_lengths)
         if len(self.ids) < longest:
             raise ValueError(
-                f"{self.text.path}: {len(self.ids):,} tokens are fewer than one window of data.context_lengths "
+                f"{self.text.path}: {counted(len(self.ids), 'token is', 'tokens are')} fewer than one "
+                "window of data.context_lengths "
                 f"({longest:,}): give more text, raise data.max_tokens or take shorter windows"
             )
         self.questions = self._questions()
@@ -161,7 +101,8 @@ class TextWindows(LightningDataModule):
             return np.empty((0, CLOZE_CHOICES, length), np.int64)
         if count < CLOZE_CHOICES:
             raise ValueError(
-                f"{self.text.path}: {len(self.ids):,} tokens are too few for a cloze: give more text or set "
+                f"{self.text.path}: {counted(len(self.ids), 'token is', 'tokens are')} too few for a cloze: "
+                "give more text or set "
                 "data.cloze_questions: 0"
             )
         starts = np.linspace(0, len(self.ids) - length, count).astype(np.int64)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_danube.checkpoints.runs import newest_checkpoint
 from lightning_danube.device import widest_float
 from lightning_danube.files import append_line, read_json_lines, write_text
+from lightning_danube.terminal import counted
 
 
 class TrainingStopped(RuntimeError):
@@ -182,7 +183,8 @@ def too_many_bad_steps(in_a_row: int, step: int, run: Path | None) -> TrainingSt
     Args:
         run: the run's directory; None on ranks other than zero, which do not know the directory.
     """
-    what = f"{in_a_row} optimizer steps in a row were skipped, up to step {step}"
+    skipped = counted(in_a_row, "optimizer step in a row was", "optimizer steps in a row were")
+    what = f"{skipped} skipped, up to step {step}"
     if run is None:
         return TrainingStopped(what)
     good = newest_checkpoint(run)

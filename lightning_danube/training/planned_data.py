@@ -9,51 +9,59 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_danube.options import check_processes
 from lightning_danube.tokens.tokenizer import fingerprint_of, new_token_facts
 from lightning_danube.training.contract import TrainingData
 from lightning_danube.training.loaders import ResumableLoader, StepSampler, accumulation, steps_of, trains_on_gpu
 from lightning_danube.training.position import replicas_of
+from lightning_danube.weights.tokenizers import tokenizer_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.utils.data import DataLoader, Dataset
-    from transformers import PreTrainedTokenizerFast
 
     from lightning_danube.training.passes import Pass
 
 
-class PlannedData(LightningDataModule):
-    """Data whose epochs are planned after `setup`. A resumed run begins with the step after those that are done.
+class TokenizedModule(LightningDataModule):
+    """A data module whose settings name a tokenizer, which its constructor loads.
 
-    A subclass sets `passes` in `setup("fit")`, and defines `batch_tokens` and `order`.
-
-    Args:
-        tokenizer_name, tokenizer: as from `tokenizer_of`.
-        batch_rows: rows of one optimizer step over all devices and accumulated micro-batches.
-        micro_batch_size: rows that a device holds at once.
-        workers: loader processes.
+    The constructor of the settings comes first: it checks its arguments, and then calls this constructor.
     """
 
+    tokenizer_given: str
+    """The name of the tokenizer, as given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer_name, self.tokenizer = tokenizer_of(self.tokenizer_given)
+        self.vocab_size = len(self.tokenizer)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Sets what the data keep beside their settings. A subclass extends this method instead of the constructor."""
+
+
+class PlannedData(TokenizedModule):
+    """Data whose epochs are planned after `setup`. A resumed run begins with the step after those that are done.
+
+    A subclass sets `passes` in `setup("fit")`, and defines `batch_tokens` and `order`. Its settings set the attributes
+    below before they call the constructor.
+    """
+
+    batch_rows: int
+    """Rows of one optimizer step over all devices and accumulated micro-batches."""
+    micro_batch_size: int
+    """Rows that a device holds at once."""
+    workers: int
+    """Loader processes."""
     batch_key: ClassVar[str]
     """The name of `batch_rows` among the options."""
     stands_for: ClassVar[str]
     """What the digests in `order` cover, for the message that refuses other data."""
     passes: list[Pass]
 
-    def __init__(
-        self,
-        tokenizer_name: str,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        batch_rows: int,
-        micro_batch_size: int,
-        workers: int,
-    ) -> None:
-        super().__init__()
-        check_processes(workers, "data.workers")
-        self.tokenizer_name, self.tokenizer = tokenizer_name, tokenizer
-        self.batch_rows, self.micro_batch_size, self.workers = batch_rows, micro_batch_size, workers
+    def initialize(self) -> None:
+        super().initialize()
         self.steps_done = 0
 
     # --- length -------------------------------------------------------------------------------------------------------

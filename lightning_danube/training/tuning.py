@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_danube.model.config import ActivationCheckpointing
-from lightning_danube.options import options
 from lightning_danube.terminal import amount, tell
 from lightning_danube.training.contract import TokenizedData, data_of
-from lightning_danube.training.optim import AdamW, LearningRate, Muon
+from lightning_danube.training.optim.tuning import TuningSettings
 from lightning_danube.training.planned_data import PlannedData
 from lightning_danube.training.position import limit_log_interval, replicas_of
 from lightning_danube.training.task import DecoderTask
 from lightning_danube.weights.loading import load_decoder
-from lightning_danube.weights.lora import Lora
 
 FEW_STEPS = 5
 """A shorter run is said to be short, because its model has hardly changed."""
@@ -29,6 +26,8 @@ class TuningTask(DecoderTask):
     number of items. The loss of an optimizer step is the mean over all its counted items, even if they are spread
     unevenly over micro-batches and devices. `step_labels` of each batch is the number of items in the whole step.
 
+    The settings of every fine-tuning task have these fields; a task may add its own.
+
     Args:
         weights: initial weights from a run, a checkpoint, a Hugging Face directory, a GGUF file, a hub id or "smollm2".
         learning_rate: schedule in tokens.
@@ -38,26 +37,18 @@ class TuningTask(DecoderTask):
             "selective" keeps the results of the attention kernels and recomputes the rest.
 
     Raises:
-        ValueError: the weights cannot be read, or the optimizer is only for training from random weights.
+        ValueError: the weights cannot be read.
     """
 
     has_loss_curve = True
 
-    def __init__(
-        self,
-        weights: str,
-        learning_rate: LearningRate,
-        lora: Lora | None,
-        optimizer: AdamW,
-        activation_checkpointing: ActivationCheckpointing,
-    ) -> None:
-        optimizer = options(AdamW, optimizer, "model.optimizer")
-        if isinstance(optimizer, Muon):
-            raise ValueError("model.optimizer is Muon, which trains from random weights only: use AdamW")
+    def __init__(self, settings: TuningSettings) -> None:
         # Master weights in float32: 16-bit weights would round away the small steps of fine-tuning.
-        decoder = load_decoder(weights, dtype=torch.float32)
-        super().__init__(decoder, learning_rate, optimizer, weights=weights, lora=lora)
-        self.decoder.activation_checkpointing = activation_checkpointing
+        decoder = load_decoder(settings.weights, dtype=torch.float32)
+        super().__init__(
+            decoder, settings.learning_rate, settings.optimizer, weights=settings.weights, lora=settings.lora
+        )
+        self.decoder.activation_checkpointing = settings.activation_checkpointing
 
     def setup(self, stage: str) -> None:
         """Checks the data against the model, and the learning rate against the length of the run.

@@ -18,17 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lightning_danube.extras import install_command
 from lightning_danube.files import new_file
 from lightning_danube.terminal import nearest_name
 from lightning_danube.weights.gguf.header import read_gguf_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Short names that llama.cpp's own program accepts for its medium mixtures.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -219,6 +220,8 @@ class LlamaCpp:
 
     def logits(self, ids_BT: Tensor, first: int) -> Tensor:
         """Returns logits, (B, T - first, V), for the positions from `first` on."""
+        import torch
+
         rows = []
         for ids_T in ids_BT.tolist():
             self.llama.reset()

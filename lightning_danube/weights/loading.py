@@ -157,12 +157,24 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if not isinstance(dtype, str):
         return dtype
+    check_dtype(dtype)
     import torch
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it has to be one of {', '.join(DTYPES)}")
     known: torch.dtype = getattr(torch, dtype)
     return known
+
+
+def check_dtype(name: str, key: str = "dtype") -> None:
+    """Checks the name of a type, without PyTorch.
+
+    Args:
+        key: name of the option in messages.
+
+    Raises:
+        ValueError: no such type is supported.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"{key} is {name!r}; it has to be one of {', '.join(DTYPES)}")
 
 
 def parse_device(device: torch.device | str | None) -> torch.device | None:

@@ -177,7 +177,7 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
         ({"epochs": 0}, r"data.epochs is 0: it must be at least 1"),
         (
             {"count": 1, "held_out": 1e-9},
-            r"has 1 conversations, none of them held out: add conversations on other questions, or raise",
+            r"has 1 conversation on one question, and training and validation need different questions: add conv",
         ),
         ({"context_length": 4}, r"holds no conversation to learn from: .*no answer within the first 5"),
         ({"tokenizer": "/nowhere"}, r"no tokenizer directory '/nowhere'"),
@@ -471,6 +471,20 @@ def test_rows_that_end_a_run_are_shown_with_their_reason(tmp_path: Path) -> None
 
 def test_a_source_that_fit_would_refuse_is_shown(tmp_path: Path) -> None:
     file = write(tmp_path / "talk.jsonl", 1)
-    module = ChatData({"talk": ConversationSource(str(file))}, 96, cache_dir=str(tmp_path / "cache"))
+    for held_out in (0.02, 1 - 1e-9):  # more or fewer held-out conversations do not help
+        sources = {"talk": ConversationSource(str(file))}
+        module = ChatData(sources, 96, held_out=held_out, cache_dir=str(tmp_path / "cache"))
+        (shown,) = module.shown_sources(0, 1000)
+        assert shown.warnings == [
+            "fit refuses this source, because it has 1 conversation on one question, and training and validation need "
+            "different questions: add conversations on at least one other question"
+        ]
+
+
+def test_a_source_whose_questions_are_all_held_out_is_shown(tmp_path: Path) -> None:
+    file = write(tmp_path / "talk.jsonl", 5)
+    sources = {"talk": ConversationSource(str(file))}
+    module = ChatData(sources, 96, held_out=1 - 1e-9, cache_dir=str(tmp_path / "cache"))
     (shown,) = module.shown_sources(0, 1000)
-    assert shown.warnings == ["fit refuses this source, because none is held out: raise data.held_out (now 0.02)"]
+    (warning,) = shown.warnings
+    assert warning.startswith("fit refuses this source, because all are held out: lower data.held_out (now 0.999")

@@ -19,6 +19,7 @@ from lightning_danube.generation.token_stream import generate
 from lightning_danube.tokens.chat_template import DANUBE_TEMPLATE, encode_chat, end_ids
 from lightning_danube.weights.loading import load_decoder, load_model
 from tests.commands import fit
+from tests.pretraining.test_run import scalars
 from tests.tiny_models import CONFIG as TINY_CONFIG
 from tests.tiny_models import save_tiny
 from tests.training.test_world_size import run_in_ranks
@@ -93,6 +94,9 @@ def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.Capture
     assert summary["val_loss"]["talk"] < summary["val_loss_before"]["talk"] - 1
     assert summary["val_tokens"]["talk"] > 0 and summary["sources"]["talk"]["conversations"] == 80
     assert summary["trained_parameters"] == summary["parameters"]
+    # The held-out loss before the first step, and at each tenth of the run.
+    steps = list(scalars(run_directory(talk), "held_out/talk"))
+    assert steps[0] == 0 and steps[-1] == summary["steps"] and len(steps) == 11
     (answer,) = summary["answers"]
     assert answer["question"] == "river?" and answer["before"] != answer["after"]
     assert answer["after"].split() and set(answer["after"].split()) <= {"stone", "green", "light"}

@@ -242,9 +242,12 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path) -> None:
         ({"validation_pairs": 0}, r"data.validation_pairs is 0: it must be at least 1"),
         (
             {"count": 1, "held_out": 1e-9},
-            r"'pairs' has 1 pairs, none of them held out: add pairs on other questions, or raise",
+            r"'pairs' has 1 pair on one question, and training and validation need different questions: add pairs on",
         ),
-        ({"held_out": 1 - 1e-9}, r"all pairs are held out: lower data.held_out, or add pairs"),
+        (
+            {"held_out": 1 - 1e-9},
+            r"all pairs are held out: add pairs on other questions, or lower data.held_out \(now 0.9",
+        ),
         ({"context_length": 4}, r"holds no pair to learn from: .*no answer within the first 5"),
     ],
 )

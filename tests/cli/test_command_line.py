@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lightning_danube.cli.command_line import TRAINER_OPTIONS, complete_loggers, merged, read_command_line
+from lightning_danube.cli.command_line import complete_loggers, merged, read_command_line
 from lightning_danube.cli.options import BEFORE
+from lightning_danube.cli.trainer_options import TRAINER_OPTIONS
 
 
 def test_the_trainers_options_are_lightnings() -> None:

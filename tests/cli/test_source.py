@@ -13,7 +13,14 @@ import pytest
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from lightning_danube.cli.command_line import FACTS_OF_DATA, check_command_line, check_files
+from lightning_danube.cli.command_line import (
+    FACTS_OF_DATA,
+    Stated,
+    check_command_line,
+    check_files,
+    read_command_line,
+    with_config_paths,
+)
 from lightning_danube.cli.configs import open_classes
 from lightning_danube.cli.options import Reader, Refusal, options_of
 from lightning_danube.cli.source import OPEN, SourceReader, class_as_written
@@ -111,6 +118,10 @@ def test_a_command_line_is_checked(flags: str, message: str) -> None:
         check_command_line(["--config", "quickstart", *flags.split()])
 
 
+def stated(*arguments: str) -> Stated:
+    return read_command_line(with_config_paths(arguments))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -121,12 +132,12 @@ def test_a_command_line_is_checked(flags: str, message: str) -> None:
 )
 def test_a_missing_file_is_found_early(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        check_files(["--config", "quickstart", *flags])
+        check_files(stated("--config", "quickstart", *flags), "fit")
 
 
 def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
     with pytest.raises(ValueError, match=r"smollm2-lora\.yaml, line \d+: data\.sources\.conversations\.path: there is"):
-        check_files(["--config", "sft/smollm2-lora"])
+        check_files(stated("--config", "sft/smollm2-lora"), "fit")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +153,26 @@ def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
     ],
 )
 def test_what_may_be_no_file_is_left_to_the_data(path: str) -> None:
-    check_files(["--config", "quickstart", "--data.init_args.sources.web.path", path])
+    check_files(stated("--config", "quickstart", "--data.init_args.sources.web.path", path), "fit")
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+@pytest.mark.parametrize("option", ["--data.init_args.tokenizer", "--model.init_args.weights"])
+def test_missing_weights_and_tokenizers_are_found_early(option: str, verb: str, tmp_path: Path) -> None:
+    (tmp_path / "version_0").mkdir()
+    arguments = ["--config", "sft/quickstart", f"{option}={tmp_path}/version_1"]
+    if "tokenizer" in option:
+        arguments.append(f"--model.init_args.weights={tmp_path}/version_0")
+    meant = f"there is no file or directory {tmp_path}/version_1 (did you mean {tmp_path}/version_0?)"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{option}: {meant}')}"):
+        check_files(stated(*arguments), verb)
+
+
+def test_what_a_verb_does_not_read_may_be_missing() -> None:
+    missing = stated("--config", "quickstart", "--data.init_args.sources.web.path", "nowhere.jsonl")
+    check_files(missing, "validate")
+    hub = stated("--config", "quickstart", "--model.init_args.weights=owner/name")
+    check_files(hub, "fit")
 
 
 def test_a_verb_that_reads_the_data_needs_no_options_of_the_model(tmp_path: Path) -> None:

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from lightning_danube.evaluation.data import EvaluationData
-from lightning_danube.evaluation.parts.chat import ChatOptions, chat_questions
-from lightning_danube.evaluation.parts.needles import NeedleOptions, Needles, make_needles
+from lightning_danube.evaluation.parts.chat import chat_questions
+from lightning_danube.evaluation.parts.needles import Needles, make_needles
 from lightning_danube.evaluation.parts.passages import (
     PassageQuestions,
-    RetrievalOptions,
     passage_questions,
     prompt_ids,
     retrieved,
     says,
 )
 from lightning_danube.evaluation.parts.perplexity import RunningText, position_buckets, text_rows
+from lightning_danube.evaluation.settings import ChatOptions, NeedleOptions, RetrievalOptions
 from lightning_danube.text.corpora import Source
 from tests.rows import write_rows
 from tests.tiny_models import save_tiny, tiny_tokenizer

@@ -74,7 +74,7 @@ def test_judgements_are_kept_and_those_without_a_grade_are_made_again(tmp_path: 
     }
     again, said = grade(part, grader())
     assert [judgement.score for _, judgement in again] == [4.0, 2.0, 6.0, None]
-    assert said[0].startswith("  MT-Bench: 1 judgements by judge (3 are there from before)")
+    assert said[0].startswith("  MT-Bench: 1 judgement by judge (3 are there from before)")
 
 
 def test_nothing_is_sent_that_costs_too_much(tmp_path: Path) -> None:

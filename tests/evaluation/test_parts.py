@@ -17,10 +17,11 @@ from lightning_danube import evaluation
 from lightning_danube.evaluation.academic_tasks import PAPER_TASKS
 from lightning_danube.evaluation.asking import AskedModel
 from lightning_danube.evaluation.parts.academic import AcademicQuestions
-from lightning_danube.evaluation.parts.chat import ChatOptions, ChatQuestion, ChatQuestions, chat_questions, seed_of
-from lightning_danube.evaluation.parts.needles import NeedleOptions, make_needles
-from lightning_danube.evaluation.parts.passages import PassageQuestion, RetrievalOptions, passage_questions
+from lightning_danube.evaluation.parts.chat import ChatQuestion, ChatQuestions, chat_questions, seed_of
+from lightning_danube.evaluation.parts.needles import make_needles
+from lightning_danube.evaluation.parts.passages import PassageQuestion, passage_questions
 from lightning_danube.evaluation.parts.perplexity import RunningText
+from lightning_danube.evaluation.settings import ChatOptions, NeedleOptions, RetrievalOptions
 from lightning_danube.generation.sampling import GREEDY, Sampling
 from lightning_danube.text.corpora import Source
 from tests.rows import write_rows

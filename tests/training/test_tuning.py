@@ -9,6 +9,7 @@ import torch
 
 from lightning_danube.model import next_token_loss
 from lightning_danube.training.optim import AdamW, LearningRate
+from lightning_danube.training.optim.tuning import TuningSettings
 from lightning_danube.training.tuning import TuningTask
 from lightning_danube.weights.huggingface import save_hf
 from lightning_danube.weights.lora import Lora
@@ -21,7 +22,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def task_of(weights: str, lora: Lora | None = None) -> TuningTask:
-    return TuningTask(weights, LearningRate(peak=1e-3, final=0.0, warmup=0), lora, AdamW(), False)
+    return TuningTask(
+        TuningSettings(weights, LearningRate(peak=1e-3, final=0.0, warmup=0), lora=lora, optimizer=AdamW())
+    )
 
 
 def under(task: TuningTask, **facts: Any) -> TuningTask:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.planning.accelerators import ACCELERATORS, Accelerator, parse_accelerator, this_cpu
-from lightning_danube.terminal import show, text_table
+from lightning_danube.terminal import amount, show, text_table
 
 if TYPE_CHECKING:
     from lightning_danube.planning.memory import DeviceMemory, TrainingMemory
@@ -175,7 +175,7 @@ def _model(name: str, model: PretrainingSettings, data: CurriculumSettings, memo
         f"query and {config.num_key_value_heads} key-value heads, {config.parameters:,} parameters"
         + ("" if model.weights is None else f", from {model.weights}")
         + ("" if model.lora is None else f"; an adapter of {memory.trained_parameters:,} trains"),
-        f"run: {data.total_tokens:,} tokens in {steps:,} steps of {data.batch_tokens:,} "
+        f"run: {data.total_tokens:,} tokens in {amount(steps, 'step')} of {data.batch_tokens:,} "
         f"({step_layout(layout.replicas, data.batch_samples // held, data.micro_batch_size, data.context_length)})",
         f"arithmetic: {flops:.4g} FLOPs/token at {data.context_length:,} tokens of context, forward and backward, "
         f"{total:.4g} in all",
@@ -269,7 +269,9 @@ def _parts(memory: TrainingMemory) -> str:
     lines = [text_table([f"{unit} on a device, {memory.precision}", *(name for name, _ in columns)], rows)]
     what = {False: "without", True: "with", "selective": "with selective"}[memory.recompute]
     compiled = ", with compiled blocks" if memory.compiled else ""
-    lines.append(f"{what} activation checkpointing{compiled}, {memory.rows} rows of {memory.context:,} tokens at once")
+    lines.append(
+        f"{what} activation checkpointing{compiled}, {amount(memory.rows, 'row')} of {memory.context:,} tokens at once"
+    )
     if not memory.recompute:
         selective, whole = (
             dataclasses.replace(memory, recompute="selective").peak().total,
@@ -428,7 +430,7 @@ def _checkpoints(
     every = None if interval is None else interval.steps(data.total_tokens, data.batch_tokens)
     what = "weights" if memory.lora is None else "the adapter"
     written = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-    waits = "" if advice.copy is None else f"; training waits {advice.waits:,.1f} s for a copy and goes on"
+    waits = "" if advice.copy is None else f"; training waits {advice.waits:,.1f} s for a copy"
     lines = [
         f"checkpoint: {written} ({what} and the optimizer's averages), {advice.write:,.1f} s at {write_speed:g} GB/s "
         f"(--write-speed){waits}",

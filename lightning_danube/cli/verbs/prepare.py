@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_danube.cli.verbs.configuration import add_configuration
 from lightning_danube.files import read_json
 from lightning_danube.options import check_processes
-from lightning_danube.terminal import show, text_table
+from lightning_danube.terminal import amount, counted, show, text_table
 from lightning_danube.tokens.engines import ENGINES, EXECUTORS, Executor
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _verify(data: CurriculumData) -> None:
         shards = data.shard_facts(name).open()
         shards.verify()
         files = sum(len(split["files"]) for split in shards.meta["splits"].values())
-        show(f"{name}: {files} files hold what was written, in {shards.place}")
+        show(f"{name}: {counted(files, 'file holds', 'files hold')} what was written, in {shards.place}")
 
 
 def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, float]) -> str:
@@ -183,12 +183,12 @@ def _summary(reports: list[tuple[Path, dict[str, Any]]], seconds: dict[str, floa
                 notes.append(f"  {what}: " + ", ".join(f"{cause} {n:,}" for cause, n in report[what].items()))
         notes += [f"    {message}" for message in report["first_rejected"]]
         if report["pieces_of_long_documents"]:
-            notes.append(f"  long documents were cut: {report['pieces_of_long_documents']:,} more pieces")
+            notes.append(f"  long documents were cut: {amount(report['pieces_of_long_documents'], 'more piece')}")
         for file in report["benchmarks"]:
             if file["rows_found"]:
                 notes.append(
                     f"  {file['rows_found']:,} of {file['rows']:,} rows of {file['file']} stood in "
-                    f"{file['documents']:,} documents, now removed"
+                    f"{amount(file['documents'], 'document')}, now removed"
                 )
     header = ["source", "documents", "tokens", "bytes/token", "rejected", "filtered", "duplicates", "contaminated"]
     return "\n".join([text_table([*header, "seconds", "tokens/s a process"], rows), *notes])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lightning_danube.terminal import show
+from lightning_danube.terminal import amount, counted, show
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,7 +37,9 @@ def run(arguments: Namespace) -> None:
     directory = Path(arguments.runs) / "studies" / design.name
     if not arguments.report:
         seeds = f"{len(design.seeds)} seed{'s' if len(design.seeds) > 1 else ''}"
-        what = f"{design.settings} settings" if design.search else f"{len(design.variants)} variants"
+        what = (
+            f"{amount(design.settings, 'setting')}" if design.search else f"{amount(len(design.variants), 'variant')}"
+        )
         show(f"study {design.name}: {what} × {seeds} of {design.base}")
         if design.variants:
             show(facts_table(check_variants(design, resolved_config)))
@@ -52,7 +54,7 @@ def run(arguments: Namespace) -> None:
         kind = Search if design.search else Trials
         study = kind(design, directory, storage=arguments.storage, resume=arguments.resume)
         if arguments.retry_failed:
-            show(f"{study.retry_failed()} failed trials wait again")
+            show(f"{counted(study.retry_failed(), 'failed trial waits', 'failed trials wait')} again")
         if not arguments.report:
             study.work(lambda line: show(f"  {line}"))
         command = f"python -m lightning_danube study --config {arguments.config}"

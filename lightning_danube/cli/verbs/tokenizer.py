@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_danube.terminal import show, text_table
+from lightning_danube.terminal import counted, show, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +95,10 @@ def _summary(out: str, tokenizer: PreTrainedTokenizerFast, sample: TextSample) -
     lines = [text_table(["bytes per token of held-out text", "pieces", *measured], rows)]
     if not measured:
         lines.append("there is too little text to hold some out and measure on it")
-    lines += [f"{name}: {count:,} rows were skipped, as on_bad_row says" for name, count in sample.skipped_rows.items()]
+    lines += [
+        f"{name}: {counted(count, 'row was', 'rows were')} skipped, as on_bad_row says"
+        for name, count in sample.skipped_rows.items()
+    ]
     learned = sum(sample.learned_bytes.values())
     lines.append(f"learned from {learned:,} bytes; to use it in a configuration: tokenizer: {Path(out)}")
     return "\n".join(lines)

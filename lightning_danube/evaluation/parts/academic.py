@@ -10,6 +10,7 @@ from lightning_danube.evaluation.academic_tasks import AcademicTask
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
 from lightning_danube.inspection.shown import ShownExample, ShownSource, shown_tokens
+from lightning_danube.terminal import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,9 @@ class AcademicQuestions(Part):
         if model.chat_template:
             row.notes.append("asked in the chat template")
         if lm.truncated:
-            row.notes.append(f"{lm.truncated:,} prompts lost their beginning, at {lm.max_length:,} tokens")
+            row.notes.append(
+                f"{counted(lm.truncated, 'prompt lost its', 'prompts lost their')} beginning, at "
+                f"{lm.max_length:,} tokens"
+            )
         row.records = [harness.record(sample) for sample in answered.samples]
         return [row]

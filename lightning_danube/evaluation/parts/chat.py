@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of, read_jsonl, shown_prompts
 from lightning_danube.evaluation.results import Measured
+from lightning_danube.evaluation.settings import ChatOptions
 from lightning_danube.files import append_line
 from lightning_danube.generation.sampling import Sampling
 from lightning_danube.inspection.shown import ShownSource
@@ -28,37 +29,6 @@ Benchmark = Literal["mt_bench", "wildbench"]
 TITLES: dict[Benchmark, str] = {"mt_bench": "MT-Bench", "wildbench": "WildBench v2"}
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """MT-Bench category → its authors' sampling temperature. Other categories and WildBench use greedy decoding."""
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """Options of a chat benchmark.
-
-    Args:
-        path: the benchmark's questions. MT-Bench: rows with question_id, category and turns. WildBench: rows as in
-            its data set on the hub, "allenai/WildBench", with id, conversation_input and checklist.
-        references: MT-Bench's reference answers for the judge: rows with question_id and choices, in its authors'
-            format.
-        name, split: configuration and split of a data set on the hub ("v2" and "test" for WildBench).
-        limit: most questions, chosen by the seed.
-        keep: directory for `<benchmark>-answers.jsonl` and `<benchmark>-judgements.jsonl`, written line by line. A
-            later run reuses answers and judgements that were made with the same settings.
-        new_tokens: most tokens of an answer.
-    """
-
-    path: str
-    references: str | None = None
-    name: str | None = None
-    split: str = "train"
-    limit: int | None = None
-    keep: str = "runs/chat-answers"
-    new_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)

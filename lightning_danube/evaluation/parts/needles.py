@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from lightning_danube.evaluation.asking import AskedModel, Part, shown_prompts
 from lightning_danube.evaluation.results import Measured, mean_of
+from lightning_danube.evaluation.settings import NeedleOptions
 from lightning_danube.inspection.shown import ShownSource
-from lightning_danube.text.corpora import Source, read_documents
+from lightning_danube.text.corpora import read_documents
 from lightning_danube.tokens.tokenizer import begin_token, encode_text
 
 if TYPE_CHECKING:
@@ -19,29 +20,6 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 8
 CITIES = ("Lisbon", "Oslo", "Lima", "Kyoto", "Accra", "Quito", "Riga", "Hanoi", "Tunis", "Perth", "Porto", "Bergen")
-
-
-@dataclass(frozen=True)
-class NeedleOptions:
-    """A sentence with a number in a long text, and at the text's end a question for the number.
-
-    Args:
-        lengths: tokens of the whole prompt; powers of two up to the context if not given.
-        depths: places of the sentence, as the share of the text before the sentence.
-        haystack: the text around the sentence.
-        trials: sentences at each length and depth.
-    """
-
-    lengths: Sequence[int] | None = None
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    haystack: Source = Source("documentation:wiki")  # noqa: RUF009  (frozen)
-    trials: int = 4
-
-    def __post_init__(self) -> None:
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"data.needle.depths is {list(self.depths)}: give shares from 0 to 1")
-        if self.trials < 1:
-            raise ValueError(f"data.needle.trials is {self.trials}: it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_danube.evaluation.asking import AskedModel, Part, part_of, shown_prompts
 from lightning_danube.evaluation.results import Measured, columns_of, mean_of
+from lightning_danube.evaluation.settings import FUNCTIONS, RetrievalOptions
 from lightning_danube.inspection.shown import ShownSource
 from lightning_danube.text.corpora import DOCUMENTATION, Source, local_files
 from lightning_danube.text.objects import read_objects
@@ -25,36 +26,7 @@ from lightning_danube.tokens.tokenizer import begin_token, encode_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FUNCTIONS = f"{DOCUMENTATION}functions"
-"""The embedded data set: questions that quote the documentation of a function of the standard library, and ask for the
-function's name."""
 INSTRUCTION = "Answer the question from the passages, with a few words and nothing else."
-
-
-@dataclass(frozen=True)
-class RetrievalOptions:
-    """Options of the questions about passages.
-
-    Args:
-        path: "documentation:functions" (the embedded data set), or rows with `question`, `answers` (one text or a list
-            of accepted texts) and, unless there is a corpus, `passages` (a list of texts).
-        corpus: rows with `text`; each question gets the most similar texts.
-        passages: number of texts that a question gets from the corpus.
-        limit: most questions, chosen by the seed.
-        new_tokens: most tokens of an answer.
-    """
-
-    path: str = FUNCTIONS
-    corpus: str | None = None
-    passages: int = 3
-    limit: int | None = None
-    new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("passages", "limit", "new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.retrieval.{name} is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)

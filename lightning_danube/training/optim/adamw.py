@@ -26,6 +26,8 @@ class AdamW:
     averages: ClassVar[tuple[int, int]] = (2, 2)
     """Values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters. For
     `plan`, not an option."""
+    fine_tunes: ClassVar[bool] = True
+    """Whether the optimizer can train weights that another optimizer has trained. Not an option."""
 
     def build(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer of all trainable parameters, with the fused kernel."""

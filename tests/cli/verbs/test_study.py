@@ -183,7 +183,7 @@ def test_a_failed_trial_stays_with_its_error_and_stops_nothing(
     assert "begins" not in capsys.readouterr().out
     use_fake(monkeypatch)
     assert run(study, "--resume", "--retry-failed") == 0
-    assert "1 failed trials wait again" in capsys.readouterr().out
+    assert "1 failed trial waits again" in capsys.readouterr().out
     assert [row["state"] for row in results(study)] == ["complete"] * 6
 
 

@@ -64,7 +64,7 @@ def test_skipped_rows_are_told(tiny: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["--config", tiny / "tiny.yaml", "--vocab-size", 300, "--out", tiny / "own"]
     assert "web.jsonl, row 301" in refused(capsys, *arguments)
     assert make(*arguments, "--data.init_args.sources.web.on_bad_row", "skip") == 0
-    assert "web: 1 rows were skipped" in capsys.readouterr().out
+    assert "web: 1 row was skipped" in capsys.readouterr().out
 
 
 def test_a_tokenizer_is_there_whole_or_not_at_all(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """When the curve of the held-out loss has a point, and on how many rows."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_danube.training.trackers.loss_curve import (
     batches_within_budget,
     next_point,
 )
+from lightning_danube.yaml_files import load_yaml
 
 
 @pytest.mark.parametrize("total", [1, 3, 9, 10, 11, 26, 100, 1564])
@@ -92,3 +94,21 @@ def test_other_runs_are_not_planned(change: dict[str, Any], trainer: Any, task: 
     plan.on_fit_start(trainer, task)
     plan.on_train_start(trainer, task)
     assert trainer.val_check_batch is None and task.curve == LossCurve() and trainer.num_sanity_val_steps == 0
+
+
+FOLDER = Path(__file__).parents[3] / "lightning_danube" / "configs"
+TUNING = ("SupervisedFineTuning", "PreferenceTuning", "TextClassification")
+CONFIGS = [
+    file for file in sorted(FOLDER.rglob("*.yaml")) if any(f".{task}" in file.read_text("utf-8") for task in TUNING)
+]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_shipped_configurations_of_fine_tuning_keep_the_curve(file: Path) -> None:
+    """The curve has a point before the first step and at each tenth, unless the trainer plans the validations."""
+    trainer = load_yaml(file.read_text("utf-8")).get("trainer", {})
+    assert not {"val_check_interval", "check_val_every_n_epoch", "limit_val_batches"} & set(trainer)
+
+
+def test_each_task_of_fine_tuning_has_a_quickstart() -> None:
+    assert {"sft", "dpo", "classification"} <= {file.parent.name for file in CONFIGS if file.stem == "quickstart"}
