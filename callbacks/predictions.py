@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_danube.callbacks.progress import say
+from lightning_danube.terminal import amount
 from lightning_danube.training.position import speaks_for_replica
 
 
@@ -49,4 +50,4 @@ class Predictions(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._file.close()
         where = self._path if trainer.world_size == 1 else f"{self._path} and those of the other ranks"
-        say(trainer, f"{self._rows:,} rows written to {where}")
+        say(trainer, f"{amount(self._rows, 'row')} written to {where}")

@@ -14,7 +14,7 @@ from lightning_danube.quantization.summary import LevelResults, failure_notes, f
 from lightning_danube.quantization.task import QuantizationEvaluation
 from lightning_danube.quantization.text_windows import TextWindows
 from lightning_danube.signals import Stopped
-from lightning_danube.terminal import markdown_table
+from lightning_danube.terminal import amount, markdown_table
 from lightning_danube.training.contract import data_of
 from lightning_danube.training.position import run_directory
 
@@ -28,10 +28,13 @@ class QuantizationSummary(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data, task = quantization_of(trainer)
-        windows = ", ".join(f"{len(data.windows(length)):,} windows of {length:,}" for length in data.context_lengths)
+        windows = ", ".join(
+            f"{amount(len(data.windows(length)), 'window')} of {length:,}" for length in data.context_lengths
+        )
         lines = [
             f"model: {task.config.parameters:,} parameters, {task.weights}",
-            f"text: {data.text.path}, {len(data.ids):,} tokens: {windows}; {len(data.questions):,} cloze questions",
+            f"text: {data.text.path}, {len(data.ids):,} tokens: {windows}; "
+            f"{amount(len(data.questions), 'cloze question')}",
         ]
         if task.reused:
             lines.append(f"kept from before: {', '.join(level.name for level in task.reused)}")

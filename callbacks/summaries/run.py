@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_danube.callbacks.progress import say
 from lightning_danube.checkpoints.schedule import is_trial
 from lightning_danube.files import write_json
+from lightning_danube.terminal import amount
 from lightning_danube.training.position import run_directory
 from lightning_danube.training.run_facts import RunClock, Trained
 
@@ -52,7 +53,7 @@ class RunSummary(Callback):
             return False
         run = run_directory(trainer)
         if trainer.strategy.broadcast((run / "summary.json").exists()):
-            say(trainer, f"{run} is complete: {trainer.global_step:,} steps; nothing is left to do")
+            say(trainer, f"{run} is complete: {amount(trainer.global_step, 'step')}; nothing is left to do")
             return True
         validation = trainer.fit_loop.epoch_loop.val_loop
         validation.restarting = False  # it would leave out the batches that the earlier session's last point measured

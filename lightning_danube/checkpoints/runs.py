@@ -13,6 +13,7 @@ from typing import Any
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
 from lightning_danube.files import read_regular
 from lightning_danube.outside.names import inside
+from lightning_danube.terminal import amount
 from lightning_danube.yaml_files import load_yaml
 
 LAST_OR_NEW = "last-or-new"
@@ -121,7 +122,8 @@ def _without_checkpoint(skipped: Sequence[Path], taken: Path) -> list[str]:
     """Returns the warnings about newer versions without a checkpoint. Thousands of versions are one line."""
     if len(skipped) > 3:
         return [
-            f"{len(skipped):,} versions up to {skipped[0].name} have no checkpoint yet: taking {taken}, which began "
+            f"{amount(len(skipped), 'version')} up to {skipped[0].name} "
+            f"{'has' if len(skipped) == 1 else 'have'} no checkpoint yet: taking {taken}, which began "
             "before them"
         ]
     return [f"{version} has no checkpoint yet: taking {taken}, which began before it" for version in reversed(skipped)]

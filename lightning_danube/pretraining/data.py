@@ -23,7 +23,7 @@ from lightning_danube.pretraining.curriculum import Curriculum, SampleKey
 from lightning_danube.pretraining.mixture import whole_counts
 from lightning_danube.pretraining.order import OrderFacts, check_order, stream_identity
 from lightning_danube.pretraining.settings import CurriculumSettings
-from lightning_danube.terminal import tell
+from lightning_danube.terminal import amount, tell
 from lightning_danube.text.corpora import separator_warning
 from lightning_danube.tokens.finished_shards import is_finished
 from lightning_danube.tokens.foreign.listing import ForeignTokens
@@ -128,7 +128,7 @@ class CurriculumData(CurriculumSettings, LightningDataModule):
         if sample.duplicates:
             shown.left_out[f"duplicates ({self.quality.deduplicate})"] = sample.duplicates
         if account["cut"]:
-            shown.notes.append(f"long documents were cut: {account['cut']:,} more pieces")
+            shown.notes.append(f"long documents were cut: {amount(account['cut'], 'more piece')}")
         if (warning := separator_warning(name, self.sources[name], self.cache_dir)) is not None:
             shown.warnings.append(warning)
         if rejected and self.sources[name].on_bad_row == "error":

@@ -16,7 +16,7 @@ from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.pretraining.settings import step_layout
-from lightning_danube.terminal import closing_lines, minutes_and_seconds, program, quoted, text_table
+from lightning_danube.terminal import amount, closing_lines, minutes_and_seconds, program, quoted, text_table
 from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
@@ -210,7 +210,7 @@ def early_stop_text(summary: Mapping[str, Any], total_steps: int, run: Path) -> 
     """
     saved = newest_checkpoint(run)
     last = f"the last checkpoint is of step {read_step(saved)}" if saved is not None else "nothing was saved"
-    text = f"stopped after {summary['steps']} of {total_steps} steps; {last}"
+    text = f"stopped after {summary['steps']} of {amount(total_steps, 'step')}; {last}"
     return text if any(stage["val_loss"] for stage in summary["stages"]) else f"{text}\nrun:  {run}"
 
 

@@ -44,7 +44,7 @@ TAGS = {
         "share of the device's peak FLOPs (peak_flops) that the model's own operations make up", "Throughput"
     ),
     "recall/": Tag("share of a made-up world's facts that are answered right, by which texts tell them", "FactRecall"),
-    "samples/": Tag("the prompt and how the model goes on, each time after all held-out rows", "TextSamples"),
+    "samples/": Tag("the prompt and how the model continues it, each time after all held-out rows", "TextSamples"),
     "run/plan": Tag("what the run was going to do, as it was printed at the start", "PretrainingSummary"),
 }
 """Tag, or the beginning of a tag → what it is."""

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_danube.files import locked, naming_cached, new_file, new_folder, read_sealed, write_sealed, write_text
-from lightning_danube.terminal import tell
+from lightning_danube.terminal import counted, tell
 from lightning_danube.text.corpora import Source, documents_and_bad_rows, is_streamed, local_files, read_stream
 from lightning_danube.text.duplicates import drop_exact, drop_near
 from lightning_danube.text.quality import BenchmarkFile, Benchmarks, Quality
@@ -475,7 +475,7 @@ def contamination(job: Job, rows: set[int], documents: Counter[str]) -> list[dic
 
 def nothing_left(name: str, path: str, lost: int) -> DamagedFile:
     """Returns the error of a source without a document that may be kept. `lost` counts the rows that were left out."""
-    reason = f" that may be kept: {lost:,} rows were rejected or removed" if lost else ""
+    reason = f" that may be kept: {counted(lost, 'row was', 'rows were')} rejected or removed" if lost else ""
     return DamagedFile(f"source {name!r} ({path}) holds no text{reason}")
 
 
@@ -492,7 +492,7 @@ class _Workshop:
             self._run()
         except BrokenProcessPool as error:
             raise ValueError(
-                "a process that tokenizes was ended from outside (was memory short?): run it again and it goes on "
+                "a process that tokenizes was ended from outside (was memory short?): run it again and it continues "
                 "where it stopped, with --processes for fewer"
             ) from error
         finally:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_danube.files import read_json
 from lightning_danube.model import Decoder
+from lightning_danube.terminal import amount, counted
 from lightning_danube.weights.huggingface import (
     SavesPretrained,
     export_folder,
@@ -256,7 +257,9 @@ def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
     if foreign := [name for name in tensors if not name.startswith(PREFIX)]:
         raise ValueError(f"{file}: {len(foreign)} names do not begin with {PREFIX}, as PEFT's do: {some(foreign)}")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{file}: {len(broken)} tensors hold values that are not finite: {some(broken)}")
+        raise ValueError(
+            f"{file}: {counted(len(broken), 'tensor holds', 'tensors hold')} values that are not finite: {some(broken)}"
+        )
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -300,10 +303,14 @@ def _check_shapes(
 ) -> None:
     made_for = f" (made for {config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     if missing := expected.keys() - tensors.keys():
-        raise ValueError(f"{source}: {len(missing)} tensors of the adapter{made_for} are missing: {some(missing)}")
+        raise ValueError(
+            f"{source}: {amount(len(missing), 'tensor')} of the adapter{made_for} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {some(missing)}"
+        )
     if surplus := tensors.keys() - expected.keys():
         raise ValueError(
-            f"{source}: {len(surplus)} tensors of the adapter{made_for} have no place in this model: {some(surplus)}"
+            f"{source}: {amount(len(surplus), 'tensor')} of the adapter{made_for} "
+            f"{'has' if len(surplus) == 1 else 'have'} no place in this model: {some(surplus)}"
         )
     wrong = [
         f"{name} {tuple(tensors[name].shape)}, not {shape}"
@@ -312,7 +319,8 @@ def _check_shapes(
     ]
     if wrong:
         raise ValueError(
-            f"{source}: {len(wrong)} tensors of the adapter{made_for} have another shape than this model's layers and "
+            f"{source}: {amount(len(wrong), 'tensor')} of the adapter{made_for} "
+            f"{'has' if len(wrong) == 1 else 'have'} another shape than this model's layers and "
             f"its settings say: {some(wrong)}"
         )
 

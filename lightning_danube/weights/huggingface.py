@@ -26,7 +26,7 @@ from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.outside.names import plain_name
-from lightning_danube.terminal import tell
+from lightning_danube.terminal import counted, tell
 
 INDEX = "model.safetensors.index.json"
 README = "README.md"
@@ -163,7 +163,9 @@ def load_hf(
     for file in weight_files(source):
         types = tensor_types(file)
         if twice := stored.keys() & types.keys():
-            raise ValueError(f"{source}: {len(twice)} tensors are in two of its files: {some(twice)}")
+            raise ValueError(
+                f"{source}: {counted(len(twice), 'tensor is', 'tensors are')} in two of its files: {some(twice)}"
+            )
         stored |= {name: (file, stored_as) for name, stored_as in types.items()}
     if dtype is None and stored:
         dtype = functools.reduce(torch.promote_types, {kind for _, kind in stored.values()})
@@ -253,16 +255,22 @@ def assemble(config: DecoderConfig, tensors: dict[str, Tensor], source: Path) ->
         decoder = Decoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
     if missing := expected.keys() - tensors.keys():
-        raise ValueError(f"{source}: {len(missing)} tensors are missing: {some(missing)}")
+        raise ValueError(f"{source}: {counted(len(missing), 'tensor is', 'tensors are')} missing: {some(missing)}")
     if surplus := tensors.keys() - expected.keys():
-        raise ValueError(f"{source}: {len(surplus)} tensors have no place in the model of its config: {some(surplus)}")
+        raise ValueError(
+            f"{source}: {counted(len(surplus), 'tensor has', 'tensors have')} no place in the model of its "
+            f"config: {some(surplus)}"
+        )
     wrong = [
         f"{name} {tuple(tensors[name].shape)}, not {shape}"
         for name, shape in expected.items()
         if tuple(tensors[name].shape) != shape
     ]
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors have another shape than its config says: {some(wrong)}")
+        raise ValueError(
+            f"{source}: {counted(len(wrong), 'tensor has', 'tensors have')} another shape than its config "
+            f"says: {some(wrong)}"
+        )
     if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
         raise ValueError(f"{source}: its weight {bad[0]} {NOT_FINITE}: take other weights")
     decoder.load_state_dict(tensors, assign=True)
@@ -355,7 +363,10 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted({plain_name(name, f"{directory / INDEX}: a file of its weight_map") for name in named})
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise ValueError(f"{directory}: {len(missing)} files of its index are missing: {some(missing)}")
+            raise ValueError(
+                f"{directory}: {counted(len(missing), 'file of its index is', 'files of its index are')} "
+                f"missing: {some(missing)}"
+            )
         return [directory / name for name in names]
     if pickles := sorted(file.name for file in directory.glob("*.bin")):
         raise ValueError(
@@ -376,7 +387,8 @@ def tensor_types(file: Path) -> dict[str, torch.dtype]:
         raise ValueError(f"{file}: truncated, or no safetensors file ({error})") from None
     if quantized := [f"{name} {kind}" for name, kind in types.items() if kind not in FLOATS]:
         raise ValueError(
-            f"{file}: {len(quantized)} tensors are quantized or no floats ({some(quantized)}); load the unquantized "
+            f"{file}: {counted(len(quantized), 'tensor is', 'tensors are')} quantized or no floats "
+            f"({some(quantized)}); load the unquantized "
             "weights"
         )
     return {name: FLOATS[kind] for name, kind in types.items()}

@@ -17,7 +17,7 @@ from lightning_danube.checkpoints.runs import read_saved_config, read_step
 from lightning_danube.files import read_json, read_json_lines
 from lightning_danube.model.architecture import OPTIONS, family_of, is_on
 from lightning_danube.outside.texts import in_code, in_markdown, printable
-from lightning_danube.terminal import quoted
+from lightning_danube.terminal import amount, quoted
 from lightning_danube.tokens.chat_template import end_ids
 from lightning_danube.tokens.hub import hub_id
 from lightning_danube.tokens.tokenizer import begin_token
@@ -295,7 +295,7 @@ def _validation_scores(checkpoint_file: Path) -> list[str]:
     above = found["accuracy_above_tfidf"]
     compared = f"{abs(above):.3f} {'below' if above < 0 else 'above'}"
     return [
-        f"### On {found['n']:,} validation texts",
+        f"### On {amount(found['n'], 'validation text')}",
         _table(("", "score", "95 % from", "to"), rows),
         f"The accuracy is {compared} that of TF-IDF with logistic regression, trained on the same texts.",
     ]

@@ -177,16 +177,12 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 def test_missing_tensors_are_refused(adapter: Path) -> None:
     change_tensors(adapter, **{A: None})
-    refused(
-        adapter, r"adapter: 1 tensors of the adapter .* are missing: model.layers.0.self_attn.q_proj.lora_A.weight$"
-    )
+    refused(adapter, r"adapter: 1 tensor of the adapter .* is missing: model.layers.0.self_attn.q_proj.lora_A.weight$")
 
 
 def test_surplus_tensors_are_refused(adapter: Path) -> None:
     change_tensors(adapter, **{A.replace("q_proj", "k_proj"): torch.zeros(4, 64)})
-    refused(
-        adapter, r"1 tensors of the adapter \(made for .*base\) have no place in this model: .*k_proj.lora_A.weight$"
-    )
+    refused(adapter, r"1 tensor of the adapter \(made for .*base\) has no place in this model: .*k_proj.lora_A.weight$")
     change_tensors(
         adapter, **{A.replace("q_proj", "k_proj"): None, "base_model.model.score.weight": torch.zeros(2, 64)}
     )
@@ -256,7 +252,7 @@ def test_a_setting_of_tomorrow_that_is_off_is_none(adapter: Path) -> None:
 
 def test_broken_files_are_refused(adapter: Path) -> None:
     change_tensors(adapter, **{A: torch.full((4, 64), float("nan"))})
-    refused(adapter, r"1 tensors hold values that are not finite: .*q_proj.lora_A.weight$")
+    refused(adapter, r"1 tensor holds values that are not finite: .*q_proj.lora_A.weight$")
     change_tensors(adapter, **{A: None, A.removeprefix("base_model.model."): torch.zeros(4, 64)})
     refused(adapter, r"1 names do not begin with base_model.model., as PEFT's do: model.layers.0")
     tensors = adapter / "adapter_model.safetensors"

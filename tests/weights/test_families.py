@@ -194,8 +194,8 @@ def test_what_llama_cpp_would_compute_otherwise_is_not_written(
             {},
             r"qwen3.attention.sliding_window is 16, shorter than the",
         ),
-        ("qwen2", {}, {"blk.0.attn_q.bias": None}, r"1 tensors are missing: blk.0.attn_q.bias"),
-        ("qwen2", {}, {"blk.0.attn_output.bias": np.ones(64, np.float32)}, r"1 tensors have no place in the model"),
+        ("qwen2", {}, {"blk.0.attn_q.bias": None}, r"1 tensor is missing: blk.0.attn_q.bias"),
+        ("qwen2", {}, {"blk.0.attn_output.bias": np.ones(64, np.float32)}, r"1 tensor has no place in the model"),
         (
             "qwen3",
             {},

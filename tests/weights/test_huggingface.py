@@ -240,7 +240,7 @@ def test_missing_tensors_are_refused(exported: Path) -> None:
 
 def test_surplus_tensors_are_refused(exported: Path) -> None:
     change_tensors(exported, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
-    with pytest.raises(ValueError, match=r"1 tensors have no place in the model of its config: .*q_proj.bias$"):
+    with pytest.raises(ValueError, match=r"1 tensor has no place in the model of its config: .*q_proj.bias$"):
         load_hf(exported)
 
 
@@ -252,9 +252,7 @@ def test_tables_of_old_versions_are_no_surplus(exported: Path, decoder: Decoder)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_tensors_are_refused(dtype: torch.dtype, exported: Path) -> None:
     change_tensors(exported, **{"lm_head.weight": torch.zeros(101, 64).to(dtype)})
-    with pytest.raises(
-        ValueError, match=r"model.safetensors: 1 tensors are quantized or no floats \(lm_head.weight \w+"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors: 1 tensor is quantized or no floats \(lm_head.weight \w+"):
         load_hf(exported)
     config = json.loads((exported / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (exported / "config.json").write_text(json.dumps(config))
@@ -268,14 +266,14 @@ def test_a_tensor_that_two_files_have_is_refused(decoder: Decoder, tmp_path: Pat
     tensors = load_file(first)
     name = next(iter(tensors))
     save_file({**load_file(second), name: tensors[name] + 1}, second)
-    with pytest.raises(ValueError, match=rf"export: 1 tensors are in two of its files: {name}$"):
+    with pytest.raises(ValueError, match=rf"export: 1 tensor is in two of its files: {name}$"):
         load_hf(tmp_path / "export")
 
 
 def test_wrong_shapes_are_refused(exported: Path) -> None:
     change_tensors(exported, **{"lm_head.weight": torch.zeros(102, 64)})
     with pytest.raises(
-        ValueError, match=r"1 tensors have another shape .*: lm_head.weight \(102, 64\), not \(101, 64\)$"
+        ValueError, match=r"1 tensor has another shape .*: lm_head.weight \(102, 64\), not \(101, 64\)$"
     ):
         load_hf(exported)
 

@@ -190,7 +190,7 @@ def _read_in(processes: int, chunks: list[list[SourceFile]]) -> Iterator[Iterato
     except BrokenProcessPool as error:
         raise ValueError(
             "a process that collects text was ended from outside (is memory short?): run the command again, and it "
-            "goes on where it stopped"
+            "continues where it stopped"
         ) from error
 
 

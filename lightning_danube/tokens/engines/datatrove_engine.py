@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from lightning_danube.extras import need
 from lightning_danube.files import finish_folder, locked, new_file, read_sealed, write_json, write_sealed
-from lightning_danube.terminal import tell
+from lightning_danube.terminal import amount, counted, tell
 from lightning_danube.text.corpora import Source, is_saved_dataset
 from lightning_danube.text.quality import BANDS, PERMUTATIONS, Benchmarks, Quality
 from lightning_danube.text.reading import BadRow, DamagedFile, Span, spans
@@ -540,7 +540,11 @@ def _run_stages(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
                 _run_on_ray(work, executor)
             else:
                 executor.run()
-            done = f"{stage.tasks - missing} of {stage.tasks} tasks were done, " if missing < stage.tasks else ""
+            done = (
+                f"{stage.tasks - missing} of {counted(stage.tasks, 'task was', 'tasks were')} done, "
+                if missing < stage.tasks
+                else ""
+            )
             tell(f"{work.name}: {stage.name}: {done}{missing} took {time.monotonic() - began:.1f} s")
 
 
@@ -586,7 +590,9 @@ def _run_on_ray(work: SourceWork, executor: PipelineExecutor) -> None:
         executor.run()
     if left := executor.get_incomplete_ranks():
         work.raise_refusal()
-        raise ValueError(f"{len(left)} tasks failed: {executor.logging_dir.path}/logs says why; run the command again")
+        raise ValueError(
+            f"{amount(len(left), 'task')} failed: {executor.logging_dir.path}/logs says why; run the command again"
+        )
 
 
 def _submit(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
@@ -612,7 +618,8 @@ def _submit(work: SourceWork, quality: Quality, cluster: Cluster) -> None:
         except (subprocess.CalledProcessError, FileNotFoundError):
             raise ValueError("sbatch took no job: see its own message above, and --slurm") from None
     tell(
-        f"{work.name}: {work.tasks} tasks are submitted, the last job is {executor.job_id}: run the same command when "
+        f"{work.name}: {counted(work.tasks, 'task is', 'tasks are')} submitted, the last job is "
+        f"{executor.job_id}: run the same command when "
         "it is over; it shows the result, or submits what is missing"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_danube.extras import need
 from lightning_danube.files import naming_cached, read_json, read_sealed, write_json, write_sealed
+from lightning_danube.terminal import amount
 from lightning_danube.text.corpora import hub_files, local_files
 from lightning_danube.text.quality import Benchmarks
 from lightning_danube.text.reading import DamagedFile
@@ -109,7 +110,8 @@ class SourceWork:
         planned = len(plan["files"])
         if tasks is not None and planned != min(tasks, sum(map(len, plan["files"]))):
             raise ValueError(
-                f"source {name!r} was begun with {planned} tasks, and --tasks is {tasks}: give --tasks {planned}, or "
+                f"source {name!r} was begun with {amount(planned, 'task')}, and --tasks is {tasks}: give "
+                f"--tasks {planned}, or "
                 f"remove {building} to begin again"
             )
         return cls(

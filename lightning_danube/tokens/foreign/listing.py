@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lightning_danube.files import naming_cached, new_folder, read_regular, read_sealed, write_sealed
 from lightning_danube.outside.secrets import redacted
+from lightning_danube.terminal import amount
 from lightning_danube.text.corpora import Source, is_mosaic
 from lightning_danube.tokens.foreign.datatrove import Datatrove
 from lightning_danube.tokens.foreign.layout import TokenFormat, TokenGroup
@@ -402,10 +403,10 @@ class ForeignTokens:
         tokens = train.tokens + held_out.tokens
         documents = ""
         if train.documents is not None and held_out.documents is not None:
-            documents = f" in {train.documents + held_out.documents:,} documents"
+            documents = f" in {amount(train.documents + held_out.documents, 'document')}"
         checked = [f"{facts.counted:,} ids"]
         if facts.ends_checked:
-            checked.append(f"the ends of {facts.ends_checked:,} documents")
+            checked.append(f"the ends of {amount(facts.ends_checked, 'document')}")
         if facts.agreement is not None:
             checked.append("the tokenizer")
         return (

@@ -39,6 +39,7 @@ from lightning_danube.model.architecture import (
 from lightning_danube.model.attention import inverse_frequencies
 from lightning_danube.model.config import DecoderConfig, RopeScaling
 from lightning_danube.model.decoder import Decoder
+from lightning_danube.terminal import amount, counted
 from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
 from lightning_danube.weights.huggingface import assemble, is_host, plain_tensors, some
 
@@ -403,7 +404,7 @@ def config_from_fields(fields: ModelFields, header: GGUFHeader) -> DecoderConfig
             )
     embedding = tensors.get(f"{EMBEDDING.gguf}.weight")
     if embedding is None:
-        raise ValueError(f"1 tensors are missing: {EMBEDDING.gguf}.weight")
+        raise ValueError(f"1 tensor is missing: {EMBEDDING.gguf}.weight")
     layers = fields.whole("block_count")
     if layers > len(tensors):
         raise ValueError(f"{fields.named('block_count')} is {layers}, yet there are only {len(tensors)} tensors")
@@ -609,32 +610,45 @@ def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:
     """Checks that each expected tensor is complete, in its shape and a readable type, and that there are no others."""
     path, entries, expected = header.path, header.tensors, shapes_of(config)
     if missing := expected.keys() - entries.keys():
-        raise ValueError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
+        raise ValueError(f"{path}: {counted(len(missing), 'tensor is', 'tensors are')} missing: {some(missing)}")
     if surplus := entries.keys() - expected.keys():
-        raise ValueError(f"{path}: {len(surplus)} tensors have no place in the model of its fields: {some(surplus)}")
+        raise ValueError(
+            f"{path}: {counted(len(surplus), 'tensor has', 'tensors have')} no place in the model of its "
+            f"fields: {some(surplus)}"
+        )
     wrong = [
         f"{theirs} {entries[theirs].shape}, not {shape}"
         for theirs, shape in expected.items()
         if entries[theirs].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors have another shape than its fields say: {some(wrong)}")
+        raise ValueError(
+            f"{path}: {counted(len(wrong), 'tensor has', 'tensors have')} another shape than its fields "
+            f"say: {some(wrong)}"
+        )
     readable = readable_types()
     if unread := {entry.name for entry in entries.values() if entry.type not in readable}:
         kinds = ", ".join(sorted({type_name(entries[name].type) for name in unread}))
-        raise ValueError(f"{path}: {len(unread)} tensors have a type that cannot be read ({kinds}): {some(unread)}")
+        raise ValueError(
+            f"{path}: {counted(len(unread), 'tensor has', 'tensors have')} a type that cannot be read "
+            f"({kinds}): {some(unread)}"
+        )
     if uneven := {entry.name for entry in entries.values() if entry.shape[-1] % block_size(entry)}:
         raise ValueError(
-            f"{path}: the rows of {len(uneven)} tensors are not whole blocks of their type: {some(uneven)}"
+            f"{path}: the rows of {amount(len(uneven), 'tensor')} are not whole blocks of their type: {some(uneven)}"
         )
     cut = {entry.name for entry in entries.values() if entry.offset + tensor_bytes(entry) > header.file_size}
     if cut:
         raise ValueError(
-            f"{path}: truncated: {len(cut)} tensors end beyond its {header.file_size:,} bytes: {some(cut)}"
+            f"{path}: truncated: {counted(len(cut), 'tensor ends', 'tensors end')} beyond its "
+            f"{header.file_size:,} bytes: {some(cut)}"
         )
     in_order = sorted(entries.values(), key=lambda entry: entry.offset)
     if shared := {b.name for a, b in pairwise(in_order) if a.offset + tensor_bytes(a) > b.offset}:
-        raise ValueError(f"{path}: damaged: {len(shared)} tensors begin inside another tensor: {some(shared)}")
+        raise ValueError(
+            f"{path}: damaged: {counted(len(shared), 'tensor begins', 'tensors begin')} inside another "
+            f"tensor: {some(shared)}"
+        )
 
 
 def type_name(kind: int) -> str:

@@ -418,7 +418,7 @@ def test_a_process_that_is_killed_is_told(
     environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documentation, "read_all", _die)
-    with pytest.raises(ValueError, match=r"a process that collects text was ended from outside .* goes on where it"):
+    with pytest.raises(ValueError, match=r"a process that collects text was ended from outside .* continues where it"):
         documentation.read_sources(environment.sources(), processes=2, lively=False, parts=tmp_path / "parts")
 
 

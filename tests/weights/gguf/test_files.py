@@ -322,9 +322,9 @@ def test_what_the_decoder_cannot_compute_is_refused(
     ("tensors", "message"),
     [
         ({"rope_freqs.weight": np.ones(64, np.float32)}, r"rope_freqs.weight is not a float32 tensor of 32 numbers"),
-        ({"blk.1.attn_q.weight": None}, r"1 tensors are missing: blk.1.attn_q.weight"),
-        ({"token_embd.weight": None}, r"1 tensors are missing: token_embd.weight"),
-        ({"blk.0.attn_q.bias": np.ones(512, np.float32)}, r"1 tensors have no place .*: blk.0.attn_q.bias"),
+        ({"blk.1.attn_q.weight": None}, r"1 tensor is missing: blk.1.attn_q.weight"),
+        ({"token_embd.weight": None}, r"1 tensor is missing: token_embd.weight"),
+        ({"blk.0.attn_q.bias": np.ones(512, np.float32)}, r"1 tensor has no place .*: blk.0.attn_q.bias"),
         ({"output.weight": np.ones((257, 256), np.float32)}, r"output.weight \(257, 256\), not \(256, 256\)"),
         ({"blk.0.ffn_up.weight": np.ones((256, 256), np.int32)}, r"cannot be read \(I32\): blk.0.ffn_up.weight"),
     ],
@@ -367,12 +367,12 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     file = patched(
         tmp_path / "model.gguf", tmp_path / "other.gguf", "output.weight", kind=gguf.GGMLQuantizationType.Q4_K
     )
-    with pytest.raises(ValueError, match=r"the rows of 1 tensors are not whole blocks of their type: output.weight$"):
+    with pytest.raises(ValueError, match=r"the rows of 1 tensor are not whole blocks of their type: output.weight$"):
         load_gguf(file)
 
 
 def test_tensors_beyond_the_end_are_refused(written: Path, tmp_path: Path) -> None:
-    message = r"truncated: 1 tensors end beyond its [\d,]+ bytes: output.weight$"
+    message = r"truncated: 1 tensor ends beyond its [\d,]+ bytes: output.weight$"
     with pytest.raises(ValueError, match=message):
         load_gguf(patched(written, tmp_path / "other.gguf", "output.weight", offset=2**63))
     (tmp_path / "short.gguf").write_bytes(written.read_bytes()[:-32])
