@@ -72,7 +72,7 @@ def check(config: str, *flags: str) -> None:
         ),
         ("--model.lora.rank 3", "--model.lora.rank is given, and model.weights names no weights to adapt: name them"),
         # Neither the tokenizer nor the optimizer is loaded.
-        ("--data.tokenizer ./nowhere --model.optimizer Nothing --data.held_out 5", "--data.held_out is 5.0"),
+        ("--data.tokenizer ./nowhere --model.optimizer my.own.Optimizer --data.held_out 5", "--data.held_out is 5.0"),
     ],
 )
 def test_the_settings_of_a_pre_training_run_are_checked(flags: str, message: str) -> None:
@@ -152,7 +152,7 @@ def test_the_value_of_a_reference_is_checked_and_shown(config: str, key: str, me
 @pytest.mark.parametrize(
     "flags",
     [
-        "--data.tokenizer ./nowhere --model.optimizer Nothing",
+        "--data.tokenizer ./nowhere --model.optimizer my.own.Optimizer",
         # Weights decide the context length.
         "--model.weights ./nowhere --data.batch_tokens 1000",
         "--data my.own.Data --data.batch_tokens 1000",
