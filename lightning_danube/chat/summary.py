@@ -118,9 +118,9 @@ def source_lines(reports: Mapping[str, Mapping[str, Any]], examples: str) -> lis
         reports: source → what was counted when its examples were encoded.
         examples: what the examples are called in the reports: "conversations" or "pairs".
     """
-    counted = [examples, f"{examples}_held_out", "tokens", "answer_tokens", f"shortened_{examples}"]
+    columns = [examples, f"{examples}_held_out", "tokens", "answer_tokens", f"shortened_{examples}"]
     rows = [
-        [name, *(f"{report[key]:,}" for key in counted), f"{sum(report['left_out'].values()):,}"]
+        [name, *(f"{report[key]:,}" for key in columns), f"{sum(report['left_out'].values()):,}"]
         for name, report in reports.items()
     ]
     lines = [text_table(["source", examples, "held out", "tokens", "of answers", "shortened", "left out"], rows)]
