@@ -141,7 +141,7 @@ def test_a_group_without_a_range_is_refused_by_name(method: str) -> None:
     decoder = tiny_decoder()
     with torch.no_grad():
         decoder.get_parameter("model.layers.0.self_attn.o_proj.weight")[2] = 0.25
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.o_proj\.weight: in 1 groups of 64 weights"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.o_proj\.weight: in 1 group of 64 weights"):
         quantized_decoder(decoder, parse_level(f"{method}:4/64"))
 
 

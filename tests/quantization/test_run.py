@@ -190,7 +190,7 @@ def test_a_level_that_cannot_be_had_is_a_row_that_says_so(
     assert run(bits, "--model.init_args.levels", "[gguf:Q4_K_M, rounding:4/64, bitsandbytes:int8]") == 0
     out = capsys.readouterr().out
     assert "gguf:Q4_K_M: not measured: llama.cpp is not installed; type" in out
-    assert "rounding:4/64: not measured: model.layers.1.mlp.gate_proj.weight: in 1 groups of 64 weights" in out
+    assert "rounding:4/64: not measured: model.layers.1.mlp.gate_proj.weight: in 1 group of 64 weights" in out
     assert list(by_level(bits)) == ["full", "bitsandbytes:int8"]
     assert set(summary_of(bits)["not_measured"]) == {"gguf:Q4_K_M", "rounding:4/64"}
 

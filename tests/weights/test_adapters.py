@@ -186,7 +186,7 @@ def test_surplus_tensors_are_refused(adapter: Path) -> None:
     change_tensors(
         adapter, **{A.replace("q_proj", "k_proj"): None, "base_model.model.score.weight": torch.zeros(2, 64)}
     )
-    refused(adapter, r"have no place in this model: score.weight$")
+    refused(adapter, r"has no place in this model: score.weight$")
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path) -> None:

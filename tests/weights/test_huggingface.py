@@ -335,7 +335,7 @@ def test_a_stale_index_does_not_count(decoder: Decoder, tmp_path: Path) -> None:
 def test_broken_indexes_are_refused(decoder: Decoder, tmp_path: Path) -> None:
     save_hf(decoder, tmp_path / "export", max_shard_bytes=SHARD)
     next((tmp_path / "export").glob("model-00002-*")).unlink()
-    with pytest.raises(ValueError, match=r"1 files of its index are missing: model-00002-of-"):
+    with pytest.raises(ValueError, match=r"1 file of its index is missing: model-00002-of-"):
         load_hf(tmp_path / "export")
     for weight_map in ({"lm_head.weight": "../elsewhere.safetensors"}, {}, {"lm_head.weight": 3}):
         (tmp_path / "export/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
