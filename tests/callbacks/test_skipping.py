@@ -202,7 +202,9 @@ def test_a_row_of_bad_steps_ends_the_run(stop_after: int, trainer: Any, task: An
     skipping(trainer, task, *[3.0, *[nan] * (stop_after - 1)] * 2, stop_after=stop_after)
     (tmp_path / "skipped.jsonl").unlink(missing_ok=True)
     trainer.global_step = 0
-    with pytest.raises(TrainingStopped, match=rf"^{stop_after} optimizer steps in a row were skipped, up to step"):
+    with pytest.raises(
+        TrainingStopped, match=rf"^{stop_after} optimizer steps? in a row (was|were) skipped, up to step"
+    ):
         skipping(trainer, task, 3.0, *[nan] * stop_after, stop_after=stop_after)
     assert len(skipped(tmp_path)) == stop_after
 
