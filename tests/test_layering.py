@@ -22,6 +22,8 @@ def rooms_in(contributing: str) -> dict[str, str]:
 # The table is the only list of the rooms. Each room imports only itself and rooms that stand before it.
 ROOMS = rooms_in((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
 ORDER = tuple(ROOMS)
+# Rooms of single files that every other room may use.
+GENERAL = ORDER[ORDER.index("outside") + 1 : ORDER.index("model")]
 TASKS = tuple(room for room, contents in ROOMS.items() if contents.startswith("task: "))
 TASK_CLASSES = {"LightningModule", "DecoderTask", "TuningTask"}
 MOST_MODULES_IN_ROOT, MOST_MODULES_IN_A_FOLDER = 10, 14
