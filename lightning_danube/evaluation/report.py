@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_danube.evaluation.results import TABLES, Measured, PaperScores
+from lightning_danube.evaluation.results import Measured, PaperScores, tables_of
 from lightning_danube.files import write_json, write_parquet, write_text
 from lightning_danube.outside.texts import in_figure, in_markdown
 from lightning_danube.terminal import markdown_table, text_table
@@ -26,19 +26,16 @@ class Report:
     def text(self) -> str:
         """Returns the tables and the remarks for a terminal."""
         tables = []
-        for table in TABLES:
+        for table in tables_of(self.rows):
             rows = [row for row in self.rows if row.table == table]
-            if rows:
-                tables.append("\n" + text_table(*table_of(rows, self.paper, self.weights)))
+            tables.append("\n" + text_table(*table_of(rows, self.paper, self.weights)))
         return "\n".join([*tables, *remarks(self.rows)])
 
     def markdown(self) -> str:
         """Returns the tables and the remarks as a page."""
         parts = [f"# Evaluation of {in_markdown(self.weights)}"]
-        for table, title in TABLES.items():
+        for table, title in tables_of(self.rows).items():
             mine = [row for row in self.rows if row.table == table]
-            if not mine:
-                continue
             header, cells = table_of(mine, self.paper, self.weights)
             parts += [f"## {title}", markdown_table(header, cells)]
             if any(self.paper.of(row) for row in mine):
@@ -53,7 +50,9 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "report.md", self.markdown())
         write_results(directory / "results.parquet", self.rows, self.paper, self.weights)
-        found = {table: average for table in TABLES if (average := averages(self.rows, table, self.paper))}
+        found = {
+            table: average for table in tables_of(self.rows) if (average := averages(self.rows, table, self.paper))
+        }
         summary = {
             "weights": self.weights,
             "parameters": parameters,

@@ -17,7 +17,14 @@ TABLES = {
     "perplexity": "Perplexity",
     "needle": "Needle in a haystack",
 }
-"""Key of a table of the report → its title, in the order of the report."""
+"""Key of a table of the report → its title, in the order of the report. Tables with other keys follow them."""
+
+
+def tables_of(rows: Sequence[Measured]) -> dict[str, str]:
+    """Returns key → title of the tables that have rows, in the order of the report."""
+    used = {row.table for row in rows}
+    known = {table: title for table, title in TABLES.items() if table in used}
+    return known | {row.table: row.table.capitalize() for row in rows if row.table not in TABLES}
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
@@ -41,7 +48,7 @@ class Measured:
     """One row of a table: a score, or the reason why there is no score.
 
     Args:
-        table: the row's table, a key of TABLES.
+        table: the key of the row's table. If `TABLES` does not have it, the key is also the title.
         name: the row's key; equal to the key among the paper's scores if the paper has this score.
         setting: how the questions were asked, such as "25-shot acc_norm".
         percent: whether the score is a share, which tables show in percent.
@@ -62,9 +69,6 @@ class Measured:
     seconds: float = 0.0
     more: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        assert self.table in TABLES, f"the report has no table {self.table!r}"
 
     def as_row(self) -> dict[str, Any]:
         """Returns the row as flat values, for files."""

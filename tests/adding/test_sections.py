@@ -300,7 +300,7 @@ def test_a_part_of_an_evaluation_has_its_rows_in_the_report(tiny_run: Path, tmp_
     }
     added.command("test", *(f"--{key}={value}" for key, value in options.items()))
     run = added.work / "runs" / "copying-test" / "version_0"
-    assert "## Random tokens, repeated\n" in (run / "report.md").read_text()
+    assert "## Copying\n" in (run / "report.md").read_text()
     (row,) = json.loads((run / "summary.json").read_text())["results"]
     assert (row["table"], row["n"]) == ("copying", 5) and 0 <= row["value"] <= 1
 

@@ -16,7 +16,7 @@ from lightning_danube.evaluation.report import (
     table_of,
     write_results,
 )
-from lightning_danube.evaluation.results import Measured, PaperScores, mean_of
+from lightning_danube.evaluation.results import Measured, PaperScores, mean_of, tables_of
 
 PAPER = PaperScores("the paper", ["Small", "Large"], {"academic": {"a": [10.0, 50.0], "b": [20.0, 70.0]}})
 A = Measured("academic", "a", "Task A", "0-shot acc", mean_of([1.0, 0.0, 1.0, 0.0]))
@@ -71,6 +71,15 @@ def test_files_tell_measured_scores_from_the_papers(tmp_path: Path) -> None:
     write_results(tmp_path / "missing.parquet", [MISSING], PAPER, "mine")
     (row,) = pq.read_table(tmp_path / "missing.parquet").to_pylist()
     assert row["value"] is None and row["not_run"] == "there is no file"
+
+
+def test_a_table_that_the_report_does_not_know_comes_last() -> None:
+    rows = [Measured(table, table, table, "") for table in ("copying", "needle", "academic", "copying")]
+    assert list(tables_of(rows).items()) == [
+        ("academic", "Academic benchmarks"),
+        ("needle", "Needle in a haystack"),
+        ("copying", "Copying"),
+    ]
 
 
 def test_positions_are_counted_from_1() -> None:
