@@ -103,9 +103,17 @@ def optimizer_of(case: tuple[Any, ...]) -> AdamW:
 def planned(case: tuple[Any, ...]) -> TrainingMemory:
     _, vocabulary, context, rows, micro_batches, precision, recompute = case
     config = shape_of(case).with_data(vocabulary, context)
-    averages = optimizer_of(case).averages
-    accumulate = micro_batches > 1
-    return TrainingMemory(config, rows, context, precision, recompute, accumulate, averages=averages)
+    optimizer = optimizer_of(case)
+    return TrainingMemory(
+        config,
+        rows,
+        context,
+        precision,
+        recompute,
+        accumulate=micro_batches > 1,
+        averages=optimizer.averages,
+        orthogonalizes=optimizer.orthogonalizes,
+    )
 
 
 # --- in a separate process ------------------------------------------------------------------------------------------

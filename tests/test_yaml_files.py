@@ -282,7 +282,10 @@ def test_texts_without_such_keys_are_left_as_they_are(text: str) -> None:
 def test_a_key_of_a_merge_may_be_given_anew() -> None:
     """Also where the mapping above is read before the one below."""
     text = "a: {x: &x {<<: &b {k: 1}, k: 2}}\ny: {<<: *x, k: 3}\nz: {<<: [*x, *b]}\n"
-    assert load_yaml(text) == yaml.safe_load(text) == {"a": {"x": {"k": 2}}, "y": {"k": 3}, "z": {"k": 2}}
+    read = load_yaml(text)
+    assert read == yaml.safe_load(text)
+    # PyYAML 6.0.4 takes the value of the last mapping in the list of z, earlier versions that of the first.
+    assert (read["a"], read["y"]) == ({"x": {"k": 2}}, {"k": 3})
 
 
 @pytest.mark.parametrize(

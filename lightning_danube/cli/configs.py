@@ -78,12 +78,16 @@ def read_configuration(args: Sequence[str]) -> Stated:
         reader.value(LightningDataModule, stated.tree["data"], ("data",))
         reader.value(LightningModule, stated.tree["model"], ("model",))
         reader.options(Trainer, stated.tree.get("trainer") or {}, ("trainer",))
-        seed = reader.value(bool | int, stated.tree.get("seed_everything", 0), ("seed_everything",))
-        if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
-            raise Refusal(("seed_everything",), f"is {seed}: give a number from 0 to {LARGEST_SEED}", goes_on=True)
+        _check_seed(reader, stated.tree.get("seed_everything", 0))
     stated.texts = reader.texts
     complete_mappings(stated, reader.mappings)
     return stated
+
+
+def _check_seed(reader: Reader, given: Any) -> None:
+    seed = reader.value(bool | int, given, ("seed_everything",))
+    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+        raise Refusal(("seed_everything",), f"is {seed}: give a number from 0 to {LARGEST_SEED}", goes_on=True)
 
 
 @contextlib.contextmanager
@@ -218,13 +222,12 @@ def check_settings(stated: Stated, verb: str) -> None:
     """
     with one_line_errors(stated):
         tree = resolved_tree(stated)
+        reader = Reader(taken=FACTS_OF_DATA, make=True)
+        _check_seed(reader, tree.get("seed_everything", 0))  # first: other values may refer to it
         if any("${" in text for _, text in texts_of(stated.tree)):
             check_classes(stated, tree)
         if isinstance(trainer := tree.get("trainer"), Mapping):
             check_limits(verb, trainer)
-        reader = Reader(taken=FACTS_OF_DATA, make=True)
-        if "seed_everything" in tree:
-            reader.value(bool | int, tree["seed_everything"], ("seed_everything",))
         if continued_weights(stated) is None:
             _, model = _settings_of(tree, reader, in_full=False)
             # The shape of the decoder is checked where it meets the vocabulary and the context of the data.

@@ -141,6 +141,7 @@ class TrainingMemory:
             copy of their logits.
         document_masks: whether packed documents are masked from each other.
         averages: values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters.
+        orthogonalizes: whether the optimizer makes the steps of the blocks' matrices orthogonal, as Muon does.
         lora: the adapter that trains on frozen weights; None: all weights train. What DoRA and 4-bit weights keep
             beside that is not counted.
         new_tokens: tokens whose rows of the embedding and of the head train beside the adapter.
@@ -158,6 +159,7 @@ class TrainingMemory:
     float8: bool = False
     document_masks: bool = False
     averages: tuple[int, int] = (2, 2)
+    orthogonalizes: bool = False
     lora: Lora | None = None
     new_tokens: int = 0
 
@@ -520,7 +522,7 @@ class TrainingMemory:
         matrices each.
         """
         made = 0
-        if self.averages[0] == 1 and self.lora is None:
+        if self.orthogonalizes and self.lora is None:
             c = self.config
             matrices = c.num_hidden_layers * self.block_matrices
             last = 3 * c.num_hidden_layers * c.hidden_size * c.intermediate_size

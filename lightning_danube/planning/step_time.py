@@ -314,7 +314,7 @@ class _Step:
         # The gradient's norm reads it, clipping reads and writes it; then each value is read and written.
         passes = 3 + 3 + 2 * self.run.averages[1]
         seconds = self.at_memory(self.run.weight_bytes * passes * values)
-        if self.run.averages[0] == 1:
+        if self.run.orthogonalizes:
             rate = PRODUCTS * FLOAT32 * self.on.flops
             seconds += self.blocks * sum(map(_orthogonalizing, self.run.matrix_widths.values())) / rate
         return seconds

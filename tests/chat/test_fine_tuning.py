@@ -257,7 +257,7 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
             "--model.init_args.lora.quantization: expected one of 'nf4' or null, not nf5",
         ),
         (("--model.init_args.lora.rank", "0"), "--model.init_args.lora.rank: lora has rank 0, alpha 32"),
-        (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
+        (("--model.init_args.weights", "/nowhere"), "weights: there is no file or directory /nowhere"),
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_rows", "5"),

@@ -207,7 +207,7 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
         (("--model.init_args.beta", "0"), "--model.init_args.beta is 0.0: give a number above 0, such as 0.1"),
         (("--model.init_args.bta", "1"), "bta"),
         (("--model.init_args.lora.rank", "0"), "--model.init_args.lora.rank: lora has rank 0, alpha 32"),
-        (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
+        (("--model.init_args.weights", "/nowhere"), "weights: there is no file or directory /nowhere"),
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_pairs", "5"),

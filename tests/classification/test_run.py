@@ -257,7 +257,7 @@ def test_what_was_left_out_is_listed(words: Path, capsys: pytest.CaptureFixture[
             "--model.init_args.head_learning_rate is 0.0: it must be above 0",
         ),
         (("--model.init_args.head", "last"), "--model.init_args.head: expected one of 'hidden', 'logits', not last"),
-        (("--model.init_args.weights", "/nowhere"), "there is no tokenizer directory '/nowhere'"),
+        (("--model.init_args.weights", "/nowhere"), "weights: there is no file or directory /nowhere"),
         (("--data.init_args.context_length", "64"), "--data.init_args.context_length is 64, the model of"),
         (
             ("--data.init_args.batch_texts", "9"),

@@ -285,11 +285,12 @@ def test_muons_step_makes_what_is_counted() -> None:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     most = max(itertools.accumulate(changes))
-    memory = TrainingMemory(config, 1, 4, averages=(1, 2))
+    memory = TrainingMemory(config, 1, 4, averages=(1, 2), orthogonalizes=True)
     kept = memory.loss_phase().optimizer
     assert memory.optimizer_phase().optimizer - kept == pytest.approx(most, rel=1e-3)
     assert memory.peak().moment == "the optimizer"
-    assert dataclasses.replace(memory, averages=(2, 2)).peak().moment != "the optimizer"
+    other = dataclasses.replace(memory, averages=(1, 1), orthogonalizes=False)  # one average, as Lion
+    assert other.peak().moment != "the optimizer" and other.peak().optimizer == 4 * config.parameters
 
 
 def test_products_in_8_bits_keep_what_a_gpu_kept() -> None:

@@ -89,6 +89,7 @@ def test_a_shipped_command_divides_its_rows_and_fits_on_cards_of_80_gb(
         gpu=True,
         compiled=True,
         averages=model.optimizer.averages,
+        orthogonalizes=model.optimizer.orthogonalizes,
     )
     assert memory.peak().total <= USABLE * ACCELERATORS["h100"].memory
 

@@ -198,7 +198,7 @@ def test_adamw_passes_ten_times_over_the_weights_of_a_device() -> None:
     assert alone == pytest.approx(4 * (1 + 2 + 7) * SMALL.parameters / (BANDWIDTH * 3.35e12))
     shared = step(of_rows(layout=Layout(4, sharded=True))).optimizer
     assert shared == pytest.approx(alone / 4, rel=1e-6)
-    assert step(of_rows(averages=(1, 2))).optimizer > 2 * alone, "Muon multiplies"
+    assert step(of_rows(averages=(1, 2), orthogonalizes=True)).optimizer > 2 * alone, "Muon multiplies"
 
 
 def test_the_network_works_beside_kernels() -> None:

@@ -495,6 +495,7 @@ def test_memory_is_asked_for_before_a_tokenizer_is_loaded(
 
     monkeypatch.setattr(tokenizer_module.mmap, "mmap", refuse)
     tokenizer_module._mistral_backend.cache_clear()
+    load_hf_tokenizer.cache_clear()
     with pytest.raises((MemoryError, ValueError)) as caught:
         load_hf_tokenizer(str(tmp_path / name) if name.isupper() else name)
     said = user_message(caught.value)

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "huge shape": (header("shape", [2**62, 2**62]), "truncated, or no safetensors file"),
     "overlap": (header("data_offsets", [4, 8]), "truncated, or no safetensors file"),
     "a name that is a code": (header("dtype", "\x1b[31m"), "truncated, or no safetensors file"),
-    "complex weights": (weights(lambda one: one.to(torch.complex64)), "tensors are quantized or no floats"),
+    "complex weights": (weights(lambda one: one.to(torch.complex64)), "tensor is quantized or no floats"),
     "weights that are not numbers": (
         weights(lambda one: one.fill_(float("nan"))),
         "lm_head.weight holds NaN or infinity",

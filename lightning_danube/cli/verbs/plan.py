@@ -137,6 +137,7 @@ def _memory(
         float8=model.float8,
         document_masks=data.document_masks,
         averages=model.optimizer.averages,
+        orthogonalizes=model.optimizer.orthogonalizes,
         lora=model.lora,
         new_tokens=0 if model.continuation is None else len(model.continuation.pieces),
     )

@@ -26,6 +26,8 @@ class AdamW:
     averages: ClassVar[tuple[int, int]] = (2, 2)
     """Values that the optimizer keeps for each weight: of the blocks' matrices, and of all other parameters. For
     `plan`, not an option."""
+    orthogonalizes: ClassVar[bool] = False
+    """Whether the steps of the blocks' matrices are made orthogonal, with tensors and products that `plan` counts."""
     fine_tunes: ClassVar[bool] = True
     """Whether the optimizer can train weights that another optimizer has trained. Not an option."""
 

@@ -48,6 +48,8 @@ class Muon(AdamW):
     peak: float = 0.02
     momentum: float = 0.95
     averages: ClassVar[tuple[int, int]] = (1, 2)
+    orthogonalizes: ClassVar[bool] = True
+    fine_tunes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.peak < float("inf"):
