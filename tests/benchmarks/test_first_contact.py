@@ -32,6 +32,7 @@ def test_correctness_holds_on_this_device(contact: Any, report: Any) -> None:
     assert all(row["ok"] and row["attention"] for row in rows)
 
 
+@pytest.mark.medium
 def test_correctness_notices_documents_that_see_each_other(
     contact: Any, report: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +50,7 @@ def test_correctness_notices_documents_that_see_each_other(
     assert [row["ok"] for row in report.measured["rows"]] == [True, True, False, False]
 
 
+@pytest.mark.medium
 def test_failing_tests_of_compiled_steps_are_reported(
     contact: Any, report: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_nothing_is_logged_where_that_is_asked_for(tiny: Path) -> None:
     assert "loss/train" in loud and "loss/train" not in silent
 
 
+@pytest.mark.medium
 def test_a_summary_without_a_ledger_says_what_is_missing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     config.write_text(config.read_text().replace("    - class_path: lightning_danube.callbacks.TokenLedger\n", ""))

@@ -86,6 +86,7 @@ def same_weights(left: Path, right: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("no_warnings")
 def test_a_run_learns_the_answers_and_says_so(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk) == 0

@@ -75,6 +75,7 @@ def values_of(run: Path, tag: str) -> list[float]:
     return list(scalars(run, tag).values())
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("no_warnings")
 def test_a_run_learns_what_is_preferred_and_says_so(talk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(talk) == 0

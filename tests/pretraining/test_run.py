@@ -261,6 +261,7 @@ def test_validation_between_stage_ends_changes_nothing_else(tiny: Path) -> None:
     assert_same_training_state(run_directory(tiny) / "checkpoints" / LAST, watched / "checkpoints" / LAST)
 
 
+@pytest.mark.medium
 def test_validate_test_and_predict_agree_with_training(tiny: Path) -> None:
     fit(tiny)
     trained = json.loads((run_directory(tiny) / "summary.json").read_text())
@@ -321,6 +322,7 @@ def test_the_export_generates_in_transformers_what_generate_prints(
     assert load_hf_tokenizer(str(out)).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
+@pytest.mark.medium
 def test_document_masks_reach_the_model(tiny: Path) -> None:
     fit(tiny)
     assert fit(tiny, "--name", "masked", "--data.init_args.document_masks", "true") == 0

@@ -37,6 +37,7 @@ def test_pairs_are_compared() -> None:
     assert "new is worse than base" in verdict(one, "base", "accuracy", "higher")
 
 
+@pytest.mark.medium
 def test_several_variants_are_judged_together() -> None:
     values = {"base": BASE, "a": shifted(-0.012), "b": shifted(-0.011), "c": shifted(0.0001)}
     alone = [compare({"base": BASE, name: values[name]}, "base")[0].p for name in "abc"]

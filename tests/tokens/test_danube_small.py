@@ -75,6 +75,7 @@ def test_exports_keep_the_ids_and_the_words(run: str, road: Path, capsys: pytest
     assert (ours.chat_template is None) == (run == "tiny"), "only a model that was taught to chat has a template"
 
 
+@pytest.mark.medium
 def test_a_fine_tuned_model_answers_by_its_markers(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = road / "runs/talk/version_0"
     question = ("--chat", "--prompt", "river?", "--temperature", "0", "--max-new-tokens", "4")
