@@ -41,6 +41,9 @@ RELAPSES = {
     "say is detected": r"\b(?:no|nothing|neither) (?:\w+ ){0,3}is (?:to be )?seen\b|\bis not to be told apart\b",
     "say complete": r"\bwhole or not there\b",
     "say for example": r"\bas it were\b",
+    "say continues, resumes": r"\b(?:go|goes|going|gone|went) on\b(?! an? )",
+    "say while, at the same time": r"\bmeanwhile\b",
+    "say is divided among": r"\bdealt\b|\bdeals\b",
 }
 IN_SENTENCES = {
     "say again": r"\banew\b",
@@ -65,6 +68,8 @@ ALLOWED = {
         "| differently from",
         "| is in, appears twice",
         "| fix, correct",
+        "| checkpoint, resume",
+        "| continues, resumes",
         "No sentence begins",
     )
 }
@@ -175,6 +180,10 @@ def test_plain_outputs_pass(line: str) -> None:
         "A path that exists is no pattern.",
         "gigatoken encodes a text otherwise than tokenizers does.",
         "The counts are elsewhere, and the size stands in the file.",
+        "The run goes on from the checkpoint before.",
+        "| a killed join | it went on |",
+        "The agents import most of Ray meanwhile.",
+        "FSDP2 deals the weights over the replicas.",
     ],
 )
 def test_relapses_are_found(line: str) -> None:
@@ -194,6 +203,7 @@ def test_relapses_are_found(line: str) -> None:
         "It says what was measured.",
         "There is no pattern, and the machine is no longer idle.",
         "| A path is no pattern |",
+        "This page says where the time goes on a CPU.",
     ],
 )
 def test_plain_english_passes(line: str) -> None:
