@@ -93,6 +93,20 @@ def test_a_block_that_fails_is_not_kept(clone: Path) -> None:
         typed.type_block(3, "pwd", clone)
 
 
+def test_a_record_says_whether_the_clone_was_changed_apart_from_records(clone: Path) -> None:
+    kept, code = clone / typed.RECORDS / "page.txt", clone / "code.py"
+    kept.parent.mkdir(parents=True)
+    for file in (kept, code):
+        file.touch()
+    subprocess.run(["git", "add", "."], cwd=clone, check=True)
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", *who, "commit", "-q", "-m", "x"], cwd=clone, check=True)
+    kept.write_text("x", "utf-8")
+    assert " with changes" not in typed.type_block(1, "echo", clone).where
+    code.write_text("x", "utf-8")
+    assert " with changes" in typed.type_block(1, "echo", clone).where
+
+
 def test_colours_and_lines_that_are_written_over_are_left_out(clone: Path) -> None:
     assert typed.type_block(1, r"printf 'a \033[31mred\033[0m\n10 %%\r20 %%\rdone\n'", clone).printed == "a red\ndone"
 
