@@ -258,9 +258,10 @@ def _settings_of(tree: Mapping[str, Any], reader: Reader, *, in_full: bool) -> t
         facts = [fact for fact in LINKED if fact in options_of(owner)[0]]
         if all(hasattr(data, fact) for fact in facts):
             given = _options(tree["model"])
-            stand_in = {} if in_full else _without_imports(given.pop("optimizer", None))
+            if not in_full:
+                _check_optimizer(owner, given.pop("optimizer", None))
             options = reader.class_options(owner, given, ("model",), _class_name(tree["model"]))
-            model = owner(**options, **stand_in, **{fact: getattr(data, fact) for fact in facts})
+            model = owner(**options, **{fact: getattr(data, fact) for fact in facts})
     return data, model
 
 
@@ -273,16 +274,12 @@ def _settings_class(section: Any) -> Any:
     return None if place is None else pkgutil.resolve_name(f"lightning_danube.{place}")
 
 
-def _without_imports(optimizer: Any) -> dict[str, Any]:
-    """Returns the option `optimizer` with an optimizer that can fine-tune if the stated one can; {} for AdamW.
+def _check_optimizer(owner: type, optimizer: Any) -> None:
+    """Refuses Muon for a task that fine-tunes. Other optimizers are checked later: Muon's module imports PyTorch."""
+    from lightning_danube.training.optim.tuning import TuningSettings, not_for_tuning
 
-    Muon imports PyTorch.
-    """
-    from lightning_danube.training.optim import AdamW
-
-    if _class_name(plain_value(optimizer)) != "Muon":
-        return {}
-    return {"optimizer": type("Muon", (AdamW,), {"fine_tunes": False})()}
+    if issubclass(owner, TuningSettings) and _class_name(plain_value(optimizer)) == "Muon":
+        raise not_for_tuning("Muon")
 
 
 def _options(section: Mapping[str, Any]) -> dict[str, Any]:

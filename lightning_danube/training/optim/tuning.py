@@ -30,6 +30,10 @@ class TuningSettings:
     def __post_init__(self) -> None:
         optimizer = options(AdamW, self.optimizer, "model.optimizer")
         if not optimizer.fine_tunes:
-            name = type(optimizer).__name__
-            raise ValueError(f"model.optimizer is {name}, which trains from random weights only: use AdamW")
+            raise not_for_tuning(type(optimizer).__name__)
         object.__setattr__(self, "optimizer", optimizer)
+
+
+def not_for_tuning(optimizer: str) -> ValueError:
+    """Returns the error for an optimizer with this name that cannot train weights that another one has trained."""
+    return ValueError(f"model.optimizer is {optimizer}, which trains from random weights only: use AdamW")
