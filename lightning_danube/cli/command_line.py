@@ -179,11 +179,10 @@ def in_one_line(refusal: Refusal, stated: Stated) -> str:
     flag = without_init_args(tuple(place.removeprefix("--").split("."))) if place.startswith("--") else ()
     said_by_flag = flag[: len(refusal.shown)] == refusal.shown
     text = dict(texts_of(stated.tree)).get(refusal.path, "")
-    if "${" in text:
-        refusal.reason += f" (the value of {text})"
+    reason = f"{refusal.reason} (the value of {text})" if "${" in text else refusal.reason
     if refusal.goes_on:
-        return f"{place} {refusal.reason}" if said_by_flag else f"{f'{place}: ' if place else ''}{key} {refusal.reason}"
-    return ": ".join(filter(None, [place, "" if said_by_flag else key, refusal.reason]))
+        return f"{place} {reason}" if said_by_flag else f"{f'{place}: ' if place else ''}{key} {reason}"
+    return ": ".join(filter(None, [place, "" if said_by_flag else key, reason]))
 
 
 def without_init_args(path: Path) -> Path:
