@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lightning_danube.terminal import show
 from lightning_danube.tokens.finished_shards import FORMAT
-from lightning_danube.tokens.shards import BATCH_TOKENS, SPLITS, TokenShards, write_token_counts
+from lightning_danube.tokens.shards import BATCH_TOKENS, TokenShards, write_token_counts
 from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.training.history import processor
 
@@ -32,24 +33,24 @@ ROWS, CONTEXT = 2000, 8192
 KEPT = Path(__file__).resolve().parent / "results" / "shard-files.md"
 
 
-def write_sparse(directory: Path, files: int, tokens: int = TOKENS) -> None:
-    """Writes a training split of so many files, and a validation split of one."""
+def write_sparse_shards(directory: Path, files: dict[str, int], tokens: int, batch: int = BATCH_TOKENS) -> Path:
+    """Writes shards of so many files for each split, of so many tokens each, which lie in batches. All ids are 0."""
     directory.mkdir(parents=True)
-    splits = {}
-    for split, count in zip(SPLITS, (files, 1), strict=True):
-        own = tokens // files
+    splits: dict[str, Any] = {}
+    segments = [[1024 + 2 * at, min(batch, tokens - at)] for at in range(0, tokens, batch)]
+    for split, count in files.items():
         listed = []
         for number in range(count):
-            segments = [[1024 + 2 * at, min(BATCH_TOKENS, own - at)] for at in range(0, own, BATCH_TOKENS)]
-            name, size = f"{split}-{number:05d}.arrow", 1024 + 2 * own
+            name, size = f"{split}-{number:05d}.arrow", 1024 + 2 * tokens
             (directory / name).touch()
             os.truncate(directory / name, size)
-            listed.append({"name": name, "bytes": size, "sha256": "0", "tokens": own, "segments": segments})
-        counts = write_token_counts(directory, split, np.array([own * count]))
-        splits[split] = {"documents": count, "tokens": own * count, "token_counts": counts, "files": listed}
+            listed.append({"name": name, "bytes": size, "sha256": "0", "tokens": tokens, "segments": segments})
+        counts = write_token_counts(directory, split, np.array([tokens * count]))
+        splits[split] = {"documents": count, "tokens": tokens * count, "token_counts": counts, "files": listed}
     tokenizer = DocumentTokenizer("danube-small").identity()
     meta = {"format": FORMAT, "dtype": "uint16", "tokenizer": tokenizer, "splits": splits}
     (directory / "shards.json").write_text(json.dumps(meta))
+    return directory
 
 
 def read(directory: Path) -> dict[str, float]:
@@ -108,7 +109,7 @@ def main() -> None:
     try:
         for files in (4096, 256, 128):
             directory = arguments.directory / str(files)
-            write_sparse(directory, files)
+            write_sparse_shards(directory, {"train": files, "validation": 1}, TOKENS // files)
             command = [sys.executable, __file__, str(directory), "--read"]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             listing = (directory / "shards.json").stat().st_size / 1e6

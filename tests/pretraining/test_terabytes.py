@@ -1,6 +1,5 @@
 """A run over terabytes: it opens only what it reads. The shards are sparse files, whose tokens are all 0."""
 
-import json
 import os
 import re
 import subprocess
@@ -12,37 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.shard_files import write_sparse_shards
 from lightning_danube.pretraining.curriculum import Stage
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.text.corpora import Source
 from lightning_danube.tokens import token_sequence
-from lightning_danube.tokens.finished_shards import FORMAT
-from lightning_danube.tokens.shards import BATCH_TOKENS, write_token_counts
-from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from tests.conftest import write_tiny
 from tests.token_files import noting
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_sparse_shards(directory: Path, files: dict[str, int], tokens: int, batch: int) -> Path:
-    """Writes shards of so many files for each split, of so many tokens each, which lie in batches."""
-    directory.mkdir(parents=True)
-    splits: dict[str, Any] = {}
-    for split, count in files.items():
-        segments = [[1024 + place * 2, min(batch, tokens - place)] for place in range(0, tokens, batch)]
-        listed = []
-        for number in range(count):
-            name, size = f"{split}-{number:05d}.arrow", 1024 + 2 * tokens
-            with open(directory / name, "wb") as file:
-                os.truncate(file.fileno(), size)
-            listed.append({"name": name, "bytes": size, "sha256": "0", "tokens": tokens, "segments": segments})
-        counts = write_token_counts(directory, split, np.array([tokens * count]))
-        splits[split] = {"documents": count, "tokens": tokens * count, "token_counts": counts, "files": listed}
-    identity = DocumentTokenizer("danube-small").identity()
-    meta = {"format": FORMAT, "dtype": "uint16", "tokenizer": identity, "splits": splits}
-    (directory / "shards.json").write_text(json.dumps(meta))
-    return directory
 
 
 @pytest.fixture
@@ -115,7 +92,7 @@ def test_a_run_over_12_terabytes_starts_in_less_than_a_gibibyte(tmp_path: Path) 
     run = write_tiny(tmp_path) / "tiny.yaml"
     text = run.read_text()
     for name in ("web", "wiki"):
-        write_sparse_shards(tmp_path / name, {"train": 744, "validation": 6}, 1 << 32, BATCH_TOKENS)
+        write_sparse_shards(tmp_path / name, {"train": 744, "validation": 6}, 1 << 32)
         text = text.replace(f"{tmp_path}/{name}.jsonl", f"{tmp_path}/{name}")
     run.write_text(text)
     watched = (
