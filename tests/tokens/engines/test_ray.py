@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ data:
     context_length: 32
     batch_tokens: 256
     held_out: 0.1
-    deduplicate: exact
-    sources: {web: {path: texts}}
-    stages: [{name: all, tokens: 1K, mix: {web: 1}}]
+    deduplicate: {duplicates}
+    sources: {{web: {{path: texts}}}}
+    stages: [{{name: all, tokens: 1K, mix: {{web: 1}}}}]
 """
 # Ray gives the agents of a node 15 s for their imports, which a busy machine needs longer for. So they go first.
 FIRST = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1)); " if os.geteuid() == 0 else ""
@@ -66,14 +67,20 @@ def cluster() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Three files, so three tasks. The last one holds copies. The configuration names them by a relative path."""
-    (tmp_path / "texts").mkdir()
-    for file in range(3):
-        numbers = [*range(file, 400, 3), *(range(50) if file == 2 else ())]
-        rows = (json.dumps({"text": f"text {n}: the river passes the town {n * n} times"}) for n in numbers)
-        (tmp_path / "texts" / f"{file}.jsonl").write_text("".join(row + "\n" for row in rows))
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    return tmp_path / "run.yaml"
+    """Three files, so three tasks. The last one holds copies."""
+    numbers = [[*range(file, 400, 3), *(range(50) if file == 2 else ())] for file in range(3)]
+    texts = [[f"text {n}: the river passes the town {n * n} times" for n in file] for file in numbers]
+    return written(tmp_path, texts, "exact")
+
+
+def written(directory: Path, files: list[list[str]], duplicates: str) -> Path:
+    """Writes texts and a configuration that names them by a relative path. Returns the configuration."""
+    (directory / "texts").mkdir()
+    for number, texts in enumerate(files):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (directory / "texts" / f"{number}.jsonl").write_text(rows)
+    (directory / "run.yaml").write_text(CONFIG.format(duplicates=duplicates))
+    return directory / "run.yaml"
 
 
 def prepare(config: Path, cache: str, environment: dict[str, str], *options: str) -> "subprocess.Popen[str]":
@@ -89,6 +96,11 @@ def shards(config: Path, cache: str) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix in (".arrow", ".npy")}
     assert len(found) == 8, found.keys()
     return found
+
+
+def duplicates(config: Path, cache: str) -> int:
+    (report,) = (config.parent / cache / "shards").glob("web-*/report.json")
+    return sum(json.loads(report.read_text())["duplicates"].values())
 
 
 def working(mark: str) -> list[int]:
@@ -109,8 +121,23 @@ def test_a_worker_that_is_killed_costs_no_document(cluster: dict[str, str], conf
     os.kill(workers[0], signal.SIGKILL)
     said = command.communicate()[0]
     assert command.returncode == 0 and "web: write: 3 took" in said, said
-    (report,) = (config.parent / "ray" / "shards").glob("web-*/report.json")
-    assert sum(json.loads(report.read_text())["duplicates"].values()) == 50
+    assert duplicates(config, "ray") == 50
+    here = prepare(config, "here", cluster, "--processes", "1")
+    assert here.communicate() and here.returncode == 0
+    assert shards(config, "ray") == shards(config, "here")
+
+
+def test_near_duplicates_are_those_of_the_local_executor(cluster: dict[str, str], tmp_path: Path) -> None:
+    """The stages between reading and writing exchange files, which workers in another directory have to find."""
+    choose = random.Random(0)
+    texts = [" ".join(str(choose.randrange(10**6)) for _ in range(40)) for _ in range(90)]
+    # A copy shares 35 of 37 shingles with its text. So with a probability below 1e-6 no band of their sketches agrees.
+    copies = [text.rsplit(" ", 1)[0] + " end" for text in texts[:20]]
+    config = written(tmp_path, [texts[:30], texts[30:60], copies + texts[60:]], "near")
+    command = prepare(config, "ray", cluster, "--executor", "ray", "--processes", "2")
+    said = command.communicate()[0]
+    assert command.returncode == 0 and "web: clusters: 1 took" in said, said
+    assert duplicates(config, "ray") == 20
     here = prepare(config, "here", cluster, "--processes", "1")
     assert here.communicate() and here.returncode == 0
     assert shards(config, "ray") == shards(config, "here")
