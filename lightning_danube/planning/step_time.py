@@ -82,20 +82,23 @@ class Kernels:
 
     Args:
         attention: the kernel of attention; None: the one that `fit` takes.
-        fused_loss: whether the loss passes over 16-bit logits three times, instead of over float32 logits.
+        logits: bytes that the loss reads and writes for a logit, beside the products; None: three passes over 16 bits.
         recomputed_products: share of the blocks' products that activation checkpointing computes again.
         residual: bytes of a value of the residual stream; None: those of a weight.
         traffic: bytes that kernels without products read and write for a token in a block, forward and backward; None:
             those of this project's blocks.
+        gradients: bytes that DDP reads and writes for the gradient of a weight in a micro-batch, before the optimizer;
+            None: a cast to the type of the weights, and the sum over micro-batches.
         bucket: bytes of gradients that DDP sums at once.
         updates: whether the step has an optimizer.
     """
 
     attention: Literal["cudnn", "flash", "flex"] | None = None
-    fused_loss: bool = True
+    logits: float | None = None
     recomputed_products: float = 1.0
     residual: int | None = None
     traffic: tuple[float, float] | None = None
+    gradients: float | None = None
     bucket: int = DDP_BUCKET
     updates: bool = True
 
@@ -297,13 +300,15 @@ class _Step:
             kept = 3 * stored if several and layout.reduce_once else 0
             return gathers * 3 * a + ((a + 2 * wide) if reduces else 0) + kept
         casts = 3 * stored + 2 if self.run.float8 else (stored + a if a < stored else 0)
+        if self.kernels.gradients is not None:
+            return casts + self.kernels.gradients
         gradient = a + stored if a < stored else 0
         return casts + gradient + (3 * stored if several else 0)
 
     def loss_traffic(self) -> float:
         """Returns the bytes of the loss for a token: passes over its logits, beside the products."""
         vocabulary = self.run.config.vocab_size // self.run.layout.tensor_parallel
-        return vocabulary * (3 * self.a if self.kernels.fused_loss else 32 + 2 * self.a)
+        return vocabulary * (3 * self.a if self.kernels.logits is None else self.kernels.logits)
 
     # --- the optimizer ------------------------------------------------------------------------------------------------
 
