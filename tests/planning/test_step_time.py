@@ -141,6 +141,16 @@ class Traffic(TorchDispatchMode):
         return result
 
 
+def test_kernels_that_are_stated_replace_those_of_fit() -> None:
+    memory = TrainingMemory(DecoderConfig(32, 64, 1, 4, 2, vocab_size=80), 1, 64, "bf16-mixed", gpu=True)
+    ours = _Step(memory, H100, 3, NODE, None, Kernels())
+    others = _Step(memory, H100, 3, NODE, None, Kernels(logits=52, gradients=22))
+    # Three passes over logits of 16 bits.
+    assert (ours.loss_traffic(), others.loss_traffic()) == (80 * 6, 80 * 52)
+    # A weight is read and written in 16 bits, as its gradient is in 32, which is then added to a sum.
+    assert (ours.weight_traffic(last=True), others.weight_traffic(last=True)) == (6 + 6 + 12, 6 + 22)
+
+
 def test_an_uncompiled_block_passes_over_its_gate_and_rotary_positions_as_often_as_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
