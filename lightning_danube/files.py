@@ -305,6 +305,7 @@ _NO_MEMORY = re.compile(
     r"|\bos error 12\b|^out of memory$"  # Rust
     r"|failed to map segment from shared object(?!: Operation not permitted)"  # the loader of libraries
     r"|can't start new thread|ThreadPoolBuildError"  # Python, Rust: a thread needs memory for its stack
+    r"|^error return without exception set$"  # Python, where an import gets no memory
 )
 
 

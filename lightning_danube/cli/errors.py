@@ -45,14 +45,14 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
 
     try:
         config = parser.parse_args([*args, *stated.added])
-    except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
     except OmegaConfBaseException as error:
         raise ValueError(unresolved(stated) or str(error).splitlines()[0]) from error
-    except IndexError as error:
-        if (lost := lost_by_the_parser(error)) is None:
+    except (argparse.ArgumentError, IndexError) as error:
+        if (lost := lost_by_the_parser(error)) is not None:
+            raise lost from error
+        if isinstance(error, IndexError):
             raise
-        raise lost from error
+        raise ValueError(" ".join(str(error).split())) from error
     keep_texts(config, stated.texts)
     return config
 
@@ -154,13 +154,22 @@ def lost_by_the_parser(error: BaseException) -> BaseException | None:
     """Returns the error of a class for which the parser could not build its own message.
 
     jsonargparse collects the errors of all types that it tried. An error without a text, such as `MemoryError()`, then
-    ends it with an IndexError that names no cause.
+    ends it with an IndexError that names no cause. Of a class inside a class, that IndexError is the cause of another.
     """
-    for frame, _ in traceback.walk_tb(error.__traceback__) if isinstance(error, IndexError) else ():
-        for value in frame.f_locals.values():
-            if isinstance(value, list) and value and all(isinstance(one, BaseException) for one in value):
-                found: BaseException = value[0]
-                return found
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        inner = waiting.pop(0)
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        waiting += [inner.__cause__, inner.__context__]
+        for frame, _ in traceback.walk_tb(inner.__traceback__) if isinstance(inner, IndexError) else ():
+            for value in frame.f_locals.values():
+                if isinstance(value, list) and value and all(isinstance(one, BaseException) for one in value):
+                    if (found := next((one for one in value if not _is_of_a_parser(one)), None)) is not None:
+                        return found
+                    waiting += value
     return None
 
 

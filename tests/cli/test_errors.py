@@ -1,6 +1,7 @@
 """What is said when the argument parser, or a class, refuses a value that was read before."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -132,12 +133,29 @@ class OutOfMemory:
         raise MemoryError
 
 
-def test_an_error_without_a_text_is_not_lost_in_the_parser() -> None:
+class Outer:
+    def __init__(self, inner: OutOfMemory | None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"class_path": f"{__name__}.OutOfMemory"}, IndexError),
+        (
+            {
+                "class_path": f"{__name__}.Outer",
+                "init_args": {"inner": {"class_path": f"{__name__}.OutOfMemory"}},
+            },
+            ValueError,
+        ),
+    ],
+)
+def test_an_error_without_a_text_is_not_lost_in_the_parser(given: dict[str, Any], kind: type[Exception]) -> None:
     """jsonargparse reads the first line of what each type of a union has raised, and fails where there is none."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=OutOfMemory | None)
-    config = parser.parse_object({"data": {"class_path": f"{__name__}.OutOfMemory"}})
-    with pytest.raises(IndexError) as failed:
+    parser.add_argument("--data", type=Outer | OutOfMemory | None)
+    config = parser.parse_object({"data": given})
+    with pytest.raises(kind) as failed:
         parser.instantiate(config)
     assert isinstance(lost_by_the_parser(failed.value), MemoryError)
     assert lost_by_the_parser(IndexError("a fault of ours")) is None

@@ -267,6 +267,7 @@ def test_a_path_is_told_as_it_was_asked_for() -> None:
         (ImportError("a.so: failed to map segment from shared object"), "out of memory (a.so: failed to map segment"),
         (Exception("out of memory"), "out of memory (out of memory): "),  # of tokenizers
         (RuntimeError("can't start new thread"), "out of memory (can't start new thread): "),
+        (SystemError("error return without exception set"), "out of memory (error return without exception set): "),
         (OSError("write failed (os error 12)"), "out of memory (write failed (os error 12)): "),
     ],
 )
