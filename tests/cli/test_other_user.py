@@ -69,6 +69,7 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
         str(at / "out" / "model.gguf"),
     ],
     "prepare": lambda at: ["prepare", "--config", str(at / "tiny.yaml"), "--processes", "1"],
+    "prepare anew": lambda at: [*COMMANDS["prepare"](at), "--data.init_args.cache_dir", str(at / "new")],
     "fit": lambda at: ["fit", "--config", str(at / "tiny.yaml"), "--runs", str(at / "mine")],
     "resume": lambda at: ["fit", "--config", str(at / "tiny.yaml"), "--ckpt_path", "last"],
     "new": lambda at: ["fit", "--config", str(at / "tiny.yaml")],
@@ -89,7 +90,9 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
         ("gguf", "out", 0o755, 2),
         ("prepare", "cache", 0o700, 2),
         ("prepare", "cache", 0o755, 0),
-        ("prepare", "web.jsonl", 0o700, 2),
+        # Shards that are there need no source.
+        ("prepare", "web.jsonl", 0o700, 0),
+        ("prepare anew", "web.jsonl", 0o700, 2),
         ("fit", "cache", 0o700, 2),
         ("fit", "cache", 0o755, 0),
         ("fit", "mine", 0o700, 2),
