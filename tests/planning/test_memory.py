@@ -124,10 +124,12 @@ def test_what_a_gpu_keeps_under_autocast_is_counted_to_the_byte(recompute: Activ
     assert memory.kept_bytes() + copies == kept
 
 
-@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:Detected that context_fn")
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(False, marks=pytest.mark.medium), pytest.param(True, marks=pytest.mark.medium), "selective"],
+)
 def test_what_compiled_blocks_keep_is_counted_to_the_byte(recompute: ActivationCheckpointing) -> None:
     memory = TrainingMemory(TINY, 2, 48, "bf16-mixed", recompute=recompute, gpu=True, compiled=True)
     copies = 0 if recompute else memory.cast_bytes(TINY.num_hidden_layers)

@@ -64,6 +64,7 @@ def data(tiny: Path) -> Callable[..., CurriculumData]:
             "held_out": 0.05,
             "cache_dir": str(tiny / "cache"),
             "processes": 1,
+            "tokenizer": "danube-small",
         }
         module = CurriculumData(**arguments | options)
         module.prepare_data()
@@ -73,7 +74,6 @@ def data(tiny: Path) -> Callable[..., CurriculumData]:
     return make
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_hold_the_rows_of_their_keys(data: Callable[..., CurriculumData], workers: int) -> None:
     module = data(workers=workers)
@@ -111,7 +111,6 @@ def test_a_damaged_id_stops_the_run_by_name(data: Callable[..., CurriculumData],
     assert 0 < seen <= module.curriculum.total_samples // 2
 
 
-@pytest.mark.medium
 def test_held_out_rows_are_counted_once_each(data: Callable[..., CurriculumData]) -> None:
     module = data(validation_rows=1000)
     for loader, (name, stream) in zip(module.val_dataloader(), module._validation.items(), strict=True):
@@ -121,7 +120,6 @@ def test_held_out_rows_are_counted_once_each(data: Callable[..., CurriculumData]
         assert module.evaluation_tokens(1000)[name] == len(stream) - 1
 
 
-@pytest.mark.medium
 def test_document_ids_change_after_each_end(data: Callable[..., CurriculumData]) -> None:
     module = data(document_masks=True)
     batch = next(iter(module.train_dataloader()))
@@ -134,7 +132,7 @@ def test_document_ids_change_after_each_end(data: Callable[..., CurriculumData])
 
 
 def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumData]) -> None:
-    module = data(validation_rows=1000, tokenizer="danube-small")
+    module = data(validation_rows=1000)
     stream = module.shards["web"].tokens("train")
     counts: dict[int, int] = {}
     for token in stream.read(0, len(stream)).tolist():
@@ -147,7 +145,7 @@ def test_the_unigram_baseline_is_a_unigrams_loss(data: Callable[..., CurriculumD
 
 
 def test_the_rows_that_are_shown_are_the_first_training_rows(data: Callable[..., CurriculumData], tiny: Path) -> None:
-    module = data(document_masks=True, tokenizer="danube-small")
+    module = data(document_masks=True)
     shown = {one.name: one for one in module.shown_sources(3, 1000)}
     for name, stream in module.train_streams.items():
         assert (shown[name].read, shown[name].complete) == (300, True)
@@ -160,7 +158,6 @@ def test_the_rows_that_are_shown_are_the_first_training_rows(data: Callable[...,
         [Stage("one", 16 * 24, {"web": 1.0})],
         context_length=16,
         batch_tokens=16 * 24,
-        tokenizer="danube-small",
         cache_dir=str(tiny / "elsewhere"),
     )
     assert [one.complete for one in looked.shown_sources(1, 10)] == [False]
@@ -175,7 +172,6 @@ def test_documents_left_out_are_shown_with_rule_and_place(tiny: Path) -> None:
         [Stage("one", 16 * 24, {"web": 1.0})],
         context_length=16,
         batch_tokens=16 * 24,
-        tokenizer="danube-small",
         cache_dir=str(tiny / "cache"),
         filters=Filters(min_words=3),
         deduplicate="exact",

@@ -31,7 +31,7 @@ def report_of(tmp_path: Path, texts: list[str], source: dict[str, Any] | None = 
     shards, _ = open_or_prepare(
         "src",
         Source(str(path), **(source or {})),
-        DocumentTokenizer(),
+        DocumentTokenizer("danube-small"),
         held_out=0.1,
         cache_dir=cache,
         processes=1,
@@ -59,7 +59,6 @@ def test_rules_for_prose(text: str, rule: str | None) -> None:
     assert Filters().against(text) == rule
 
 
-@pytest.mark.medium
 def test_filters_are_off_by_default_and_for_sources_that_say_so(tmp_path: Path) -> None:
     texts = [" ".join(prose(n, 60 if n % 2 else 20)) for n in range(40)]
     for number, (source, quality, left) in enumerate(
@@ -72,7 +71,6 @@ def test_filters_are_off_by_default_and_for_sources_that_say_so(tmp_path: Path) 
         assert report["filtered"] == ({"too few words": 20} if left == 20 else {})
 
 
-@pytest.mark.medium
 def test_exact_and_near_duplicates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "UNIT_BYTES", 5_000)  # copies lie in other units
     originals = [prose(n, 200) for n in range(30)]
