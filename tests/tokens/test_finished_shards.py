@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {"held_out": 0.2, "processes": 1}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> DocumentTokenizer:
-    return DocumentTokenizer()
+    return DocumentTokenizer("danube-small")
 
 
 @pytest.fixture

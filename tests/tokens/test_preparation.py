@@ -43,7 +43,13 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def tokenizer() -> DocumentTokenizer:
-    return DocumentTokenizer()
+    return DocumentTokenizer("danube-small")
+
+
+@pytest.fixture(scope="module")
+def mistral() -> DocumentTokenizer:
+    """A tokenizer that may encode a text in parts."""
+    return DocumentTokenizer("mistral")
 
 
 @pytest.fixture
@@ -79,6 +85,7 @@ seed_everything: 3
 data:
   class_path: lightning_danube.pretraining.CurriculumData
   init_args:
+    tokenizer: danube-small
     context_length: 32
     batch_tokens: 256
     held_out: 0.1
@@ -414,10 +421,10 @@ def test_a_second_process_waits_for_the_shards_of_the_first(
 
 
 def test_long_texts_are_encoded_in_parts_without_a_trace(
-    tmp_path: Path, tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mistral: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "_PART_CHARACTERS", 7)
-    facts = ShardFacts("src", Source("x.txt"), tokenizer, 0.1, Quality(), tmp_path)
+    facts = ShardFacts("src", Source("x.txt"), mistral, 0.1, Quality(), tmp_path)
     preparation = Preparation(tmp_path / "shards", facts)
     preparation.open(None)
     job = preparation.job
@@ -431,15 +438,14 @@ def test_long_texts_are_encoded_in_parts_without_a_trace(
     for text, ids, expected in zip(
         long,
         encoding.TextEncoder(job.tokenizer_file.read_text(), job.in_parts).encode(long),
-        tokenizer.encode_documents(long),
+        mistral.encode_documents(long),
         strict=True,
     ):
-        assert [tokenizer.bos_id, *ids, tokenizer.eos_id] == expected.tolist(), text
+        assert [mistral.bos_id, *ids, mistral.eos_id] == expected.tolist(), text
 
 
-@pytest.mark.medium
-def test_only_a_tokenizer_without_pieces_over_a_space_encodes_in_parts(tokenizer: DocumentTokenizer) -> None:
-    whole = json.loads(tokenizer.hf.backend_tokenizer.to_str())
+def test_only_a_tokenizer_without_pieces_over_a_space_encodes_in_parts(mistral: DocumentTokenizer) -> None:
+    whole = json.loads(mistral.hf.backend_tokenizer.to_str())
     assert encoding.can_encode_in_parts(json.dumps(whole))
     pieces = {**whole["model"]["vocab"], "of▁the": 40_000}
     for change in (

@@ -19,7 +19,7 @@ TEXTS = [f"Document number {n} is about {n * n} things; it has {'many ' * (n % 7
 
 @pytest.fixture(scope="module")
 def tokenizer() -> DocumentTokenizer:
-    return DocumentTokenizer()
+    return DocumentTokenizer("danube-small")
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_flipped_byte_is_found_by_verify(make: Make, source: Source, tokenizer
 def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(
     make: Make, source: Source, tokenizer: DocumentTokenizer
 ) -> None:
-    """32,000 pieces in 16 bits: the highest bit of any token leaves the vocabulary, and an embedding would crash."""
+    """4,096 pieces in 16 bits: the highest bit of any token leaves the vocabulary, and an embedding would crash."""
     shards = make(source)
     shard = shards.directory / "train-00000.arrow"
     tokens = shards.tokens("train")
@@ -162,7 +162,7 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(
     shard.write_bytes(data)
     stream = TokenShards(shards.directory, tokenizer).tokens("train")
     assert len(stream.row(0, 64)) == 65
-    message = r"train-00000\.arrow is damaged: token 100 of it is \d+, the vocabulary has 32000: delete"
+    message = r"train-00000\.arrow is damaged: token 100 of it is \d+, the vocabulary has 4096: delete"
     with pytest.raises(ValueError, match=message):
         stream.row(1, 64)
     with pytest.raises(ValueError, match=message):
@@ -197,7 +197,9 @@ def test_shards_of_another_tokenizer_or_format_are_refused(
     directory = make(source).directory
     meta = json.loads((directory / "shards.json").read_text())
     (directory / "shards.json").write_text(json.dumps(meta | {"tokenizer": meta["tokenizer"] | {"fingerprint": "0"}}))
-    with pytest.raises(ValueError, match=r"was made with the tokenizer 'mistral' \(0\), the run uses 'mistral'"):
+    with pytest.raises(
+        ValueError, match=r"was made with the tokenizer 'danube-small' \(0\), the run uses 'danube-small'"
+    ):
         TokenShards(directory, tokenizer)
     (directory / "shards.json").write_text(json.dumps(meta | {"format": 99}))
     with pytest.raises(ValueError, match="has the shard format 99, this version reads 3: make it again"):
