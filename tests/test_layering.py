@@ -62,9 +62,9 @@ NAMES_OF_ENTRIES = frozenset({"add_arguments", "run", "main"})
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "common", "helpers", "helper", "misc"})
 
 
-def imported_names(path: PurePosixPath, source: str) -> Iterator[tuple[int, str]]:
+def imported_names(path: PurePosixPath, tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of all that a file imports; `from a import b` counts as a.b."""
-    for node in ast.walk(ast.parse(source, filename=str(path))):
+    for node in ast.walk(tree):
         match node:
             case ast.Import():
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -87,7 +87,7 @@ def is_within(name: str, modules: frozenset[str]) -> bool:
 def violations(path: PurePosixPath, source: str) -> list[str]:
     """The layering rules that a file at `path`, relative to the repository, breaks."""
     found = []
-    for line, name in imported_names(path, source):
+    for line, name in imported_names(path, ast.parse(source, filename=str(path))):
         broken = broken_rule(path, name)
         if broken:
             found.append(f"{path}:{line}: imports {name}: {broken}")
@@ -215,7 +215,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         if file.name == "__init__.py":
             continue  # it only names what the others hold
         path = PurePosixPath(file.relative_to(ROOT).as_posix())
-        imported = {name for _, name in imported_names(path, ast.unparse(sources[file]))}
+        imported = {name for _, name in imported_names(path, sources[file])}
         graph[module] = {
             other for name in imported for other in (name, name.rpartition(".")[0]) if other in modules
         } - {module}

@@ -1,6 +1,7 @@
 """Callbacks are short, and know nothing of each other. Read from the source."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 65
 
 
+@functools.cache
 def trees(*folders: str) -> dict[str, ast.Module]:
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     assert files, "no Python file found: the rules check nothing"
