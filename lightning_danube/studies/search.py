@@ -131,7 +131,10 @@ class Search:
         complete = [trial for trial in self.tried() if trial.state == TrialState.COMPLETE]
         if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
             return {}
-        return dict(optuna.importance.get_param_importances(self.study))
+        # Named, and with a seed: the default depends on Optuna's version, and its forest would differ each time.
+        fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(self.study, evaluator=fanova)
+        return {key: float(share) for key, share in shares.items()}
 
 
 def suggested(trial: optuna.Trial, key: str, among: Any) -> Any:

@@ -235,11 +235,16 @@ def test_a_search_finds_what_matters(
     # Of two values that are 1 apart: 0.5 standard errors, times Student's 12.7 for one degree of freedom.
     assert f"{summary['best']['value']:.4f} ± 6.4" in out
     assert best[rate] > 0.03
-    assert max(summary["importances"], key=summary["importances"].__getitem__) == rate
+    # The sampler tried the higher rates with one head only: so few trials cannot separate these two.
+    layers = "model.init_args.decoder.num_hidden_layers"
+    assert summary["importances"][rate] > 0.3 > 3 * summary["importances"][layers]
     assert sum(summary["importances"].values()) == pytest.approx(1)
     assert "(fANOVA, 12 trials)" in out
     assert run(study, "--resume") == 0
     assert "trial" not in capsys.readouterr().out.partition("\n\n")[0]
+    # A forest is random; what is reported is not.
+    again = json.loads((study / "runs/studies/rates/summary.json").read_text())
+    assert again["importances"] == summary["importances"]
 
     # More of them, one of which breaks and is tried again.
     (study / "study.yaml").write_text(SEARCH.format(base=study / "base.yaml").replace("trials: 12", "trials: 14"))
