@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.metadata
 import io
+import mmap
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
-from lightning_danube.files import is_out_of_memory, refusal_of_disk
+from lightning_danube.files import ENOUGH_TO_REPORT, is_out_of_memory, refusal_of_disk
 from lightning_danube.signals import SIGNALS, Stopped, requeued
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
@@ -63,15 +64,18 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    reserve: mmap.mmap | None = None
     try:
         try:
+            # Addresses without memory behind them, which are returned before an error is reported.
+            reserve = mmap.mmap(-1, ENOUGH_TO_REPORT)
             return _dispatch(args)
         except Exception as error:
-            return _report(error, debug)
+            return _report(error, debug, reserve)
         except BaseException as error:
             if type(error).__name__ != PANIC:
                 raise
-            return _report(error, debug)
+            return _report(error, debug, reserve)
     except KeyboardInterrupt:
         if not SIGNALS.answered:
             tell("stopped")
@@ -80,9 +84,14 @@ def _run(args: list[str]) -> int:
         if stop.message:
             tell(stop.message)
         return requeued(int(stop.code or 0))
+    finally:
+        if reserve is not None:
+            reserve.close()
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def _report(error: BaseException, debug: bool, reserve: mmap.mmap | None) -> int:
+    if reserve is not None:
+        reserve.close()
     if not debug:
         # What failed may have taken all memory, and its variables would be kept until the end of this function.
         traceback.clear_frames(error.__traceback__)
@@ -248,8 +257,12 @@ def _without_memory(error: BaseException) -> BaseException | None:
     Where a file is read, any error becomes "… is damaged". Without memory, the file is not the cause.
     """
     cause: BaseException | None = error
+    seen: list[BaseException] = []  # a library can raise an error from one of its own consequences
     while cause is not None and not is_out_of_memory(cause):
+        seen.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        if any(cause is one for one in seen):
+            return None
     return cause
 
 

@@ -23,6 +23,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -296,16 +297,31 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
+    if isinstance(error, SystemError):  # CPython reports some failed allocations without an error of their own
+        return not has_room(ENOUGH_TO_WORK)
     # A ValueError is a message of this project, which may quote a library.
     return not isinstance(error, ValueError) and re.search(_NO_MEMORY, str(error)) is not None
 
+
+def has_room(size: int) -> bool:
+    """Returns whether the system gives this process so many bytes. Gets and returns them, and writes none."""
+    try:
+        mmap.mmap(-1, size).close()
+    except OSError:
+        return False
+    return True
+
+
+ENOUGH_TO_REPORT = 8 << 20
+"""Bytes with which the interpreter can free what failed and print a line. With less it crashes at times."""
+ENOUGH_TO_WORK = 64 << 20
+"""If fewer bytes are left, a `SystemError` is taken for a failed allocation. Otherwise it is a bug."""
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc"  # torch, C, C++
     r"|\bos error 12\b|^out of memory$"  # Rust
     r"|failed to map segment from shared object(?!: Operation not permitted)"  # the loader of libraries
     r"|can't start new thread|ThreadPoolBuildError"  # Python, Rust: a thread needs memory for its stack
-    r"|^error return without exception set$"  # Python, where an import gets no memory
 )
 
 

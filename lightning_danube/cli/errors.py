@@ -49,7 +49,7 @@ def parse(parser: Any, args: list[str], stated: Stated) -> Any:
         raise ValueError(unresolved(stated) or str(error).splitlines()[0]) from error
     except (argparse.ArgumentError, IndexError) as error:
         if (lost := lost_by_the_parser(error)) is not None:
-            raise lost from error
+            raise lost from None  # its own chain may hold the parser's error
         if isinstance(error, IndexError):
             raise
         raise ValueError(" ".join(str(error).split())) from error
@@ -176,5 +176,5 @@ def lost_by_the_parser(error: BaseException) -> BaseException | None:
 def _is_of_a_parser(error: BaseException) -> bool:
     import jsonargparse
 
-    raised_in = FilePath(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(FilePath(jsonargparse.__file__).parent)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return FilePath(frame.f_code.co_filename).is_relative_to(FilePath(jsonargparse.__file__).parent)

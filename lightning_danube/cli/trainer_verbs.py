@@ -371,7 +371,7 @@ class DanubeCLI(LightningCLI):
         except BaseException as error:
             self._leave_unused()
             if (lost := lost_by_the_parser(error)) is not None:
-                raise lost from error
+                raise lost from None  # its own chain may hold the parser's error
             if not isinstance(error, ValueError):
                 raise
             # The parser wraps the error of a class in the error of the union "the class, or null".

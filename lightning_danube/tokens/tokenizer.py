@@ -17,7 +17,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import mmap
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_danube.files import is_out_of_memory, looks_like_path, read_json
+from lightning_danube.files import has_room, is_out_of_memory, looks_like_path, read_json
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
 from lightning_danube.tokens.hub import did_you_mean, first_line
 
@@ -477,10 +476,8 @@ def check_room_for_tokenizer(size: int) -> None:
         MemoryError: the process does not get so much.
     """
     needed = 16 * size + (4 << 20)
-    try:
-        mmap.mmap(-1, needed).close()
-    except OSError as error:
-        raise MemoryError(f"a tokenizer takes about {needed / 2**20:,.0f} MiB") from error
+    if not has_room(needed):
+        raise MemoryError(f"a tokenizer takes about {needed / 2**20:,.0f} MiB")
 
 
 SIZE_OF_A_TOKEN = 128

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import inspect
 import json
+import mmap
 import os
 import re
 import shutil
@@ -267,7 +268,6 @@ def test_a_path_is_told_as_it_was_asked_for() -> None:
         (ImportError("a.so: failed to map segment from shared object"), "out of memory (a.so: failed to map segment"),
         (Exception("out of memory"), "out of memory (out of memory): "),  # of tokenizers
         (RuntimeError("can't start new thread"), "out of memory (can't start new thread): "),
-        (SystemError("error return without exception set"), "out of memory (error return without exception set): "),
         (OSError("write failed (os error 12)"), "out of memory (write failed (os error 12)): "),
     ],
 )
@@ -280,8 +280,50 @@ def test_memory_that_runs_out_is_one_line_with_the_way_out(error: Exception, sai
     damaged.__cause__ = error
     assert user_message(damaged) == message
     assert user_message(RuntimeError("a fault of ours")) is None
+    first, second = RuntimeError("a fault"), RuntimeError("its consequence")
+    first.__cause__, second.__cause__ = second, first
+    assert user_message(first) is None
     no_permission = ImportError("a.so: failed to map segment from shared object: Operation not permitted")
     assert user_message(no_permission) is None
+
+
+def test_memory_is_kept_for_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without free memory, the interpreter cannot even find the cause of an error."""
+    kept: list[int] = []
+
+    class Map:
+        def __init__(self, _: int, size: int) -> None:
+            if sum(kept) + size > 16 << 20:  # all that the system gives
+                raise OSError(12, "Cannot allocate memory")
+            kept.append(size)
+            self.size = size
+
+        def close(self) -> None:
+            if self.size in kept:
+                kept.remove(self.size)
+
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(mmap, "mmap", Map)
+    monkeypatch.setattr(program, "tell", lambda line: said.append((line.split(":")[1], sum(kept))))
+    for error in (MemoryError(), SystemError("error return without exception set")):
+
+        def fail(args: list[str], error: BaseException = error) -> int:
+            said.append(("at work", sum(kept)))
+            raise error
+
+        monkeypatch.setattr(program, "_dispatch", fail)
+        assert program.main(["fit"]) == 2
+    kept.append(9 << 20)  # too little is left to begin
+    assert program.main(["fit"]) == 2
+    assert said == [
+        ("at work", 8 << 20),
+        (" out of memory (MemoryError)", 0),
+        ("at work", 8 << 20),
+        (" out of memory (error return without exception set)", 0),
+        (" out of memory ([Errno 12] Cannot allocate memory)", 9 << 20),
+    ]
+    monkeypatch.undo()
+    assert user_message(SystemError("error return without exception set")) is None  # a bug, where memory is left
 
 
 def test_what_failed_is_freed_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

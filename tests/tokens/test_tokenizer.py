@@ -1,5 +1,6 @@
 import errno
 import json
+import mmap
 import re
 import shutil
 from pathlib import Path
@@ -493,7 +494,7 @@ def test_memory_is_asked_for_before_a_tokenizer_is_loaded(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(tokenizer_module.mmap, "mmap", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     tokenizer_module._mistral_backend.cache_clear()
     load_hf_tokenizer.cache_clear()
     with pytest.raises((MemoryError, ValueError)) as caught:
