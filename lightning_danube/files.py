@@ -671,12 +671,12 @@ def _about_target(error: Exception, partial: Path, target: Path) -> Exception:
 def looks_like_path(name: str) -> bool:
     """Returns whether a name is meant as a path of this machine, not as a hub id such as "owner/name".
 
-    A path starts with ".", "/" or "~", ends with "/", has more than one "/", or lies in a directory that exists.
+    A path starts with ".", "/", "~" or "runs/", ends with "/", has more than one "/", or lies in an existing directory.
     """
     without_revision = name.partition("@")[0]
     parent = without_revision.rpartition("/")[0]
     return (
-        name.startswith((".", "/", "~"))
+        name.startswith((".", "/", "~", "runs/"))  # no owner on the hub is called runs
         or name.endswith("/")
         or without_revision.count("/") > 1
         or (parent != "" and Path(parent).is_dir())

@@ -84,38 +84,50 @@ def resolve_checkpoint(
         return RunPlace(place, None, continues=False)
     if ckpt_path == LAST_OR_NEW and verb != "fit":
         raise ValueError(f"--ckpt_path {LAST_OR_NEW} is for fit: {verb} needs a checkpoint, so give --ckpt_path last")
+    refuse_address(ckpt_path)
+    check_named(directory, ckpt_path)
     if ckpt_path in ("last", LAST_OR_NEW):
         versions = versions_of(directory)
         with_checkpoint = [version for version in versions if newest_checkpoint(version) is not None]
-        if not with_checkpoint and ckpt_path == LAST_OR_NEW:
+        if not with_checkpoint:
             warnings = (
                 [f"there is no checkpoint under {directory}: the run starts from the beginning"] if versions else []
             )
             return RunPlace(place, None, continues=False, warnings=warnings)
-        if not with_checkpoint:
-            raise ValueError(
-                f"there is no checkpoint under {directory} to resume from: leave out --ckpt_path last to begin, "
-                "or name the run with --name"
-            )
         last = with_checkpoint[0]
         checkpoint, warnings = newest_whole_checkpoint(last)
         warnings = [*_without_checkpoint(versions[: versions.index(last)], last), *warnings]
         return RunPlace(place, checkpoint, verb == "fit", warnings)
-    refuse_address(ckpt_path)
     path = Path(ckpt_path)
     if path.is_dir() and not is_sharded(path):
         if newest_checkpoint(path) is None:
             raise ValueError(f"--ckpt_path {ckpt_path}: the directory has no checkpoints/*.ckpt")
         checkpoint, warnings = newest_whole_checkpoint(path)
         return RunPlace(place, checkpoint, False, warnings)
-    if not path.exists():
-        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
     if wrong := damage(path):
         raise ValueError(
             f"--ckpt_path {ckpt_path} is damaged: {wrong}; name another checkpoint, or the run's directory for its "
             "newest complete one"
         )
     return RunPlace(place, path, continues=False)
+
+
+def check_named(directory: Path, ckpt_path: str) -> None:
+    """Refuses a value of `--ckpt_path` that names nothing. Reads no checkpoint.
+
+    Args:
+        directory: `<runs>/<name>`.
+
+    Raises:
+        ValueError: there is no such file or directory, or no checkpoint for "last".
+    """
+    if ckpt_path == "last" and all(newest_checkpoint(version) is None for version in versions_of(directory)):
+        raise ValueError(
+            f"there is no checkpoint under {directory} to resume from: leave out --ckpt_path last to begin, "
+            "or name the run with --name"
+        )
+    if ckpt_path not in ("last", LAST_OR_NEW) and not Path(ckpt_path).exists():
+        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file")
 
 
 def _without_checkpoint(skipped: Sequence[Path], taken: Path) -> list[str]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os.path import exists, expanduser
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -22,7 +23,7 @@ from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Type
 from lightning_danube.cli.trainer_options import check_trainer_options
 from lightning_danube.files import looks_like_path
 from lightning_danube.outside.modules import let_in
-from lightning_danube.outside.names import plain_name
+from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
 from lightning_danube.text.reading import format_of
@@ -314,8 +315,9 @@ def check_command_line(args: Sequence[str]) -> Stated:
 def check_files(stated: Stated, verb: str) -> None:
     """Looks for the local files that a run names, without importing PyTorch or Lightning.
 
-    Weights and tokenizers are looked for. So are the sources of a training run, and the training texts of a classifier.
-    Directories of token files, addresses, patterns and what may be a hub id are left to the data.
+    Weights, tokenizers and the checkpoint to begin with are looked for. So are the sources of a training run, the
+    training texts of a classifier, and the text that quantized models read. Directories of token files, addresses,
+    patterns and what may be a hub id are left to the data.
 
     Args:
         verb: the verb of the trainer that runs. Only `fit` needs the sources.
@@ -323,8 +325,10 @@ def check_files(stated: Stated, verb: str) -> None:
     Raises:
         ValueError: a file is missing.
     """
+    from lightning_danube.checkpoints.runs import check_named
     from lightning_danube.tokens.hub import did_you_mean
 
+    runs, name_of_run = str(stated.tree.get("runs", "runs")), str(stated.tree.get("name", "run"))
     for path, text in texts_of(stated.tree):
         match path:
             case ("data", "sources", name, "path") if not re.fullmatch(r"[\w-]{1,100}", name):
@@ -334,7 +338,11 @@ def check_files(stated: Stated, verb: str) -> None:
                     hint = did_you_mean(text)
                     where = _place_and_key(stated, path)
                     raise ValueError(f"{where}: there is no file or directory {text}{hint}")
-            case ("data", "sources", _, "path") | ("data", "train") if verb == "fit":
+            case ("ckpt_path",) if not any(mark in f"{text}{runs}{name_of_run}" for mark in ("://", "${")):
+                check_named(inside(FilePath(runs), name_of_run, "--name"), text)
+            case ("data", "sources", _, "path") | ("data", "train") | ("data", "text", "path"):
+                if verb != ("test" if path[1] == "text" else "fit"):
+                    continue
                 is_file = (looks_like_path(text) or format_of(text)) and not glob.has_magic(text)
                 if is_file and "://" not in text and "${" not in text and not exists(expanduser(text)):
                     raise ValueError(f"{_place_and_key(stated, path)}: there is no file {text}")
@@ -444,4 +452,4 @@ def _check_sources(tree: Mapping[str, Any], *, continues: bool) -> None:
         if "." in named:
             reader.named_class(named, section, path)
         else:
-            reader.short_name(named, path[min(1, len(path) - 1)], path)
+            reader.short_name(named, section, path)

@@ -70,6 +70,7 @@ def read_configuration(args: Sequence[str]) -> Stated:
 
     stated = read_command_line(args)
     complete_loggers(stated)
+    _import_callbacks(stated)
     with one_line_errors(stated):
         for section in ("data", "model"):
             if section not in stated.tree:
@@ -82,6 +83,19 @@ def read_configuration(args: Sequence[str]) -> Stated:
     stated.texts = reader.texts
     complete_mappings(stated, reader.mappings)
     return stated
+
+
+def _import_callbacks(stated: Stated) -> None:
+    """Imports the callbacks of this project that are named without their module: readers find classes that exist."""
+    from lightning_danube.cli.source import callback_of
+
+    trainer = plain_value(stated.tree.get("trainer"))
+    listed = plain_value(trainer.get("callbacks")) if isinstance(trainer, Mapping) else None
+    for one in listed if isinstance(listed, list) else [listed]:
+        named = plain_value(one)
+        named = named.get("class_path") if isinstance(named, Mapping) else named
+        if isinstance(named, str) and (class_path := callback_of(named)) is not None:
+            pkgutil.resolve_name(class_path)
 
 
 def _check_seed(reader: Reader, given: Any) -> None:

@@ -107,20 +107,24 @@ class SourceReader(Reader):
         if written is not None and isinstance(section, Mapping):
             self.class_options(written, section, path)
 
-    def short_name(self, named: str, section: str, path: Path) -> None:
-        """Checks the name of a class without its module, as in `--trainer.callbacks+=Progress`.
+    def short_name(self, named: str, section: Any, path: Path) -> None:
+        """Checks the name of a class without its module, as in `--trainer.callbacks+=Progress`, and its options.
 
         Raises:
-            Refusal: it is nearly the name of a class that the section takes.
+            Refusal: it is nearly the name of a class that the section takes, or the class does not take an option.
         """
-        known = _classes_of(BASES[section])
+        kind = path[min(1, len(path) - 1)]
+        if kind == "callbacks" and (class_path := callback_of(named)) is not None:
+            self.named_class(class_path, section, path)
+            return
+        known = _classes_of(BASES[kind])
         lightning: Any = sys.modules.get("lightning.pytorch")
         if lightning is not None:  # a program that has imported it may have classes of its own
-            base = getattr(lightning if section != "logger" else lightning.loggers, BASES[section])
+            base = getattr(lightning if kind != "logger" else lightning.loggers, BASES[kind])
             known = {one.__name__: one.__name__ for one in descendants(base)} | known
         near = nearest_name(named, known)
         if near is not None and near != named:
-            reason = f"there is no {BASES[section]} called {named!r}: did you mean {known[near]}?"
+            reason = f"there is no {BASES[kind]} called {named!r}: did you mean {known[near]}?"
             raise Refusal((*path, "class_path"), reason, shown=path)
 
     def _made(self, owner: type, options: dict[str, Any], path: Path) -> Any:
@@ -128,6 +132,11 @@ class SourceReader(Reader):
             checking = getattr(importlib.import_module(CHECKED[owner.__name__]), owner.__name__)
             Reader(check=True)._made(checking, options, path)
         return super()._made(owner, options, path)
+
+
+def callback_of(named: str) -> str | None:
+    """Returns the class path of a callback of this project that is named without its module; None for other names."""
+    return f"{ROOT.name}.callbacks.{named}" if named in _public(ROOT / "callbacks" / "__init__.py") else None
 
 
 def class_as_written(class_path: str) -> type | None:

@@ -1,6 +1,7 @@
 """Options that are read from the source are those of the imported classes, and refuse nothing that those take."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -133,6 +134,48 @@ def stated(*arguments: str) -> Stated:
 def test_a_missing_file_is_found_early(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         check_files(stated("--config", "quickstart", *flags), "fit")
+
+
+@pytest.mark.medium
+def test_a_list_of_callbacks_may_name_each_without_its_module(tmp_path: Path) -> None:
+    """A subprocess: this one has imported the callbacks."""
+    (tmp_path / "short.yaml").write_text("trainer: {callbacks: [{class_path: Checkpoints, init_args: {keep: 5}}]}")
+    command = [sys.executable, "-m", "lightning_danube", "fit", "--config", "quickstart", "--config", "short.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, "--print_config"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "keep: 5" in done.stdout
+
+
+def test_a_missing_text_of_a_quantization_is_found_early() -> None:
+    flags = ["--model.init_args.weights=smollm2", "--data.init_args.text.path=./nowhere.txt"]
+    missing = stated("--config", "quantization/quickstart", *flags)
+    with pytest.raises(ValueError, match=r"^--data\.init_args\.text\.path: there is no file \./nowhere\.txt$"):
+        check_files(missing, "test")
+    check_files(missing, "fit")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("last", "there is no checkpoint under {runs}/quickstart to resume from: leave out --ckpt_path last to begin"),
+        ("nowhere.ckpt", "--ckpt_path nowhere.ckpt: there is no such file"),
+    ],
+)
+def test_a_missing_checkpoint_is_found_early(value: str, message: str, tmp_path: Path) -> None:
+    flags = ["--config", "quickstart", "--ckpt_path", value, "--runs"]
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(runs=tmp_path))}"):
+        check_files(stated(*flags, str(tmp_path)), "fit")
+    checkpoints = tmp_path / "quickstart" / "version_0" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step_1.ckpt").touch()
+    if value == "last":
+        check_files(stated(*flags, str(tmp_path)), "fit")
+
+
+@pytest.mark.parametrize("value", ["last-or-new", "s3://bucket/run.ckpt", "${name}.ckpt"])
+def test_a_checkpoint_that_may_be_absent_is_left_to_the_run(value: str, tmp_path: Path) -> None:
+    check_files(stated("--config", "quickstart", "--ckpt_path", value, "--runs", str(tmp_path)), "fit")
 
 
 def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
@@ -273,6 +316,10 @@ def test_a_misspelt_class_is_found_early(
         (
             "--trainer.callbacks+={class_path: lightning_danube.callbacks.Checkpoints, init_args: {keeep: 3}}",
             "--trainer.callbacks+: trainer.callbacks.7: 'keeep' is not an option of Checkpoints: did you mean 'keep'?",
+        ),
+        (
+            "--trainer.callbacks=[{class_path: Checkpoints, init_args: {keeep: 3}}]",
+            "--trainer.callbacks: trainer.callbacks.0: 'keeep' is not an option of Checkpoints: did you mean 'keep'?",
         ),
         (
             "--model={class_path: lightning_danube.pretraining.Pretrainin}",

@@ -402,7 +402,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             "model.decoder has 32,",
         ),
         (
-            ["fit", "--config", "TINY", "--ckpt_path", "last", "--trainer.fast_dev_run", "true"],
+            ["fit", "--config", "TINY", "--ckpt_path", "last-or-new", "--trainer.fast_dev_run", "true"],
             "trainer.fast_dev_run tries the first steps of a run, and --ckpt_path names a run that has done them",
         ),
         (["fit", "--config", "TINY", "--name", "&a [*a]"], "--name, line 1: an alias stands inside the value"),
@@ -448,7 +448,7 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
             "--max-new-tokens is 0: it must be at least 1",
         ),
         (
-            ["generate", "--weights", "x", "--prompt", "x", "--temperature", "-1"],
+            ["generate", "--weights", "EMPTY", "--prompt", "x", "--temperature", "-1"],
             "temperature is -1.0; it has to be at least 0 (0 takes the likeliest token)",
         ),
         (["generate", "--weights", "x", "--prompt", ""], "--prompt is empty: give at least one word"),
@@ -463,7 +463,10 @@ def test_a_missing_option_is_named(tiny: Path, capsys: pytest.CaptureFixture[str
 def test_wrong_command_lines_are_answered_in_one_line(
     tiny: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    places = {"TINY": str(tiny / "tiny.yaml"), "DIRECTORY": str(tiny)}
+    empty = tiny / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    places = {"TINY": str(tiny / "tiny.yaml"), "DIRECTORY": str(tiny), "EMPTY": str(empty)}
     assert message in error_of(capsys, *[places.get(arg, arg) for arg in args])
 
 

@@ -20,6 +20,7 @@ def test_a_hub_id_is_owner_and_name_that_lie_on_no_disk(tmp_path: Path, monkeypa
     assert hub_id("owner/name") is None
     # A misspelt name in a directory that exists is not a hub id.
     assert looks_like_path("owner/nam") and not looks_like_path("other/name")
+    assert looks_like_path("runs/none"), "a missing run is not looked for on the hub"
     assert looks_like_path("a/b/c") and looks_like_path("a/") and not looks_like_path("other/name@refs/pr/1")
 
 

@@ -11,6 +11,7 @@ from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling
 from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS
 from lightning_danube.terminal import show, tell
 from lightning_danube.weights.loading import add_weights_arguments, load_model
+from lightning_danube.weights.names import locate
 
 if TYPE_CHECKING:
     from lightning_danube.generation.conversation import ChatSession
@@ -37,15 +38,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    model = locate(arguments.weights)  # a missing model is refused before PyTorch is imported
+
     import torch
 
     from lightning_danube.generation.conversation import ChatSession
     from lightning_danube.generation.packing import pack_for_generation
 
     sampling = sampling_of(arguments)
-    decoder, tokenizer = load_model(
-        arguments.weights, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device
-    )
+    decoder, tokenizer = load_model(model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device)
     decoder.eval()
     pack_for_generation(decoder)
     longest = arguments.max_new_tokens

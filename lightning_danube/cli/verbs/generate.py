@@ -81,6 +81,7 @@ def run(arguments: Namespace) -> None:
     if "" in arguments.stop:
         raise ValueError("--stop is empty: give at least one character")
     prompts = _prompts(arguments.prompt, arguments.prompts)
+    model = locate(arguments.weights)  # a missing model is refused before PyTorch is imported
 
     import torch
 
@@ -90,7 +91,6 @@ def run(arguments: Namespace) -> None:
     from lightning_danube.tokens.chat_template import end_ids
 
     sampling = sampling_of(arguments)
-    model = locate(arguments.weights)
     decoder, tokenizer = load_model(model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device)
     # An adapter does not say whether it was trained for chat.
     if arguments.chat and arguments.adapter is None and (warning := not_tuned_for_chat(model, tokenizer)):
