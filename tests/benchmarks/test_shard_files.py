@@ -18,7 +18,7 @@ def shard_files(benchmarks_on_path: None) -> Any:
 
 @pytest.mark.parametrize("files", [1, 4])
 def test_sparse_files_are_shards_of_the_tokens(shard_files: Any, tmp_path: Path, files: int) -> None:
-    shard_files.write_sparse(tmp_path / "shards", files, 1 << 26)
+    shard_files.write_sparse_shards(tmp_path / "shards", {"train": files, "validation": 1}, (1 << 26) // files)
     shards = TokenShards(tmp_path / "shards", DocumentTokenizer("danube-small"))
     shards.check_sizes()
     stream = shards.tokens("train")
