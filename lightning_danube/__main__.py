@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
-from lightning_danube.files import ENOUGH_TO_REPORT, is_out_of_memory, refusal_of_disk
+from lightning_danube.files import ENOUGH_TO_REPORT, ENOUGH_TO_WORK, has_room, is_out_of_memory, refusal_of_disk
 from lightning_danube.signals import SIGNALS, Stopped, requeued
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
@@ -229,11 +229,7 @@ def user_message(error: BaseException) -> str | None:
     parser and an error of the file system.
     """
     if (short := _without_memory(error)) is not None:
-        said = " ".join(str(short).partition("\n")[0].split())[:160] or type(short).__name__
-        return (
-            f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
-            "`plan` shows what a pre-training run takes"
-        )
+        return _out_of_memory(" ".join(str(short).partition("\n")[0].split())[:160] or type(short).__name__)
     if type(error).__name__ == PANIC:
         reason = " ".join(str(error).split())[:160]
         return f"a file of a model or a tokenizer makes its library fail ({reason}): it is damaged, or made to do so"
@@ -248,7 +244,17 @@ def user_message(error: BaseException) -> str | None:
         return f"{_as_asked_for(str(error.filename))}: {said}" if error.filename is not None else f"{said}{_UNNAMED}"
     if (number := refusal_of_disk(error)) is not None:  # of a library in another language
         return f"{os.strerror(number)}{_UNNAMED}"
+    # A library that handles a `MemoryError` of its own can fail later with any other error.
+    if not has_room(ENOUGH_TO_WORK):
+        return _out_of_memory(f"{type(error).__name__}: {' '.join(str(error).split())}"[:160])
     return None
+
+
+def _out_of_memory(said: str) -> str:
+    return (
+        f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
+        "`plan` shows what a pre-training run takes"
+    )
 
 
 def _without_memory(error: BaseException) -> BaseException | None:

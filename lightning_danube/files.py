@@ -315,7 +315,7 @@ def has_room(size: int) -> bool:
 ENOUGH_TO_REPORT = 8 << 20
 """Bytes with which the interpreter can free what failed and print a line. With less it crashes at times."""
 ENOUGH_TO_WORK = 64 << 20
-"""If fewer bytes are left, a `SystemError` is taken for a failed allocation. Otherwise it is a bug."""
+"""If fewer bytes are left, an error that looks like a bug is taken for the consequence of a failed allocation."""
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc"  # torch, C, C++

@@ -305,7 +305,7 @@ def test_memory_is_kept_for_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch
     said: list[tuple[str, int]] = []
     monkeypatch.setattr(mmap, "mmap", Map)
     monkeypatch.setattr(program, "tell", lambda line: said.append((line.split(":")[1], sum(kept))))
-    for error in (MemoryError(), SystemError("error return without exception set")):
+    for error in (MemoryError(), SystemError("error return without exception set"), KeyError("of a library")):
 
         def fail(args: list[str], error: BaseException = error) -> int:
             said.append(("at work", sum(kept)))
@@ -320,6 +320,8 @@ def test_memory_is_kept_for_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch
         (" out of memory (MemoryError)", 0),
         ("at work", 8 << 20),
         (" out of memory (error return without exception set)", 0),
+        ("at work", 8 << 20),
+        (" out of memory (KeyError", 0),
         (" out of memory ([Errno 12] Cannot allocate memory)", 9 << 20),
     ]
     monkeypatch.undo()
