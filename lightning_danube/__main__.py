@@ -92,6 +92,20 @@ def _run(args: list[str]) -> int:
 def _report(error: BaseException, debug: bool, reserve: mmap.mmap | None) -> int:
     if reserve is not None:
         reserve.close()
+    try:
+        return _told(error, debug)
+    except MemoryError:
+        os.write(sys.stderr.fileno(), _NOT_EVEN_THAT)
+        return 2
+
+
+_NOT_EVEN_THAT = (
+    b"error: out of memory: a smaller model, a smaller data.micro_batch_size or fewer processes needs less\n"
+)
+
+
+def _told(error: BaseException, debug: bool) -> int:
+    """Tells an error, and returns the exit code."""
     if not debug:
         # What failed may have taken all memory, and its variables would be kept until the end of this function.
         traceback.clear_frames(error.__traceback__)

@@ -26,6 +26,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import shutil
 import socket
 import stat
@@ -298,7 +299,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     if isinstance(error, SystemError):  # CPython reports some failed allocations without an error of their own
-        return not has_room(ENOUGH_TO_WORK)
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        return limited or not has_room(ENOUGH_TO_WORK)
     # A ValueError is a message of this project, which may quote a library.
     return not isinstance(error, ValueError) and re.search(_NO_MEMORY, str(error)) is not None
 

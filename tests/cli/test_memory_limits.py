@@ -63,8 +63,8 @@ def commands(tiny: Path, tiny_run: Path, place: Path) -> dict[str, list[str]]:
 def test_a_verb_without_memory_ends_and_loses_nothing(tiny: Path, tiny_run: Path, tmp_path: Path, verb: str) -> None:
     """Each limit leaves some MiB beside what the process has when its work begins. The program keeps 8 MiB of them.
 
-    A library in Rust or C++ that gets no memory aborts the process with lines of its own. Before a tokenizer is loaded, its
-    memory is asked for. Later, while rows are encoded and files are written, no program can prevent that.
+    A library in Rust or C++ that gets no memory aborts the process with lines of its own. Before a tokenizer is loaded,
+    its memory is asked for. Later, while rows are encoded and files are written, no program can prevent that.
     """
     checkpoints = {path.name for path in tiny_run.glob("checkpoints/*.ckpt")}
     codes = []

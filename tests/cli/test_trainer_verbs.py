@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -326,6 +327,21 @@ def test_memory_is_kept_for_the_line_of_an_error(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.undo()
     assert user_message(SystemError("error return without exception set")) is None  # a bug, where memory is left
+    # Memory may be there again when the error is reported.
+    monkeypatch.setattr(resource, "getrlimit", lambda of: (1 << 32, resource.RLIM_INFINITY))
+    assert str(user_message(SystemError("f returned NULL"))).startswith("out of memory (f returned NULL): ")
+
+
+def test_an_error_is_told_where_no_memory_is_left_to_find_its_cause(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(program, "_dispatch", fail)
+    monkeypatch.setattr(program, "user_message", fail)
+    assert program.main(["fit"]) == 2
+    assert capfd.readouterr().err.startswith("error: out of memory: a smaller model, ")
 
 
 def test_what_failed_is_freed_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
