@@ -102,9 +102,7 @@ def test_a_damaged_id_stops_the_run_by_name(data: Callable[..., CurriculumData],
     module.setup("fit")
     seen = 0
     # The message is the whole of it, also from a loader process: the command line tells it in one line.
-    message = (
-        rf"\S+train-00000\.arrow is damaged: token {token:,} of it is \d+, the vocabulary has 4096: delete \S+ .*"
-    )
+    message = rf"\S+train-00000\.arrow is damaged: token {token:,} of it is \d+, the vocabulary has 4096: delete \S+ .*"
     with pytest.raises(ValueError, match=f"^{message}$"):
         for batch in module.train_dataloader():
             seen += len(batch["keys"])
