@@ -312,6 +312,15 @@ def check_command_line(args: Sequence[str]) -> Stated:
     return stated
 
 
+def place_of_run(tree: Mapping[str, Any]) -> FilePath:
+    """Returns `<runs>/<name>` of a configuration.
+
+    Raises:
+        ValueError: the name is a path.
+    """
+    return inside(FilePath(str(tree.get("runs") or "runs")), tree.get("name") or "run", "--name")
+
+
 def check_files(stated: Stated, verb: str) -> None:
     """Looks for the local files that a run names, without importing PyTorch or Lightning.
 
@@ -328,7 +337,6 @@ def check_files(stated: Stated, verb: str) -> None:
     from lightning_danube.checkpoints.runs import check_named
     from lightning_danube.tokens.hub import did_you_mean
 
-    runs, name_of_run = str(stated.tree.get("runs", "runs")), str(stated.tree.get("name", "run"))
     for path, text in texts_of(stated.tree):
         match path:
             case ("data", "sources", name, "path") if not re.fullmatch(r"[\w-]{1,100}", name):
@@ -338,8 +346,10 @@ def check_files(stated: Stated, verb: str) -> None:
                     hint = did_you_mean(text)
                     where = _place_and_key(stated, path)
                     raise ValueError(f"{where}: there is no file or directory {text}{hint}")
-            case ("ckpt_path",) if not any(mark in f"{text}{runs}{name_of_run}" for mark in ("://", "${")):
-                check_named(inside(FilePath(runs), name_of_run, "--name"), text)
+            case ("ckpt_path",):
+                named = f"{text}{stated.tree.get('runs')}{stated.tree.get('name')}"
+                if "://" not in named and "${" not in named:
+                    check_named(place_of_run(stated.tree), text)
             case ("data", "sources", _, "path") | ("data", "train") | ("data", "text", "path"):
                 if verb != ("test" if path[1] == "text" else "fit"):
                     continue

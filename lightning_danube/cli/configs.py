@@ -21,13 +21,13 @@ from lightning_danube.cli.command_line import (
     complete_mappings,
     continued_weights,
     in_one_line,
+    place_of_run,
     read_command_line,
     texts_of,
     with_config_paths,
 )
 from lightning_danube.cli.options import CLASS_KEYS, Reader, Refusal, Typed, options_of, plain_value
 from lightning_danube.cli.trainer_options import check_limits
-from lightning_danube.outside.names import inside
 from lightning_danube.yaml_files import load_yaml, with_text_keys
 
 if TYPE_CHECKING:
@@ -309,8 +309,7 @@ def place_of_runs(configs: Sequence[str], overrides: Sequence[str]) -> Path:
         ValueError: the configuration is missing or no YAML, or the name is a path.
     """
     args = [flag for config in configs for flag in ("--config", config)]
-    tree = resolved_tree(read_command_line(with_config_paths([*args, *overrides])))
-    return inside(Path(str(tree.get("runs") or "runs")), tree.get("name") or "run", "--name")
+    return place_of_run(resolved_tree(read_command_line(with_config_paths([*args, *overrides]))))
 
 
 def _class_name(section: Any) -> str:
