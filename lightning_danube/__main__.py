@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_danube.cli.verbs import COMMANDS
-from lightning_danube.files import ENOUGH_TO_REPORT, ENOUGH_TO_WORK, has_room, is_out_of_memory, refusal_of_disk
+from lightning_danube.files import ENOUGH_TO_REPORT, ENOUGH_TO_WORK, causes, has_room, is_out_of_memory, refusal_of_disk
 from lightning_danube.signals import SIGNALS, Stopped, requeued
 from lightning_danube.terminal import as_typed, clean_logs, name_meant, nearest_name, show, tell
 
@@ -99,9 +99,9 @@ def _report(error: BaseException, debug: bool, reserve: mmap.mmap | None) -> int
         return 2
 
 
-_NOT_EVEN_THAT = (
-    b"error: out of memory: a smaller model, a smaller data.micro_batch_size or fewer processes needs less\n"
-)
+_NEEDS_LESS = "a smaller model, a smaller data.micro_batch_size or fewer processes needs less"
+_NOT_EVEN_THAT = f"error: out of memory: {_NEEDS_LESS}\n".encode()
+"""What is told where there is no memory to make a message."""
 
 
 def _told(error: BaseException, debug: bool) -> int:
@@ -242,7 +242,8 @@ def user_message(error: BaseException) -> str | None:
     A ValueError that this project raises itself is a user's mistake by convention. So are an error of the argument
     parser and an error of the file system.
     """
-    if (short := _without_memory(error)) is not None:
+    # Where a file is read, any error becomes "… is damaged". Without memory, the file is not the cause.
+    if (short := next(filter(is_out_of_memory, causes(error)), None)) is not None:
         return _out_of_memory(" ".join(str(short).partition("\n")[0].split())[:160] or type(short).__name__)
     if type(error).__name__ == PANIC:
         reason = " ".join(str(error).split())[:160]
@@ -265,25 +266,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 def _out_of_memory(said: str) -> str:
-    return (
-        f"out of memory ({said}): a smaller model, a smaller data.micro_batch_size or fewer processes needs less; "
-        "`plan` shows what a pre-training run takes"
-    )
-
-
-def _without_memory(error: BaseException) -> BaseException | None:
-    """Returns the first error of the chain that says that memory is missing.
-
-    Where a file is read, any error becomes "… is damaged". Without memory, the file is not the cause.
-    """
-    cause: BaseException | None = error
-    seen: list[BaseException] = []  # a library can raise an error from one of its own consequences
-    while cause is not None and not is_out_of_memory(cause):
-        seen.append(cause)
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-        if any(cause is one for one in seen):
-            return None
-    return cause
+    return f"out of memory ({said}): {_NEEDS_LESS}; `plan` shows what a pre-training run takes"
 
 
 _UNNAMED = " (the system names no file; --debug shows where)"

@@ -305,6 +305,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return not isinstance(error, ValueError) and re.search(_NO_MEMORY, str(error)) is not None
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, then what caused it or was handled when it was raised, and so on.
+
+    Each error comes once: a library can raise an error from one of its own consequences.
+    """
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and not any(one is earlier for earlier in seen):
+        seen.append(one)
+        yield one
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+
+
 def has_room(size: int) -> bool:
     """Returns whether the system gives this process so many bytes. Gets and returns them, and writes none."""
     try:

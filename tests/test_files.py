@@ -24,6 +24,7 @@ from lightning_danube.files import (
     SECONDS_BETWEEN_LOOKS,
     InUse,
     append_line,
+    causes,
     default_cache_dir,
     finish_folder,
     locked,
@@ -778,3 +779,15 @@ def test_an_error_in_a_scratch_folder_names_what_is_made(tmp_path: Path) -> None
     with pytest.raises(OSError, match="full") as raised, scratch_folder(tmp_path / "model.gguf"):
         raise OSError(errno.ENOSPC, "full", "elsewhere")
     assert raised.value.filename == "elsewhere"
+
+
+def test_the_causes_of_an_error_come_once_each_and_without_those_that_are_hidden() -> None:
+    first, handled, cause, hidden = ValueError("0"), KeyError("1"), OSError("2"), TypeError("3")
+    first.__context__, handled.__cause__, handled.__context__ = handled, cause, hidden
+    assert list(causes(first)) == [first, handled, cause]
+    cause.__context__ = hidden
+    assert list(causes(first)) == [first, handled, cause, hidden]
+    cause.__suppress_context__ = True  # raise … from None
+    assert list(causes(first)) == [first, handled, cause]
+    cause.__cause__ = first
+    assert list(causes(first)) == [first, handled, cause]

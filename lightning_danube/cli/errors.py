@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_danube.cli.command_line import Stated, texts_of
 from lightning_danube.cli.options import Path
+from lightning_danube.files import causes
 
 _PACKAGE = FilePath(__file__).resolve().parents[1]
 OUR_FOLDERS = (_PACKAGE, (_PACKAGE / "callbacks").resolve())
@@ -142,11 +143,9 @@ def raised_by_a_class(error: BaseException) -> ValueError | None:
 
     The parser chains the errors, and adds the types that it tried to the message.
     """
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ValueError) and not _is_of_a_parser(inner):
-            return inner
-        inner = inner.__cause__ or inner.__context__
+    for cause in causes(error):
+        if isinstance(cause, ValueError) and not _is_of_a_parser(cause):
+            return cause
     return None
 
 
@@ -156,20 +155,18 @@ def lost_by_the_parser(error: BaseException) -> BaseException | None:
     jsonargparse collects the errors of all types that it tried. An error without a text, such as `MemoryError()`, then
     ends it with an IndexError that names no cause. Of a class inside a class, that IndexError is the cause of another.
     """
-    waiting: list[BaseException | None] = [error]
-    seen: set[int] = set()
+    waiting, seen = [error], set[int]()
     while waiting:
-        inner = waiting.pop(0)
-        if inner is None or id(inner) in seen:
-            continue
-        seen.add(id(inner))
-        waiting += [inner.__cause__, inner.__context__]
-        for frame, _ in traceback.walk_tb(inner.__traceback__) if isinstance(inner, IndexError) else ():
-            for value in frame.f_locals.values():
-                if isinstance(value, list) and value and all(isinstance(one, BaseException) for one in value):
-                    if (found := next((one for one in value if not _is_of_a_parser(one)), None)) is not None:
-                        return found
-                    waiting += value
+        for cause in causes(waiting.pop(0)):
+            if id(cause) in seen or not isinstance(cause, IndexError):
+                continue
+            seen.add(id(cause))
+            for frame, _ in traceback.walk_tb(cause.__traceback__):
+                for value in frame.f_locals.values():
+                    if isinstance(value, list) and value and all(isinstance(one, BaseException) for one in value):
+                        if (found := next((one for one in value if not _is_of_a_parser(one)), None)) is not None:
+                            return found
+                        waiting += value
     return None
 
 
