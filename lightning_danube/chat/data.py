@@ -425,7 +425,7 @@ class ConversationData(ConversationSettings, PlannedData):
 
     @property
     def _one_question(self) -> str:
-        """What is wrong with a source whose examples share their first question, and what helps."""
+        """Says why examples that share their first question cannot be split, and what helps."""
         return (
             f"on one question, and training and validation need different questions: add {self.example}s on at least "
             "one other question"
