@@ -182,6 +182,8 @@ def run(todo: list[Mutant], jobs: int) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    # Bytecode is known by the second and the size of its source, which two mutants of a file can share.
+    sys.dont_write_bytecode = True
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()
