@@ -91,6 +91,12 @@ def counted(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
+def some(names: Iterable[str]) -> str:
+    """Formats at most three of the names, and the number of the others."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
 def markdown_code(text: str) -> str:
     """Returns a text as a block of Markdown code, which keeps line breaks."""
     return "\n".join("    " + printable(line) for line in text.splitlines())

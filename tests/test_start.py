@@ -86,9 +86,7 @@ def test_a_wrong_setting_of_every_task_is_found_before_anything_heavy_is_importe
     verb: str, config: str, mistake: list[str], tmp_path: Path
 ) -> None:
     exists = [f"--model.weights={tmp_path}"]
-    # The names of llama.cpp's types are those of the package gguf, which imports the hub's library.
-    light = {"yaml", "omegaconf", "numpy", *(("gguf", "huggingface_hub") if verb == "test" else ())}
-    assert imported_by(verb, "--config", config, *exists, *mistake) <= light
+    assert imported_by(verb, "--config", config, *exists, *mistake) <= {"yaml", "omegaconf", "numpy"}
 
 
 def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
@@ -99,6 +97,20 @@ def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
 def test_generate_reads_its_options_before_it_loads_torch() -> None:
     assert imported_by("generate", "--weights", "there", "--promt", "x") == set()
     assert imported_by("generate", "--weights", "there") == set()  # nothing to continue
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "--format", "hf", "--out", "model"],
+        ["export", "--format", "gguf", "--out", "model.gguf"],
+        ["export", "--format", "peft", "--out", "model"],
+        ["generate", "--prompt", "x"],
+        ["chat"],
+    ],
+)
+def test_a_missing_model_is_refused_before_anything_heavy_is_imported(command: list[str]) -> None:
+    assert imported_by(*command, "--weights", "runs/none") <= {"yaml", "numpy"}
 
 
 @pytest.mark.medium

@@ -134,13 +134,8 @@ def hf_config(classifier: Classifier) -> dict[str, Any]:
 
 def save_hf_classifier(classifier: Classifier, directory: str | Path, *, card: str, overwrite: bool = False) -> None:
     """Writes a directory that transformers' `pipeline("text-classification")` runs."""
-    from lightning_danube.weights.huggingface import (
-        EXPORTED_FILES,
-        export_folder,
-        plain_tensors,
-        write_hf_json,
-        write_shards,
-    )
+    from lightning_danube.weights.export_places import EXPORTED_FILES, export_folder
+    from lightning_danube.weights.huggingface import plain_tensors, write_hf_json, write_shards
 
     tensors = plain_tensors(classifier.decoder)
     # The head replaces the output embedding.

@@ -69,7 +69,7 @@ def supplies(data: CurriculumSettings, stated: Mapping[str, int]) -> dict[str, S
         elif source.max_tokens is not None:
             found[name] = Supply(round(int(source.max_tokens) * (1 - data.held_out)), "max_tokens, at most")
         else:
-            found[name] = Supply(None, "say it by --source-tokens")
+            found[name] = Supply(None, "not counted yet")
     return found
 
 

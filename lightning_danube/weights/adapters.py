@@ -19,16 +19,14 @@ from torch import Tensor
 
 from lightning_danube.files import read_json
 from lightning_danube.model import Decoder
-from lightning_danube.terminal import amount, counted
+from lightning_danube.terminal import amount, counted, some
+from lightning_danube.weights.export_places import EXPORTED_ADAPTER_FILES, export_folder
 from lightning_danube.weights.huggingface import (
     SavesPretrained,
-    export_folder,
     read_tensor,
-    some,
     tensor_types,
     write_hf_json,
 )
-from lightning_danube.weights.names import TOKENIZER_FILES
 from lightning_danube.weights.new_tokens import ROWS, merge_rows, trained_ids, trained_rows
 
 if TYPE_CHECKING:
@@ -180,7 +178,7 @@ def save_adapter(
     if score is not None:
         content |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         tensors[f"{PREFIX}score.weight"] = score.detach().cpu().contiguous()
-    with export_folder(directory, (CONFIG, TENSORS, "README.md", *TOKENIZER_FILES), overwrite) as partial:
+    with export_folder(directory, EXPORTED_ADAPTER_FILES, overwrite) as partial:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
         write_hf_json(partial / CONFIG, content)

@@ -5,11 +5,8 @@ safetensors is imported inside the functions, so that importing the model stays 
 """
 
 import functools
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,32 +18,16 @@ from lightning_danube.checkpoints.files import read_plain
 from lightning_danube.checkpoints.sharded import read_rest
 from lightning_danube.checkpoints.sharded_files import WEIGHT, load_whole
 from lightning_danube.device import check_memory
-from lightning_danube.files import locked, make_folder, new_folder, read_json, remove_leftovers
+from lightning_danube.files import read_json
 from lightning_danube.model.architecture import tensors_of
 from lightning_danube.model.config import DecoderConfig
 from lightning_danube.model.decoder import Decoder
 from lightning_danube.outside.names import plain_name
-from lightning_danube.terminal import counted, tell
+from lightning_danube.terminal import counted, some
+from lightning_danube.weights.export_places import EXPORTED_FILES, README, export_folder
 
 INDEX = "model.safetensors.index.json"
-README = "README.md"
-CARD_MARK = "<!-- export replaces this file while its SHA-256 is "
-"""Begins the last line of a card that an export has written. A card without this line, or that has changed, is kept."""
 SINGLE = "model.safetensors"
-# Files of a directory exported by this project or transformers. Overwriting never deletes other files.
-EXPORTED_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    README,
-)
 # A safetensors file's names of the types that a parameter can have. Any other type is a quantized weight.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -88,63 +69,6 @@ def save_hf(
             tokenizer.save_pretrained(str(partial))
         if card is not None:
             (partial / README).write_text(card, "utf-8")
-
-
-@contextmanager
-def export_folder(directory: str | Path, known: Sequence[str], overwrite: bool) -> Iterator[Path]:
-    """A new folder to export into. It takes the name `directory` at the end of the block.
-
-    A README.md that the user has written or changed is kept. One that an export has written holds its own checksum.
-
-    Args:
-        known: patterns of the files that `overwrite` may replace.
-    """
-    target = export_target(directory)
-    make_folder(target.parent)
-    # This comes first: it restores the files that a killed export has set aside, and they must be checked.
-    remove_leftovers(target.parent)
-    check_target(target, known, overwrite)
-    with new_folder(target, replace=True) as partial:
-        yield partial
-        card, old = partial / README, target / README
-        if old.is_file() and not _is_unchanged_card(old.read_bytes()):
-            card.write_bytes(old.read_bytes())
-            tell(f"{old} is kept: it was changed after an export, or written by hand")
-        elif card.is_file():
-            card.write_bytes(_with_checksum(card.read_bytes()))
-
-
-def export_target(path: str | Path) -> Path:
-    """Returns the place that an export replaces. For a symbolic link that is the place that the link points to.
-
-    Raises:
-        ValueError: it holds the working directory, which would be removed under the shell.
-    """
-    target = Path(path).resolve()
-    if Path.cwd().resolve().is_relative_to(target):
-        raise ValueError(f"--out {path}: an export replaces the directory, and you are in it: name another one")
-    return target
-
-
-@contextmanager
-def exporting(path: str | Path) -> Iterator[None]:
-    """Holds the lock of a place that an export writes, so that no second export writes there at the same time.
-
-    Raises:
-        InUse: another process exports to this place.
-    """
-    target = export_target(path)
-    with locked(target.with_name(f".{target.name}.lock"), f"--out {path}"):
-        yield
-
-
-def _with_checksum(card: bytes) -> bytes:
-    return card + f"\n{CARD_MARK}{hashlib.sha256(card).hexdigest()} -->\n".encode()
-
-
-def _is_unchanged_card(card: bytes) -> bool:
-    content, mark, _ = card.rpartition(f"\n{CARD_MARK}".encode())
-    return bool(mark) and card == _with_checksum(content)
 
 
 def load_hf(
@@ -291,21 +215,6 @@ def plain_tensors(decoder: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
-def check_target(target: Path, known: Sequence[str], overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target} is a file; give a directory that does not exist yet")
-    names = sorted(entry.name for entry in target.iterdir())
-    if names and not overwrite:
-        raise ValueError(
-            f"{target} is not empty ({some(names)}): choose another directory, or replace its files by --overwrite"
-        )
-    foreign = [n for n in names if (target / n).is_dir() or not any(fnmatch(n, pattern) for pattern in known)]
-    if foreign:
-        raise ValueError(f"{target} holds more than an exported model ({some(foreign)}); it is not overwritten")
-
-
 def write_shards(directory: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
     """Writes one file, or several and an index, in the order of the parameters.
 
@@ -409,9 +318,3 @@ def read_tensor(file: Path, name: str, dtype: torch.dtype | None, device: torch.
 def write_hf_json(file: Path, content: dict[str, Any]) -> None:
     """Writes JSON as transformers and PEFT do. The file is in a new folder, which is flushed as a whole."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def some(names: Iterable[str]) -> str:
-    """Formats at most three of the names, and the number of the others."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,14 +68,30 @@ class GGUFContent:
         return "\n".join(lines)
 
 
+@cache
+def _constants_of_gguf() -> ModuleType:
+    """Returns the constants of the package gguf.
+
+    Runs only the file that defines them. The package itself imports huggingface_hub, which takes a second.
+    """
+    package = importlib.util.find_spec("gguf")
+    place = None if package is None or package.origin is None else Path(package.origin).with_name("constants.py")
+    spec = None if place is None else importlib.util.spec_from_file_location("constants_of_gguf", place)
+    if spec is None or spec.loader is None or not os.path.isfile(str(place)):
+        import gguf
+
+        return gguf
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def file_types() -> dict[str, int]:
     """Returns name → number of llama.cpp's types of whole files."""
-    from gguf import LlamaFileType
-
     types = {
         kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(kind)
-        for kind in LlamaFileType
-        if kind != LlamaFileType.GUESSED
+        for kind in _constants_of_gguf().LlamaFileType
+        if kind.name != "GUESSED"
     }
     return types | {alias: types[name] for alias, name in ALIASES.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,20 @@ def add_weights_arguments(parser: ArgumentParser, *, device: bool = True) -> Non
     parser.add_argument("--dtype", choices=DTYPES, help="type of the parameters (as they are stored)")
     if device:
         parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (cuda where there is one)")
+
+
+def located_model(arguments: Namespace) -> Located:
+    """Returns the model that `--weights` names, and looks for the adapter that `--adapter` names.
+
+    PyTorch is not imported for a missing one.
+
+    Raises:
+        ValueError: nothing has this name, or it is not a model or no adapter.
+    """
+    model = locate(arguments.weights)
+    if arguments.adapter is not None:
+        locate_adapter(arguments.adapter)
+    return model
 
 
 def load_model(

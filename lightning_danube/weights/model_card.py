@@ -373,7 +373,7 @@ def _of_hub_or_directory(weights: Located) -> tuple[str, str | None, str | None]
 
 def _licence_and_text(file: Path) -> tuple[str | None, str | None]:
     """The licence that a model card's front matter states, and the text below the front matter."""
-    from lightning_danube.weights.huggingface import CARD_MARK
+    from lightning_danube.weights.export_places import CARD_MARK
 
     if not file.is_file():
         return None, None

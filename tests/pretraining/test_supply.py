@@ -27,7 +27,7 @@ def test_text_that_is_held_out_is_no_supply(tiny: Path) -> None:
 
 def test_shards_say_how_much_there_is_and_a_statement_goes_first(tiny: Path) -> None:
     data = module(tiny)
-    assert supplies(data, {}) == dict.fromkeys(("web", "wiki"), Supply(None, "say it by --source-tokens"))
+    assert supplies(data, {}) == dict.fromkeys(("web", "wiki"), Supply(None, "not counted yet"))
     data.prepare()
     data.setup("fit")
     train = {name: len(stream) for name, stream in data.train_streams.items()}
@@ -46,7 +46,7 @@ def test_shards_are_looked_for_without_transformers(tiny: Path, monkeypatch: pyt
     data.tokenizer = DocumentTokenizer(name)
     (data.cache_dir / "shards" / "web-000000000000").mkdir(parents=True)
     monkeypatch.setattr(tokenizer, "load_hf_tokenizer", lambda name: pytest.fail(f"{name} is loaded by transformers"))
-    assert supplies(data, {})["web"] == Supply(None, "say it by --source-tokens")
+    assert supplies(data, {})["web"] == Supply(None, "not counted yet")
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(None, None), (0, 0), (1, 0), (8, 0), (9, 1), (16, 1), (17, 2)])

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_danube.files import InUse
 from lightning_danube.model import Decoder, DecoderConfig
+from lightning_danube.weights.export_places import exporting
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
-from lightning_danube.weights.huggingface import assemble, exporting, is_host, load_checkpoint, load_hf, save_hf
+from lightning_danube.weights.huggingface import assemble, is_host, load_checkpoint, load_hf, save_hf
 from tests.tiny_models import tiny_decoder
 
 CONFIG = DecoderConfig(64, 96, 2, 4, 2, vocab_size=101, initializer_range=0.2)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
 from lightning_danube.signals import ANSWERING, PROMPTING, SIGNALS
 from lightning_danube.terminal import show, tell
-from lightning_danube.weights.loading import add_weights_arguments, load_model
-from lightning_danube.weights.names import locate
+from lightning_danube.weights.loading import add_weights_arguments, load_model, located_model
 
 if TYPE_CHECKING:
     from lightning_danube.generation.conversation import ChatSession
@@ -38,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    model = locate(arguments.weights)  # a missing model is refused before PyTorch is imported
+    model = located_model(arguments)
 
     import torch
 

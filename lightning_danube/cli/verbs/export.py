@@ -8,8 +8,16 @@ from typing import Any
 
 from lightning_danube.files import naming, scratch_folder
 from lightning_danube.terminal import tell
-from lightning_danube.weights.loading import add_weights_arguments, load_decoder
-from lightning_danube.weights.names import Located, locate
+from lightning_danube.weights.export_places import (
+    EXPORTED_ADAPTER_FILES,
+    EXPORTED_FILES,
+    check_gguf_target,
+    check_target,
+    export_target,
+    exporting,
+)
+from lightning_danube.weights.loading import add_weights_arguments, load_decoder, located_model
+from lightning_danube.weights.names import Located, locate, locate_adapter
 from lightning_danube.weights.tokenizers import load_tokenizer
 
 FORMATS = ("hf", "gguf", "peft")
@@ -36,39 +44,52 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from lightning_danube.weights.huggingface import exporting
-
     _check(arguments)
     export = {"hf": _export_hf, "gguf": _export_gguf, "peft": _export_adapter}[arguments.format]
     with exporting(arguments.out), naming(Path(arguments.out)):
-        export(arguments)
+        # Both before PyTorch is imported, and before the weights are read, which takes minutes.
+        _check_place(arguments)
+        export(arguments, located_model(arguments))
 
 
 def _check(arguments: Namespace) -> None:
-    """Refuses options that would have no effect."""
+    """Refuses options that would have no effect, an unknown type, and a type that needs llama.cpp without it."""
     if arguments.format == "gguf":
         if arguments.dtype is not None:
             raise ValueError("--dtype is for --format hf: the type of a GGUF file is --type")
         if not arguments.out.endswith(".gguf"):
             raise ValueError(f"--out {arguments.out}: a GGUF file is looked for by its ending, so add .gguf")
+        _check_type(arguments.type or DEFAULT_TYPE)
     elif arguments.type is not None:
         raise ValueError(f"--type is for --format gguf: the type of --format {arguments.format} is --dtype")
     if arguments.format == "peft" and arguments.dtype is not None:
         raise ValueError("--dtype is for --format hf: an adapter is written as it is")
 
 
-def _export_hf(arguments: Namespace) -> None:
+def _check_type(file_type: str) -> None:
+    from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp
+
+    if check_file_type(file_type) not in UNQUANTIZED:
+        import_llama_cpp()
+
+
+def _check_place(arguments: Namespace) -> None:
+    if arguments.format == "gguf":
+        check_gguf_target(export_target(arguments.out), arguments.overwrite)
+    else:
+        known = EXPORTED_FILES if arguments.format == "hf" else EXPORTED_ADAPTER_FILES
+        check_target(Path(arguments.out), known, arguments.overwrite)
+
+
+def _export_hf(arguments: Namespace, weights: Located) -> None:
     from lightning_danube.classification.exported import is_classifier
     from lightning_danube.files import read_json
     from lightning_danube.tokens.chat_template import end_ids
     from lightning_danube.tokens.tokenizer import adding_bos
-    from lightning_danube.weights.huggingface import EXPORTED_FILES, check_target, save_hf
+    from lightning_danube.weights.huggingface import save_hf
     from lightning_danube.weights.model_card import model_card
 
     out = Path(arguments.out)
-    # Checked before the weights are read, which takes minutes.
-    check_target(out, EXPORTED_FILES, arguments.overwrite)
-    weights = locate(arguments.weights)
     if is_classifier(weights):
         _export_classifier(arguments, weights)
         return
@@ -110,21 +131,15 @@ def _export_classifier(arguments: Namespace, weights: Located) -> None:
     tell(f"a classifier of {len(classifier.labels)} classes written as {dtype} to {out}")
 
 
-def _export_gguf(arguments: Namespace) -> None:
+def _export_gguf(arguments: Namespace, weights: Located) -> None:
     import torch
 
     from lightning_danube.classification.exported import is_classifier
-    from lightning_danube.weights.gguf.files import check_gguf_target, save_gguf
+    from lightning_danube.weights.gguf.files import save_gguf
     from lightning_danube.weights.gguf.tokenizer import gguf_tokenizer_fields
-    from lightning_danube.weights.huggingface import export_target
-    from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, import_llama_cpp, measure, quantize
+    from lightning_danube.weights.llama_cpp import UNQUANTIZED, check_file_type, measure, quantize
 
     file_type, out = check_file_type(arguments.type or DEFAULT_TYPE), export_target(arguments.out)
-    if file_type not in UNQUANTIZED:
-        import_llama_cpp()
-    # All of this is checked before reading and rounding, which take minutes.
-    check_gguf_target(out, arguments.overwrite)
-    weights = locate(arguments.weights)
     if is_classifier(weights):
         raise ValueError(f"{arguments.weights} is a classifier, which llama.cpp has no head for: --format hf or peft")
     fields = gguf_tokenizer_fields(load_tokenizer(weights))
@@ -146,15 +161,14 @@ def _export_gguf(arguments: Namespace) -> None:
     tell(f"{file_type} written to {arguments.out}: {content.describe()}")
 
 
-def _export_adapter(arguments: Namespace) -> None:
+def _export_adapter(arguments: Namespace, weights: Located) -> None:
     from lightning_danube.weights.adapters import load_adapter, read_settings, save_adapter
     from lightning_danube.weights.model_card import adapter_card
-    from lightning_danube.weights.names import locate_adapter
 
     if arguments.adapter is None:
-        _export_trained_adapter(arguments)
+        _export_trained_adapter(arguments, weights)
         return
-    directory, weights = locate_adapter(arguments.adapter), locate(arguments.weights)
+    directory = locate_adapter(arguments.adapter)
     decoder = load_decoder(weights)
     load_adapter(decoder, directory, trainable=True)
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
@@ -167,7 +181,7 @@ def _export_adapter(arguments: Namespace) -> None:
     tell(f"adapter with {parameters:,} parameters written to {out}")
 
 
-def _export_trained_adapter(arguments: Namespace) -> None:
+def _export_trained_adapter(arguments: Namespace, weights: Located) -> None:
     """Exports the adapter that a run of this project has trained."""
     from lightning_danube.classification.exported import is_classifier, load_classifier
     from lightning_danube.tokens.tokenizer import adding_bos
@@ -176,7 +190,6 @@ def _export_trained_adapter(arguments: Namespace) -> None:
     from lightning_danube.weights.model_card import adapter_card
     from lightning_danube.weights.new_tokens import trained_ids
 
-    weights = locate(arguments.weights)
     if weights.adapter_base is None:
         raise ValueError(f"--format peft writes an adapter: {arguments.weights} has none, so name one with --adapter")
     if is_classifier(weights):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_danube.cli.verbs.sampling import add_sampling_arguments, sampling_of
 from lightning_danube.outside.texts import printable
 from lightning_danube.terminal import tell
-from lightning_danube.weights.loading import add_weights_arguments, load_model
-from lightning_danube.weights.names import locate
+from lightning_danube.weights.loading import add_weights_arguments, load_model, located_model
 from lightning_danube.weights.tokenizers import not_tuned_for_chat
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def run(arguments: Namespace) -> None:
     if "" in arguments.stop:
         raise ValueError("--stop is empty: give at least one character")
     prompts = _prompts(arguments.prompt, arguments.prompts)
-    model = locate(arguments.weights)  # a missing model is refused before PyTorch is imported
+    model = located_model(arguments)
 
     import torch
 

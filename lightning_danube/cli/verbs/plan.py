@@ -234,6 +234,12 @@ def _texts(data: CurriculumSettings, supply: dict[str, Supply]) -> str:
                 f"{name}: {after[-1][name]:.1f} epochs are more than data.max_epochs = {data.max_epochs:g}: fit will "
                 "refuse"
             )
+    if unknown := [name for name, s in supply.items() if s.tokens is None]:
+        option = ",".join(f"{name}=10B" for name in unknown)
+        notes.append(
+            f"{', '.join(unknown)}: `prepare` counts the tokens. To see the epochs without it, give your own numbers: "
+            f"--source-tokens {option}"
+        )
     first, *others = (stage.name for stage in data.stages)
     header = ["source", "tokens taken", "training tokens", "said by", f"epochs after {first}"]
     table = text_table([*header, *(f"… {name}" for name in others)], rows)

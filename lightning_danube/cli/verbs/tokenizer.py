@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     from lightning_danube.options import parse_tokens
     from lightning_danube.tokens.tokenizer_training import check_pieces, train_tokenizer
-    from lightning_danube.weights.huggingface import export_folder, exporting
+    from lightning_danube.weights.export_places import export_folder, exporting
 
     pieces = parse_tokens(arguments.vocab_size, "--vocab-size")
     check_pieces(pieces)

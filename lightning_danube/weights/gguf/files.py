@@ -39,9 +39,10 @@ from lightning_danube.model.architecture import (
 from lightning_danube.model.attention import inverse_frequencies
 from lightning_danube.model.config import DecoderConfig, RopeScaling
 from lightning_danube.model.decoder import Decoder
-from lightning_danube.terminal import amount, counted
-from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, is_gguf, read_gguf_header
-from lightning_danube.weights.huggingface import assemble, is_host, plain_tensors, some
+from lightning_danube.terminal import amount, counted, some
+from lightning_danube.weights.export_places import check_gguf_target
+from lightning_danube.weights.gguf.header import GGUFHeader, TensorEntry, read_gguf_header
+from lightning_danube.weights.huggingface import assemble, is_host, plain_tensors
 
 if TYPE_CHECKING:
     import gguf
@@ -593,17 +594,6 @@ def check_converted(name: str, tensor: Tensor, converted: Tensor) -> None:
             "write bfloat16 or float32"
         )
     raise ValueError(f"{name} holds values that are not finite: the model is broken, and is not written")
-
-
-def check_gguf_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if target.is_dir():
-        raise ValueError(f"{target} is a directory; give the name of a file")
-    if not overwrite:
-        raise ValueError(f"{target} exists: choose another name, or replace it by --overwrite")
-    if not is_gguf(target):
-        raise ValueError(f"{target} is not a GGUF file; it is not overwritten")
 
 
 def check_tensors(header: GGUFHeader, config: DecoderConfig) -> None:

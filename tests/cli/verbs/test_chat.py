@@ -303,7 +303,7 @@ def test_the_options_of_a_chat_reach_it(decoder: Decoder, monkeypatch: pytest.Mo
     """Without a number of tokens, an answer takes at most half the context."""
     held: list[ChatSession] = []
     loaded = decoder, load_hf_tokenizer("mistral")
-    monkeypatch.setattr("lightning_danube.cli.verbs.chat.locate", lambda weights: weights)
+    monkeypatch.setattr("lightning_danube.cli.verbs.chat.located_model", lambda arguments: arguments.weights)
     monkeypatch.setattr("lightning_danube.cli.verbs.chat.load_model", lambda weights, **options: loaded)
     monkeypatch.setattr("lightning_danube.generation.packing.pack_for_generation", lambda decoder: None)
     monkeypatch.setattr("lightning_danube.cli.verbs.chat.converse", held.append)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_danube.__main__ import main
 from lightning_danube.generation.token_stream import generate
+from lightning_danube.weights.export_places import EXPORTED_FILES, export_folder
 from lightning_danube.weights.gguf.files import load_gguf, save_gguf
 from lightning_danube.weights.gguf.header import read_gguf_header
-from lightning_danube.weights.huggingface import EXPORTED_FILES, export_folder, load_hf
-from lightning_danube.weights.llama_cpp import check_file_type, file_types, measure, quantize
+from lightning_danube.weights.huggingface import load_hf
+from lightning_danube.weights.llama_cpp import ALIASES, check_file_type, file_types, measure, quantize
 from lightning_danube.weights.loading import load_decoder, load_model
 from lightning_danube.weights.names import SMOLLM2, locate
 from tests.forked import Forked
@@ -50,6 +52,30 @@ def section(card: str, title: str) -> str:
     return re.split(r"^#+ ", card, flags=re.MULTILINE)[
         [part.partition("\n")[0] for part in re.split(r"^#+ ", card, flags=re.MULTILINE)].index(title)
     ]
+
+
+def test_a_wrong_place_is_refused_before_a_missing_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    (tmp_path / "notes.gguf").mkdir()
+    missing = ["--weights", "runs/none", "--adapter", "none"]
+    for form in ("hf", "peft"):
+        refused(capsys, r"^error: full is not empty \(notes\)", *missing, "--format", form, "--out", "full")
+        refused(capsys, r"^error: --weights runs/none: there is no ", *missing, "--format", form, "--out", "model")
+    refused(capsys, r"notes\.gguf is a directory", *missing, "--format", "gguf", "--out", "notes.gguf")
+    refused(capsys, r"^error: --weights runs/none: there is no ", *missing, "--format", "gguf", "--out", "model.gguf")
+
+
+def test_a_missing_adapter_is_refused_before_the_model_is_read(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_danube.cli.verbs.export.load_decoder", lambda *_, **__: pytest.fail("it is read"))
+    message = r"^error: --adapter \./none: there is no such file or directory"
+    refused(capsys, message, "--weights", tiny_run, "--adapter", "./none", "--out", "model")
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -443,6 +469,10 @@ def test_without_llama_cpp_the_command_is_told(
 def test_the_types_are_those_of_llama_cpps_own_program() -> None:
     assert {"F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS"} <= file_types().keys()
     assert file_types()["Q4_K"] == file_types()["Q4_K_M"] == 15
+    # The names are read without the package, and are those of the package.
+    theirs = {int(kind): kind.name for kind in gguf.LlamaFileType if kind is not gguf.LlamaFileType.GUESSED}
+    assert set(file_types().values()) == theirs.keys()
+    assert all(theirs[number].endswith(name) for name, number in file_types().items() if name not in ALIASES)
     assert check_file_type("q4_k_m") == "Q4_K_M"
 
 

@@ -99,7 +99,15 @@ def test_no_weight_is_made_and_no_text_is_read(
 
     monkeypatch.setattr(Decoder, "init_weights", nothing)
     printed = planned(capsys, "--config", str(tiny / "tiny.yaml"))
-    assert "max_tokens" not in printed and "say it by --source-tokens" in printed
+    assert "max_tokens" not in printed
+    assert (
+        "web, wiki: `prepare` counts the tokens. To see the epochs without it, give your own numbers: "
+        "--source-tokens web=10B,wiki=10B\n"
+    ) in printed
+    # With what the line says to type, there is nothing left to say.
+    printed = planned(capsys, "--config", str(tiny / "tiny.yaml"), "--source-tokens", "web=10B,wiki=10B")
+    assert "counts the tokens" not in printed
+    assert cells(printed, "wiki")[2:4] == ["9,500,000,000", "--source-tokens"]
     assert not (tiny / "cache").exists() and not (tiny / "runs").exists()
 
 
