@@ -139,6 +139,13 @@ def test_what_compiled_blocks_keep_is_counted_to_the_byte(recompute: ActivationC
     assert memory.kept_bytes() + copies == kept
 
 
+def test_a_compiled_block_keeps_the_normed_states_in_16_bits_and_computes_the_gate_again() -> None:
+    eager = TrainingMemory(TINY, 2, 48, "bf16-mixed", gpu=True)
+    compiled = dataclasses.replace(eager, compiled=True)
+    saved = TINY.hidden_size * (4 - 2) + TINY.intermediate_size * 2  # for each token of each block
+    assert eager.kept_bytes() - compiled.kept_bytes() == TINY.num_hidden_layers * 2 * 48 * saved
+
+
 @pytest.mark.kernels
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_compiled_blocks_in_float8_keep_no_inputs_of_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
