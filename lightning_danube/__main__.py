@@ -193,17 +193,18 @@ def _check_at_once(args: list[str], verb: str | None = None) -> None:
         args: the command line without the verb.
         verb: the verb, if the trainer runs it.
     """
-    from lightning_danube.cli.command_line import check_command_line, check_files
+    from lightning_danube.cli.command_line import check_command_line
 
     stated = check_command_line(args)
     if verb is None:
         return
+    from lightning_danube.cli.configs import check_settings
+    from lightning_danube.cli.named_files import check_files
+
     # A configuration that is only printed may name files of another machine.
     is_printed = any(arg.startswith("--print_config") for arg in args)
     if not is_printed and os.environ.get("SLURM_PROCID", "0") == "0":
         check_files(stated, verb)
-    from lightning_danube.cli.configs import check_settings
-
     check_settings(stated, verb)
 
 

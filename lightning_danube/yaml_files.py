@@ -7,13 +7,14 @@ names, which YAML 1.1 gives other types. A key that appears twice is refused, be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_danube.terminal import nearest_name
+from lightning_danube.terminal import as_typed, nearest_name, quoted
 
 if TYPE_CHECKING:
     import yaml
@@ -56,6 +57,20 @@ def description(config: str) -> str:
     """Returns the description in the first line of a configuration (path or name); empty without such a comment."""
     first = Path(config_file(config)).read_text("utf-8").partition("\n")[0]
     return first.removeprefix("#").strip().rstrip(":.") if first.startswith("#") else ""
+
+
+def way_to_make(runs: str | Path, name: str) -> str | None:
+    """Returns "`lightning-danube fit --config sft/quickstart` makes one" for the run `runs/sft-quickstart`.
+
+    Returns:
+        None if no configuration of this package that saves checkpoints gives its runs this name.
+    """
+    for config in config_names():
+        text = (FOLDER / f"{config}.yaml").read_text("utf-8")
+        if re.search(rf"^name: {re.escape(name)}$", text, re.MULTILINE) and "callbacks.Checkpoints" in text:
+            where = "" if Path(runs) == Path("runs") else f" --runs {quoted(runs)}"
+            return f"`{as_typed()} fit --config {config}{where}` makes one"
+    return None
 
 
 def read_config(file: str) -> dict[str, Any]:

@@ -6,14 +6,12 @@ found without them: `check_command_line` reports such errors at once.
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from os.path import exists, expanduser
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,12 +19,10 @@ import yaml
 
 from lightning_danube.cli.options import BEFORE, CLASS_KEYS, Path, Refusal, Typed, no_option, plain_value
 from lightning_danube.cli.trainer_options import check_trainer_options
-from lightning_danube.files import looks_like_path
 from lightning_danube.outside.modules import let_in
 from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
-from lightning_danube.text.reading import format_of
 from lightning_danube.yaml_files import RefusedYaml, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
@@ -78,6 +74,11 @@ class Stated:
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "")
+
+    def place_and_key(self, path: Path) -> str:
+        """Returns "file, line n: key" or "--flag" for a key, the key alone if no place is known."""
+        place, key = self.place_of(path), ".".join(path)
+        return place if place.startswith("--") else f"{place}: {key}" if place else key
 
 
 def read_command_line(args: Sequence[str]) -> Stated:
@@ -172,6 +173,13 @@ def continued_weights(stated: Stated) -> str | None:
         return None
     weights = {**(model.get("init_args") or {}), **model}.get("weights")
     return None if weights in (None, "", "null") or "${" in str(weights) else str(weights)
+
+
+def facts_left_to_weights(stated: Stated) -> list[str]:
+    """Returns the options of the data that the weights decide with which a pre-training run begins."""
+    if continued_weights(stated) is None:
+        return []
+    return [fact for fact in ("tokenizer", "context_length") if ("data", fact) not in stated.places]
 
 
 def in_one_line(refusal: Refusal, stated: Stated) -> str:
@@ -321,48 +329,6 @@ def place_of_run(tree: Mapping[str, Any]) -> FilePath:
     return inside(FilePath(str(tree.get("runs") or "runs")), tree.get("name") or "run", "--name")
 
 
-def check_files(stated: Stated, verb: str) -> None:
-    """Looks for the local files that a run names, without importing PyTorch or Lightning.
-
-    Weights, tokenizers and the checkpoint to begin with are looked for. So are the sources of a training run, the
-    training texts of a classifier, and the text that quantized models read. Directories of token files, addresses,
-    patterns and what may be a hub id are left to the data.
-
-    Args:
-        verb: the verb of the trainer that runs. Only `fit` needs the sources.
-
-    Raises:
-        ValueError: a file is missing.
-    """
-    from lightning_danube.checkpoints.runs import check_named
-    from lightning_danube.tokens.hub import did_you_mean
-
-    for path, text in texts_of(stated.tree):
-        match path:
-            case ("data", "sources", name, "path") if not re.fullmatch(r"[\w-]{1,100}", name):
-                continue  # the data refuse the name
-            case ("data", "tokenizer") | ("model", "weights") if looks_like_path(text) and "${" not in text:
-                if not exists(expanduser(text)):
-                    hint = did_you_mean(text)
-                    where = _place_and_key(stated, path)
-                    raise ValueError(f"{where}: there is no file or directory {text}{hint}")
-            case ("ckpt_path",):
-                named = f"{text}{stated.tree.get('runs')}{stated.tree.get('name')}"
-                if "://" not in named and "${" not in named:
-                    check_named(place_of_run(stated.tree), text)
-            case ("data", "sources", _, "path") | ("data", "train") | ("data", "text", "path"):
-                if verb != ("test" if path[1] == "text" else "fit"):
-                    continue
-                is_file = (looks_like_path(text) or format_of(text)) and not glob.has_magic(text)
-                if is_file and "://" not in text and "${" not in text and not exists(expanduser(text)):
-                    raise ValueError(f"{_place_and_key(stated, path)}: there is no file {text}")
-
-
-def _place_and_key(stated: Stated, path: Path) -> str:
-    place, key = stated.place_of(path), ".".join(path)
-    return place if place.startswith("--") else f"{place}: {key}" if place else key
-
-
 def _place(stated: Stated, *path: str) -> str:
     place = stated.place_of(path)
     return f"{place}: " if place else ""
@@ -385,7 +351,7 @@ def _check_texts(stated: Stated) -> None:
     """
     for path, text in texts_of(stated.tree):
         let_in(text)
-        where, key = _place_and_key(stated, path), ".".join(path)
+        where, key = stated.place_and_key(path), ".".join(path)
         if secret_in(text):
             raise ValueError(
                 f"{where} holds a key or a password ({redacted(text)[:200]}), and a run keeps and shows its "

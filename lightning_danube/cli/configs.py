@@ -20,12 +20,14 @@ from lightning_danube.cli.command_line import (
     complete_loggers,
     complete_mappings,
     continued_weights,
+    facts_left_to_weights,
     in_one_line,
     place_of_run,
     read_command_line,
     texts_of,
     with_config_paths,
 )
+from lightning_danube.cli.named_files import check_files
 from lightning_danube.cli.options import CLASS_KEYS, Reader, Refusal, Typed, options_of, plain_value
 from lightning_danube.cli.trainer_options import check_limits
 from lightning_danube.yaml_files import load_yaml, with_text_keys
@@ -163,17 +165,28 @@ def _set_loader() -> None:
     set_loader(mode, load_with_text_keys, (yaml.YAMLError,))
 
 
-def configured_data(configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
+def configured_data(verb: str, configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
     """Returns the configured data module. Ignores the model and the trainer.
 
-    Raises:
-        ValueError: a configuration is wrong; the message is one line.
-    """
-    from lightning.pytorch import LightningDataModule
+    Missing files and wrong settings are refused before PyTorch and Lightning are imported.
 
-    stated = _stated(configs, overrides)
+    Args:
+        verb: the verb that reads the data.
+
+    Raises:
+        ValueError: a configuration is wrong, or a file is missing; the message is one line.
+    """
+    args = _arguments(configs, overrides)
+    stated = read_command_line(args)
     if "data" not in stated.tree:
         raise ValueError(f"{' + '.join(stated.files)}: there is no section data")
+    check_files(stated, verb)
+    stated = read_command_line(with_facts_of_weights(args))
+    with one_line_errors(stated):
+        _settings_of({"data": resolved_tree(stated)["data"]}, Reader(taken=FACTS_OF_DATA, make=True), in_full=False)
+
+    from lightning.pytorch import LightningDataModule
+
     with one_line_errors(stated):
         reader = Reader(make=True, open_to=open_classes())
         data: LightningDataModule = reader.value(LightningDataModule, resolved_tree(stated)["data"], ("data",))
@@ -188,7 +201,7 @@ def planned_run(configs: Sequence[str], overrides: Sequence[str]) -> PlannedRun:
     """
     from lightning_danube.planning.run import TrainerSection
 
-    stated = _stated(configs, overrides)
+    stated = read_command_line(with_facts_of_weights(_arguments(configs, overrides)))
     # Checked before anything is read, because other tasks would download weights first.
     model, data = (_class_name(stated.tree.get(section)) for section in ("model", "data"))
     if (model, data) != ("Pretraining", "CurriculumData"):
@@ -308,8 +321,7 @@ def place_of_runs(configs: Sequence[str], overrides: Sequence[str]) -> Path:
     Raises:
         ValueError: the configuration is missing or no YAML, or the name is a path.
     """
-    args = [flag for config in configs for flag in ("--config", config)]
-    return place_of_run(resolved_tree(read_command_line(with_config_paths([*args, *overrides]))))
+    return place_of_run(resolved_tree(read_command_line(_arguments(configs, overrides))))
 
 
 def _class_name(section: Any) -> str:
@@ -317,9 +329,9 @@ def _class_name(section: Any) -> str:
     return str(named).rpartition(".")[2]
 
 
-def _stated(configs: Sequence[str], overrides: Sequence[str]) -> Stated:
-    args = [flag for config in configs for flag in ("--config", config)]
-    return read_command_line(with_facts_of_weights(with_config_paths([*args, *overrides])))
+def _arguments(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns the command line of a trainer's verb with these configurations, without the verb."""
+    return with_config_paths([*(flag for config in configs for flag in ("--config", config)), *overrides])
 
 
 def with_facts_of_weights(args: Sequence[str]) -> list[str]:
@@ -331,8 +343,7 @@ def with_facts_of_weights(args: Sequence[str]) -> list[str]:
         ValueError: there are no such weights.
     """
     stated = read_command_line(args)
-    weights = continued_weights(stated)
-    open_facts = [fact for fact in ("tokenizer", "context_length") if ("data", fact) not in stated.places]
+    weights, open_facts = continued_weights(stated), facts_left_to_weights(stated)
     if weights is None or not open_facts:
         return list(args)
     from lightning_danube.weights.shapes import shape_of

@@ -23,7 +23,7 @@ from lightning_danube.pretraining.curriculum import tokens_of_stages
 from lightning_danube.reports.tags import TAGS, tag_called
 from lightning_danube.terminal import as_typed
 from lightning_danube.training.trackers import STEPS
-from lightning_danube.yaml_files import read_config
+from lightning_danube.yaml_files import read_config, way_to_make
 
 PAPER_WEB_SHARES = (0.906, 0.817, 0.516)
 """Share of web text in the three stages of H2O-Danube3 (arXiv 2407.09276)."""
@@ -141,9 +141,8 @@ def newest_run(runs: str | Path, name: str) -> Path:
         begun = [number for number, path in versions.items() if (path / "config.yaml").is_file()]
         if begun:
             return versions[max(begun)]
-    config = "quickstart" if name == "quickstart" else "…"
-    command = f"{as_typed()} fit --config {config}" + ("" if name == "quickstart" else f" --name {name}")
-    raise MissingResult(f"there is no run under {Path(runs) / name}: `{command}` makes one")
+    way = way_to_make(runs, name) or f"`{as_typed()} fit --config … --name {name}` makes one"
+    raise MissingResult(f"there is no run under {Path(runs) / name}: {way}")
 
 
 TABLE = "metrics.csv"

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from lightning_danube.files import looks_like_path
 from lightning_danube.terminal import nearest_name
+from lightning_danube.yaml_files import way_to_make
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_VERSION = re.compile(r"(?:(?P<runs>.*)/)?(?P<name>[^/]+)/version_\d+(?:/.*)?")
+_RUN = re.compile(r"(?P<runs>(?:.*/)?runs)/(?P<name>[^/]+)/?")
+"""A version of a run or a file in it, and a run in a directory called runs, by their names."""
 
 
 def hub_id(name: str) -> str | None:
@@ -18,8 +22,17 @@ def hub_id(name: str) -> str | None:
     return match["repository"] if match and not Path(name).expanduser().exists() else None
 
 
-def did_you_mean(name: str, *known: str) -> str:
-    """Returns " (did you mean …?)" with the most similar of the known names and of the names beside it, or ""."""
+def hint_for(name: str, *known: str) -> str:
+    """Returns, in parentheses, what helps where a name stands for nothing. Returns "" if nothing is known to help.
+
+    For a run of a configuration of this package, of which no version exists, this is the command that makes it. For
+    other names, it is the most similar of the known names and of the names beside it: " (did you mean …?)".
+    """
+    run = _VERSION.fullmatch(name) or _RUN.fullmatch(name)
+    if run and not Path(run["runs"] or ".", run["name"]).expanduser().exists():
+        way = way_to_make(run["runs"] or ".", run["name"])
+        if way is not None:
+            return f" ({way})"
     path = Path(name).expanduser()
     beside = {sibling.name: str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")}
     meant = beside | {one: one for one in known}
@@ -44,7 +57,7 @@ def download(option: str, name: str, files: Sequence[str], known: Sequence[str] 
     Raises:
         ValueError: the name is a path or no hub id, the hub has no such repository, or the hub cannot be reached.
     """
-    nothing = f"{option} {name}: there is no such file or directory{did_you_mean(name, *known)}"
+    nothing = f"{option} {name}: there is no such file or directory{hint_for(name, *known)}"
     match = HUB_ID.fullmatch(name)
     if match is None or looks_like_path(name):
         raise ValueError(nothing)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from lightning_danube.files import has_room, is_out_of_memory, looks_like_path, read_json
 from lightning_danube.text.embedded.world import WORLD, world_tokenizer
-from lightning_danube.tokens.hub import did_you_mean, first_line
+from lightning_danube.tokens.hub import first_line, hint_for
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -308,7 +308,7 @@ def load_hf_tokenizer(name: str) -> PreTrainedTokenizerFast:
     directory = Path(name).expanduser()
     if not directory.is_dir() and looks_like_path(name):
         raise ValueError(
-            f"there is no tokenizer directory {name!r}{did_you_mean(name)}: give {KNOWN_NAMES}, a directory or a hub id"
+            f"there is no tokenizer directory {name!r}{hint_for(name)}: give {KNOWN_NAMES}, a directory or a hub id"
         )
     repository, _, revision = name.partition("@")
     try:

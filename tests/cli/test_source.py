@@ -16,11 +16,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_danube.cli.command_line import (
     FACTS_OF_DATA,
-    Stated,
     check_command_line,
-    check_files,
-    read_command_line,
-    with_config_paths,
 )
 from lightning_danube.cli.configs import open_classes
 from lightning_danube.cli.options import Reader, Refusal, options_of
@@ -119,23 +115,6 @@ def test_a_command_line_is_checked(flags: str, message: str) -> None:
         check_command_line(["--config", "quickstart", *flags.split()])
 
 
-def stated(*arguments: str) -> Stated:
-    return read_command_line(with_config_paths(arguments))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data.init_args.sources.web.path", "nowhere.jsonl"], "--data.init_args.sources.web.path: there is no file"),
-        (["--data.init_args.sources", "{mine: {path: ./nowhere}}"], "--data.init_args.sources: there is no file ./now"),
-        (["--data.init_args.train", "nowhere.csv.gz"], "--data.init_args.train: there is no file nowhere.csv.gz"),
-    ],
-)
-def test_a_missing_file_is_found_early(flags: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        check_files(stated("--config", "quickstart", *flags), "fit")
-
-
 @pytest.mark.medium
 def test_a_list_of_callbacks_may_name_each_without_its_module(tmp_path: Path) -> None:
     """A subprocess: this one has imported the callbacks."""
@@ -145,77 +124,6 @@ def test_a_list_of_callbacks_may_name_each_without_its_module(tmp_path: Path) ->
     done = subprocess.run([*command, "--print_config"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "keep: 5" in done.stdout
-
-
-def test_a_missing_text_of_a_quantization_is_found_early() -> None:
-    flags = ["--model.init_args.weights=smollm2", "--data.init_args.text.path=./nowhere.txt"]
-    missing = stated("--config", "quantization/quickstart", *flags)
-    with pytest.raises(ValueError, match=r"^--data\.init_args\.text\.path: there is no file \./nowhere\.txt$"):
-        check_files(missing, "test")
-    check_files(missing, "fit")
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("last", "there is no checkpoint under {runs}/quickstart to resume from: leave out --ckpt_path last to begin"),
-        ("nowhere.ckpt", "--ckpt_path nowhere.ckpt: there is no such file"),
-    ],
-)
-def test_a_missing_checkpoint_is_found_early(value: str, message: str, tmp_path: Path) -> None:
-    flags = ["--config", "quickstart", "--ckpt_path", value, "--runs"]
-    with pytest.raises(ValueError, match=f"^{re.escape(message.format(runs=tmp_path))}"):
-        check_files(stated(*flags, str(tmp_path)), "fit")
-    checkpoints = tmp_path / "quickstart" / "version_0" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "step_1.ckpt").touch()
-    if value == "last":
-        check_files(stated(*flags, str(tmp_path)), "fit")
-
-
-@pytest.mark.parametrize("value", ["last-or-new", "s3://bucket/run.ckpt", "${name}.ckpt"])
-def test_a_checkpoint_that_may_be_absent_is_left_to_the_run(value: str, tmp_path: Path) -> None:
-    check_files(stated("--config", "quickstart", "--ckpt_path", value, "--runs", str(tmp_path)), "fit")
-
-
-def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
-    with pytest.raises(ValueError, match=r"smollm2-lora\.yaml, line \d+: data\.sources\.conversations\.path: there is"):
-        check_files(stated("--config", "sft/smollm2-lora"), "fit")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "documentation:web",
-        "owner/name",
-        "s3://bucket/texts.jsonl",
-        "nowhere/*.jsonl",
-        "tokens.ds",
-        "${name}.jsonl",
-        ".",
-    ],
-)
-def test_what_may_be_no_file_is_left_to_the_data(path: str) -> None:
-    check_files(stated("--config", "quickstart", "--data.init_args.sources.web.path", path), "fit")
-
-
-@pytest.mark.parametrize("verb", ["fit", "test"])
-@pytest.mark.parametrize("option", ["--data.init_args.tokenizer", "--model.init_args.weights"])
-def test_missing_weights_and_tokenizers_are_found_early(option: str, verb: str, tmp_path: Path) -> None:
-    (tmp_path / "version_0").mkdir()
-    arguments = ["--config", "sft/quickstart", f"{option}={tmp_path}/version_1"]
-    if "tokenizer" in option:
-        arguments.append(f"--model.init_args.weights={tmp_path}/version_0")
-    meant = f"there is no file or directory {tmp_path}/version_1 (did you mean {tmp_path}/version_0?)"
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{option}: {meant}')}"):
-        check_files(stated(*arguments), verb)
-
-
-def test_what_a_verb_does_not_read_may_be_missing() -> None:
-    missing = stated("--config", "quickstart", "--data.init_args.sources.web.path", "nowhere.jsonl")
-    check_files(missing, "validate")
-    hub = stated("--config", "quickstart", "--model.init_args.weights=owner/name")
-    check_files(hub, "fit")
 
 
 def test_a_verb_that_reads_the_data_needs_no_options_of_the_model(tmp_path: Path) -> None:

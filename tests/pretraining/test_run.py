@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, capsys: pytest.CaptureF
     assert summary["val_loss"]["web"] < summary["stages"][0]["val_loss"]["web"] < 10
 
     # Bits a byte, from the text itself: the held-out rows as the data module reads them.
-    data = configured_data([str(tiny / "tiny.yaml")], [])
+    data = configured_data("prepare", [str(tiny / "tiny.yaml")], [])
     assert isinstance(data, CurriculumData)
     data.setup("validate")
     for name, loss in summary["val_loss"].items():

@@ -27,7 +27,7 @@ def config(tiny: Path) -> Path:
 
 
 def data_of(config: Path, *overrides: str) -> CurriculumData:
-    data = configured_data([str(config)], list(overrides))
+    data = configured_data("prepare", [str(config)], list(overrides))
     assert isinstance(data, CurriculumData)
     return data
 

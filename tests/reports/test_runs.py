@@ -40,10 +40,16 @@ def test_the_newest_version_that_began_is_found(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("quickstart", "fit --config quickstart` makes one"), ("other", "fit --config … --name other` makes one")],
+    [
+        ("quickstart", "fit --config quickstart --runs {runs}` makes one"),
+        ("sft-quickstart", "fit --config sft/quickstart --runs {runs}` makes one"),
+        ("other", "fit --config … --name other` makes one"),
+    ],
 )
 def test_a_missing_run_names_the_command_that_makes_it(tmp_path: Path, name: str, command: str) -> None:
-    with pytest.raises(runs.MissingResult, match=rf"no run under {tmp_path}/{name}: .*{command}") as caught:
+    with pytest.raises(
+        runs.MissingResult, match=rf"no run under {tmp_path}/{name}: .*{command.format(runs=tmp_path)}"
+    ) as caught:
         runs.newest_run(tmp_path, name)
     # A notebook shows one line.
     assert caught.value._render_traceback_() == [f"Missing: {caught.value}"]

@@ -7,7 +7,8 @@ import pytest
 import transformers
 
 from lightning_danube.files import looks_like_path
-from lightning_danube.tokens.hub import did_you_mean, download, first_line, hub_id
+from lightning_danube.terminal import as_typed
+from lightning_danube.tokens.hub import download, first_line, hint_for, hub_id
 from lightning_danube.tokens.tokenizer import adding_bos, load_hf_tokenizer
 from tests.tiny_models import tiny_tokenizer
 
@@ -26,9 +27,29 @@ def test_a_hub_id_is_owner_and_name_that_lie_on_no_disk(tmp_path: Path, monkeypa
 
 def test_a_similar_name_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
-    assert did_you_mean(str(tmp_path / "quikstart")) == f" (did you mean {tmp_path / 'quickstart'}?)"
-    assert did_you_mean("smolm2", "smollm2") == " (did you mean smollm2?)"
-    assert did_you_mean(str(tmp_path / "nothing"), "smollm2") == did_you_mean("/nowhere/at/all") == ""
+    assert hint_for(str(tmp_path / "quikstart")) == f" (did you mean {tmp_path / 'quickstart'}?)"
+    assert hint_for("smolm2", "smollm2") == " (did you mean smollm2?)"
+    assert hint_for(str(tmp_path / "nothing"), "smollm2") == hint_for("/nowhere/at/all") == ""
+
+
+def test_a_missing_run_of_a_configuration_is_told_with_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dpo-quickstart").mkdir(parents=True)
+    fit = f"`{as_typed()} fit --config"
+    for name in (
+        "runs/sft-quickstart",
+        "./runs/sft-quickstart/version_0",
+        "runs/sft-quickstart/version_0/checkpoints/",
+    ):
+        assert hint_for(name) == f" ({fit} sft/quickstart` makes one)"
+    assert hint_for("my runs/world/version_2") == f' ({fit} pretrain/world --runs "my runs"` makes one)'
+    # No run of an evaluation holds weights, and "quickstart" of studies/ is no run.
+    assert hint_for("runs/evaluation-quickstart/version_0") == "" == hint_for("elsewhere/quickstart")
+    assert hint_for("runs/quickstart") == f" ({fit} quickstart` makes one)"
+    (tmp_path / "runs/sft-quickstart/version_1").mkdir(parents=True)
+    assert hint_for("runs/sft-quickstart/version_0") == " (did you mean runs/sft-quickstart/version_1?)"
 
 
 def test_a_download_asks_for_the_named_revision_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def equal(first: Path, second: Path) -> bool:
 def test_the_run_is_the_one_beside_the_texts(tiny: Path, bucket: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny / "tiny.yaml"
     beside = fit(config, "beside")
-    data = configured_data([str(config)], [])
+    data = configured_data("prepare", [str(config)], [])
     assert isinstance(data, CurriculumData)
     text = config.read_text()
     for name, directory in data.shards_directories().items():

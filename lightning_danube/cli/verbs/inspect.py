@@ -35,10 +35,11 @@ def run(arguments: Namespace) -> None:
             raise ValueError(f"--{option} is {getattr(arguments, option)}: give 0 or more")
 
     from lightning_danube.cli.configs import configured_data
+
+    data = configured_data("inspect", arguments.config, arguments.overrides)
     from lightning_danube.inspection.lines import LEGEND, Style, lines_of, wants_colour
     from lightning_danube.inspection.shown import ShownSource, ShowsSources, nothing_seen
 
-    data = configured_data(arguments.config, arguments.overrides)
     if not isinstance(data, ShowsSources):
         raise ValueError(f"data is {type(data).__name__}, which has no method shown_sources: it cannot be inspected")
     style, width = Style(wants_colour(sys.stdout)), shutil.get_terminal_size((100, 24)).columns

@@ -122,9 +122,10 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
     from lightning_danube.cli.configs import configured_data
+
+    data = configured_data("prepare", configs, overrides)
     from lightning_danube.pretraining.data import CurriculumData
 
-    data = configured_data(configs, overrides)
     if not isinstance(data, CurriculumData):
         raise ValueError(
             f"data is {type(data).__name__}, which reads its files when it runs: only CurriculumData has shards"

@@ -73,12 +73,13 @@ def _sample(arguments: Namespace) -> TextSample:
 
 def _configured_sample(configs: Sequence[str], overrides: Sequence[str]) -> TextSample:
     from lightning_danube.cli.configs import configured_data
-    from lightning_danube.pretraining.data import CurriculumData
     from lightning_danube.tokens.tokenizer import MISTRAL
-    from lightning_danube.tokens.tokenizer_training import TextSample
 
     # The configuration may already name the tokenizer that this command makes.
-    data = configured_data(configs, [*overrides, "--data.init_args.tokenizer", MISTRAL])
+    data = configured_data("tokenizer", configs, [*overrides, "--data.init_args.tokenizer", MISTRAL])
+    from lightning_danube.pretraining.data import CurriculumData
+    from lightning_danube.tokens.tokenizer_training import TextSample
+
     if not isinstance(data, CurriculumData):
         raise ValueError(f"data is {type(data).__name__}: only the sources of CurriculumData are plain texts")
     return TextSample(data.sources, data.cache_dir, data.held_out)
