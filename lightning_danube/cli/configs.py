@@ -165,6 +165,13 @@ def _set_loader() -> None:
     set_loader(mode, load_with_text_keys, (yaml.YAMLError,))
 
 
+ONLY_CURRICULUM = {
+    "prepare": ", which reads its files when it runs: only CurriculumData has shards",
+    "tokenizer": ": only the sources of CurriculumData are plain texts",
+}
+"""Verb that takes only the data of pre-training → why it refuses other data."""
+
+
 def configured_data(verb: str, configs: Sequence[str], overrides: Sequence[str]) -> LightningDataModule:
     """Returns the configured data module. Ignores the model and the trainer.
 
@@ -174,12 +181,17 @@ def configured_data(verb: str, configs: Sequence[str], overrides: Sequence[str])
         verb: the verb that reads the data.
 
     Raises:
-        ValueError: a configuration is wrong, or a file is missing; the message is one line.
+        ValueError: a configuration is wrong, the verb does not take its data, or a file is missing; the message is one
+            line.
     """
+    from lightning_danube.pretraining.settings import CurriculumSettings
+
     args = _arguments(configs, overrides)
     stated = read_command_line(args)
     if "data" not in stated.tree:
         raise ValueError(f"{' + '.join(stated.files)}: there is no section data")
+    if _settings_class(stated.tree["data"]) not in (None, CurriculumSettings) and verb in ONLY_CURRICULUM:
+        raise ValueError(f"data is {_class_name(stated.tree['data'])}{ONLY_CURRICULUM[verb]}")
     check_files(stated, verb)
     stated = read_command_line(with_facts_of_weights(args))
     with one_line_errors(stated):
@@ -190,6 +202,8 @@ def configured_data(verb: str, configs: Sequence[str], overrides: Sequence[str])
     with one_line_errors(stated):
         reader = Reader(make=True, open_to=open_classes())
         data: LightningDataModule = reader.value(LightningDataModule, resolved_tree(stated)["data"], ("data",))
+    if not isinstance(data, CurriculumSettings) and verb in ONLY_CURRICULUM:
+        raise ValueError(f"data is {type(data).__name__}{ONLY_CURRICULUM[verb]}")
     return data
 
 

@@ -574,7 +574,11 @@ def test_mistakes_in_the_file_are_told_in_one_line(tiny: Path, capsys: pytest.Ca
             "pretraining.CurriculumData\n",
             "there is no class 'CurriculumDat' in lightning_danube.pretraining",
         ),
-        ("{path: nothing.jsonl}", f"{{path: {tiny}/web.jsonl}}", "source 'web': there is no file nothing.jsonl"),
+        (
+            "{path: nothing.jsonl}",
+            f"{{path: {tiny}/web.jsonl}}",
+            "data.sources.web.path: there is no file nothing.jsonl",
+        ),
         ("finnish: 3\ndata:\n", "data:\n", "finnish"),
     ):
         assert right in whole

@@ -126,10 +126,7 @@ def _data(configs: list[str], overrides: list[str]) -> CurriculumData:
     data = configured_data("prepare", configs, overrides)
     from lightning_danube.pretraining.data import CurriculumData
 
-    if not isinstance(data, CurriculumData):
-        raise ValueError(
-            f"data is {type(data).__name__}, which reads its files when it runs: only CurriculumData has shards"
-        )
+    assert isinstance(data, CurriculumData)
     return data
 
 

@@ -80,8 +80,7 @@ def _configured_sample(configs: Sequence[str], overrides: Sequence[str]) -> Text
     from lightning_danube.pretraining.data import CurriculumData
     from lightning_danube.tokens.tokenizer_training import TextSample
 
-    if not isinstance(data, CurriculumData):
-        raise ValueError(f"data is {type(data).__name__}: only the sources of CurriculumData are plain texts")
+    assert isinstance(data, CurriculumData)
     return TextSample(data.sources, data.cache_dir, data.held_out)
 
 
