@@ -23,6 +23,7 @@ from lightning_danube.outside.modules import let_in
 from lightning_danube.outside.names import inside, plain_name
 from lightning_danube.outside.secrets import key_of, redacted, secret_in
 from lightning_danube.terminal import nearest_name
+from lightning_danube.text.reading import format_of
 from lightning_danube.yaml_files import RefusedYaml, config_file, lines_of_keys, load_yaml, read_config, with_text_keys
 
 TOP_LEVEL = ("name", "runs", "seed_everything", "trainer", "model", "data", "ckpt_path", "config")
@@ -100,6 +101,7 @@ def read_command_line(args: Sequence[str]) -> Stated:
         except RefusedYaml as error:
             raise ValueError(f"{flag}, {error}") from error
         _check_list_items(flag, keys, value, stated.tree)
+        _check_above(flag, keys, value, stated)
         tree: Any = [Added(value)] if flag.endswith("+") else Typed(value)
         for key in reversed(_with_init_args(keys, stated.tree)):
             tree = {key: tree}
@@ -231,6 +233,31 @@ def _check_list_items(flag: str, keys: Path, value: str, tree: Any) -> None:
             return
 
 
+def _check_above(flag: str, keys: Path, value: str, stated: Stated) -> None:
+    """Refuses an option below a text that is no name of a class: a text has no options.
+
+    Raises:
+        ValueError: the flag names an option below such a text.
+    """
+    tree: Any = stated.tree
+    path = _with_init_args(keys, tree)
+    for depth, key in enumerate(path[:-1], start=1):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+        if isinstance(tree, str) and not isinstance(plain_value(tree), Mapping) and not _names_a_class(tree):
+            above = without_init_args(path[:depth])
+            name = ".".join(above)
+            raise ValueError(
+                f"{flag} {value}: {name} is the text {str(tree)!r} ({stated.place_of(above)}), which has no options: "
+                f"give the whole value by --{name}"
+            )
+
+
+def _names_a_class(text: str) -> bool:
+    """Returns whether a text is the name of a class or its path, not the name of a file or of something else."""
+    is_name = all(part.isidentifier() for part in text.split("."))
+    return is_name and (text.rpartition(".")[2][:1].isupper() or ("." in text and not format_of(text)))
+
+
 def _is_added(item: Any) -> bool:
     return isinstance(item, Added) or (isinstance(item, Mapping) and isinstance(item.get("class_path"), Added))
 
@@ -255,13 +282,16 @@ def flags(args: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 def merged(old: Any, new: Any) -> Any:
     """Merges two trees of values as jsonargparse does: new values override old ones, and lists are replaced.
 
-    An option that is given for a list belongs to its last item, as after `--trainer.callbacks+=Progress`.
+    An option that is given for a list belongs to its last item, as after `--trainer.callbacks+=Progress`. An option
+    that is given for a text belongs to the class of that name; a text that names no class is replaced.
     """
     if isinstance(new, list) and new and isinstance(new[0], Added):
         return [*(old if isinstance(old, list) else []), *new]
     if isinstance(old, list) and old and isinstance(new, Mapping):
         return [*old[:-1], merged(old[-1], new)]
-    if isinstance(old, str) and isinstance(new, Mapping) and "class_path" not in new and new:
+    if isinstance(old, Typed) and isinstance(plain_value(old), Mapping):
+        old = plain_value(old)
+    if isinstance(old, str) and isinstance(new, Mapping) and "class_path" not in new and new and _names_a_class(old):
         old = {"class_path": old if isinstance(old, Added) else str(old)}  # --model Pretraining --model.decoder …
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new

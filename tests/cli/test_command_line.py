@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from lightning_danube.cli.command_line import complete_loggers, merged, read_command_line
-from lightning_danube.cli.options import BEFORE
+from lightning_danube.cli.command_line import complete_loggers, merged, read_command_line, texts_of
+from lightning_danube.cli.options import BEFORE, Typed
 from lightning_danube.cli.trainer_options import TRAINER_OPTIONS
 
 
@@ -64,9 +65,38 @@ def test_merging_is_jsonargparses() -> None:
     assert merged([1, 2], [3]) == [3]
     assert merged([{"class_path": "A"}], {"x": 1}) == [{"class_path": "A", "x": 1}]
     assert merged("A", {"x": 1}) == {"class_path": "A", "x": 1}
+    assert merged("own.adam", {"x": 1}) == {"class_path": "own.adam", "x": 1}
+    for text in ("documentation:packages", "danube-small", "mistral", "train.jsonl", "a/B"):
+        assert merged(text, {"x": 1}) == {"x": 1}
+    assert merged(Typed("{x: 1, y: 2}"), {"x": 3}) == {"x": 3, "y": 2}
     before = {"class_path": "A", "init_args": {"x": 1}}
     assert merged(before, {"class_path": "A", "init_args": {"y": 2}})["init_args"] == {"x": 1, "y": 2}
     assert merged(before, {"class_path": "B"}) == {"class_path": "B", BEFORE: {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "inner"),
+    [
+        ("data.train", "documentation:packages", "path"),
+        ("data.init_args.train", "train.jsonl", "path"),
+        ("model.decoder", "danube3-500m", "num_hidden_layers"),
+        ("name", "quickstart", "path"),
+        ("trainer.strategy", "ddp", "find_unused_parameters"),
+    ],
+)
+def test_an_option_below_a_text_is_refused(option: str, text: str, inner: str, tmp_path: Path) -> None:
+    name = option.replace("init_args.", "")
+    section, _, key = name.partition(".")
+    written = {"class_path": "M", "init_args": {key: text}} if section in ("data", "model") else {key: text}
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump({section: written if key else text}))
+    line = next(number for number, one in enumerate(file.read_text().splitlines(), start=1) if text in one)
+    said = f"--{option}.{inner} 3: {name} is the text {text!r} ({file}, line {line}), which has no options: give the"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)} whole value by --{name}$"):
+        read_command_line(["--config", str(file), f"--{option}.{inner}", "3"])
+    # The whole value may be given, and then a part of it.
+    stated = read_command_line(["--config", str(file), f"--{option}", "{a: b}", f"--{option}.{inner}=3"])
+    assert dict(texts_of(stated.tree))[*name.split("."), inner] == "3"
 
 
 def test_a_value_is_added_to_a_list(tmp_path: Path) -> None:
