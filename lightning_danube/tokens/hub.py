@@ -15,6 +15,9 @@ _VERSION = re.compile(r"(?:(?P<runs>.*)/)?(?P<name>[^/]+)/version_\d+(?:/.*)?")
 _RUN = re.compile(r"(?P<runs>(?:.*/)?runs)/(?P<name>[^/]+)/?")
 """A version of a run or a file in it, and a run in a directory called runs, by their names."""
 
+_SIMILAR = 0.75
+"""Similarity from which on a name is suggested. Below it, two names may have no more in common than `.jsonl`."""
+
 
 def hub_id(name: str) -> str | None:
     """Returns the hub repository of a name, without its revision. None for a file or directory of this machine."""
@@ -36,7 +39,7 @@ def hint_for(name: str, *known: str) -> str:
     path = Path(name).expanduser()
     beside = {sibling.name: str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")}
     meant = beside | {one: one for one in known}
-    near = nearest_name(path.name, meant)
+    near = nearest_name(path.name, meant, least=_SIMILAR)
     return f" (did you mean {meant[near]}?)" if near else ""
 
 

@@ -28,6 +28,10 @@ def test_a_hub_id_is_owner_and_name_that_lie_on_no_disk(tmp_path: Path, monkeypa
 def test_a_similar_name_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     assert hint_for(str(tmp_path / "quikstart")) == f" (did you mean {tmp_path / 'quickstart'}?)"
+    for name in ("train.jsonl", "mine.jsonl"):
+        (tmp_path / name).touch()
+    assert hint_for(str(tmp_path / "trian.jsonl")) == f" (did you mean {tmp_path / 'train.jsonl'}?)"
+    assert hint_for(str(tmp_path / "nowhere.jsonl")) == "", "the same ending alone is not similar"
     assert hint_for("smolm2", "smollm2") == " (did you mean smollm2?)"
     assert hint_for(str(tmp_path / "nothing"), "smollm2") == hint_for("/nowhere/at/all") == ""
 
