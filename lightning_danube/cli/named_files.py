@@ -25,7 +25,8 @@ def check_files(stated: Stated, verb: str) -> None:
     """Looks for the local files that a command reads: data, tokenizer, weights, and the checkpoint to begin with.
 
     A reference such as `${model.init_args.weights}` is followed to the place that states the file. Directories of token
-    files, addresses, patterns and what may be a hub id are left to the data.
+    files, addresses, patterns and what may be a hub id are left to the data. So are all files of a class of another
+    package, which may make them itself.
 
     Args:
         verb: a verb of the trainer, or one of DATA_VERBS.
@@ -79,6 +80,9 @@ def _is_model(stated: Stated, path: Path, verb: str) -> bool:
 
 def _is_data(texts: Mapping[Path, str], path: Path, verb: str) -> bool:
     """Returns whether a key names texts that a verb reads."""
+    package, dot, _ = texts.get(("data", "class_path"), "").partition(".")
+    if dot and package != "lightning_danube":
+        return False
     match path:
         case ("data", "sources", name, "path"):
             return re.fullmatch(r"[\w-]{1,100}", name) is not None  # the data refuse other names

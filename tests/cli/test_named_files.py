@@ -168,5 +168,13 @@ def test_a_verb_that_reads_only_the_data_needs_no_weights() -> None:
     check_files(stated(*continued, "--data.tokenizer=mistral", "--data.context_length=256"), "inspect")
 
 
+def test_the_files_of_a_class_of_another_package_are_left_to_it(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("data: {class_path: mine.Texts, init_args: {train: made/later.csv}}")
+    check_files(stated("--config", str(own)), "fit")
+    with pytest.raises(ValueError, match=r"^--data\.tokenizer: there is no file or directory \./nowhere$"):
+        check_files(stated("--config", str(own), "--data.tokenizer=./nowhere"), "fit")
+
+
 def test_references_in_a_circle_are_left_to_the_parser() -> None:
     check_files(stated("--config", "sft/quickstart", "--model.weights=${data.tokenizer}"), "fit")
