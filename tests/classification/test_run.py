@@ -434,14 +434,16 @@ def test_the_adapter_of_a_chat_run_is_exported_alone(tmp_path: Path, tiny_run: P
 
 def test_exports_that_cannot_be(words: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words, "--trainer.max_steps", "4") == 0
-    mine = str(directory(words))
+    mine, adapter = str(directory(words)), words / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     for arguments, message in [
         (
             (mine, "--format", "gguf", "--out", str(words / "x.gguf")),
             "is a classifier, which llama.cpp has no head for",
         ),
         (
-            (mine, "--adapter", "a", "--out", str(words / "x")),
+            (mine, "--adapter", str(adapter), "--out", str(words / "x")),
             "is a classifier with its own adapter; leave it out",
         ),
         (

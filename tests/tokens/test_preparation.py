@@ -550,7 +550,11 @@ def test_the_command_says_what_the_other_parts_have_to_do(tiny: Path, capsys: py
         ),
         (
             ["--data.init_args.decontaminate", "[nowhere.jsonl]"],
-            "data.decontaminate names nowhere.jsonl, which cannot",
+            "--data.init_args.decontaminate: there is no file nowhere.jsonl",
+        ),
+        (
+            ["--data.init_args.decontaminate", "[/]"],
+            "data.decontaminate names /, which cannot be read: Is a directory",
         ),
         (["--nonsense", "1"], "--nonsense"),
     ],
