@@ -14,6 +14,7 @@ from lightning_danube.checkpoints.runs import check_named
 from lightning_danube.cli.command_line import Stated, facts_left_to_weights, place_of_run, texts_of
 from lightning_danube.cli.options import Path
 from lightning_danube.files import looks_like_path
+from lightning_danube.text.corpora import pattern_of
 from lightning_danube.text.reading import format_of
 from lightning_danube.tokens.hub import hint_for
 
@@ -25,7 +26,7 @@ def check_files(stated: Stated, verb: str) -> None:
     """Looks for the local files that a command reads: data, tokenizer, weights, and the checkpoint to begin with.
 
     A reference such as `${model.init_args.weights}` is followed to the place that states the file. Directories of token
-    files, addresses, patterns and what may be a hub id are left to the data. So are all files of a class of another
+    files, addresses and what may be a hub id are left to the data. So are all files of a class of another
     package, which may make them itself.
 
     Args:
@@ -52,11 +53,12 @@ def check_files(stated: Stated, verb: str) -> None:
 
 def _means_a_file(text: str) -> bool:
     is_local = looks_like_path(text) or format_of(text)
-    return bool(is_local) and not glob.has_magic(text) and "://" not in text
+    return bool(is_local) and "://" not in text
 
 
 def _check_exists(name: str, kind: str, place: str) -> None:
-    if not exists(expanduser(name)):
+    path = expanduser(name)
+    if not exists(path) and not (glob.has_magic(path) and any(glob.iglob(pattern_of(path), recursive=True))):
         raise ValueError(f"{place}: there is no {kind} {name}{hint_for(name)}")
 
 

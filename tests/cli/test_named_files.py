@@ -28,6 +28,18 @@ def test_a_missing_file_is_found_early(flags: list[str], message: str) -> None:
         check_files(stated("--config", "quickstart", *flags), "fit")
 
 
+def test_a_pattern_without_files_is_found_early(tmp_path: Path) -> None:
+    path = tmp_path / "[a]" / "*" / "*.jsonl"  # the directory is a name, not a pattern
+    flags = ["--config", "quickstart", "--data.init_args.sources.web.path", str(path)]
+    (tmp_path / "[a]" / "b").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=rf"^--data\.init_args\.sources\.web\.path: there is no file {re.escape(str(path))}"
+    ):
+        check_files(stated(*flags), "fit")
+    (tmp_path / "[a]" / "b" / "c.jsonl").touch()
+    check_files(stated(*flags), "fit")
+
+
 def test_a_missing_text_of_a_quantization_is_found_early() -> None:
     flags = ["--model.init_args.weights=smollm2", "--data.init_args.text.path=./nowhere.txt"]
     missing = stated("--config", "quantization/quickstart", *flags)
@@ -69,7 +81,6 @@ def test_a_missing_file_of_a_configuration_is_named_with_its_line() -> None:
         "documentation:web",
         "owner/name",
         "s3://bucket/texts.jsonl",
-        "nowhere/*.jsonl",
         "tokens.ds",
         "${name}.jsonl",
         ".",
