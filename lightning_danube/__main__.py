@@ -101,7 +101,7 @@ def _report(error: BaseException, debug: bool, reserve: mmap.mmap | None) -> int
 
 _NEEDS_LESS = "a smaller model, a smaller data.micro_batch_size or fewer processes needs less"
 _NOT_EVEN_THAT = f"error: out of memory: {_NEEDS_LESS}\n".encode()
-"""What is told where there is no memory to make a message."""
+"""The line that is printed if no memory is left to build a message."""
 
 
 def _told(error: BaseException, debug: bool) -> int:

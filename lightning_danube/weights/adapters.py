@@ -27,6 +27,7 @@ from lightning_danube.weights.huggingface import (
     tensor_types,
     write_hf_json,
 )
+from lightning_danube.weights.names import ADAPTER_FILES
 from lightning_danube.weights.new_tokens import ROWS, merge_rows, trained_ids, trained_rows
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 # filter is set here, because jsonargparse runs the import above to find the types.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER_FILES
 # PeftModel wraps the model's wrapper, so every name on disk begins with this prefix.
 PREFIX = "base_model.model."
 # Settings that may have any value. All other settings must have their default, which leaves the base unchanged.
