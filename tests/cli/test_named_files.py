@@ -11,6 +11,12 @@ from lightning_danube.terminal import as_typed
 from lightning_danube.yaml_files import config_file
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a similar name would be suggested."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+
+
 def stated(*arguments: str) -> Stated:
     return read_command_line(with_config_paths(arguments))
 

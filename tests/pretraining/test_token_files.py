@@ -8,7 +8,7 @@ import torch
 
 from lightning_danube.__main__ import main
 from lightning_danube.checkpoints.single import DurableCheckpointIO
-from lightning_danube.cli.configs import configured_data
+from lightning_danube.cli.configs import configured_data, planned_run
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.supply import supplies
 from lightning_danube.tokens.overlap import TrainingTexts, overlap
@@ -70,7 +70,7 @@ def test_files_without_a_list_of_documents_are_shown_and_planned(
 
 def test_planning_far_from_the_files_leaves_their_tokens_open(config: Path) -> None:
     config.write_text(config.read_text().replace("datatrove/*.ds", "nowhere/*.ds"))
-    assert supplies(data_of(config), {})["web"].tokens is None
+    assert supplies(planned_run([str(config)], []).data, {})["web"].tokens is None
 
 
 def test_a_damaged_listing_is_named(config: Path) -> None:
