@@ -399,6 +399,20 @@ def _typed_again(resolved: Any, before: Any) -> Any:
     return Typed(resolved) if isinstance(before, Typed) and isinstance(resolved, str) else resolved
 
 
+def runnable_config(args: Sequence[str], verb: str) -> dict[str, Any]:
+    """Returns the configuration that `resolved_config` returns, after a look at the files that it names.
+
+    Args:
+        args: the arguments without the verb.
+        verb: a verb of the trainer.
+
+    Raises:
+        ValueError: the configuration is refused, or a file is missing; the message is one line.
+    """
+    check_files(read_command_line(with_config_paths(args)), verb)
+    return resolved_config(args)
+
+
 def resolved_config(args: Sequence[str]) -> dict[str, Any]:
     """Returns the whole configuration that a command line of a trainer's verb would run, including defaults.
 

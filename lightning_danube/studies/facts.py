@@ -38,14 +38,35 @@ def check_variants(design: Design, resolve: Resolver) -> dict[str, Facts]:
     Raises:
         ValueError: a variant's config is refused, or facts that should be equal differ.
     """
-    facts = {}
-    for variant, values in design.variants.items():
-        try:
-            facts[variant] = facts_of(resolve(override_options(design, values, design.seeds[0])))
-        except ValueError as error:
-            raise ValueError(f"variant {variant}: {error}") from None
+    facts = {
+        variant: facts_of(_resolved(design, f"variant {variant}", values, resolve))
+        for variant, values in design.variants.items()
+    }
     check_equal(design, facts)
     return facts
+
+
+def check_search(design: Design, resolve: Resolver) -> None:
+    """Parses the config of a search with each value of its lists and each end of its ranges, not with all combinations.
+
+    Raises:
+        ValueError: a config is refused.
+    """
+    choices = {
+        key: among if isinstance(among, list) else [among["low"], among["high"]] for key, among in design.search.items()
+    }
+    first = {key: values[0] for key, values in choices.items()}
+    _resolved(design, "the first setting", first, resolve)
+    for key, values in choices.items():
+        for value in values[1:]:
+            _resolved(design, f"the setting {key}={value}", {**first, key: value}, resolve)
+
+
+def _resolved(design: Design, what: str, values: Overrides, resolve: Resolver) -> Mapping[str, Any]:
+    try:
+        return resolve(override_options(design, values, design.seeds[0]))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def check_equal(design: Design, facts: Mapping[str, Facts]) -> None:

@@ -1,5 +1,6 @@
 """The file of a study, and what is said of wrong ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from lightning_danube.cli.configs import resolved_config
 from lightning_danube.studies.design import read_design
-from lightning_danube.studies.facts import check_variants, facts_of, facts_table
+from lightning_danube.studies.facts import check_search, check_variants, facts_of, facts_table
 from lightning_danube.studies.scaling import SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,29 @@ def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     fine = read_design(write(tmp_path, base=base, baseline="a", variants={"a": {}, "b": {"trainer.max_steps": 2}}))
     assert check_variants(fine, resolved_config)["b"]["parameters"] == 1_115_008
+
+
+def test_a_setting_that_no_run_would_take_is_named(tmp_path: Path) -> None:
+    """Each value of a list and both ends of a range are tried once."""
+    base = str(ROOT / "configs" / "quickstart.yaml")
+    heads, steps = "model.init_args.decoder.num_attention_heads", "trainer.max_steps"
+    for search, message in (
+        ({heads: ["x", 4], steps: [2, 3]}, rf"the first setting: --{heads}: expected"),
+        ({heads: [4, 8], steps: [2, 3, "x"]}, rf"the setting {steps}=x: .*expected a whole number"),
+        ({heads: [4, 8], steps: {"low": 2, "high": 3.5}}, rf"the setting {steps}=3.5: .*expected a whole number"),
+    ):
+        design = read_design(write(tmp_path, **(SEARCH | {"base": base, "search": search})))
+        with pytest.raises(ValueError, match=message):
+            check_search(design, resolved_config)
+    tried: list[list[str]] = []
+
+    def note(options: Sequence[str]) -> dict[str, Any]:
+        tried.append([options[options.index(key) + 1] for key in ("--a", "--b")])
+        return {}
+
+    search = {"a": [1, 2, 3], "b": {"low": 4, "high": 5}}
+    check_search(read_design(write(tmp_path, **(SEARCH | {"search": search}))), note)
+    assert tried == [["1", "4"], ["2", "4"], ["3", "4"], ["1", "5"]]
 
 
 def test_a_variant_may_change_what_all_variants_set(tmp_path: Path) -> None:

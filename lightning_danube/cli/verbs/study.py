@@ -27,12 +27,15 @@ def run(arguments: Namespace) -> None:
     for flag in ("retry_failed", "report"):
         if getattr(arguments, flag) and not arguments.resume:
             raise ValueError(f"--{flag.replace('_', '-')} is about a study that was begun: add --resume")
-    from lightning_danube.cli.configs import resolved_config
+    from functools import partial
+
+    from lightning_danube.cli.configs import runnable_config
     from lightning_danube.extras import need
     from lightning_danube.studies.design import read_design
-    from lightning_danube.studies.facts import check_variants, facts_table
+    from lightning_danube.studies.facts import check_search, check_variants, facts_table
 
     design = read_design(arguments.config)
+    resolve = partial(runnable_config, verb=design.verb)
     need("study", "a study")
     directory = Path(arguments.runs) / "studies" / design.name
     if not arguments.report:
@@ -42,7 +45,9 @@ def run(arguments: Namespace) -> None:
         )
         show(f"study {design.name}: {what} × {seeds} of {design.base}")
         if design.variants:
-            show(facts_table(check_variants(design, resolved_config)))
+            show(facts_table(check_variants(design, resolve)))
+        else:
+            check_search(design, resolve)
         if design.equal:
             show(f"equal, as asked: {', '.join(f'{fact} to {share:.2%}' for fact, share in design.equal.items())}")
 

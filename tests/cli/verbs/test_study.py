@@ -70,6 +70,7 @@ def use_fake(monkeypatch: pytest.MonkeyPatch, breaks: str = "False", sleep: floa
     monkeypatch.setattr(
         "lightning_danube.studies.facts.check_variants", lambda design, resolve: {"slow": NOTHING, "fast": NOTHING}
     )
+    monkeypatch.setattr("lightning_danube.studies.facts.check_search", lambda design, resolve: None)
 
 
 NOTHING = {"parameters": None, "tokens": None, "tokens_by_source": None}
@@ -212,6 +213,26 @@ search:
   model.init_args.decoder.num_hidden_layers: {{low: 1, high: 8}}
   model.init_args.head: [hidden, logits]
 """
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "search: {model.init_args.lora.rank: [1, 4]}",
+        "baseline: low\nvariants: {low: {model.init_args.lora.rank: 1}, high: {model.init_args.lora.rank: 4}}",
+    ],
+)
+def test_a_study_of_missing_weights_is_refused_before_its_first_run(
+    study: Path, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    (study / "study.yaml").write_text(
+        f"name: rates\nbase: classification/quickstart\nmetric: validation.accuracy\nbetter: higher\n{what}\n"
+    )
+    assert run(study) == 2
+    error = capsys.readouterr().err
+    assert "there is no file or directory runs/quickstart" in error and len(error.splitlines()) == 1
+    assert not (study / "runs").exists()
 
 
 @pytest.mark.medium
