@@ -1,9 +1,11 @@
 """What a command line may import before it does its work. Heavy libraries take seconds."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,28 +22,40 @@ HEAVY = (
 )
 
 
-def imported_by(*args: str) -> set[str]:
-    """Heavy libraries that a command line has imported when it ends."""
+LIGHT = {"yaml", "omegaconf", "numpy"}
+"""Read configurations, and load in a tenth of a second."""
+
+
+def imported_by(*commands: Sequence[str]) -> dict[str, set[str]]:
+    """Runs command lines one after the other in one process. Returns for each the heavy libraries that it is the first
+    to import, if there are any."""
     code = (
-        "import sys\nfrom lightning_danube.__main__ import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\nprint()\nprint(*sys.modules)"
+        "import json, sys\nfrom lightning_danube.__main__ import main\nfound = []\n"
+        "for args in json.loads(sys.argv[1]):\n    try:\n        main(args)\n    except SystemExit:\n        pass\n"
+        "    found.append([*sys.modules])\nprint()\nprint(json.dumps(found))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *args],
+        [sys.executable, "-c", code, json.dumps(commands)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    return {*HEAVY} & {*done.stdout.splitlines()[-1].split()}
+    after = [{*HEAVY} & {*modules} for modules in json.loads(done.stdout.splitlines()[-1])]
+    assert len(after) == len(commands)
+    first = [now - before for before, now in zip([set(), *after], after, strict=False)]
+    return {" ".join(command): names for command, names in zip(commands, first, strict=True) if names}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fti"], *([verb, "--help"] for verb in COMMANDS)])
-def test_help_imports_nothing_heavy(args: list[str]) -> None:
-    assert imported_by(*args) == set()
+def heavier_than(allowed: set[str], *commands: Sequence[str]) -> dict[str, set[str]]:
+    """As `imported_by`, without the libraries that are allowed."""
+    return {command: names - allowed for command, names in imported_by(*commands).items() if names - allowed}
 
 
-@pytest.mark.parametrize("verb", [*TRAINER_VERBS, "plan", "prepare", "inspect"])
+def test_help_imports_nothing_heavy() -> None:
+    assert not imported_by(["--help"], ["--version"], ["fti"], *([verb, "--help"] for verb in COMMANDS))
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -53,84 +67,81 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
         ["--config", "quickstart", "--trainer.callbacks+=Progres"],
     ],
 )
-def test_a_typing_error_is_found_before_anything_heavy_is_imported(verb: str, mistake: list[str]) -> None:
-    assert imported_by(verb, *mistake) <= {"yaml", "omegaconf", "numpy"}
+def test_a_typing_error_is_found_before_anything_heavy_is_imported(mistake: list[str]) -> None:
+    assert not heavier_than(LIGHT, *([verb, *mistake] for verb in [*TRAINER_VERBS, "plan", "prepare", "inspect"]))
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        ["--model.init_args.decoder.hidden_size", "100"],
-        ["--data.init_args.batch_tokens", "1000"],
-        ["--trainer.logger", "[CSVLogger, MLFlowLoger]"],
-    ],
-)
-def test_a_wrong_number_is_found_before_anything_heavy_is_imported(mistake: list[str]) -> None:
+def test_a_wrong_number_is_found_before_anything_heavy_is_imported() -> None:
     # The small tokenizer gives the size of the vocabulary. It loads in milliseconds.
-    assert imported_by("fit", "--config", "quickstart", *mistake) <= {"yaml", "omegaconf", "numpy", "tokenizers"}
+    assert not heavier_than(
+        LIGHT | {"tokenizers"},
+        *(
+            ["fit", "--config", "quickstart", *mistake]
+            for mistake in (
+                ["--model.init_args.decoder.hidden_size", "100"],
+                ["--data.init_args.batch_tokens", "1000"],
+                ["--trainer.logger", "[CSVLogger, MLFlowLoger]"],
+            )
+        ),
+    )
 
 
-@pytest.mark.parametrize(
-    ("verb", "config", "mistake"),
-    [
-        ("fit", "sft/quickstart", ["--data.batch_rows", "0"]),
-        ("validate", "dpo/quickstart", ["--model.beta", "0"]),
-        ("predict", "classification/quickstart", ["--model.head_learning_rate", "0"]),
-        ("test", "quantization/quickstart", ["--model.levels", "[gguf:Q4_K_X]"]),
-        ("test", "evaluation/quickstart", ["--data.needle.trials", "0"]),
-        ("fit", "sft/quickstart", ["--trainer.gradient_clip_val", "-1"]),
-        ("fit", "sft/quickstart", ["--trainer.max_steps", "0"]),
-    ],
-)
-def test_a_wrong_setting_of_every_task_is_found_before_anything_heavy_is_imported(
-    verb: str, config: str, mistake: list[str], tmp_path: Path
-) -> None:
-    exists = [f"--model.weights={tmp_path}"]
-    assert imported_by(verb, "--config", config, *exists, *mistake) <= {"yaml", "omegaconf", "numpy"}
+def test_a_wrong_setting_of_every_task_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    mistakes = (
+        ("fit", "sft/quickstart", "--data.batch_rows", "0"),
+        ("validate", "dpo/quickstart", "--model.beta", "0"),
+        ("predict", "classification/quickstart", "--model.head_learning_rate", "0"),
+        ("test", "quantization/quickstart", "--model.levels", "[gguf:Q4_K_X]"),
+        ("test", "evaluation/quickstart", "--data.needle.trials", "0"),
+        ("fit", "sft/quickstart", "--trainer.gradient_clip_val", "-1"),
+        ("fit", "sft/quickstart", "--trainer.max_steps", "0"),
+    )
+    exists = f"--model.weights={tmp_path}"
+    assert not heavier_than(
+        LIGHT, *([verb, "--config", config, exists, *mistake] for verb, config, *mistake in mistakes)
+    )
 
 
-@pytest.mark.parametrize("verb", ["fit", "prepare", "inspect", "tokenizer --out x"])
-def test_a_missing_file_is_found_before_anything_heavy_is_imported(verb: str) -> None:
-    missing = ["--data.init_args.sources.web.path", "nowhere.jsonl"]
-    found = imported_by(*verb.split(), "--config", "quickstart", *missing)
+def test_a_missing_file_is_found_before_anything_heavy_is_imported() -> None:
+    missing = ["--config", "quickstart", "--data.init_args.sources.web.path", "nowhere.jsonl"]
+    assert not heavier_than(LIGHT, *([verb, *missing] for verb in ("fit", "prepare", "inspect")))
     # The verb `tokenizer` offers the engines of the package tokenizers.
-    assert found <= {"yaml", "omegaconf", "numpy", *(["tokenizers"] if "tokenizer" in verb else [])}
+    assert not heavier_than(LIGHT | {"tokenizers"}, ["tokenizer", "--out", "x", *missing])
 
 
-@pytest.mark.parametrize("wrong", [["--data.batch_texts", "0"], ["--data.tokenizer", "runs/none/version_0"]])
-def test_inspect_refuses_wrong_data_before_anything_heavy_is_imported(wrong: list[str]) -> None:
-    config = ["--config", "classification/quickstart", "--data.tokenizer", "danube-small"]
-    assert imported_by("inspect", *config, *wrong) <= {"yaml", "omegaconf", "numpy", "tokenizers"}
+def test_inspect_refuses_wrong_data_before_anything_heavy_is_imported() -> None:
+    config = ["inspect", "--config", "classification/quickstart", "--data.tokenizer", "danube-small"]
+    wrong = (["--data.batch_texts", "0"], ["--data.tokenizer", "runs/none/version_0"])
+    assert not heavier_than(LIGHT | {"tokenizers"}, *([*config, *one] for one in wrong))
 
 
 def test_generate_reads_its_options_before_it_loads_torch() -> None:
-    assert imported_by("generate", "--weights", "there", "--promt", "x") == set()
-    assert imported_by("generate", "--weights", "there") == set()  # nothing to continue
+    nothing_to_continue = ["generate", "--weights", "there"]
+    assert not imported_by([*nothing_to_continue, "--promt", "x"], nothing_to_continue)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_a_missing_model_is_refused_before_anything_heavy_is_imported() -> None:
+    commands = (
         ["export", "--format", "hf", "--out", "model"],
         ["export", "--format", "gguf", "--out", "model.gguf"],
         ["export", "--format", "peft", "--out", "model"],
         ["generate", "--prompt", "x"],
         ["chat"],
-    ],
-)
-def test_a_missing_model_is_refused_before_anything_heavy_is_imported(command: list[str]) -> None:
-    assert imported_by(*command, "--weights", "runs/none") <= {"yaml", "numpy"}
+    )
+    assert not heavier_than({"yaml", "numpy"}, *([*command, "--weights", "runs/none"] for command in commands))
 
 
 @pytest.mark.medium
 def test_a_generation_needs_no_lightning(tmp_path: Path) -> None:
     """Weights that are missing: the loader is imported, the trainer's libraries are not."""
-    found = imported_by("generate", "--weights", str(tmp_path / "nothing"), "--prompt", "x")
-    assert not found & {"lightning", "torchmetrics", "datasets", "peft", "scipy", "sklearn", "matplotlib", "pandas"}
+    found = imported_by(["generate", "--weights", str(tmp_path / "nothing"), "--prompt", "x"])
+    heavy = {"lightning", "torchmetrics", "datasets", "peft", "scipy", "sklearn", "matplotlib", "pandas"}
+    assert not heavy & set().union(*found.values())
 
 
 def test_the_test_sees_what_is_imported() -> None:
-    assert "yaml" in imported_by("fit", "--config", "quickstart", "--name", "{a: 1, a: 2}")
+    command = ["fit", "--config", "quickstart", "--name", "{a: 1, a: 2}"]
+    assert "yaml" in imported_by(["--version"], command, command)[" ".join(command)]
 
 
 def test_pythons_parser_still_lists_its_options_in_a_private_attribute() -> None:
