@@ -26,7 +26,7 @@ TAGS = {
     "loss/train": Tag("mean loss of one batch, nats/token"),
     "held_out/": Tag(
         "mean loss of a few held-out rows of the source (nats/token; a pair in preference tuning, a text in "
-        "classification): before the first step, at each tenth of the run"
+        "classification): before the first step, at each tenth of the run, and at each stage's end"
     ),
     "loss/held_out_": Tag("mean loss of all held-out rows of the source, nats/token, at each stage's end"),
     "mix/": Tag("share of the source in the tokens since the point before", "TokenLedger"),

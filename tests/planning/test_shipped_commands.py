@@ -94,6 +94,20 @@ def test_a_shipped_command_divides_its_rows_and_fits_on_cards_of_80_gb(
     assert memory.peak().total <= USABLE * ACCELERATORS["h100"].memory
 
 
+def test_the_command_that_tries_sharding_on_a_cpu_divides_its_rows_and_has_no_muon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Muon refuses sharded matrices: tests/training/optim/test_muon.py."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^lightning-danube fit --config quickstart --name sharded (.*)$", page, re.MULTILINE)
+    run = planned_run(["quickstart"], shlex.split(command))
+    layout, notes = layout_of(run.trainer)
+    assert (layout.replicas, layout.tensor_parallel, layout.by_fsdp, notes) == (2, 1, True, [])
+    assert run.data.accumulation(layout.replicas) == 1
+    assert not run.model.optimizer.orthogonalizes
+
+
 @pytest.mark.parametrize("name", ["danube3-500m", "danube3-4b"])
 def test_the_papers_configurations_share_the_weights_in_each_node(name: str) -> None:
     def layout(*options: str) -> tuple[int, int, bool, int]:
