@@ -74,10 +74,11 @@ NANOTRONS_GRADIENTS = 4 + 4 + 10 + 4
 def nanotrons_traffic(c: DecoderConfig, tensor_parallel: int) -> tuple[float, float]:
     """Returns the same for Nanotron's kernels with the settings of SmolLM3's published configuration.
 
-    The code is that of Nanotron's branch smollm3 on 2025-04-17, the day of the run's name. Of its two norms, the one
-    before attention is not fused there (`input_layernorm = RMSNorm`), whatever the configuration says. The other norm
-    and rotary positions are one kernel each, and three of four blocks have positions. Devices of a replica share the
-    tokens of the residual stream. Queries and keys with values are two slices of one tensor, and so are gate and up.
+    The code is github.com/huggingface/nanotron at commit fefb560 of its branch smollm3, of 2025-04-17, the day of the
+    run's name. Of its two norms, the one before attention is not fused there (`input_layernorm = RMSNorm`), whatever
+    the configuration says. The other norm and rotary positions are one kernel each, and three of four blocks have
+    positions. Devices of a replica share the tokens of the residual stream. Queries and keys with values are two slices
+    of one tensor, and so are gate and up.
     tests/benchmarks/test_plan_speed.py counts the bytes of the operations.
     """
     D, width = c.hidden_size / tensor_parallel, c.intermediate_size / tensor_parallel
