@@ -61,7 +61,6 @@ ALLOWED = {
         "| not |",
         "| idle (a machine)",
         "| no difference",
-        "| every n-th",
         "| nats/token, bits/byte",
         "| epochs",
         "| again",
