@@ -54,7 +54,6 @@ NOT_RUN = {
     "classification/smollm2": "the texts are the reader's",
     "runs/mine/": "its run is made of texts of the reader",
     "runs/trec/": "its run is made of texts of the reader",
-    "my-lora": "the adapter is the reader's; tests/cli/verbs/test_export.py exports some",
     "evaluation/paper": "its questions come from a hub",
     "evaluation/chat": "needs a judge; tests/evaluation/test_run.py has one",
     "--type Q4_K_M": "quantizes SmolLM2 for minutes; tests/weights/gguf has smaller models",
