@@ -11,6 +11,7 @@ import pytest
 
 from docs.making.pages import FENCE, pages, read
 from lightning_danube.chat.preference_summary import METRIC_NAMES
+from lightning_danube.checkpoints.runs import WRITTEN_AT_EVERY_START
 from lightning_danube.classification.scores import METRICS
 from lightning_danube.signals import EXIT_STOPPED
 from tests.test_layering import TASKS
@@ -98,6 +99,11 @@ def test_the_fields_of_the_kept_run_are_explained() -> None:
     facts = json.loads((ROOT / "benchmarks/results/quickstart/summary.json").read_text("utf-8"))
     page = read("docs/summary.md")
     assert [name for name in facts if f"`{name}`" not in page] == []
+
+
+def test_the_files_of_every_start_are_explained() -> None:
+    page = read("docs/run-files.md")
+    assert [name for name in WRITTEN_AT_EVERY_START if f"| `{name}` |" not in page] == []
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
