@@ -341,7 +341,7 @@ def grouped_queries(arguments: argparse.Namespace) -> None:
             prefill, decode = (statistics.median(values) for values in zip(*rounds, strict=True))
             pairs = list(zip(rounds, results[KV_HEADS[0]], strict=True))
             ratios = [statistics.median(mine[place] / multi[place] for mine, multi in pairs) for place in range(2)]
-            size = configs[kv_heads].cache_bytes(context)
+            size = KVCache.for_decoder(decoders[kv_heads], 1, context).nbytes
             table.append(
                 f"| {context:,} | {kv_heads} | {size / 2**20:,.0f} | {with_ends(one[0] for one in rounds)} | "
                 f"{ratios[0]:.2f} | {with_ends(one[1] for one in rounds)} | {ratios[1]:.2f} |"

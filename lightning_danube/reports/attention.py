@@ -12,7 +12,7 @@ from lightning_danube.reports.runs import committed_result
 from lightning_danube.reports.studies import MARKS, paired_differences
 from lightning_danube.yaml_files import read_config
 
-SPEEDS = "grouped-queries-2026-11-24.parquet"
+SPEEDS = "grouped-queries-2026-11-28.parquet"
 DECODER = "model.init_args.decoder."
 NAMES = {16: "16 (multi-head)", 8: "8 (the paper's)", 1: "1 (multi-query)"}
 
