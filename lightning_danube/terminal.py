@@ -152,13 +152,3 @@ def minutes_and_seconds(seconds: float) -> str:
     """Returns a duration such as "2 min 05 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
-
-
-def closing_lines(done: str, run: Path, *arguments: object) -> list[str]:
-    """Returns the last lines of a finished run: what was done, its directory, and the next command.
-
-    Args:
-        arguments: verb and options of that command; a path is quoted for a shell.
-    """
-    command = " ".join(quoted(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
-    return [done, f"run:  {run}", f"next: {runnable()} {command}"]

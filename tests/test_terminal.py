@@ -7,7 +7,6 @@ import pytest
 from lightning_danube.terminal import (
     amount,
     as_typed,
-    closing_lines,
     counted,
     markdown_code,
     markdown_table,
@@ -101,11 +100,6 @@ def test_tables_align() -> None:
 )
 def test_a_duration_has_whole_seconds(seconds: float, shown: str) -> None:
     assert minutes_and_seconds(seconds) == shown
-
-
-def test_the_last_lines_of_a_run_quote_its_path() -> None:
-    lines = closing_lines("20 steps", Path("runs/my run"), "chat", "--weights", Path("runs/my run"))
-    assert lines == ["20 steps", "run:  runs/my run", f'next: {runnable()} chat --weights "runs/my run"']
 
 
 def test_a_block_of_code_keeps_its_lines() -> None:

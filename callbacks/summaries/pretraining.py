@@ -72,8 +72,8 @@ class PretrainingSummary(RunSummary):
         if not reports_fit(trainer):
             return
         run, (_, curriculum) = write_summary(trainer, summary), curriculum_of(trainer)
+        wait_for_checkpoint(trainer.strategy)  # both texts say whether there is one
         if trainer.global_step < curriculum.total_steps:
-            wait_for_checkpoint(trainer.strategy)
             say(trainer, early_stop_text(summary, curriculum.total_steps, run))
         if self._stage_losses:
             samples, drawn = run_facts_of(pl_module).samples, bool(tensorboards(trainer))

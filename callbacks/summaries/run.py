@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_danube.callbacks.progress import say
 from lightning_danube.checkpoints.schedule import is_trial
+from lightning_danube.checkpoints.strategy import wait_for_checkpoint
 from lightning_danube.files import write_json
 from lightning_danube.terminal import amount
 from lightning_danube.training.position import run_directory
@@ -31,6 +32,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._was_complete(trainer):
+            wait_for_checkpoint(trainer.strategy)  # the report says whether there is one
             self._report_fit(trainer, pl_module)
 
     def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,10 +11,11 @@ from lightning.pytorch import LightningModule
 from transformers import PreTrainedTokenizerBase
 
 from lightning_danube.chat.data import ChatData, ConversationData
+from lightning_danube.checkpoints.runs import closing_lines
 from lightning_danube.generation.token_stream import generate
 from lightning_danube.model import Decoder
 from lightning_danube.outside.texts import in_markdown
-from lightning_danube.terminal import amount, closing_lines, counted, minutes_and_seconds, text_table
+from lightning_danube.terminal import amount, counted, minutes_and_seconds, text_table
 from lightning_danube.tokens.chat_template import encode_chat, end_ids
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 from lightning_danube.training.trackers import text_tag

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_danube.checkpoints.files import damage, is_sharded, refuse_address
 from lightning_danube.files import read_regular
 from lightning_danube.outside.names import inside
-from lightning_danube.terminal import amount
+from lightning_danube.terminal import amount, quoted, runnable
 from lightning_danube.yaml_files import load_yaml
 
 LAST_OR_NEW = "last-or-new"
@@ -186,6 +186,21 @@ def read_step(checkpoint: Path) -> int:
     """Returns the optimizer step of a checkpoint, read from its file name; 0 if the name has no step."""
     match = re.search(r"step_(\d+)$", checkpoint.stem)
     return int(match[1]) if match else 0
+
+
+def closing_lines(done: str, run: Path, *arguments: object) -> list[str]:
+    """Returns the last lines of a finished run: what was done, its directory, and the next command.
+
+    If the directory has no checkpoint that this command would find, the last line says how to save one.
+
+    Args:
+        arguments: verb and options of that command; a path is quoted for a shell.
+    """
+    command = " ".join(quoted(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+    following = f"next: {runnable()} {command}"
+    if newest_checkpoint(run) is None:
+        following = "this run has no checkpoint to use: add lightning_danube.callbacks.Checkpoints to trainer.callbacks"
+    return [done, f"run:  {run}", following]
 
 
 LOCK = ".lock"

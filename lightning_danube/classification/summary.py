@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_danube.checkpoints.runs import closing_lines
 from lightning_danube.classification.baselines import majority_probabilities, tfidf_probabilities
 from lightning_danube.classification.data import ClassificationData
 from lightning_danube.classification.scores import (
@@ -29,7 +30,7 @@ from lightning_danube.classification.settings import SPLITS
 from lightning_danube.classification.task import Classified, TextClassification
 from lightning_danube.files import write_text
 from lightning_danube.outside.texts import in_figure
-from lightning_danube.terminal import amount, closing_lines, counted, minutes_and_seconds, text_table
+from lightning_danube.terminal import amount, counted, minutes_and_seconds, text_table
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 
 SHOWN_CLASSES = 20

@@ -10,13 +10,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_danube.checkpoints.runs import newest_checkpoint, read_step
+from lightning_danube.checkpoints.runs import closing_lines, newest_checkpoint, read_step
 from lightning_danube.model import Decoder, DecoderConfig
 from lightning_danube.pretraining.curriculum import Curriculum
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.pretraining.position import curriculum_of
 from lightning_danube.pretraining.settings import step_layout
-from lightning_danube.terminal import amount, closing_lines, minutes_and_seconds, program, quoted, text_table
+from lightning_danube.terminal import amount, minutes_and_seconds, program, quoted, text_table
 from lightning_danube.training.position import end_of_run, replicas_of, steps_ahead
 from lightning_danube.training.run_facts import RunFacts, Trained, rate, trained_parameters
 

@@ -75,7 +75,7 @@ def trainer(data: CurriculumData, tmp_path: Path) -> Any:
         loggers=[Log()],
         log_dir=str(tmp_path),
         default_root_dir=str(tmp_path),
-        strategy=SimpleNamespace(root_device="cpu", broadcast=lambda value: value),
+        strategy=SimpleNamespace(root_device="cpu", broadcast=lambda value: value, checkpoint_io=None),
     )
 
 

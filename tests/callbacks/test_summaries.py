@@ -24,6 +24,7 @@ from lightning_danube.callbacks.summaries import preferences as preference_summa
 from lightning_danube.callbacks.summaries.run import RunSummary
 from lightning_danube.chat.data import ChatData
 from lightning_danube.chat.preference_data import PreferenceData
+from lightning_danube.checkpoints.single import DurableCheckpointIO
 from lightning_danube.pretraining.data import CurriculumData
 from lightning_danube.training.task import DecoderTask
 from tests.callbacks.conftest import Clock
@@ -54,6 +55,18 @@ def test_seconds_are_those_of_all_sessions_without_their_set_up(trainer: Any, ta
     assert saved == {"seconds": 7.0} and second._trained(trainer).seconds == 12.0
     clock.now += 1.0
     assert second.state_dict() == {"seconds": 13.0}
+
+
+def test_the_last_checkpoint_is_on_the_disk_before_a_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report looks for a checkpoint, and a GPU run writes it in the background."""
+    done: list[str] = []
+    plugin = DurableCheckpointIO(background=True)
+    monkeypatch.setattr(plugin, "wait", lambda: done.append("waited"))
+    summary = RunSummary()
+    monkeypatch.setattr(summary, "_report_fit", lambda *_: done.append("reported"))
+    trainer: Any = SimpleNamespace(global_step=5, strategy=SimpleNamespace(checkpoint_io=plugin))
+    summary.on_train_end(trainer, Any)  # type: ignore[arg-type]
+    assert done == ["waited", "reported"]
 
 
 @pytest.mark.parametrize("kind", SUMMARIES)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_danube.checkpoints.runs import newest_checkpoint, remove_if_unused, resolve_checkpoint
+from lightning_danube.checkpoints.runs import closing_lines, newest_checkpoint, remove_if_unused, resolve_checkpoint
 from lightning_danube.checkpoints.single import DurableCheckpointIO
+from lightning_danube.terminal import runnable
 
 
 def save(run: Path, *names: str) -> None:
@@ -21,6 +22,18 @@ def test_the_newest_checkpoint_is_that_of_most_steps_whatever_its_name(tmp_path:
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "stage_2_wiki_step_00000020.ckpt"
     save(tmp_path, "step_00000021")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000021.ckpt"
+
+
+@pytest.mark.parametrize("name", [None, "epoch=0-step=40", "step_00000040"])
+def test_a_next_command_is_named_only_if_it_finds_a_checkpoint(tmp_path: Path, name: str | None) -> None:
+    run = tmp_path / "my run"
+    (run / "checkpoints").mkdir(parents=True)
+    if name is not None:
+        (run / "checkpoints" / f"{name}.ckpt").touch()
+    following = "this run has no checkpoint to use: add lightning_danube.callbacks.Checkpoints to trainer.callbacks"
+    if name == "step_00000040":
+        following = f'next: {runnable()} chat --weights "{run}"'
+    assert closing_lines("40 steps", run, "chat", "--weights", run) == ["40 steps", f"run:  {run}", following]
 
 
 def test_version_ten_is_newer_than_version_nine(tmp_path: Path) -> None:

@@ -132,12 +132,17 @@ def test_a_page_shows_each_picture_light_and_dark_and_says_in_words_what_it_show
     assert kept == {f"{name}-{ground}.svg" for name in picture.FIGURES for ground in ("light", "dark")}
 
 
-def test_the_kept_output_of_the_quickstart_is_what_this_version_prints_of_its_kept_summary() -> None:
+def test_the_kept_output_of_the_quickstart_is_what_this_version_prints_of_its_kept_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A message that changes its words changes the record and all pages with it."""
     kept = ROOT / "benchmarks/results/quickstart"
     printed, summary = (kept / "output.txt").read_text("utf-8"), json.loads((kept / "summary.json").read_text("utf-8"))
     sample = re.search(r"^sample: (.*)$", printed, re.MULTILINE)
     assert sample is not None
+    (tmp_path / "runs/quickstart/version_0/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/version_0/checkpoints/stage_3_finish_step_00000489.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
     told = result_text(
         summary, list(summary["val_loss"]), Path("runs/quickstart/version_0"), {"The function returns": sample[1]}
     )

@@ -86,6 +86,8 @@ def test_a_stage_that_was_never_validated_has_no_losses() -> None:
 def test_the_result_is_shown_also_without_a_speed(tmp_path: Path) -> None:
     """Without Throughput there is no speed to print; that used to end the run with a TypeError."""
     losses = {"web": 2.0, "wiki": 4.0}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000012.ckpt").touch()
     text = result_text(summary(facts(), losses), ["web", "wiki"], tmp_path, {})
     assert "4,000 tokens in 1 min 05 s\n" in text and "--prompt The" in text and "sample:" not in text
     fast = result_text(summary(facts(training_seconds=16.0), losses), ["web", "wiki"], tmp_path, {"A b": "A b\nc"})
