@@ -1,12 +1,14 @@
 """The file of a study, and what is said of wrong ones."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from docs.making.pages import FENCE, read
 from lightning_danube.cli.configs import resolved_config
 from lightning_danube.studies.design import read_design
 from lightning_danube.studies.facts import check_search, check_variants, facts_of, facts_table
@@ -44,6 +46,15 @@ def test_what_a_run_of_a_variant_sets(tmp_path: Path) -> None:
 def test_a_run_may_build_on_one_of_the_same_seed(tmp_path: Path) -> None:
     design = read_design(write(tmp_path, set={"model.init_args.weights": "runs/studies/base/runs/gqa-seed{seed}"}))
     assert design.overrides({}, 3)["model.init_args.weights"] == "runs/studies/base/runs/gqa-seed3"
+
+
+def test_the_page_of_studies_quotes_a_study(tmp_path: Path) -> None:
+    """The example is a file that can be copied: configs/studies/attention.yaml with two of its variants."""
+    (example,) = (block[2] for block in FENCE.finditer(read("docs/studies.md")) if block[1] == "yaml")
+    (tmp_path / "study.yaml").write_text(example, "utf-8")
+    shown, whole = read_design(str(tmp_path / "study.yaml")), read_design("studies/attention")
+    assert shown.variants.keys() == {"mha", "mqa"} and shown.variants.items() <= whole.variants.items()
+    assert replace(shown, variants=whole.variants, also=whole.also) == whole
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "a\nb", " ", 5, "x" * 300])
