@@ -47,18 +47,16 @@ def _shown(option: argparse.Action) -> list[str]:
 def verbs() -> str:
     """Returns a section for each verb of this project, with a table of its options."""
     parts = []
-    for verb, what in COMMANDS.items():
+    for verb in COMMANDS:
         module = importlib.import_module(f"lightning_danube.cli.verbs.{verb}")
         parser = _Recorder()
         module.add_arguments(parser)
-        text = " ".join((module.__doc__ or "").split())
+        text = " ".join((module.__doc__ or "").split()).removeprefix(f"`{verb}`: ")
         rows = [_shown(option) for option in parser.options]
         parts += [
             f"### `{verb}`",
             "",
-            f"{what[0].upper()}{what[1:]}.",
-            "",
-            _in_cell(text),
+            _in_cell(text[0].upper() + text[1:]),
             "",
             markdown(["option", "meaning"], rows),
             "",

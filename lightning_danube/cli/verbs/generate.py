@@ -1,4 +1,4 @@
-"""`generate`: continues prompts. Only the generated text goes to stdout."""
+"""`generate`: continues prompts. Prints each prompt with its continuation; with `--chat`, only the answer."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="have PyTorch compile the decoding step first, which takes up to a minute (on a CPU, a C++ compiler) and "
-        "pays for tens of thousands of tokens",
+        help="have PyTorch compile the decoding step first, which takes up to two minutes (on a CPU, a C++ compiler) "
+        "and pays after ten to twenty thousand tokens of single prompts, in batches after some hundred thousand",
     )
     parser.add_argument(
         "--jsonl",
