@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lightning_danube.model import DecoderConfig
 from lightning_danube.reports.figures import FAINT, INK, legend, new_figure
@@ -119,6 +119,7 @@ def speed(speeds: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=35, ha="right")
         ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         ax.set_ylim(bottom=0)
         ax.set_title(title, fontsize=10, color=INK)
