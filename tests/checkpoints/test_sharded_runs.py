@@ -155,8 +155,8 @@ def test_a_checkpoint_that_can_not_be_written_ends_the_run_with_one_line(session
     checkpoint = sessions.run("moved") / "checkpoints" / "step_00000005.ckpt"
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1] == (
-        f"error: {checkpoint}: checkpoint not written (rank 1): no space left on device; free some space, then go on "
-        "with --ckpt_path last"
+        f"error: {checkpoint}: checkpoint not written (rank 1): no space left on device; free some space, then begin "
+        "again: none was written yet"
     )
     assert "Traceback" not in failed.stderr
     assert not list(checkpoint.parent.glob("*.ckpt"))
