@@ -134,6 +134,7 @@ def test_all_is_on_the_disk_before_it_has_the_name_and_the_name_follows(
     assert {path.name for path in tmp_path.iterdir()} <= {"target", "manifest.json"}
 
 
+@pytest.mark.medium
 def test_files_of_the_embedded_world_are_written_like_all_others(tmp_path: Path, events: list[tuple[Any, ...]]) -> None:
     for file in write_world(tmp_path).values():
         renamed = events.index(("rename", file.stat().st_ino, file))

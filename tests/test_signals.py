@@ -233,7 +233,20 @@ def test_a_second_interrupt_ends_a_pool_as_well(program: Any) -> None:
     assert code == 130 and set(rest) <= {"busy", "SIGINT: stopping; once more ends at once"}, rest
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *TRAINER_VERBS])
+FEW_VERBS = ("fit", "generate")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FEW_VERBS,
+        *(
+            pytest.param(name, marks=pytest.mark.medium)
+            for name in {**COMMANDS, **TRAINER_VERBS}
+            if name not in FEW_VERBS
+        ),
+    ],
+)
 def test_every_verb_answers(program: Any, name: str) -> None:
     """Whatever module does a verb's work."""
     module = "trainer_verbs" if name in TRAINER_VERBS else f"verbs.{name}"

@@ -55,8 +55,13 @@ def skipped(run: Path) -> list[dict[str, Any]]:
     ("poison", "options", "cause"),
     [
         ("{steps: [4], what: loss}", [], "loss is not finite"),
-        ("{steps: [4], what: gradient}", [], "gradient is not finite"),
-        ("{steps: [4], what: loss, micro_batch: 2}", ["--data.init_args.micro_batch_size", "2"], "loss is not finite"),
+        pytest.param("{steps: [4], what: gradient}", [], "gradient is not finite", marks=pytest.mark.medium),
+        pytest.param(
+            "{steps: [4], what: loss, micro_batch: 2}",
+            ["--data.init_args.micro_batch_size", "2"],
+            "loss is not finite",
+            marks=pytest.mark.medium,
+        ),
     ],
 )
 def test_a_bad_step_changes_nothing_and_counts(

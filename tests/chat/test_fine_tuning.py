@@ -63,12 +63,16 @@ LORA = ("--model.init_args.lora.rank", "4", "--model.init_args.lora.dropout", "0
 @pytest.fixture
 def talk(tmp_path: Path, mistral_run: Path) -> Path:
     """A directory with `talk.yaml`: about ten steps on answers that a model can learn."""
+    return write_talk(tmp_path, mistral_run)
+
+
+def write_talk(tmp_path: Path, base: Path) -> Path:
     with (tmp_path / "talk.jsonl").open("w") as file:
         for n in range(80):
             asked, said = ("river?", "stone") if n % 2 else ("mountain?", "green light")
             turns = [{"role": "user", "content": asked + " now" * (n % 5)}, {"role": "assistant", "content": said}]
             file.write(json.dumps({"messages": turns * (1 + n % 2)}) + "\n")
-    (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(mistral_run)))
+    (tmp_path / "talk.yaml").write_text(CONFIG.replace("TMP", str(tmp_path)).replace("BASE", str(base)))
     return tmp_path
 
 
@@ -271,8 +275,9 @@ def test_micro_batches_and_devices_change_nothing_but_the_order_of_sums(talk: Pa
     ],
 )
 def test_a_mistake_is_one_line(
-    talk: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
+    talk = write_talk(tmp_path, tiny_run)
     assert fit(talk, *options) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error

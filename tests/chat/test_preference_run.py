@@ -123,6 +123,7 @@ def _key(tag: str) -> str:
     return f"val_{'reward' if kind == 'rewards' else 'ranking'}_{name}"
 
 
+@pytest.mark.medium
 def test_the_first_step_has_the_loss_of_no_difference(talk: Path) -> None:
     """Whatever else stands in its batch: the reference was computed in other batches, so float64 to the rounding."""
     assert fit(talk, *DOUBLE, "--trainer.max_steps", "1") == 0

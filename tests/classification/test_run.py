@@ -414,6 +414,7 @@ def test_peft_gives_the_same_scores(words: Path, tmp_path: Path, capsys: pytest.
     assert "num_labels=3, id2label={0: 'far', 1: 'hard', 2: 'wet'}" in card
 
 
+@pytest.mark.medium
 def test_the_adapter_of_a_chat_run_is_exported_alone(tmp_path: Path, tiny_run: Path) -> None:
     with (tmp_path / "talk.jsonl").open("w") as file:
         for n in range(40):

@@ -27,6 +27,7 @@ RUN = runner()
 MUTANTS = RUN.mutants()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("room", sorted({one.room for one in MUTANTS}))
 def test_mutants_fit_the_code(room: str) -> None:
     wrong = [f"{one.name}: {fault}" for one in MUTANTS if one.room == room and (fault := fault_of(one))]

@@ -147,6 +147,7 @@ def test_what_was_measured_is_not_measured_again(bits: Path, capsys: pytest.Capt
     assert 0 < by_level(bits, 2)["hqq:8/64"]["divergence"] < first["hqq:4/64"]["divergence"]
 
 
+@pytest.mark.medium
 def test_a_damaged_measurement_is_made_again(bits: Path) -> None:
     assert run(bits) == 0
     first = by_level(bits)

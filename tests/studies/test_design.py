@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,27 +146,22 @@ def test_a_variant_that_no_run_would_take_is_named(tmp_path: Path) -> None:
     assert check_variants(fine, resolved_config)["b"]["parameters"] == 1_115_008
 
 
-def test_a_setting_that_no_run_would_take_is_named(tmp_path: Path) -> None:
-    """Each value of a list and both ends of a range are tried once."""
-    base = str(ROOT / "configs" / "quickstart.yaml")
-    heads, steps = "model.init_args.decoder.num_attention_heads", "trainer.max_steps"
-    for search, message in (
-        ({heads: ["x", 4], steps: [2, 3]}, rf"the first setting: --{heads}: expected"),
-        ({heads: [4, 8], steps: [2, 3, "x"]}, rf"the setting {steps}=x: .*expected a whole number"),
-        ({heads: [4, 8], steps: {"low": 2, "high": 3.5}}, rf"the setting {steps}=3.5: .*expected a whole number"),
-    ):
-        design = read_design(write(tmp_path, **(SEARCH | {"base": base, "search": search})))
-        with pytest.raises(ValueError, match=message):
-            check_search(design, resolved_config)
+def test_each_value_of_a_search_is_tried_before_the_first_run(tmp_path: Path) -> None:
+    search = {"a": [1, 2, 3], "b": {"low": 4, "high": 5}}
+    design = read_design(write(tmp_path, **(SEARCH | {"search": search})))
     tried: list[list[str]] = []
 
-    def note(options: Sequence[str]) -> dict[str, Any]:
+    def take(options: Sequence[str], refused: Sequence[str] = ()) -> dict[str, Any]:
         tried.append([options[options.index(key) + 1] for key in ("--a", "--b")])
+        if tried[-1] == refused:
+            raise ValueError("no")
         return {}
 
-    search = {"a": [1, 2, 3], "b": {"low": 4, "high": 5}}
-    check_search(read_design(write(tmp_path, **(SEARCH | {"search": search}))), note)
+    check_search(design, take)
     assert tried == [["1", "4"], ["2", "4"], ["3", "4"], ["1", "5"]]
+    for refused, message in ((["1", "4"], "the first setting: no"), (["1", "5"], "the setting b=5: no")):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            check_search(design, partial(take, refused=refused))
 
 
 def test_a_variant_may_change_what_all_variants_set(tmp_path: Path) -> None:

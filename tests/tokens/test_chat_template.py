@@ -350,7 +350,9 @@ def newline(chatml: Any) -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize(
+    "scheme", ["first", *(pytest.param(scheme, marks=pytest.mark.medium) for scheme in ("always", "never"))]
+)
 def test_a_space_before_the_first_text_only_is_put_there_only(mistral: Any, scheme: Any) -> None:
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -115,7 +115,10 @@ def test_documents_cannot_spell_special_tokens_but_prompts_can(name: str) -> Non
     assert 2 in tokenizer.hf("a</s>b", add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("name", ["mistral", "danube3-chat", "danube-small", "world"])
+@pytest.mark.parametrize(
+    "name",
+    ["danube-small", "world", *(pytest.param(name, marks=pytest.mark.medium) for name in ("mistral", "danube3-chat"))],
+)
 def test_an_exported_tokenizer_is_the_same_one(name: str, tmp_path: Path) -> None:
     tokenizer = DocumentTokenizer(name)
     tokenizer.hf.save_pretrained(tmp_path)
