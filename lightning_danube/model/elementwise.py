@@ -34,14 +34,16 @@ class RootMeanSquareNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         D = x.shape[-1]
-        x_ND = x.reshape(-1, D)
-        y_ND, scale_N1 = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), 1)
+        # FSDP2 warns of a module whose output is a view.
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x_ND, y_ND = x.reshape(-1, D), y.view(-1, D)
+        scale_N1 = x_ND.new_empty(len(x_ND), 1)
         for rows in pieces(*x_ND.shape):
             square_N1 = torch.linalg.vector_norm(x_ND[rows], dim=-1, keepdim=True).square_()
             torch.rsqrt(square_N1.div_(D).add_(eps), out=scale_N1[rows])
             torch.mul(x_ND[rows], scale_N1[rows], out=y_ND[rows]).mul_(weight_D)
         ctx.save_for_backward(x, weight_D, scale_N1)
-        return y_ND.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -142,3 +142,11 @@ def test_few_rows(rows: int) -> None:
     x, weight = values(rows, D), values(D, seed=2)
     assert gains(x)
     assert RootMeanSquareNorm.apply(x, weight, 1e-5).shape == Gate.apply(x, x).shape == (rows, D)
+
+
+def test_no_result_is_a_view() -> None:
+    """FSDP2 warns of a module that returns a view: an operation in place on it would drop a hook."""
+    x, gate = values(B, T, D), values(B, T, D, seed=1)
+    norm, gated = RootMeanSquareNorm.apply(x, values(D), 1e-5), Gate.apply(gate, x)
+    turned = Turn.apply(values(B, T, H, K), *tables(torch.float64))
+    assert [one._base for one in (norm, gated, turned)] == [None] * 3
