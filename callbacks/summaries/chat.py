@@ -57,7 +57,7 @@ class ChatSummary(RunSummary):
             else:
                 self._losses.step = trainer.global_step
         elif trainer.state.fn == "validate":
-            self._report_evaluation(trainer, pl_module, chat_data_of(trainer).validation_conversations)
+            self._report_evaluation(trainer, pl_module)
 
     def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ask(trainer, pl_module)
@@ -69,10 +69,10 @@ class ChatSummary(RunSummary):
             say(trainer, chat_result_text(summary, list(data.sources), write_summary(trainer, summary)))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_evaluation(trainer, pl_module, None)
+        self._report_evaluation(trainer, pl_module)
 
-    def _report_evaluation(self, trainer: Trainer, task: LightningModule, limit: int | None) -> None:
-        losses, tokens = metrics_of_sources(trainer.callback_metrics), chat_data_of(trainer).evaluation_tokens(limit)
+    def _report_evaluation(self, trainer: Trainer, task: LightningModule) -> None:
+        losses, tokens = metrics_of_sources(trainer.callback_metrics), run_facts_of(task).held_out_counts
         # The checkpoint that is evaluated, or the model that the task begins with.
         facts = {"weights": str(trainer.ckpt_path or task.weights), "precision": trainer.precision}
         report_evaluation(trainer, {**facts, "val_loss": losses, "val_tokens": tokens}, answers_table(losses, tokens))

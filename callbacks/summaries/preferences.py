@@ -60,7 +60,7 @@ class PreferenceSummary(RunSummary):
         elif trainer.state.fn == "fit":
             self._measured = trainer.global_step, pair_results(trainer.callback_metrics)
         elif trainer.state.fn == "validate":
-            self._report_evaluation(trainer, preference_data_of(trainer).validation_examples)
+            self._report_evaluation(trainer, pl_module)
 
     def _report_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if reports_fit(trainer):
@@ -73,10 +73,10 @@ class PreferenceSummary(RunSummary):
             say(trainer, preference_result_text(summary, self._before, after, write_summary(trainer, summary)))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report_evaluation(trainer, None)
+        self._report_evaluation(trainer, pl_module)
 
-    def _report_evaluation(self, trainer: Trainer, limit: int | None) -> None:
-        results, pairs = pair_results(trainer.callback_metrics), preference_data_of(trainer).evaluation_pairs(limit)
+    def _report_evaluation(self, trainer: Trainer, task: LightningModule) -> None:
+        results, pairs = pair_results(trainer.callback_metrics), run_facts_of(task).held_out_counts
         weights = str(trainer.ckpt_path)
         summary = preference_evaluation_summary(results, pairs, weights=weights, precision=trainer.precision)
         report_evaluation(trainer, summary, results_table([("", results)], pairs))

@@ -84,7 +84,7 @@ class PretrainingSummary(RunSummary):
 
     def _summary(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         facts, (data, curriculum) = run_facts_of(task), curriculum_of(trainer)
-        measured = (self._stage_losses, self._held_out, self._unigram, self._trained(trainer))
+        measured = (self._stage_losses, self._held_out.counted(facts), self._unigram, self._trained(trainer))
         return fit_summary(task, facts, curriculum, *measured, before=self._before, counted=data.counted_tokens())
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def pretraining_data_of(trainer: Trainer) -> CurriculumData:
 def _evaluated(trainer: Trainer, task: LightningModule, rows: int | None) -> None:
     """Reports the result of `validate` or `test` on at most `rows` held-out rows of a source."""
     losses = metrics_of_sources(trainer.callback_metrics)
-    held_out = HeldOutText.of(pretraining_data_of(trainer), rows)
+    held_out = HeldOutText.of(pretraining_data_of(trainer), rows).counted(run_facts_of(task))
     weights = str(trainer.ckpt_path or getattr(task, "weights", None))
     summary = evaluation_summary(losses, held_out, weights=weights, precision=trainer.precision)
     report_evaluation(trainer, summary, evaluation_table(losses, held_out))

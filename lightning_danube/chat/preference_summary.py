@@ -90,7 +90,7 @@ def preference_fit_summary(
     Args:
         before, after: results before and after training; empty if nothing was measured.
     """
-    pairs = data.evaluation_pairs(data.validation_examples)
+    pairs = facts.held_out_counts or data.evaluation_pairs(data.validation_examples)
     return {
         "weights": getattr(task, "weights", None),
         "beta": getattr(task, "beta", None),

@@ -182,7 +182,7 @@ def chat_fit_summary(
         "val_loss_before": losses.before,
         "val_loss": losses.after,
         "val_step": losses.step,
-        "val_tokens": data.evaluation_tokens(data.validation_conversations),
+        "val_tokens": facts.held_out_counts or data.evaluation_tokens(data.validation_conversations),
         "answers": answers.compared(),
     }
 

@@ -128,9 +128,10 @@ class Compared:
     def of(
         cls, data: ClassificationData, weights: str, split: str, model: Classified, *, loss: float, resamples: int
     ) -> Compared:
-        """Trains the baselines and classifies the split with them."""
+        """Trains the baselines, and classifies with them the texts that the model has classified."""
         train = data.encoded["train"].classes.tolist()
-        texts, asked = ([text.text for text in data.splits[name]] for name in ("train", split))
+        texts = [text.text for text in data.splits["train"]]
+        asked = [data.splits[split][row].text for row in model.rows_N.tolist()]
         majority = majority_probabilities(train, len(data.labels), len(asked))
         tfidf = tfidf_probabilities(texts, train, len(data.labels), asked)
         baselines = torch.from_numpy(majority), torch.from_numpy(tfidf)

@@ -30,8 +30,12 @@ NO_LABELS = (
 
 
 class Classified(NamedTuple):
-    """A model's predictions for the texts of a split, in their order, on the CPU."""
+    """A model's predictions for texts of a split, in their order, on the CPU.
 
+    `rows_N` are the places of these texts in the split. With Lightning's `limit_test_batches` they are not all texts.
+    """
+
+    rows_N: Tensor
     classes_N: Tensor
     probabilities_NC: Tensor
 
@@ -58,15 +62,15 @@ class ClassifiedTexts(Metric):
         self.classes.append(classes_B[real_B])
         self.log_probabilities.append(log_probabilities_BC[real_B])
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns classes (N,) and log-probabilities (N, C)."""
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns rows (N,), classes (N,) and log-probabilities (N, C)."""
         # Each state is a list before a sync, and one tensor after it.
         rows_N, classes_N, log_probabilities_NC = (
             torch.cat(state) if isinstance(state, list) else state
             for state in (self.rows, self.classes, self.log_probabilities)
         )
         order_N = rows_N.argsort()
-        return classes_N[order_N].cpu(), log_probabilities_NC[order_N].cpu()
+        return rows_N[order_N].cpu(), classes_N[order_N].cpu(), log_probabilities_NC[order_N].cpu()
 
 
 def last_token_states(decoder: Decoder, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -207,11 +211,12 @@ class TextClassification(TuningTask):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        classes_N, log_probabilities_NC = self.classified.compute()
+        rows_N, classes_N, log_probabilities_NC = self.classified.compute()
         # In float64, because exp then reverses the logarithm of the softmax.
-        classes_N, log_probabilities_NC = classes_N.cpu(), log_probabilities_NC.cpu().double()
-        self.latest = Classified(classes_N, log_probabilities_NC.exp())
-        found = {"loss": float(F.nll_loss(log_probabilities_NC, classes_N)), **scores(self.latest[1], classes_N)}
+        log_probabilities_NC = log_probabilities_NC.double()
+        self.latest = Classified(rows_N, classes_N, log_probabilities_NC.exp())
+        loss = float(F.nll_loss(log_probabilities_NC, classes_N))
+        found = {"loss": loss, **scores(self.latest.probabilities_NC, classes_N)}
         named = {f"{name}/{split}": value for name, value in found.items()}
         self.log_dict(named, logger=False)
         # The values go straight to the loggers, because Lightning restarts its count of logged steps after a resume.

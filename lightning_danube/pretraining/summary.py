@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class HeldOutText:
         """
         tokens, sizes = data.evaluation_tokens(rows), data.evaluation_bytes(rows)
         return cls(tokens, {name: n / max(1, sizes[name]) / math.log(2) for name, n in tokens.items()})
+
+    def counted(self, facts: RunFacts) -> HeldOutText:
+        """Returns the same with the tokens that the last evaluation has counted, if there was one."""
+        return replace(self, tokens=facts.held_out_counts or self.tokens)
 
     def bits_per_byte(self, losses: Losses) -> dict[str, float]:
         """Returns source → held-out loss in bits/byte, a unit that does not depend on the tokenizer."""

@@ -28,6 +28,11 @@ class RunFacts:
     """How many facts of the invented world the model knows. From FactRecall."""
     samples: dict[str, str] = field(default_factory=dict)
     """Prompt → the prompt and its latest continuation. From TextSamples."""
+    held_out_counts: dict[str, int] = field(default_factory=dict)
+    """Source → tokens or pairs behind its last `loss/held_out_…`. From the task.
+
+    They are fewer than the data holds if Lightning's `limit_val_batches` or `limit_test_batches` leaves batches out.
+    """
 
 
 def run_facts_of(task: LightningModule) -> RunFacts:
@@ -85,7 +90,7 @@ def rate(amount: float, seconds: float, digits: int = 1) -> float | None:
     return round(amount / seconds, digits) if seconds else None
 
 
-def metrics_of_sources(metrics: Mapping[str, Tensor], prefix: str = "loss/held_out_") -> dict[str, float]:
+def metrics_of_sources(metrics: Mapping[str, Tensor | float], prefix: str = "loss/held_out_") -> dict[str, float]:
     """Returns source → value of the metrics whose name is the prefix plus the source's name.
 
     Args:

@@ -29,7 +29,7 @@ from lightning_danube.tokens.tokenizer import DocumentTokenizer
 from lightning_danube.training.contract import DataWithTokenizer, TokenBatch, TrainingData, data_of, places_of
 from lightning_danube.training.optim import AdamW, LearningRate
 from lightning_danube.training.position import log_interval, replicas_of, training_data_of
-from lightning_danube.training.run_facts import RunFacts
+from lightning_danube.training.run_facts import RunFacts, metrics_of_sources
 from lightning_danube.training.trackers.loss_curve import LossCurve
 from lightning_danube.training.trainer import check_trainer
 from lightning_danube.weights.adapters import base_digest
@@ -37,6 +37,17 @@ from lightning_danube.weights.lora import Lora
 
 FORWARD = "decoder"
 """Name in the trainer's profiler for the forward pass of a training step up to the loss."""
+
+
+class CountedMean(MeanMetric):
+    """A mean over the batches of all ranks that keeps the sum of their weights."""
+
+    count = 0.0
+
+    def compute(self) -> Tensor:
+        self.count = float(self.weight)
+        mean: Tensor = super().compute()
+        return mean
 
 
 class DecoderTask(LightningModule):
@@ -89,7 +100,7 @@ class DecoderTask(LightningModule):
         """
         self._rate = 0.0
         self.curve = LossCurve()
-        self._evaluation_means: dict[str, MeanMetric] = {}
+        self._evaluation_means: dict[str, CountedMean] = {}
         self._seed = torch.initial_seed()
         self._is_parallel = False
 
@@ -296,6 +307,11 @@ class DecoderTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         means = {name: metric.compute() for name, metric in self._evaluation_means.items()}
+        if not self.curve.is_brief:
+            counts = {name: metric.count for name, metric in self._evaluation_means.items()}
+            self.run_facts.held_out_counts = {
+                source: round(count) for source, count in metrics_of_sources(counts).items()
+            }
         self.log_dict(means, logger=False)
         # Not through Lightning's log: it restarts the step count of loggers after a resume at a stage's end.
         for logger in self.trainer.loggers:
@@ -343,7 +359,7 @@ class DecoderTask(LightningModule):
         # A plain dict: the metrics are new for each validation, and no checkpoint contains them.
         if name not in self._evaluation_means:
             # In float64 only the last digits of the mean depend on the distribution of rows over ranks.
-            metric = MeanMetric().to(self.device)
+            metric = CountedMean().to(self.device)
             metric.set_dtype(widest_float(self.device))
             self._evaluation_means[name] = metric
         total, weight = (x.to(widest_float(self.device)) for x in (total, count))

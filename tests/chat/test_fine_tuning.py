@@ -304,6 +304,13 @@ def test_evaluation_reports_the_answers(talk: Path) -> None:
     trained = json.loads((run_directory(talk) / "summary.json").read_text())
     validated = json.loads((run_directory(talk, "talk-validate") / "summary.json").read_text())
     assert validated["val_loss"] == trained["val_loss"] and validated["val_tokens"] == trained["val_tokens"]
+    # Where batches are left out, the tokens are those that were measured.
+    assert (
+        main(["test", "--config", str(talk / "talk.yaml"), "--ckpt_path", "last", "--trainer.limit_test_batches", "1"])
+        == 0
+    )
+    part = json.loads((talk / "runs" / "talk-test" / "version_1" / "summary.json").read_text())
+    assert 0 < part["val_tokens"]["talk"] < trained["val_tokens"]["talk"]
 
 
 @pytest.mark.medium

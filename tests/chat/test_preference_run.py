@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from lightning_danube.__main__ import main
 from lightning_danube.intervals import wilson
@@ -277,6 +278,16 @@ def test_evaluation_reports_the_pairs(talk: Path, capsys: pytest.CaptureFixture[
     trained, validated, tested = (summary_of(talk, name) for name in ("talk", "talk-validate", "talk-test"))
     for key in ("val_loss", "val_reward_margin", "val_pairs", "val_reward_accuracy_interval"):
         assert validated[key] == trained[key] == tested[key]
+    # Where batches are left out, the pairs are those that were measured, and so are the intervals.
+    assert (
+        main(["test", "--config", str(talk / "talk.yaml"), "--ckpt_path", "last", "--trainer.limit_test_batches", "1"])
+        == 0
+    )
+    part = json.loads((run_directory(talk, "talk-test").parent / "version_1" / "summary.json").read_text())
+    pairs, share = part["val_pairs"]["talk"], part["val_reward_accuracy"]["talk"]
+    assert 0 < pairs < trained["val_pairs"]["talk"]
+    ends = binomtest(round(share * pairs), pairs).proportion_ci(0.95, "wilson")
+    assert part["val_reward_accuracy_interval"]["talk"] == pytest.approx([ends.low, ends.high], abs=5e-5)
     lines = (run_directory(talk, "talk-predict") / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == trained["val_pairs"]["talk"] == len({row["row"] for row in rows})

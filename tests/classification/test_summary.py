@@ -43,7 +43,9 @@ def compared(classes: int) -> Compared:
     sure_NC = torch.nn.functional.one_hot(classes_N, classes).double() * 0.8 + 0.2 / classes
     even_NC = torch.full((60, classes), 1 / classes, dtype=torch.float64)
     labels = [f"c{n}" for n in range(classes)]
-    return Compared("test", labels, "base", Classified(classes_N, sure_NC), even_NC, even_NC, 0.25, 50, seed=0)
+    return Compared(
+        "test", labels, "base", Classified(torch.arange(60), classes_N, sure_NC), even_NC, even_NC, 0.25, 50, seed=0
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -100,12 +102,16 @@ def test_baselines_are_trained_on_the_training_texts_alone() -> None:
         encoded={split: SimpleNamespace(classes=torch.tensor(numbers)) for split, numbers in classes.items()},
         splits={split: [SimpleNamespace(text=text) for text in given] for split, given in texts.items()},
     )
-    model = Classified(torch.tensor(classes["test"]), torch.full((3, 2), 0.5))
+    model = Classified(torch.arange(3), torch.tensor(classes["test"]), torch.full((3, 2), 0.5))
     found = Compared.of(data, "base", "test", model, loss=0.5, resamples=20)
     assert found.majority_NC.tolist() == [[0.75, 0.25]] * 3
     # The test labels say the opposite of what the words say in training.
     assert (found.tfidf_NC[:, 1] > found.tfidf_NC[1, 1]).tolist() == [True, False, True]
     assert (found.seed, found.resamples, found.loss, list(found.labels)) == (3, 20, 0.5, ["hard", "wet"])
+    # Where a part of the texts was classified, the baselines classify the same texts.
+    part = Classified(torch.tensor([1, 2]), torch.tensor(classes["test"][1:]), torch.full((2, 2), 0.5))
+    again = Compared.of(data, "base", "test", part, loss=0.5, resamples=20)
+    assert torch.equal(again.tfidf_NC, found.tfidf_NC[1:]) and len(again.majority_NC) == 2
 
 
 def test_an_interval_begins_at_its_lower_end() -> None:

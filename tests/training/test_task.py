@@ -234,6 +234,28 @@ def test_a_held_out_loss_is_a_mean_over_tokens() -> None:
         assert float(task._evaluation_means["x"].compute()) == pytest.approx(expected)
 
 
+def test_tokens_behind_a_held_out_loss_are_those_of_its_batches() -> None:
+    """Of all sources, and only where all rows were measured, not the few of the curve."""
+    task = task_of(CONFIG)
+    task.log_dict = lambda means, logger: None  # type: ignore[method-assign, assignment, misc]
+    task.trainer = SimpleNamespace(loggers=[], global_step=0)  # type: ignore[assignment]
+    task.on_validation_epoch_start()
+    for name, count in (
+        ("loss/held_out_web", 3.0),
+        ("loss/held_out_web", 4.0),
+        ("loss/held_out_wiki", 5.0),
+        ("x", 9.0),
+    ):
+        task.update_mean(name, torch.tensor(1.0), torch.tensor(count))
+    task.on_validation_epoch_end()
+    assert task.run_facts.held_out_counts == {"web": 7, "wiki": 5}
+    task.curve.is_brief = True
+    task.on_validation_epoch_start()
+    task.update_mean("held_out/web", torch.tensor(1.0), torch.tensor(2.0))
+    task.on_validation_epoch_end()
+    assert task.run_facts.held_out_counts == {"web": 7, "wiki": 5}
+
+
 def test_a_predicted_row_has_its_mean_loss() -> None:
     task: Any = task_of(CONFIG).eval()
     words = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
