@@ -169,7 +169,8 @@ def _watch_launcher(launcher: int) -> NoReturn:
 
 
 def explain_silence(error: BaseException) -> None:
-    """Adds a clear message to the error of a rank that waited in vain for another, or lost the connection to it.
+    """Adds a clear message to the error of a rank that waited in vain for another, at the start or later, or lost the
+    connection to it.
 
     The errors of torch.distributed name sockets and keys of its store.
     """
@@ -179,7 +180,23 @@ def explain_silence(error: BaseException) -> None:
     # TCP gives up a connection by itself, after about 15 minutes without an answer.
     lost = re.search(r"Connection timed out|No route to host|Network is unreachable", str(error))
     go_on = "resume from the last checkpoint with --ckpt_path last"
-    if waited:
+    # Before the ranks know each other, all of them connect to rank zero.
+    unreached = re.search(
+        r"client socket has timed out after (\d+)ms while trying to connect to \((.+?), (\d+)\)", str(error)
+    )
+    absent = re.search(r"Timed out after (\d+) seconds waiting for clients. (\d+)/(\d+) clients joined", str(error))
+    if unreached:
+        error.user_message = (  # type: ignore[attr-defined]
+            f"tried {int(unreached[1]) / 1000:g} s to connect to rank zero at {unreached[2]}:{unreached[3]}: see "
+            "whether it has started, and whether this node can reach it there (MASTER_ADDR, MASTER_PORT), or raise "
+            "trainer.strategy.timeout"
+        )
+    elif absent:
+        error.user_message = (  # type: ignore[attr-defined]
+            f"waited {absent[1]} s for all ranks to start, and {absent[2]} of {absent[3]} did: see whether the others "
+            "have started and can reach this node (MASTER_ADDR, MASTER_PORT), or raise trainer.strategy.timeout"
+        )
+    elif waited:
         error.user_message = (  # type: ignore[attr-defined]
             f"waited {int(waited[1] or waited[2]) / 1000:g} s for another rank, which hangs, is much slower or is cut "
             "off, and ended all: see what it waits for (py-spy dump shows that), or raise trainer.strategy.timeout; "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,11 +13,13 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -146,9 +149,9 @@ def test_a_rank_that_hangs_takes_the_others_with_it_when_the_time_is_over(two: T
     two.with_callback("tests.probes.Fail", what="hang", micro_batch=7, rank=rank)
     begin = time.monotonic()
     strategy = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy"]
-    code, said = two.fit(*strategy, "--trainer.strategy.timeout", "0:00:15")
+    code, said = two.fit(*strategy, "--trainer.strategy.timeout", "0:00:25")
     assert code == 2 and time.monotonic() - begin < SECONDS
-    assert said.count("\n") == 1 and said.startswith("error: waited 15 s for another rank")
+    assert said.count("\n") == 1 and said.startswith("error: waited 25 s for another rank")
 
 
 @pytest.mark.slow
@@ -487,6 +490,20 @@ def test_a_rank_says_that_it_has_waited_in_vain(raised: str, said: str | None) -
         assert message == ""
     else:
         assert message.startswith(said) and message.endswith("resume from the last checkpoint with --ckpt_path last")
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_ranks_that_do_not_find_each_other_say_so(starts: bool) -> None:
+    """As where an address is wrong, or a node is slow to start. The errors are those of this torch."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.distributed.TCPStore("127.0.0.1", 0 if starts else 1, 2, starts, timeout=timedelta(seconds=0.1))
+    explain_silence(caught.value)
+    message: str = getattr(caught.value, "user_message", "")
+    if starts:
+        assert re.match(r"waited \d+ s for all ranks to start, and 1 of 2 did: see whether the others have", message)
+    else:
+        assert message.startswith("tried 0.1 s to connect to rank zero at 127.0.0.1:1: see whether it has started")
+    assert message.endswith("or raise trainer.strategy.timeout")
 
 
 def test_only_errors_of_torch_are_explained() -> None:
