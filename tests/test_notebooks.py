@@ -218,7 +218,7 @@ def test_notebooks_are_executed_in_place_or_stay_as_they_were(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("notebook", "message"),
     [
-        ("pretraining_run", r"no run under .*/quickstart: `\S+ -m \S+ fit --config quickstart` makes one"),
+        ("pretraining_run", r"no run under .*/quickstart: `\S+ -m \S+ fit --config quickstart --runs \S+` makes one"),
         ("quantization", r"/quickstart-test: `\S+ -m \S+ test --config quantization/quickstart` makes one"),
     ],
 )
